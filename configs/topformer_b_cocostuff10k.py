@@ -1,0 +1,14 @@
+"""TopFormer-B on COCO-Stuff 10k: 171 classes, 512 x 512.
+
+python -m topformer_jax.convert --config configs/topformer_b_cocostuff10k.py --checkpoint FILE.pth --output DIR
+
+Published: 33.4 mIoU (by others). Measured here: unmeasured.
+"""
+
+from ml_collections import ConfigDict
+
+from topformer_jax import config
+
+
+def get_config() -> ConfigDict:
+    return config.coco_stuff10k("base")

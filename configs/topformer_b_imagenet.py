@@ -1,0 +1,14 @@
+"""TopFormer-B on ImageNet: the backbone's classifier, 1000 classes, 224 x 224.
+
+python -m topformer_jax.convert --config configs/topformer_b_imagenet.py --checkpoint FILE.pth --output DIR
+
+Published: 75.3 top-1. Measured here: unmeasured.
+"""
+
+from ml_collections import ConfigDict
+
+from topformer_jax import config
+
+
+def get_config() -> ConfigDict:
+    return config.imagenet("base")

@@ -1,0 +1,14 @@
+"""TopFormer-S on COCO-Stuff 10k: 171 classes, 512 x 512.
+
+python -m topformer_jax.convert --config configs/topformer_s_cocostuff10k.py --checkpoint FILE.pth --output DIR
+
+Published: none known. Measured here: unmeasured.
+"""
+
+from ml_collections import ConfigDict
+
+from topformer_jax import config
+
+
+def get_config() -> ConfigDict:
+    return config.coco_stuff10k("small")

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Installs the project with its development tools into .venv, lints, type-checks and runs the tests.
+#   bash scripts/test.sh          everything but the tests marked slow
+#   bash scripts/test.sh --all    those too, and more random examples
+# Further arguments go to pytest. PYTHON names the interpreter (3.11 or newer), VENV the environment's folder.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+source scripts/_venv.sh
+install_into_venv '.[convert,dev]'
+
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest "$@"

@@ -1,0 +1,60 @@
+"""Strict settings for every test, and the fixtures that more than one file needs."""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Compiling a program for each size takes seconds; the same examples every run, so that a failure repeats.
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=12, print_blob=True)
+settings.register_profile("all", deadline=None, max_examples=60, print_blob=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too, and more random examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("all" if config.getoption("--all") else "default")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: scripts/test.sh --all runs it"))
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit JAX for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], pathlib.Path]:
+    """Finds a file of the reference's outputs: the small ones here, all of them where TOPFORMER_GOLDEN says."""
+
+    def find(name: str) -> pathlib.Path:
+        folders = [pathlib.Path(__file__).parent / "golden"]
+        if "TOPFORMER_GOLDEN" in os.environ:
+            folders.append(pathlib.Path(os.environ["TOPFORMER_GOLDEN"]))
+        for folder in folders:
+            if (folder / name).exists():
+                return folder / name
+        pytest.skip(f"{name} is not here: set TOPFORMER_GOLDEN to the folder of the reference's outputs")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def configs() -> pathlib.Path:
+    """The folder of the recipes."""
+    return pathlib.Path(__file__).parents[1] / "configs"

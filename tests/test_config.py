@@ -1,0 +1,135 @@
+"""The recipes against the official table, and what happens to settings that do not exist."""
+
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from topformer_jax import config, models
+from topformer_jax.data.catalog import CATALOG
+from topformer_jax.errors import UserError
+
+# variant, classes, crop, training scale, test scale, align, zero label void, batch, steps, learning rate,
+# head width (None: the variant's), depthwise head
+RECIPES: dict[str, tuple] = {
+    "t_ade": ("tiny", 150, (512, 512), (2048, 512), (2048, 512), 32, True, 16, 160_000, 3e-4, None, True),
+    "s_ade": ("small", 150, (512, 512), (2048, 512), (2048, 512), 32, True, 16, 160_000, 1.2e-4, None, False),
+    "b_ade": ("base", 150, (512, 512), (2048, 512), (2048, 512), 32, True, 16, 160_000, 1.2e-4, None, False),
+    "t_ade448": ("tiny", 150, (448, 448), (2048, 448), (2048, 448), 32, True, 16, 160_000, 3e-4, None, True),
+    "t_cityscapes": (
+        *("tiny", 19, (512, 1024), (1024, 512), (1024, 512), 1, False, 8, 160_000, 3e-4, None, False),
+    ),
+    "b_cityscapes": (
+        *("base", 19, (512, 1024), (512, 512), (1024, 512), 1, False, 8, 80_000, 3e-4, 128, False),
+    ),
+}
+for _short, _variant in (("t", "tiny"), ("s", "small"), ("b", "base")):
+    _dw = _variant == "tiny"
+    _context = ((480, 480), (520, 520), (520, 520), 1)
+    RECIPES[f"{_short}_context60"] = (_variant, 60, *_context, False, 16, 80_000, 1.2e-4, None, _dw)
+    RECIPES[f"{_short}_context59"] = (_variant, 59, *_context, True, 16, 80_000, 1.2e-4, None, _dw)
+    _coco = ((512, 512), (2048, 512), (2048, 512), 1)
+    RECIPES[f"{_short}_cocostuff10k"] = (_variant, 171, *_coco, True, 16, 80_000, 1.2e-4, None, _dw)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(configs: pathlib.Path, name: str) -> None:
+    settings = config.load(configs / f"topformer_{name}.py")
+    found = (
+        settings.model.variant,
+        settings.model.classes,
+        settings.data.crop,
+        settings.data.scale,
+        settings.evaluation.scale,
+        settings.evaluation.align,
+        settings.data.zero_label_void,
+        settings.batch_size,
+        settings.schedule.steps,
+        settings.schedule.learning_rate,
+        settings.model.width,
+        settings.model.depthwise_head,
+    )
+    assert found == RECIPES[name]
+    assert settings.model.classes == len(CATALOG[settings.data.dataset].classes)
+    assert (settings.optimizer.beta1, settings.optimizer.beta2, settings.optimizer.eps) == (0.9, 0.999, 1e-8)
+    assert (settings.optimizer.weight_decay, settings.optimizer.head_multiplier) == (0.01, 10)
+    assert (settings.schedule.power, settings.schedule.warmup_steps) == (1, 1500)
+    assert settings.schedule.warmup_ratio == 1e-6
+    assert (settings.model.drop_path, settings.model.dropout, settings.data.category_share) == (
+        0.1,
+        0.1,
+        0.75,
+    )
+
+
+def test_every_file_is_a_recipe_named_after_itself(configs: pathlib.Path) -> None:
+    files = sorted(configs.glob("*.py"))
+    assert len(files) == 19
+    for file in files:
+        settings = config.load(file)
+        assert settings.name == file.stem
+        models.build(settings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.dtyp": "x"}, "no setting model.dtyp: did you mean model.dtype?"),
+        ({"modle.dtype": "x"}, "did you mean model.dtype?"),
+        ({"data.rooot": "x"}, "did you mean data.root?"),
+        ({"zzzzzzzzzz": "1"}, "see topformer_jax/config.py"),
+        ({"model": "1"}, "no setting model"),
+        ({"batch_size": "many"}, "batch_size cannot be 'many': expected a value like 16 (int)"),
+        ({"batch_size": "1.5"}, "expected a value like 16 (int)"),
+        ({"batch_size": "none"}, "expected a value like 16 (int)"),
+        ({"data.crop": "512"}, "expected a value like (512, 512) (tuple)"),
+        ({"model.width": "wide"}, "model.width cannot be 'wide': expected a number"),
+        ({"model.depthwise_head": "yes"}, "expected a value like False (bool)"),
+        ({"model.depthwise_head": 1}, "expected a value like False (bool)"),
+    ],
+)
+def test_wrong_settings(overrides: dict, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        config.load(config.ade20k("base"), overrides)
+    assert message in str(error.value)
+
+
+def test_right_settings_from_text_and_from_values() -> None:
+    text = {
+        "batch_size": "32",
+        "schedule.learning_rate": "1",
+        "data.crop": "(64, 96)",
+        "model.depthwise_head": "true",
+        "model.width": "64",
+        "data.root": "/some/where",
+    }
+    settings = config.load(config.ade20k("base"), text)
+    assert (settings.batch_size, settings.schedule.learning_rate, settings.data.crop) == (32, 1.0, (64, 96))
+    assert isinstance(settings.schedule.learning_rate, float)
+    assert (settings.model.depthwise_head, settings.model.width) == (True, 64)
+    assert settings.data.root == "/some/where"
+    assert config.load(settings, {"model.width": None, "data.crop": [32, 32]}).model.width is None
+    assert config.ade20k("base").batch_size == 16  # the source is left alone
+
+
+def test_wrong_files(configs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"no config file .*did you mean .*topformer_b_ade\.py"):
+        config.load(configs / "topformer_b_ad.py")
+    with pytest.raises(UserError, match="give the path"):
+        config.load(tmp_path / "nothing.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match="must define get_config"):
+        config.load(tmp_path / "empty.py")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(SyntaxError):
+        config.load(tmp_path / "broken.py")
+    (tmp_path / "other.py").write_text("def get_config():\n    return {}\n")
+    with pytest.raises(UserError, match="must define get_config"):
+        config.load(tmp_path / "other.py")
+
+
+def test_a_config_is_locked() -> None:
+    settings = config.ade20k("base")
+    assert isinstance(settings, ConfigDict)
+    with pytest.raises(AttributeError):
+        settings.nothing = 1

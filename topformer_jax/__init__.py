@@ -1,0 +1,43 @@
+"""TopFormer in JAX: `load(config, checkpoint)` gives a model; commands are `python -m topformer_jax.NAME`."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from topformer_jax.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from topformer_jax.models import Classifier, Segmenter
+
+
+def load(
+    config: "str | os.PathLike[str] | ConfigDict",
+    checkpoint: "str | os.PathLike[str] | None" = None,
+    **overrides: Any,
+) -> "Segmenter | Classifier":
+    """The model of a config, ready for inference.
+
+    A segmenter takes float32 images `[n, h, w, 3]`, RGB, normalised as the config's data set asks, of any
+    size from 32x32 up, and returns logits `[n, ceil(h / 8), ceil(w / 8), classes]`; a classifier returns
+    `[n, classes]`. Compile it for speed: `jax.jit` or `nnx.jit` of a function that calls it.
+
+    Args:
+        config: the path of a config file, or a config.
+        checkpoint: a `.pth` file or an Orbax folder; fresh weights from `config.seed` without one.
+        overrides: settings by dotted key, e.g. `**{"model.dtype": "bfloat16"}`.
+
+    Raises:
+        UserError: the config or the checkpoint is wrong, or they do not fit each other.
+    """
+    from topformer_jax import checkpoint as checkpoint_lib
+    from topformer_jax import config as config_lib
+    from topformer_jax import convert, models
+
+    settings = config_lib.load(config, overrides)
+    model = models.build(settings)
+    if checkpoint is not None:
+        tensors, _ = convert.read(checkpoint, model, settings)
+        checkpoint_lib.assign(model, tensors)
+    model.eval()
+    return model

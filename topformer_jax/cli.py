@@ -1,0 +1,69 @@
+"""What every command's main() shares: a parser that knows --config, and errors of one line."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that also takes `--config FILE` and `--config.KEY=VALUE` overrides."""
+
+    def __init__(self, description: str | None, *, config_required: bool = True):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            epilog="Any setting of the config can be changed: --config.KEY=VALUE (topformer_jax/config.py).",
+        )
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            required=config_required,
+            help="a recipe, e.g. configs/topformer_b_ade.py",
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict | None]:
+        """The arguments, and the config with its overrides (None where none was asked for)."""
+        rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
+        args = self.parse_args(rest)
+        if args.config is None:
+            if overrides:
+                raise UserError(f"--config.{next(iter(overrides))} needs --config FILE to change")
+            return args, None
+        return args, config_lib.load(args.config, overrides)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with 130."""
+    try:
+        main()
+    except UserError as error:
+        print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the arguments."""
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
+            value = following
+        overrides[key] = value
+    return rest, overrides

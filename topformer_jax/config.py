@@ -1,0 +1,203 @@
+"""Every setting with its unit and default, and the recipes that the files in configs/ call.
+
+A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE` and any number of
+`--config.KEY=VALUE`; `load` takes the same as a dictionary. An unknown key is refused.
+"""
+
+import ast
+import difflib
+import pathlib
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from topformer_jax.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """All settings, with the values that most of the official recipes share."""
+    config = ConfigDict()
+    config.name = ""  # of the recipe; names the work directory
+    config.task = "segmentation"  # or "classification"
+    config.seed = 0  # of weights, shuffling and augmentation
+
+    config.model = model = ConfigDict()
+    model.variant = "tiny"  # tiny, small, base
+    model.classes = 150
+    model.injection = "multi_sum"  # multi_sum, multi_sum_cbr, fuse_sum, fuse_multi
+    model.width = config_dict.placeholder(int)  # channels of injections and head; None: the variant's own
+    model.depthwise_head = False  # fuse the head's maps with one weight a channel
+    model.drop_path = 0.1  # probability at the last block, 0 at the first
+    model.dropout = 0.1  # probability that a sample loses a channel before the classifier
+    model.dtype = "float32"  # of activations: float32, bfloat16, float64
+    model.param_dtype = "float32"  # of parameters and BatchNorm statistics: float32, float64
+    model.precision = "highest"  # of float32 products: highest (full float32), high, default (TF32, bfloat16)
+    model.depthwise = "auto"  # auto, shifted, library: ops/depthwise.py
+
+    config.data = data = ConfigDict()
+    data.dataset = "ade20k"
+    data.root = ""  # the folder as mmsegmentation lays it out
+    data.zero_label_void = False  # label 0 becomes void (255), all others go down by one
+    data.crop = (512, 512)  # pixels, (height, width)
+    data.scale = (2048, 512)  # pixels, (long, short) side that a training image is fitted into
+    data.ratio = (0.5, 2.0)  # the range of the factor on `scale`
+    data.category_share = 0.75  # a crop is redrawn while one class has this share of it or more
+
+    config.batch_size = 16  # images, over all devices
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.01  # decoupled, times the learning rate
+    optimizer.head_multiplier = 10.0  # of the learning rate of decode_head
+
+    config.schedule = schedule = ConfigDict()
+    schedule.steps = 160_000
+    schedule.learning_rate = 1.2e-4  # before the head's multiplier
+    schedule.power = 1.0  # of the polynomial decay to 0
+    schedule.warmup_steps = 1500
+    schedule.warmup_ratio = 1e-6  # of the learning rate at step 0
+
+    config.evaluation = evaluation = ConfigDict()
+    evaluation.scale = (2048, 512)  # pixels, (long, short) side that an image is fitted into
+    evaluation.align = 1  # resize again, up to multiples of this many pixels
+    return config
+
+
+def ade20k(variant: str, *, size: int = 512) -> ConfigDict:
+    """ADE20K, 150 classes: 160k steps of batch 16 on `size` x `size` crops."""
+    config = _recipe("ade", variant, 150, "ade20k", "data/ade/ADEChallengeData2016")
+    if size != 512:
+        config.name += str(size)
+    config.data.zero_label_void = True
+    config.data.crop = (size, size)
+    config.data.scale = config.evaluation.scale = (2048, size)
+    config.evaluation.align = 32
+    config.schedule.learning_rate = 3e-4 if variant == "tiny" else 1.2e-4
+    return config.lock()
+
+
+def cityscapes(variant: str) -> ConfigDict:
+    """Cityscapes, 19 classes: batch 8 on 512 x 1024 crops; Tiny and Small 160k steps, Base 80k.
+
+    The official Base has heads 128 wide and fits its training images into 512 x 512; no head is depthwise.
+    """
+    config = _recipe("cityscapes", variant, 19, "cityscapes", "data/cityscapes")
+    config.model.depthwise_head = False
+    config.data.crop = (512, 1024)
+    config.data.scale = config.evaluation.scale = (1024, 512)
+    config.batch_size = 8
+    config.schedule.learning_rate = 3e-4
+    if variant == "base":
+        config.model.width = 128
+        config.data.scale = (512, 512)
+        config.schedule.steps = 80_000
+    return config.lock()
+
+
+def pascal_context(variant: str, *, classes: int) -> ConfigDict:
+    """PASCAL Context, 60 classes, or 59 (background is void): 80k steps of batch 16 on 480 x 480 crops."""
+    config = _recipe(f"context{classes}", variant, classes, f"context{classes}", "data/VOCdevkit/VOC2010")
+    config.data.zero_label_void = classes == 59
+    config.data.crop = (480, 480)
+    config.data.scale = config.evaluation.scale = (520, 520)
+    config.schedule.steps = 80_000
+    return config.lock()
+
+
+def coco_stuff10k(variant: str) -> ConfigDict:
+    """COCO-Stuff 10k, 171 classes: 80k steps of batch 16 on 512 x 512 crops."""
+    config = _recipe("cocostuff10k", variant, 171, "cocostuff10k", "data/coco_stuff10k")
+    config.data.zero_label_void = True
+    config.schedule.steps = 80_000
+    return config.lock()
+
+
+def imagenet(variant: str) -> ConfigDict:
+    """The ImageNet classifier, 1000 classes at 224 x 224: what the published backbones were trained as."""
+    config = _recipe("imagenet", variant, 1000, "imagenet", "data/imagenet")
+    config.task = "classification"
+    config.data.crop = (224, 224)
+    return config.lock()
+
+
+def _recipe(name: str, variant: str, classes: int, dataset: str, root: str) -> ConfigDict:
+    config = base_config()
+    config.name = f"topformer_{variant[0]}_{name}"
+    config.model.variant = variant
+    config.model.classes = classes
+    config.model.depthwise_head = variant == "tiny"
+    config.data.dataset = dataset
+    config.data.root = root
+    return config
+
+
+def load(source: str | pathlib.Path | ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+    """Reads a config file (a Python file with `get_config()`) or copies a config, and changes settings.
+
+    Args:
+        source: the file's path, or a config.
+        overrides: values by dotted key. Text is read as the setting's type: "0.1", "(512, 512)", "true".
+
+    Raises:
+        UserError: there is no such file, it has no `get_config`, or a key or a value's type does not exist.
+    """
+    config = source if isinstance(source, ConfigDict) else _read(pathlib.Path(source))
+    config = config.copy_and_resolve_references().lock()
+    keys = _flat_keys(config.to_dict())
+    optional = {key for key, value in _flat_keys(base_config().to_dict()).items() if value is None}
+    for key, value in (overrides or {}).items():
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1, cutoff=0.4)
+            hint = f"did you mean {near[0]}?" if near else "see topformer_jax/config.py for all of them"
+            raise UserError(f"there is no setting {key}: {hint}")
+        old = keys[key]
+        new = _read_value(key, value, old) if isinstance(value, str) and not isinstance(old, str) else value
+        if isinstance(old, tuple) and isinstance(new, list):
+            new = tuple(new)
+        if new is None and key not in optional:
+            raise _wrong_type(key, value, old)
+        try:
+            config.update_from_flattened_dict({key: new})
+        except (TypeError, ValueError):
+            raise _wrong_type(key, value, old) from None
+    return config
+
+
+def _read(path: pathlib.Path) -> ConfigDict:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], 1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a file in configs/"
+        raise UserError(f"there is no config file {path}: {hint}")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} is no config file: it must define get_config() that returns a ConfigDict")
+    return config
+
+
+def _flat_keys(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of all settings that hold a value rather than other settings."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_value(key: str, text: str, old: Any) -> Any:
+    """Text from a command line as a value of the kind that the setting holds."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise _wrong_type(key, text, old) from None
+
+
+def _wrong_type(key: str, value: Any, old: Any) -> UserError:
+    kind = "a number" if old is None else f"a value like {old!r} ({type(old).__name__})"
+    return UserError(f"{key} cannot be {value!r}: expected {kind}")

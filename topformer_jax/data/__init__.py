@@ -1,0 +1,1 @@
+"""Data: what the sets are. Knows no model and no mesh."""

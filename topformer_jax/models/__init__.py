@@ -1,0 +1,80 @@
+"""The paper's figure, a file a box; and what turns a config into a model and a model into named tensors."""
+
+import difflib
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+
+from topformer_jax.errors import UserError
+from topformer_jax.models.classifier import Classifier
+from topformer_jax.models.injection import INJECTIONS
+from topformer_jax.models.layers import Numerics
+from topformer_jax.models.topformer import VARIANTS, Segmenter
+from topformer_jax.ops.depthwise import METHODS
+
+DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+PRECISIONS = ("highest", "high", "default")
+
+
+def build(config: ConfigDict) -> Segmenter | Classifier:
+    """The freshly initialised model of a config, in training mode; `config.seed` draws its weights.
+
+    Raises:
+        UserError: a setting of `config.model` has a value that does not exist.
+    """
+    settings = config.model
+    for key, known in (
+        ("variant", VARIANTS),
+        ("injection", INJECTIONS),
+        ("dtype", DTYPES),
+        ("param_dtype", ("float32", "float64")),
+        ("precision", PRECISIONS),
+        ("depthwise", METHODS),
+    ):
+        _check_choice(f"model.{key}", settings[key], known)
+    if (
+        "float64" in (settings.dtype, settings.param_dtype)
+        and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
+    ):
+        raise UserError("float64 was asked for, but JAX is in 32-bit mode: set JAX_ENABLE_X64=1")
+    numerics = Numerics(
+        DTYPES[settings.dtype], DTYPES[settings.param_dtype], settings.precision, settings.depthwise
+    )
+    variant = VARIANTS[settings.variant]
+    rng = np.random.default_rng(config.seed)
+    if config.task == "classification":
+        return Classifier(variant, settings.classes, drop_path=settings.drop_path, numerics=numerics, rng=rng)
+    _check_choice("task", config.task, ("segmentation", "classification"))
+    return Segmenter(
+        variant,
+        settings.classes,
+        injection=settings.injection,
+        width=settings.width,
+        depthwise_head=settings.depthwise_head,
+        drop_path=settings.drop_path,
+        dropout=settings.dropout,
+        numerics=numerics,
+        rng=rng,
+    )
+
+
+def tensors(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every parameter and BatchNorm statistic of a model by its official name: `backbone.tpm.stem.0.c.weight`.
+
+    Names are the official checkpoints'; layouts are ours (`[k, k, in / groups, out]`, `[in, out]`).
+    """
+    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {".".join(map(str, path)): variable for path, variable in state}
+
+
+def _check_choice(key: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{key} is {value!r}: {hint}expected one of {', '.join(known)}")

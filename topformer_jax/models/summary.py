@@ -1,0 +1,82 @@
+"""Parameters and multiply-adds, a module at a time."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from topformer_jax.models import build, tensors
+
+
+def summary(config: ConfigDict, size: tuple[int, int]) -> str:
+    """A table of the model's modules: parameters, and millions of multiply-adds for one image of `size`.
+
+    Multiply-adds are those of convolutions and matrix products, as papers count them; the products that resize
+    and pool (interpolation elsewhere) stand in a column of their own. Parameters leave out BatchNorm statistics.
+    """
+    # Counted in the library's form: the shifted form of a depthwise convolution has no convolution in it.
+    config = config.copy_and_resolve_references()
+    config.model.depthwise = "library"
+    model = build(config)
+    model.eval()
+    parameters: Counter[str] = Counter()
+    for name, variable in tensors(model).items():
+        if isinstance(variable, nnx.Param):
+            parameters[_module(name.removeprefix("backbone.").split("."))] += variable.size
+    graphdef, state = nnx.split(model)
+    images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+    program = jax.make_jaxpr(lambda state, images: nnx.merge(graphdef, state)(images))(state, images)
+    network: Counter[str] = Counter()
+    resampling: Counter[str] = Counter()
+    for scopes, count in _products(program.jaxpr, ()):
+        (resampling if {"resize", "pool"} & set(scopes) else network)[_module(scopes)] += count
+
+    title = f"TopFormer {config.model.variant}, {config.model.classes} classes, {size[0]} x {size[1]}"
+    rows = [("module", "parameters", "multiply-adds M", "resampling M")]
+    for module in [*dict.fromkeys([*network, *parameters, *resampling])]:
+        rows.append(
+            (
+                module,
+                f"{parameters[module]:,}",
+                f"{network[module] / 1e6:,.1f}",
+                f"{resampling[module] / 1e6:,.1f}",
+            )
+        )
+    totals = [sum(counts.values()) for counts in (parameters, network, resampling)]
+    rows.append(("total", f"{totals[0]:,}", f"{totals[1] / 1e6:,.1f}", f"{totals[2] / 1e6:,.1f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return "\n".join([title, *lines])
+
+
+def _module(path: Any) -> str:
+    """The box of the figure that a parameter or a named scope belongs to."""
+    return next(
+        (part for part in path if part in ("tpm", "ppa", "trans", "SIM", "decode_head", "head")), "other"
+    )
+
+
+def _products(jaxpr: Any, scopes: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The named scopes and the multiply-adds of every convolution and matrix product, calls followed."""
+    for equation in jaxpr.eqns:
+        inner = scopes + tuple(str(equation.source_info.name_stack).split("/"))
+        operands = [variable.aval.shape for variable in equation.invars]
+        out = int(np.prod(equation.outvars[0].aval.shape)) if equation.outvars else 0
+        if equation.primitive.name == "conv_general_dilated":
+            yield inner, out * int(np.prod(operands[1][:3]))  # the kernel is [k, k, in / groups, out]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            yield inner, out * int(np.prod([operands[0][axis] for axis in contracted]))
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from _products(value.jaxpr, inner)

@@ -1,0 +1,73 @@
+"""The token pyramid (paper, section 3.1): a stem and inverted residual blocks, tapped at strides 4 to 32."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from topformer_jax.models.layers import ConvBN, Numerics, in_turn, make_divisible
+
+
+class Block(NamedTuple):
+    """One row of the paper's table: depthwise kernel, expansion ratio, output channels, stride."""
+
+    kernel: int
+    expansion: int
+    channels: int
+    stride: int
+
+
+class InvertedResidual(nnx.Module):
+    """Expand 1x1 (left out at ratio 1), depthwise k x k, project 1x1; ReLU after the first two.
+
+    The input is added where the shapes allow it: stride 1 and as many channels out as in.
+    """
+
+    def __init__(self, inputs: int, block: Block, *, numerics: Numerics, rng: np.random.Generator):
+        hidden = make_divisible(block.expansion * inputs)
+        self.residual = block.stride == 1 and inputs == block.channels
+        expand = [ConvBN(inputs, hidden, numerics=numerics, rng=rng), jax.nn.relu]
+        self.conv = nnx.List(
+            [
+                *(expand if block.expansion != 1 else []),
+                ConvBN(hidden, hidden, block.kernel, block.stride, hidden, numerics=numerics, rng=rng),
+                jax.nn.relu,
+                ConvBN(hidden, block.channels, numerics=numerics, rng=rng),
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width channels"]:
+        y = in_turn(self.conv, x)
+        return x + y if self.residual else y
+
+
+class TokenPyramid(nnx.Module):
+    """The stem (3x3, stride 2, 16 channels) and the blocks, named `layer1`, `layer2`, ... as they are officially.
+
+    Args:
+        blocks: the rows of the variant's table.
+        taps: after which blocks (counted from 0) the tokens of each scale are taken.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], taps: Sequence[int], *, numerics: Numerics, rng: np.random.Generator
+    ):
+        inputs = 16
+        self.depth = len(blocks)
+        self.taps = tuple(taps)
+        self.stem = nnx.List([ConvBN(3, inputs, 3, 2, numerics=numerics, rng=rng), jax.nn.relu])
+        for index, block in enumerate(blocks):
+            setattr(self, f"layer{index + 1}", InvertedResidual(inputs, block, numerics=numerics, rng=rng))
+            inputs = block.channels
+
+    def __call__(self, images: Float[Array, "n h w 3"]) -> list[Float[Array, "n _h _w _c"]]:
+        x = in_turn(self.stem, images)
+        tokens = []
+        for index in range(self.depth):
+            x = getattr(self, f"layer{index + 1}")(x)
+            if index in self.taps:
+                tokens.append(x)
+        return tokens

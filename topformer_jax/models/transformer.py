@@ -1,0 +1,98 @@
+"""The scale-aware semantics extractor (paper, section 3.2): transformer blocks of 1x1 convolutions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from topformer_jax.models.layers import Conv, ConvBN, Numerics, RandomDrop, in_turn, relu6
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all pixels, `softmax(q k^T) v`, then ReLU6 and a 1x1 ConvBN.
+
+    There is no scale factor under the softmax: the official code computes one and never uses it. The softmax
+    is in at least float32. Channels of q, k and v are ordered (head, channel).
+    """
+
+    def __init__(
+        self, features: int, heads: int, key: int, value: int, *, numerics: Numerics, rng: np.random.Generator
+    ):
+        self.heads = heads
+        self.numerics = numerics
+        self.to_q = ConvBN(features, heads * key, numerics=numerics, rng=rng)
+        self.to_k = ConvBN(features, heads * key, numerics=numerics, rng=rng)
+        self.to_v = ConvBN(features, heads * value, numerics=numerics, rng=rng)
+        self.proj = nnx.List([relu6, ConvBN(heads * value, features, numerics=numerics, rng=rng)])
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        n, h, w, _ = x.shape
+        numerics = self.numerics
+
+        def split(y: Array) -> Array:
+            return y.reshape(n, h * w, self.heads, -1).transpose(0, 2, 1, 3)  # [n, heads, h*w, channels]
+
+        query, key, value = split(self.to_q(x)), split(self.to_k(x)), split(self.to_v(x))
+        scores = jnp.matmul(
+            query,
+            key.swapaxes(2, 3),
+            precision=numerics.product_precision,
+            preferred_element_type=numerics.wide,
+        )
+        weights = jax.nn.softmax(scores, axis=-1).astype(numerics.dtype)
+        y = jnp.matmul(weights, value, precision=numerics.product_precision)
+        return in_turn(self.proj, y.transpose(0, 2, 1, 3).reshape(n, h, w, -1))
+
+
+class Mlp(nnx.Module):
+    """1x1 ConvBN, depthwise 3x3 with a bias and no norm, ReLU6, 1x1 ConvBN."""
+
+    def __init__(self, features: int, hidden: int, *, numerics: Numerics, rng: np.random.Generator):
+        self.fc1 = ConvBN(features, hidden, numerics=numerics, rng=rng)
+        self.dwconv = Conv(hidden, hidden, 3, groups=hidden, bias=True, numerics=numerics, rng=rng)
+        self.fc2 = ConvBN(hidden, features, numerics=numerics, rng=rng)
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        return self.fc2(relu6(self.dwconv(self.fc1(x))))
+
+
+class TransformerBlock(nnx.Module):
+    """Attention and MLP, a residual around each, with drop path (whole branch, per sample) on both."""
+
+    def __init__(
+        self, features: int, heads: int, drop_path: float, *, numerics: Numerics, rng: np.random.Generator
+    ):
+        self.attn = Attention(features, heads, key=16, value=32, numerics=numerics, rng=rng)
+        self.mlp = Mlp(features, 2 * features, numerics=numerics, rng=rng)
+        self.drop_path = RandomDrop(drop_path, shared=(1, 2, 3))
+
+    def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
+        x = x + self.drop_path(self.attn(x), rngs)
+        return x + self.drop_path(self.mlp(x), rngs)
+
+
+class Transformer(nnx.Module):
+    """`depth` blocks whose drop-path rates rise linearly from 0 to `drop_path`."""
+
+    def __init__(
+        self,
+        features: int,
+        heads: int,
+        *,
+        depth: int = 4,
+        drop_path: float = 0.1,
+        numerics: Numerics,
+        rng: np.random.Generator,
+    ):
+        self.transformer_blocks = nnx.List(
+            [
+                TransformerBlock(features, heads, float(rate), numerics=numerics, rng=rng)
+                for rate in np.linspace(0, drop_path, depth)
+            ]
+        )
+
+    def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
+        for block in self.transformer_blocks:
+            x = block(x, rngs)
+        return x
