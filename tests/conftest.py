@@ -8,6 +8,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -62,6 +62,13 @@ def test_which_form_runs_on_a_cpu(method: str, convolutions: int) -> None:
     assert text.count("stablehlo.convolution") == convolutions
 
 
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 1), ("tpu", 1)])
+def test_which_form_auto_chooses(platform: str, convolutions: int) -> None:
+    program = jax.jit(depthwise_conv).trace(jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4)))
+    text = program.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+
+
 def test_unknown_method() -> None:
     with pytest.raises(ValueError, match="expected one of auto, shifted, library"):
         depthwise_conv(jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4)), method="fast")

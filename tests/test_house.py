@@ -17,8 +17,19 @@ ALLOWED = {
     "cli": {"config"},
     "errors": set(),
     "version": set(),
+    "optimizer": set(),
+    "metrics": set(),
+    "logs": set(),
+    "sharding": set(),
+    "inference": {"data", "metrics", "models", "ops"},
+    "step": {"data", "models", "ops", "optimizer", "sharding"},
+    # Commands. Training starts from a PyTorch file too, which the converter reads.
     "convert": {"checkpoint", "cli", "data", "models", "version"},
-    "benchmark": {"cli", "ops"},
+    "benchmark": {"cli", "config", "ops", "sharding", "step"},
+    "train": {
+        *("checkpoint", "cli", "convert", "data", "inference", "logs", "metrics", "models"),
+        *("sharding", "step"),
+    },
     "__init__": {"checkpoint", "config", "convert", "models", "version"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

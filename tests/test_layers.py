@@ -56,13 +56,13 @@ def test_batch_norm_takes_its_statistics_in_float32() -> None:
 
 @pytest.mark.parametrize(("ours", "theirs"), [(relu6, F.relu6), (hsigmoid, lambda x: F.relu6(x + 3) / 6)])
 def test_activations_and_their_corners(ours, theirs) -> None:  # type: ignore[no-untyped-def]
-    points = np.array([-4, -3, -1, 0, 0.5, 3, 5.5, 6, 7], np.float32)
+    points = np.array([-4, -3, -1, 0, 0.5, 3, 5.5, 6, 7, np.nan], np.float32)
     leaf = torch.tensor(points, requires_grad=True)
     theirs(leaf).sum().backward()
     assert leaf.grad is not None
     np.testing.assert_allclose(ours(jnp.asarray(points)), theirs(leaf).detach().numpy(), rtol=1e-6)
     gradient = jax.grad(lambda x: ours(x).sum())(jnp.asarray(points))
-    np.testing.assert_allclose(gradient, leaf.grad.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(gradient[:-1], leaf.grad.numpy()[:-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("shared", "shape"), [((1, 2, 3), (64, 1, 1, 1)), ((1, 2), (64, 1, 1, 16))])

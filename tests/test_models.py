@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import jax
@@ -272,6 +273,16 @@ def test_bfloat16_keeps_statistics_softmax_and_logits_in_float32() -> None:
     assert all(v.dtype in (np.float32, np.int32) for v in models.tensors(model).values())
 
 
+def test_models_of_one_config_share_a_program_and_show_nan() -> None:
+    first, second = load(config.ade20k("tiny")), load(config.ade20k("tiny"))
+    assert nnx.graphdef(first) == nnx.graphdef(second)
+    weight = models.tensors(first)["backbone.trans.transformer_blocks.0.attn.to_q.c.weight"]
+    weight.set_value(jnp.full_like(weight.get_value(), jnp.nan))
+    assert np.isnan(run(first, np.ones((1, 64, 64, 3), np.float32))).any()
+    with pytest.raises(ValueError, match=r"expected \[n, h, w, 3\]|Type-check"):
+        first(np.ones((1, 3, 64, 64), np.float32))
+
+
 def test_dropout_needs_a_key_and_follows_it() -> None:
     model = models.build(settings_for("tiny", model__drop_path=0.5))
     graphdef, state = nnx.split(model)
@@ -296,10 +307,14 @@ def test_dropout_needs_a_key_and_follows_it() -> None:
         ("model.depthwise", "fast", "expected one of auto, shifted, library"),
         ("model.precision", "tf32", "expected one of highest, high, default"),
         ("model.dtype", "float64", "JAX_ENABLE_X64"),
+        ("model.classes", 0, "expected 1 or more"),
+        ("model.width", 0, "expected 1 or more, or none"),
+        ("model.dropout", 1.0, "expected a probability below 1"),
+        ("seed", -1, "expected 0 or more"),
         ("task", "detection", "expected one of segmentation, classification"),
     ],
 )
-def test_settings_that_do_not_exist(key: str, value: str, hint: str) -> None:
+def test_settings_that_do_not_exist(key: str, value: Any, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
         load(config.ade20k("tiny"), **{key: value})
 

@@ -2,14 +2,17 @@
 
 A checkpoint folder holds one folder a step; each step holds `model`, a flat dictionary of tensors by official
 name in our layout, and metadata: `config` (the settings it belongs to) and `meta` (what an mmcv file tells
-of itself: epoch, iteration, classes, ...).
+of itself: epoch, iteration, classes, ...). Training adds `average` (the averaged tensors, where they are on)
+and `optimizer`; whoever reads a model gets the averaged one where there is one.
 """
 
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -32,6 +35,9 @@ def save_model(
     if (directory / str(step)).exists():
         raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
     try:
+        # Orbax would try for minutes, in the background, before it says that it cannot write.
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=directory).cleanup()
         with _checkpointer(directory) as checkpointer:
             checkpointer.save_checkpointables(step, {"model": dict(tensors)}, custom_metadata=metadata)
     except OSError as error:
@@ -47,23 +53,31 @@ def read_model(directory: str | pathlib.Path) -> tuple[dict[str, np.ndarray], di
     directory = pathlib.Path(directory).absolute()
     if not directory.is_dir():
         raise UserError(f"there is no checkpoint {directory}: expected a .pth file or an Orbax folder")
-    root, step = (directory.parent, int(directory.name)) if directory.name.isdigit() else (directory, None)
-    with _checkpointer(root) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-        step = step if step is not None else max(steps, default=None)
-        if step not in steps:
-            raise UserError(f"{directory} holds no checkpoint: expected step folders written by this project")
-        try:
+    if (directory / "checkpoints").is_dir():  # a training run's work directory
+        directory = directory / "checkpoints"
+    is_step = (directory / "_CHECKPOINT_METADATA").exists() and directory.name.isdigit()
+    root = directory.parent if is_step else directory
+    try:
+        with _checkpointer(root) as checkpointer:
+            steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+            step = int(directory.name) if is_step else max(steps, default=None)
+            if step not in steps:
+                raise UserError(
+                    f"{directory} holds no checkpoint: expected step folders written by this project"
+                )
             stored = checkpointer.checkpointables_metadata(step)
-            shapes = stored.metadata["model"]
+            part = "average" if "average" in stored.metadata else "model"
+            shapes = stored.metadata[part]
             wanted = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in shapes.items()}
-            loaded = checkpointer.load_checkpointables(step, {"model": wanted})
-        except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{root / str(step)} is damaged or of another kind: {reason}") from error
-    return {
-        name: np.asarray(tensor) for name, tensor in loaded["model"].items()
-    }, stored.custom_metadata or {}
+            loaded = checkpointer.load_checkpointables(step, {part: wanted})
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {directory}: {error.strerror or error}") from None
+    except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{directory} is damaged, or no checkpoint of this project: {reason}") from error
+    return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, stored.custom_metadata or {}
 
 
 def require_fit(
@@ -71,7 +85,6 @@ def require_fit(
     wanted: Mapping[str, Shape],
     source: str,
     *,
-    fresh: Iterable[str] = (),
     hint: Callable[[], str] = lambda: "give the config that this checkpoint was made with",
 ) -> None:
     """Checks that every tensor has exactly one place and every place its tensor, or names all that do not.
@@ -80,13 +93,11 @@ def require_fit(
         found: names and shapes of what was read.
         wanted: names and shapes of what the model has.
         source: what was read, for the message.
-        fresh: names that need no tensor and take none.
         hint: what to do about a misfit; called only if there is one.
 
     Raises:
         UserError: something is missing, left over or of another shape.
     """
-    wanted = {name: shape for name, shape in wanted.items() if name not in set(fresh)}
     missing = [name for name in wanted if name not in found]
     left_over = [name for name in found if name not in wanted]
     misshapen = [name for name in wanted if name in found and found[name] != wanted[name]]
@@ -112,10 +123,84 @@ def assign(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
         places[name].set_value(jnp.asarray(tensor.astype(places[name].dtype, copy=False)))
 
 
-def _checkpointer(directory: pathlib.Path) -> ocp.training.Checkpointer:
+def _checkpointer(directory: pathlib.Path, preservation: Any = None) -> ocp.training.Checkpointer:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every folder it opens
-    return ocp.training.Checkpointer(directory)
+    return ocp.training.Checkpointer(
+        directory.absolute(),
+        preservation_policy=preservation,
+        cleanup_tmp_directories=preservation is not None,
+    )
 
 
 def _shape(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "scalar"
+
+
+class Checkpoints:
+    """The checkpoints of a training run: the newest ones and the best one, written in the background.
+
+    Every process of a run makes one on the same folder and calls the same methods in the same order.
+    """
+
+    def __init__(self, directory: pathlib.Path, kept: int):
+        self.directory = directory
+        policies = ocp.training.preservation_policies
+        self._checkpointer = _checkpointer(
+            directory,
+            policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(kept),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics["miou"],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and mIoU of the best checkpoint that was evaluated."""
+        found = [(c.metrics["miou"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        return (max(found)[1], max(found)[0]) if found else None
+
+    def save(
+        self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any], miou: float | None = None
+    ) -> None:
+        """Starts to write one step; the arrays are copied before this returns, so they may be donated."""
+        metrics = None if miou is None else {"miou": miou}
+        self._checkpointer.save_checkpointables_async(
+            step, _filled(trees), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
+        )
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The settings of the run that wrote a step."""
+        stored = self._checkpointer.checkpointables_metadata(step)
+        return (stored.custom_metadata or {}).get("config", {})
+
+    def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """One step's trees, with the dtypes and the layout on devices of the ones given."""
+
+        def abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+        wanted = jax.tree.map(abstract, _filled(like))
+        return {**like, **self._checkpointer.load_checkpointables(step, wanted)}
+
+    def wait(self) -> None:
+        """Returns when what was started is written."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder."""
+        self._checkpointer.close()
+
+
+def _filled(trees: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}

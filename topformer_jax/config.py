@@ -8,6 +8,7 @@ import ast
 import difflib
 import pathlib
 import runpy
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,28 +39,57 @@ def base_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.dataset = "ade20k"
-    data.root = ""  # the folder as mmsegmentation lays it out
+    data.source = "folder"  # folder, array_record (scripts/build_dataset.py), shapes (synthetic)
+    data.root = ""  # the folder as mmsegmentation lays it out, or what build_dataset.py wrote
+    data.class_names = ()  # of data.dataset="custom", in label order; empty: the lines of <root>/classes.txt
     data.zero_label_void = False  # label 0 becomes void (255), all others go down by one
     data.crop = (512, 512)  # pixels, (height, width)
     data.scale = (2048, 512)  # pixels, (long, short) side that a training image is fitted into
     data.ratio = (0.5, 2.0)  # the range of the factor on `scale`
     data.category_share = 0.75  # a crop is redrawn while one class has this share of it or more
+    data.flip = 0.5  # probability of a horizontal flip
+    data.photometric = True  # brightness, contrast, saturation and hue, each with probability 0.5
+    data.skip_unreadable = False  # train on the next example instead of stopping, and count it
+    data.workers = 4  # processes that make batches, on each host; 0: threads of the training process
+    data.prefetch = 4  # batches made ahead, over all workers, or by as many threads (at most one a core)
+    data.shapes = ConfigDict()
+    data.shapes.train = 2048  # examples
+    data.shapes.validation = 64  # examples
+    data.shapes.size = 160  # pixels, mean height and width
 
-    config.batch_size = 16  # images, over all devices
+    config.batch_size = 16  # images a step, over all devices
+    config.accumulation = 1  # micro-batches that a step's batch is computed in; BatchNorm sees a micro-batch
+    config.loss_mean = "all"  # pixels that divide the loss: all (void ones too, the official way), valid
+    config.ema = 0.0  # decay of the averaged weights, e.g. 0.9999; 0: off
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.01  # decoupled, times the learning rate
+    optimizer.no_decay_norm = False  # leave BatchNorm's scales and biases out of the decay
     optimizer.head_multiplier = 10.0  # of the learning rate of decode_head
+    optimizer.clip_norm = 0.0  # of the gradient of all parameters together; 0: off
 
     config.schedule = schedule = ConfigDict()
     schedule.steps = 160_000
     schedule.learning_rate = 1.2e-4  # before the head's multiplier
-    schedule.power = 1.0  # of the polynomial decay to 0
+    schedule.least_learning_rate = 0.0  # that the decay ends at
+    schedule.power = 1.0  # of the polynomial decay
     schedule.warmup_steps = 1500
     schedule.warmup_ratio = 1e-6  # of the learning rate at step 0
+
+    config.init_from = ""  # a .pth file or a checkpoint folder to start from
+    config.init_part = "all"  # of it: all, all_but_classes (another number of classes), backbone
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # devices that share a batch; -1: all that fsdp leaves
+    mesh.fsdp = 1  # devices that share parameters and optimizer state (and the batch too)
+
+    config.log_every = 50  # steps
+    config.checkpoint_every = 2000  # steps
+    config.checkpoints_kept = 3  # the newest ones; the best one is kept too
+    config.evaluate_every = 16_000  # steps
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.scale = (2048, 512)  # pixels, (long, short) side that an image is fitted into
@@ -117,10 +147,33 @@ def coco_stuff10k(variant: str) -> ConfigDict:
 
 
 def imagenet(variant: str) -> ConfigDict:
-    """The ImageNet classifier, 1000 classes at 224 x 224: what the published backbones were trained as."""
+    """The ImageNet classifier, 1000 classes at 224 x 224, to convert and to run.
+
+    Its training settings are not the published ones: training knows segmentation alone so far.
+    """
     config = _recipe("imagenet", variant, 1000, "imagenet", "data/imagenet")
     config.task = "classification"
     config.data.crop = (224, 224)
+    return config.lock()
+
+
+def shapes() -> ConfigDict:
+    """TopFormer-T on the synthetic shapes (data/shapes.py): shows the whole thing in minutes, without data."""
+    config = _recipe("shapes", "tiny", 10, "shapes", "")
+    config.data.source = "shapes"
+    config.data.workers = 0
+    config.data.crop = (128, 128)
+    config.data.scale = config.evaluation.scale = (176, 160)  # every image's own size
+    config.data.ratio = (0.75, 1.25)
+    # A short run from fresh weights: no regularisation, and one high learning rate for all.
+    config.data.photometric = False
+    config.model.drop_path = config.model.dropout = 0.0
+    config.optimizer.head_multiplier = 1.0
+    config.schedule.learning_rate = 3e-3
+    config.schedule.warmup_steps = 100
+    config.schedule.steps = 2000
+    config.log_every = 20
+    config.checkpoint_every = config.evaluate_every = 500
     return config.lock()
 
 
@@ -148,12 +201,16 @@ def load(source: str | pathlib.Path | ConfigDict, overrides: Mapping[str, Any] |
     config = source if isinstance(source, ConfigDict) else _read(pathlib.Path(source))
     config = config.copy_and_resolve_references().lock()
     keys = _flat_keys(config.to_dict())
-    optional = {key for key, value in _flat_keys(base_config().to_dict()).items() if value is None}
-    for key, value in (overrides or {}).items():
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, 1, cutoff=0.4)
+    known = _flat_keys(base_config().to_dict())
+    optional = {key for key, value in known.items() if value is None}
+    for key in [*keys, *(overrides or {})]:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "see topformer_jax/config.py for all of them"
             raise UserError(f"there is no setting {key}: {hint}")
+    if missing := sorted(set(known) - set(keys)):
+        raise UserError(f"the config has no {missing[0]}: start from a recipe of topformer_jax/config.py")
+    for key, value in (overrides or {}).items():
         old = keys[key]
         new = _read_value(key, value, old) if isinstance(value, str) and not isinstance(old, str) else value
         if isinstance(old, tuple) and isinstance(new, list):
@@ -172,8 +229,15 @@ def _read(path: pathlib.Path) -> ConfigDict:
         near = difflib.get_close_matches(path.name, [other.name for other in path.parent.glob("*.py")], 1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a file in configs/"
         raise UserError(f"there is no config file {path}: {hint}")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    config = get_config() if callable(get_config) else None
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else None
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        reason = (str(error) or type(error).__name__).strip("'\"").split("\n")[0].split("\\n")[0]
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} is no config file: it must define get_config() that returns a ConfigDict")
     return config

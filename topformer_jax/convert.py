@@ -43,6 +43,8 @@ ALIASES = {
 }
 # The layers whose shape is the number of classes.
 CLASS_LAYERS = ("decode_head.conv_seg.", "head.l.")
+PARTS = ("all", "all_but_classes", "backbone")
+TORCH_SUFFIXES = (".pth", ".pt")
 
 
 def from_torch(tensor: np.ndarray) -> np.ndarray:
@@ -61,54 +63,65 @@ def to_torch(tensor: np.ndarray) -> np.ndarray:
     return np.array(tensor, np.int64 if tensor.dtype == np.int32 else tensor.dtype, order="C")
 
 
+def fresh_names(names: Iterable[str], part: str) -> set[str]:
+    """The names of a model's tensors that a start from `part` of a checkpoint leaves fresh."""
+    if part == "backbone":
+        return {name for name in names if not name.startswith(("backbone.tpm.", "backbone.trans."))}
+    return {name for name in names if part == "all_but_classes" and name.startswith(CLASS_LAYERS)}
+
+
 def read(
-    path: str | os.PathLike[str],
-    model: nnx.Module,
-    config: ConfigDict,
-    *,
-    fresh: Iterable[str] = (),
-    unused: tuple[str, ...] = (),
+    path: str | os.PathLike[str], model: nnx.Module, config: ConfigDict, part: str = "all"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads a `.pth` file or an Orbax folder that fits a model exactly.
+    """Reads a `.pth` file or a checkpoint folder that fits a model exactly.
 
     Args:
-        path: the file or the folder.
-        model: whose names and shapes are wanted; its values are not touched.
+        path: the file, or the folder.
+        model: whose names and shapes are wanted, and whose values are taken where the start is fresh.
         config: the model's settings, for the advice when it does not fit.
-        fresh: names that are not read.
-        unused: prefixes of names in the checkpoint that are left unread.
+        part: what to take: "all"; "all_but_classes", leaving the last layer fresh; "backbone", from an ImageNet
+            classifier, leaving injections and head fresh.
 
     Returns:
-        Tensors by official name in our layout, and the checkpoint's `meta`.
+        All of the model's tensors by official name in our layout, and the checkpoint's `meta`.
 
     Raises:
         UserError: it cannot be read, or does not fit.
     """
+    if part not in PARTS:
+        raise UserError(f"init_part is {part!r}: expected one of {', '.join(PARTS)}")
+    if part == "backbone" and config.task != "segmentation":
+        raise UserError(
+            "only a segmenter can start from a classifier's backbone; the config is a classifier's"
+        )
     path = pathlib.Path(path)
-    wanted = {name: np.empty(variable.shape) for name, variable in models.tensors(model).items()}
-    if path.suffix in (".pth", ".pt"):
+    places = models.tensors(model)
+    fresh = fresh_names(places, part)
+    wanted = {name: np.empty(variable.shape) for name, variable in places.items() if name not in fresh}
+    is_file = not path.is_dir()
+    if is_file:
         found, meta = read_pth(path)
-        found = rename(found, wanted)
-        wanted = {
-            name: to_torch(tensor) for name, tensor in wanted.items()
-        }  # shapes are told as the file has them
+        found = rename(found, places)
+        wanted = {name: to_torch(tensor) for name, tensor in wanted.items()}  # told as the file has them
     else:
         found, metadata = checkpoint_lib.read_model(path)
         meta = metadata.get("meta", {})
-    fresh = set(fresh)
-    found = {
-        name: tensor for name, tensor in found.items() if not name.startswith(unused) and name not in fresh
-    }
+        stored = metadata.get("config", {}).get("model", {}).get("injection", config.model.injection)
+        if part != "backbone" and stored != config.model.injection:
+            raise UserError(
+                f"{path} has injection {stored}, the config {config.model.injection}"
+            )  # same shapes
+    unread = ("head.",) if part == "backbone" else ()
+    found = {name: t for name, t in found.items() if name not in fresh and not name.startswith(unread)}
     checkpoint_lib.require_fit(
         {name: tensor.shape for name, tensor in found.items()},
         {name: tensor.shape for name, tensor in wanted.items()},
         str(path),
-        fresh=fresh,
         hint=lambda: _advice(found, config),
     )
-    if path.suffix in (".pth", ".pt"):
+    if is_file:
         found = {name: from_torch(tensor) for name, tensor in found.items()}
-    return found, meta
+    return found | {name: np.asarray(places[name].get_value()) for name in fresh}, meta
 
 
 def read_pth(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -124,7 +137,7 @@ def read_pth(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         if asked is None:
             raise UserError(f"{path} is no PyTorch checkpoint, or a damaged one") from None
         raise UserError(
-            f"{path} is refused: it asks to run {asked[1]}, and only tensors and plain containers are read; "
+            f"{path} is refused: it asks for {asked[1]}, and only tensors and plain containers are read; "
             "save the state dict alone with torch.save, where you trust the file"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -133,14 +146,19 @@ def read_pth(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
         raise UserError(f"{path} holds a {type(content).__name__}: expected a dictionary of tensors")
     key = next((key for key in ("state_dict_ema", "state_dict", "model") if key in content), None)
     states = content if key is None else content[key]
-    if not isinstance(states, dict) or not states or not all(map(torch.is_tensor, states.values())):
+    if (
+        not isinstance(states, dict)
+        or not states
+        or not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in states.items())
+    ):
         known = ", ".join(map(str, list(content)[:8]))
         raise UserError(
             f"{path} holds no state dict: expected tensors under state_dict_ema, state_dict or model, or nothing "
             f"but tensors; found {known}"
         )
-    meta = _plain(content.get("meta", {})) if key is not None else {}
-    return {name: _numpy(tensor, torch) for name, tensor in states.items()}, meta
+    meta = content.get("meta") if key is not None else None
+    tensors = {name: _numpy(name, tensor, torch) for name, tensor in states.items()}
+    return tensors, _plain(meta) if isinstance(meta, dict) else {}
 
 
 def write_pth(path: pathlib.Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
@@ -186,13 +204,14 @@ def main() -> None:
     """The command."""
     parser = cli.Parser(__doc__, config_required=False)
     parser.add_argument("--checkpoint", metavar="PATH", help="a .pth file or an Orbax folder to read")
-    parser.add_argument("--output", metavar="PATH", type=pathlib.Path, help="FILE.pth or a folder to write")
-    parser.add_argument(
+    parser.add_argument("--output", metavar="PATH", help="FILE.pth or a folder to write")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--init-from-classifier",
         action="store_true",
         help="read the backbone from an ImageNet checkpoint; injections and head start fresh",
     )
-    parser.add_argument(
+    start.add_argument(
         "--new-head", action="store_true", help="start the last layer fresh, for another number of classes"
     )
     parser.add_argument("--summary", action="store_true", help="print parameters and multiply-adds and stop")
@@ -208,59 +227,41 @@ def main() -> None:
             raise UserError("--summary needs --config FILE")
         print(summary(config, _size(args.size) if args.size else tuple(config.data.crop)))
         return
-    if args.checkpoint is None or args.output is None:
+    if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")
     source = pathlib.Path(args.checkpoint)
+    part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:
-        if source.suffix in (".pth", ".pt") or args.init_from_classifier or args.new_head:
+        if not source.is_dir() or part != "all":
             raise UserError(f"reading {source} needs --config FILE: the model that its tensors must fit")
         tensors, metadata = checkpoint_lib.read_model(source)
     else:
-        tensors, metadata = _read_for(config, source, args.init_from_classifier, args.new_head)
-    if args.output.suffix in (".pth", ".pt"):
-        write_pth(args.output, tensors, _mmcv_meta(metadata))
+        model = models.build(config)
+        tensors, meta = read(source, model, config, part)
+        print(origin_table(model, part, source))
+        # Iteration and classes are another model's where a part of it is fresh.
+        metadata = {"config": config.to_dict(), "meta": meta if part == "all" else {}}
+    if pathlib.Path(args.output).suffix.lower() in TORCH_SUFFIXES:
+        write_pth(pathlib.Path(args.output), tensors, _mmcv_meta(metadata))
     else:
         checkpoint_lib.save_model(args.output, 0, tensors, metadata)
     print(f"wrote {args.output}: {len(tensors)} tensors")
 
 
-def _read_for(
-    config: ConfigDict, source: pathlib.Path, from_classifier: bool, new_head: bool
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All of a model's tensors, read or fresh as the flags say, with a printed table of which are which."""
-    model = models.build(config)
+def origin_table(model: nnx.Module, part: str, source: object) -> str:
+    """Which of a model's boxes were taken from a checkpoint and which start fresh."""
     places = models.tensors(model)
-    unused: tuple[str, ...] = ()
-    fresh: list[str] = []
-    if from_classifier:
-        if config.task != "segmentation":
-            raise UserError("--init-from-classifier starts a segmenter; this config is a classifier's")
-        unused = ("head.",)
-        fresh = [name for name in places if not name.startswith(("backbone.tpm.", "backbone.trans."))]
-    elif new_head:
-        fresh = [name for name in places if name.startswith(CLASS_LAYERS)]
-    tensors, meta = read(source, model, config, fresh=fresh, unused=unused)
-    print(_table(places, fresh, source))
-    if fresh:
-        meta = {}  # iteration and classes are those of another model
-    tensors |= {name: np.asarray(places[name].get_value()) for name in fresh}
-    return tensors, {"config": config.to_dict(), "meta": meta}
-
-
-def _table(places: Mapping[str, nnx.Variable], fresh: Iterable[str], source: pathlib.Path) -> str:
-    """Which modules were taken from the file and which start fresh."""
-    fresh = set(fresh)
+    fresh = fresh_names(places, part)
     tensors: Counter[tuple[str, bool]] = Counter()
     parameters: Counter[tuple[str, bool]] = Counter()
     for name, variable in places.items():
-        parts = name.split(".")
-        row = (".".join(parts[:2]), name in fresh)
+        row = (".".join(name.split(".")[:2]), name in fresh)
         tensors[row] += 1
         parameters[row] += variable.size if isinstance(variable, nnx.Param) else 0
     lines = [f"{'module':<26}{'tensors':>8}{'parameters':>13}  from"]
-    for row, count in tensors.items():
-        origin = "fresh" if row[1] else str(source)
-        lines.append(f"{row[0]:<26}{count:>8}{parameters[row]:>13,}  {origin}")
+    for (box, is_fresh), count in tensors.items():
+        origin = "fresh" if is_fresh else source
+        lines.append(f"{box:<26}{count:>8}{parameters[box, is_fresh]:>13,}  {origin}")
     return "\n".join(lines)
 
 
@@ -268,7 +269,8 @@ def _mmcv_meta(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the official code reads of a checkpoint beside its tensors: classes, palette, iteration."""
     meta = {"epoch": 0, "iter": 0, "topformer_jax": __version__, **metadata.get("meta", {})}
     data_set = CATALOG.get(metadata.get("config", {}).get("data", {}).get("dataset", ""))
-    if data_set is not None and not meta.get("CLASSES"):
+    classes = metadata.get("config", {}).get("model", {}).get("classes")
+    if data_set is not None and len(data_set.classes) == classes and not meta.get("CLASSES"):
         meta["CLASSES"] = list(data_set.classes)
         meta["PALETTE"] = [list(colour) for colour in data_set.palette]
     return meta
@@ -294,8 +296,13 @@ def _advice(found: Mapping[str, np.ndarray], config: ConfigDict) -> str:
     return "use the config that it was made with"
 
 
-def _numpy(tensor: Any, torch: ModuleType) -> np.ndarray:
+def _numpy(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
     """A tensor without loss: 16-bit floats as float32, all integers as int64."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
+        raise UserError(
+            f"{name} is a {tensor.dtype} tensor of layout {tensor.layout}: expected dense real numbers"
+        )
+    tensor = tensor.detach()
     if not tensor.is_floating_point():
         return tensor.to(torch.int64).numpy()
     return (tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)).numpy()
@@ -314,7 +321,10 @@ def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise UserError(f"--size {text}: expected HEIGHTxWIDTH, e.g. 512x512")
-    return int(match[1]), int(match[2])
+    size = int(match[1]), int(match[2])
+    if min(size) < 1:
+        raise UserError(f"--size {text}: expected at least 1x1")
+    return size
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,27 @@
-"""Data sets as plain tables: their classes in label order, and a colour for each."""
+"""Data sets as plain tables: their classes in label order, a colour for each, and where the files are."""
 
 import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a data set's files are below its root, as mmsegmentation users have them.
+
+    `{split}` in a path stands for a word of `train` or `validation`; of several, the first that is there
+    counts. A label has its image's path with the suffix replaced. Sub-folders belong to the split.
+    """
+
+    images: str
+    labels: str
+    image_suffixes: tuple[str, ...]  # in lower case; a file's own may be in either
+    label_suffix: str
+    train: tuple[str, ...] = ("train",)
+    validation: tuple[str, ...] = ("val",)
+    names: str = (
+        ""  # a file that lists the split's images, a name without suffix a line; else all of them count
+    )
+    label_hint: str = ""  # how the label files are made, where the download does not hold them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -8,11 +29,12 @@ class DataSet:
     """One data set.
 
     `classes[i]` and `palette[i]` (red, green, blue) belong to label i after the label rule of the config
-    (`data.zero_label_void`) has been applied.
+    (`data.zero_label_void`) has been applied. `layout` is None where there are no files.
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
+    layout: Layout | None = None
 
 
 _ADE20K = """
@@ -96,19 +118,80 @@ wall-other #c0c0c0, wall-panel #0040a0, wall-stone #c0a0c0, wall-tile #c0c000, w
 water-other #c02040, waterdrops #c04080, window-blind #40c060, window-other #40a040, wood #404000
 """
 
+_SHAPES = """
+gradient #46608c, clouds #b4c8dc, stripes #d2b464, bricks #a0503c, disc #e63c3c, triangle #aa46dc, ball #ff9628,
+target #28c8d2, board #f0e646, dice #3cb44b
+"""
 
-def _parse(table: str) -> DataSet:
+
+def _parse(table: str, layout: Layout | None) -> DataSet:
     """Reads `name #rrggbb, name #rrggbb, ...`; a line may break wherever a space may stand."""
     names, colours = zip(*(entry.split(" #") for entry in " ".join(table.split()).split(", ")), strict=True)
-    return DataSet(names, tuple((int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16)) for c in colours))
+    return DataSet(names, tuple((int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16)) for c in colours), layout)
 
 
-_context = _parse(_CONTEXT60)
+_ade_layout = Layout(
+    images="images/{split}",
+    labels="annotations/{split}",
+    image_suffixes=(".jpg",),
+    label_suffix=".png",
+    train=("training",),
+    validation=("validation",),
+)
+_cityscapes_layout = Layout(
+    images="leftImg8bit/{split}",
+    labels="gtFine/{split}",
+    image_suffixes=("_leftimg8bit.png",),
+    label_suffix="_gtFine_labelTrainIds.png",
+    label_hint="csCreateTrainIdLabelImgs of the package cityscapesscripts makes them from the polygons",
+)
+_context_layout = Layout(
+    images="JPEGImages",
+    labels="SegmentationClassContext",
+    image_suffixes=(".jpg",),
+    label_suffix=".png",
+    names="ImageSets/SegmentationContext/{split}.txt",
+    label_hint="tools/convert_datasets/pascal_context.py of mmsegmentation makes labels and lists",
+)
+_coco_stuff_layout = Layout(
+    images="images/{split}",
+    labels="annotations/{split}",
+    image_suffixes=(".jpg",),
+    label_suffix="_labelTrainIds.png",
+    train=("train2014",),
+    validation=("test2014",),
+    label_hint="tools/convert_datasets/coco_stuff10k.py of mmsegmentation makes them",
+)
+CUSTOM_LAYOUT = Layout(
+    images="images/{split}",
+    labels="annotations/{split}",
+    image_suffixes=(".jpg", ".jpeg", ".png"),
+    label_suffix=".png",
+    train=("train", "training"),
+    validation=("val", "validation"),
+)
+
+_context = _parse(_CONTEXT60, _context_layout)
 
 CATALOG = {
-    "ade20k": _parse(_ADE20K),
-    "cityscapes": _parse(_CITYSCAPES),
+    "ade20k": _parse(_ADE20K, _ade_layout),
+    "cityscapes": _parse(_CITYSCAPES, _cityscapes_layout),
     "context60": _context,
-    "context59": DataSet(_context.classes[1:], _context.palette[1:]),
-    "cocostuff10k": _parse(_COCO_STUFF),
+    "context59": DataSet(_context.classes[1:], _context.palette[1:], _context_layout),
+    "cocostuff10k": _parse(_COCO_STUFF, _coco_stuff_layout),
+    "shapes": _parse(_SHAPES, None),
 }
+
+
+def custom(classes: Sequence[str]) -> DataSet:
+    """One's own data set: any images/ and annotations/ pair, with colours that differ.
+
+    The colours are PASCAL VOC's: the bits of label + 1 are dealt to red, green and blue in turn, highest first.
+    """
+    palette = []
+    for label in range(1, len(classes) + 1):
+        channels = [0, 0, 0]
+        for bit in range(8 * 3):
+            channels[bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
+        palette.append((channels[0], channels[1], channels[2]))
+    return DataSet(tuple(classes), tuple(palette), CUSTOM_LAYOUT)

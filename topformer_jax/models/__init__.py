@@ -1,13 +1,16 @@
 """The paper's figure, a file a box; and what turns a config into a model and a model into named tensors."""
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from topformer_jax.errors import UserError
@@ -37,6 +40,16 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         ("depthwise", METHODS),
     ):
         _check_choice(f"model.{key}", settings[key], known)
+    for key, allowed, expected in (
+        ("classes", settings.classes >= 1, "1 or more"),
+        ("width", settings.width is None or settings.width >= 1, "1 or more, or none"),
+        ("drop_path", 0 <= settings.drop_path < 1, "a probability below 1"),
+        ("dropout", 0 <= settings.dropout < 1, "a probability below 1"),
+    ):
+        if not allowed:
+            raise UserError(f"model.{key} is {settings[key]}: expected {expected}")
+    if config.seed < 0:
+        raise UserError(f"seed is {config.seed}: expected 0 or more")
     if (
         "float64" in (settings.dtype, settings.param_dtype)
         and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
@@ -63,13 +76,27 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
     )
 
 
-def tensors(model: nnx.Module) -> dict[str, nnx.Variable]:
+def tensors(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, nnx.Variable]:
     """Every parameter and BatchNorm statistic of a model by its official name: `backbone.tpm.stem.0.c.weight`.
 
     Names are the official checkpoints'; layouts are ours (`[k, k, in / groups, out]`, `[in, out]`).
     """
-    state = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    state = nnx.to_flat_state(nnx.state(model, kinds or (nnx.Param, nnx.BatchStat)))
     return {".".join(map(str, path)): variable for path, variable in state}
+
+
+def values(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, Array]:
+    """The values of `tensors`."""
+    return {name: variable.get_value() for name, variable in tensors(model, *kinds).items()}
+
+
+def with_tensors(graphdef: nnx.GraphDef, named: Mapping[str, Array]) -> Any:
+    """The model of a graph definition with these values by official name: the inverse of `tensors`, under jit."""
+    nested: dict[str | int, Any] = {}
+    for name, value in named.items():
+        *path, last = (int(part) if part.isdigit() else part for part in name.split("."))
+        functools.reduce(lambda place, part: place.setdefault(part, {}), path, nested)[last] = value
+    return nnx.merge(graphdef, nested, copy=True)
 
 
 def _check_choice(key: str, value: str, known: Iterable[str]) -> None:

@@ -54,9 +54,9 @@ class Numerics:
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`min(max(x, 0), 6)` with PyTorch's gradient: 0 at both corners."""
+    """`min(max(x, 0), 6)` with PyTorch's gradient, 0 at both corners; NaN stays NaN."""
     zero, six = jnp.zeros((), x.dtype), jnp.full((), 6, x.dtype)
-    return jnp.where(x > zero, jnp.where(x < six, x, six), zero)
+    return jnp.where(x <= zero, zero, jnp.where(x >= six, six, x))
 
 
 def hsigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:

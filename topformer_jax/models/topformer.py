@@ -133,12 +133,19 @@ class Backbone(nnx.Module):
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None
     ) -> tuple[list[Array], Float[Array, "n _h _w c"]]:
         """The tokens of each scale, and the transformer's output over all scales."""
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images are {images.shape}: expected [n, h, w, 3]")
         with jax.named_scope("tpm"):
             tokens = self.tpm(jnp.asarray(images).astype(self.numerics.dtype))
         with jax.named_scope("ppa"):
             pooled = self.ppa(tokens)
         with jax.named_scope("trans"):
             return tokens, self.trans(pooled, rngs)
+
+
+def _no_injection(local: Array, semantics: Array) -> Array:
+    """What stands in an injection's place where there is none."""
+    return local
 
 
 class TopFormer(Backbone):
@@ -162,8 +169,8 @@ class TopFormer(Backbone):
             INJECTIONS[injection](channels, width, numerics=numerics, rng=rng)
             for channels in self.channels[1:]
         ]
-        # Slot 0 is empty there too: the finest scale feeds the transformer alone.
-        self.SIM = nnx.List([lambda local, semantics: local, *injected])
+        # Slot 0 has no weights officially either: the finest scale feeds the transformer alone.
+        self.SIM = nnx.List([_no_injection, *injected])
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None

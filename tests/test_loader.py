@@ -1,0 +1,275 @@
+"""The loader: one order whoever makes it, exact resume, skipped and broken examples, batches on the devices."""
+
+import itertools
+import multiprocessing
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax.data import loader, sources
+from topformer_jax.errors import UserError
+
+EXAMPLES = 10
+
+
+def settings(**overrides: Any) -> ConfigDict:
+    """Ten small scenes in batches of four, made by threads."""
+    values = {
+        "batch_size": 4,
+        "data.shapes.train": EXAMPLES,
+        "data.shapes.validation": 5,
+        "data.shapes.size": 48,
+        "data.scale": (48, 48),
+        "data.crop": (32, 40),
+        "data.workers": 0,
+    }
+    return config_lib.load(
+        config_lib.shapes(), values | {k.replace("__", "."): v for k, v in overrides.items()}
+    )
+
+
+def batches(config: ConfigDict, count: int, **place: int) -> list[loader.Batch]:
+    iterator = loader.training_batches(sources.open_source(config, "train"), config, **place)
+    made = list(itertools.islice(iterator, count))
+    iterator.close()
+    return made
+
+
+def assert_same(found: list[loader.Batch], expected: list[loader.Batch]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, values in theirs.items():
+            np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+def test_a_batch() -> None:
+    (batch,) = batches(settings(), 1)
+    kinds = {name: (values.shape, values.dtype.name) for name, values in batch.items()}
+    assert kinds == {
+        "image": ((4, 32, 40, 3), "uint8"),
+        "label": ((4, 32, 40), "uint8"),
+        "size": ((4, 2), "int32"),
+        "index": ((4,), "int32"),
+        "epoch": ((4,), "int32"),
+    }
+
+
+def test_each_epoch_has_every_example_once_in_its_own_order() -> None:
+    made = batches(settings(), 3 * EXAMPLES // 4 + 1)
+    index, epoch = (
+        np.concatenate([batch[name] for batch in made])[: 3 * EXAMPLES] for name in ("index", "epoch")
+    )
+    np.testing.assert_array_equal(epoch, np.repeat(np.arange(3), EXAMPLES))  # across the borders of batches
+    orders = index.reshape(3, EXAMPLES)
+    for order in orders:
+        assert sorted(order) == list(range(EXAMPLES))
+    assert len({tuple(order) for order in orders}) == 3
+    assert tuple(orders[0]) != tuple(range(EXAMPLES))
+    other = batches(settings(seed=1), 3 * EXAMPLES // 4 + 1)
+    order = np.concatenate([batch["index"] for batch in other])[:EXAMPLES]
+    assert tuple(order) not in {tuple(order) for order in orders}
+
+
+def test_draws_depend_on_the_epoch_and_on_the_seed() -> None:
+    def crops(config: ConfigDict) -> dict[tuple[int, int], bytes]:
+        return {
+            (int(epoch), int(index)): image.tobytes()
+            for batch in batches(config, 5)
+            for epoch, index, image in zip(batch["epoch"], batch["index"], batch["image"], strict=True)
+        }
+
+    found, other = crops(settings()), crops(settings(seed=1))
+    assert len(found) == 2 * EXAMPLES
+    assert len(set(found.values())) == 2 * EXAMPLES
+    assert not set(found.values()) & set(other.values())
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_one_batch(processes: int) -> None:
+    whole = batches(settings(), 6)
+    shares = [batches(settings(), 6, process_index=p, process_count=processes) for p in range(processes)]
+    together = [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_same(together, whole)
+
+
+@pytest.mark.parametrize("start", [1, 2, 7])
+def test_resume(start: int) -> None:
+    assert_same(batches(settings(), 9 - start, start_step=start), batches(settings(), 9)[start:])
+
+
+def test_resume_far_away() -> None:
+    (batch,) = batches(settings(), 1, start_step=10**9)
+    assert batch["epoch"][0] == 4 * 10**9 // EXAMPLES
+
+
+def test_workers_make_the_same_batches_and_resume() -> None:
+    whole = batches(settings(), 7)
+    assert_same(batches(settings(data__workers=2), 7), whole)
+    place = {"start_step": 3, "process_index": 1, "process_count": 2}
+    half = [{name: values[2:] for name, values in batch.items()} for batch in whole[3:]]
+    assert_same(batches(settings(data__workers=1), 4, **place), half)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("source", ["folder", "array_record"])
+def test_files(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, source: str) -> None:
+    from tests.test_sources import ROOT
+
+    overrides: dict[str, Any] = {"data.workers": 0, "batch_size": 8, "data.crop": (64, 96)}
+    files = config_lib.load(config_lib.ade20k("tiny"), overrides | {"data.root": str(golden("mini_ade"))})
+    config = files
+    if source == "array_record":
+        import runpy
+
+        build = runpy.run_path(str(ROOT / "scripts/build_dataset.py"))["build"]
+        build("ade20k", files.data.root, str(tmp_path))
+        config = config_lib.load(
+            files, {"data.source": source, "data.root": str(tmp_path), "data.workers": 1}
+        )
+    found = batches(config, 4)
+    assert_same(found, batches(files, 4))
+    labels = np.unique([batch["label"] for batch in found])
+    assert labels[-1] == 255
+    assert (labels[:-1] < 150).all()
+
+
+def test_uneven_processes() -> None:
+    source = sources.open_source(settings(), "train")
+    with pytest.raises(UserError, match=r"batch of 4 .* over 3 processes: .* multiple of 3"):
+        loader.training_batches(source, settings(), process_count=3)
+
+
+@pytest.fixture
+def broken(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> ConfigDict:
+    """A data set of 48 in which examples 11 and 12 cannot be read."""
+    root = tmp_path / "ade"
+    shutil.copytree(golden("mini_ade"), root)
+    image = root / "images/training/ADE_train_00000012.jpg"
+    image.write_bytes(image.read_bytes()[:500])
+    (root / "annotations/training/ADE_train_00000013.png").write_bytes(b"")
+    overrides = {"data.root": str(root), "data.workers": 0, "batch_size": 8, "data.crop": (64, 64)}
+    return config_lib.load(config_lib.ade20k("tiny"), overrides)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_example_stops_with_its_name(broken: ConfigDict, workers: int) -> None:
+    config = config_lib.load(broken, {"data.workers": workers})
+    iterator = loader.training_batches(sources.open_source(config, "train"), config)
+    with pytest.raises(UserError, match=r"/ADE_train_0000001[23]\.(jpg|png) ") as error:
+        list(itertools.islice(iterator, 6))
+    assert error.value.line == str(error.value)
+    assert "\n" not in error.value.line
+    assert next(iterator, None) is None
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int) -> None:
+    config = config_lib.load(broken, {"data.workers": workers, "data.skip_unreadable": True})
+    iterator = loader.training_batches(sources.open_source(config, "train"), config)
+    index = np.concatenate([batch["index"] for batch in itertools.islice(iterator, 6)])
+    iterator.close()
+    assert (iterator.skipped, iterator.unreadable) == (2, {11, 12})
+    assert np.count_nonzero(index == 13) == 3  # itself, and for the two before it
+    assert set(index) == set(range(48)) - {11, 12}
+
+
+def test_skipping_ends_where_nothing_is_readable(broken: ConfigDict) -> None:
+    config = config_lib.load(broken, {"data.skip_unreadable": True})
+    source = sources.open_source(config, "train")
+    shutil.rmtree(config.data.root)
+    with pytest.raises(UserError, match=r"48 examples in a row are unreadable; the last: .* No such file"):
+        next(loader.training_batches(source, config))
+
+
+def test_a_dead_worker_is_told() -> None:
+    config = settings(data__workers=1, data__prefetch=1)
+    iterator = loader.training_batches(sources.open_source(config, "train"), config)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(UserError, match=r"a data worker died .* exit code -9\): .*--config\.data\.workers"):
+        list(itertools.islice(iterator, 10))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 7])
+def test_evaluation_has_every_example_once(processes: int) -> None:
+    config = settings()
+    source = sources.open_source(config, "validation")
+    shares = [list(loader.evaluation_examples(source, config, p, processes)) for p in range(processes)]
+    for process, share in enumerate(shares):
+        assert [index for index, *_ in share] == list(range(process, 5, processes))
+    for index, name, image, label in itertools.chain(*shares):
+        assert name == source[index].name
+        np.testing.assert_array_equal(image, source[index].image)
+        np.testing.assert_array_equal(label, source[index].label)
+
+
+def test_evaluation_refuses_what_it_cannot_read(broken: ConfigDict) -> None:
+    config = config_lib.load(broken, {"data.skip_unreadable": True})
+    source = sources.open_source(config, "train")
+    examples = loader.evaluation_examples(source, config)
+    assert [next(examples)[0] for _ in range(11)] == list(range(11))
+    with pytest.raises(UserError, match=r"ADE_train_00000012\.jpg"):
+        next(examples)
+
+
+def sharding() -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec("data"))
+
+
+def test_to_device() -> None:
+    expected = batches(settings(), 5)
+    config = settings()
+    arrays = loader.to_device(
+        loader.training_batches(sources.open_source(config, "train"), config), sharding(), depth=2
+    )
+    for batch in expected:
+        found = next(arrays)
+        assert all(values.sharding == sharding() for values in found.values())
+        assert_same([{name: np.asarray(values) for name, values in found.items()}], [batch])
+    assert arrays.waited > 0
+    assert arrays.skipped == 0
+    arrays.close()
+    arrays.close()
+    assert next(arrays, None) is None
+
+
+def test_to_device_keeps_so_many_ahead_and_ends() -> None:
+    made: list[int] = []
+
+    def numbers() -> Iterator[loader.Batch]:
+        for number in range(6):
+            made.append(number)
+            yield {"index": np.full(4, number, np.int32)}
+
+    arrays = loader.to_device(numbers(), sharding(), depth=2)
+    assert next(arrays)["index"][0] == 0
+    jax.block_until_ready(next(arrays))
+    assert len(made) <= 5  # two taken, two ahead, one in hand
+    assert [int(batch["index"][0]) for batch in arrays] == [2, 3, 4, 5]
+    assert next(arrays, None) is None
+
+
+def test_to_device_hands_on_errors() -> None:
+    def numbers() -> Iterator[loader.Batch]:
+        yield {"index": np.zeros(4, np.int32)}
+        raise UserError("example 7 is broken")
+
+    arrays = loader.to_device(numbers(), sharding())
+    next(arrays)
+    with pytest.raises(UserError, match="example 7 is broken"):
+        next(arrays)
+    assert next(arrays, None) is None

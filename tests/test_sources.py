@@ -1,0 +1,309 @@
+"""Sources: each data set's layout on disk, what is said where it is wrong, records without TensorFlow, shapes."""
+
+import hashlib
+import importlib.util
+import pathlib
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax.data import shapes, sources
+from topformer_jax.data.catalog import CATALOG
+from topformer_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6)
+PNG = cv2.imencode(".png", PIXELS)[1].tobytes()
+JPEG = cv2.imencode(".jpg", np.repeat(PIXELS[..., None], 3, -1))[1].tobytes()
+# For each data set: its config, then image and label of two training examples and of one for validation.
+LAYOUTS: dict[str, tuple[Callable[[], ConfigDict], list[str]]] = {
+    "ade20k": (
+        lambda: config_lib.ade20k("tiny"),
+        [
+            *("images/training/b.jpg", "annotations/training/b.png"),
+            *("images/training/a.jpg", "annotations/training/a.png"),
+            *("images/validation/c.jpg", "annotations/validation/c.png"),
+        ],
+    ),
+    "cityscapes": (
+        lambda: config_lib.cityscapes("tiny"),
+        [
+            *("leftImg8bit/train/ulm/b_leftImg8bit.png", "gtFine/train/ulm/b_gtFine_labelTrainIds.png"),
+            *("leftImg8bit/train/bonn/a_leftImg8bit.png", "gtFine/train/bonn/a_gtFine_labelTrainIds.png"),
+            *("leftImg8bit/val/jena/c_leftImg8bit.png", "gtFine/val/jena/c_gtFine_labelTrainIds.png"),
+        ],
+    ),
+    "context59": (
+        lambda: config_lib.pascal_context("tiny", classes=59),
+        [
+            *("JPEGImages/b.jpg", "SegmentationClassContext/b.png"),
+            *("JPEGImages/a.jpg", "SegmentationClassContext/a.png"),
+            *("JPEGImages/c.jpg", "SegmentationClassContext/c.png"),
+        ],
+    ),
+    "cocostuff10k": (
+        lambda: config_lib.coco_stuff10k("tiny"),
+        [
+            *("images/train2014/b.jpg", "annotations/train2014/b_labelTrainIds.png"),
+            *("images/train2014/a.jpg", "annotations/train2014/a_labelTrainIds.png"),
+            *("images/test2014/c.jpg", "annotations/test2014/c_labelTrainIds.png"),
+        ],
+    ),
+    "custom": (
+        lambda: config_lib.load(
+            config_lib.ade20k("tiny"),
+            {"data.dataset": "custom", "model.classes": 3, "data.class_names": ("sky", "sea", "sand")},
+        ),
+        [
+            *("images/train/b.PNG", "annotations/train/b.png"),
+            *("images/train/a.jpeg", "annotations/train/a.png"),
+            *("images/val/c.jpg", "annotations/val/c.png"),
+        ],
+    ),
+}
+
+
+def write(root: pathlib.Path, dataset: str) -> ConfigDict:
+    """Writes a small data set and returns a config that points at it."""
+    make, paths = LAYOUTS[dataset]
+    for number, path in enumerate(paths):
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((PNG if file.suffix.lower() == ".png" else JPEG) + bytes([number]))
+    if dataset == "context59":
+        lists = root / "ImageSets/SegmentationContext"
+        lists.mkdir(parents=True)
+        (lists / "train.txt").write_text("b\na\n\n")
+        (lists / "val.txt").write_text("c\n")
+    return config_lib.load(make(), {"data.root": str(root)})
+
+
+def refusal(config: ConfigDict, split: str = "train") -> str:
+    with pytest.raises(UserError) as error:
+        sources.open_source(config, split)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("dataset", LAYOUTS)
+def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
+    config = write(tmp_path, dataset)
+    paths = LAYOUTS[dataset][1]
+    (tmp_path / paths[0]).with_name(".hidden.jpg").write_bytes(b"")  # as some systems leave them
+    train, validation = (sources.open_source(config, split) for split in sources.SPLITS)
+    assert (len(train), len(validation)) == (2, 1)
+    assert isinstance(train, sources.Source)
+    order = [2, 0]  # sorted by name
+    for source, places in ((train, order), (validation, [4])):
+        for index, place in enumerate(places):
+            example = pickle.loads(pickle.dumps(source))[index]
+            assert example.image == (tmp_path / paths[place]).read_bytes()
+            assert example.label == (tmp_path / paths[place + 1]).read_bytes()
+            assert example.where == (str(tmp_path / paths[place]), str(tmp_path / paths[place + 1]))
+    suffix = "bonn/a" if dataset == "cityscapes" else "a"
+    assert train[0].name == suffix
+    assert len(sources.data_set(config).classes) == config.model.classes
+
+
+def test_mini_ade(golden: Callable[[str], pathlib.Path]) -> None:
+    root = golden("mini_ade")
+    config = config_lib.load(config_lib.ade20k("tiny"), {"data.root": str(root)})
+    train, validation = (sources.open_source(config, split) for split in sources.SPLITS)
+    assert (len(train), len(validation)) == (48, 12)
+    assert [train[i].name for i in (0, 47)] == ["ADE_train_00000001", "ADE_train_00000048"]
+    assert validation[3].label == (root / "annotations/validation/ADE_val_00000004.png").read_bytes()
+
+
+@pytest.mark.parametrize("dataset", LAYOUTS)
+def test_missing_data(tmp_path: pathlib.Path, dataset: str) -> None:
+    config = config_lib.load(LAYOUTS[dataset][0](), {"data.root": str(tmp_path / "nowhere")})
+    line = refusal(config)
+    assert f"no {dataset} in {tmp_path / 'nowhere'}" in line
+    for part in (
+        "does not exist; the layout must be ",
+        "--config.data.root=DIR",
+        "bash scripts/quickstart.sh",
+    ):
+        assert part in line
+    words = {"ade20k": "images/{training,validation}/**/*.jpg", "cityscapes": "*_gtFine_labelTrainIds.png"}
+    assert words.get(dataset, "") in line
+    if dataset == "context59":
+        assert "ImageSets/SegmentationContext/{train,val}.txt" in line
+    assert "data.root is empty" in refusal(config_lib.load(config, {"data.root": ""}))
+
+
+@pytest.mark.parametrize("dataset", LAYOUTS)
+def test_incomplete_data(tmp_path: pathlib.Path, dataset: str) -> None:
+    config = write(tmp_path, dataset)
+    paths = LAYOUTS[dataset][1]
+    (tmp_path / paths[1]).unlink()
+    line = refusal(config)
+    assert "1 image (" in line
+    assert f"{pathlib.PurePath(paths[0]).name}) in " in line
+    if dataset == "cityscapes":
+        assert "csCreateTrainIdLabelImgs" in line
+    (tmp_path / paths[3]).unlink()
+    line = refusal(config)
+    assert "2 images (" in line
+    for path in paths[0:3:2]:
+        (tmp_path / path).unlink()
+    line = refusal(config)
+    assert ("without an image in" if dataset == "context59" else " holds no *") in line
+
+
+def test_many_images_without_labels(tmp_path: pathlib.Path) -> None:
+    config = write(tmp_path, "ade20k")
+    for number in range(7):
+        (tmp_path / f"images/training/x{number}.jpg").write_bytes(JPEG)
+    assert "7 images (x0.jpg, x1.jpg, x2.jpg, ...) in " in refusal(config)
+
+
+def test_an_unreadable_file_is_named(tmp_path: pathlib.Path) -> None:
+    config = write(tmp_path, "ade20k")
+    source = sources.open_source(config, "train")
+    (tmp_path / "images/training/a.jpg").unlink()
+    with pytest.raises(UserError, match=r"images/training/a\.jpg cannot be read: No such file"):
+        source[0]
+
+
+def test_custom_data(tmp_path: pathlib.Path) -> None:
+    config = write(tmp_path, "custom")
+    found = sources.data_set(config)
+    assert found.classes == ("sky", "sea", "sand")
+    assert found.palette == ((128, 0, 0), (0, 128, 0), (128, 128, 0))
+    unnamed = config_lib.load(config, {"data.class_names": ()})
+    assert f"write them to {tmp_path / 'classes.txt'}" in refusal(unnamed)
+    (tmp_path / "classes.txt").write_text("sky\nsea\nsand\nrock\n")
+    assert "custom has 4 classes, the config's model 3: --config.model.classes=4" in refusal(unnamed)
+    assert len(sources.data_set(config_lib.load(unnamed, {"model.classes": 4})).classes) == 4
+    (tmp_path / "images/train/a.png").write_bytes(PNG)
+    assert "a.jpeg and a.png in " in refusal(config)
+    (tmp_path / "images/train/a.png").unlink()
+    for folder in ("images", "annotations"):  # ADE20K's words for the splits will do
+        (tmp_path / folder / "train").rename(tmp_path / folder / "training")
+    assert len(sources.open_source(config, "train")) == 2
+
+
+def test_wrong_settings() -> None:
+    config = config_lib.shapes()
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"data.dataset": "ade"}, "no data set ade: data.dataset is one of ade20k, "),
+        ({"data.dataset": "cityscapes"}, "--config.model.classes=19"),
+        ({"data.source": "folder"}, "configs/topformer_t_shapes.py"),
+        ({"data.source": "tar", "data.dataset": "ade20k", "model.classes": 150}, "no data.source tar"),
+    ]
+    for overrides, message in cases:
+        assert message in refusal(config_lib.load(config, overrides))
+    with pytest.raises(UserError, match="no data set imagenet"):
+        sources.open_source(config_lib.imagenet("tiny"), "train")
+    with pytest.raises(ValueError, match="none of"):
+        sources.open_source(config, "test")
+
+
+@pytest.fixture(scope="module")
+def build_dataset() -> ModuleType:
+    """scripts/build_dataset.py as a module."""
+    spec = importlib.util.spec_from_file_location("build_dataset", ROOT / "scripts/build_dataset.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("dataset", LAYOUTS)
+def test_records_hold_the_files(
+    tmp_path: pathlib.Path, dataset: str, build_dataset: ModuleType, capsys: pytest.CaptureFixture
+) -> None:
+    config = write(tmp_path / "files", dataset)
+    if dataset == "custom":
+        config.data.class_names = ()
+        (tmp_path / "files/classes.txt").write_text("sky\nsea\nsand\n")
+    label = tmp_path / "files" / LAYOUTS[dataset][1][1]
+    label.write_bytes(
+        cv2.imencode(".png", PIXELS.astype(np.uint16) * 1000)[1].tobytes()
+    )  # 16 bits stay 16 bits
+    output = tmp_path / "records"
+    folder = build_dataset.build(dataset, config.data.root, str(output))
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in output.iterdir()] == [dataset]  # nothing of TFDS's own is left behind
+    for root in (output, output / dataset / "1.0.0"):
+        records = config_lib.load(config, {"data.source": "array_record", "data.root": str(root)})
+        for split in sources.SPLITS:
+            expected = sources.open_source(config, split)
+            found = pickle.loads(pickle.dumps(sources.open_source(records, split)))
+            assert len(found) == len(expected)
+            for index in range(len(expected)):
+                assert found[index][:3] == expected[index][:3]
+                assert f"(record {index} of {split} in {folder})" in found[index].where[1]
+    with pytest.raises(UserError, match="is there already: remove it"):
+        build_dataset.build(dataset, config.data.root, str(output))
+
+
+def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
+    overrides = {"data.source": "array_record", "data.root": str(tmp_path)}
+    line = refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
+    assert "python scripts/build_dataset.py --dataset ade20k" in line
+    assert "bash scripts/quickstart.sh" in line
+    (tmp_path / "dataset_info.json").write_text("{}")
+    assert "cannot be opened" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
+
+
+def test_the_command_and_records_need_no_tensorflow(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "files", "ade20k")
+    program = f"""
+import runpy, sys
+sys.argv = ["build_dataset.py", "--dataset", "ade20k", "--source", "{tmp_path}/files", "--output", "{tmp_path}/out"]
+runpy.run_path("{ROOT}/scripts/build_dataset.py", run_name="__main__")
+from topformer_jax import config
+from topformer_jax.data import sources
+settings = {{"data.source": "array_record", "data.root": "{tmp_path}/out"}}
+print(len(sources.open_source(config.load(config.ade20k("tiny"), settings), "train")[1].image))
+assert "tensorflow" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"--config.data.source=array_record --config.data.root={tmp_path}/out" in run.stdout
+    assert run.stdout.splitlines()[-1] == str(len(JPEG) + 1)
+    assert "train: 100%" in run.stderr
+    again = [sys.executable, "scripts/build_dataset.py", "--dataset", "ade20k", "--source", "nowhere"]
+    run = subprocess.run([*again, "--output", "x"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: no ade20k in ")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_shapes_depend_on_split_and_index_alone() -> None:
+    drawn = [shapes.draw(split, index, 64) for split in ("train", "validation") for index in range(4)]
+    again = [shapes.draw(split, index, 64) for split in ("train", "validation") for index in range(4)]
+    for (image, label), (same_image, same_label) in zip(drawn, again, strict=True):
+        np.testing.assert_array_equal(image, same_image)
+        np.testing.assert_array_equal(label, same_label)
+        assert image.shape[:2] == label.shape
+    assert len({hashlib.sha256(image.tobytes()).digest() for image, _ in drawn}) == len(drawn)
+    source = sources.open_source(config_lib.shapes(), "validation")
+    assert len(source) == 64
+    np.testing.assert_array_equal(source[5].image, shapes.draw("validation", 5, 160)[0])
+
+
+def test_shapes_are_balanced_and_not_told_by_colour() -> None:
+    assert len(CATALOG["shapes"].classes) == config_lib.shapes().model.classes == 10
+    pixels, colours = np.zeros(10), np.zeros((10, 3))
+    for index in range(120):
+        image, label = shapes.draw("train", index, 160)
+        pixels += np.bincount(label.ravel(), minlength=10)
+        for channel in range(3):
+            colours[:, channel] += np.bincount(label.ravel(), image[..., channel].ravel(), minlength=10)
+    assert (pixels[:4] / pixels.sum() > 0.1).all()  # the grounds
+    assert (pixels[4:] / pixels.sum() > 0.03).all()  # the shapes
+    means = colours / pixels[:, None]
+    assert np.ptp(means, 0).max() < 50  # of 255

@@ -1,0 +1,237 @@
+"""The training step against the official training trace, and against itself on other devices."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests.parity import distance
+from topformer_jax import config, convert, load, models, sharding
+from topformer_jax.errors import UserError
+from topformer_jax.ops.loss import upsampled_cross_entropy
+from topformer_jax.step import TrainState, create
+
+Find = Callable[[str], pathlib.Path]
+
+
+def _settings(dtype: str = "float32", **changes: Any) -> ConfigDict:
+    """The trace's recipe: Tiny, no drops, no augmentation."""
+    base = {
+        "batch_size": 4,
+        "model.dtype": dtype,
+        "model.param_dtype": "float64" if dtype == "float64" else "float32",
+        "model.drop_path": 0.0,
+        "model.dropout": 0.0,
+        "data.flip": 0.0,
+        "data.photometric": False,
+        "schedule.learning_rate": 2e-5,
+        "schedule.steps": 40,
+        "schedule.warmup_steps": 5,
+    }
+    return config.load(config.ade20k("tiny"), base | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def _batch(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    n = len(images)
+    return {
+        "image": images,
+        "label": labels,
+        "size": np.tile(np.array(images.shape[1:3], np.int32), (n, 1)),
+        "index": np.arange(n, dtype=np.int32),
+        "epoch": np.zeros(n, np.int32),
+    }
+
+
+def _random_batch(n: int, size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (n, size // 8, size // 8, 3), dtype=np.uint8)
+    images = coarse.repeat(8, 1).repeat(8, 2)
+    labels = (images[..., 0] // 26).astype(np.uint8)
+    labels[:, :8] = 255
+    return _batch(images, labels)
+
+
+def _mesh(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
+    settings = _settings(batch_size=8, mesh__fsdp=fsdp)
+    return sharding.make_mesh(settings, jax.devices()[:devices])
+
+
+@pytest.mark.parametrize(("dtype", "devices", "limit"), [("float64", 4, 1e-7), ("float32", 1, 2e-3)])
+def test_golden_trace(golden: Find, dtype: str, devices: int, limit: float) -> None:
+    """Loss and learning rate of 20 steps, then every weight and statistic, in float64 on four devices too."""
+    noise = json.loads(golden("train_trace/trace.json").read_text())
+    assert noise["steps"] == 20
+    mesh = _mesh(devices)
+    with jax.enable_x64(dtype == "float64"), np.load(golden("train_trace/trace.npz")) as trace:
+        settings = _settings(dtype)
+        state, train_step = create(settings, mesh, load(settings, golden("checkpoints/tiny_init.pth")))
+        worst = {"loss": 0.0, "lr": 0.0}
+        for index in range(20):
+            state, metrics = train_step(state, _batch(trace["images"][index % 2], trace["labels"][index % 2]))
+            for mine, theirs in (("loss", "loss"), ("learning_rate", "lr")):
+                error = abs(float(metrics[mine]) / trace[theirs][index] - 1)
+                worst[theirs] = max(worst[theirs], error)
+        tensors = {k: convert.to_torch(np.asarray(v)) for k, v in (state.params | state.stats).items()}
+        final = {name: trace[f"final/{name}"] for name in tensors}
+    errors = {
+        name: distance(tensors[name], final[name]) for name in final if np.abs(final[name]).max() > 1e-8
+    }
+    print(
+        f"trace in {dtype}: {worst}, final tensors {max(errors.values()):.1e} ({len(errors)} of {len(final)})"
+    )
+    assert worst["lr"] <= 1e-7
+    assert worst["loss"] <= limit
+    assert len(errors) > 300
+    if dtype == "float64":
+        assert max(errors.values()) <= 1e-6  # they are stored in float32
+        for name in set(final) - set(errors):  # zero in exact arithmetic: noise, and no more than that
+            assert np.abs(tensors[name]).max() <= 1e-8, name
+
+
+def test_golden_gradients(golden: Find, x64: None) -> None:
+    """Every gradient of the first step, read off Adam's first moment."""
+    settings = _settings("float64")
+    with np.load(golden("train_trace/trace.npz")) as trace:
+        state, train_step = create(settings, _mesh(1), load(settings, golden("checkpoints/tiny_init.pth")))
+        state, _ = train_step(state, _batch(trace["images"][0], trace["labels"][0]))
+        moments = state.optimizer[1].mu
+        errors = {}
+        for name, moment in moments.items():
+            theirs = trace[f"grad0/{name}"]
+            mine = convert.to_torch(np.asarray(moment)) / (1 - 0.9)
+            if np.abs(theirs).max() > 1e-8:
+                errors[name] = distance(mine, theirs)
+            else:
+                assert np.abs(mine).max() <= 1e-8, name
+    print(f"gradients of step 0: {max(errors.values()):.1e} ({len(errors)} of {len(moments)} are not noise)")
+    assert len(errors) > 100
+    assert max(errors.values()) <= 1e-6
+
+
+def _run(settings: ConfigDict, mesh: jax.sharding.Mesh, steps: int = 3) -> tuple[TrainState, list[float]]:
+    state, train_step = create(settings, mesh)
+    losses = []
+    for step in range(steps):
+        state, metrics = train_step(state, _random_batch(settings.batch_size, 64, step))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
+    """Augmentation, drop path, dropout and averages: all draws and BatchNorm see the global batch."""
+    settings = _settings(
+        "float64",
+        batch_size=8,
+        data__flip=0.5,
+        data__photometric=True,
+        model__drop_path=0.3,
+        model__dropout=0.3,
+        ema=0.9,
+    )
+    one, losses = _run(settings, _mesh(1))
+    for fsdp in (1, 4):
+        many, other = _run(settings, _mesh(8, fsdp))
+        np.testing.assert_allclose(other, losses, rtol=1e-9)
+        for name, value in one.average.items():
+            np.testing.assert_allclose(
+                np.asarray(many.average[name]), np.asarray(value), rtol=1e-5, atol=1e-7
+            )
+        weight = many.params["backbone.trans.transformer_blocks.0.mlp.fc1.c.weight"]
+        assert len({str(shard.index) for shard in weight.addressable_shards}) == fsdp
+
+
+def test_accumulation_adds_up(x64: None) -> None:
+    """Two micro-batches: the gradients' sum is that of the whole, but for what BatchNorm sees.
+
+    With one image twice in the batch, interleaved so that both micro-batches hold the same, it is exactly that.
+    """
+    batch = _random_batch(2, 64)
+    batch = {name: np.repeat(value, 2, axis=0) for name, value in batch.items()}
+    results = []
+    for count in (1, 2):
+        state, train_step = create(_settings("float64", accumulation=count), _mesh(1))
+        state, metrics = train_step(state, batch)
+        results.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
+        assert int(state.stats["backbone.tpm.stem.0.bn.num_batches_tracked"]) == count
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-9)
+
+
+def test_loss_means() -> None:
+    """Divided by all pixels, or by those that are not void."""
+    batch = _random_batch(4, 64)
+    share = float((batch["label"] != 255).mean())
+    losses = []
+    for mean in ("all", "valid"):
+        _, train_step = create(_settings(loss_mean=mean), _mesh(1))
+        state, _ = create(_settings(loss_mean=mean), _mesh(1))
+        losses.append(float(train_step(state, batch)[1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1] * share, rel=1e-5)
+    assert share == pytest.approx(7 / 8)
+
+
+def test_loss_counts_and_ignores() -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 5)), jnp.float32)
+    labels = np.random.default_rng(1).integers(0, 5, (2, 4, 4))
+    labels[0, 0] = 255
+    sums = upsampled_cross_entropy(logits, jnp.asarray(labels, jnp.int32))
+    flat, targets = np.asarray(logits).reshape(-1, 5), labels.reshape(-1)
+    kept = targets != 255
+    exact = np.log(np.exp(flat).sum(1))[kept] - flat[kept, targets[kept]]
+    assert float(sums.loss) == pytest.approx(exact.sum(), rel=1e-5)
+    assert int(sums.valid) == kept.sum()
+    assert int(sums.correct) == (flat[kept].argmax(1) == targets[kept]).sum()
+
+
+def test_averages_follow(x64: None) -> None:
+    state, train_step = create(_settings("float64", ema=0.9), _mesh(1))
+    name = "decode_head.conv_seg.weight"
+    old = np.asarray(state.average[name])
+    state, _ = train_step(state, _random_batch(4, 64))
+    expected = 0.9 * old + 0.1 * np.asarray(state.params[name])
+    np.testing.assert_allclose(np.asarray(state.average[name]), expected, rtol=1e-12)
+    assert set(state.average) == set(state.params) | set(state.stats)
+
+
+def test_bfloat16_trains() -> None:
+    state, train_step = create(_settings("bfloat16", schedule__learning_rate=1e-3), _mesh(1))
+    losses = []
+    for _ in range(8):
+        state, metrics = train_step(state, _random_batch(4, 64))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert all(value.dtype == jnp.float32 for value in state.params.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 12}, "set batch_size to a multiple of 8"),
+        ({"batch_size": 16, "accumulation": 4}, "set batch_size to a multiple of 32"),
+        ({"batch_size": 8, "mesh.fsdp": 3}, "does not cover the 8 devices"),
+        ({"batch_size": 8, "mesh.data": 4}, "does not cover the 8 devices"),
+    ],
+)
+def test_meshes_that_do_not_fit(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(config.load(config.ade20k("tiny"), changes))
+
+
+def test_the_classifier_is_refused() -> None:
+    with pytest.raises(UserError, match="segmentation"):
+        create(config.imagenet("tiny"), _mesh(1))
+
+
+def test_names_make_the_model_again() -> None:
+    model = load(config.ade20k("tiny"))
+    from flax import nnx
+
+    graphdef, _ = nnx.split(model)
+    again = models.with_tensors(graphdef, models.values(model))
+    images = np.ones((1, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(model(images), again(images))

@@ -1,0 +1,311 @@
+"""The training command from end to end, on tiny settings: outputs, resume, several processes, mistakes."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from topformer_jax import checkpoint, config, load, logs
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "batch_size": 4,
+    "data.crop": "(64,64)",
+    "data.shapes.train": 12,
+    "data.shapes.validation": 3,
+    "data.shapes.size": 72,
+    "data.scale": "(72,72)",
+    "evaluation.scale": "(72,72)",
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "evaluate_every": 100,
+    "schedule.steps": 6,
+    "schedule.warmup_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Compiled programs, shared by the runs of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def _arguments(workdir: pathlib.Path, changes: dict[str, Any]) -> list[str]:
+    settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
+
+
+def _start(
+    cache: pathlib.Path, workdir: pathlib.Path, changes: dict[str, Any], *flags: str, devices: int = 1
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "topformer_jax.train", *_arguments(workdir, changes), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        },
+    )
+
+
+def _run(
+    cache: pathlib.Path, workdir: pathlib.Path, *flags: str, status: int = 0, **changes: Any
+) -> tuple[str, str]:
+    process = _start(cache, workdir, {key.replace("__", "."): v for key, v in changes.items()}, *flags)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    return checkpoint.read_model(workdir)[0]
+
+
+def _same(first: pathlib.Path, second: pathlib.Path) -> bool:
+    one, two = _tensors(first), _tensors(second)
+    return set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def _losses(workdir: pathlib.Path) -> dict[int, float]:
+    records = logs.read_records(workdir / "metrics.jsonl")
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def whole(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
+    """A run that was never stopped, and what it printed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    out, _ = _run(cache, workdir)
+    return workdir, out
+
+
+def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
+    workdir, out = whole
+    assert {"config.json", "metrics.jsonl", "curves.png", "pictures", "tensorboard", "checkpoints"} == {
+        path.name for path in workdir.iterdir()
+    }
+    assert sorted(_losses(workdir)) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 4
+    assert [path.name for path in (workdir / "pictures").iterdir()] == ["0000006.png"]
+    assert list((workdir / "tensorboard").iterdir())
+    assert "12 training and 3 validation examples" in out
+    assert "best: mIoU" in out
+    scored = [r for r in logs.read_records(workdir / "metrics.jsonl") if r["kind"] == "evaluation"]
+    assert [record["step"] for record in scored] == [6]
+    model = load(config.load(ROOT / "configs/topformer_t_shapes.py"), workdir)
+    assert model(np.zeros((1, 64, 64, 3), np.float32)).shape == (1, 8, 8, 10)
+
+
+def test_a_finished_run_has_nothing_to_do(cache: pathlib.Path, whole: tuple[pathlib.Path, str]) -> None:
+    workdir, _ = whole
+    before = (workdir / "metrics.jsonl").read_text()
+    out, _ = _run(cache, workdir)
+    assert "from checkpoint 6" in out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if max(_losses(workdir) or {0: 0.0}) >= step:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    cache: pathlib.Path, whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path, number: int
+) -> None:
+    process = _start(cache, tmp_path, {})
+    _wait_for_step(process, tmp_path, 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, out + err
+    assert "the same command goes on from here" in out
+    assert "Traceback" not in err
+    stopped_at = max(_losses(tmp_path))
+    assert 3 <= stopped_at < 6
+    out, _ = _run(cache, tmp_path)
+    assert f"from checkpoint {stopped_at}" in out
+    assert _same(tmp_path, whole[0])
+    assert _losses(tmp_path) == _losses(whole[0])
+
+
+def test_averages_and_accumulation_resume_too(cache: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    changes: dict[str, Any] = {"ema": 0.5, "accumulation": 2, "data__workers": 2}
+    _run(cache, tmp_path / "whole", **changes)
+    # The schedule depends on the number of steps, so the first half is cut off by a signal, not by fewer steps.
+    process = _start(cache, tmp_path / "cut", {k.replace("__", "."): v for k, v in changes.items()})
+    _wait_for_step(process, tmp_path / "cut", 2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=100)
+    _run(cache, tmp_path / "cut", **changes)
+    assert _same(tmp_path / "whole", tmp_path / "cut")
+    assert _losses(tmp_path / "whole") == _losses(tmp_path / "cut")
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_train_as_one(cache: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """One process on 1 device and on 8, and two processes of 4: the same losses, one log, one checkpoint."""
+    changes = {"batch_size": 8, "schedule.steps": 10, "checkpoint_every": 5, "data.shapes.validation": 5}
+    runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
+    for devices, workdir in runs.items():
+        process = _start(cache, workdir, changes, devices=devices)
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, out + err
+    flags = ["--coordinator", f"127.0.0.1:{_port()}", "--processes", "2"]
+    pair = [
+        _start(cache, tmp_path / "two", changes, *flags, "--process-id", str(number), devices=4)
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=400) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "8 x cpu in 2 processes" in outputs[0][0]
+    assert "step 10/10" in outputs[0][0]
+    assert "step" not in outputs[1][0]
+    expected = _losses(runs[1])
+    worst = 0.0
+    for workdir in (runs[8], tmp_path / "two"):
+        found = _losses(workdir)
+        assert set(found) == set(expected) == set(range(1, 11))
+        worst = max(worst, *(abs(found[step] / expected[step] - 1) for step in expected))
+    print(f"1 device, 8 devices, 2 processes x 4: losses of 10 steps differ by {worst:.1e}")
+    assert worst <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {
+                "data.source": "folder",
+                "data.dataset": "ade20k",
+                "model.classes": 150,
+                "data.root": "/no/where",
+            },
+            "/no/where",
+        ),
+        ({"model.classes": 11}, "shapes has 10 classes, the config's model 11"),
+        ({"task": "classification"}, "segmentation"),
+        ({"init_from": "/no/where.pth"}, "no checkpoint /no/where.pth"),
+        ({"init_from": "x.pth", "init_part": "half"}, "expected one of all, all_but_classes, backbone"),
+        ({"schedule.learning_rate": 1e30}, "at step"),
+        ({"log_evry": 3}, "did you mean log_every"),
+    ],
+)
+def test_mistakes_are_one_line(
+    cache: pathlib.Path, tmp_path: pathlib.Path, changes: dict[str, Any], message: str
+) -> None:
+    process = _start(cache, tmp_path / "run", changes)
+    _, err = process.communicate(timeout=300)
+    print(err.strip())
+    assert process.returncode == 2
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_work_directories_that_do_not_fit(
+    cache: pathlib.Path, whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    _, err = _run(cache, tmp_path / "file", status=2)
+    assert "name another --workdir" in err
+    assert len(err.splitlines()) == 1
+    _, err = _run(cache, whole[0], status=2, model__variant="small")
+    assert "holds a run of another model" in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["shapes", "folder"])
+def test_ten_kills(
+    cache: pathlib.Path, tmp_path: pathlib.Path, golden: Callable, kind: str, workers: int
+) -> None:
+    """SIGKILL at ten random moments, one of them during a save: bitwise the run that was never stopped."""
+    changes: dict[str, Any] = {"schedule.steps": 40, "checkpoint_every": 2, "data.workers": workers}
+    if kind == "folder":
+        changes |= {
+            "data.source": "folder",
+            "data.dataset": "ade20k",
+            "data.root": golden("mini_ade"),
+            "data.zero_label_void": True,
+            "model.classes": 150,
+            "evaluation.scale": "(96,96)",
+        }
+    process = _start(cache, tmp_path / "whole", changes)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    rng = np.random.default_rng(workers)
+    kills, during_a_save = 0, 0
+    while kills < 10:
+        process = _start(cache, tmp_path / "cut", changes)
+        reached = max(_losses(tmp_path / "cut") or {0: 0.0})
+        folder = tmp_path / "cut" / "checkpoints"
+        if kills == 4:  # this one as soon as a checkpoint is begun
+            before = set(folder.iterdir())
+            while process.poll() is None and not {p for p in folder.iterdir() if "tmp" in p.name} - before:
+                time.sleep(0.0005)
+            during_a_save += process.poll() is None
+        else:
+            _wait_for_step(process, tmp_path / "cut", reached + int(rng.integers(1, 4)))
+            time.sleep(float(rng.uniform(0, 0.3)))
+        process.kill()
+        process.communicate(timeout=100)
+        kills += 1
+        print(f"kill {kills} at step {max(_losses(tmp_path / 'cut') or {0: 0.0})}")
+    assert during_a_save == 1
+    process = _start(cache, tmp_path / "cut", changes)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    assert _same(tmp_path / "whole", tmp_path / "cut")
+    assert _losses(tmp_path / "whole") == _losses(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_fine_tuning_raises_the_score(cache: pathlib.Path, tmp_path: pathlib.Path, golden: Callable) -> None:
+    """From the golden Tiny, on the set that it was trained on for some minutes."""
+    scores = []
+    for steps, rate in ((1, 0.0), (60, 1e-4)):
+        changes = {
+            "data.source": "folder",
+            "data.dataset": "ade20k",
+            "data.root": golden("mini_ade"),
+            "data.zero_label_void": True,
+            "data.crop": "(256,256)",
+            "data.scale": "(1024,256)",
+            "evaluation.scale": "(1024,256)",
+            "evaluation.align": 32,
+            "model.classes": 150,
+            "init_from": golden("checkpoints/tiny.pth"),
+            "schedule.steps": steps,
+            "schedule.learning_rate": rate,
+        }
+        process = _start(cache, tmp_path / str(steps), changes)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, out + err
+        records = logs.read_records(tmp_path / str(steps) / "metrics.jsonl")
+        scores.append(records[-1]["miou"])
+    print(f"mIoU before and after fine-tuning: {scores}")
+    assert scores[1] > scores[0] + 0.01

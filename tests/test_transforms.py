@@ -1,0 +1,383 @@
+"""Decoding, resizing and cropping against OpenCV and the reference, byte for byte; and every broken file's error."""
+
+import pathlib
+import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from topformer_jax.data import transforms
+from topformer_jax.data.transforms import decode_image, decode_label, fitted_size, training_example
+from topformer_jax.errors import UserError
+
+Find = Callable[[str], pathlib.Path]
+sides = st.integers(1, 90)
+
+
+def _picture(h: int = 60, w: int = 90, seed: int = 0) -> np.ndarray:
+    noise = np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
+    return np.asarray(cv2.GaussianBlur(noise, (0, 0), 2))
+
+
+def _encoded(image: np.ndarray, extension: str) -> bytes:
+    return cv2.imencode(extension, image[..., ::-1] if image.ndim == 3 else image)[1].tobytes()
+
+
+def _png(header: tuple[int, int, int, int, int], rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG by hand: header = (width, height, depth, colour type, interlace), rows with their filter bytes."""
+    width, height, depth, colour, interlace = header
+    first = (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in [first, *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]:
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return data
+
+
+def _palette_png(indices: np.ndarray, depth: int) -> bytes:
+    bits = np.unpackbits(indices[..., None], axis=-1)[..., 8 - depth :].reshape(len(indices), -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+    colours = np.random.default_rng(0).integers(0, 256, 3 * 2**depth, dtype=np.uint8).tobytes()
+    height, width = indices.shape
+    return _png((width, height, depth, 3, 0), rows, (b"PLTE", colours), (b"tRNS", b"\0\x80"))
+
+
+# Files
+
+
+def test_images_as_opencv_reads_them() -> None:
+    image = _picture()
+    np.testing.assert_array_equal(decode_image(_encoded(image, ".png"), "x"), image)
+    jpeg = _encoded(image, ".jpg")
+    theirs = np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR))[..., ::-1]
+    np.testing.assert_array_equal(decode_image(jpeg, "x"), theirs)
+    assert decode_image(image, "x") is image
+
+
+def test_grey_alpha_and_16_bits_become_rgb() -> None:
+    image = _picture()
+    grey = decode_image(_encoded(image[..., 0], ".jpg"), "x")
+    assert grey.shape == image.shape
+    assert (grey == grey[..., :1]).all()
+    deep = decode_image(_encoded(image.astype(np.uint16) * 257, ".png"), "x")
+    np.testing.assert_array_equal(deep, image)
+    clear = np.concatenate([image[..., ::-1], np.full((60, 90, 1), 7, np.uint8)], axis=-1)
+    np.testing.assert_array_equal(decode_image(cv2.imencode(".png", clear)[1].tobytes(), "x"), image)
+
+
+def _with_segment(jpeg: bytes, marker: int, body: bytes) -> bytes:
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def test_exif_orientation_turns_the_image() -> None:
+    jpeg = _encoded(_picture(), ".jpg")
+    one_entry = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # orientation, a short, one of them: turn clockwise
+    tiff = b"MM\0*" + struct.pack(">IH", 8, 1) + one_entry + struct.pack(">I", 0)
+    turned = decode_image(_with_segment(jpeg, 0xE1, b"Exif\0\0" + tiff), "x")
+    np.testing.assert_array_equal(turned, np.rot90(decode_image(jpeg, "x"), -1))
+
+
+def test_cmyk_jpeg() -> None:
+    """One block of a colour, by hand: 4 components, two-bit codes for the DC sizes 0 and 6, one bit ends a block."""
+    parts = [(0xEE, b"Adobe\0\x64\0\0\0\0\0"), (0xDB, b"\0" + bytes([8] * 64))]
+    parts += [(0xC0, struct.pack(">BHHB", 8, 8, 8, 4) + b"".join(bytes([i, 0x11, 0]) for i in (1, 2, 3, 4)))]
+    parts += [(0xC4, bytes([0x00, 0, 2, *[0] * 14, 0, 6])), (0xC4, bytes([0x10, 1, *[0] * 15, 0]))]
+    parts += [(0xDA, bytes([4, 1, 0, 2, 0, 3, 0, 4, 0, 0, 63, 0]))]
+    segments = b"".join(bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body for kind, body in parts)
+    scan = bytes([0b01101000, 0b00000000, 0b00111111])  # cyan 40 up, the others at 128
+    image = decode_image(b"\xff\xd8" + segments + scan + b"\xff\xd9", "x")
+    assert image.shape == (8, 8, 3)
+    red, green, blue = image[0, 0].astype(int)
+    assert 60 <= green == blue < red <= 90
+    assert (image == image[0, 0]).all()
+
+
+PROGRESSIVE = cv2.imencode(".jpg", _picture(), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+
+
+@pytest.mark.parametrize("data", [_encoded(_picture(), ".jpg"), _encoded(_picture(), ".png"), PROGRESSIVE])
+def test_cut_off_anywhere(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    image = decode_image(data, "x")
+    assert image.shape == (60, 90, 3)
+    np.testing.assert_array_equal(decode_image(data + b"\0" * 500, "x"), image)  # what follows does no harm
+    for end in [1, 2, 3, 8, 20, 33, 40, *range(50, len(data) - 1, 97), len(data) - 1]:
+        with pytest.raises(UserError, match=r"photo.file (is|cannot)") as caught:
+            decode_image(data[:end], "photo.file")
+        assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_thumbnails_end_is_not_the_jpegs() -> None:
+    jpeg = _encoded(_picture(), ".jpg")
+    framed = _with_segment(jpeg, 0xE1, b"Exif\0\0" + _encoded(_picture(8, 8), ".jpg"))
+    np.testing.assert_array_equal(decode_image(framed, "x"), decode_image(jpeg, "x"))
+    with pytest.raises(UserError, match="x is cut off"):
+        decode_image(framed[:-100], "x")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "photo.jpg is empty"),
+        (b"not an image, but a text\n" * 20, "photo.jpg cannot be decoded"),
+        (b"BM" + bytes(100), "photo.jpg cannot be decoded"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0\0\0\4IDATabcdabcd", "photo.jpg is a damaged PNG"),
+        (_encoded(_picture(), ".png").replace(b"IDAT", b"IDAT\1", 1), "photo.jpg is a damaged PNG"),
+        (np.zeros((4, 4), np.uint8), r"expected a uint8 image .* found uint8 \[4, 4\]"),
+        (np.zeros((4, 4, 3), np.uint16), "found uint16"),
+    ],
+)
+def test_no_image(data: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=says):
+        decode_image(data, "photo.jpg")
+    assert capfd.readouterr() == ("", "")
+
+
+# Labels
+
+
+def _label(data: Any, classes: int = 150, zero_label_void: bool = False) -> np.ndarray:
+    return decode_label(data, "label.png", classes=classes, zero_label_void=zero_label_void)
+
+
+def test_grey_labels() -> None:
+    values = np.random.default_rng(0).integers(0, 150, (20, 30), dtype=np.uint8)
+    values[0] = 255
+    np.testing.assert_array_equal(_label(_encoded(values, ".png")), values)
+    np.testing.assert_array_equal(_label(_encoded(values.astype(np.uint16), ".png")), values)
+    for array in (values, values[..., None], values.astype(np.uint16)):
+        ours = _label(array)
+        assert ours.dtype == np.uint8
+        np.testing.assert_array_equal(ours, values)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_palette_labels_are_indices(depth: int) -> None:
+    indices = np.random.default_rng(depth).integers(0, 2**depth, (13, 21), dtype=np.uint8)
+    np.testing.assert_array_equal(_label(_palette_png(indices, depth), classes=255), indices)
+
+
+def test_interlaced_palette_label() -> None:
+    rows = b"\0\x01" + b"\0\x02" + b"\0\x03\x04"  # Adam7 of 2 x 2 pixels: three passes
+    data = _png((2, 2, 8, 3, 1), rows, (b"PLTE", bytes(range(30))))
+    np.testing.assert_array_equal(_label(data), [[1, 2], [3, 4]])
+
+
+def test_zero_label_void() -> None:
+    """As the reference does it: 0 becomes 255, then all go down by one, then 254 becomes 255."""
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    theirs = values.copy()
+    theirs[theirs == 0] = 255
+    theirs = theirs - 1
+    theirs[theirs == 254] = 255
+    np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=254, zero_label_void=True), theirs)
+    np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=255), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "zero_label_void", "says"),
+    [
+        ([0, 149, 150, 255], 150, False, r"holds 150, but the 150 classes are 0..149 and void is 255"),
+        ([0, 150, 151, 255], 150, True, r"holds 151, but the 150 classes are 1..150 \(0 is void\)"),
+        ([7, 33, 34], 19, False, r"holds 33, 34, but .*labelTrainIds"),
+        ([1, 256, 65535], 150, False, r"holds 256, 65535, but .*zero_label_void"),
+        (list(range(30)), 19, False, r"holds 19, 20, 21, 22, 23, \.\.\., but"),
+    ],
+)
+def test_values_that_are_no_class(values: list, classes: int, zero_label_void: bool, says: str) -> None:
+    array = np.array([values], np.uint16 if max(values) > 255 else np.uint8)
+    for data in (array, _encoded(array, ".png")):
+        with pytest.raises(UserError, match=rf"^label.png {says}") as caught:
+            _label(data, classes, zero_label_void)
+        assert "\n" not in str(caught.value)
+
+
+def test_sizes_must_agree() -> None:
+    image, label = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
+    transforms.check_sizes(image, label, "x")
+    with pytest.raises(UserError, match="x: the image has 6 x 4 pixels and its label 4 x 6"):
+        transforms.check_sizes(image, label.T, "x")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (_encoded(_picture(), ".png"), "label.png is a colour image: labels are PNG files of one channel"),
+        (_encoded(_picture()[..., 0], ".jpg"), "label.png is no PNG"),
+        (_encoded(_picture()[..., 0], ".png")[:-3], "label.png is cut off"),
+        (b"", "label.png is empty"),
+        (b"text", "label.png is no PNG"),
+        (_picture(), r"expected class indices .* found uint8 \[60, 90, 3\]"),
+        (np.zeros((3, 3), np.float32), "found float32"),
+        (_png((4, 4, 8, 0, 0), b"\0\0"), "label.png cannot be decoded"),
+    ],
+)
+def test_no_label(data: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        _label(data)
+
+
+# Geometry
+
+
+def test_golden_resizes(golden: Find) -> None:
+    with np.load(golden("preprocess.npz")) as file:
+        image, label = file["image_rgb"], file["label"]
+        ratios = {key.split("/")[1] for key in file if key.startswith("resize/")}
+        assert len(ratios) == 5
+        for ratio in ratios:
+            scale = transforms.scaled((2048, 256), float(ratio))
+            assert scale == tuple(file[f"resize/{ratio}/scale_wh"])
+            size = fitted_size(image.shape[:2], scale)
+            np.testing.assert_array_equal(
+                transforms.resize_image(image, size), file[f"resize/{ratio}/image_rgb"]
+            )
+            np.testing.assert_array_equal(transforms.resize_label(label, size), file[f"resize/{ratio}/label"])
+
+
+def test_golden_test_inputs(golden: Find) -> None:
+    with np.load(golden("preprocess.npz")) as file:
+        names = [key for key in file if key.startswith("test_input/")]
+        assert len(names) == 3
+        for name in names:
+            path = golden(f"mini_ade/images/validation/{name.split('/')[1]}.jpg")
+            image = decode_image(path.read_bytes(), path.name)
+            ours = transforms.test_image(image, scale=(2048, 512), align=32)
+            np.testing.assert_array_equal(ours, file[name])
+
+
+def test_test_image_fits_and_aligns() -> None:
+    image = _picture(100, 60)
+    fitted = transforms.test_image(image, scale=(80, 50), align=1)
+    np.testing.assert_array_equal(fitted, transforms.resize_image(image, (80, 48)))
+    aligned = transforms.test_image(image, scale=(50, 80), align=32)
+    np.testing.assert_array_equal(aligned, transforms.resize_image(fitted, (96, 64)))
+
+
+@given(h=sides, w=sides, long=sides, short=sides)
+def test_fitted_size(h: int, w: int, long: int, short: int) -> None:
+    assert transforms.scaled((long, short), 0.0) == (1, 1)
+    height, width = fitted_size((h, w), (long, short))
+    assert (height, width) == fitted_size((h, w), (short, long))
+    assert (width, height) == fitted_size((w, h), (short, long))
+    long, short = max(long, short), min(long, short)
+    assert 1 <= max(height, width) <= long
+    assert 1 <= min(height, width) <= short
+    ends = max(height, width) == long, min(height, width) == short
+    assert any(ends)  # it touches the box
+    assert abs(height * w - width * h) <= (h + w) / 2 or 1 in (height, width)
+
+
+@given(size=st.integers(1, 700), new_size=st.integers(1, 1400))
+def test_nearest_as_opencv(size: int, new_size: int) -> None:
+    numbers = np.arange(size, dtype=np.uint16)[None]
+    theirs = cv2.resize(numbers, (new_size, 1), interpolation=cv2.INTER_NEAREST)[0]
+    np.testing.assert_array_equal(transforms.nearest(size, new_size), theirs)
+
+
+@given(h=sides, w=sides, height=st.integers(1, 200), width=st.integers(1, 200), data=st.data())
+def test_a_corner_is_that_of_the_whole(h: int, w: int, height: int, width: int, data: st.DataObject) -> None:
+    _assert_corner(
+        (h, w), (height, width), data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    )
+
+
+@pytest.mark.parametrize("size", [(32, 48), (128, 192), (64, 96), (96, 48), (63, 97), (21, 32)])
+def test_a_corner_where_opencv_takes_other_paths(size: tuple[int, int]) -> None:
+    """Halved (OpenCV averages areas then), doubled, unchanged (it copies), by thirds."""
+    for bottom, right in [(1, 1), (7, 30), (size[0] - 1, size[1] - 1), (size[0], 9), (10, size[1])]:
+        _assert_corner((64, 96), size, bottom, right)
+
+
+def _assert_corner(source: tuple[int, int], size: tuple[int, int], bottom: int, right: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
+    theirs = transforms.resize_image(image, size)[:bottom, :right]
+    np.testing.assert_array_equal(transforms._resized_corner(image, size, bottom, right), theirs)
+
+
+# Crops
+
+SETTINGS: dict[str, Any] = {"crop": (40, 56), "scale": (96, 48), "ratio": (0.5, 2.0), "category_share": 0.75}
+
+
+def _blocks(h: int, w: int, seed: int, classes: int = 4, void: float = 0.2) -> np.ndarray:
+    """A label of large patches, some void: crops of it fail the test on categories now and then."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, classes, (2, 3), dtype=np.uint8)
+    coarse[rng.random((2, 3)) < void] = 255
+    return np.asarray(cv2.resize(coarse, (w, h), interpolation=cv2.INTER_NEAREST))
+
+
+def _plainly(
+    image: np.ndarray, label: np.ndarray, settings: dict[str, Any], rng: np.random.Generator
+) -> tuple[dict[str, np.ndarray], int]:
+    """What REFERENCE and the official pipeline say, on whole resized arrays; and how many crops were drawn."""
+    ratio = rng.uniform(*settings["ratio"])
+    long, short = (max(int(side * ratio), 1) for side in sorted(settings["scale"], reverse=True))
+    h, w = label.shape
+    factor = min(long / max(h, w), short / min(h, w))
+    size = max(int(w * factor + 0.5), 1), max(int(h * factor + 0.5), 1)
+    image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR))
+    label = np.asarray(cv2.resize(label, size, interpolation=cv2.INTER_NEAREST))
+    height, width = settings["crop"]
+
+    def draw() -> tuple[slice, slice]:
+        top = rng.integers(0, max(label.shape[0] - height, 0) + 1)
+        left = rng.integers(0, max(label.shape[1] - width, 0) + 1)
+        return slice(top, top + height), slice(left, left + width)
+
+    window, drawn = draw(), 1
+    for _ in range(10 if settings["category_share"] < 1 else 0):
+        values, counts = np.unique(label[window], return_counts=True)
+        counts = counts[values != 255]
+        if len(counts) > 1 and counts.max() / counts.sum() < settings["category_share"]:
+            break
+        window, drawn = draw(), drawn + 1
+    h, w = label[window].shape
+    images, labels = np.zeros((height, width, 3), np.uint8), np.full((height, width), 255, np.uint8)
+    images[:h, :w], labels[:h, :w] = image[window], label[window]
+    return {"image": images, "label": labels, "size": np.array((h, w), np.int32)}, drawn
+
+
+def _compare(h: int, w: int, settings: dict[str, Any], seed: int) -> tuple[bool, int]:
+    """Asserts that an example is made as the plain way makes it; whether it is padded, and the crops drawn."""
+    image, label = _picture(h, w, seed), _blocks(h, w, seed)
+    rng, their_rng = np.random.default_rng(seed), np.random.default_rng(seed)
+    ours = training_example(image, label, **settings, rng=rng)
+    theirs, drawn = _plainly(image, label, settings, their_rng)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert ours[name].dtype == array.dtype
+        np.testing.assert_array_equal(ours[name], array)
+    assert rng.bit_generator.state == their_rng.bit_generator.state
+    return tuple(theirs["size"]) != settings["crop"], drawn
+
+
+@given(h=sides, w=sides, crop=st.tuples(sides, sides), scale=st.tuples(sides, sides), seed=st.integers(0, 99))
+def test_any_geometry(h: int, w: int, crop: tuple[int, int], scale: tuple[int, int], seed: int) -> None:
+    _compare(h, w, SETTINGS | {"crop": crop, "scale": scale}, seed)
+
+
+@pytest.mark.parametrize("share", [0.75, 1.0])
+def test_examples_as_the_plain_way(share: float) -> None:
+    rng = np.random.default_rng(0)
+    settings = SETTINGS | {"category_share": share}
+    seen = [_compare(int(rng.integers(20, 120)), int(rng.integers(20, 120)), settings, i) for i in range(120)]
+    assert 20 < sum(padded for padded, _ in seen) < 100  # both kinds were there
+    drawn = {drawn for _, drawn in seen}
+    assert drawn >= {1, 2, 3, 11} if share < 1 else drawn == {1}
+
+
+def test_void_pixels_have_no_say() -> None:
+    label = np.full((10, 10), 255, np.uint8)
+    assert not transforms._varied(label, 0.75)
+    label[0, :4] = 3, 3, 3, 7
+    assert not transforms._varied(label, 0.75)  # 3 of 4 are class 3: not less than 0.75
+    assert transforms._varied(label, 0.76)
+    label[0, 3] = 3
+    assert not transforms._varied(label, 1.5)  # one class alone

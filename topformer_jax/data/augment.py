@@ -1,0 +1,241 @@
+"""Augmentation of a batch on the device: flip, photometric distortion, normalisation.
+
+The official pipeline does this on the host with OpenCV, on uint8 images; every step here rounds to uint8 where
+it does and gives the same bytes. An example's draws depend on the seed, its epoch and its number in the
+data set alone, and no example sees another, so that a batch may be sharded over any devices.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int32, UInt8
+
+MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # of ImageNet's red, green, blue in 0..255
+STD = np.array((58.395, 57.12, 57.375), np.float32)
+Planes = tuple[Array, ...]  # red, green, blue, or hue, saturation, value
+VOID = 255  # the label of pixels that do not count
+
+
+def normalise(
+    images: UInt8[Array, "n h w 3"] | UInt8[np.ndarray, "n h w 3"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "n h w 3"]:
+    """`(images - MEAN) / STD`, computed in at least float32; the constants are float32 in any `dtype`."""
+    wide = np.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
+    return ((jnp.asarray(images).astype(wide) - MEAN.astype(wide)) / STD.astype(wide)).astype(dtype)
+
+
+def brightness(image: UInt8[Array, "*size 3"], delta: ArrayLike) -> UInt8[Array, "*size 3"]:
+    """Adds `delta` (in levels of 0..255), clips, truncates."""
+    return _image(_pack(_brightness(_planes(image), delta)))
+
+
+def contrast(image: UInt8[Array, "*size 3"], factor: ArrayLike) -> UInt8[Array, "*size 3"]:
+    """Multiplies by `factor`, clips, truncates."""
+    return _image(_pack(_contrast(_planes(image), factor)))
+
+
+def saturation(image: UInt8[Array, "*size 3"], factor: ArrayLike) -> UInt8[Array, "*size 3"]:
+    """Multiplies the saturation by `factor`, through 8-bit HSV and back."""
+    return _image(_pack(_saturation(_planes(image), factor)))
+
+
+def hue(image: UInt8[Array, "*size 3"], delta: ArrayLike) -> UInt8[Array, "*size 3"]:
+    """Turns the hue by `delta`, a whole number of OpenCV's 180 steps in -180..180, through 8-bit HSV and back."""
+    return _image(_pack(_hue(_planes(image), delta)))
+
+
+def augment(
+    batch: dict[str, Array],
+    seed: int | Array,
+    *,
+    flip: float = 0.5,
+    photometric: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float[Array, "n h w 3"], Int32[Array, "n h w"]]:
+    """Distorts and normalises a batch for training.
+
+    Args:
+        batch: "image" uint8 `[n, h, w, 3]` and "label" uint8 `[n, h, w]`, padded at the bottom and the right;
+            "size" int32 `[n, 2]`, the (height, width) that is not padding; "index" int32 `[n]`, the example's
+            number in the data set; "epoch" int32 `[n]`.
+        seed: of the run. An example's key is `fold_in(fold_in(key(seed), epoch), index)`.
+        flip: the probability of a horizontal flip.
+        photometric: whether to change the colours, each step with probability 1/2: brightness by -32..32,
+            contrast by 0.5..1.5 (before or after the next two, by a coin), saturation by 0.5..1.5,
+            hue by -18..17 of 180.
+        dtype: of the images.
+
+    Returns:
+        Normalised images, 0 where there is padding, and labels, 255 (void) there.
+    """
+    root = jax.random.key(seed)
+
+    def one(
+        image: Array, label: Array, size: Array, index: Array, epoch: Array
+    ) -> tuple[Array, Array, Array]:
+        flip_key, colour_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, epoch), index))
+        rows, columns = (jnp.arange(side, dtype=jnp.int32) for side in label.shape)
+        inside = (rows[:, None] < size[0]) & (columns < size[1])
+        pixels = _pack(_planes(image))
+        if photometric:
+            pixels = _pack(_distort(_unpack(pixels), colour_key))
+        # Colours do not depend on places, so the flip may come second; before them, it made a CPU five times slower.
+        flipped = jax.random.bernoulli(flip_key, jnp.float32(flip))
+        pixels, label = (jnp.where(flipped, _mirror(x, size[1]), x) for x in (pixels, label))
+        return _image(pixels), label, inside
+
+    names = ("image", "label", "size", "index", "epoch")
+    with jax.named_scope("augment"):
+        images, labels, inside = jax.vmap(one)(*(batch[name] for name in names))
+        images = jnp.where(inside[..., None], normalise(images, dtype), jnp.zeros((), dtype))
+        return images, jnp.where(inside, labels.astype(jnp.int32), VOID)
+
+
+def _planes(image: Array) -> Planes:
+    """Red, green and blue as whole float32 numbers 0..255: what all steps between bytes compute with."""
+    return tuple(image[..., c].astype(jnp.float32) for c in range(3))
+
+
+def _pack(planes: Planes) -> Array:
+    """Each pixel as one uint32, so that a device's loop does a pixel's three channels together."""
+    red, green, blue = (plane.astype(jnp.uint32) for plane in planes)
+    return red | (green << 8) | (blue << 16)
+
+
+def _unpack(pixels: Array) -> Planes:
+    return tuple(((pixels >> shift) & 255).astype(jnp.float32) for shift in (0, 8, 16))
+
+
+def _image(pixels: Array) -> Array:
+    """Packed pixels as a uint8 image.
+
+    By a broadcast: the CPU's compiler does what made the pixels once then, and three times for three stacked
+    planes (each of whose makers it does three times, and so on: 20 times slower).
+    """
+    return ((pixels[..., None] >> jnp.asarray((0, 8, 16), jnp.uint32)) & 255).astype(jnp.uint8)
+
+
+def _brightness(planes: Planes, delta: ArrayLike) -> Planes:
+    delta = jnp.asarray(delta, jnp.float32)
+    return tuple(_truncate(plane + delta) for plane in planes)
+
+
+def _contrast(planes: Planes, factor: ArrayLike) -> Planes:
+    factor = jnp.asarray(factor, jnp.float32)
+    return tuple(_truncate(plane * factor) for plane in planes)
+
+
+def _saturation(planes: Planes, factor: ArrayLike) -> Planes:
+    hue, saturation, value = _to_hsv(planes)
+    return _from_hsv(hue, _truncate(saturation * jnp.asarray(factor, jnp.float32)), value)
+
+
+def _hue(planes: Planes, delta: ArrayLike) -> Planes:
+    hue, saturation, value = _to_hsv(planes)
+    hue = hue + jnp.asarray(delta).astype(jnp.float32)
+    hue = jnp.where(hue < 0, hue + 180, jnp.where(hue >= 180, hue - 180, hue))
+    return _from_hsv(hue, saturation, value)
+
+
+def _mirror(x: Array, width: Array) -> Array:
+    """Reverses the first `width` columns; what comes after them is padding, before and after."""
+    return jnp.roll(x[:, ::-1], width - x.shape[1], axis=1)
+
+
+def _distort(planes: Planes, key: Array) -> Planes:
+    """The official photometric distortion."""
+    keys = jax.random.split(key, 9)
+    coins = [jax.random.bernoulli(k, jnp.float32(0.5)) for k in keys[:5]]
+    delta = jax.random.uniform(keys[5], (), jnp.float32, -32, 32)
+    gain = jnp.where(coins[1], jax.random.uniform(keys[6], (), jnp.float32, 0.5, 1.5), 1.0)
+    factor = jax.random.uniform(keys[7], (), jnp.float32, 0.5, 1.5)
+    turn = jax.random.randint(keys[8], (), -18, 18, jnp.int32)
+    early = coins[2]
+    # By 0, and by 1, brightness and contrast change no byte.
+    planes = _brightness(planes, jnp.where(coins[0], delta, 0.0))
+    planes = _contrast(planes, jnp.where(early, gain, 1.0))
+    # HSV and back is not the identity on bytes, so these two are taken or not as a whole.
+    planes = _choose(coins[3], _saturation(planes, factor), planes)
+    planes = _choose(coins[4], _hue(planes, turn), planes)
+    return _contrast(planes, jnp.where(early, 1.0, gain))
+
+
+def _choose(coin: Array, taken: Planes, left: Planes) -> Planes:
+    return tuple(jnp.where(coin, *pair) for pair in zip(taken, left, strict=True))
+
+
+def _truncate(x: Array) -> Array:
+    return jnp.floor(jnp.clip(x, 0, 255))
+
+
+def _to_hsv(planes: Planes) -> Planes:
+    """Hue 0..179, saturation and value 0..255 of a uint8 RGB image, as whole float32 numbers: OpenCV's RGB2HSV.
+
+    OpenCV works in 12-bit fixed point, with tables of the rounded quotients below. All sums and products here are
+    whole numbers under 2**24, so that they are exact on any device, fused or not; and no quotient is
+    near enough to a half for its last bits to matter.
+    """
+    red, green, blue = planes
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
+    per_value = jnp.floor(255 * 4096 / jnp.maximum(value, 1) + 0.5)
+    saturation = jnp.floor((chroma * per_value + 2048) / 4096)
+    per_chroma = jnp.floor(30 * 4096 / jnp.maximum(chroma, 1) + 0.5)
+    angle = jnp.where(
+        value == red,
+        green - blue,
+        jnp.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma),
+    )
+    hue = jnp.floor((angle * per_chroma + 2048) / 4096)
+    return jnp.where(hue < 0, hue + 180, hue), saturation, value
+
+
+def _from_hsv(hue: Array, saturation: Array, value: Array) -> Planes:
+    """The uint8 RGB image of whole float32 hue 0..179, saturation and value 0..255: OpenCV's HSV2RGB.
+
+    The reference's bytes are those of OpenCV's vector code on x86 with fused multiply-add: float32, truncated at
+    the end. (Its scalar code, which does the last `width % 32` pixels of a row, rounds instead.)
+    A truncated result depends on the last bit of every product before it, so the roundings are spelled out here
+    in a way that no compiler's choice to fuse a product with a sum can change.
+    """
+    turns = _product(hue, 8947849, 28)  # hue * float32(6 / 180)
+    sector = jnp.floor(turns)
+    fraction = turns - sector
+    fraction = jnp.where((sector == 0) | (sector == 2) | (sector == 4), 1 - fraction, fraction)
+    share = _product(saturation, 8421505, 31)  # saturation * float32(1 / 255)
+    level = _product(value, 8421505, 31)
+    low = jnp.floor(level * (1 - share) * 255)
+    middle = jnp.floor(level * _one_minus_product(share, fraction) * 255)
+
+    def channel(first: int) -> Array:
+        """Red's value at `sector`; green and blue run through the same six, 2 and 4 sectors later."""
+        place = sector + first
+        place = jnp.where(place < 6, place, place - 6)
+        at_value, at_low = (place == 0) | (place == 5), (place == 2) | (place == 3)
+        return jnp.where(at_value, value, jnp.where(at_low, low, middle))
+
+    return channel(0), channel(4), channel(2)
+
+
+def _product(x: Array, mantissa: int, exponent: int) -> Array:
+    """Whole `x` in 0..255 times `mantissa / 2**exponent`, rounded once: in the cast from an exact integer."""
+    return (x.astype(jnp.uint32) * jnp.uint32(mantissa)).astype(jnp.float32) * np.float32(2.0**-exponent)
+
+
+def _one_minus_product(x: Array, y: Array) -> Array:
+    """`1 - x y` for x, y in 0..1, rounded once as a fused multiply-add does."""
+    product = x * y
+    x_high, y_high = _high_half(x), _high_half(y)
+    x_low, y_low = x - x_high, y - y_high
+    # What rounding the product lost; the four products of halves are exact (Dekker 1971).
+    lost = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
+    difference = 1 - product
+    return difference + (((1 - difference) - product) - lost)
+
+
+def _high_half(x: Array) -> Array:
+    """The upper 12 of float32's 24 bits."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
+    return lax.bitcast_convert_type(bits, jnp.float32)

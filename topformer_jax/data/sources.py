@@ -1,0 +1,286 @@
+"""Random access to the examples of a data set: folders of files, array_record shards, synthetic shapes.
+
+A source knows nothing of decoding, order or randomness. It can be pickled, so that worker processes open their own.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from topformer_jax.data import shapes
+from topformer_jax.data.catalog import CATALOG, DataSet, Layout, custom
+from topformer_jax.errors import UserError
+
+SPLITS = ("train", "validation")
+VERSION = "1.0.0"  # of the array_record builders
+_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
+
+
+class Example(NamedTuple):
+    """One example as it is stored: a file's bytes, or an array where there is no file."""
+
+    name: str  # the image's path in its split, without suffix
+    image: bytes | np.ndarray
+    label: bytes | np.ndarray
+    where: tuple[str, str]  # what to call image and label in a message to the user
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set's split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """An example; raises UserError where it cannot be read."""
+
+
+def data_set(config: ConfigDict) -> DataSet:
+    """The config's data set: names, colours and layout of its classes.
+
+    Raises:
+        UserError: there is no such set, or the config's `model.classes` is another number.
+    """
+    name = config.data.dataset
+    if name == "custom":
+        found = custom(_custom_classes(config))
+    elif name in CATALOG:
+        found = CATALOG[name]
+    else:
+        raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
+    if len(found.classes) != config.model.classes:
+        raise UserError(
+            f"{name} has {len(found.classes)} classes, the config's model {config.model.classes}: "
+            f"--config.model.classes={len(found.classes)}"
+        )
+    return found
+
+
+def open_source(config: ConfigDict, split: str) -> Source:
+    """Opens the "train" or "validation" split of the config's data set.
+
+    Raises:
+        UserError: the data is not where the config says, or not complete.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is none of {SPLITS}")
+    data = config.data
+    found = data_set(config)
+    if (data.source == "shapes") != (data.dataset == "shapes"):
+        raise UserError(
+            f"data.source={data.source} does not hold data.dataset={data.dataset}: for the synthetic set both "
+            "are shapes (configs/topformer_t_shapes.py), for others the source is folder or array_record"
+        )
+    if data.source == "shapes":
+        return ShapesSource(split, data.shapes[split], data.shapes.size)
+    if data.source == "folder":
+        return open_folder(data.dataset, found.layout, data.root, split)
+    if data.source == "array_record":
+        return ArrayRecordSource(str(_prepared(data.root, data.dataset)), split)
+    raise UserError(f"there is no data.source {data.source}: folder, array_record or shapes")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Pairs of files, in the order of their names."""
+
+    root: str
+    names: tuple[str, ...]
+    images: tuple[str, ...]  # paths below the root
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = (
+            os.path.join(self.root, self.images[index]),
+            os.path.join(self.root, self.labels[index]),
+        )
+        return Example(self.names[index], _read(image), _read(label), (image, label))
+
+
+@dataclasses.dataclass
+class ArrayRecordSource:
+    """What scripts/build_dataset.py wrote: TFDS records whose encoded bytes are handed on as they are."""
+
+    folder: str
+    split: str
+
+    def __post_init__(self) -> None:
+        import tensorflow_datasets as tfds  # takes half a second
+
+        keep = tfds.decode.SkipDecoding()
+        try:
+            builder = tfds.builder_from_directory(self.folder)
+            decoders: Any = {"image": keep, "label": keep}
+            self._records: Any = builder.as_data_source(self.split, decoders=decoders)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the {self.split} split in {self.folder} cannot be opened ({error}): build it again with "
+                "scripts/build_dataset.py"
+            ) from None
+
+    def __reduce__(self) -> tuple:
+        return ArrayRecordSource, (self.folder, self.split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        name = record["name"].decode()
+        where = f"{name} (record {index} of {self.split} in {self.folder})"
+        return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesSource:
+    """Synthetic scenes (shapes.py), drawn when they are asked for."""
+
+    split: str
+    count: int
+    size: int  # pixels
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        image, label = shapes.draw(self.split, index, self.size)
+        name = f"{self.split}_{index:06d}"
+        return Example(name, image, label, (f"shapes image {name}", f"shapes label {name}"))
+
+
+def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
+    """Lists a split's files and checks that each image has a label.
+
+    Raises:
+        UserError: a folder is missing or holds no image, or an image has no label.
+    """
+    if layout is None:
+        raise UserError(f"data set {dataset} has no folder layout: data.source=folder cannot read it")
+    base = pathlib.Path(root).expanduser()
+    words = layout.train if split == "train" else layout.validation
+    word = next((w for w in words if (base / layout.images.format(split=w)).is_dir()), words[0])
+    image_folder, label_folder = (
+        pathlib.PurePosixPath(text.format(split=word)) for text in (layout.images, layout.labels)
+    )
+    needed = [base / image_folder, base / label_folder]
+    if layout.names:
+        needed.append(base / layout.names.format(split=word))
+    missing = [path for path in needed if not path.exists()]
+    if missing or not root:
+        where = f"{missing[0]} does not exist" if root else "data.root is empty"
+        raise _not_found(dataset, layout, base, where)
+
+    images = _matching(base / image_folder, layout.image_suffixes)
+    if layout.names:
+        wanted = {line.strip() for line in needed[2].read_text().splitlines()} - {""}
+        absent = sorted(wanted - images.keys())
+        if absent:
+            raise UserError(f"{_some(absent)} in {needed[2]} without an image in {base / image_folder}")
+        images = {name: images[name] for name in wanted}
+    if not images:
+        kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
+        raise _not_found(dataset, layout, base, f"{base / image_folder} holds no {kinds}")
+
+    labels = set(_files(base / label_folder))
+    names = sorted(images)
+    unlabelled = [images[name] for name in names if name + layout.label_suffix not in labels]
+    if unlabelled:
+        hint = f" ({layout.label_hint})" if layout.label_hint else ""
+        raise UserError(
+            f"{_some(unlabelled)} in {base / image_folder} without a label: each needs a file "
+            f"*{layout.label_suffix} in {base / label_folder}{hint}"
+        )
+    return FolderSource(
+        str(base),
+        tuple(names),
+        tuple(str(image_folder / images[name]) for name in names),
+        tuple(str(label_folder / (name + layout.label_suffix)) for name in names),
+    )
+
+
+def _files(folder: pathlib.Path) -> Iterator[str]:
+    """All files below a folder, with "/", but for hidden ones."""
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = pathlib.Path(path).relative_to(folder).as_posix()
+        for name in names:
+            if not name.startswith("."):
+                yield name if inside == "." else f"{inside}/{name}"
+
+
+def _matching(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """The files with one of the suffixes, by their path without it."""
+    found: dict[str, str] = {}
+    for path in _files(folder):
+        suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix)), None)
+        if suffix is None:
+            continue
+        name = path[: -len(suffix)]
+        if name in found:
+            pair = " and ".join(sorted([found[name], path]))
+            raise UserError(f"{pair} in {folder} would share one label: keep one of them")
+        found[name] = path
+    return found
+
+
+def _some(paths: list[str]) -> str:
+    """How many, and the first few."""
+    kind = "1 image" if len(paths) == 1 else f"{len(paths)} images"
+    return f"{kind} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+
+
+def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> UserError:
+    folders = []
+    for text, suffix in ((layout.images, layout.image_suffixes[0]), (layout.labels, layout.label_suffix)):
+        words = f"{{{layout.train[0]},{layout.validation[0]}}}"
+        folders.append(f"{text.format(split=words)}/**/*{suffix}")
+    if layout.names:
+        folders.append(layout.names.format(split=f"{{{layout.train[0]},{layout.validation[0]}}}"))
+    hint = f" ({layout.label_hint})" if layout.label_hint else ""
+    return UserError(
+        f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(folders)}{hint}; point at it "
+        f"with --config.data.root=DIR; {_WITHOUT_DATA}"
+    )
+
+
+def _read(path: str) -> bytes:
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _custom_classes(config: ConfigDict) -> tuple[str, ...]:
+    if config.data.class_names:
+        return tuple(config.data.class_names)
+    root = epath.Path(config.data.root or ".").expanduser()
+    files = [root / "classes.txt", root / "custom" / VERSION / "classes.txt"]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise UserError(
+            f"the custom data set's classes are unknown: write them to {files[0]}, a name a line in the order of "
+            'the labels, or give --config.data.class_names=\'("name","name")\''
+        )
+    return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+
+
+def _prepared(root: str, dataset: str) -> epath.Path:
+    """The folder that scripts/build_dataset.py wrote: the root itself, or below it."""
+    base = epath.Path(root).expanduser()
+    for folder in (base, base / VERSION, base / dataset / VERSION):
+        if root and (folder / "dataset_info.json").exists():
+            return folder
+    raise UserError(
+        f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
+        f"{dataset}/{VERSION}/dataset_info.json; build it with python scripts/build_dataset.py "
+        f"--dataset {dataset} --source DIR --output DIR and give --config.data.root=DIR; {_WITHOUT_DATA}"
+    )

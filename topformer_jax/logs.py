@@ -1,0 +1,157 @@
+"""What a run tells: a banner, a progress bar or plain lines, JSON lines, TensorBoard, curves, pictures."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Int, UInt8
+from tqdm import tqdm
+
+Picture = UInt8[np.ndarray, "h w 3"]
+
+
+def banner(rows: Mapping[str, object]) -> None:
+    """Prints what a run is about to do, a line a fact."""
+    width = max(map(len, rows))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
+
+
+class RunLog:
+    """The log of one training run; on all but the first process of several it does nothing.
+
+    Writes `metrics.jsonl` and TensorBoard files into the work directory, and to the screen a progress bar on a
+    terminal, plain lines elsewhere. A run that goes on at `start` drops what an earlier one logged after it.
+    """
+
+    def __init__(self, workdir: pathlib.Path, start: int, steps: int, *, active: bool):
+        self.active = active
+        self.steps = steps
+        self._path = workdir / "metrics.jsonl"
+        self._started, self._start = time.monotonic(), start
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        kept = [record for record in read_records(self._path) if record["step"] <= start]
+        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=False
+        )
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values of a step of training, and how long the rest will take."""
+        if not self.active:
+            return
+        self._record(step, "train", values)
+        each = (time.monotonic() - self._started) / (step - self._start)
+        line = (
+            f"step {step}/{self.steps}  loss {values['loss']:.4f}  pixels {values['pixel_accuracy']:.1%}  "
+            f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
+            f"waiting {values['data_wait']:.0%}  left {_duration(each * (self.steps - step))}"
+        )
+        if self._bar.disable:
+            print(line, flush=True)
+        else:
+            self._bar.n = step
+            self._bar.set_description_str(line.split("  ", 1)[1])
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs an evaluation's scores."""
+        if not self.active:
+            return
+        self._record(step, "evaluation", values)
+        self.say(
+            f"step {step}/{self.steps}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the progress bar."""
+        if self.active:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if self.active:
+            self._bar.close()
+            self._board.close()
+
+    def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that was cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Draws loss, pixel accuracy, learning rate and mIoU over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("train", "loss"),
+        ("train", "pixel_accuracy"),
+        ("evaluation", "miou"),
+        ("train", "learning_rate"),
+    ]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (kind, name) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        points = [(record["step"], record[name]) for record in records if record["kind"] == kind]
+        axes.plot(
+            *zip(*points, strict=True) if points else ([], []), marker="o" if kind == "evaluation" else ""
+        )
+        axes.set_title(f"{kind}: {name.replace('_', ' ')}")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def save_grid(
+    rows: Sequence[tuple[Picture, Int[np.ndarray, "h w"], Int[np.ndarray, "h w"]]],
+    palette: Sequence[tuple[int, int, int]],
+    path: pathlib.Path,
+    height: int = 192,
+) -> None:
+    """Writes a picture of rows of image, label and prediction; void is black."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(palette)] = palette
+
+    def panel(picture: np.ndarray) -> np.ndarray:
+        width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+        return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+    def painted(labels: np.ndarray) -> np.ndarray:
+        small = np.clip(labels, 0, 255).astype(np.uint8)
+        width = max(1, round(small.shape[1] * height / small.shape[0]))
+        return colours[cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)]
+
+    lines = [np.hstack([panel(i), painted(label), painted(guess)]) for i, label, guess in rows]
+    widest = max(line.shape[1] for line in lines)
+    lines = [
+        np.pad(line, ((0, 4), (0, widest - line.shape[1]), (0, 0)), constant_values=255) for line in lines
+    ]
+    cv2.imwrite(str(path), cv2.cvtColor(np.vstack(lines), cv2.COLOR_RGB2BGR))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

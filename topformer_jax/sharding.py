@@ -1,0 +1,113 @@
+"""The mesh of devices, and which array lies where on it."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from topformer_jax.errors import UserError
+
+# Below this many numbers a parameter is not worth gathering.
+FSDP_SMALLEST = 4096
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` with axes `data` and `fsdp`, over all devices or those given.
+
+    Raises:
+        UserError: the axes do not multiply to the number of devices, or do not divide the batch.
+    """
+    chosen = jax.devices() if devices is None else list(devices)
+    count = len(chosen)
+    fsdp = config.mesh.fsdp
+    data = count // max(fsdp, 1) if config.mesh.data == -1 else config.mesh.data
+    if fsdp < 1 or data < 1 or data * fsdp != count:
+        raise UserError(
+            f"a mesh of data {config.mesh.data} x fsdp {fsdp} does not cover the {count} devices: "
+            "set mesh.data=-1 and mesh.fsdp to a divisor of their number"
+        )
+    micro_batch, rest = divmod(config.batch_size, config.accumulation)
+    if rest or micro_batch % count:
+        raise UserError(
+            f"a batch of {config.batch_size} images in {config.accumulation} micro-batches cannot be divided "
+            f"evenly over {count} devices: set batch_size to a multiple of {config.accumulation * count}"
+        )
+    return jax.make_mesh(
+        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=chosen
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples divided over all devices."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """For every array of a state: divided over `fsdp` on its longest axis that divides, else replicated."""
+
+    def place(leaf: Any) -> NamedSharding:
+        size = mesh.shape["fsdp"]
+        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
+        if size == 1 or not axes or leaf.size < FSDP_SMALLEST:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*(("fsdp" if axis == longest else None) for axis in range(leaf.ndim))))
+
+    return jax.tree.map(place, state)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as whole numpy arrays, also where their parts lie on other processes' devices.
+
+    Every process must call it, in the same order: it may communicate.
+    """
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        if not leaf.is_fully_replicated:
+            sharding = leaf.sharding
+            assert isinstance(sharding, NamedSharding)
+            leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, P()))(leaf)
+        return np.asarray(leaf.addressable_data(0))
+
+    return jax.tree.map(fetch, tree)
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that start one of several processes by hand."""
+    group = parser.add_argument_group("several machines (TPU pods and SLURM need none of these)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
+
+
+def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of this run, if flags or the environment say that there are any.
+
+    Raises:
+        UserError: only some of the flags are given, or the others cannot be reached.
+    """
+    flags = (coordinator, processes, process_id)
+    if any(flag is not None for flag in flags):
+        if any(flag is None for flag in flags):
+            raise UserError("--coordinator, --processes and --process-id go together: give all three")
+        try:
+            jax.distributed.initialize(coordinator, processes, process_id)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"cannot join {coordinator} as process {process_id}: {error}") from None
+    elif (
+        int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    ):
+        jax.distributed.initialize()

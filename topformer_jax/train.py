@@ -1,0 +1,277 @@
+"""Trains a segmenter: from pictures to checkpoints, on whatever devices there are.
+
+  python -m topformer_jax.train --config configs/topformer_b_ade.py --config.data.root=DIR
+
+Everything goes into the work directory, runs/<config name> by default. The same command goes on where an
+interrupted run stopped; Ctrl-C and SIGTERM save before they end it. On several machines, start the same
+command on each: TPU pods and SLURM are recognised, elsewhere give --coordinator, --processes, --process-id.
+"""
+
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from topformer_jax import checkpoint as checkpoint_lib
+from topformer_jax import cli, inference, logs, metrics, models, sharding
+from topformer_jax.data import loader, sources
+from topformer_jax.errors import UserError
+from topformer_jax.step import TrainState, create
+
+PICTURES = 6  # rows of the picture grid
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Trains until `schedule.steps`, from where the work directory's newest checkpoint stands.
+
+    Raises:
+        UserError: the data, the devices, the work directory or a checkpoint do not fit the config; the loss
+            became NaN.
+    """
+    # ---- data
+    data_set = sources.data_set(config)
+    train_source = sources.open_source(config, "train")
+    validation_source = sources.open_source(config, "validation")
+
+    # ---- state
+    mesh = sharding.make_mesh(config)
+    first = jax.process_index() == 0
+    model = models.build(config)
+    if config.init_from:
+        from topformer_jax import convert
+
+        tensors, _ = convert.read(config.init_from, model, config, config.init_part)
+        checkpoint_lib.assign(model, tensors)
+        if first:
+            print(convert.origin_table(model, config.init_part, config.init_from))
+    state, train_step = create(config, mesh, model)
+    _make_workdir(workdir, config)
+    checkpoints = checkpoint_lib.Checkpoints(workdir / "checkpoints", config.checkpoints_kept)
+    start = checkpoints.latest or 0
+    if start:
+        state = _restored(checkpoints, start, state, config)
+
+    # ---- banner
+    steps = config.schedule.steps
+    if first:
+        device = jax.devices()[0]
+        epochs = steps * config.batch_size / len(train_source)
+        logs.banner(
+            {
+                "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.classes} classes, "
+                f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
+                "data": f"{config.data.dataset} ({config.data.source}), {len(train_source)} training and "
+                f"{len(validation_source)} validation examples",
+                "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop}",
+                "devices": f"{jax.device_count()} x {device.device_kind} in {jax.process_count()} processes, mesh "
+                + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+                "writing to": workdir,
+                "starting": f"from checkpoint {start}"
+                if start
+                else f"from {config.init_from or 'fresh weights'}",
+            }
+        )
+    log = logs.RunLog(workdir, start, steps, active=first)
+    stop = _Stop()
+    batches = loader.to_device(
+        loader.training_batches(
+            train_source,
+            config,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        sharding.batch_sharding(mesh),
+    )
+
+    # ---- the loop
+    recent: list[
+        Mapping[str, jax.Array]
+    ] = []  # on the device; fetched together when there is something to say
+    began, waited = time.perf_counter(), 0.0
+    try:
+        for step in range(start + 1, steps + 1):
+            state, values = train_step(state, next(batches))
+            recent.append(values)
+            last = step == steps
+            evaluating = last or step % config.evaluate_every == 0
+            looking = evaluating or step % config.log_every == 0 or step % config.checkpoint_every == 0
+            if not (looking or stop.asked_here()):
+                continue
+
+            fetched = jax.device_get(recent)
+            recent = []
+            _refuse_nan(fetched, step, checkpoints)
+            elapsed, now_waited = time.perf_counter() - began, batches.waited
+            means = {key: float(np.mean([values[key] for values in fetched])) for key in fetched[0]}
+            means |= {
+                "learning_rate": float(fetched[-1]["learning_rate"]),
+                "images_per_second": len(fetched) * config.batch_size / elapsed,
+                "data_wait": min((now_waited - waited) / elapsed, 1.0),
+            }
+            log.train(step, means)
+
+            stopping = stop.agreed()
+            miou = None
+            if evaluating and not stopping:
+                miou = _evaluate(config, state, validation_source, data_set.palette, workdir, step, log)
+            if last or stopping or miou is not None or step % config.checkpoint_every == 0:
+                _save(checkpoints, step, state, config, miou)
+            if stopping:
+                checkpoints.wait()
+                log.say(f"stopped at step {step} and saved; the same command goes on from here")
+                raise SystemExit(128 + stopping)
+            began, waited = time.perf_counter(), batches.waited
+    finally:
+        batches.close()
+        log.close()
+        stop.restore()
+        checkpoints.close()
+
+    # ---- the end
+    if first:
+        logs.save_curves(logs.read_records(workdir / "metrics.jsonl"), workdir / "curves.png")
+        best = checkpoints.best()
+        print(f"done: curves in {workdir / 'curves.png'}, pictures in {workdir / 'pictures'}")
+        if best:
+            print(f"best: mIoU {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")
+
+
+def _make_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes the work directory and writes the config into it."""
+    try:
+        (workdir / "pictures").mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            (workdir / "config.json").write_text(config.to_json(indent=2))
+    except OSError as error:
+        raise UserError(f"cannot write into {workdir}: {error.strerror}; name another --workdir") from None
+
+
+def _restored(
+    checkpoints: checkpoint_lib.Checkpoints, step: int, state: TrainState, config: ConfigDict
+) -> TrainState:
+    """The state of a checkpoint, laid out as the given one."""
+    stored = checkpoints.config(step)
+    if stored.get("model") != json.loads(config.to_json())["model"]:
+        raise UserError(
+            f"{checkpoints.directory} holds a run of another model; name another --workdir, or remove this one"
+        )
+    trees = checkpoints.restore(step, _trees(state))
+    model, average = trees["model"], trees["average"]
+    return TrainState(
+        jax.device_put(np.int32(step), state.step.sharding),
+        {name: model[name] for name in state.params},
+        {name: model[name] for name in state.stats},
+        trees["optimizer"],
+        average,
+    )
+
+
+def _trees(state: TrainState) -> dict[str, Any]:
+    """A state as a checkpoint's parts."""
+    return {"model": state.params | state.stats, "optimizer": state.optimizer, "average": state.average}
+
+
+def _save(
+    checkpoints: checkpoint_lib.Checkpoints,
+    step: int,
+    state: TrainState,
+    config: ConfigDict,
+    miou: float | None,
+) -> None:
+    metadata = {"config": json.loads(config.to_json()), "meta": {"epoch": 0, "iter": step}}
+    checkpoints.save(step, _trees(state), metadata, miou)
+
+
+def _refuse_nan(fetched: list[Mapping[str, Any]], step: int, checkpoints: checkpoint_lib.Checkpoints) -> None:
+    bad = [index for index, values in enumerate(fetched) if not math.isfinite(values["loss"])]
+    if bad:
+        at = step - len(fetched) + 1 + bad[0]
+        kept = (
+            f"the last good checkpoint is of step {checkpoints.latest}"
+            if checkpoints.latest
+            else "none is saved"
+        )
+        raise UserError(
+            f"the loss is {float(fetched[bad[0]]['loss'])} at step {at}; {kept}; lower schedule.learning_rate, or "
+            "set optimizer.clip_norm"
+        )
+
+
+def _evaluate(
+    config: ConfigDict,
+    state: TrainState,
+    source: sources.Source,
+    palette: tuple[tuple[int, int, int], ...],
+    workdir: pathlib.Path,
+    step: int,
+    log: logs.RunLog,
+) -> float:
+    """Scores the validation split, writes the picture grid, and returns the mIoU."""
+    tensors = sharding.to_host(state.average or state.params | state.stats)
+    examples = loader.evaluation_examples(source, config, jax.process_index(), jax.process_count())
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def keep(_: int, image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> None:
+        if len(rows) < PICTURES:
+            rows.append((image, label, prediction))
+
+    predict = inference.predictor(config, tensors)
+    confusion = inference.evaluate(predict, examples, config.model.classes, each=keep)
+    if log.active and rows:
+        logs.save_grid(rows, palette, workdir / "pictures" / f"{step:07}.png")
+    result = metrics.scores(confusion)
+    log.evaluation(step, {"miou": result.miou, "macc": result.macc, "aacc": result.aacc})
+    return result.miou
+
+
+class _Stop:
+    """Remembers that SIGTERM or SIGINT asked the run to end; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def asked_here(self) -> bool:
+        """Whether to stop at this step already: of several processes none may go ahead of the others."""
+        return bool(self._signal) and jax.process_count() == 1
+
+    def agreed(self) -> int:
+        """The signal that any process was sent, or 0. Every process must call it at the same step."""
+        if jax.process_count() == 1:
+            return self._signal
+        return int(np.max(multihost_utils.process_allgather(np.int32(self._signal))))
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """The command."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>")
+    sharding.add_process_flags(parser)
+    args, config = parser.parse()
+    assert config is not None  # --config is required
+    sharding.start_processes(args.coordinator, args.processes, args.process_id)
+    train(config, args.workdir or pathlib.Path("runs") / config.name)
+
+
+if __name__ == "__main__":
+    cli.run(main)
