@@ -279,7 +279,7 @@ def test_models_of_one_config_share_a_program_and_show_nan() -> None:
     weight = models.tensors(first)["backbone.trans.transformer_blocks.0.attn.to_q.c.weight"]
     weight.set_value(jnp.full_like(weight.get_value(), jnp.nan))
     assert np.isnan(run(first, np.ones((1, 64, 64, 3), np.float32))).any()
-    with pytest.raises(ValueError, match=r"expected \[n, h, w, 3\]|Type-check"):
+    with pytest.raises((ValueError, TypeError), match=r"\[n, h, w, 3\]|ype-check"):
         first(np.ones((1, 3, 64, 64), np.float32))
 
 

@@ -55,6 +55,8 @@ class RunLog:
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
             f"waiting {values['data_wait']:.0%}  left {_duration(each * (self.steps - step))}"
         )
+        if values["skipped"]:
+            line += f"  skipped {values['skipped']:.0f} unreadable"
         if self._bar.disable:
             print(line, flush=True)
         else:

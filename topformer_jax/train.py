@@ -118,7 +118,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 "images_per_second": len(fetched) * config.batch_size / elapsed,
                 "data_wait": min((now_waited - waited) / elapsed, 1.0),
             }
-            log.train(step, means)
+            log.train(step, means | {"skipped": batches.skipped})
 
             stopping = stop.agreed()
             miou = None
