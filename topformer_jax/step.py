@@ -144,9 +144,8 @@ def train_step(
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
         updates, optimizer_state = transform.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-    average = {
-        name: _averaged(old, (params | stats)[name], config.ema) for name, old in state.average.items()
-    }
+    new = params | stats
+    average = {name: _averaged(old, new[name], config.ema) for name, old in state.average.items()}
     metrics = {
         "loss": loss,
         "pixel_accuracy": correct / jnp.maximum(valid, 1),

@@ -94,9 +94,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     )
 
     # ---- the loop
-    recent: list[
-        Mapping[str, jax.Array]
-    ] = []  # on the device; fetched together when there is something to say
+    # What steps told, still on the device: fetched together when there is something to say.
+    recent: list[Mapping[str, jax.Array]] = []
     began, waited = time.perf_counter(), 0.0
     try:
         for step in range(start + 1, steps + 1):
