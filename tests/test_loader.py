@@ -204,24 +204,17 @@ def test_a_dead_worker_is_told() -> None:
         list(itertools.islice(iterator, 10))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 7])
-def test_evaluation_has_every_example_once(processes: int) -> None:
-    config = settings()
-    source = sources.open_source(config, "validation")
-    shares = [list(loader.evaluation_examples(source, config, p, processes)) for p in range(processes)]
-    for process, share in enumerate(shares):
-        assert [index for index, *_ in share] == list(range(process, 5, processes))
-    for index, name, image, label in itertools.chain(*shares):
-        assert name == source[index].name
-        np.testing.assert_array_equal(image, source[index].image)
-        np.testing.assert_array_equal(label, source[index].label)
+def test_in_order_is_a_map_by_threads() -> None:
+    assert list(loader.in_order(lambda item: item * 2, range(100))) == list(range(0, 200, 2))
+    assert list(loader.in_order(lambda item: item, [])) == []
 
 
-def test_evaluation_refuses_what_it_cannot_read(broken: ConfigDict) -> None:
-    config = config_lib.load(broken, {"data.skip_unreadable": True})
-    source = sources.open_source(config, "train")
-    examples = loader.evaluation_examples(source, config)
-    assert [next(examples)[0] for _ in range(11)] == list(range(11))
+def test_in_order_tells_what_it_cannot_read(broken: ConfigDict) -> None:
+    source = sources.open_source(broken, "train")
+    examples = loader.in_order(lambda index: loader.decoded(source[index], broken), range(len(source)))
+    for _ in range(11):
+        image, label = next(examples)
+        assert image.shape[:2] == label.shape
     with pytest.raises(UserError, match=r"ADE_train_00000012\.jpg"):
         next(examples)
 

@@ -69,7 +69,7 @@ def depthwise(batch: int, size: int, channels: int, repeats: int) -> str:
                         f"{medians['library'] / medians['shifted']:.1f}x",
                     )
                 )
-    return f"depthwise {batch}x{size}x{size}x{channels} float32, {_machine()}\n{_table(rows)}"
+    return f"depthwise {batch}x{size}x{size}x{channels} float32, {_machine()}\n{cli.table(rows)}"
 
 
 def tpu(config: ConfigDict, topologies: Sequence[str], batches: Sequence[int]) -> str:
@@ -118,7 +118,7 @@ def tpu(config: ConfigDict, topologies: Sequence[str], batches: Sequence[int]) -
     head = (
         f"{config.name} {config.model.dtype}, crops {config.data.crop}, a chip; -: less than an image a chip"
     )
-    return f"{head}\n{_table(rows)}"
+    return f"{head}\n{cli.table(rows)}"
 
 
 def _compiled_step(config: ConfigDict, mesh: Mesh) -> Any:
@@ -186,14 +186,6 @@ def _milliseconds(seconds: Sequence[float]) -> str:
 def _machine() -> str:
     device = jax.devices()[0]
     return f"{device.device_kind} ({device.platform}), jax {jax.__version__}, median (range)"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
 
 
 def main() -> None:

@@ -6,10 +6,11 @@ of itself: epoch, iteration, classes, ...). Training adds `average` (the average
 and `optimizer`; whoever reads a model gets the averaged one where there is one.
 """
 
+import contextlib
 import logging
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from topformer_jax.errors import UserError
 from topformer_jax.models import tensors as model_tensors
 
 Shape = tuple[int, ...]
+_NO_SPACE = "no space is left on the disk"
 
 
 def save_model(
@@ -124,7 +126,8 @@ def assign(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _checkpointer(directory: pathlib.Path, preservation: Any = None) -> ocp.training.Checkpointer:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every folder it opens
+    # Orbax tells of every folder it opens, and of an error in each of its threads before it raises it.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return ocp.training.Checkpointer(
         directory.absolute(),
         preservation_policy=preservation,
@@ -170,14 +173,19 @@ class Checkpoints:
         found = [(c.metrics["miou"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return (max(found)[1], max(found)[0]) if found else None
 
+    def scored(self, step: int) -> bool:
+        """Whether a checkpoint holds the mIoU of its evaluation."""
+        return any(c.step == step and bool(c.metrics) for c in self._checkpointer.checkpoints)
+
     def save(
         self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any], miou: float | None = None
     ) -> None:
         """Starts to write one step; the arrays are copied before this returns, so they may be donated."""
         metrics = None if miou is None else {"miou": miou}
-        self._checkpointer.save_checkpointables_async(
-            step, _filled(trees), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
-        )
+        with self._writing():
+            self._checkpointer.save_checkpointables_async(
+                step, _filled(trees), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
+            )
 
     def config(self, step: int) -> dict[str, Any]:
         """The settings of the run that wrote a step."""
@@ -195,11 +203,27 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when what was started is written."""
-        self._checkpointer.wait()
+        with self._writing():
+            self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits, and lets go of the folder."""
-        self._checkpointer.close()
+        with self._writing():
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells in one line what went wrong in the background; Orbax raises it at the next call."""
+        try:
+            yield
+        except Exception as error:  # Orbax has no common class for what a full disk raises
+            reason = _NO_SPACE if "No space left" in str(error) else str(error).splitlines()[0]
+            newest = self.latest
+            kept = "none is saved" if newest is None else f"the newest whole one is of step {newest}"
+            raise UserError(
+                f"cannot write a checkpoint into {self.directory}: {reason}; {kept}; mend it and start the same "
+                "command again"
+            ) from None
 
 
 def _filled(trees: Mapping[str, Any]) -> dict[str, Any]:

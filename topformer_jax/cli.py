@@ -1,6 +1,8 @@
 """What every command's main() shares: a parser that knows --config, and errors of one line."""
 
 import argparse
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -38,9 +40,35 @@ class Parser(argparse.ArgumentParser):
         return args, config_lib.load(args.config, overrides)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with 130."""
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as aligned lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = (
+        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        for row in rows
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in lines)
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, as a flag's value.
+
+    Raises:
+        UserError: something else stands there.
+    """
     try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} cannot be {text!r}: expected numbers with commas between them") from None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with 130.
+
+    Compiled programs are kept on disk, for the next command to find, unless the environment says where or not.
+    """
+    try:
+        _keep_compiled_programs()
         main()
     except UserError as error:
         print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
@@ -48,6 +76,18 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _keep_compiled_programs() -> None:
+    import jax
+
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    for name, value in (
+        ("jax_compilation_cache_dir", str(cache / "topformer_jax")),
+        ("jax_persistent_cache_min_compile_time_secs", 0.5),
+    ):
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -94,6 +94,12 @@ def base_config() -> ConfigDict:
     config.evaluation = evaluation = ConfigDict()
     evaluation.scale = (2048, 512)  # pixels, (long, short) side that an image is fitted into
     evaluation.align = 1  # resize again, up to multiples of this many pixels
+    evaluation.scales = (1.0,)  # factors on `scale`; the softmaxes of several are averaged
+    evaluation.flip = False  # average with the mirrored image's
+    evaluation.mode = "whole"  # or "slide": windows of `crop`, `stride` apart, averaged where they overlap
+    evaluation.crop = (512, 512)  # pixels, (height, width)
+    evaluation.stride = (341, 341)  # pixels, (down, across)
+    evaluation.batch_size = 0  # images that a device computes at once; 0: 1 on a CPU, 8 elsewhere
     return config
 
 

@@ -225,7 +225,9 @@ def main() -> None:
     if args.summary:
         if config is None:
             raise UserError("--summary needs --config FILE")
-        print(summary(config, _size(args.size) if args.size else tuple(config.data.crop)))
+        size = _size(args.size) if args.size else tuple(config.data.crop)
+        print(f"TopFormer {config.model.variant}, {config.model.classes} classes, {size[0]} x {size[1]}")
+        print(cli.table(summary(config, size)))
         return
     if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")

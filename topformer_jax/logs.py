@@ -7,12 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import cv2
-import numpy as np
-from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-Picture = UInt8[np.ndarray, "h w 3"]
+from topformer_jax.errors import UserError
+
+PLAIN_SECONDS = 10  # between lines where there is no terminal
 
 
 def banner(rows: Mapping[str, object]) -> None:
@@ -85,10 +84,43 @@ class RunLog:
             self._board.close()
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from None
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+class Progress:
+    """How far a command is: a bar on a terminal, elsewhere a line now and then; `with` ends it."""
+
+    def __init__(self, total: int, unit: str, *, active: bool = True):
+        self._active = active
+        self._total, self._unit = total, unit
+        self._told = 0.0
+        self._bar = tqdm(total=total, unit=unit, disable=not active or not sys.stderr.isatty(), leave=False)
+
+    def update(self, done: int, compiling: str = "") -> None:
+        """Shows how many are done, and what is being compiled, if anything is."""
+        note = f"compiling for {compiling}" if compiling else ""
+        self._bar.n = done
+        self._bar.set_postfix_str(note)
+        due = note or done == self._total or time.monotonic() - self._told >= PLAIN_SECONDS
+        if self._active and self._bar.disable and due:
+            print(f"{done}/{self._total} {self._unit}  {note}".rstrip(), flush=True)
+            self._told = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        self._bar.write(text, file=sys.stdout)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -124,33 +156,6 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def save_grid(
-    rows: Sequence[tuple[Picture, Int[np.ndarray, "h w"], Int[np.ndarray, "h w"]]],
-    palette: Sequence[tuple[int, int, int]],
-    path: pathlib.Path,
-    height: int = 192,
-) -> None:
-    """Writes a picture of rows of image, label and prediction; void is black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(palette)] = palette
-
-    def panel(picture: np.ndarray) -> np.ndarray:
-        width = max(1, round(picture.shape[1] * height / picture.shape[0]))
-        return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
-
-    def painted(labels: np.ndarray) -> np.ndarray:
-        small = np.clip(labels, 0, 255).astype(np.uint8)
-        width = max(1, round(small.shape[1] * height / small.shape[0]))
-        return colours[cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)]
-
-    lines = [np.hstack([panel(i), painted(label), painted(guess)]) for i, label, guess in rows]
-    widest = max(line.shape[1] for line in lines)
-    lines = [
-        np.pad(line, ((0, 4), (0, widest - line.shape[1]), (0, 0)), constant_values=255) for line in lines
-    ]
-    cv2.imwrite(str(path), cv2.cvtColor(np.vstack(lines), cv2.COLOR_RGB2BGR))
 
 
 def _duration(seconds: float) -> str:

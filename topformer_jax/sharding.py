@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from topformer_jax.errors import UserError
@@ -81,6 +83,20 @@ def to_host(tree: Any) -> Any:
         return np.asarray(leaf.addressable_data(0))
 
     return jax.tree.map(fetch, tree)
+
+
+def summed(counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """The sum over processes. Counts of pixels outgrow JAX's 32 bits, so two halves of them travel."""
+    halves = np.stack([counts >> 31, counts & (2**31 - 1)]).astype(np.int32)
+    high, low = over_processes(halves).astype(np.int64).sum(0)
+    return (high << 31) + low
+
+
+def over_processes(array: np.ndarray) -> np.ndarray:
+    """Every process's array, one after the other; all processes must call it in the same order."""
+    if jax.process_count() == 1:
+        return array[None]
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, inference, logs, metrics, models, sharding
+from topformer_jax import cli, logs, metrics, models, pictures, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
+from topformer_jax.evaluate import Seen, evaluate
 from topformer_jax.step import TrainState, create
 
 PICTURES = 6  # rows of the picture grid
@@ -45,7 +47,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ---- state
     mesh = sharding.make_mesh(config)
     first = jax.process_index() == 0
-    model = models.build(config)
+    model = models.build_segmenter(config)
     if config.init_from:
         from topformer_jax import convert
 
@@ -93,16 +95,33 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         sharding.batch_sharding(mesh),
     )
 
+    def scored(step: int) -> float | None:
+        """The mIoU of the state as it is; None if a signal cut the evaluation short."""
+        return _evaluate(
+            config, model, mesh, state, validation_source, data_set.palette, workdir, step, log, stop
+        )
+
+    def end_if(stopping: int, step: int) -> None:
+        if stopping:
+            checkpoints.wait()
+            log.say(f"stopped at step {step} and saved; the same command goes on from here")
+            raise SystemExit(128 + stopping)
+
     # ---- the loop
     # What steps told, still on the device: fetched together when there is something to say.
     recent: list[Mapping[str, jax.Array]] = []
     began, waited = time.perf_counter(), 0.0
     try:
+        if start and _evaluating(start, config) and not checkpoints.scored(start):
+            # A signal came before this step was evaluated.
+            miou = scored(start)
+            if miou is not None:
+                _save(checkpoints, start, state, config, miou)
+            end_if(stop.agreed(), start)
         for step in range(start + 1, steps + 1):
             state, values = train_step(state, next(batches))
             recent.append(values)
-            last = step == steps
-            evaluating = last or step % config.evaluate_every == 0
+            evaluating = _evaluating(step, config)
             looking = evaluating or step % config.log_every == 0 or step % config.checkpoint_every == 0
             if not (looking or stop.asked_here()):
                 continue
@@ -122,13 +141,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             stopping = stop.agreed()
             miou = None
             if evaluating and not stopping:
-                miou = _evaluate(config, state, validation_source, data_set.palette, workdir, step, log)
-            if last or stopping or miou is not None or step % config.checkpoint_every == 0:
+                miou = scored(step)
+                stopping = stop.agreed()
+            if evaluating or stopping or step % config.checkpoint_every == 0:
                 _save(checkpoints, step, state, config, miou)
-            if stopping:
-                checkpoints.wait()
-                log.say(f"stopped at step {step} and saved; the same command goes on from here")
-                raise SystemExit(128 + stopping)
+            end_if(stopping, step)
             began, waited = time.perf_counter(), batches.waited
     finally:
         batches.close()
@@ -143,6 +160,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         print(f"done: curves in {workdir / 'curves.png'}, pictures in {workdir / 'pictures'}")
         if best:
             print(f"best: mIoU {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")
+
+
+def _evaluating(step: int, config: ConfigDict) -> bool:
+    return step == config.schedule.steps or step % config.evaluate_every == 0
 
 
 def _make_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -208,29 +229,44 @@ def _refuse_nan(fetched: list[Mapping[str, Any]], step: int, checkpoints: checkp
 
 def _evaluate(
     config: ConfigDict,
+    model: models.Segmenter,
+    mesh: Mesh,
     state: TrainState,
     source: sources.Source,
     palette: tuple[tuple[int, int, int], ...],
     workdir: pathlib.Path,
     step: int,
     log: logs.RunLog,
-) -> float:
-    """Scores the validation split, writes the picture grid, and returns the mIoU."""
+    stop: "_Stop",
+) -> float | None:
+    """Scores the validation split, writes the picture grid, and returns the mIoU; None if a signal came."""
     tensors = sharding.to_host(state.average or state.params | state.stats)
-    examples = loader.evaluation_examples(source, config, jax.process_index(), jax.process_count())
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    rows: list[list[np.ndarray]] = []
 
-    def keep(_: int, image: np.ndarray, label: np.ndarray, prediction: np.ndarray) -> None:
-        if len(rows) < PICTURES:
-            rows.append((image, label, prediction))
+    def keep(seen: Seen) -> None:
+        if len(rows) < PICTURES and log.active:
+            rows.append(
+                [seen.image, *(pictures.painted(x, palette) for x in (seen.label, seen.prediction()))]
+            )
 
-    predict = inference.predictor(config, tensors)
-    confusion = inference.evaluate(predict, examples, config.model.classes, each=keep)
-    if log.active and rows:
-        logs.save_grid(rows, palette, workdir / "pictures" / f"{step:07}.png")
-    result = metrics.scores(confusion)
-    log.evaluation(step, {"miou": result.miou, "macc": result.macc, "aacc": result.aacc})
-    return result.miou
+    def go_on(*_: object) -> None:
+        if stop.asked_here():
+            raise _CutShort
+
+    try:
+        result = evaluate(model, source, config, mesh, tensors=tensors, each=keep, progress=go_on)
+    except _CutShort:
+        return None
+    if rows:
+        grid = pictures.grid(rows, titles=("image", "label", "prediction"))
+        pictures.write(workdir / "pictures" / f"{step:07}.png", grid)
+    scores = metrics.scores(result.confusion)
+    log.evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
+    return scores.miou
+
+
+class _CutShort(Exception):
+    """A signal came during an evaluation."""
 
 
 class _Stop:

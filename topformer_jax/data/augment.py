@@ -12,10 +12,11 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
+from topformer_jax.data.transforms import VOID
+
 MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # of ImageNet's red, green, blue in 0..255
 STD = np.array((58.395, 57.12, 57.375), np.float32)
 Planes = tuple[Array, ...]  # red, green, blue, or hue, saturation, value
-VOID = 255  # the label of pixels that do not count
 
 
 def normalise(

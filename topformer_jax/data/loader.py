@@ -5,7 +5,6 @@ alone: the batches are the same on 1 or N processes and with 0 or N workers, and
 """
 
 import dataclasses
-import functools
 import gc
 import math
 import multiprocessing
@@ -14,7 +13,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -30,7 +29,6 @@ from topformer_jax.data.sources import Example, Source
 from topformer_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
-WholeExample = tuple[int, str, np.ndarray, np.ndarray]
 _MOST_SKIPPED = 100  # unreadable examples in a row: more is no accident
 _ENDLESS = 2**62  # examples; grain counts batches in floating point, which overflows for sys.maxsize
 
@@ -147,7 +145,7 @@ class _MakeExample:
 
     def _example(self, index: int, epoch: int) -> dict[str, np.ndarray]:
         data = self.config.data
-        image, label = _decoded(self.source[index], self.config)
+        image, label = decoded(self.source[index], self.config)
         return transforms.training_example(
             image,
             label,
@@ -157,18 +155,6 @@ class _MakeExample:
             category_share=data.category_share,
             rng=np.random.default_rng([self.config.seed, epoch, index]),
         )
-
-
-def _decoded(
-    example: Example, config: ConfigDict
-) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-    image = transforms.decode_image(example.image, example.where[0])
-    classes, zero_label_void = config.model.classes, config.data.zero_label_void
-    label = transforms.decode_label(
-        example.label, example.where[1], classes=classes, zero_label_void=zero_label_void
-    )
-    transforms.check_sizes(image, label, example.where[0])
-    return image, label
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -190,30 +176,30 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def evaluation_examples(
-    source: Source, config: ConfigDict, process_index: int = 0, process_count: int = 1
-) -> Iterator[WholeExample]:
-    """One process's share of a split, each example once, in order: those with index % process_count = process_index.
-
-    Yields index, name, image (uint8 [h, w, 3]) and label (uint8 [h, w]), whole and decoded ahead by threads.
-    An unreadable example is an error here whatever the config says: a score is over all of them.
-    """
-    share = grain.MapDataset.range(process_index, max(len(source), process_index), process_count)
-    if not len(share):
+def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yields function(item) of each item in turn, computed ahead by threads."""
+    if not items:
         return
     threads = min(os.cpu_count() or 1, 16)
-    decoded = share.map(functools.partial(_evaluation_example, source, config))
-    iterator = iter(decoded.to_iter_dataset(grain.ReadOptions(threads, 2 * threads)))
+    dataset = grain.MapDataset.source(items).map(function)
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(threads, 2 * threads)))
     try:
         yield from iterator
     finally:
         iterator.close()
 
 
-def _evaluation_example(source: Source, config: ConfigDict, index: int) -> WholeExample:
-    example = source[index]
-    image, label = _decoded(example, config)
-    return index, example.name, image, label
+def decoded(
+    example: Example, config: ConfigDict
+) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
+    """Image and label of an example; a UserError names the file that is none, damaged or of another size."""
+    image = transforms.decode_image(example.image, example.where[0])
+    classes, zero_label_void = config.model.classes, config.data.zero_label_void
+    label = transforms.decode_label(
+        example.label, example.where[1], classes=classes, zero_label_void=zero_label_void
+    )
+    transforms.check_sizes(image, label, example.where[0])
+    return image, label
 
 
 class DeviceBatches(Iterator[dict[str, jax.Array]]):

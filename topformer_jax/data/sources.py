@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax.data import shapes
 from topformer_jax.data.catalog import CATALOG, DataSet, Layout, custom
+from topformer_jax.data.transforms import VOID, label_size
 from topformer_jax.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -40,6 +41,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example:
         """An example; raises UserError where it cannot be read."""
 
+    def label_size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an example's label, and so of its picture, without decoding either."""
+
 
 def data_set(config: ConfigDict) -> DataSet:
     """The config's data set: names, colours and layout of its classes.
@@ -54,6 +58,8 @@ def data_set(config: ConfigDict) -> DataSet:
         found = CATALOG[name]
     else:
         raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
+    if len(found.classes) >= VOID:
+        raise UserError(f"{name} has {len(found.classes)} classes: labels are bytes of which 255 is void")
     if len(found.classes) != config.model.classes:
         raise UserError(
             f"{name} has {len(found.classes)} classes, the config's model {config.model.classes}: "
@@ -105,6 +111,10 @@ class FolderSource:
         )
         return Example(self.names[index], _read(image), _read(label), (image, label))
 
+    def label_size(self, index: int) -> tuple[int, int]:
+        label = os.path.join(self.root, self.labels[index])
+        return label_size(_read(label, 24), label)
+
 
 @dataclasses.dataclass
 class ArrayRecordSource:
@@ -139,6 +149,10 @@ class ArrayRecordSource:
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
 
+    def label_size(self, index: int) -> tuple[int, int]:
+        example = self[index]
+        return label_size(example.label, example.where[1])
+
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSource:
@@ -155,6 +169,9 @@ class ShapesSource:
         image, label = shapes.draw(self.split, index, self.size)
         name = f"{self.split}_{index:06d}"
         return Example(name, image, label, (f"shapes image {name}", f"shapes label {name}"))
+
+    def label_size(self, index: int) -> tuple[int, int]:
+        return label_size(self[index].label, self.split)
 
 
 def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
@@ -252,9 +269,11 @@ def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> Us
     )
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, count: int = -1) -> bytes:
+    """A file's bytes, or the first `count` of them."""
     try:
-        return pathlib.Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read(count)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 

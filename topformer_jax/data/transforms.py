@@ -75,6 +75,20 @@ def decode_label(
     )
 
 
+def label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
+    """(height, width) of a label from the first 24 bytes of its file, or of one that is an array.
+
+    Raises:
+        UserError: the file `name` is no PNG.
+    """
+    if isinstance(data, np.ndarray):
+        return data.shape[0], data.shape[1]
+    if not data.startswith(PNG) or len(data) < 24:
+        raise _no_png(name)
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
 def check_sizes(image: np.ndarray, label: np.ndarray, name: str) -> None:
     """Raises a UserError unless `label` has the height and width of `image`."""
     if image.shape[:2] != label.shape[:2]:
@@ -113,13 +127,19 @@ def resize_label(label: UInt8[np.ndarray, "h w"], size: tuple[int, int]) -> UInt
     return cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
+def test_size(size: tuple[int, int], *, scale: tuple[int, int], align: int) -> tuple[int, int]:
+    """(height, width) of the input of an evaluation: fitted into `scale`, then up to multiples of `align` pixels."""
+    h, w = fitted_size(size, scale)
+    return -(-h // align) * align, -(-w // align) * align
+
+
 def test_image(
     image: UInt8[np.ndarray, "h w 3"], *, scale: tuple[int, int], align: int
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The input of an evaluation: fitted into `scale`, then resized again, up to multiples of `align` pixels."""
-    h, w = fitted_size(image.shape[:2], scale)
-    image = resize_image(image, (h, w))
-    return resize_image(image, (-(-h // align) * align, -(-w // align) * align))
+    """The input of an evaluation, of `test_size`; officially two resizes, of bytes each."""
+    size = image.shape[0], image.shape[1]
+    fitted = resize_image(image, fitted_size(size, scale))
+    return resize_image(fitted, test_size(size, scale=scale, align=align))
 
 
 def training_example(
@@ -208,7 +228,7 @@ def _label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         return values
     if not data.startswith(PNG):
         _require_whole(data, name)
-        raise UserError(f"{name} is no PNG: labels are PNG files of one channel that holds class indices")
+        raise _no_png(name)
     chunks = list(_png_chunks(data, name))
     _, header = chunks[0]
     depth, colour = header[8], header[9]
@@ -290,6 +310,10 @@ def _png_chunk(kind: bytes, body: bytes) -> bytes:
 
 def _checksum(chunk: bytes) -> bytes:
     return struct.pack(">I", zlib.crc32(chunk))
+
+
+def _no_png(name: str) -> UserError:
+    return UserError(f"{name} is no PNG: labels are PNG files of one channel that holds class indices")
 
 
 def _cut_off(name: str) -> UserError:

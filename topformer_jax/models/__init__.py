@@ -76,6 +76,18 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
     )
 
 
+def build_segmenter(config: ConfigDict) -> Segmenter:
+    """`build` for what classifiers cannot do.
+
+    Raises:
+        UserError: the config is a classifier's, or a setting of `config.model` has a value that does not exist.
+    """
+    model = build(config)
+    if not isinstance(model, Segmenter):
+        raise UserError(f"{config.name} has task={config.task}: this command knows segmentation alone")
+    return model
+
+
 def tensors(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, nnx.Variable]:
     """Every parameter and BatchNorm statistic of a model by its official name: `backbone.tpm.stem.0.c.weight`.
 

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from topformer_jax.models import build, tensors
 
 
-def summary(config: ConfigDict, size: tuple[int, int]) -> str:
-    """A table of the model's modules: parameters, and millions of multiply-adds for one image of `size`.
+def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
+    """The rows of a table of the model's modules: parameters, and millions of multiply-adds for one image of `size`.
 
     Multiply-adds are those of convolutions and matrix products, as papers count them; the products that resize
     and pool (interpolation elsewhere) stand in a column of their own. Parameters leave out BatchNorm statistics.
@@ -36,8 +36,7 @@ def summary(config: ConfigDict, size: tuple[int, int]) -> str:
     for scopes, count in _products(program.jaxpr, ()):
         (resampling if {"resize", "pool"} & set(scopes) else network)[_module(scopes)] += count
 
-    title = f"TopFormer {config.model.variant}, {config.model.classes} classes, {size[0]} x {size[1]}"
-    rows = [("module", "parameters", "multiply-adds M", "resampling M")]
+    rows: list[tuple[str, ...]] = [("module", "parameters", "multiply-adds M", "resampling M")]
     for module in [*dict.fromkeys([*network, *parameters, *resampling])]:
         rows.append(
             (
@@ -49,14 +48,7 @@ def summary(config: ConfigDict, size: tuple[int, int]) -> str:
         )
     totals = [sum(counts.values()) for counts in (parameters, network, resampling)]
     rows.append(("total", f"{totals[0]:,}", f"{totals[1] / 1e6:,.1f}", f"{totals[2] / 1e6:,.1f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    return "\n".join([title, *lines])
+    return rows
 
 
 def _module(path: Any) -> str:

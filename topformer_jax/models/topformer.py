@@ -250,6 +250,7 @@ class Segmenter(nnx.Module):
         numerics: Numerics,
         rng: np.random.Generator,
     ):
+        self.classes, self.numerics = classes, numerics
         width = variant.width if width is None else width
         self.backbone = TopFormer(
             variant, injection=injection, width=width, drop_path=drop_path, numerics=numerics, rng=rng

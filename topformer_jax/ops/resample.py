@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from topformer_jax.ops import at_least_float32
 
@@ -41,7 +41,20 @@ def adaptive_avg_pool(
 
 @functools.lru_cache(maxsize=512)
 def bilinear_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarray:
-    """The `[new_size, size]` matrix of a 1-D bilinear resize.
+    """The `[new_size, size]` matrix of a 1-D bilinear resize: see `bilinear_taps`."""
+    lower, upper, fraction = bilinear_taps(size, new_size, dtype)
+    matrix = np.zeros((new_size, size), fraction.dtype)
+    rows = np.arange(new_size)
+    np.add.at(matrix, (rows, lower), 1 - fraction)
+    np.add.at(matrix, (rows, upper), fraction)
+    matrix.flags.writeable = False  # it is shared by every caller through the cache
+    return matrix
+
+
+def bilinear_taps(
+    size: int, new_size: int, dtype: str = "float32"
+) -> tuple[Int[np.ndarray, " pixels"], Int[np.ndarray, " pixels"], Float[np.ndarray, " pixels"]]:
+    """The two sources of each of `new_size` pixels, and the second one's share.
 
     The source position of output i is `max(scale * (i + 0.5) - 0.5, 0)` with `scale = size / new_size`, rounded
     as PyTorch's kernels round it: the scale to `dtype` (float32 or float64), then product and difference once,
@@ -52,13 +65,7 @@ def bilinear_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndar
     position = np.maximum(scale * (np.arange(new_size) + 0.5) - 0.5, 0).astype(real)
     lower = np.minimum(np.floor(position).astype(np.int64), size - 1)
     upper = np.minimum(lower + 1, size - 1)
-    fraction = np.clip(position - lower.astype(real), real(0), real(1))
-    matrix = np.zeros((new_size, size), real)
-    rows = np.arange(new_size)
-    np.add.at(matrix, (rows, lower), real(1) - fraction)
-    np.add.at(matrix, (rows, upper), fraction)
-    matrix.flags.writeable = False  # it is shared by every caller through the cache
-    return matrix
+    return lower, upper, np.clip(position - lower.astype(real), real(0), real(1))
 
 
 @functools.lru_cache(maxsize=512)

@@ -1,0 +1,220 @@
+"""Evaluation: every example once, the same integers on any mesh, the official scores, and the command."""
+
+import collections
+import csv
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax import evaluate, inference, models, views
+from topformer_jax.data import sources
+from topformer_jax.data.transforms import decode_label
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHAPES = {
+    "data.shapes.validation": 13,  # that no number of devices divides
+    "data.shapes.size": 48,
+    "evaluation.scale": (64, 48),
+}
+
+
+def _config(**changes: Any) -> ConfigDict:
+    overrides = SHAPES | {key.replace("__", "."): value for key, value in changes.items()}
+    return config_lib.load(config_lib.shapes(), overrides)
+
+
+def _mesh(devices: int) -> Mesh:
+    return Mesh(np.array(jax.devices()[:devices]), ("data",))
+
+
+def _official_ade_sizes() -> list[tuple[int, int]]:
+    """2,000 sizes distributed as those of ADE20K's validation pictures: short sides of 512 mostly, some larger."""
+    rng = np.random.default_rng(0)
+    sizes = []
+    for _ in range(2000):
+        short = 512 if rng.random() < 0.5 else int(rng.integers(256, 1600))
+        long = round(short * float(rng.choice([4 / 3, 1.5, 1.335, 1, rng.uniform(1, 2.6)])))
+        sizes.append((short, long) if rng.random() < 0.8 else (long, short))
+    return sizes
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_a_plan_has_every_example_once(rows: int) -> None:
+    sizes = _official_ade_sizes()
+    evaluation = config_lib.ade20k("tiny").evaluation
+    planned = views.plan(sizes, evaluation, rows)
+    assert sorted(index for batch in planned for index in batch.indices) == list(range(2000))
+    for batch in planned:
+        assert 1 <= len(batch.indices) <= rows
+        assert {views.network_sizes(sizes[index], evaluation) for index in batch.indices} == {batch.networks}
+    networks, after = views.programs_of(planned, evaluation)
+    print(f"batches of {rows}: {len(planned)}; programs: {networks} networks, {after} after them")
+    assert networks == len({views.network_sizes(size, evaluation) for size in sizes})
+    assert after < networks
+
+
+def test_the_same_integers_on_any_number_of_devices() -> None:
+    config = _config()
+    source = sources.open_source(config, "validation")
+    model = models.build_segmenter(config)
+    seen: collections.Counter[int] = collections.Counter()
+    results = [
+        evaluate.evaluate(model, source, config, _mesh(devices), each=lambda one: seen.update([one.number]))
+        for devices in (1, 8)
+    ]
+    assert set(seen.values()) == {2}
+    assert len(seen) == 13
+    predictor = inference.Predictor(model, config.evaluation)
+    expected = np.zeros((10, 10), np.int64)
+    for index in range(13):
+        example = source[index]
+        label, guess = example.label, predictor(np.asarray(example.image))
+        valid = np.asarray(label) < 10
+        np.add.at(expected, (np.asarray(label)[valid], guess[valid]), 1)
+        accuracy = (np.asarray(label)[valid] == guess[valid]).mean()
+        assert np.isclose(results[0].accuracy[index], accuracy)
+    for result in results:
+        assert np.array_equal(result.confusion, expected)
+        assert np.array_equal(result.accuracy, results[0].accuracy)
+        assert np.array_equal(result.miou, results[0].miou)
+
+
+def test_batches_of_a_device_change_rounding_alone() -> None:
+    config = _config()
+    source = sources.open_source(config, "validation")
+    model = models.build_segmenter(config)
+    one, four = (
+        evaluate.evaluate(model, source, _config(evaluation__batch_size=count), _mesh(2)).confusion
+        for count in (1, 4)
+    )
+    assert one.sum() == four.sum()
+    assert np.abs(one - four).sum() <= 1e-4 * one.sum()
+
+
+def _command(
+    *arguments: str, module: str = "evaluate", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"topformer_jax.{module}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def ade(golden: Callable) -> list[str]:
+    """The arguments that every evaluation of the small ADE20K has."""
+    checkpoint, root = golden("checkpoints/tiny.pth"), golden("mini_ade")
+    config = ["--config", "configs/topformer_t_ade.py", f"--config.data.root={root}"]
+    return [*config, "--checkpoint", str(checkpoint)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [("single", []), ("slide", ["--slide"]), ("multiscale_flip", ["--scales", "0.5,1,1.5", "--flip"])],
+)
+def test_the_official_scores(
+    golden: Callable, ade: list[str], tmp_path: pathlib.Path, mode: str, flags: list[str]
+) -> None:
+    predictions = tmp_path / "predictions"
+    done = _command(*ade, *flags, "--workdir", str(tmp_path), "--save-predictions", str(predictions))
+    assert done.returncode == 0, done.stderr
+    official = json.loads(golden(f"eval/{mode}.json").read_text())
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    shown = {name: (found[name], official["metrics"][name]) for name in ("mIoU", "mAcc", "aAcc")}
+    print(mode, shown)
+    for ours, theirs in shown.values():
+        assert abs(ours - theirs) <= 1e-4
+    assert f"mIoU {100 * found['mIoU']:.2f}" in done.stdout
+    with (tmp_path / "confusion.csv").open() as file:
+        header, *rows = csv.reader(file)
+    confusion = np.array([[int(cell) for cell in row[1:]] for row in rows])
+    assert header[1:] == [row[0] for row in rows]
+    right = np.array(official["area_intersect"])
+    assert np.abs(np.diag(confusion) - right).sum() <= 1e-4 * right.sum()
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    for file in official["files"]:
+        saved = decode_label(
+            (predictions / f"{file[:-4]}.png").read_bytes(), file, classes=150, zero_label_void=False
+        )
+        expected = cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE)
+        assert (saved != expected).mean() <= 1e-4
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
+    """Five pictures on 2 processes x 4 devices: the second has nothing to do in the last batches."""
+    arguments = ["--config", "configs/topformer_t_shapes.py", "--config.data.shapes.validation=5"]
+    arguments += ["--config.data.shapes.size=48", "--config.evaluation.scale=(64,48)"]
+    config = config_lib.load(config_lib.shapes(), {})
+    from topformer_jax.checkpoint import save_model
+
+    tensors = {name: np.asarray(value) for name, value in models.values(models.build(config)).items()}
+    save_model(tmp_path / "weights", 0, tensors, {"config": json.loads(config.to_json()), "meta": {}})
+    arguments += ["--checkpoint", str(tmp_path / "weights"), "--workdir"]
+    one = _command(*arguments, str(tmp_path / "one"))
+    assert one.returncode == 0, one.stderr
+    flags = ["--coordinator", f"127.0.0.1:{_port()}", "--processes", "2"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    start = [sys.executable, "-m", "topformer_jax.evaluate", *arguments, str(tmp_path / "two"), *flags]
+    pair = [
+        subprocess.Popen(
+            [*start, "--process-id", str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=600) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert "mIoU" in outputs[0][0]
+    assert "mIoU" not in outputs[1][0]
+    ours, theirs = ((tmp_path / name / "confusion.csv").read_text() for name in ("one", "two"))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--config", "configs/topformer_b_ade.py"], "it is of variant tiny"),
+        (["--config.model.classes=59", "--config.data.dataset=context59"], "has not the config's 59 classes"),
+        (["--scales", "half"], "--scales cannot be 'half'"),
+        (["--config.evaluation.stride=(0,0)", "--slide"], "evaluation.stride"),
+        (["--checkpoint", "no/where.pth"], "no checkpoint no/where.pth"),
+        (["--workdir", "/proc/no"], "cannot write into /proc/no"),
+        (["--config", "configs/topformer_t_imagenet.py"], "task=classification"),
+    ],
+)
+def test_mistakes_are_one_line(
+    ade: list[str], tmp_path: pathlib.Path, changes: list[str], message: str
+) -> None:
+    done = _command(*ade, "--workdir", str(tmp_path), *changes)
+    print(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,198 @@
+"""From logits to pixels in tiles, against PyTorch's resizes in a row; whole predictions against the official ones."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+import topformer_jax
+from tests.parity import run, to_nchw, to_nhwc
+from topformer_jax import config, inference, models, views
+from topformer_jax.errors import UserError
+from topformer_jax.metrics import confusion_counts, scores
+from topformer_jax.ops import tiled
+from topformer_jax.ops.resample import resize
+from topformer_jax.ops.tiled import TILE, View
+
+MODES: dict[str, dict[str, Any]] = {
+    "single": {},
+    "slide": {"mode": "slide"},
+    "multiscale_flip": {"scales": (0.5, 1.0, 1.5), "flip": True},
+}
+
+
+def _evaluation(**changes: Any) -> ConfigDict:
+    settings = config.base_config().evaluation
+    settings.update(changes)
+    return settings
+
+
+def _interpolate(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return to_nhwc(
+        torch.nn.functional.interpolate(to_nchw(logits), size, mode="bilinear", align_corners=False)
+    )
+
+
+def _official(patches: dict[tuple[int, int], np.ndarray], network: Any, window: Any, size: Any) -> np.ndarray:
+    """The official steps: windows resized and averaged, then resized to the picture."""
+    classes = next(iter(patches.values())).shape[-1]
+    total, counts = np.zeros((1, *network, classes)), np.zeros((1, *network, 1))
+    for (top, left), logits in patches.items():
+        inside = (slice(None), slice(top, top + window[0]), slice(left, left + window[1]))
+        total[inside] += _interpolate(logits, window)
+        counts[inside] += 1
+    return _interpolate(total / counts, size)
+
+
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    scale=st.tuples(st.integers(33, 300), st.integers(33, 300)),
+    align=st.sampled_from([1, 32]),
+    mode=st.sampled_from(["whole", "slide"]),
+    flip=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.usefixtures("x64")
+def test_tiles_are_the_resizes_in_a_row(
+    size: Any, scale: Any, align: int, mode: str, flip: bool, seed: int
+) -> None:
+    rng, classes = np.random.default_rng(seed), 3
+    evaluation = _evaluation(scale=scale, align=align, mode=mode, crop=(96, 72), stride=(64, 29), flip=flip)
+    prepared = views.prepare(np.zeros((*size, 3), np.uint8), None, evaluation, dtype="float64")
+    (network,) = views.network_sizes(size, evaluation)
+    assert prepared.images[0].shape == (*network, 3)
+    (tops, height), (lefts, width) = views.windows(network, evaluation)
+    expected: list[np.ndarray] = []
+    seen = []
+    for number in range(1 + flip):
+        cells = (tiled.cells(height), tiled.cells(width))
+        patches = {(top, left): rng.normal(size=(1, *cells, classes)) for top in tops for left in lefts}
+        whole = _official(patches, network, (height, width), size)
+        expected.append(whole[:, :, ::-1] if number else whole)
+        joined = np.concatenate(
+            [np.concatenate([patches[top, left][0] for left in lefts], 1) for top in tops], 0
+        )
+        extents = [max(32, 1 << (side - 1).bit_length()) for side in joined.shape[:2]]
+        pad = [(0, extent - side) for extent, side in zip(extents, joined.shape[:2], strict=True)]
+        logits = jnp.asarray(np.pad(joined, [*pad, (0, 0)]).swapaxes(1, 2))
+        seen.append(View(logits, prepared.rows[number], prepared.columns[number]))
+    found = _whole(seen, prepared.grid, size, classes)
+    if flip:
+        expected = [torch.softmax(torch.from_numpy(logits.copy()), -1).numpy() for logits in expected]
+    assert np.abs(found - np.sum(expected, 0)[0]).max() <= 1e-12
+
+
+def _whole(seen: list[View], grid: np.ndarray, size: Any, classes: int) -> np.ndarray:
+    """The scores of all tiles, put together."""
+
+    def use(carry: jax.Array, scores: jax.Array, tile: jax.Array) -> jax.Array:
+        return carry.at[tile].set(scores.swapaxes(1, 2))
+
+    start = jnp.zeros((int(grid[0]), *TILE, classes), jnp.float64)
+    tiles = tiled.tiled(jax.tree.map(jnp.asarray, seen), jnp.int32(grid[0]), jnp.int32(grid[1]), start, use)
+    return views.untile(np.asarray(tiles), size)
+
+
+def test_largest_is_the_first_of_equals() -> None:
+    values = np.random.default_rng(0).integers(0, 4, (5, 7, 6)).astype(np.float32)
+    assert np.array_equal(tiled.largest(jnp.asarray(values)), values.argmax(1))
+
+
+def test_counts_are_those_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(0, 9, (40, 50)).astype(np.uint8), rng.integers(0, 7, (40, 50))
+    labels[labels > 6] = 255
+    expected = np.zeros((7, 7), np.int64)
+    np.add.at(expected, (labels[labels < 7], guesses[labels < 7]), 1)
+    found = confusion_counts(jnp.asarray(labels), jnp.asarray(guesses.astype(np.int32)), 7)
+    assert np.array_equal(np.asarray(found).reshape(7, 7), expected)
+
+
+def test_a_class_that_is_nowhere_is_left_out() -> None:
+    result = scores(np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]))
+    assert np.allclose(result.iou[:2], [6 / 9, 3 / 6])
+    assert np.isnan(result.iou[2])
+    assert np.isclose(result.miou, (6 / 9 + 3 / 6) / 2)
+    assert np.isclose(result.macc, (6 / 8 + 3 / 4) / 2)
+    assert np.isclose(result.aacc, 9 / 12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_official_label_maps(golden: Callable, mode: str) -> None:
+    """12 pictures, one checkpoint: the label of (nearly) every pixel."""
+    model = topformer_jax.load(config.ade20k("tiny"), golden("checkpoints/tiny.pth"))
+    assert isinstance(model, models.Segmenter)
+    info = json.loads(golden(f"eval/{mode}.json").read_text())
+    predictor = inference.Predictor(model, _evaluation(align=32, **MODES[mode]))
+    settings = _evaluation(align=32, **MODES[mode])
+    wrong = pixels = 0
+    files = info["files"] if mode == "single" else info["files"][:4]
+    for file, shapes in zip(files, info["input_shapes"], strict=False):
+        image = np.asarray(
+            cv2.imread(str(golden(f"mini_ade/images/validation/{file}")), cv2.IMREAD_COLOR_RGB)
+        )
+        networks = views.network_sizes((image.shape[0], image.shape[1]), settings)
+        assert [list(network) for network in networks for _ in range(1 + settings.flip)] == shapes
+        expected = np.asarray(cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE))
+        wrong += int((predictor(image) != expected).sum())
+        pixels += expected.size
+    print(f"{mode}: {wrong} of {pixels} pixels differ")
+    assert wrong / pixels <= 1e-4
+
+
+@pytest.fixture(scope="module")
+def small() -> models.Segmenter:
+    """A random network of 5 classes."""
+    settings = config.load(config.ade20k("tiny"), {"model.classes": 5, "model.drop_path": 0.0})
+    return models.build_segmenter(settings)
+
+
+def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8), (77, 61))
+    labels = inference.segment(small, image, _evaluation(scale=(64, 64), align=32))
+    assert labels.shape == (61, 77)
+    assert labels.dtype == np.uint8
+    fitted = views.prepare(image, None, _evaluation(scale=(64, 64), align=32)).images[0]
+    logits = jnp.asarray(run(small, inference.normalise(fitted[None])))
+    plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
+    assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
+    probabilities = inference.Predictor(small, _evaluation(scale=(64, 64), align=32)).probabilities(image)
+    assert np.abs(probabilities - np.asarray(jax.nn.softmax(plain, -1))).max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 2), (3, 700)])
+def test_pictures_of_any_size(small: models.Segmenter, size: tuple[int, int]) -> None:
+    image = np.full((*size, 3), 9, np.uint8)
+    assert inference.segment(small, image, _evaluation(scale=(128, 64), align=32)).shape == size
+
+
+def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
+    settings = _evaluation(scale=(64, 64), align=32)
+    image = np.zeros((50, 60, 3), np.uint8)
+    inference.Predictor(small, settings)(image)
+    again = models.build_segmenter(
+        config.load(config.ade20k("tiny"), {"model.classes": 5, "model.drop_path": 0.0})
+    )
+    inference.Predictor(again, settings)(np.ones((49, 59, 3), np.uint8))
+    programs = inference.programs(small, settings, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    for program in (programs.logits, programs.count):
+        assert getattr(program, "_cache_size")() == 1  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"mode": "sliding"}, "whole or slide"), ({"scales": ()}, "scales"), ({"stride": (0, 3)}, "stride")],
+)
+def test_settings_that_do_not_exist(small: models.Segmenter, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        inference.Predictor(small, _evaluation(**changes))

@@ -1,0 +1,112 @@
+"""Prediction and browsing from the command line: what they write, and what they say about what they cannot read."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from topformer_jax import checkpoint, config, inference, load, models, predict
+from topformer_jax.data.transforms import decode_image, decode_label
+from topformer_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ["--config", "configs/topformer_t_shapes.py", "--config.evaluation.scale=(96,64)"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint folder of random weights."""
+    folder = tmp_path_factory.mktemp("weights") / "shapes"
+    settings = config.shapes()
+    tensors = {name: np.asarray(value) for name, value in models.values(models.build(settings)).items()}
+    checkpoint.save_model(folder, 0, tensors, {"config": json.loads(settings.to_json()), "meta": {}})
+    return str(folder)
+
+
+def _picture(path: pathlib.Path, height: int, width: int) -> np.ndarray:
+    image = np.random.default_rng(height).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), image)
+    return image
+
+
+def _command(module: str, *arguments: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", f"topformer_jax.{module}", *CONFIG, *arguments],
+        input=stdin,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_folder_with_what_users_have_in_it(weights: str, tmp_path: pathlib.Path) -> None:
+    inside = tmp_path / "in"
+    _picture(inside / "a.png", 40, 50)
+    _picture(inside / "deep" / "b.jpg", 1, 1)
+    _picture(inside / "long.png", 3, 900)
+    (inside / "notes.txt").write_text("not a picture")
+    (inside / "cut.jpg").write_bytes((inside / "deep" / "b.jpg").read_bytes()[:200])
+    out = tmp_path / "out"
+    done = _command("predict", "--checkpoint", weights, "--output", str(out), "--probabilities", str(inside))
+    assert done.returncode == 2
+    assert "notes.txt" in done.stdout.decode()
+    assert "cut.jpg is cut off" in done.stdout.decode()
+    assert done.stderr.decode() == f"error: 1 of 4 pictures could not be read; the others are in {out}\n"
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    stems = ("a", "deep/b", "long")
+    assert names == {
+        f"{s}_{kind}" for s in stems for kind in ("overlay.jpg", "mask.png", "probabilities.npz")
+    }
+
+    model = load(config.shapes(), weights)
+    assert isinstance(model, models.Segmenter)
+    settings = config.load(config.shapes(), {"evaluation.scale": (96, 64)})
+    image = decode_image((inside / "a.png").read_bytes(), "a")
+    labels = inference.segment(model, image, settings.evaluation)
+    mask = decode_label((out / "a_mask.png").read_bytes(), "a", classes=10, zero_label_void=False)
+    assert np.array_equal(mask, labels)
+    with np.load(out / "a_probabilities.npz") as stored:
+        assert stored["probabilities"].shape == (40, 50, 10)
+        assert np.allclose(stored["probabilities"].astype(np.float32).sum(-1), 1, atol=5e-3)
+        assert stored["classes"][0] == "gradient"
+
+
+def test_standard_input(weights: str, tmp_path: pathlib.Path) -> None:
+    _picture(tmp_path / "a.png", 30, 70)
+    data = (tmp_path / "a.png").read_bytes()
+    done = _command("predict", "--checkpoint", weights, "--output", str(tmp_path / "out"), "-", stdin=data)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"stdin_overlay.jpg", "stdin_mask.png"}
+
+
+def test_pictures_are_found_once_and_outputs_differ(tmp_path: pathlib.Path) -> None:
+    _picture(tmp_path / "a.png", 4, 4)
+    _picture(tmp_path / "b" / "a.png", 4, 4)
+    work, others = predict.jobs([str(tmp_path), str(tmp_path / "*.png")])
+    assert [str(job.output) for job in work] == ["a", "b/a"]
+    assert others == []
+    with pytest.raises(UserError, match=r"would both be written to a_mask\.png"):
+        predict.jobs([str(tmp_path / "a.png"), str(tmp_path / "b" / "a.png")])
+    with pytest.raises(UserError, match="there is no picture"):
+        predict.jobs([str(tmp_path / "*.gif")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no picture"):
+        predict.jobs([str(tmp_path / "empty")])
+
+
+def test_browse_shows_what_training_sees(tmp_path: pathlib.Path) -> None:
+    done = _command(
+        "browse", "--output", str(tmp_path / "b.png"), "--count", "3", "--config.data.shapes.size=64"
+    )
+    assert done.returncode == 0, done.stderr
+    shown = cv2.imread(str(tmp_path / "b.png"))
+    assert shown is not None
+    assert shown.shape[0] > 3 * 256
+    assert shown.shape[1] > 3 * 256
+    assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 100
