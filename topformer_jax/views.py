@@ -248,4 +248,6 @@ def _bands(
 ) -> Bands:
     matrix = tiled.axis_matrix(pixels, network, starts, window, dtype)
     extent = _extent(len(starts) * tiled.cells(window))
-    return tiled.bands(matrix[::-1] if flip else matrix, tile, support, capacity, extent)
+    return tiled.bands(
+        matrix[::-1] if flip else matrix, tile, support=support, capacity=capacity, extent=extent
+    )

@@ -88,31 +88,39 @@ def axis_matrix(
 
 
 def bands(
-    matrix: Float[np.ndarray, "pixels cells"], tile: int, support: int, capacity: int, extent: int
+    matrix: Float[np.ndarray, "pixels cells"],
+    tile: int,
+    *,
+    support: int | None = None,
+    capacity: int | None = None,
+    extent: int | None = None,
 ) -> Bands:
     """Cuts an axis' matrix into tiles.
 
     Args:
         matrix: of the axis.
         tile: pixels of a tile.
-        support: cells of a tile.
-        capacity: tiles of the result; those after the picture's end are zero.
+        support: cells of a tile; as many as one of them needs where None.
+        capacity: tiles of the result; those after the last one needed are zero.
         extent: cells of the logits, padding included; at least `support`.
     """
     pixels, width = matrix.shape
     count = -(-pixels // tile)
+    extent = width if extent is None else extent
     padded = np.zeros((count * tile, max(extent, width)), matrix.dtype)
     padded[:pixels, :width] = matrix
     tiles = padded.reshape(count, tile, -1)
     used = (tiles != 0).any(1)
     first = used.argmax(1)
     last = used.shape[1] - 1 - used[:, ::-1].argmax(1)
-    if (last - first >= support).any():
-        raise ValueError(f"a tile needs {int((last - first).max()) + 1} cells, the support is {support}")
+    needed = int((last - first).max()) + 1
+    support = needed if support is None else support
+    if needed > support:
+        raise ValueError(f"a tile needs {needed} cells, the support is {support}")
     starts = np.minimum(first, extent - support)
     where = starts[:, None, None] + np.arange(support)
     weights = np.take_along_axis(tiles, where, -1)
-    pad = capacity - count
+    pad = 0 if capacity is None else capacity - count
     return Bands(np.pad(starts, (0, pad)).astype(np.int32), np.pad(weights, ((0, pad), (0, 0), (0, 0))))
 
 
