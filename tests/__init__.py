@@ -1,1 +1,1 @@
-"""Tests, one file a module; parity.py and torch_reference.py are what they share."""
+"""Tests, one file a module; parity.py is what they share."""

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests import torch_reference as reference
 from tests.parity import OFFICIAL_NAMES, settings_for
 from topformer_jax import checkpoint, config, convert, load, models
+from topformer_jax.benchmark import torch_peer as reference
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 

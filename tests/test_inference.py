@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import config, inference, models, views
-from topformer_jax.errors import UserError
 from topformer_jax.metrics import confusion_counts, scores
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
@@ -189,10 +188,22 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
         assert getattr(program, "_cache_size")() == 1  # noqa: B009
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"mode": "sliding"}, "whole or slide"), ({"scales": ()}, "scales"), ({"stride": (0, 3)}, "stride")],
-)
-def test_settings_that_do_not_exist(small: models.Segmenter, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        inference.Predictor(small, _evaluation(**changes))
+def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
+    """2048 x 1024 pixels and 150 classes: what follows the network, against the resized logits at once."""
+    large = models.build_segmenter(config.load(config.ade20k("tiny"), {}))
+    settings = _evaluation(scale=(2048, 1024))
+    programs = inference.programs(large, settings, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    picture = views.prepare(np.zeros((1024, 2048, 3), np.uint8), None, settings)
+    batch = inference.stack({0: picture}, programs, 1)
+    logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
+    looks = [View(logits, batch.rows[0], batch.columns[0])]
+    ours = programs.count.lower(looks, batch.grid, batch.labels, programs.totals()).compile()
+
+    def plain(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)
+
+    theirs = jax.jit(plain).lower(jax.ShapeDtypeStruct((1, 128, 256, 150), jnp.float32)).compile()
+    found = [program.memory_analysis() for program in (ours, theirs)]
+    sizes = [memory.temp_size_in_bytes / 1e6 for memory in found if memory is not None]
+    print(f"temporary: {sizes[0]:.0f} MB, plainly {sizes[1]:.0f} MB")
+    assert sizes[0] < sizes[1] / 20

@@ -17,11 +17,11 @@ from topformer_jax.ops.loss import VOID, plain_cross_entropy, upsampled_cross_en
 SIDE = st.integers(1, 9)
 
 
-def _inputs(seed: int, n: int, h: int, w: int, height: int, width: int, classes: int) -> tuple[Any, Any]:
+def _inputs(seed: int, n: int, cells: Any, pixels: Any, classes: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, (n, height, width)).astype(np.int32)
+    labels = rng.integers(0, classes, (n, *pixels)).astype(np.int32)
     labels[rng.random(labels.shape) < 0.2] = VOID
-    return rng.normal(size=(n, h, w, classes)) * 4, labels
+    return rng.normal(size=(n, *cells, classes)) * 4, labels
 
 
 def _both(function: Any, logits: Any, labels: Any) -> tuple[Any, Any]:
@@ -46,7 +46,7 @@ def _both(function: Any, logits: Any, labels: Any) -> tuple[Any, Any]:
 def test_tiles_are_the_plain_formulation(
     seed: int, cells: Any, pixels: Any, classes: int, tile: tuple[int, int]
 ) -> None:
-    logits, labels = _inputs(seed, 2, *cells, *pixels, classes)
+    logits, labels = _inputs(seed, 2, cells, pixels, classes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_lib, "CPU_TILE", tile)
         ours, our_gradient = _both(upsampled_cross_entropy, jnp.asarray(logits), labels)
@@ -59,7 +59,7 @@ def test_tiles_are_the_plain_formulation(
 
 @pytest.mark.parametrize("cells", [(16, 16), (13, 21)])
 def test_float32_against_pytorch(cells: tuple[int, int]) -> None:
-    logits, labels = _inputs(0, 2, *cells, 8 * cells[0], 8 * cells[1] - 3, 150)
+    logits, labels = _inputs(0, 2, cells, (8 * cells[0], 8 * cells[1] - 3), 150)
     logits = logits.astype(np.float32)
     tensor = to_nchw(logits).requires_grad_()
     resized = torch.nn.functional.interpolate(tensor, labels.shape[1:], mode="bilinear", align_corners=False)
@@ -74,7 +74,7 @@ def test_float32_against_pytorch(cells: tuple[int, int]) -> None:
 
 
 def test_the_value_alone_and_nothing_but_void() -> None:
-    logits, labels = _inputs(1, 1, 4, 4, 32, 32, 5)
+    logits, labels = _inputs(1, 1, (4, 4), (32, 32), 5)
     found = upsampled_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     plain = plain_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     assert abs(float(found.loss / plain.loss) - 1) <= 1e-6

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
 
-from tests import torch_reference as reference
 from tests.parity import (
     OFFICIAL_NAMES,
     distance,
@@ -30,6 +29,7 @@ from tests.parity import (
     to_nhwc,
 )
 from topformer_jax import config, load, models
+from topformer_jax.benchmark import torch_peer as reference
 from topformer_jax.errors import UserError
 
 Find = Callable[[str], pathlib.Path]

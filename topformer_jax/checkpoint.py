@@ -9,7 +9,9 @@ and `optimizer`; whoever reads a model gets the averaged one where there is one.
 import contextlib
 import logging
 import pathlib
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -77,8 +79,9 @@ def read_model(directory: str | pathlib.Path) -> tuple[dict[str, np.ndarray], di
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror or error}") from None
     except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{directory} is damaged, or no checkpoint of this project: {reason}") from error
+        raise UserError(
+            f"{directory} is damaged, or no checkpoint of this project: {_reason(error)}"
+        ) from error
     return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, stored.custom_metadata or {}
 
 
@@ -128,11 +131,28 @@ def assign(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 def _checkpointer(directory: pathlib.Path, preservation: Any = None) -> ocp.training.Checkpointer:
     # Orbax tells of every folder it opens, and of an error in each of its threads before it raises it.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _untold
     return ocp.training.Checkpointer(
         directory.absolute(),
         preservation_policy=preservation,
         cleanup_tmp_directories=preservation is not None,
     )
+
+
+def _untold(unraisable: Any) -> None:
+    """Leaves out that the threads of an Orbax that has given up have nobody left to tell."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error began with, in a line; Orbax's own words can be pages."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    line = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return f"{line[:200]}..." if len(line) > 200 else line
 
 
 def _shape(shape: Shape) -> str:
@@ -148,19 +168,16 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, kept: int):
         self.directory = directory
         policies = ocp.training.preservation_policies
-        self._checkpointer = _checkpointer(
-            directory,
-            policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(kept),
-                    policies.BestN(
-                        get_metric_fn=lambda metrics: metrics["miou"],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["miou"], n=1, keep_checkpoints_without_metrics=False
         )
+        policy = policies.AnyPreservationPolicy([policies.LatestN(kept), best])
+        try:
+            self._checkpointer = _checkpointer(directory, policy)
+        except Exception as error:
+            raise UserError(
+                f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
+            ) from None
 
     @property
     def latest(self) -> int | None:
@@ -189,8 +206,11 @@ class Checkpoints:
 
     def config(self, step: int) -> dict[str, Any]:
         """The settings of the run that wrote a step."""
-        stored = self._checkpointer.checkpointables_metadata(step)
-        return (stored.custom_metadata or {}).get("config", {})
+        with self._reading(step):
+            stored = self._checkpointer.checkpointables_metadata(step)
+            if not (stored.custom_metadata or {}).get("config"):
+                raise ValueError("its metadata holds no config")
+        return stored.custom_metadata["config"]
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """One step's trees, with the dtypes and the layout on devices of the ones given."""
@@ -199,7 +219,8 @@ class Checkpoints:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
         wanted = jax.tree.map(abstract, _filled(like))
-        return {**like, **self._checkpointer.load_checkpointables(step, wanted)}
+        with self._reading(step):
+            return {**like, **self._checkpointer.load_checkpointables(step, wanted)}
 
     def wait(self) -> None:
         """Returns when what was started is written."""
@@ -212,14 +233,27 @@ class Checkpoints:
             self._checkpointer.close()
 
     @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Tells in one line what cannot be read, and what there is instead."""
+        try:
+            yield
+        except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
+            older = max((c.step for c in self._checkpointer.checkpoints if c.step < step), default=None)
+            instead = "start anew" if older is None else f"go on from step {older}"
+            raise UserError(
+                f"cannot read {self.directory / str(step)}: {_reason(error)}; if it is damaged, move it away to "
+                f"{instead}"
+            ) from None
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Tells in one line what went wrong in the background; Orbax raises it at the next call."""
         try:
             yield
         except Exception as error:  # Orbax has no common class for what a full disk raises
-            reason = _NO_SPACE if "No space left" in str(error) else str(error).splitlines()[0]
+            reason = _NO_SPACE if "No space left" in str(error) else _reason(error)
             newest = self.latest
-            kept = "none is saved" if newest is None else f"the newest whole one is of step {newest}"
+            kept = "none is saved yet" if newest is None else f"the newest whole one is of step {newest}"
             raise UserError(
                 f"cannot write a checkpoint into {self.directory}: {reason}; {kept}; mend it and start the same "
                 "command again"

@@ -6,10 +6,11 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE` 
 
 import ast
 import difflib
+import math
 import pathlib
 import runpy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -227,7 +228,54 @@ def load(source: str | pathlib.Path | ConfigDict, overrides: Mapping[str, Any] |
             config.update_from_flattened_dict({key: new})
         except (TypeError, ValueError):
             raise _wrong_type(key, value, old) from None
+    _check(_flat_keys(config.to_dict()), known)
     return config
+
+
+# What numbers make sense, for each of a tuple. Those of the model are checked where it is built.
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "1 or more",
+        lambda number: number >= 1,
+        "batch_size accumulation log_every checkpoint_every checkpoints_kept evaluate_every schedule.steps "
+        "data.crop data.scale data.shapes.train data.shapes.validation "
+        "evaluation.scale evaluation.crop evaluation.stride evaluation.align",
+    ),
+    (
+        "0 or more",
+        lambda number: number >= 0,
+        "data.workers data.prefetch data.category_share evaluation.batch_size optimizer.weight_decay "
+        "optimizer.head_multiplier optimizer.clip_norm schedule.learning_rate schedule.least_learning_rate "
+        "schedule.power schedule.warmup_steps",
+    ),
+    ("more than 0", lambda number: number > 0, "data.ratio optimizer.eps evaluation.scales"),
+    ("0 to 1", lambda number: 0 <= number <= 1, "data.flip schedule.warmup_ratio"),
+    ("0 or more and less than 1", lambda number: 0 <= number < 1, "ema optimizer.beta1 optimizer.beta2"),
+    ("0 or more and less than 2**32", lambda number: 0 <= number < 2**32, "seed"),
+    ("16 or more", lambda number: number >= 16, "data.shapes.size"),
+)
+_WORDS = {"loss_mean": ("all", "valid"), "evaluation.mode": ("whole", "slide")}
+
+
+def _check(values: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Raises a UserError for a value that makes no sense, whatever the data and the devices are."""
+    for key, old in base.items():
+        if not isinstance(old, tuple):
+            continue
+        kinds = (int, float) if old and isinstance(old[0], float) else (int,) if old else (str,)
+        right = all(isinstance(part, kinds) and not isinstance(part, bool) for part in values[key])
+        if not right or (old and not values[key]) or len(old) == 2 != len(values[key]):
+            raise _wrong_type(key, values[key], old or ("name", "name"))
+    for expected, sensible, keys in _NUMBERS:
+        for key in keys.split():
+            parts = values[key] if isinstance(values[key], tuple) else (values[key],)
+            if not all(abs(part) < math.inf and sensible(part) for part in parts):
+                raise UserError(f"{key} is {values[key]}: expected {expected}")
+    if values["data.ratio"][0] > values["data.ratio"][1]:
+        raise UserError(f"data.ratio is {values['data.ratio']}: expected the smaller factor first")
+    for key, words in _WORDS.items():
+        if values[key] not in words:
+            raise UserError(f"{key} is {values[key]!r}: expected {' or '.join(words)}")
 
 
 def _read(path: pathlib.Path) -> ConfigDict:

@@ -221,12 +221,13 @@ def _write(
     scores = metrics.scores(result.confusion)
     print(table(scores, data_set.classes))
     evaluation = config.evaluation.to_dict()
+    unused = {"batch_size"} | ({"crop", "stride"} if config.evaluation.mode == "whole" else set())
     facts = {
         "config": config.name,
         "checkpoint": str(options.checkpoint),
         "data": f"{config.data.dataset}, {options.split}, {config.data.root or config.data.source}",
         "images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels",
-        "evaluation": ", ".join(f"{key} {value}" for key, value in evaluation.items() if key != "batch_size"),
+        "evaluation": ", ".join(f"{key} {value}" for key, value in evaluation.items() if key not in unused),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     numbers = {

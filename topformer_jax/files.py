@@ -8,8 +8,8 @@ import tempfile
 from topformer_jax.errors import UserError
 
 
-def make_folder(path: pathlib.Path) -> None:
-    """Makes a folder and those above it.
+def make_folder(path: pathlib.Path, other: str = "another folder") -> None:
+    """Makes a folder and those above it; `other` is what the message says to name instead.
 
     Raises:
         UserError: it cannot be made, or nothing can be written into it.
@@ -18,7 +18,7 @@ def make_folder(path: pathlib.Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror or error}; name another folder") from None
+        raise UserError(f"cannot write into {path}: {error.strerror or error}; name {other}") from None
 
 
 def write(path: pathlib.Path, content: str | bytes) -> None:

@@ -32,7 +32,6 @@ from topformer_jax.views import (
     Labels,
     Picture,
     Prepared,
-    check_settings,
     extents,
     flips,
     prepare,
@@ -157,12 +156,7 @@ class Programs:
 
 
 def programs(model: models.Segmenter, evaluation: ConfigDict, mesh: Mesh) -> Programs:
-    """The programs of a model on a mesh; asked again for the same network and settings, they are compiled already.
-
-    Raises:
-        UserError: a setting of `evaluation` has a value that does not exist.
-    """
-    check_settings(evaluation)
+    """The programs of a model on a mesh; asked again for the same network and settings, they are compiled already."""
     model.eval()
     graphdef, _ = nnx.split(model)
     return _programs(graphdef, model.classes, model.numerics, FrozenConfigDict(evaluation), mesh)

@@ -1,14 +1,18 @@
 """What a run tells: a banner, a progress bar or plain lines, JSON lines, TensorBoard, curves, pictures."""
 
+import contextlib
+import io
 import json
+import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from topformer_jax import files
 from topformer_jax.errors import UserError
 
 PLAIN_SECONDS = 10  # between lines where there is no terminal
@@ -34,11 +38,9 @@ class RunLog:
         self._started, self._start = time.monotonic(), start
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         kept = [record for record in read_records(self._path) if record["step"] <= start]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        files.write(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._board = _Board(workdir / "tensorboard", start + 1)
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=False
         )
@@ -89,8 +91,48 @@ class RunLog:
                 file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from None
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        self._board.add({f"{kind}/{name}": value for name, value in values.items()}, step)
+
+
+class _Board:
+    """TensorBoard's file. tensorboardX's own writer is a thread; once that has met a full disk, all wait forever."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._folder = folder
+        with self._writing():
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"))
+        # TensorBoard forgets what an earlier file says of this step and later ones.
+        self._write({"session_log": SessionLog(status=SessionLog.START)}, step)
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Writes what is finite of the values: tensorboardX warns of the rest."""
+        from tensorboardX import summary
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [summary.scalar(name, value) for name, value in values.items() if math.isfinite(value)]
+        self._write({"summary": Summary(value=[scalar.value[0] for scalar in scalars])}, step)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written has been told
+            self._events.close()
+
+    def _write(self, content: Mapping[str, Any], step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with self._writing():
+            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+            self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write into {self._folder}: {error.strerror or error}") from None
 
 
 class Progress:
@@ -124,18 +166,28 @@ class Progress:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line that was cut off by a crash is left out."""
+    """The records of a `metrics.jsonl`; a line that was cut off by a crash is left out.
+
+    Raises:
+        UserError: it is there, but cannot be read.
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}; move it away") from None
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return [record for record in records if isinstance(record, dict) and {"step", "kind"} <= record.keys()]
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws loss, pixel accuracy, learning rate and mIoU over the steps."""
+    """Draws loss, pixel accuracy, learning rate and mIoU over the steps.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -155,7 +207,9 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
         axes.set_title(f"{kind}: {name.replace('_', ' ')}")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    files.write(path, picture.getvalue())
 
 
 def _duration(seconds: float) -> str:

@@ -7,12 +7,13 @@ interrupted run stopped; Ctrl-C and SIGTERM save before they end it. On several 
 command on each: TPU pods and SLURM are recognised, elsewhere give --coordinator, --processes, --process-id.
 """
 
+import contextlib
 import json
 import math
 import pathlib
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, logs, metrics, models, pictures, sharding
+from topformer_jax import cli, files, logs, metrics, models, pictures, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 from topformer_jax.evaluate import Seen, evaluate
@@ -56,11 +57,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         if first:
             print(convert.origin_table(model, config.init_part, config.init_from))
     state, train_step = create(config, mesh, model)
-    _make_workdir(workdir, config)
+    for folder in ("checkpoints", "pictures", "tensorboard"):
+        files.make_folder(workdir / folder, "another --workdir")
     checkpoints = checkpoint_lib.Checkpoints(workdir / "checkpoints", config.checkpoints_kept)
     start = checkpoints.latest or 0
     if start:
         state = _restored(checkpoints, start, state, config)
+    if first:
+        files.write(workdir / "config.json", config.to_json(indent=2))
 
     # ---- banner
     steps = config.schedule.steps
@@ -101,6 +105,22 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             config, model, mesh, state, validation_source, data_set.palette, workdir, step, log, stop
         )
 
+    @contextlib.contextmanager
+    def kept(step: int) -> Iterator[None]:
+        """Saves the state of a step if what comes after it fails, so that nothing need be computed again."""
+        try:
+            yield
+        except UserError as error:
+            if step == 0 or jax.process_count() > 1:  # the other processes don't know of it
+                raise
+            _refuse_nan(jax.device_get(recent), step, checkpoints)
+            checkpoints.wait()
+            if step != checkpoints.latest:
+                _save(checkpoints, step, state, config, None)
+                checkpoints.wait()
+            line = f"{error.line}; step {step} is saved: the same command goes on from there"
+            raise UserError(line, error.details) from None
+
     def end_if(stopping: int, step: int) -> None:
         if stopping:
             checkpoints.wait()
@@ -110,16 +130,20 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ---- the loop
     # What steps told, still on the device: fetched together when there is something to say.
     recent: list[Mapping[str, jax.Array]] = []
+    told: set[int] = set()  # the unreadable examples that were named
     began, waited = time.perf_counter(), 0.0
     try:
         if start and _evaluating(start, config) and not checkpoints.scored(start):
             # A signal came before this step was evaluated.
-            miou = scored(start)
+            with kept(start):
+                miou = scored(start)
             if miou is not None:
                 _save(checkpoints, start, state, config, miou)
             end_if(stop.agreed(), start)
         for step in range(start + 1, steps + 1):
-            state, values = train_step(state, next(batches))
+            with kept(step - 1):
+                batch = next(batches)
+            state, values = train_step(state, batch)
             recent.append(values)
             evaluating = _evaluating(step, config)
             looking = evaluating or step % config.log_every == 0 or step % config.checkpoint_every == 0
@@ -137,11 +161,15 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 "data_wait": min((now_waited - waited) / elapsed, 1.0),
             }
             log.train(step, means | {"skipped": batches.skipped})
+            for index in sorted(batches.unreadable - told) if first else ():
+                log.say(f"skipped: {loader.why_unreadable(train_source, index, config)}")
+            told = batches.unreadable
 
             stopping = stop.agreed()
             miou = None
             if evaluating and not stopping:
-                miou = scored(step)
+                with kept(step):
+                    miou = scored(step)
                 stopping = stop.agreed()
             if evaluating or stopping or step % config.checkpoint_every == 0:
                 _save(checkpoints, step, state, config, miou)
@@ -150,8 +178,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     finally:
         batches.close()
         log.close()
-        stop.restore()
-        checkpoints.close()
+        try:
+            checkpoints.close()
+        finally:
+            stop.restore()
 
     # ---- the end
     if first:
@@ -166,16 +196,6 @@ def _evaluating(step: int, config: ConfigDict) -> bool:
     return step == config.schedule.steps or step % config.evaluate_every == 0
 
 
-def _make_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Makes the work directory and writes the config into it."""
-    try:
-        (workdir / "pictures").mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            (workdir / "config.json").write_text(config.to_json(indent=2))
-    except OSError as error:
-        raise UserError(f"cannot write into {workdir}: {error.strerror}; name another --workdir") from None
-
-
 def _restored(
     checkpoints: checkpoint_lib.Checkpoints, step: int, state: TrainState, config: ConfigDict
 ) -> TrainState:
@@ -184,6 +204,10 @@ def _restored(
     if stored.get("model") != json.loads(config.to_json())["model"]:
         raise UserError(
             f"{checkpoints.directory} holds a run of another model; name another --workdir, or remove this one"
+        )
+    if config.ema and not stored.get("ema"):
+        raise UserError(
+            f"{checkpoints.directory} holds a run without averages; leave --config.ema=0, or name another --workdir"
         )
     trees = checkpoints.restore(step, _trees(state))
     model, average = trees["model"], trees["average"]
@@ -213,18 +237,16 @@ def _save(
 
 
 def _refuse_nan(fetched: list[Mapping[str, Any]], step: int, checkpoints: checkpoint_lib.Checkpoints) -> None:
-    bad = [index for index, values in enumerate(fetched) if not math.isfinite(values["loss"])]
-    if bad:
-        at = step - len(fetched) + 1 + bad[0]
-        kept = (
-            f"the last good checkpoint is of step {checkpoints.latest}"
-            if checkpoints.latest
-            else "none is saved"
-        )
-        raise UserError(
-            f"the loss is {float(fetched[bad[0]]['loss'])} at step {at}; {kept}; lower schedule.learning_rate, or "
-            "set optimizer.clip_norm"
-        )
+    """Raises a UserError for a loss that is no number, and for a gradient that makes the next one none."""
+    for at, values in enumerate(fetched, step - len(fetched) + 1):
+        bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+        if bad:
+            newest = checkpoints.latest
+            kept = f"the last good checkpoint is of step {newest}" if newest else "no checkpoint is saved yet"
+            raise UserError(
+                f"the {bad[0].replace('_', ' ')} is {float(values[bad[0]])} at step {at}; {kept}; lower "
+                "schedule.learning_rate, or set optimizer.clip_norm"
+            )
 
 
 def _evaluate(

@@ -15,7 +15,6 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from topformer_jax.data.transforms import VOID, scaled, test_image, test_size
-from topformer_jax.errors import UserError
 from topformer_jax.ops import tiled
 from topformer_jax.ops.tiled import TILE, Bands
 
@@ -40,21 +39,6 @@ class Prepared(NamedTuple):
     columns: tuple[Bands, ...]
     grid: np.ndarray  # int32, how many tiles, and how many of them side by side
     labels: UInt8[np.ndarray, "tiles rows columns"]
-
-
-def check_settings(evaluation: ConfigDict) -> None:
-    """Raises a UserError for a setting with a value that does not exist."""
-    if evaluation.mode not in ("whole", "slide"):
-        raise UserError(f"evaluation.mode is {evaluation.mode!r}: expected whole or slide")
-    for key, good in (
-        ("scales", len(evaluation.scales) > 0 and min(evaluation.scales) > 0),
-        ("scale", min(evaluation.scale) > 0),
-        ("crop", min(evaluation.crop) > 0),
-        ("stride", min(evaluation.stride) > 0),
-        ("align", evaluation.align > 0),
-    ):
-        if not good:
-            raise UserError(f"evaluation.{key} is {evaluation[key]}: expected positive numbers")
 
 
 def network_sizes(size: Size, evaluation: ConfigDict) -> tuple[Size, ...]:

@@ -202,6 +202,15 @@ def decoded(
     return image, label
 
 
+def why_unreadable(source: Source, index: int, config: ConfigDict) -> str:
+    """What the error said for which an example was skipped."""
+    try:
+        decoded(source[index], config)
+    except UserError as error:
+        return error.line
+    return f"example {index} could not be read, and can be now"
+
+
 class DeviceBatches(Iterator[dict[str, jax.Array]]):
     """Global arrays made from each process's rows by a thread that keeps some batches ahead: `to_device`.
 
@@ -255,6 +264,11 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
     def skipped(self) -> int:
         """How many examples stand in for an unreadable one so far; those made ahead count too."""
         return getattr(self._batches, "skipped", 0)
+
+    @property
+    def unreadable(self) -> set[int]:
+        """The indices of the examples that were stood in for."""
+        return set(getattr(self._batches, "unreadable", ()))
 
     def close(self) -> None:
         """Stops the thread, and the workers behind it."""

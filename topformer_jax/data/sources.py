@@ -191,14 +191,14 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     needed = [base / image_folder, base / label_folder]
     if layout.names:
         needed.append(base / layout.names.format(split=word))
-    missing = [path for path in needed if not path.exists()]
+    missing = [path for path in [base, *needed] if not path.exists()]
     if missing or not root:
-        where = f"{missing[0]} does not exist" if root else "data.root is empty"
-        raise _not_found(dataset, layout, base, where)
+        why = "it is a file" if base.is_file() else f"{missing[0]} does not exist" if missing else ""
+        raise _not_found(dataset, layout, base, why if root else "data.root is empty")
 
     images = _matching(base / image_folder, layout.image_suffixes)
     if layout.names:
-        wanted = {line.strip() for line in needed[2].read_text().splitlines()} - {""}
+        wanted = set(_lines(needed[2]))
         absent = sorted(wanted - images.keys())
         if absent:
             raise UserError(f"{_some(absent)} in {needed[2]} without an image in {base / image_folder}")
@@ -282,14 +282,32 @@ def _custom_classes(config: ConfigDict) -> tuple[str, ...]:
     if config.data.class_names:
         return tuple(config.data.class_names)
     root = epath.Path(config.data.root or ".").expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"data.root={config.data.root} is {'a file' if root.exists() else 'not there'}: give "
+            "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
+        )
     files = [root / "classes.txt", root / "custom" / VERSION / "classes.txt"]
     file = next((file for file in files if file.exists()), None)
-    if file is None:
+    names = _lines(file) if file else []
+    if not names:
+        why = f"{file} holds none: write them there" if file else f"write them to {files[0]}"
         raise UserError(
-            f"the custom data set's classes are unknown: write them to {files[0]}, a name a line in the order of "
-            'the labels, or give --config.data.class_names=\'("name","name")\''
+            f"the custom data set's classes are unknown: {why}, a name a line in the order of the labels, or give "
+            '--config.data.class_names=\'("name","name")\''
         )
-    return tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    return tuple(names)
+
+
+def _lines(file: pathlib.Path | epath.Path) -> list[str]:
+    """A text file's lines that are not blank, stripped."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no UTF-8 text: save it as UTF-8, a name a line") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}; expected a name a line") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _prepared(root: str, dataset: str) -> epath.Path:

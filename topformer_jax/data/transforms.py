@@ -93,9 +93,10 @@ def check_sizes(image: np.ndarray, label: np.ndarray, name: str) -> None:
     """Raises a UserError unless `label` has the height and width of `image`."""
     if image.shape[:2] != label.shape[:2]:
         (h, w), (height, width) = image.shape[:2], label.shape[:2]
+        turned = " (images are turned as their EXIF orientation says)" if (h, w) == (width, height) else ""
         raise UserError(
             f"{name}: the image has {w} x {h} pixels and its label {width} x {height}: "
-            "they must be the same picture"
+            f"they must be the same picture{turned}"
         )
 
 

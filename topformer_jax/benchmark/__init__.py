@@ -1,0 +1,1 @@
+"""Speed, each thing beside its peer: `python -m topformer_jax.benchmark`, a file a measurement."""

@@ -1,0 +1,90 @@
+"""evaluate: the exact evaluation of a source, beside a plain loop in PyTorch over the same files."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from topformer_jax import checkpoint as checkpoint_lib
+from topformer_jax import convert, metrics, models
+from topformer_jax import evaluate as evaluate_lib
+from topformer_jax.benchmark import measure, samples
+from topformer_jax.benchmark.measure import OURS, Options
+from topformer_jax.benchmark.report import Report
+from topformer_jax.data import sources
+
+TOLERANCE = 1e-3  # of mIoU in 0..1
+APART = {"float32": 1e-3, "bfloat16": 0.1}  # share of the pixels that rounding may move to another class
+
+
+def evaluate(
+    config: ConfigDict, options: Options, source: sources.Source, checkpoint: pathlib.Path | None = None
+) -> Report:
+    """Reading, network, resizing and counting, from files to the confusion matrix, on one device.
+
+    The weights are random where there is no checkpoint. The rows hold each program's mIoU, and `agrees` says whether
+    the labels are ours up to rounding.
+    """
+    model = models.build_segmenter(config)
+    tensors = convert.read(checkpoint, model, config)[0] if checkpoint else samples.weights(model)
+    checkpoint_lib.assign(model, tensors)
+    mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
+    found: dict[str, np.ndarray] = {}
+
+    def ours() -> np.ndarray:
+        return evaluate_lib.evaluate(model, source, config, mesh).confusion
+
+    def keep(name: str, function: Callable[[], np.ndarray]) -> None:
+        found[name] = function()
+
+    programs = {OURS: measure.ready(OURS, functools.partial(keep, OURS, ours))}
+    notes: list[str] = []
+    if options.peer:
+        measure.require_torch()
+        from topformer_jax.benchmark import torch_programs
+
+        def program(peer: torch_programs.Torch) -> measure.Program:
+            function = torch_programs.evaluation(peer, config, tensors, source)
+            return peer.ready(lambda: functools.partial(keep, peer.name, function))
+
+        peers, notes = torch_programs.working(
+            torch_programs.variants(config, options.variants, one=True), program
+        )
+        programs |= peers
+    seconds = measure.in_turn(programs, options.repeats)
+    machine = measure.machine()
+    rows = measure.rows(f"{len(source)} pictures", programs, seconds, images=len(source))
+    return Report(
+        f"evaluate: {measure.described(config)}, {config.data.dataset}, "
+        f"{'random weights' if checkpoint is None else checkpoint}",
+        machine.facts(),
+        rows,
+        notes + _compared(rows, found, config.model.dtype),
+    )
+
+
+def _compared(rows: list[dict[str, Any]], found: dict[str, np.ndarray], dtype: str) -> list[str]:
+    """Adds to each row its mIoU and how far it is from ours, and says it in sentences."""
+    notes = []
+    for row in rows:
+        name, confusion = row["program"], found[row["program"]]
+        row["miou"] = metrics.scores(confusion).miou
+        if name == OURS:
+            continue
+        row["pixels_apart"] = int(np.abs(confusion - found[OURS]).sum()) // 2  # at least so many
+        share = row["pixels_apart"] / confusion.sum()
+        row["agrees"] = bool(
+            confusion.sum() == found[OURS].sum()
+            and abs(row["miou"] - rows[0]["miou"]) <= TOLERANCE
+            and share <= APART[dtype]
+        )
+        notes.append(
+            f"{name}: mIoU {100 * row['miou']:.4f}, ours {100 * rows[0]['miou']:.4f}: "
+            f"{'they agree' if row['agrees'] else 'THEY DO NOT AGREE'} ({share:.1e} of the pixels apart)"
+        )
+    return notes

@@ -1,0 +1,96 @@
+"""What the measurements work on: random batches, generated files, and the first examples of a source."""
+
+import dataclasses
+import pathlib
+
+import cv2
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from topformer_jax import models
+from topformer_jax.data import shapes, sources
+from topformer_jax.data.transforms import VOID
+
+SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's pictures
+QUALITY = 95  # of the JPEG files
+
+
+def pictures(count: int, size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Random pictures without much detail."""
+    height, width = size
+    coarse = np.random.default_rng(0).integers(0, 256, (count, -(-height // 8), -(-width // 8), 3), np.uint8)
+    return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+
+
+def labels(count: int, size: tuple[int, int], classes: int) -> UInt8[np.ndarray, "n h w"]:
+    """Random labels in squares of 8 pixels; one in 16 is void."""
+    height, width = size
+    rng = np.random.default_rng(1)
+    shape = (count, -(-height // 8), -(-width // 8))
+    coarse = rng.integers(0, classes, shape, np.uint8)
+    coarse[rng.random(shape) < 1 / 16] = VOID
+    return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+
+
+def batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """A batch as data.loader makes it."""
+    count, crop = config.batch_size, config.data.crop
+    return {
+        "image": pictures(count, crop),
+        "label": labels(count, crop, config.model.classes),
+        "size": np.tile(np.array(crop, np.int32), (count, 1)),
+        "index": np.arange(count, dtype=np.int32),
+        "epoch": np.zeros(count, np.int32),
+    }
+
+
+def write(
+    folder: pathlib.Path, count: int, config: ConfigDict, size: tuple[int, int] = SIZE
+) -> sources.FolderSource:
+    """Writes synthetic scenes as JPEG files and PNG labels that fit the config, and opens them as a source."""
+    names = tuple(f"{index:06d}" for index in range(count))
+    for index, name in enumerate(names):
+        image, label = shapes.draw("train", index, max(size))
+        image = cv2.cvtColor(cv2.resize(image, size[::-1]), cv2.COLOR_RGB2BGR)
+        label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST).astype(int)
+        label = (label + 10 * index) % config.model.classes + config.data.zero_label_void  # all classes occur
+        cv2.imwrite(str(folder / f"{name}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        cv2.imwrite(str(folder / f"{name}.png"), label.astype(np.uint8))
+    return sources.FolderSource(
+        str(folder), names, tuple(f"{name}.jpg" for name in names), tuple(f"{name}.png" for name in names)
+    )
+
+
+def weights(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Random tensors by name for a model whose predictions shall differ from pixel to pixel: fan-in scale."""
+    rng = np.random.default_rng(2)
+
+    def draw(name: str, value: np.ndarray) -> np.ndarray:
+        if value.ndim > 1:
+            fresh = rng.standard_normal(value.shape) / np.sqrt(value[..., 0].size)
+        elif name.endswith(("running_var", "bn.weight")):
+            fresh = rng.uniform(0.5, 1.5, value.shape)
+        else:
+            fresh = rng.normal(0, 0.2, value.shape)
+        return fresh.astype(value.dtype)
+
+    return {name: draw(name, np.asarray(value)) for name, value in models.values(model).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The first examples of a source."""
+
+    source: sources.Source
+    count: int
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.source))
+
+    def __getitem__(self, index: int) -> sources.Example:
+        return self.source[index]
+
+    def label_size(self, index: int) -> tuple[int, int]:
+        return self.source.label_size(index)
