@@ -1,6 +1,7 @@
 """What every command's main() shares: a parser that knows --config, and errors of one line."""
 
 import argparse
+import errno
 import os
 import pathlib
 import sys
@@ -72,6 +73,15 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
+        print(
+            f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
+            file=sys.stderr,
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes the rest to as it ends
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

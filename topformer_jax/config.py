@@ -244,11 +244,11 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda number: number >= 0,
-        "data.workers data.prefetch data.category_share evaluation.batch_size optimizer.weight_decay "
+        "data.workers data.prefetch data.category_share evaluation.batch_size optimizer.eps optimizer.weight_decay "
         "optimizer.head_multiplier optimizer.clip_norm schedule.learning_rate schedule.least_learning_rate "
         "schedule.power schedule.warmup_steps",
     ),
-    ("more than 0", lambda number: number > 0, "data.ratio optimizer.eps evaluation.scales"),
+    ("more than 0", lambda number: number > 0, "data.ratio evaluation.scales"),
     ("0 to 1", lambda number: 0 <= number <= 1, "data.flip schedule.warmup_ratio"),
     ("0 or more and less than 1", lambda number: 0 <= number < 1, "ema optimizer.beta1 optimizer.beta2"),
     ("0 or more and less than 2**32", lambda number: 0 <= number < 2**32, "seed"),
