@@ -12,4 +12,5 @@ install_into_venv '.[convert,dev]'
 ruff check .
 ruff format --check .
 mypy
-exec python -m pytest "$@"
+# Two at a time: compiling is most of the work, and that is done by one core.
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -113,7 +113,7 @@ def _values(row: Row, key: str) -> list[float]:
         return [row[key][name] for name in ("median", "low", "high")]
     if key == "images_per_second" and seconds:
         return [row[key], *(row[key] * seconds["median"] / seconds[name] for name in ("high", "low"))]
-    return [row[key]]
+    return [float(row[key])]
 
 
 def _short(value: Any) -> str:
