@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 
+import cv2
 import jax
 import pytest
 from hypothesis import settings
@@ -66,3 +68,31 @@ def golden() -> Callable[[str], pathlib.Path]:
 def configs() -> pathlib.Path:
     """The folder of the recipes."""
     return pathlib.Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder data set with nothing wrong: 8 pictures to train on, 3 to validate, none of them square.
+
+    It has as many classes as the shapes, so that all runs share the compiled programs.
+    """
+    from topformer_jax.data import shapes  # not before pytest has set up the checks of shapes
+
+    root = tmp_path_factory.mktemp("drawn")
+    for split, folder, count in (("train", "train", 8), ("validation", "val", 3)):
+        scenes = (shapes.draw(split, index, 72) for index in range(100))
+        for number, (image, label) in enumerate([s for s in scenes if s[1].shape == (79, 65)][:count]):
+            for path, array in (
+                (root / f"images/{folder}/{number}.jpg", image[..., ::-1]),
+                (root / f"annotations/{folder}/{number}.png", label),
+            ):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(cv2.imencode(path.suffix, array)[1].tobytes())
+    (root / "classes.txt").write_text("".join(f"class {number}\n" for number in range(10)))
+    return root
+
+
+@pytest.fixture
+def root(drawn: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the data set, to spoil."""
+    return shutil.copytree(drawn, tmp_path / "set")

@@ -258,6 +258,20 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
     assert "cannot be opened" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
 
 
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_records_that_are_damaged(tmp_path: pathlib.Path, build_dataset: ModuleType, left: float) -> None:
+    config = write(tmp_path / "files", "ade20k")
+    folder = build_dataset.build("ade20k", config.data.root, str(tmp_path / "records"))
+    overrides = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
+    source = sources.open_source(config_lib.load(config, overrides), "train")
+    (file,) = pathlib.Path(folder).glob("*train.array_record*")
+    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
+    with pytest.raises(
+        UserError, match=r"record 1 of train in .* cannot be read \(.*\): copy it or build it again"
+    ):
+        source[1]
+
+
 def test_the_command_and_records_need_no_tensorflow(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "files", "ade20k")
     program = f"""

@@ -1,12 +1,10 @@
-"""The training command from end to end, on tiny settings: outputs, resume, several processes, mistakes."""
+"""The training command from end to end, on tiny settings: outputs, resume, several processes."""
 
 import json
-import os
 import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,62 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.commands import ROOT, run, start
 from topformer_jax import checkpoint, config, load, logs
-
-ROOT = pathlib.Path(__file__).parents[1]
-TINY = {
-    "batch_size": 4,
-    "data.crop": "(64,64)",
-    "data.shapes.train": 12,
-    "data.shapes.validation": 3,
-    "data.shapes.size": 72,
-    "data.scale": "(72,72)",
-    "evaluation.scale": "(72,72)",
-    "log_every": 1,
-    "checkpoint_every": 2,
-    "evaluate_every": 100,
-    "schedule.steps": 6,
-    "schedule.warmup_steps": 2,
-}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Compiled programs, shared by the runs of this file."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def _arguments(workdir: pathlib.Path, changes: dict[str, Any]) -> list[str]:
-    settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
-    return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
-
-
-def _start(
-    cache: pathlib.Path, workdir: pathlib.Path, changes: dict[str, Any], *flags: str, devices: int = 1
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "topformer_jax.train", *_arguments(workdir, changes), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        },
-    )
-
-
-def _run(
-    cache: pathlib.Path, workdir: pathlib.Path, *flags: str, status: int = 0, **changes: Any
-) -> tuple[str, str]:
-    process = _start(cache, workdir, {key.replace("__", "."): v for key, v in changes.items()}, *flags)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == status, out + err
-    return out, err
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -87,10 +31,10 @@ def _losses(workdir: pathlib.Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def whole(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
     """A run that was never stopped, and what it printed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    out, _ = _run(cache, workdir)
+    out, _ = run(workdir, {})
     return workdir, out
 
 
@@ -111,10 +55,10 @@ def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     assert model(np.zeros((1, 64, 64, 3), np.float32)).shape == (1, 8, 8, 10)
 
 
-def test_a_finished_run_has_nothing_to_do(cache: pathlib.Path, whole: tuple[pathlib.Path, str]) -> None:
+def test_a_finished_run_has_nothing_to_do(whole: tuple[pathlib.Path, str]) -> None:
     workdir, _ = whole
     before = (workdir / "metrics.jsonl").read_text()
-    out, _ = _run(cache, workdir)
+    out, _ = run(workdir, {})
     assert "from checkpoint 6" in out
     assert (workdir / "metrics.jsonl").read_text() == before
 
@@ -129,9 +73,9 @@ def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(
-    cache: pathlib.Path, whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path, number: int
+    whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path, number: int
 ) -> None:
-    process = _start(cache, tmp_path, {})
+    process = start(tmp_path, {})
     _wait_for_step(process, tmp_path, 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
@@ -140,21 +84,21 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert "Traceback" not in err
     stopped_at = max(_losses(tmp_path))
     assert 3 <= stopped_at < 6
-    out, _ = _run(cache, tmp_path)
+    out, _ = run(tmp_path, {})
     assert f"from checkpoint {stopped_at}" in out
     assert _same(tmp_path, whole[0])
     assert _losses(tmp_path) == _losses(whole[0])
 
 
-def test_averages_and_accumulation_resume_too(cache: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    changes: dict[str, Any] = {"ema": 0.5, "accumulation": 2, "data__workers": 2}
-    _run(cache, tmp_path / "whole", **changes)
+def test_averages_and_accumulation_resume_too(tmp_path: pathlib.Path) -> None:
+    changes: dict[str, Any] = {"ema": 0.5, "accumulation": 2, "data.workers": 2}
+    run(tmp_path / "whole", changes)
     # The schedule depends on the number of steps, so the first half is cut off by a signal, not by fewer steps.
-    process = _start(cache, tmp_path / "cut", {k.replace("__", "."): v for k, v in changes.items()})
+    process = start(tmp_path / "cut", changes)
     _wait_for_step(process, tmp_path / "cut", 2)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=100)
-    _run(cache, tmp_path / "cut", **changes)
+    run(tmp_path / "cut", changes)
     assert _same(tmp_path / "whole", tmp_path / "cut")
     assert _losses(tmp_path / "whole") == _losses(tmp_path / "cut")
 
@@ -166,9 +110,7 @@ def _port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(
-    cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process on 1 device and on 8, and two processes of 4: the same losses, one log, one checkpoint."""
     # float64: in float32 rounding alone drives the runs apart by a few thousandths in ten steps.
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
@@ -182,12 +124,12 @@ def test_two_processes_train_as_one(
     }
     runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
     for devices, workdir in runs.items():
-        process = _start(cache, workdir, changes, devices=devices)
+        process = start(workdir, changes, devices=devices)
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, out + err
     flags = ["--coordinator", f"127.0.0.1:{_port()}", "--processes", "2"]
     pair = [
-        _start(cache, tmp_path / "two", changes, *flags, "--process-id", str(number), devices=4)
+        start(tmp_path / "two", changes, *flags, "--process-id", str(number), devices=4)
         for number in range(2)
     ]
     outputs = [process.communicate(timeout=400) for process in pair]
@@ -205,56 +147,10 @@ def test_two_processes_train_as_one(
     assert worst <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {
-                "data.source": "folder",
-                "data.dataset": "ade20k",
-                "model.classes": 150,
-                "data.root": "/no/where",
-            },
-            "/no/where",
-        ),
-        ({"model.classes": 11}, "shapes has 10 classes, the config's model 11"),
-        ({"task": "classification"}, "segmentation"),
-        ({"init_from": "/no/where.pth"}, "no checkpoint /no/where.pth"),
-        ({"init_from": "x.pth", "init_part": "half"}, "expected one of all, all_but_classes, backbone"),
-        ({"schedule.learning_rate": 1e30}, "at step"),
-        ({"log_evry": 3}, "did you mean log_every"),
-    ],
-)
-def test_mistakes_are_one_line(
-    cache: pathlib.Path, tmp_path: pathlib.Path, changes: dict[str, Any], message: str
-) -> None:
-    process = _start(cache, tmp_path / "run", changes)
-    _, err = process.communicate(timeout=300)
-    print(err.strip())
-    assert process.returncode == 2
-    assert message in err
-    assert err.startswith("error: ")
-    assert len(err.splitlines()) == 1
-
-
-def test_work_directories_that_do_not_fit(
-    cache: pathlib.Path, whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    _, err = _run(cache, tmp_path / "file", status=2)
-    assert "name another --workdir" in err
-    assert len(err.splitlines()) == 1
-    _, err = _run(cache, whole[0], status=2, model__variant="small")
-    assert "holds a run of another model" in err
-    assert len(err.splitlines()) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["shapes", "folder"])
-def test_ten_kills(
-    cache: pathlib.Path, tmp_path: pathlib.Path, golden: Callable, kind: str, workers: int
-) -> None:
+def test_ten_kills(tmp_path: pathlib.Path, golden: Callable, kind: str, workers: int) -> None:
     """SIGKILL at ten random moments, one of them during a save: bitwise the run that was never stopped."""
     changes: dict[str, Any] = {"schedule.steps": 40, "checkpoint_every": 2, "data.workers": workers}
     if kind == "folder":
@@ -266,13 +162,13 @@ def test_ten_kills(
             "model.classes": 150,
             "evaluation.scale": "(96,96)",
         }
-    process = _start(cache, tmp_path / "whole", changes)
+    process = start(tmp_path / "whole", changes)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     rng = np.random.default_rng(workers)
     kills, during_a_save = 0, 0
     while kills < 10:
-        process = _start(cache, tmp_path / "cut", changes)
+        process = start(tmp_path / "cut", changes)
         reached = max(_losses(tmp_path / "cut") or {0: 0.0})
         folder = tmp_path / "cut" / "checkpoints"
         if kills == 4:  # this one as soon as a checkpoint is begun
@@ -288,7 +184,7 @@ def test_ten_kills(
         kills += 1
         print(f"kill {kills} at step {max(_losses(tmp_path / 'cut') or {0: 0.0})}")
     assert during_a_save == 1
-    process = _start(cache, tmp_path / "cut", changes)
+    process = start(tmp_path / "cut", changes)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     assert _same(tmp_path / "whole", tmp_path / "cut")
@@ -296,7 +192,7 @@ def test_ten_kills(
 
 
 @pytest.mark.slow
-def test_fine_tuning_raises_the_score(cache: pathlib.Path, tmp_path: pathlib.Path, golden: Callable) -> None:
+def test_fine_tuning_raises_the_score(tmp_path: pathlib.Path, golden: Callable) -> None:
     """From the golden Tiny, on the set that it was trained on for some minutes."""
     scores = []
     for steps, rate in ((1, 0.0), (200, 1e-3)):
@@ -314,7 +210,7 @@ def test_fine_tuning_raises_the_score(cache: pathlib.Path, tmp_path: pathlib.Pat
             "schedule.steps": steps,
             "schedule.learning_rate": rate,
         }
-        process = _start(cache, tmp_path / str(steps), changes)
+        process = start(tmp_path / str(steps), changes)
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, out + err
         records = logs.read_records(tmp_path / str(steps) / "metrics.jsonl")

@@ -130,7 +130,8 @@ def assign(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _checkpointer(directory: pathlib.Path, preservation: Any = None) -> ocp.training.Checkpointer:
     # Orbax tells of every folder it opens, and of an error in each of its threads before it raises it.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _untold

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import pathlib
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,13 +100,14 @@ class _Board:
     """TensorBoard's file. tensorboardX's own writer is a thread; once that has met a full disk, all wait forever."""
 
     def __init__(self, folder: pathlib.Path, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
         self._folder = folder
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         with self._writing():
             folder.mkdir(exist_ok=True)
-            self._events = EventsWriter(str(folder / "events"))
+            self._file = (folder / name).open("wb")
+        self._write({"file_version": "brain.Event:2"}, 0)
         # TensorBoard forgets what an earlier file says of this step and later ones.
         self._write({"session_log": SessionLog(status=SessionLog.START)}, step)
 
@@ -118,14 +121,18 @@ class _Board:
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written has been told
-            self._events.close()
+            self._file.close()
 
     def _write(self, content: Mapping[str, Any], step: int) -> None:
+        """Writes an event as a TFRecord: its length and itself, each with a checksum."""
         from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.record_writer import masked_crc32c
 
         with self._writing():
-            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
-            self._events.flush()
+            event = Event(wall_time=time.time(), step=step, **content).SerializeToString()
+            for part in (struct.pack("<Q", len(event)), event):
+                self._file.write(part + struct.pack("<I", masked_crc32c(part)))
+            self._file.flush()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -144,8 +144,15 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        name = record["name"].decode()
+        try:
+            record = self._records[index]
+            name = record["name"].decode()
+        except Exception as error:  # a damaged file raises whatever its reader stumbles over
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"record {index} of {self.split} in {self.folder} cannot be read ({reason}): copy it or build it "
+                "again (scripts/build_dataset.py)"
+            ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
 

@@ -1,0 +1,94 @@
+"""The training command with tiny settings, in a process of its own or in this one, and what it says of mistakes."""
+
+import contextlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from topformer_jax import cli, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "batch_size": 4,
+    "data.crop": "(64,64)",
+    "data.shapes.train": 12,
+    "data.shapes.validation": 3,
+    "data.shapes.size": 72,
+    "data.scale": "(72,72)",
+    "evaluation.scale": "(72,72)",
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "evaluate_every": 100,
+    "schedule.steps": 6,
+    "schedule.warmup_steps": 2,
+}
+FOLDER = {"data.source": "folder", "data.dataset": "custom"}
+
+
+def arguments(workdir: pathlib.Path, changes: dict[str, Any]) -> list[str]:
+    """The command's, for the synthetic shapes with tiny settings and some changes to them."""
+    settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
+
+
+def start(
+    workdir: pathlib.Path, changes: dict[str, Any], *flags: str, devices: int = 1
+) -> subprocess.Popen[str]:
+    """The command in a process of its own; it finds what this session has compiled."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "topformer_jax.train", *arguments(workdir, changes), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+        },
+    )
+
+
+def only_line(err: str) -> str:
+    """The one line, printed for those who run this with -s."""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    print(f"\n{err.strip()}")
+    return err
+
+
+def run(workdir: pathlib.Path, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:
+    """The command in a process of its own; workers that outlived it would hold the pipes open."""
+    process = start(workdir, changes)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def refused_run(workdir: pathlib.Path, changes: dict[str, Any]) -> str:
+    return only_line(run(workdir, changes, status=2)[1])
+
+
+def refused(*words: str) -> str:
+    """The command in this process, for what it refuses before there is anything to compile."""
+    err = io.StringIO()
+    with (
+        contextlib.chdir(ROOT),
+        mock.patch.object(sys, "argv", ["train", *words]),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        cli.run(train.main)
+    assert end.value.code == 2
+    return only_line(err.getvalue())
+
+
+def refused_here(workdir: pathlib.Path, changes: dict[str, Any]) -> str:
+    """`refused` with the settings of `refused_run`, but for a batch that the devices of the tests divide."""
+    return refused(*arguments(workdir, {"batch_size": 8} | changes))

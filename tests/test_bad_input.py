@@ -1,0 +1,292 @@
+"""What goes wrong before a training and in its files: one line that says what and what to do, and nothing lost.
+
+`pytest -s tests/test_bad_input.py` shows the lines.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands import FOLDER, ROOT, refused, refused_here, refused_run, run
+from topformer_jax import logs
+from topformer_jax.data import transforms
+
+CLASSES = 10  # as many as the shapes have, so that all runs share the compiled programs
+Spoil = Callable[[pathlib.Path], object]
+
+
+def write(path: pathlib.Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(cv2.imencode(path.suffix, array)[1].tobytes())
+
+
+def rewrite(path: pathlib.Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    write(path, change(np.asarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED))))
+
+
+def cut(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def resave(path: pathlib.Path, mode: str = "RGB", orientation: int = 1) -> None:
+    """A JPEG in another colour space, or turned to the left with a mark that says how to turn it back."""
+    image = Image.open(path).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = image.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else image
+    turned.save(path, exif=exif, quality=98)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("batch_size=0", "batch_size is 0: expected 1 or more"),
+        ("batch_size=-4", "expected 1 or more"),
+        ("batch_size=4", "evenly over 8 devices: set batch_size to a multiple of 8"),
+        ("accumulation=0", "accumulation is 0: expected 1 or more"),
+        ("accumulation=3", "a batch of 8 images in 3 micro-batches"),
+        ("schedule.steps=0", "schedule.steps is 0"),
+        ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: expected 0 or more"),
+        ("schedule.learning_rate=1e999", "schedule.learning_rate is inf"),
+        ("log_every=0", "log_every is 0"),
+        ("checkpoint_every=0", "checkpoint_every is 0"),
+        ("checkpoints_kept=0", "checkpoints_kept is 0"),
+        ("evaluate_every=-1", "evaluate_every is -1"),
+        ("data.crop=(0,64)", "data.crop is (0, 64)"),
+        ("data.crop=(64,)", "data.crop cannot be (64,): expected a value like (512, 512)"),
+        ("data.crop=(64.5,64)", "data.crop cannot be (64.5, 64)"),
+        ("data.ratio=(2.0,0.5)", "expected the smaller factor first"),
+        ("data.workers=-1", "data.workers is -1"),
+        ("data.shapes.train=0", "data.shapes.train is 0"),
+        ("data.shapes.size=3", "data.shapes.size is 3: expected 16 or more"),
+        ("data.flip=3.0", "data.flip is 3.0: expected 0 to 1"),
+        ("data.class_names=(1,2)", "expected a value like ('name', 'name')"),
+        ("ema=1.0", "ema is 1.0: expected 0 or more and less than 1"),
+        ("optimizer.beta1=1.0", "optimizer.beta1 is 1.0"),
+        ("seed=-1", "seed is -1"),
+        ("loss_mean=some", "loss_mean is 'some': expected all or valid"),
+        ("mesh.fsdp=0", "does not cover the 8 devices"),
+        ("mesh.data=3", "set mesh.data=-1"),
+        ("model.variant=huge", "expected one of tiny, small, base"),
+        ("evaluation.mode=x", "evaluation.mode is 'x': expected whole or slide"),
+        ("evaluation.scales=()", "evaluation.scales cannot be ()"),
+        ("evaluation.batch_size=-1", "evaluation.batch_size is -1"),
+        ("log_evry=3", "did you mean log_every"),
+        ("model.classes=11", "shapes has 10 classes, the config's model 11"),
+        ("task=classification", "knows segmentation alone"),
+        ("init_from=/no/where.pth", "no checkpoint /no/where.pth"),
+        ("data.dataset=shpes", "there is no data set shpes: data.dataset is one of ade20k, "),
+        ("data.source=folder", "for the synthetic set both are shapes"),
+    ],
+)
+def test_settings(tmp_path: pathlib.Path, setting: str, words: str) -> None:
+    key, _, value = setting.partition("=")
+    assert words in refused_here(tmp_path / "run", {key: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_part_that_does_not_exist(tmp_path: pathlib.Path) -> None:
+    line = refused_here(tmp_path / "run", {"init_from": "x.pth", "init_part": "half"})
+    assert "expected one of all, all_but_classes, backbone" in line
+
+
+# Data that is not there
+
+
+def test_no_data_at_all(tmp_path: pathlib.Path) -> None:
+    place = tmp_path / "nowhere"
+    line = refused("--config", str(ROOT / "configs/topformer_t_ade.py"), f"--config.data.root={place}")
+    for words in (
+        f"no ade20k in {place}: {place} does not exist; the layout must be images/{{training,validation}}/**/*.jpg",
+        "--config.data.root=DIR",
+        "bash scripts/quickstart.sh",
+    ):
+        assert words in line
+
+
+def _file_instead(root: pathlib.Path) -> None:
+    shutil.rmtree(root)
+    root.write_text("no folder")
+
+
+def _without_pictures(folder: str) -> Spoil:
+    def spoil(root: pathlib.Path) -> None:
+        shutil.rmtree(root / folder)
+        (root / folder).mkdir()
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "changes", "words"),
+    [
+        (_file_instead, {}, "is a file: give --config.data.root=DIR"),
+        (
+            _file_instead,
+            {"data.class_names": tuple("abcdefghij")},
+            "it is a file; the layout must be images/",
+        ),
+        (shutil.rmtree, {}, "is not there: give --config.data.root=DIR"),
+        (_without_pictures("images/train"), {}, "set/images/train holds no *.jpg or "),
+        (_without_pictures("images/val"), {}, "set/images/val holds no *.jpg or "),
+        (lambda root: (root / "annotations/train/3.png").unlink(), {}, "1 image (3.jpg) in "),
+        (
+            lambda root: (root / "annotations/val/1.png").unlink(),
+            {},
+            "without a label: each needs a file *.png in ",
+        ),
+        (lambda root: (root / "classes.txt").unlink(), {}, "classes are unknown: write them to "),
+        (
+            lambda root: (root / "classes.txt").write_text("\n"),
+            {},
+            "classes.txt holds none: write them there",
+        ),
+        (
+            lambda root: (root / "classes.txt").write_text("a\nb\n"),
+            {},
+            "custom has 2 classes, the config's model 10",
+        ),
+        (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is no UTF-8 text"),
+        (lambda _: None, {"data.source": "foldr"}, "no data.source foldr: folder, array_record or shapes"),
+        (lambda _: None, {"data.source": "array_record"}, "build it with python scripts/build_dataset.py"),
+    ],
+)
+def test_incomplete_data(
+    root: pathlib.Path, tmp_path: pathlib.Path, spoil: Spoil, changes: dict[str, Any], words: str
+) -> None:
+    spoil(root)
+    changes = FOLDER | {"data.root": root} | changes
+    assert words in refused_here(tmp_path / "run", changes)
+    assert not (tmp_path / "run").exists()
+
+
+# Files that are not what they should be
+
+
+def _too_large(label: np.ndarray) -> np.ndarray:
+    label[0, 0] = CLASSES
+    return label
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "words"),
+    [
+        (
+            "annotations/train/3.png",
+            lambda path: rewrite(path, _too_large),
+            "holds 10, but the 10 classes are 0..9",
+        ),
+        (
+            "annotations/train/3.png",
+            lambda path: rewrite(path, lambda label: label.astype(np.uint16) + 1000),
+            "holds 1000, ",
+        ),
+        (
+            "annotations/train/3.png",
+            lambda path: rewrite(path, lambda label: label[:50]),
+            "the image has 65 x 79 pixels and its label 65 x 50: they must be the same picture",
+        ),
+        (
+            "images/train/3.jpg",
+            lambda path: resave(path, orientation=8),
+            "turned as their EXIF orientation says",
+        ),
+        ("images/train/3.jpg", cut, "is cut off: its end is missing; copy or download it again"),
+    ],
+)
+def test_a_file_that_does_not_fit(
+    root: pathlib.Path, tmp_path: pathlib.Path, file: str, spoil: Spoil, words: str
+) -> None:
+    spoil(root / file)
+    workers = 2 if spoil is cut else 0  # once from a process that makes batches
+    line = refused_run(tmp_path / "run", FOLDER | {"data.root": root, "data.workers": workers})
+    assert words in line
+    assert "/train/3." in line
+
+
+@pytest.fixture(scope="module")
+def trained(
+    drawn: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, str, dict[str, Any]]:
+    """A run on files of all kinds, and on one that is cut off and skipped: its folder, output and settings."""
+    folder = tmp_path_factory.mktemp("kinds")
+    root = shutil.copytree(drawn, folder / "set")
+    images, labels = root / "images/train", root / "annotations/train"
+    for number, (mode, orientation) in enumerate([("L", 1), ("CMYK", 1), ("RGB", 6)]):
+        resave(images / f"{number}.jpg", mode, orientation)
+    write(images / "3.png", np.asarray(cv2.imread(str(images / "3.jpg"))).astype(np.uint16) * 257)
+    (images / "3.jpg").unlink()
+    rewrite(labels / "4.png", lambda label: label.astype(np.uint16))
+    cut(images / "5.jpg")
+    changes = FOLDER | {"data.root": root, "data.workers": 2, "data.skip_unreadable": True}
+    out, err = run(folder / "run", changes)
+    assert err == ""
+    return folder / "run", out, changes
+
+
+def test_files_of_all_kinds_train(trained: tuple[pathlib.Path, str, dict], drawn: pathlib.Path) -> None:
+    workdir, out, changes = trained
+    told = [line for line in out.splitlines() if line.startswith("skipped: ")]
+    print(*told, sep="\n")
+    assert len(told) == 1  # by name once, and counted in every line
+    assert f"{changes['data.root']}/images/train/5.jpg is cut off" in told[0]
+    records = [r for r in logs.read_records(workdir / "metrics.jsonl") if r["kind"] == "train"]
+    assert len(records) == 6
+    assert records[-1]["skipped"] >= 3  # three epochs
+    assert f"skipped {records[-1]['skipped']} unreadable" in out
+    for number, (suffix, distance) in enumerate([("jpg", 80), ("jpg", 4), ("jpg", 4), ("png", 0)]):
+        file = changes["data.root"] / f"images/train/{number}.{suffix}"
+        found = transforms.decode_image(file.read_bytes(), "x")
+        theirs = np.asarray(cv2.imread(str(file), cv2.IMREAD_COLOR))[..., ::-1]
+        np.testing.assert_array_equal(found, theirs)
+        plain = transforms.decode_image((drawn / f"images/train/{number}.jpg").read_bytes(), "x")
+        assert found.shape == plain.shape == (79, 65, 3)
+        assert np.abs(found.astype(float) - plain).mean() <= distance
+
+
+# Work directories
+
+
+def test_work_directories_that_do_not_fit(
+    trained: tuple[pathlib.Path, str, dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("in the way")
+    for workdir in (tmp_path / "file", pathlib.Path("/proc/x/run"), tmp_path / "run"):
+        line = refused_here(workdir, {})
+        assert f"cannot write into {workdir}/checkpoints: " in line
+        assert "name another --workdir" in line
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_checkpoints_that_do_not_fit(
+    trained: tuple[pathlib.Path, str, dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    changes = trained[2]
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    for more, words in (
+        ({"model.variant": "small"}, "a run of another model"),
+        ({"ema": 0.5}, "without averages"),
+    ):
+        assert words in refused_here(workdir, changes | more)
+        assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    # The first is read by threads that would all complain; so in a process whose whole output is seen.
+    for name, command in (("model/manifest.ocdbt", refused_run), ("_CHECKPOINT_METADATA", refused_here)):
+        file = workdir / "checkpoints/6" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        line = command(workdir, changes)
+        assert f"cannot read {workdir}/checkpoints/6: " in line
+        assert "if it is damaged, move it away to go on from step 4" in line
+        file.write_bytes(whole)
