@@ -72,16 +72,16 @@ def report(args: argparse.Namespace, config: ConfigDict | None) -> Report:
             return startup.startup(settings, options)
     if config is None:
         raise UserError("benchmark tpu needs --config FILE: the recipe whose step to compile")
-    return tpu.tpu(config, args.slices, args.batches, evaluation=args.evaluation)
+    return tpu.tpu(config, args.slices, args.batches, evaluation=args.evaluation, plain=args.plain)
 
 
 def _evaluate(args: argparse.Namespace, config: ConfigDict | None, options: Options) -> Report:
-    """On the config's validation split; without a config, on generated files."""
-    if config is not None:
+    """On the config's validation split, or on generated files."""
+    if config is not None and not args.generated:
         source = sources.open_source(config, "validation")
         chosen = samples.First(source, args.images) if args.images else source
         return evaluation.evaluate(config, options, chosen, args.checkpoint)
-    settings = config_lib.ade20k("tiny")
+    settings = config_lib.ade20k("tiny") if config is None else config
     with tempfile.TemporaryDirectory(prefix="topformer_jax.") as folder:
         generated = samples.write(pathlib.Path(folder), args.images or 32, settings)
         return evaluation.evaluate(settings, options, generated, args.checkpoint)
@@ -110,12 +110,20 @@ def main() -> None:
     )
     sizes.add_argument("--channels", type=int, default=96, help="of depthwise (96)")
     sizes.add_argument("--images", type=int, help="of evaluate (all; 32 generated ones), of input (32)")
+    sizes.add_argument(
+        "--generated", action="store_true", help="of evaluate: generated files in place of the config's data"
+    )
     sizes.add_argument("--workers", type=int, nargs="+", help="of input (1, 2, 4, ... up to the cores)")
     sizes.add_argument("--checkpoint", type=pathlib.Path, metavar="PATH", help="of evaluate (random weights)")
     sizes.add_argument("--slices", nargs="+", default=["v5e:2x4", "v5e:16x16", "v4:2x2x2"], help="of tpu")
     sizes.add_argument("--batches", nargs="+", type=int, default=[32, 256, 2048], help="of tpu, images")
     sizes.add_argument(
         "--evaluation", action="store_true", help="of tpu: compile an evaluation's programs too"
+    )
+    sizes.add_argument(
+        "--plain",
+        action="store_true",
+        help="of tpu: beside it the step as it is written down, left to autodiff",
     )
     args, config = parser.parse()
     if any(count is not None and count < 1 for count in (args.repeats, args.batch, args.size, args.images)):

@@ -17,6 +17,7 @@ from topformer_jax.models.summary import summary
 
 OURS = "ours"
 LOAD = os.getloadavg()[0]  # when the command started: what else runs slows PyTorch on a CPU down most
+PAUSE = 0.3  # seconds before each run: as long as OpenMP's threads go on spinning after the one before
 # Products in bfloat16 (operations a second) and memory (bytes a second), as the makers publish them.
 PEAKS = {
     "H100": (989e12, 3.35e12),
@@ -100,6 +101,7 @@ def in_turn(
 
 
 def _run(program: Program, calls: int) -> float:
+    time.sleep(PAUSE)
     start = time.perf_counter()
     for _ in range(calls):
         result = program.call()
@@ -183,10 +185,16 @@ def machine() -> Machine:
     kind = device.device_kind
     if device.platform == "cpu":
         return Machine(kind, "cpu", _matmul_rate(2048), None, "a float32 product of 2048 x 2048 matrices")
-    known = [name for name in PEAKS if name.lower() in kind.lower()]
-    if not known:
+    known = peaks(kind)
+    if known is None:
         return Machine(kind, device.platform, None, None, "unknown")
-    return Machine(kind, device.platform, *PEAKS[max(known, key=len)], "the maker, bfloat16")
+    return Machine(kind, device.platform, *known, "the maker, bfloat16")
+
+
+def peaks(kind: str) -> tuple[float, float] | None:
+    """The row of `PEAKS` for a device of this kind."""
+    known = [name for name in PEAKS if name.lower() in kind.lower()]
+    return PEAKS[max(known, key=len)] if known else None
 
 
 def _matmul_rate(size: int) -> float:

@@ -8,13 +8,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
+from PIL import Image
 
 from topformer_jax import models
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.transforms import VOID
 
 SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's pictures
-QUALITY = 95  # of the JPEG files
+QUALITY = 75  # of the JPEG files, which then have about 70 kB
 
 
 def pictures(count: int, size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -57,7 +58,7 @@ def write(
         label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST).astype(int)
         label = (label + 10 * index) % config.model.classes + config.data.zero_label_void  # all classes occur
         cv2.imwrite(str(folder / f"{name}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
-        cv2.imwrite(str(folder / f"{name}.png"), label.astype(np.uint8))
+        Image.fromarray(label.astype(np.uint8)).save(folder / f"{name}.png")
     return sources.FolderSource(
         str(folder), names, tuple(f"{name}.jpg" for name in names), tuple(f"{name}.png" for name in names)
     )

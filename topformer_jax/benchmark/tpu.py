@@ -1,11 +1,12 @@
 """tpu: what the programs ask of a chip, compiled for TPU slices that are not there."""
 
-import math
+import contextlib
 import os
-import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +17,30 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import inference, models, sharding, views
-from topformer_jax.benchmark import measure, samples
+from topformer_jax import inference, models, sharding, step, views
+from topformer_jax.benchmark import measure, samples, traffic
 from topformer_jax.benchmark.report import Report, Row
 from topformer_jax.errors import UserError
+from topformer_jax.models import layers
+from topformer_jax.ops.batch_norm import plain_batch_norm
+from topformer_jax.ops.loss import plain_cross_entropy
 from topformer_jax.ops.tiled import View
-from topformer_jax.step import prepare
 
 
 def tpu(
-    config: ConfigDict, slices: Sequence[str], batches: Sequence[int], *, evaluation: bool = False
+    config: ConfigDict,
+    slices: Sequence[str],
+    batches: Sequence[int],
+    *,
+    evaluation: bool = False,
+    plain: bool = False,
 ) -> Report:
     """The training step for each slice and global batch, and the programs of an evaluation for each slice.
 
     The numbers are of one chip: the memory for a program's arguments and for what lies between, what it
-    computes, reads and writes (each loop taken once), and what it sends to the others.
+    computes, what it reads and writes there (`moved_bytes`, see `traffic.memory_bytes`; `accessed_bytes` is XLA's
+    own count), and what it sends to the others. `floor_seconds` is how long its memory takes to move that. With
+    `plain`, the step stands a second time with loss and BatchNorm as they are written down, left to autodiff.
 
     Raises:
         UserError: the TPU compiler is not installed, or there is no such slice.
@@ -45,9 +55,13 @@ def tpu(
                 notes.append(f"{case}: less than an image a chip, or not the same for all")
                 continue
             settings = config_lib.load(config, {"batch_size": batch})
-            started = time.perf_counter()
-            program = _compiled_step(settings, sharding.make_mesh(settings, devices))
-            rows.append(_row(case, "train-step", program, time.perf_counter() - started))
+            for form in ("train-step", "plain train-step") if plain else ("train-step",):
+                started = time.perf_counter()
+                with _plain() if form.startswith("plain") else contextlib.nullcontext():
+                    program = _compiled_step(settings, sharding.make_mesh(settings, devices))
+                seconds = time.perf_counter() - started
+                rows.append(_row(case, form, program, seconds, devices[0].device_kind))
+                print(f"{case}, {form}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
         if evaluation:
             rows += _evaluation(config, name, Mesh(np.array(devices), ("data",)))
     return Report(
@@ -68,8 +82,20 @@ def _devices(name: str) -> Sequence[jax.Device]:
         raise UserError(f"there is no TPU slice {name}: {str(error).splitlines()[0]}") from None
 
 
-def _row(case: str, name: str, program: Any, seconds: float) -> Row:
-    memory, cost = program.memory_analysis(), program.cost_analysis()
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """The plain forms in place of our own, for what is traced inside."""
+    with (
+        mock.patch.object(step, "upsampled_cross_entropy", plain_cross_entropy),
+        mock.patch.object(layers, "batch_norm", plain_batch_norm),
+    ):
+        yield
+
+
+def _row(case: str, name: str, program: Any, seconds: float, kind: str) -> Row:
+    memory, cost, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    moved = traffic.memory_bytes(text)
+    peaks = measure.peaks(kind)
     return {
         "case": case,
         "program": name,
@@ -77,20 +103,22 @@ def _row(case: str, name: str, program: Any, seconds: float) -> Row:
         "temporary_bytes": memory.temp_size_in_bytes,
         "operations": cost["flops"],
         "accessed_bytes": cost["bytes accessed"],
-        "sent_bytes": _collective_bytes(program.as_text()),
+        "moved_bytes": moved,
+        "sent_bytes": traffic.sent_bytes(text),
+        "floor_seconds": moved / peaks[1] if peaks else None,
         "compile_seconds": seconds,
     }
 
 
 def _compiled_step(config: ConfigDict, mesh: Mesh) -> Any:
     """The training step, compiled ahead of time for the mesh's devices."""
-    state, layout, step = prepare(config, mesh)
+    state, layout, train_step = step.prepare(config, mesh)
     place = sharding.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
         for name, values in samples.batch(config).items()
     }
-    return step.lower(_shapes(state, layout), batch).compile()
+    return train_step.lower(_shapes(state, layout), batch).compile()
 
 
 def _shapes(tree: Any, layout: Any) -> Any:
@@ -118,7 +146,7 @@ def _evaluation(config: ConfigDict, name: str, mesh: Mesh) -> list[Row]:
     repeated = [each for each in logits for _ in views.flips(config.evaluation)]
     seen = [View(*one) for one in zip(repeated, batch.rows, batch.columns, strict=True)]
     height, width = samples.SIZE
-    case = f"{name}, {height} x {width} a chip"
+    case, kind = f"{name}, {height} x {width} a chip", mesh.devices.flat[0].device_kind
     rows = []
     for program, jitted, arguments in (
         ("evaluation, logits", programs.logits, (values, batch.images[0], flip)),
@@ -126,29 +154,5 @@ def _evaluation(config: ConfigDict, name: str, mesh: Mesh) -> list[Row]:
     ):
         started = time.perf_counter()
         compiled = jitted.lower(*arguments).compile()
-        rows.append(_row(case, program, compiled, time.perf_counter() - started))
+        rows.append(_row(case, program, compiled, time.perf_counter() - started, kind))
     return rows
-
-
-def _collective_bytes(text: str) -> int:
-    """Bytes of the results of all collectives in a compiled program."""
-    sizes = {
-        "f64": 8,
-        "s64": 8,
-        "f32": 4,
-        "s32": 4,
-        "u32": 4,
-        "bf16": 2,
-        "f16": 2,
-        "u8": 1,
-        "s8": 1,
-        "pred": 1,
-    }
-    collective = re.compile(
-        r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    )
-    total = 0
-    for result in collective.findall(text):
-        for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            total += sizes.get(kind, 0) * math.prod(int(extent) for extent in shape.split(",") if extent)
-    return total

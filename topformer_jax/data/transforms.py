@@ -4,6 +4,7 @@ Every byte is the official pipeline's (mmsegmentation 0.19 on mmcv 1.4); flip, c
 on the device (`augment.py`). Random draws come from the generator that is passed in, and from nowhere else.
 """
 
+import functools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -52,13 +53,10 @@ def decode_label(
         UserError: the file `name` is no whole single-channel PNG, or a value in it is neither a class nor void.
     """
     values = _label_values(data, name)
-    rule = np.arange(256)
-    if zero_label_void:
-        rule = np.where(rule == 0, VOID, rule - 1)
-        rule[VOID] = VOID
-    good = (rule < classes) | (rule == VOID)
+    rule, good = _label_rule(classes, zero_label_void)
     largest = int(values.max(initial=0))
-    if largest > VOID or not cv2.LUT(values.astype(np.uint8), good.astype(np.uint8)).all():
+    few = largest < classes + zero_label_void  # no void pixels of 255: nothing to look up
+    if not few and (largest > VOID or not cv2.LUT(values.astype(np.uint8), good.astype(np.uint8)).all()):
         found = np.unique(values)
         bad = found[(found > VOID) | ~good[np.minimum(found, VOID)]]
         shown = ", ".join(str(value) for value in bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -68,11 +66,18 @@ def decode_label(
             f"check data.dataset, model.classes and data.zero_label_void ({zero_label_void}); "
             "of Cityscapes, take the *_labelTrainIds.png files"
         )
-    return (
-        cv2.LUT(values.astype(np.uint8), rule.astype(np.uint8))
-        if zero_label_void
-        else values.astype(np.uint8)
-    )
+    values = values.astype(np.uint8)
+    return cv2.LUT(values, rule) if zero_label_void else values
+
+
+@functools.lru_cache(maxsize=8)
+def _label_rule(classes: int, zero_label_void: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What each of 256 values becomes, uint8; and whether it may occur."""
+    rule = np.arange(256, dtype=np.uint8)
+    if zero_label_void:
+        rule -= 1  # 0 becomes 255
+        rule[VOID] = VOID
+    return rule, (rule < classes) | (rule == VOID)
 
 
 def label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
@@ -181,10 +186,13 @@ def training_example(
         chosen = label.take(rows, axis=0).take(columns, axis=1)
         if attempt == tries or _varied(chosen, category_share):
             break
-    images, labels = np.zeros((*crop, 3), np.uint8), np.full(crop, VOID, np.uint8)
-    images[:height, :width] = _resized_corner(image, size, top + height, left + width)[top:, left:]
-    labels[:height, :width] = chosen
-    return {"image": images, "label": labels, "size": np.array((height, width), np.int32)}
+    part = _resized_corner(image, size, top + height, left + width)[top:, left:]
+    below, beside = crop[0] - height, crop[1] - width
+    return {
+        "image": cv2.copyMakeBorder(part, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=0),
+        "label": cv2.copyMakeBorder(chosen, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=VOID),
+        "size": np.array((height, width), np.int32),
+    }
 
 
 def nearest(size: int, new_size: int) -> np.ndarray:

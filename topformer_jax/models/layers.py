@@ -20,7 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from topformer_jax.ops import at_least_float32
+from topformer_jax.ops.batch_norm import batch_norm
 from topformer_jax.ops.depthwise import depthwise_conv
+from topformer_jax.ops.pointwise import pointwise_conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Conv(nnx.Module):
         weight = self.weight[...].astype(numerics.dtype)
         kernel, _, fan, outputs = weight.shape
         if kernel == 1 and self.stride == 1 and self.groups == 1:
-            x = jnp.matmul(x, weight[0, 0], precision=numerics.product_precision)
+            x = pointwise_conv(x, weight[0, 0], precision=numerics.product_precision)
         elif fan == 1 and self.groups == outputs:
             x = depthwise_conv(
                 x, weight, self.stride, method=numerics.depthwise, precision=numerics.product_precision
@@ -149,17 +151,15 @@ class BatchNorm(nnx.Module):
         self.num_batches_tracked = nnx.BatchStat(jnp.asarray(np.zeros((), np.int32)))
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
-        wide = self.numerics.wide
-        values = x.astype(wide)
-        if self.use_running_average:
-            mean, variance = self.running_mean[...].astype(wide), self.running_var[...].astype(wide)
-        else:
-            axes = tuple(range(x.ndim - 1))
-            mean = values.mean(axes)
-            variance = jnp.square(values - mean).mean(axes)
+        weight, bias = self.weight[...], self.bias[...]
+        if not self.use_running_average:
+            y, mean, variance = batch_norm(x.astype(self.numerics.dtype), weight, bias, eps=self.eps)
             self._track(mean, variance, x.size // x.shape[-1])
-        scale = self.weight[...].astype(wide) * lax.rsqrt(variance + self.eps)
-        return (values * scale + (self.bias[...].astype(wide) - mean * scale)).astype(self.numerics.dtype)
+            return y
+        wide = self.numerics.wide
+        scale = weight.astype(wide) * lax.rsqrt(self.running_var[...].astype(wide) + self.eps)
+        shift = bias.astype(wide) - self.running_mean[...].astype(wide) * scale
+        return (x.astype(wide) * scale + shift).astype(self.numerics.dtype)
 
     def _track(self, mean: Array, variance: Array, count: int) -> None:
         """Moves the running statistics; `count` is how many values a mean was taken over."""
@@ -169,8 +169,9 @@ class BatchNorm(nnx.Module):
         unbiased = variance * (count / (count - 1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             batch = lax.stop_gradient(batch).astype(running.dtype)
-            running[...] = (1 - self.momentum) * running[...] + self.momentum * batch
-        self.num_batches_tracked[...] = self.num_batches_tracked[...] + 1
+            # Not by an index: flax would then ask both values where they lie, which under jit takes 10 ms.
+            running.set_value((1 - self.momentum) * running[...] + self.momentum * batch)
+        self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
 
 
 class ConvBN(nnx.Module):

@@ -94,7 +94,8 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> t
     image_grad = _weighted_sum(windows, lambda row, column: kernel[k - 1 - row, k - 1 - column, 0], k)
 
     # With respect to the filter: k*k sums over the batch and the pixels, in one pass. All of them are one
-    # variadic reduction over (n, h), which XLA's CPU backend vectorises over (w, c); w is summed after it.
+    # variadic reduction over h, which XLA's CPU backend divides over n and vectorises over (w, c); those are
+    # summed after it.
     wide = at_least_float32(images.dtype)
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     products = [
@@ -104,9 +105,9 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> t
         products,
         [jnp.zeros((), wide)] * len(products),
         lambda left, right: [a + b for a, b in zip(left, right, strict=True)],
-        (0, 1),
+        (1,),
     )
-    kernel_grad = jnp.stack([rows.sum(0) for rows in sums]).reshape(k, k, 1, c)
+    kernel_grad = jnp.stack([rows.sum((0, 1)) for rows in sums]).reshape(k, k, 1, c)
     return image_grad.astype(images.dtype), kernel_grad.astype(kernel.dtype)
 
 

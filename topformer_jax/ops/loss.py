@@ -142,8 +142,9 @@ def _tiled(
         if with_gradient:
             counted = valid[:, :, None].astype(scores.dtype)
             change = powers * (counted / total) - jnp.where(hot, counted, 0)
-            change = product(jnp.broadcast_to(vertical.T, (n, taps, rows)), change.reshape(n, rows, -1))
-            change = product(change.reshape(-1, columns), horizontal).reshape(patch.shape)
+            # Columns first: joined to the classes, they would keep XLA from vectorising all of the above.
+            change = product(change.reshape(-1, columns), horizontal).reshape(n, rows, -1)
+            change = product(jnp.broadcast_to(vertical.T, (n, taps, rows)), change).reshape(patch.shape)
             old = lax.dynamic_slice(gradient, corner, patch.shape)
             gradient = lax.dynamic_update_slice(gradient, old + change, corner)
         return loss, correct, gradient
