@@ -66,7 +66,10 @@ def only_line(err: str) -> str:
 def run(workdir: pathlib.Path, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:
     """The command in a process of its own; workers that outlived it would hold the pipes open."""
     process = start(workdir, changes)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == status, out + err
     return out, err
 

@@ -2,8 +2,11 @@
 
 import itertools
 import multiprocessing
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -173,6 +176,31 @@ def test_an_unreadable_example_stops_with_its_name(broken: ConfigDict, workers: 
     assert "\n" not in error.value.line
     assert next(iterator, None) is None
     assert not multiprocessing.active_children()
+
+
+def test_an_error_in_a_worker_leaves_nothing_behind(broken: ConfigDict) -> None:
+    """Python reports shared memory that nobody has freed as it exits, on a line of its own."""
+    program = f"""
+import topformer_jax.config as config_lib
+from topformer_jax.data import loader, sources
+from topformer_jax.errors import UserError
+
+if __name__ == "__main__":
+    changes = {{"data.root": {broken.data.root!r}, "data.workers": 2, "batch_size": 2, "data.crop": (64, 64)}}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes)
+    try:
+        print(sum(1 for _ in loader.training_batches(sources.open_source(config, "train"), config)))
+    except UserError as error:
+        print("stopped:", error.line)
+"""
+    file = pathlib.Path(broken.data.root) / "program.py"
+    file.write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, file], capture_output=True, text=True, env=environment, check=False, timeout=200
+    )
+    assert done.stdout.startswith("stopped: ")
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("workers", [0, 1])

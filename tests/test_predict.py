@@ -49,7 +49,7 @@ def test_a_folder_with_what_users_have_in_it(weights: str, tmp_path: pathlib.Pat
     inside = tmp_path / "in"
     _picture(inside / "a.png", 40, 50)
     _picture(inside / "deep" / "b.jpg", 1, 1)
-    _picture(inside / "long.png", 3, 900)
+    _picture(inside / "long.png", 20, 20000)
     (inside / "notes.txt").write_text("not a picture")
     (inside / "cut.jpg").write_bytes((inside / "deep" / "b.jpg").read_bytes()[:200])
     out = tmp_path / "out"
@@ -98,6 +98,17 @@ def test_pictures_are_found_once_and_outputs_differ(tmp_path: pathlib.Path) -> N
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no picture"):
         predict.jobs([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("flags", [("--count", "0"), ("--count", "-1"), ("--step", "-1")])
+def test_browse_flags_without_sense(tmp_path: pathlib.Path, flags: tuple[str, str]) -> None:
+    done = _command("browse", "--output", str(tmp_path / "b.png"), *flags)
+    assert done.returncode == 2
+    assert (
+        done.stderr.decode().startswith(f"error: {flags[0]} is {flags[1]}")
+        or "expected" in done.stderr.decode()
+    )
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_browse_shows_what_training_sees(tmp_path: pathlib.Path) -> None:

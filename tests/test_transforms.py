@@ -186,6 +186,7 @@ def test_zero_label_void() -> None:
         ([0, 150, 151, 255], 150, True, r"holds 151, but the 150 classes are 1..150 \(0 is void\)"),
         ([7, 33, 34], 19, False, r"holds 33, 34, but .*labelTrainIds"),
         ([1, 256, 65535], 150, False, r"holds 256, 65535, but .*zero_label_void"),
+        ([256, 300], 400, False, "holds 256, 300"),
         (list(range(30)), 19, False, r"holds 19, 20, 21, 22, 23, \.\.\., but"),
     ],
 )

@@ -15,6 +15,7 @@ from topformer_jax import cli, pictures
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
+from topformer_jax.errors import UserError
 
 
 def browse(config: ConfigDict, step: int, count: int) -> np.ndarray:
@@ -53,10 +54,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=pathlib.Path, metavar="FILE", help="default: runs/<config name>/browse.png"
     )
-    parser.add_argument("--count", type=int, default=8, help="examples of the batch (default 8)")
+    parser.add_argument("--count", type=int, default=8, help="examples of the batch, at most all (default 8)")
     parser.add_argument("--step", type=int, default=0, help="of training, from 0 (default 0)")
     args, config = parser.parse()
     assert config is not None  # --config is required
+    if args.count < 1 or args.step < 0:
+        raise UserError(f"--count is {args.count}, --step {args.step}: expected 1 or more, and 0 or more")
     output = args.output or pathlib.Path("runs") / config.name / "browse.png"
     pictures.write(output, browse(config, args.step, args.count))
     print(f"wrote {output}")

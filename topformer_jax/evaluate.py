@@ -28,6 +28,7 @@ from topformer_jax import cli, convert, files, inference, logs, metrics, models,
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.catalog import DataSet
+from topformer_jax.errors import UserError
 from topformer_jax.views import Labels, Picture, Prepared, Room, Size, blank, plan, prepare, untile
 
 IN_FLIGHT = 2  # batches that the devices may be behind
@@ -312,11 +313,17 @@ def main() -> None:
     )
     parser.add_argument("--save-predictions", type=pathlib.Path, metavar="DIR", help="as indexed PNG files")
     parser.add_argument(
-        "--pictures", type=int, default=6, metavar="N", help="best and worst images in the report"
+        "--pictures",
+        type=int,
+        default=6,
+        metavar="N",
+        help="in the report: so many with the most right pixels, and with the fewest",
     )
     sharding.add_process_flags(parser)
     args, config = parser.parse()
     assert config is not None  # --config is required
+    if args.pictures < 0:
+        raise UserError(f"--pictures is {args.pictures}: expected 0 or more")
     sharding.start_processes(args.coordinator, args.processes, args.process_id)
     changes: dict[str, object] = {}
     if args.scales:

@@ -33,6 +33,7 @@ SMALL = 400  # pixels: a picture that stays below is enlarged before it gets a l
 LETTERS = 13, 96  # pixels: the limits of a legend's font
 COLUMNS = 6  # of a legend, at most: more of them are not read as one table
 GAP = 4  # pixels between the pictures of a grid
+JPEG_SIDE = 65500  # pixels, at most
 FORMATS: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
 
 
@@ -134,8 +135,8 @@ def write(path: pathlib.Path, picture: Picture) -> None:
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
         raise UserError(f"cannot write {path}: a picture's name ends in {', '.join(FORMATS)}")
-    if kind == "jpeg" and max(picture.shape) > 65500:
-        raise UserError(f"cannot write {path}: no JPEG has more than 65500 pixels a side; name it .png")
+    if kind == "jpeg" and max(picture.shape) > JPEG_SIDE:
+        raise UserError(f"cannot write {path}: no JPEG has more than {JPEG_SIDE} pixels a side; name it .png")
     files.write(path, encoded(picture, kind))
 
 

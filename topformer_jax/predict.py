@@ -88,7 +88,9 @@ def predict(
             continue
         labels = predictor(image)
         base = output / job.output
-        pictures.write(base.with_name(f"{base.name}_overlay.jpg"), pictures.overlay(image, labels, data_set))
+        overlay = pictures.overlay(image, labels, data_set)
+        suffix = "jpg" if max(overlay.shape) <= pictures.JPEG_SIDE else "png"
+        pictures.write(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)
         pictures.write_indexed(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
         if probabilities:
             packed = io.BytesIO()

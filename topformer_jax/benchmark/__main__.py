@@ -123,7 +123,7 @@ def main() -> None:
     sizes.add_argument(
         "--plain",
         action="store_true",
-        help="of tpu: beside it the step as it is written down, left to autodiff",
+        help="of tpu: beside it the step with the loss as it is written down",
     )
     args, config = parser.parse()
     if any(count is not None and count < 1 for count in (args.repeats, args.batch, args.size, args.images)):

@@ -37,7 +37,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("operations", "GFLOP", lambda count: f"{count / 1e9:.1f}"),
     ("accessed_bytes", "accessed GB", lambda count: f"{count / 1e9:.2f}"),
     ("moved_bytes", "moved GB", lambda count: f"{count / 1e9:.2f}"),
-    ("floor_seconds", "floor ms", lambda seconds: f"{1000 * seconds:.2f}"),
+    ("memory_seconds", "memory ms", lambda seconds: f"{1000 * seconds:.2f}"),
     ("sent_bytes", "sent MB", _megabytes),
     ("compile_seconds", "compile s", "{:.0f}".format),
 )

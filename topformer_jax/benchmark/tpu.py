@@ -21,8 +21,6 @@ from topformer_jax import inference, models, sharding, step, views
 from topformer_jax.benchmark import measure, samples, traffic
 from topformer_jax.benchmark.report import Report, Row
 from topformer_jax.errors import UserError
-from topformer_jax.models import layers
-from topformer_jax.ops.batch_norm import plain_batch_norm
 from topformer_jax.ops.loss import plain_cross_entropy
 from topformer_jax.ops.tiled import View
 
@@ -39,8 +37,8 @@ def tpu(
 
     The numbers are of one chip: the memory for a program's arguments and for what lies between, what it
     computes, what it reads and writes there (`moved_bytes`, see `traffic.memory_bytes`; `accessed_bytes` is XLA's
-    own count), and what it sends to the others. `floor_seconds` is how long its memory takes to move that. With
-    `plain`, the step stands a second time with loss and BatchNorm as they are written down, left to autodiff.
+    own count), and what it sends to the others. `memory_seconds` is how long its memory takes to move that. With
+    `plain`, the step stands a second time with the loss as it is written down.
 
     Raises:
         UserError: the TPU compiler is not installed, or there is no such slice.
@@ -84,11 +82,8 @@ def _devices(name: str) -> Sequence[jax.Device]:
 
 @contextlib.contextmanager
 def _plain() -> Iterator[None]:
-    """The plain forms in place of our own, for what is traced inside."""
-    with (
-        mock.patch.object(step, "upsampled_cross_entropy", plain_cross_entropy),
-        mock.patch.object(layers, "batch_norm", plain_batch_norm),
-    ):
+    """The plain loss in place of our own, for what is traced inside."""
+    with mock.patch.object(step, "upsampled_cross_entropy", plain_cross_entropy):
         yield
 
 
@@ -105,7 +100,7 @@ def _row(case: str, name: str, program: Any, seconds: float, kind: str) -> Row:
         "accessed_bytes": cost["bytes accessed"],
         "moved_bytes": moved,
         "sent_bytes": traffic.sent_bytes(text),
-        "floor_seconds": moved / peaks[1] if peaks else None,
+        "memory_seconds": moved / peaks[1] if peaks else None,
         "compile_seconds": seconds,
     }
 

@@ -23,18 +23,20 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 
 
 def memory_bytes(text: str) -> int:
-    """Bytes that are read from and written to the memory of a chip: an upper bound.
+    """Bytes that are read from and written to the memory of a chip, at most.
 
     Every operand and result of every operation counts whole, unless it lies in fast memory (`S(1)` and the like in
-    its layout); what is done in a loop counts as often as the loop runs.
+    its layout); what is done in a loop counts as often as the loop runs. Programs with branches are not ours.
     """
     computations = _computations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    return _moved(computations, entry[1]) if entry else 0
+    if entry is None:
+        raise ValueError("the text of a program has no ENTRY")
+    return _moved(computations, entry[1])
 
 
 def sent_bytes(text: str) -> int:
-    """Bytes of the results of all collectives."""
+    """Bytes of the results of all collectives, each loop taken once."""
     total = 0
     for line in text.splitlines():
         found = _INSTRUCTION.match(line)
@@ -79,6 +81,8 @@ def _moved(computations: dict[str, list[str]], name: str) -> int:
 
 def _rounds(computations: dict[str, list[str]], loop: str) -> int:
     """How often a loop runs that counts up from 0, as all of JAX's do; 1 where its condition says something else."""
+    if times := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
+        return int(times[1])
     limits = {}
     for line in computations[_named(loop, "condition")]:
         if found := re.search(r"%([\w.\-]+) = s(?:32|64)\[\]\S* constant\((\d+)\)", line):

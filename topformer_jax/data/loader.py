@@ -13,6 +13,7 @@ import queue
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -85,6 +86,10 @@ class Batches(Iterator[Batch]):
         try:
             batch = next(self._iterator)
         except Exception as error:
+            if not isinstance(error, UserError):
+                error.add_note(traceback.format_exc())
+            # The callers of its frames are grain's, and hold the batch before this one: it could not be freed.
+            error.__traceback__ = None
             self.close()  # grain would go on without the batch
             if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
                 raise UserError(
@@ -105,9 +110,11 @@ class Batches(Iterator[Batch]):
             self._iterator.close()
             self._iterator = None
             # Batches that nobody took are freed by a thread of grain; what it has not freed when Python exits is
-            # reported as lost.
+            # reported as lost. What it does after them shows that it is done.
             gc.collect()
-            time.sleep(0.1)
+            freeing = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+            if freeing is not None:
+                freeing.apply(int)
 
 
 @dataclasses.dataclass

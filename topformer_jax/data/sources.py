@@ -147,8 +147,10 @@ class ArrayRecordSource:
         try:
             record = self._records[index]
             name = record["name"].decode()
+        except IndexError:
+            raise
         except Exception as error:  # a damaged file raises whatever its reader stumbles over
-            reason = str(error).split("\n")[0]
+            reason = (str(error) or type(error).__name__).split("\n")[0]
             raise UserError(
                 f"record {index} of {self.split} in {self.folder} cannot be read ({reason}): copy it or build it "
                 "again (scripts/build_dataset.py)"

@@ -55,7 +55,7 @@ def decode_label(
     values = _label_values(data, name)
     rule, good = _label_rule(classes, zero_label_void)
     largest = int(values.max(initial=0))
-    few = largest < classes + zero_label_void  # no void pixels of 255: nothing to look up
+    few = largest < min(classes + zero_label_void, VOID)  # no void pixels of 255: nothing to look up
     if not few and (largest > VOID or not cv2.LUT(values.astype(np.uint8), good.astype(np.uint8)).all()):
         found = np.unique(values)
         bad = found[(found > VOID) | ~good[np.minimum(found, VOID)]]

@@ -40,8 +40,9 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         ("depthwise", METHODS),
     ):
         _check_choice(f"model.{key}", settings[key], known)
+    most = 255 if config.task == "segmentation" else 2**31  # labels are bytes, of which 255 is void
     for key, allowed, expected in (
-        ("classes", settings.classes >= 1, "1 or more"),
+        ("classes", 1 <= settings.classes <= most, f"1 to {most}"),
         ("width", settings.width is None or settings.width >= 1, "1 or more, or none"),
         ("drop_path", 0 <= settings.drop_path < 1, "a probability below 1"),
         ("dropout", 0 <= settings.dropout < 1, "a probability below 1"),

@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.batch_norm import batch_norm
 from topformer_jax.ops.depthwise import depthwise_conv
 from topformer_jax.ops.pointwise import pointwise_conv
 
@@ -151,15 +150,19 @@ class BatchNorm(nnx.Module):
         self.num_batches_tracked = nnx.BatchStat(jnp.asarray(np.zeros((), np.int32)))
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
-        weight, bias = self.weight[...], self.bias[...]
-        if not self.use_running_average:
-            y, mean, variance = batch_norm(x.astype(self.numerics.dtype), weight, bias, eps=self.eps)
-            self._track(mean, variance, x.size // x.shape[-1])
-            return y
         wide = self.numerics.wide
-        scale = weight.astype(wide) * lax.rsqrt(self.running_var[...].astype(wide) + self.eps)
-        shift = bias.astype(wide) - self.running_mean[...].astype(wide) * scale
-        return (x.astype(wide) * scale + shift).astype(self.numerics.dtype)
+        values = x.astype(wide)
+        if self.use_running_average:
+            mean, variance = self.running_mean[...].astype(wide), self.running_var[...].astype(wide)
+        else:
+            # In two axes, as a product leaves them: so XLA's CPU backend centres and squares inside the sum. With
+            # four, it writes the centred values down.
+            flat = values.reshape(-1, x.shape[-1])
+            mean = flat.mean(0)
+            variance = jnp.square(flat - mean).mean(0)
+            self._track(mean, variance, len(flat))
+        scale = self.weight[...].astype(wide) * lax.rsqrt(variance + self.eps)
+        return (values * scale + (self.bias[...].astype(wide) - mean * scale)).astype(self.numerics.dtype)
 
     def _track(self, mean: Array, variance: Array, count: int) -> None:
         """Moves the running statistics; `count` is how many values a mean was taken over."""
