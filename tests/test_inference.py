@@ -165,7 +165,9 @@ def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
     logits = jnp.asarray(run(small, inference.normalise(fitted[None])))
     plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
     assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
-    probabilities = inference.Predictor(small, _evaluation(scale=(64, 64), align=32)).probabilities(image)
+    _, probabilities = inference.Predictor(small, _evaluation(scale=(64, 64), align=32)).with_probabilities(
+        image
+    )
     assert np.abs(probabilities - np.asarray(jax.nn.softmax(plain, -1))).max() < 1e-5
 
 

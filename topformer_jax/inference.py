@@ -187,15 +187,18 @@ class Predictor:
 
     def __call__(self, image: Picture) -> Labels:
         """The label of each pixel of an RGB picture."""
-        batch, views = self._look(image)
-        predictions, _, _ = self._programs.count(views, batch.grid, batch.labels, self._programs.totals())
-        return untile(np.asarray(predictions)[0], (image.shape[0], image.shape[1]))
+        return self._labels(image, *self._look(image))
 
-    def probabilities(self, image: Picture) -> Float[np.ndarray, "h w classes"]:
-        """The softmax of each pixel of an RGB picture: 4 bytes a class and pixel."""
+    def with_probabilities(self, image: Picture) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
+        """The label of each pixel of an RGB picture, and its softmax: 4 bytes a class and pixel."""
         batch, views = self._look(image)
         tiles = self._programs.probabilities(views, batch.grid, batch.labels)
-        return untile(np.asarray(tiles)[0], (image.shape[0], image.shape[1]))
+        values = untile(np.asarray(tiles)[0], (image.shape[0], image.shape[1]))
+        return self._labels(image, batch, views), values
+
+    def _labels(self, image: Picture, batch: Prepared, views: list[View]) -> Labels:
+        predictions, _, _ = self._programs.count(views, batch.grid, batch.labels, self._programs.totals())
+        return untile(np.asarray(predictions)[0], (image.shape[0], image.shape[1]))
 
     def _look(self, image: Picture) -> tuple[Prepared, list[View]]:
         prepared = prepare(image, None, self._programs.evaluation, dtype=self._programs.dtype.name)

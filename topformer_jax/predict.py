@@ -86,16 +86,16 @@ def predict(
             show.say(f"left out: {image.line}")
             failed.append(image.line)
             continue
-        labels = predictor(image)
+        labels, values = predictor.with_probabilities(image) if probabilities else (predictor(image), None)
         base = output / job.output
         overlay = pictures.overlay(image, labels, data_set)
         suffix = "jpg" if max(overlay.shape) <= pictures.JPEG_SIDE else "png"
         pictures.write(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)
         pictures.write_indexed(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
-        if probabilities:
+        if values is not None:
             packed = io.BytesIO()
-            values = predictor.probabilities(image).astype(np.float16)
-            np.savez_compressed(packed, probabilities=values, classes=np.array(data_set.classes))
+            small = values.astype(np.float16)
+            np.savez_compressed(packed, probabilities=small, classes=np.array(data_set.classes))
             files.write(base.with_name(f"{base.name}_probabilities.npz"), packed.getvalue())
     show.update(len(work))
     return failed
