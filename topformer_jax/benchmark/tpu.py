@@ -1,10 +1,10 @@
 """tpu: what the programs ask of a chip, compiled for TPU slices that are not there."""
 
-import contextlib
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -44,7 +44,7 @@ def tpu(
         UserError: the TPU compiler is not installed, or there is no such slice.
     """
     rows: list[Row] = []
-    notes = []
+    notes: list[str] = []
     for name in slices:
         devices = _devices(name)
         for batch in batches:
@@ -53,18 +53,37 @@ def tpu(
                 notes.append(f"{case}: less than an image a chip, or not the same for all")
                 continue
             settings = config_lib.load(config, {"batch_size": batch})
-            for form in ("train-step", "plain train-step") if plain else ("train-step",):
-                started = time.perf_counter()
-                with _plain() if form.startswith("plain") else contextlib.nullcontext():
-                    program = _compiled_step(settings, sharding.make_mesh(settings, devices))
-                seconds = time.perf_counter() - started
-                rows.append(_row(case, form, program, seconds, devices[0].device_kind))
-                print(f"{case}, {form}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
+            _add_step(rows, notes, case, settings, devices)
+            if plain:
+                with mock.patch.object(step, "upsampled_cross_entropy", plain_cross_entropy):
+                    _add_step(rows, notes, case, settings, devices, form="plain train-step")
         if evaluation:
             rows += _evaluation(config, name, Mesh(np.array(devices), ("data",)))
-    return Report(
-        f"tpu: {measure.described(config)}, crops {tuple(config.data.crop)}, a chip", {}, rows, notes
-    )
+    title = f"tpu: {measure.described(config)}, crops {tuple(config.data.crop)}, a chip"
+    return Report(title, {}, rows, notes)
+
+
+def _add_step(
+    rows: list[Row],
+    notes: list[str],
+    case: str,
+    config: ConfigDict,
+    devices: Sequence[jax.Device],
+    form: str = "train-step",
+) -> None:
+    """Compiles a training step; adds a row, or a note where a chip's memory does not hold it."""
+    started = time.perf_counter()
+    try:
+        program = _compiled_step(config, sharding.make_mesh(config, devices))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used \S+ of \S+ hbm", str(error))
+        notes.append(f"{case}, {form}: a chip's memory does not hold it{f' ({needed[0]})' if needed else ''}")
+        return
+    seconds = time.perf_counter() - started
+    rows.append(_row(case, form, program, seconds, devices[0].device_kind))
+    print(f"{case}, {form}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _devices(name: str) -> Sequence[jax.Device]:
@@ -74,17 +93,12 @@ def _devices(name: str) -> Sequence[jax.Device]:
         import libtpu  # noqa: F401
     except ImportError:
         raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu-compile]'") from None
+    # A chip of two cores is one device, as on a pod.
+    pairs = {"chip_config_name": "megacore"} if name.startswith(("v4:", "v5p:")) else {}
     try:
-        return get_topology_desc(platform="tpu", topology_name=name).devices
+        return get_topology_desc(platform="tpu", topology_name=name, **pairs).devices
     except (RuntimeError, ValueError) as error:
         raise UserError(f"there is no TPU slice {name}: {str(error).splitlines()[0]}") from None
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """The plain loss in place of our own, for what is traced inside."""
-    with mock.patch.object(step, "upsampled_cross_entropy", plain_cross_entropy):
-        yield
 
 
 def _row(case: str, name: str, program: Any, seconds: float, kind: str) -> Row:
