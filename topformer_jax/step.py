@@ -82,6 +82,7 @@ def prepare(
     params, stats = models.values(model, nnx.Param), models.values(model, nnx.BatchStat)
     transform = optimizer(config)
     average = jax.tree.map(jnp.copy, params | stats) if config.ema else {}
+    # Under jit: by itself optax compiles a program for the zeros of each shape, 2 s in all.
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, jax.jit(transform.init)(params), average)
     layout = sharding.state_sharding(state, mesh)
     step = functools.partial(train_step, config=config, graphdef=graphdef, transform=transform)

@@ -1,7 +1,8 @@
 """The 1x1 convolution as a product of matrices, with a weight gradient that copies nothing.
 
 Autodiff asks for the transposed weight gradient and transposes that; XLA's CPU backend then lays a whole image of
-gradients out anew. 4 x 256 x 256 pixels of 16 -> 64 channels: 52 ms, 27 ms as it is written here (2 cores).
+gradients out anew. 4 x 256 x 256 pixels of 16 -> 64 channels: 54 ms, 38 ms as it is written here (2 cores); in a
+whole training step of Tiny, where the gradient is there already, 140 ms and 7 ms.
 """
 
 import functools
