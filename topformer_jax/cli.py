@@ -1,9 +1,11 @@
 """What every command's main() shares: a parser that knows --config, and errors of one line."""
 
 import argparse
+import ctypes
 import errno
 import os
 import pathlib
+import platform
 import sys
 from collections.abc import Callable, Sequence
 
@@ -66,10 +68,12 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with 130.
 
-    Compiled programs are kept on disk, for the next command to find, unless the environment says where or not.
+    Compiled programs are kept on disk, for the next command to find, unless the environment says where or not, and
+    freed memory is kept by the process.
     """
     try:
         _keep_compiled_programs()
+        keep_freed_memory()
         main()
     except UserError as error:
         print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
@@ -98,6 +102,25 @@ def _keep_compiled_programs() -> None:
     ):
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for the next allocation; where the environment sets it up, nothing changes.
+
+    A program's temporary memory comes and goes with every call. By default glibc gives blocks of that size back to
+    the kernel, which hands them out anew a zeroed page at a time: 143,000 page faults in a training step of Tiny,
+    a quarter of its time on a CPU (4 x 512 x 512).
+    """
+    if platform.libc_ver()[0] != "glibc" or {"GLIBC_TUNABLES", *_MALLOC} & os.environ.keys():
+        return
+    libc = ctypes.CDLL(None)
+    for number, value in _MALLOC.values():
+        libc.mallopt(number, value)
+
+
+# mallopt's parameters (malloc.h) by the names of their environment variables: never trim, never mmap, and one arena
+# for all threads, since the others cannot grow to such sizes.
+_MALLOC = {"MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_ARENA_MAX": (-8, 1)}
 
 
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -20,8 +20,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.depthwise import depthwise_conv
+from topformer_jax.ops.depthwise import depthwise_conv, library_conv
 from topformer_jax.ops.pointwise import pointwise_conv
+from topformer_jax.ops.stem import stem_conv
+
+FEW = 4  # input channels, up to which a convolution is done as the stem's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,22 +112,15 @@ class Conv(nnx.Module):
         numerics = self.numerics
         weight = self.weight[...].astype(numerics.dtype)
         kernel, _, fan, outputs = weight.shape
+        precision = numerics.product_precision
         if kernel == 1 and self.stride == 1 and self.groups == 1:
-            x = pointwise_conv(x, weight[0, 0], precision=numerics.product_precision)
+            x = pointwise_conv(x, weight[0, 0], precision=precision)
         elif fan == 1 and self.groups == outputs:
-            x = depthwise_conv(
-                x, weight, self.stride, method=numerics.depthwise, precision=numerics.product_precision
-            )
+            x = depthwise_conv(x, weight, self.stride, method=numerics.depthwise, precision=precision)
+        elif fan <= FEW and self.groups == 1:
+            x = stem_conv(x, weight, self.stride, method=numerics.depthwise, precision=precision)
         else:
-            x = lax.conv_general_dilated(
-                x,
-                weight,
-                (self.stride, self.stride),
-                [(kernel // 2, kernel // 2)] * 2,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-                precision=numerics.product_precision,
-            )
+            x = library_conv(x, weight, stride=self.stride, groups=self.groups, precision=precision)
         return x if self.bias is None else x + self.bias[...].astype(numerics.dtype)
 
 
