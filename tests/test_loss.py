@@ -1,5 +1,7 @@
 """The loss in tiles against the plain formulation and against PyTorch: values and gradients."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,12 +11,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.parity import distance, to_nchw, to_nhwc
+from topformer_jax.benchmark import traffic
 from topformer_jax.ops import loss as loss_lib
-from topformer_jax.ops.loss import VOID, plain_cross_entropy, upsampled_cross_entropy
+from topformer_jax.ops.loss import (
+    ACCELERATOR,
+    CPU,
+    VOID,
+    Tiling,
+    plain_cross_entropy,
+    upsampled_cross_entropy,
+)
 
 SIDE = st.integers(1, 9)
+TILINGS = (
+    CPU,
+    ACCELERATOR,
+    CPU._replace(height=3, width=5, images=1),
+    ACCELERATOR._replace(height=3, width=5, images=2),
+)
 
 
 def _inputs(seed: int, n: int, cells: Any, pixels: Any, classes: int) -> tuple[Any, Any]:
@@ -24,32 +42,46 @@ def _inputs(seed: int, n: int, cells: Any, pixels: Any, classes: int) -> tuple[A
     return rng.normal(size=(n, *cells, classes)) * 4, labels
 
 
-def _both(function: Any, logits: Any, labels: Any) -> tuple[Any, Any]:
-    """The sums, and the gradient of three times the loss."""
+def _program(function: Any, **options: Any) -> Any:
+    """The gradient of three times the loss, and the sums."""
 
-    def scaled(logits: Any) -> tuple[Any, Any]:
-        sums = function(logits, jnp.asarray(labels))
+    def scaled(logits: Any, labels: Any) -> tuple[Any, Any]:
+        sums = function(logits, labels, **options)
         return 3 * sums.loss, sums
 
-    (_, sums), gradient = jax.jit(jax.value_and_grad(scaled, has_aux=True))(logits)
+    return jax.jit(jax.grad(scaled, has_aux=True))
+
+
+def _both(function: Any, logits: Any, labels: Any, **options: Any) -> tuple[Any, Any]:
+    """The sums, and the gradient of three times the loss."""
+    gradient, sums = _program(function, **options)(logits, jnp.asarray(labels))
     return sums, gradient
+
+
+@contextlib.contextmanager
+def _on_cpu(tiling: Tiling) -> Iterator[None]:
+    """Cuts the work on a CPU as it is cut elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_lib, "CPU", tiling)
+        yield
 
 
 @given(
     seed=st.integers(0, 99),
+    n=st.integers(1, 6),
     cells=st.tuples(SIDE, SIDE),
     pixels=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     classes=st.integers(1, 7),
-    tile=st.sampled_from([(8, 64), (8, 512), (3, 5)]),
+    tiling=st.sampled_from(TILINGS),
+    devices=st.integers(1, 3),
 )
 @pytest.mark.usefixtures("x64")
 def test_tiles_are_the_plain_formulation(
-    seed: int, cells: Any, pixels: Any, classes: int, tile: tuple[int, int]
+    seed: int, n: int, cells: Any, pixels: Any, classes: int, tiling: Tiling, devices: int
 ) -> None:
-    logits, labels = _inputs(seed, 2, cells, pixels, classes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_lib, "CPU_TILE", tile)
-        ours, our_gradient = _both(upsampled_cross_entropy, jnp.asarray(logits), labels)
+    logits, labels = _inputs(seed, n, cells, pixels, classes)
+    with _on_cpu(tiling):
+        ours, our_gradient = _both(upsampled_cross_entropy, jnp.asarray(logits), labels, devices=devices)
     plain, gradient = _both(plain_cross_entropy, jnp.asarray(logits), labels)
     assert abs(float(ours.loss - plain.loss)) <= 1e-12 * max(float(plain.loss), 1)
     assert int(ours.correct) == int(plain.correct)
@@ -57,8 +89,30 @@ def test_tiles_are_the_plain_formulation(
     assert np.abs(our_gradient - gradient).max() <= 1e-12 * max(np.abs(gradient).max(), 1)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("images", [8, 2, 1])
+def test_devices_that_share_the_batch(dtype: str, limit: float, images: int) -> None:
+    """24 images on 8 devices, 3 or 1 of each at a time: the plain sums, and no more than these between devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = NamedSharding(mesh, P("data"))
+    logits, labels = _inputs(2, 24, (5, 7), (39, 45), 6)
+    with jax.enable_x64(dtype == "float64"), _on_cpu(ACCELERATOR._replace(images=images)):
+        plain, gradient = _both(plain_cross_entropy, jnp.asarray(logits, dtype), labels)
+        program = _program(upsampled_cross_entropy, devices=8)
+        arguments = jax.device_put((logits.astype(dtype), labels), place)
+        found, sums = program(*arguments)
+        text = program.lower(*arguments).compile().as_text()
+    assert found.sharding.is_equivalent_to(place, 4)
+    assert text.count(" while(") == (1 if images == 8 else 2)
+    assert traffic.sent_bytes(text) == sum(x.nbytes for x in sums)
+    assert abs(float(sums.loss) / float(plain.loss) - 1) <= limit
+    assert (int(sums.correct), int(sums.valid)) == (int(plain.correct), int(plain.valid))
+    assert distance(found, gradient) <= limit
+
+
+@pytest.mark.parametrize("tiling", [CPU, ACCELERATOR])
 @pytest.mark.parametrize("cells", [(16, 16), (13, 21)])
-def test_float32_against_pytorch(cells: tuple[int, int]) -> None:
+def test_float32_against_pytorch(cells: tuple[int, int], tiling: Tiling) -> None:
     logits, labels = _inputs(0, 2, cells, (8 * cells[0], 8 * cells[1] - 3), 150)
     logits = logits.astype(np.float32)
     tensor = to_nchw(logits).requires_grad_()
@@ -68,14 +122,17 @@ def test_float32_against_pytorch(cells: tuple[int, int]) -> None:
     (3 * loss).backward()
     assert tensor.grad is not None
     for function in (upsampled_cross_entropy, plain_cross_entropy):
-        ours, gradient = _both(function, jnp.asarray(logits), labels)
+        with _on_cpu(tiling):
+            ours, gradient = _both(function, jnp.asarray(logits), labels)
         assert abs(float(ours.loss) / loss.item() - 1) <= 1e-6
         assert distance(gradient, to_nhwc(tensor.grad)) <= 1e-6
 
 
-def test_the_value_alone_and_nothing_but_void() -> None:
-    logits, labels = _inputs(1, 1, (4, 4), (32, 32), 5)
-    found = upsampled_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+@pytest.mark.parametrize("tiling", [CPU, ACCELERATOR._replace(images=1)])
+def test_the_value_alone_and_nothing_but_void(tiling: Tiling) -> None:
+    logits, labels = _inputs(1, 2, (4, 4), (32, 32), 5)
+    with _on_cpu(tiling):
+        found = upsampled_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     plain = plain_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     assert abs(float(found.loss / plain.loss) - 1) <= 1e-6
     sums, gradient = _both(

@@ -18,7 +18,7 @@ from topformer_jax import models, sharding
 from topformer_jax.data.augment import augment
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import VOID, upsampled_cross_entropy
+from topformer_jax.ops.loss import VOID, LossSums, upsampled_cross_entropy
 from topformer_jax.optimizer import learning_rate, optimizer
 
 Tensors = dict[str, Array]
@@ -46,6 +46,7 @@ class TrainState:
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+LossFunction = Callable[..., LossSums]
 
 
 def create(
@@ -71,9 +72,16 @@ def create(
 
 
 def prepare(
-    config: ConfigDict, mesh: Mesh, model: nnx.Module | None = None
+    config: ConfigDict,
+    mesh: Mesh,
+    model: nnx.Module | None = None,
+    *,
+    loss_function: LossFunction = upsampled_cross_entropy,
 ) -> tuple[TrainState, TrainState, Any]:
-    """`create` before anything lies on the mesh: the state, its layout, and the step under `jax.jit`."""
+    """`create` before anything lies on the mesh: the state, its layout, and the step under `jax.jit`.
+
+    `loss_function` takes the arguments of `upsampled_cross_entropy`.
+    """
     if config.task != "segmentation":
         raise UserError(f"training knows the task segmentation; {config.name} asks for {config.task}")
     model = models.build(config) if model is None else model
@@ -85,7 +93,13 @@ def prepare(
     # Under jit: by itself optax compiles a program for the zeros of each shape, 2 s in all.
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, jax.jit(transform.init)(params), average)
     layout = sharding.state_sharding(state, mesh)
-    step = functools.partial(train_step, config=config, graphdef=graphdef, transform=transform)
+    step = functools.partial(
+        train_step,
+        config=config,
+        graphdef=graphdef,
+        transform=transform,
+        loss_function=functools.partial(loss_function, devices=mesh.size),
+    )
     compiled = jax.jit(
         step,
         in_shardings=(layout, sharding.batch_sharding(mesh)),
@@ -102,6 +116,7 @@ def train_step(
     config: ConfigDict,
     graphdef: nnx.GraphDef,
     transform: optax.GradientTransformation,
+    loss_function: LossFunction,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step: augment, forward, backward, update. Pure; see `create` for the batch."""
     count = config.accumulation
@@ -122,7 +137,7 @@ def train_step(
         )
         model = models.with_tensors(graphdef, params | stats)
         logits = model(images, rngs=nnx.Rngs(dropout=key))
-        sums = upsampled_cross_entropy(logits, labels, precision=config.model.precision)
+        sums = loss_function(logits, labels, precision=config.model.precision)
         loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype)
         return loss, (models.values(model, nnx.BatchStat), loss, sums.correct, sums.valid)
 

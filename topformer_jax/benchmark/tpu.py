@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from topformer_jax import inference, models, sharding, step, views
 from topformer_jax.benchmark import measure, samples, traffic
 from topformer_jax.benchmark.report import Report, Row
 from topformer_jax.errors import UserError
-from topformer_jax.ops.loss import plain_cross_entropy
+from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
 from topformer_jax.ops.tiled import View
 
 
@@ -55,8 +54,7 @@ def tpu(
             settings = config_lib.load(config, {"batch_size": batch})
             _add_step(rows, notes, case, settings, devices)
             if plain:
-                with mock.patch.object(step, "upsampled_cross_entropy", plain_cross_entropy):
-                    _add_step(rows, notes, case, settings, devices, form="plain train-step")
+                _add_step(rows, notes, case, settings, devices, plain=True)
         if evaluation:
             rows += _evaluation(config, name, Mesh(np.array(devices), ("data",)))
     title = f"tpu: {measure.described(config)}, crops {tuple(config.data.crop)}, a chip"
@@ -69,12 +67,15 @@ def _add_step(
     case: str,
     config: ConfigDict,
     devices: Sequence[jax.Device],
-    form: str = "train-step",
+    *,
+    plain: bool = False,
 ) -> None:
     """Compiles a training step; adds a row, or a note where a chip's memory does not hold it."""
+    form = "plain train-step" if plain else "train-step"
+    loss_function = plain_cross_entropy if plain else upsampled_cross_entropy
     started = time.perf_counter()
     try:
-        program = _compiled_step(config, sharding.make_mesh(config, devices))
+        program = _compiled_step(config, sharding.make_mesh(config, devices), loss_function)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -119,9 +120,11 @@ def _row(case: str, name: str, program: Any, seconds: float, kind: str) -> Row:
     }
 
 
-def _compiled_step(config: ConfigDict, mesh: Mesh) -> Any:
+def _compiled_step(
+    config: ConfigDict, mesh: Mesh, loss_function: step.LossFunction = upsampled_cross_entropy
+) -> Any:
     """The training step, compiled ahead of time for the mesh's devices."""
-    state, layout, train_step = step.prepare(config, mesh)
+    state, layout, train_step = step.prepare(config, mesh, loss_function=loss_function)
     place = sharding.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=place)
