@@ -1,19 +1,26 @@
 """The benchmarks: each command on tiny settings, what it writes, and that the peers do the same work."""
 
 import json
+import multiprocessing
+import os
 import pathlib
+import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from topformer_jax import checkpoint, models
 from topformer_jax import config as config_lib
-from topformer_jax.benchmark import measure, plain_loading, samples
+from topformer_jax.benchmark import feeding, measure, peer, plain_loading, samples
 from topformer_jax.benchmark.__main__ import main
-from topformer_jax.benchmark.measure import Program
+from topformer_jax.benchmark.measure import Options, Program
+from topformer_jax.benchmark.peer import Peers
 from topformer_jax.benchmark.report import Report
 from topformer_jax.data import loader, transforms
 from topformer_jax.data.augment import normalise
@@ -28,6 +35,7 @@ TINY = (
     "--config.model.classes=7",
 )
 EAGER = ("--peer", "torch", "--variants", "eager")
+LINUX = sys.platform == "linux"
 
 
 @pytest.fixture
@@ -35,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Runs the command with a chart; returns the printed table and the JSON."""
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setattr(measure, "_matmul_rate", lambda size: 1e11)
+    monkeypatch.setattr(measure, "_copy_rate", lambda size: 1e11)
     monkeypatch.chdir(pathlib.Path(__file__).parents[1])
 
     def run(*arguments: str) -> tuple[str, dict[str, Any]]:
@@ -42,6 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         outputs = ("--repeats", "1", "--json", str(numbers), "--chart", str(chart))
         monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, *outputs])
         main()
+        assert not multiprocessing.active_children()
         assert chart.read_bytes().startswith(b"\x89PNG")
         return capsys.readouterr().out, json.loads(numbers.read_text())
 
@@ -61,20 +71,23 @@ def _check(found: dict[str, Any], programs: list[str], *, images: int) -> None:
 
 
 def test_train_step(run: Run) -> None:
-    text, found = run("train-step", *TINY, *EAGER)
-    _check(found, ["ours", "torch eager"], images=2)
+    variants = ("--peer", "torch", "--variants", "eager+kept_memory")
+    text, found = run("train-step", *TINY, *variants)
+    _check(found, ["ours", "torch eager+kept_memory"], images=2)
     ours, theirs = found["rows"]
     assert ours["case"] == "2 x 64 x 64"
     assert 0 < ours["temporary_bytes"] < ours["memory_bytes"]
-    assert theirs["memory_bytes"] is None
+    assert theirs["memory_bytes"] > 0 if LINUX else theirs["memory_bytes"] is None
+    assert ours["share_of_bandwidth"] > 0
+    assert theirs["share_of_bandwidth"] is None
     for row in found["rows"]:
         assert 0 < row["share_of_peak"] < 1
     title, facts, head, *lines = text.splitlines()
     assert title == "train-step: topformer_t_ade, float32, precision highest"
     assert "cores" in facts
-    assert head.split("  ")[-1].strip() == "of peak"
+    assert head.split("  ")[-1].strip() == "of bandwidth"
     assert lines[0].startswith("2 x 64 x 64  ours")
-    assert lines[1].startswith("2 x 64 x 64  torch eager")
+    assert lines[1].startswith("2 x 64 x 64  torch eager+kept_memory")
 
 
 def test_inference(run: Run) -> None:
@@ -121,6 +134,18 @@ def test_input_over_workers(run: Run) -> None:
     assert row["images_per_second_per_core"] == row["images_per_second"]
 
 
+def test_train(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "RUN", 0.1)
+    text, found = run("train", *TINY, "--images", "3", "--workers", "1")
+    assert _cases(found) == ["batch 2, 1 workers"]
+    alone, fed = found["rows"]
+    assert [alone["program"], fed["program"]] == ["step alone", "from files"]
+    assert fed["images_per_second"] == pytest.approx(2 / fed["seconds"]["median"])
+    assert fed["share_of_step"] == pytest.approx(alone["seconds"]["median"] / fed["seconds"]["median"])
+    assert 0 <= fed["data_wait"] <= 1
+    assert "of the step's rate" in text
+
+
 def test_depthwise(run: Run) -> None:
     text, found = run("depthwise", "--batch", "1", "--size", "8", "--channels", "4")
     assert len(found["rows"]) == 16
@@ -134,7 +159,7 @@ def test_depthwise(run: Run) -> None:
 def test_compile(run: Run) -> None:
     _, found = run("compile", *TINY)
     cases = {case: {r["program"] for r in found["rows"] if r["case"] == case} for case in _cases(found)}
-    phases = {"import", "state", "first step", "second step", "whole process"}
+    phases = {"import", "state", "first step", "second step", "dispatch", "whole process"}
     assert cases["train-step, empty cache"] == cases["train-step, filled cache"] == phases
     assert cases["import"] >= {"jax", "topformer_jax.train", "topformer_jax.benchmark.__main__"}
 
@@ -182,6 +207,10 @@ def test_what_is_not_installed(package: str, extra: str, monkeypatch: pytest.Mon
         )
 
 
+def test_a_cpu_has_a_bandwidth() -> None:
+    assert 1e8 < measure._copy_rate(2**22) < 1e13
+
+
 def test_programs_take_turns() -> None:
     calls: list[str] = []
 
@@ -193,8 +222,26 @@ def test_programs_take_turns() -> None:
     assert [len(times) for times in seconds.values()] == [3, 3]
 
 
+def test_a_program_that_stops_is_left_out() -> None:
+    calls: list[str] = []
+
+    def goes_on(count: int) -> float:
+        calls.extend("a" * count)
+        return 0.5
+
+    def stops(count: int) -> float:
+        calls.extend("b" * count)
+        if len(calls) > 3:
+            raise measure.Stopped
+        return 1.0
+
+    seconds = measure.in_turn({"a": Program(goes_on), "b": Program(stops)}, 3)
+    assert calls == [*"ab", *"ab", *"aa"]
+    assert seconds == {"a": [0.5, 0.5, 0.5]}
+
+
 def test_a_ratio_is_that_of_neighbours() -> None:
-    programs = {name: Program(lambda: None) for name in ("ours", "peer")}
+    programs = {name: Program(lambda calls: 0.0) for name in ("ours", "peer")}
     drifting = {"ours": [1.0, 10.0, 2.0], "peer": [3.0, 30.0, 6.0]}
     ours, peer = measure.rows("case", programs, drifting, images=6)
     assert ours["ours_faster"] is None
@@ -205,19 +252,60 @@ def test_a_ratio_is_that_of_neighbours() -> None:
     assert text.splitlines()[3].split()[-2:] == ["-", "0.00"]
 
 
-def test_a_variant_that_does_not_work_is_a_note() -> None:
-    from topformer_jax.benchmark import torch_programs
+def test_a_peer_gives_the_same_in_turn() -> None:
+    changes = {"evaluation.scale": (64, 64), "model.classes": 7}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes)
+    model = models.build_segmenter(config)
+    model.eval()
+    pictures, tensors = samples.pictures(2, (64, 64)), samples.weights(model)
+    checkpoint.assign(model, tensors)
+    ours = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalise(pictures)))
+    with Peers(config, Options(peer=True, variants=("eager",))) as peers:
+        logits = peers.make("logits", tensors, pictures)["torch eager"]
+        theirs = peers.results["torch eager"].transpose(0, 2, 3, 1)
+        labels = peers.make("labels", tensors, pictures)["torch eager"]
+        for program, shape in ((logits, (2, 7, 8, 8)), (labels, (2, 64, 64)), (logits, (2, 7, 8, 8))):
+            (seconds,) = measure.in_turn({"": program}, 1)[""]
+            assert seconds > 0
+            assert peers.results["torch eager"].shape == shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    assert not peers.notes
+    assert not multiprocessing.active_children()
 
-    peers = torch_programs.variants(config_lib.ade20k("tiny"), ("eager", "compile"))
 
-    def make(peer: torch_programs.Torch) -> Program:
-        if peer.name == "torch compile":
-            raise RuntimeError("no compiler\nat all")
-        return Program(lambda: None)
+def test_a_variant_that_does_not_work_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    logits, labels = np.zeros((1, 2, 2, 3), np.float32), np.zeros((1, 16, 16), np.uint8)
+    with Peers(
+        config_lib.ade20k("tiny"), Options(peer=True, variants=("eager+kept_memory", "compile"))
+    ) as peers:
+        programs = peers.make("loss", logits, labels)
+        assert list(programs) == ["torch eager+kept_memory"]
+        (note,) = peers.notes
+        assert note.startswith("torch compile does not work here: ")
+        assert "no-such-compiler" in note
+        assert "\n" not in note
 
-    found, notes = torch_programs.working(peers, make)
-    assert list(found) == ["torch eager"]
-    assert notes == ["torch compile does not work here: RuntimeError: no compiler at all"]
+        # The other one ends while it is timed.
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        start = time.monotonic()
+        assert measure.in_turn(programs, 2) == {}
+        assert peers.make("loss", logits, labels) == {}
+        assert time.monotonic() - start < 10
+        assert peers.notes[1:] == [
+            "torch eager+kept_memory does not work here: its process was ended by SIGKILL"
+        ]
+    assert not multiprocessing.active_children()
+
+
+def test_a_reason_is_one_line() -> None:
+    assert peer.reason(RuntimeError("no compiler\nat all")) == "RuntimeError: no compiler at all"
+    assert len(peer.reason(RuntimeError("word " * 100))) == 200
 
 
 def test_the_plain_pipeline_does_the_same(tmp_path: pathlib.Path) -> None:

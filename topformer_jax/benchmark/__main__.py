@@ -8,14 +8,16 @@ train-step  the whole training step of one device, at the config's batch and cro
 inference   pictures to logits, and to labels of full size
 evaluate    files to the confusion matrix, and whether the peer finds the same mIoU
 input       files to training crops, on one core and over workers, beside the official pipeline
+train       training steps fed from files, beside the step by itself: the share of time that waits for data
 loss        cross-entropy of upsampled logits and its gradient, beside the plain formulation
 depthwise   the shifted depthwise convolution beside the library's
-compile     seconds to the first step, with an empty and a filled cache, and the import of each command
+compile     seconds to the first step, with an empty and a filled cache, dispatch of a step, import of each command
 tpu         what the programs ask of a chip, compiled for TPU slices that are not there
             (pip install -e ".[tpu-compile]")
 
 Programs are warmed up, then run in turn; a ratio is the median over neighbouring runs. Without --config it is
-TopFormer-T for ADE20K. --peer torch needs pip install -e ".[convert]".
+TopFormer-T for ADE20K. --peer torch needs pip install -e ".[convert]"; each of its variants runs in a process of
+its own.
 """
 
 import argparse
@@ -30,10 +32,12 @@ from topformer_jax import config as config_lib
 from topformer_jax.benchmark import (
     depthwise,
     evaluation,
+    feeding,
     inference,
     loading,
     loss,
     measure,
+    peer,
     samples,
     startup,
     tpu,
@@ -45,7 +49,7 @@ from topformer_jax.data import sources
 from topformer_jax.errors import UserError
 
 PEERED = ("train-step", "inference", "evaluate", "input", "loss")
-WHATS = (*PEERED, "depthwise", "compile", "tpu")
+WHATS = (*PEERED, "train", "depthwise", "compile", "tpu")
 
 
 def report(args: argparse.Namespace, config: ConfigDict | None) -> Report:
@@ -64,6 +68,9 @@ def report(args: argparse.Namespace, config: ConfigDict | None) -> Report:
         case "input":
             workers = args.workers or [count for count in (1, 2, 4, 8, 16) if count <= measure.cores()]
             return loading.loading(settings, options, args.images or 32, workers)
+        case "train":
+            workers = args.workers or [measure.cores()]
+            return feeding.train(settings, options, args.images or 32, workers)
         case "loss":
             return loss.loss(settings, options, args.batch or 4, args.size or 512)
         case "depthwise":
@@ -98,7 +105,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="of PyTorch: eager, channels_last, compile, or several joined by +",
+        help=f"of PyTorch: {', '.join(peer.WORDS)}, or several joined by +",
     )
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each (default 7)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything")
@@ -109,11 +116,15 @@ def main() -> None:
         "--size", type=int, help="pixels, height and width, of inference and loss (512), depthwise (128)"
     )
     sizes.add_argument("--channels", type=int, default=96, help="of depthwise (96)")
-    sizes.add_argument("--images", type=int, help="of evaluate (all; 32 generated ones), of input (32)")
+    sizes.add_argument(
+        "--images", type=int, help="of evaluate (all; 32 generated ones), of input and train (32)"
+    )
     sizes.add_argument(
         "--generated", action="store_true", help="of evaluate: generated files in place of the config's data"
     )
-    sizes.add_argument("--workers", type=int, nargs="+", help="of input (1, 2, 4, ... up to the cores)")
+    sizes.add_argument(
+        "--workers", type=int, nargs="+", help="of input (1, 2, 4, ... up to the cores), of train (as many)"
+    )
     sizes.add_argument("--checkpoint", type=pathlib.Path, metavar="PATH", help="of evaluate (random weights)")
     sizes.add_argument("--slices", nargs="+", default=["v5e:2x4", "v5e:16x16", "v4:2x2x2"], help="of tpu")
     sizes.add_argument("--batches", nargs="+", type=int, default=[32, 256, 2048], help="of tpu, images")

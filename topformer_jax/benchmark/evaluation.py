@@ -1,8 +1,6 @@
 """evaluate: the exact evaluation of a source, beside a plain loop in PyTorch over the same files."""
 
-import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +13,7 @@ from topformer_jax import convert, metrics, models
 from topformer_jax import evaluate as evaluate_lib
 from topformer_jax.benchmark import measure, samples
 from topformer_jax.benchmark.measure import OURS, Options
+from topformer_jax.benchmark.peer import Peers
 from topformer_jax.benchmark.report import Report
 from topformer_jax.data import sources
 
@@ -30,33 +29,20 @@ def evaluate(
     The weights are random where there is no checkpoint. The rows hold each program's mIoU, and `agrees` says whether
     the labels are ours up to rounding.
     """
+    peers = Peers(config, options, one=True)
     model = models.build_segmenter(config)
     tensors = convert.read(checkpoint, model, config)[0] if checkpoint else samples.weights(model)
     checkpoint_lib.assign(model, tensors)
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
     found: dict[str, np.ndarray] = {}
 
-    def ours() -> np.ndarray:
-        return evaluate_lib.evaluate(model, source, config, mesh).confusion
+    def ours() -> None:
+        found[OURS] = evaluate_lib.evaluate(model, source, config, mesh).confusion
 
-    def keep(name: str, function: Callable[[], np.ndarray]) -> None:
-        found[name] = function()
-
-    programs = {OURS: measure.ready(OURS, functools.partial(keep, OURS, ours))}
-    notes: list[str] = []
-    if options.peer:
-        measure.require_torch()
-        from topformer_jax.benchmark import torch_programs
-
-        def program(peer: torch_programs.Torch) -> measure.Program:
-            function = torch_programs.evaluation(peer, config, tensors, source)
-            return peer.ready(lambda: functools.partial(keep, peer.name, function))
-
-        peers, notes = torch_programs.working(
-            torch_programs.variants(config, options.variants, one=True), program
-        )
-        programs |= peers
-    seconds = measure.in_turn(programs, options.repeats)
+    programs = {OURS: measure.ready(OURS, ours)}
+    with peers:
+        programs |= peers.make("evaluation", tensors, source)
+        seconds = measure.in_turn(programs, options.repeats)
     machine = measure.machine()
     rows = measure.rows(f"{len(source)} pictures", programs, seconds, images=len(source))
     return Report(
@@ -64,7 +50,7 @@ def evaluate(
         f"{'random weights' if checkpoint is None else checkpoint}",
         machine.facts(),
         rows,
-        notes + _compared(rows, found, config.model.dtype),
+        peers.notes + _compared(rows, found | peers.results, config.model.dtype),
     )
 
 

@@ -13,6 +13,7 @@ from topformer_jax import inference as inference_lib
 from topformer_jax import models, views
 from topformer_jax.benchmark import measure, samples
 from topformer_jax.benchmark.measure import OURS, Options, Program
+from topformer_jax.benchmark.peer import Peers
 from topformer_jax.benchmark.report import Report
 
 
@@ -20,34 +21,26 @@ def inference(config: ConfigDict, options: Options, count: int, size: int) -> Re
     """`count` pictures of `size` x `size` pixels at once, each call waited for, beside PyTorch's."""
     whole = {"scale": (4 * size, size), "align": 1, "scales": (1.0,), "flip": False, "mode": "whole"}
     config = config_lib.load(config, {f"evaluation.{key}": value for key, value in whole.items()})
+    peers = Peers(config, options)
     model = models.build_segmenter(config)
-    tensors = models.values(model)
+    tensors = {name: np.asarray(value) for name, value in models.values(model).items()}
     pictures = samples.pictures(count, (size, size))
     cases: dict[str, dict[str, Program]] = {
         name: {OURS: program} for name, program in _ours(model, config, pictures).items()
     }
-    notes: list[str] = []
-    if options.peer:
-        measure.require_torch()
-        from topformer_jax.benchmark import torch_programs
-
-        peers, notes = torch_programs.working(
-            torch_programs.variants(config, options.variants),
-            lambda peer: torch_programs.inference(peer, config, tensors, pictures, (size, size)),
-        )
-        for name, found in peers.items():
-            for case, program in found.items():
-                cases[case][name] = program
     machine = measure.machine()
     operations = 2 * count * measure.multiply_adds(config, (size, size))
     rows = []
-    for case, programs in cases.items():
-        seconds = measure.in_turn(programs, options.repeats)
-        rows += measure.rows(
-            f"to {case}", programs, seconds, images=count, operations=operations, machine=machine
-        )
+    with peers:
+        for case, programs in cases.items():
+            programs |= peers.make(case, tensors, pictures)
+        for case, programs in cases.items():
+            seconds = measure.in_turn(programs, options.repeats)
+            rows += measure.rows(
+                f"to {case}", programs, seconds, images=count, operations=operations, machine=machine
+            )
     title = f"inference: {measure.described(config)}, {count} x {size} x {size}"
-    return Report(title, machine.facts(), rows, notes)
+    return Report(title, machine.facts(), rows, peers.notes)
 
 
 def _ours(model: models.Segmenter, config: ConfigDict, pictures: np.ndarray) -> dict[str, Program]:

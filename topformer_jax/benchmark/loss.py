@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax.benchmark import measure, samples
 from topformer_jax.benchmark.measure import OURS, Options, Program
+from topformer_jax.benchmark.peer import Peers
 from topformer_jax.benchmark.report import Report
 from topformer_jax.ops import loss as loss_ops
 from topformer_jax.ops.tiled import cells
@@ -17,6 +18,7 @@ from topformer_jax.ops.tiled import cells
 
 def loss(config: ConfigDict, options: Options, count: int, size: int) -> Report:
     """`count` labels of `size` x `size` pixels, from logits an eighth as large."""
+    peers = Peers(config, options)
     classes = config.model.classes
     shape = (count, cells(size), cells(size), classes)
     logits = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -24,21 +26,13 @@ def loss(config: ConfigDict, options: Options, count: int, size: int) -> Report:
     programs = {OURS: _program(OURS, loss_ops.upsampled_cross_entropy, logits, labels, config)}
     if plain := getattr(loss_ops, "plain_cross_entropy", None):
         programs["plain"] = _program("plain", plain, logits, labels, config)
-    notes: list[str] = []
-    if options.peer:
-        measure.require_torch()
-        from topformer_jax.benchmark import torch_programs
-
-        peers, notes = torch_programs.working(
-            torch_programs.variants(config, options.variants),
-            lambda peer: torch_programs.loss(peer, logits, labels),
-        )
-        programs |= peers
-    seconds = measure.in_turn(programs, options.repeats)
+    with peers:
+        programs |= peers.make("loss", logits, labels)
+        seconds = measure.in_turn(programs, options.repeats)
     case = f"{' x '.join(map(str, shape))} to {size} x {size}"
     machine = measure.machine()
     rows = measure.rows(case, programs, seconds, images=count, machine=machine)
-    return Report("loss: forward + backward, float32", machine.facts(), rows, notes)
+    return Report("loss: forward + backward, float32", machine.facts(), rows, peers.notes)
 
 
 def _program(

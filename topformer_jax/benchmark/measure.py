@@ -1,6 +1,8 @@
 """What every measurement shares: programs timed in turn, what they cost, and the machine they run on."""
 
 import dataclasses
+import functools
+import importlib.util
 import os
 import statistics
 import sys
@@ -44,29 +46,41 @@ class Options(NamedTuple):
 class Program:
     """Something to time, which has run once.
 
-    `call` does it and may return before the device is done; `wait` takes what it returned, and waits. `first` is
-    how long the first call took (seconds, compilation included). `memory` is what it needs on the device with
-    its arguments, `temporary` without (bytes), `accessed` what it reads and writes there (bytes, by the
-    compiler's count, which takes each loop once); None where nobody knows.
+    `run` does it so many times, one call after the other, waits for the last one, and returns the seconds of all of
+    them. `first` is how long the first call took (seconds, compilation included). `memory` is what it needs on the
+    device with its arguments, `temporary` without (bytes), `accessed` what it reads and writes there (bytes); None
+    where nobody knows. Ours are the compiler's counts, which take each loop once. A peer's memory is the most that
+    its process had in its third call beyond what it had before the program was made: allocated on CUDA, resident on
+    a CPU, where pages of libraries and freed memory that the process keeps count too.
     """
 
-    call: Callable[[], Any]
-    wait: Callable[[Any], object] = jax.block_until_ready
+    run: Callable[[int], float]
     first: float = 0.0
     memory: int | None = None
     temporary: int | None = None
     accessed: float | None = None
 
 
+class Stopped(Exception):
+    """A program cannot go on; whoever made it tells why."""
+
+
 def ready(
     name: str, call: Callable[[], Any], wait: Callable[[Any], object] = jax.block_until_ready
 ) -> Program:
-    """Calls a program for the first time."""
-    start = time.perf_counter()
-    wait(call())
-    first = time.perf_counter() - start
+    """Calls a program for the first time; `call` may return before the device is done, `wait` takes its result."""
+    run = functools.partial(_timed, call, wait)
+    first = run(1)
     print(f"{name}: the first call took {first:.2f} s", file=sys.stderr, flush=True)
-    return Program(call, wait, first)
+    return Program(run, first)
+
+
+def _timed(call: Callable[[], Any], wait: Callable[[Any], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    wait(result)
+    return time.perf_counter() - start
 
 
 def with_costs(program: Program, jitted: Any, *arguments: Any) -> Program:
@@ -87,26 +101,24 @@ def in_turn(
     """Seconds of one call of each program: all of them in turn, `repeats` times.
 
     In turn, because machines' speed drifts: what is compared is measured side by side. Each run is as many calls, one
-    after the other without waiting, as take `at_least` seconds: with 0 each call is waited for.
+    after the other without waiting, as take `at_least` seconds: with 0 each call is waited for. A program that
+    raises `Stopped` is left out from then on, and of the result.
     """
-    calls = {}
-    for name, program in programs.items():
-        second = _run(program, 1)
-        calls[name] = max(1, round(at_least / second))
+    calls = dict.fromkeys(programs, 1)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(repeats):
-        for name, program in programs.items():
-            seconds[name].append(_run(program, calls[name]))
+    for turn in range(1 + repeats):
+        for name in list(seconds):
+            time.sleep(PAUSE)
+            try:
+                second = programs[name].run(calls[name]) / calls[name]
+            except Stopped:
+                del seconds[name]
+                continue
+            if turn:
+                seconds[name].append(second)
+            else:  # the first turn warms up
+                calls[name] = max(1, round(at_least / second))
     return seconds
-
-
-def _run(program: Program, calls: int) -> float:
-    time.sleep(PAUSE)
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = program.call()
-    program.wait(result)
-    return (time.perf_counter() - start) / calls
 
 
 def rows(
@@ -138,7 +150,7 @@ def rows(
         row: dict[str, Any] = {
             "case": case,
             "program": name,
-            "seconds": {"median": middle, "low": min(times), "high": max(times)},
+            "seconds": spread(times),
             "images_per_second": images / middle if images else None,
             "ours_faster": statistics.median(ratios) if times is not first else None,
             "first_seconds": program.first,
@@ -153,6 +165,11 @@ def rows(
             row["share_of_bandwidth"] = program.accessed / middle / machine.bandwidth
         found.append(row)
     return found
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """What a report keeps of a measurement's runs."""
+    return {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
 
 class Machine(NamedTuple):
@@ -184,7 +201,9 @@ def machine() -> Machine:
     device = jax.local_devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":
-        return Machine(kind, "cpu", _matmul_rate(2048), None, "a float32 product of 2048 x 2048 matrices")
+        # Caches are faster than this bandwidth: a small program may have more than all of it.
+        source = "a float32 product of 2048 x 2048 matrices, and 1 added to 256 MB where they lie"
+        return Machine(kind, "cpu", _matmul_rate(2048), _copy_rate(2**28), source)
     known = peaks(kind)
     if known is None:
         return Machine(kind, device.platform, None, None, "unknown")
@@ -202,8 +221,29 @@ def _matmul_rate(size: int) -> float:
     matrix = jnp.ones((size, size), jnp.float32)
     program = jax.jit(lambda x: jnp.matmul(x, x, precision="highest"))
     jax.block_until_ready(program(matrix))
-    seconds = in_turn({"": Program(lambda: program(matrix))}, 3)[""]
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / _best(lambda: program(matrix))
+
+
+def _copy_rate(size: int) -> float:
+    """Bytes a second, read and written, of adding 1 to an array of `size` bytes.
+
+    The result takes the array's place: fresh memory would have to come from the kernel first.
+    """
+    program = jax.jit(lambda x: x + 1, donate_argnums=0)
+    array = program(jnp.zeros(size // 4, jnp.float32))
+
+    def call() -> jax.Array:
+        nonlocal array
+        array = program(array)
+        return array
+
+    return 2 * size / _best(call)
+
+
+def _best(call: Callable[[], jax.Array]) -> float:
+    """Seconds of the fastest of three calls."""
+    program = Program(functools.partial(_timed, call, jax.block_until_ready))
+    return min(in_turn({"": program}, 3)[""])
 
 
 def cores() -> int:
@@ -223,9 +263,5 @@ def multiply_adds(config: ConfigDict, size: tuple[int, int]) -> float:
 
 def require_torch() -> None:
     """Raises a UserError where PyTorch is not installed."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "--peer torch needs PyTorch, which is not installed: pip install -e '.[convert]'"
-        ) from None
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--peer torch needs PyTorch, which is not installed: pip install -e '.[convert]'")

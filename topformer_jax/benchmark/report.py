@@ -28,6 +28,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("images_per_second", "images/s", "{:.1f}".format),
     ("images_per_second_per_core", "a core", "{:.1f}".format),
     ("ours_faster", "ours faster", "{:.2f}x".format),
+    ("share_of_step", "of the step's rate", "{:.0%}".format),
+    ("data_wait", "waits for data", "{:.0%}".format),
     ("first_seconds", "first call s", "{:.2f}".format),
     ("arguments_bytes", "arguments MB", _megabytes),
     ("memory_bytes", "memory MB", _megabytes),

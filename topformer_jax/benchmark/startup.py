@@ -22,6 +22,7 @@ from topformer_jax.errors import UserError
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 IMPORTS = 3  # runs of each
+DISPATCHES = 7
 
 
 def startup(config: ConfigDict, options: Options) -> Report:
@@ -50,19 +51,30 @@ def commands() -> list[str]:
 
 
 def phases(settings: dict[str, Any]) -> dict[str, float]:
-    """Seconds that a fresh process takes to make the state, for the first step, and for the second."""
+    """Seconds that a fresh process takes to make the state, for the first step, and for the second.
+
+    "dispatch" is how long Python is busy with a later step before it is free again: the device is idle at its start.
+    """
     config = ConfigDict(settings)
+    mesh = sharding.make_mesh(config, jax.local_devices()[:1])
     clock = [time.perf_counter()]
-    state, train = step.create(config, sharding.make_mesh(config, jax.local_devices()[:1]))
-    batch = samples.batch(config)
+    state, train = step.create(config, mesh)
+    batch = jax.device_put(samples.batch(config), sharding.batch_sharding(mesh))
     jax.block_until_ready(state.params)
     clock.append(time.perf_counter())
     for _ in range(2):
         state, metrics = train(state, batch)
         jax.block_until_ready(metrics)
         clock.append(time.perf_counter())
+    dispatches = []
+    for _ in range(DISPATCHES):
+        start = time.perf_counter()
+        state, metrics = train(state, batch)
+        dispatches.append(time.perf_counter() - start)
+        jax.block_until_ready(metrics)
     names = ("state", "first step", "second step")
-    return {name: end - start for name, (start, end) in zip(names, itertools.pairwise(clock), strict=True)}
+    found = {name: end - start for name, (start, end) in zip(names, itertools.pairwise(clock), strict=True)}
+    return found | {"dispatch": statistics.median(dispatches)}
 
 
 def _first_step(config: ConfigDict, cache: str) -> dict[str, float]:
@@ -101,5 +113,4 @@ def _python(code: str, environment: dict[str, str]) -> str:
 
 def _row(case: str, name: str, seconds: list[float]) -> dict[str, Any]:
     print(f"{case}, {name}: {statistics.median(seconds):.2f} s", file=sys.stderr, flush=True)
-    spread = {"median": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
-    return {"case": case, "program": name, "seconds": spread}
+    return {"case": case, "program": name, "seconds": measure.spread(seconds)}

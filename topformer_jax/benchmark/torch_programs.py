@@ -1,18 +1,22 @@
-"""The peers in PyTorch: training step, inference, loss, evaluation, and a loader; imported when they are asked for.
+"""What the peers in PyTorch do: training step, inference, loss, evaluation, and a loader.
 
-A variant is words joined by "+": eager (nothing else), channels_last, compile (`torch.compile`). Everything
-runs on the kind of device that JAX has, in the config's dtype (bfloat16 by autocast).
+The programs run in processes of their own, which `peer` starts: a function here makes one of them from `Torch` and
+what it works on. Everything runs in the config's dtype (bfloat16 by autocast). The loader runs where it is asked
+for, since it has processes of its own.
 """
 
+import atexit
 import contextlib
+import ctypes
 import dataclasses
 import io
 import itertools
+import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import cv2
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.transforms import VOID
 from topformer_jax.errors import UserError
 
-WORDS = ("eager", "channels_last", "compile")
+SMALL = 1_000_000  # bytes of a result that is worth sending
 # The official spelling of two injections.
 INJECTIONS = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
 
@@ -38,21 +42,19 @@ INJECTIONS = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
 class Torch:
     """PyTorch on a device, in one variant."""
 
-    def __init__(self, variant: str, config: ConfigDict):
-        words = set(variant.split("+"))
-        if words - set(WORDS):
-            raise UserError(
-                f"there is no variant {variant} of PyTorch: join words of {', '.join(WORDS)} by +"
-            )
-        if config.model.dtype == "float64":
-            raise UserError("the peer knows float32 and bfloat16: --config.model.dtype=float32")
+    def __init__(self, variant: str, device: str, config: ConfigDict):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("this PyTorch cannot use the GPU that JAX has here: leave --peer torch out")
+        words = variant.split("+")
         self.name = f"torch {variant}"
-        self.device = _device()
-        self.half = config.model.dtype == "bfloat16"
+        self.config = config
+        self.device = torch.device(device)
+        self._half = config.model.dtype == "bfloat16"
         self._layout = torch.channels_last if "channels_last" in words else torch.contiguous_format
         self._compile = "compile" in words
+        self._result: Any = None
         torch.set_num_threads(measure.cores())
-        if self.device.type == "cuda":
+        if device == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = config.model.precision != "highest"
             torch.backends.cuda.matmul.allow_tf32 = config.model.precision != "highest"
@@ -62,17 +64,15 @@ class Torch:
         tensor = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
         return tensor.contiguous(memory_format=self._layout)
 
-    def network(self, config: ConfigDict, tensors: Mapping[str, ArrayLike]) -> Segmenter:
+    def network(self, tensors: Mapping[str, np.ndarray]) -> Segmenter:
         """The config's network with our weights."""
-        model = config.model
+        model = self.config.model
         injection = INJECTIONS.get(model.injection, model.injection)
         network: Any = Segmenter(
             *(model.variant, model.classes, injection, model.depthwise_head, model.width),
             *(model.drop_path, model.dropout),
         )
-        states = {
-            name: torch.from_numpy(convert.to_torch(np.asarray(value))) for name, value in tensors.items()
-        }
+        states = {name: torch.from_numpy(convert.to_torch(value)) for name, value in tensors.items()}
         network.load_state_dict(states)
         return network.to(self.device, memory_format=self._layout)
 
@@ -82,7 +82,7 @@ class Torch:
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """The config's dtype for what runs inside."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._half)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Levels of 0..255 as the network takes them."""
@@ -95,52 +95,73 @@ class Torch:
             torch.cuda.synchronize()
 
     def ready(self, make: Callable[[], Callable[[], Any]]) -> Program:
-        """Makes a program and calls it once; on CUDA its memory is the most that was allocated meanwhile."""
-        if self.device.type != "cuda":
-            return measure.ready(self.name, make(), self.wait)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        program = measure.ready(self.name, make(), self.wait)
-        program.wait(program.call())  # what the first call took to choose and to compile is gone
-        torch.cuda.reset_peak_memory_stats()
-        program.wait(program.call())
-        return dataclasses.replace(program, memory=torch.cuda.max_memory_allocated() - before)
+        """Makes a program and calls it once; its memory is that of the third call (`Program`)."""
+        self._result = None
+        _give_back()
+        before = self._memory()
+        function = make()
 
+        def call() -> Any:
+            self._result = None  # frees its memory for the next one
+            self._result = function()
+            return self._result
 
-def variants(config: ConfigDict, asked: tuple[str, ...], *, one: bool = False) -> list[Torch]:
-    """PyTorch in the variants that are asked for, else in those that suit the device."""
-    if not asked and _device().type == "cuda":
-        asked = ("channels_last",) if one else ("channels_last+compile",)
-    asked = asked or (("eager",) if one else ("eager", "channels_last", "channels_last+compile"))
-    return [Torch(variant, config) for variant in asked]
+        program = measure.ready(self.name, call, self.wait)
+        program.run(1)  # what the first call took to choose and to compile is gone
+        self._memory()
+        program.run(1)
+        most = self._most()
+        memory = None if before is None or most is None else most - before
+        return dataclasses.replace(program, memory=memory)
 
+    def result(self) -> np.ndarray | None:
+        """What was returned last, where it is one array of at most a megabyte."""
+        result = self._result
+        if isinstance(result, Tensor) and result.nbytes <= SMALL:
+            result = result.detach().cpu().numpy()
+        return result if isinstance(result, np.ndarray) and result.nbytes <= SMALL else None
 
-def working(
-    peers: list[Torch], make: Callable[[Torch], Program | dict[str, Program]]
-) -> tuple[dict[str, Any], list[str]]:
-    """What `make` returns for each variant, by name, and a note on each one that does not work here."""
-    found, notes = {}, []
-    for peer in peers:
+    def _memory(self) -> int | None:
+        """Bytes of this process on the device; `_most` counts from here."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
         try:
-            found[peer.name] = make(peer)
-        except UserError:
-            raise
-        except Exception as error:  # a compiler that is not there, a device without the operation
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            notes.append(f"{peer.name} does not work here: {reason[:200]}")
-    return found, notes
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        except OSError:
+            return None
+        return _resident("VmRSS")
+
+    def _most(self) -> int | None:
+        """The most bytes of this process on the device since `_memory`."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident("VmHWM")
 
 
-def train_step(
-    peer: Torch, config: ConfigDict, tensors: Mapping[str, ArrayLike], batch: Mapping[str, np.ndarray]
-) -> Program:
+def _resident(field: str) -> int | None:
+    """A field of Linux's account of this process, in bytes."""
+    try:
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")]
+    return sizes[0] if sizes else None
+
+
+def _give_back() -> None:
+    """Gives what earlier programs have freed back to the kernel, where libc can: it is no part of the next one."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def train_step(peer: Torch, tensors: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> Program:
     """One step on a batch that is normalised already: forward, backward, AdamW in two groups."""
 
     def make() -> Callable[[], Any]:
-        network = peer.network(config, tensors).train()
+        network = peer.network(tensors).train()
         images = peer.normalise(peer.place(batch["image"]))
         labels = torch.from_numpy(batch["label"].astype(np.int64)).to(peer.device)
-        settings, rate = config.optimizer, config.schedule.learning_rate
+        settings, rate = peer.config.optimizer, peer.config.schedule.learning_rate
         groups = [
             {"params": network.backbone.parameters(), "lr": rate},
             {"params": network.decode_head.parameters(), "lr": rate * settings.head_multiplier},
@@ -178,7 +199,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none").mean()
 
 
-def loss(peer: Torch, logits: ArrayLike, labels: np.ndarray) -> Program:
+def loss(peer: Torch, logits: np.ndarray, labels: np.ndarray) -> Program:
     """The loss of logits `[n, h, w, classes]` and its gradient."""
 
     def make() -> Callable[[], Any]:
@@ -190,60 +211,67 @@ def loss(peer: Torch, logits: ArrayLike, labels: np.ndarray) -> Program:
     return peer.ready(make)
 
 
-def inference(
+def logits(peer: Torch, tensors: Mapping[str, np.ndarray], images: np.ndarray) -> Program:
+    """From images `[n, h, w, 3]` to their logits."""
+    return peer.ready(lambda: _inference(peer, tensors, images, lambda logits, size: logits))
+
+
+def labels(peer: Torch, tensors: Mapping[str, np.ndarray], images: np.ndarray) -> Program:
+    """From images `[n, h, w, 3]` to labels of their size."""
+    return peer.ready(
+        lambda: _inference(peer, tensors, images, lambda logits, size: _labels(logits, size, size))
+    )
+
+
+def _inference(
     peer: Torch,
-    config: ConfigDict,
-    tensors: Mapping[str, ArrayLike],
+    tensors: Mapping[str, np.ndarray],
     images: np.ndarray,
-    picture: tuple[int, int],
-) -> dict[str, Program]:
-    """Two programs: from images `[n, h, w, 3]` to "logits", and to "labels" of the picture's size."""
-    network = peer.network(config, tensors).eval()
+    finish: Callable[[Tensor, tuple[int, int]], Tensor],
+) -> Callable[[], Tensor]:
+    """A function from images that are on the device to what is made of the logits and the images' size."""
+    network, placed = peer.network(tensors).eval(), peer.place(images)
 
-    def logits(images: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         with peer.arithmetic():
-            return network(peer.normalise(images)).float()
+            logits = network(peer.normalise(images)).float()
+        return finish(logits, (images.shape[2], images.shape[3]))
 
-    def labels(images: Tensor) -> Tensor:
-        return _labels(logits(images), (images.shape[2], images.shape[3]), picture)
-
-    def program(function: Callable[..., Any]) -> Program:
-        def make() -> Callable[[], Any]:
-            placed, fast = peer.place(images), peer.faster(function)
-            return torch.no_grad()(lambda: fast(placed))
-
-        return peer.ready(make)
-
-    return {"logits": program(logits), "labels": program(labels)}
+    fast = peer.faster(forward)
+    return torch.no_grad()(lambda: fast(placed))
 
 
-def evaluation(
-    peer: Torch, config: ConfigDict, tensors: Mapping[str, ArrayLike], source: sources.Source
-) -> Callable[[], np.ndarray]:
-    """A function that evaluates a source a picture at a time, as officially, and returns the confusion matrix."""
+def evaluation(peer: Torch, tensors: Mapping[str, np.ndarray], source: sources.Source) -> Program:
+    """The evaluation of a source a picture at a time, as officially; it returns the confusion matrix."""
+    config = peer.config
     settings, classes = config.evaluation, config.model.classes
     if settings.mode != "whole" or settings.flip or settings.scales != (1.0,):
         raise UserError("the peer of benchmark evaluate knows the whole picture at one scale, without flip")
-    network = peer.network(config, tensors).eval()
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = plain_decoded(source[index], config)
         return transforms.test_image(image, scale=settings.scale, align=settings.align), label
 
-    @torch.no_grad()
-    def run() -> np.ndarray:
-        counts = torch.zeros(classes**2, dtype=torch.int64, device=peer.device)
-        for image, label in loader.in_order(read, range(len(source))):
-            with peer.arithmetic():
-                logits = network(peer.normalise(peer.place(image[None]))).float()
-            found = _labels(logits, (image.shape[0], image.shape[1]), (label.shape[0], label.shape[1]))[0]
-            truth = torch.from_numpy(label.astype(np.int64)).to(peer.device)
-            valid = truth != VOID
-            pairs = truth[valid] * classes + found[valid]
-            counts += torch.bincount(pairs, minlength=classes**2)
-        return counts.cpu().numpy().reshape(classes, classes)
+    def make() -> Callable[[], np.ndarray]:
+        network = peer.network(tensors).eval()
 
-    return run
+        @torch.no_grad()
+        def run() -> np.ndarray:
+            counts = torch.zeros(classes**2, dtype=torch.int64, device=peer.device)
+            for image, label in loader.in_order(read, range(len(source))):
+                with peer.arithmetic():
+                    logits = network(peer.normalise(peer.place(image[None]))).float()
+                size, picture = (image.shape[0], image.shape[1]), (label.shape[0], label.shape[1])
+                found = _labels(logits, size, picture)[0]
+                truth = torch.from_numpy(label.astype(np.int64)).to(peer.device)
+                valid = truth != VOID
+                pairs = truth[valid] * classes + found[valid]
+                counts += torch.bincount(pairs, minlength=classes**2)
+            return counts.cpu().numpy().reshape(classes, classes)
+
+        return run
+
+    return peer.ready(make)
 
 
 def plain_decoded(example: sources.Example, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
@@ -277,18 +305,11 @@ class _Training(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         cv2.setNumThreads(1)
+        if torch.utils.data.get_worker_info() is not None:
+            # C++ threads that still run when a worker ends would abort it, and look like a mistake.
+            atexit.register(os._exit, 0)
         for place in itertools.count():
             yield self._pipeline(place % len(self._pipeline))
-
-
-def _device() -> torch.device:
-    """The kind of device that JAX has."""
-    backend = jax.default_backend()
-    if backend == "cpu":
-        return torch.device("cpu")
-    if backend == "gpu" and torch.cuda.is_available():
-        return torch.device("cuda")
-    raise UserError(f"PyTorch cannot use the device that JAX has here ({backend}): leave --peer torch out")
 
 
 def _resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from topformer_jax import models, sharding, step
 from topformer_jax.benchmark import measure, samples
 from topformer_jax.benchmark.measure import OURS, Options
+from topformer_jax.benchmark.peer import Peers
 from topformer_jax.benchmark.report import Report
 
 RUN = 0.2  # seconds of steps that follow each other without waiting, as in training
@@ -14,6 +15,7 @@ RUN = 0.2  # seconds of steps that follow each other without waiting, as in trai
 
 def train_step(config: ConfigDict, options: Options) -> Report:
     """The step of `step.create` at the config's batch and crop, beside PyTorch's."""
+    peers = Peers(config, options)
     mesh = sharding.make_mesh(config, jax.local_devices()[:1])
     batch = samples.batch(config)
     model = models.build(config)
@@ -31,21 +33,13 @@ def train_step(config: ConfigDict, options: Options) -> Report:
     program = measure.ready(OURS, call)
     programs = {OURS: measure.with_costs(program, train, shapes, placed)}
     notes = ["Ours flips and distorts the images too; the peer's host has done it, and normalised them."]
-    if options.peer:
-        measure.require_torch()
-        from topformer_jax.benchmark import torch_programs
-
-        peers, failures = torch_programs.working(
-            torch_programs.variants(config, options.variants),
-            lambda peer: torch_programs.train_step(peer, config, tensors, batch),
-        )
-        programs |= peers
-        notes += failures
-    seconds = measure.in_turn(programs, options.repeats, at_least=RUN)
+    with peers:
+        programs |= peers.make("train_step", tensors, batch)
+        seconds = measure.in_turn(programs, options.repeats, at_least=RUN)
     machine = measure.machine()
     count, crop = config.batch_size, tuple(config.data.crop)
     # The backward pass has two products for each one of the forward pass.
     operations = 3 * 2 * count * measure.multiply_adds(config, crop)
     case = f"{count} x {crop[0]} x {crop[1]}"
     rows = measure.rows(case, programs, seconds, images=count, operations=operations, machine=machine)
-    return Report(f"train-step: {measure.described(config)}", machine.facts(), rows, notes)
+    return Report(f"train-step: {measure.described(config)}", machine.facts(), rows, notes + peers.notes)
