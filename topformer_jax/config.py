@@ -36,7 +36,7 @@ def base_config() -> ConfigDict:
     model.dtype = "float32"  # of activations: float32, bfloat16, float64
     model.param_dtype = "float32"  # of parameters and BatchNorm statistics: float32, float64
     model.precision = "highest"  # of float32 products: highest (full float32), high, default (TF32, bfloat16)
-    model.depthwise = "auto"  # auto, shifted, library: ops/depthwise.py
+    model.depthwise = "auto"  # auto, shifted, library: ops/depthwise.py, ops/stem.py
 
     config.data = data = ConfigDict()
     data.dataset = "ade20k"

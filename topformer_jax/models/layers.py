@@ -34,7 +34,7 @@ class Numerics:
     `dtype` is what activations are computed in and `param_dtype` what parameters and BatchNorm statistics are
     kept in. BatchNorm, softmax and logits are in at least float32 whatever `dtype` is. `precision` is
     that of products of float32 or wider ("highest": full, no TF32 and no bfloat16 passes). `depthwise`
-    is the method of `ops.depthwise.depthwise_conv`.
+    is the method of `ops.depthwise.depthwise_conv`, and the stem's.
     """
 
     dtype: DTypeLike = jnp.float32
