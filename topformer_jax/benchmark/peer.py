@@ -10,9 +10,7 @@ keeps what is freed, as in our own commands: `cli.keep_freed_memory`; without it
 import contextlib
 import functools
 import multiprocessing
-import os
 import signal
-import threading
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from ml_collections import ConfigDict
 from topformer_jax import cli
 from topformer_jax.benchmark import measure
 from topformer_jax.benchmark.measure import Options, Program, Stopped
+from topformer_jax.data import loader
 from topformer_jax.errors import UserError
 
 WORDS = ("eager", "channels_last", "compile", "kept_memory")
@@ -215,7 +214,7 @@ class _Server:
 
 def _serve(pipe: Connection, variant: str, device: str, config: ConfigDict) -> None:
     """What a peer's process does: it answers questions until the parent closes the pipe or is gone."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    loader.end_with_parent()
     jax.config.update("jax_platforms", "cpu")  # the accelerator is PyTorch's and the parent's
     if "kept_memory" in variant.split("+"):
         cli.keep_freed_memory()  # before PyTorch is there
@@ -223,13 +222,6 @@ def _serve(pipe: Connection, variant: str, device: str, config: ConfigDict) -> N
     with contextlib.suppress(EOFError, OSError):
         while True:
             pipe.send(server.answer(pipe.recv()))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def reason(error: Exception) -> str:

@@ -173,14 +173,19 @@ def _start_worker(index: int, count: int) -> None:
         signal.SIGTERM,
     ):  # a Ctrl-C reaches all processes; the parent ends its workers
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process, whatever it does then, when the one that started it has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
