@@ -16,7 +16,7 @@ from topformer_jax import cli, train
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
     "batch_size": 4,
-    "data.crop": "(64,64)",
+    "data.crop_size": "(64,64)",
     "data.shapes.train": 12,
     "data.shapes.validation": 3,
     "data.shapes.size": 72,

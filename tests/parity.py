@@ -21,9 +21,11 @@ def model_from(network: torch.nn.Module, settings: ConfigDict) -> models.Segment
     model = models.build(settings)
     states = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
     states = {name: convert.from_torch(tensor) for name, tensor in states.items()}
-    places = {name: variable.shape for name, variable in models.tensors(model).items()}
-    checkpoint.require_fit({name: tensor.shape for name, tensor in states.items()}, places, "the network")
-    checkpoint.assign(model, states)
+    places = {name: variable.shape for name, variable in models.named_variables(model).items()}
+    checkpoint.check_state_dict(
+        {name: tensor.shape for name, tensor in states.items()}, places, "the network"
+    )
+    checkpoint.load_state_dict(model, states)
     model.eval()
     return model
 

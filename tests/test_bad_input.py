@@ -52,36 +52,36 @@ def resave(path: pathlib.Path, mode: str = "RGB", orientation: int = 1) -> None:
         ("batch_size=0", "batch_size is 0: expected 1 or more"),
         ("batch_size=-4", "expected 1 or more"),
         ("batch_size=4", "evenly over 8 devices: set batch_size to a multiple of 8"),
-        ("accumulation=0", "accumulation is 0: expected 1 or more"),
-        ("accumulation=3", "a batch of 8 images in 3 micro-batches"),
+        ("grad_accum_steps=0", "grad_accum_steps is 0: expected 1 or more"),
+        ("grad_accum_steps=3", "a batch of 8 images in 3 micro-batches"),
         ("schedule.steps=0", "schedule.steps is 0"),
         ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: expected 0 or more"),
-        ("schedule.learning_rate=1e999", "schedule.learning_rate is inf"),
+        ("schedule.lr=1e999", "schedule.lr is inf"),
         ("log_every=0", "log_every is 0"),
         ("checkpoint_every=0", "checkpoint_every is 0"),
-        ("checkpoints_kept=0", "checkpoints_kept is 0"),
+        ("max_to_keep=0", "max_to_keep is 0"),
         ("evaluate_every=-1", "evaluate_every is -1"),
-        ("data.crop=(0,64)", "data.crop is (0, 64)"),
-        ("data.crop=(64,)", "data.crop cannot be (64,): expected a value like (512, 512)"),
-        ("data.crop=(64.5,64)", "data.crop cannot be (64.5, 64)"),
-        ("data.ratio=(2.0,0.5)", "expected the smaller factor first"),
-        ("data.workers=-1", "data.workers is -1"),
+        ("data.crop_size=(0,64)", "data.crop_size is (0, 64)"),
+        ("data.crop_size=(64,)", "data.crop_size cannot be (64,): expected a value like (512, 512)"),
+        ("data.crop_size=(64.5,64)", "data.crop_size cannot be (64.5, 64)"),
+        ("data.ratio_range=(2.0,0.5)", "expected the smaller factor first"),
+        ("data.num_workers=-1", "data.num_workers is -1"),
         ("data.shapes.train=0", "data.shapes.train is 0"),
         ("data.shapes.size=3", "data.shapes.size is 3: expected 16 or more"),
-        ("data.flip=3.0", "data.flip is 3.0: expected 0 to 1"),
+        ("data.flip_prob=3.0", "data.flip_prob is 3.0: expected 0 to 1"),
         ("data.class_names=(1,2)", "expected a value like ('name', 'name')"),
-        ("ema=1.0", "ema is 1.0: expected 0 or more and less than 1"),
+        ("ema_decay=1.0", "ema_decay is 1.0: expected 0 or more and less than 1"),
         ("optimizer.beta1=1.0", "optimizer.beta1 is 1.0"),
         ("seed=-1", "seed is -1"),
-        ("loss_mean=some", "loss_mean is 'some': expected all or valid"),
+        ("ignore_void_in_mean=some", "ignore_void_in_mean cannot be 'some'"),
         ("mesh.fsdp=0", "does not cover the 8 devices"),
         ("mesh.data=3", "set mesh.data=-1"),
         ("model.variant=huge", "expected one of tiny, small, base"),
         ("evaluation.mode=x", "evaluation.mode is 'x': expected whole or slide"),
-        ("evaluation.scales=()", "evaluation.scales cannot be ()"),
-        ("evaluation.batch_size=-1", "evaluation.batch_size is -1"),
+        ("evaluation.img_ratios=()", "evaluation.img_ratios cannot be ()"),
+        ("evaluation.per_device_batch_size=-1", "evaluation.per_device_batch_size is -1"),
         ("log_evry=3", "did you mean log_every"),
-        ("model.classes=11", "shapes has 10 classes, the config's model 11"),
+        ("model.num_classes=11", "shapes has 10 classes, the config's model 11"),
         ("task=classification", "knows segmentation alone"),
         ("init_from=/no/where.pth", "no checkpoint /no/where.pth"),
         ("data.dataset=shpes", "there is no data set shpes: data.dataset is one of ade20k, "),
@@ -208,7 +208,7 @@ def test_a_file_that_does_not_fit(
 ) -> None:
     spoil(root / file)
     workers = 2 if spoil is cut else 0  # once from a process that makes batches
-    line = refused_run(tmp_path / "run", FOLDER | {"data.root": root, "data.workers": workers})
+    line = refused_run(tmp_path / "run", FOLDER | {"data.root": root, "data.num_workers": workers})
     assert words in line
     assert "/train/3." in line
 
@@ -227,7 +227,7 @@ def trained(
     (images / "3.jpg").unlink()
     rewrite(labels / "4.png", lambda label: label.astype(np.uint16))
     cut(images / "5.jpg")
-    changes = FOLDER | {"data.root": root, "data.workers": 2, "data.skip_unreadable": True}
+    changes = FOLDER | {"data.root": root, "data.num_workers": 2, "data.skip_unreadable": True}
     out, err = run(folder / "run", changes)
     assert err == ""
     return folder / "run", out, changes
@@ -277,7 +277,7 @@ def test_checkpoints_that_do_not_fit(
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for more, words in (
         ({"model.variant": "small"}, "a run of another model"),
-        ({"ema": 0.5}, "without averages"),
+        ({"ema_decay": 0.5}, "without averages"),
     ):
         assert words in refused_here(workdir, changes | more)
         assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before

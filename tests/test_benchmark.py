@@ -30,9 +30,9 @@ Run = Callable[..., tuple[str, dict[str, Any]]]
 RECIPE = ("--config", "configs/topformer_t_ade.py")
 TINY = (
     *RECIPE,
-    "--config.data.crop=(64,64)",
+    "--config.data.crop_size=(64,64)",
     "--config.batch_size=2",
-    "--config.model.classes=7",
+    "--config.model.num_classes=7",
 )
 EAGER = ("--peer", "torch", "--variants", "eager")
 LINUX = sys.platform == "linux"
@@ -217,7 +217,7 @@ def test_programs_take_turns() -> None:
     def program(name: str) -> Program:
         return measure.ready(name, lambda: calls.append(name))
 
-    seconds = measure.in_turn({"a": program("a"), "b": program("b")}, 3)
+    seconds = measure.sequential({"a": program("a"), "b": program("b")}, 3)
     assert calls == [*"ab", *"ab", *"ababab"]  # the first call, the warm-up, three turns
     assert [len(times) for times in seconds.values()] == [3, 3]
 
@@ -235,7 +235,7 @@ def test_a_program_that_stops_is_left_out() -> None:
             raise measure.Stopped
         return 1.0
 
-    seconds = measure.in_turn({"a": Program(goes_on), "b": Program(stops)}, 3)
+    seconds = measure.sequential({"a": Program(goes_on), "b": Program(stops)}, 3)
     assert calls == [*"ab", *"ab", *"aa"]
     assert seconds == {"a": [0.5, 0.5, 0.5]}
 
@@ -253,19 +253,19 @@ def test_a_ratio_is_that_of_neighbours() -> None:
 
 
 def test_a_peer_gives_the_same_in_turn() -> None:
-    changes = {"evaluation.scale": (64, 64), "model.classes": 7}
+    changes = {"evaluation.scale": (64, 64), "model.num_classes": 7}
     config = config_lib.load(config_lib.ade20k("tiny"), changes)
     model = models.build_segmenter(config)
     model.eval()
     pictures, tensors = samples.pictures(2, (64, 64)), samples.weights(model)
-    checkpoint.assign(model, tensors)
+    checkpoint.load_state_dict(model, tensors)
     ours = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalise(pictures)))
     with Peers(config, Options(peer=True, variants=("eager",))) as peers:
         logits = peers.make("logits", tensors, pictures)["torch eager"]
         theirs = peers.results["torch eager"].transpose(0, 2, 3, 1)
         labels = peers.make("labels", tensors, pictures)["torch eager"]
         for program, shape in ((logits, (2, 7, 8, 8)), (labels, (2, 64, 64)), (logits, (2, 7, 8, 8))):
-            (seconds,) = measure.in_turn({"": program}, 1)[""]
+            (seconds,) = measure.sequential({"": program}, 1)[""]
             assert seconds > 0
             assert peers.results["torch eager"].shape == shape
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
@@ -294,7 +294,7 @@ def test_a_variant_that_does_not_work_is_a_note(
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         start = time.monotonic()
-        assert measure.in_turn(programs, 2) == {}
+        assert measure.sequential(programs, 2) == {}
         assert peers.make("loss", logits, labels) == {}
         assert time.monotonic() - start < 10
         assert peers.notes[1:] == [
@@ -310,7 +310,7 @@ def test_a_reason_is_one_line() -> None:
 
 def test_the_plain_pipeline_does_the_same(tmp_path: pathlib.Path) -> None:
     still = {"ratio": (1.0, 1.0), "crop": (96, 160), "scale": (160, 96), "flip": 0.0, "photometric": False}
-    changes = {f"data.{key}": value for key, value in (still | {"category_share": 1.0}).items()}
+    changes = {f"data.{key}": value for key, value in (still | {"cat_max_ratio": 1.0}).items()}
     config = config_lib.load(config_lib.ade20k("tiny"), changes)
     source = samples.write(tmp_path, 2, config, (80, 112))  # 96 x 134 pixels when it is fitted
     from topformer_jax.benchmark.torch_programs import plain_decoded
@@ -323,10 +323,10 @@ def test_the_plain_pipeline_does_the_same(tmp_path: pathlib.Path) -> None:
         data = config.data
         example = transforms.training_example(
             *(image, label),
-            crop=data.crop,
+            crop=data.crop_size,
             scale=data.scale,
-            ratio=data.ratio,
-            category_share=data.category_share,
+            ratio=data.ratio_range,
+            cat_max_ratio=data.cat_max_ratio,
             rng=np.random.default_rng(0),
         )
         theirs_image, theirs_label = pipeline(index)
@@ -342,7 +342,7 @@ def test_the_plain_pipeline_does_the_same(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_plain_pipeline_distorts(tmp_path: pathlib.Path) -> None:
-    config = config_lib.load(config_lib.ade20k("tiny"), {"data.crop": (64, 64), "data.scale": (128, 64)})
+    config = config_lib.load(config_lib.ade20k("tiny"), {"data.crop_size": (64, 64), "data.scale": (128, 64)})
     pipeline = plain_loading.Pipeline(samples.write(tmp_path, 1, config, (64, 80)), config)
     draws = [pipeline(0) for _ in range(8)]
     assert len({image.tobytes() for image, _ in draws}) == 8

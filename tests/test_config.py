@@ -37,25 +37,25 @@ def test_recipe(configs: pathlib.Path, name: str) -> None:
     settings = config.load(configs / f"topformer_{name}.py")
     found = (
         settings.model.variant,
-        settings.model.classes,
-        settings.data.crop,
+        settings.model.num_classes,
+        settings.data.crop_size,
         settings.data.scale,
         settings.evaluation.scale,
-        settings.evaluation.align,
-        settings.data.zero_label_void,
+        settings.evaluation.size_divisor,
+        settings.data.reduce_zero_label,
         settings.batch_size,
         settings.schedule.steps,
-        settings.schedule.learning_rate,
-        settings.model.width,
+        settings.schedule.lr,
+        settings.model.head_channels,
         settings.model.depthwise_head,
     )
     assert found == RECIPES[name]
-    assert settings.model.classes == len(CATALOG[settings.data.dataset].classes)
+    assert settings.model.num_classes == len(CATALOG[settings.data.dataset].classes)
     assert (settings.optimizer.beta1, settings.optimizer.beta2, settings.optimizer.eps) == (0.9, 0.999, 1e-8)
-    assert (settings.optimizer.weight_decay, settings.optimizer.head_multiplier) == (0.01, 10)
+    assert (settings.optimizer.weight_decay, settings.optimizer.head_lr_mult) == (0.01, 10)
     assert (settings.schedule.power, settings.schedule.warmup_steps) == (1, 1500)
     assert settings.schedule.warmup_ratio == 1e-6
-    assert (settings.model.drop_path, settings.model.dropout, settings.data.category_share) == (
+    assert (settings.model.drop_path_rate, settings.model.dropout_ratio, settings.data.cat_max_ratio) == (
         0.1,
         0.1,
         0.75,
@@ -82,8 +82,8 @@ def test_every_file_is_a_recipe_named_after_itself(configs: pathlib.Path) -> Non
         ({"batch_size": "many"}, "batch_size cannot be 'many': expected a value like 16 (int)"),
         ({"batch_size": "1.5"}, "expected a value like 16 (int)"),
         ({"batch_size": "none"}, "expected a value like 16 (int)"),
-        ({"data.crop": "512"}, "expected a value like (512, 512) (tuple)"),
-        ({"model.width": "wide"}, "model.width cannot be 'wide': expected a number"),
+        ({"data.crop_size": "512"}, "expected a value like (512, 512) (tuple)"),
+        ({"model.head_channels": "wide"}, "model.head_channels cannot be 'wide': expected a number"),
         ({"model.depthwise_head": "yes"}, "expected a value like False (bool)"),
         ({"model.depthwise_head": 1}, "expected a value like False (bool)"),
     ],
@@ -97,18 +97,21 @@ def test_wrong_settings(overrides: dict, message: str) -> None:
 def test_right_settings_from_text_and_from_values() -> None:
     text = {
         "batch_size": "32",
-        "schedule.learning_rate": "1",
-        "data.crop": "(64, 96)",
+        "schedule.lr": "1",
+        "data.crop_size": "(64, 96)",
         "model.depthwise_head": "true",
-        "model.width": "64",
+        "model.head_channels": "64",
         "data.root": "/some/where",
     }
     settings = config.load(config.ade20k("base"), text)
-    assert (settings.batch_size, settings.schedule.learning_rate, settings.data.crop) == (32, 1.0, (64, 96))
-    assert isinstance(settings.schedule.learning_rate, float)
-    assert (settings.model.depthwise_head, settings.model.width) == (True, 64)
+    assert (settings.batch_size, settings.schedule.lr, settings.data.crop_size) == (32, 1.0, (64, 96))
+    assert isinstance(settings.schedule.lr, float)
+    assert (settings.model.depthwise_head, settings.model.head_channels) == (True, 64)
     assert settings.data.root == "/some/where"
-    assert config.load(settings, {"model.width": None, "data.crop": [32, 32]}).model.width is None
+    assert (
+        config.load(settings, {"model.head_channels": None, "data.crop_size": [32, 32]}).model.head_channels
+        is None
+    )
     assert config.ade20k("base").batch_size == 16  # the source is left alone
 
 

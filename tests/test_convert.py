@@ -88,7 +88,7 @@ def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, inj
     network = reference.Segmenter("tiny", 7, OFFICIAL_NAMES.get(injection, injection))
     reference.randomize(network, seed=0)
     source = pth({"meta": {"iter": 3}, "state_dict": network.state_dict()})
-    settings = settings_for("tiny", model__injection=injection, model__classes=7)
+    settings = settings_for("tiny", model__injection=injection, model__num_classes=7)
     tensors, meta = convert.read(source, models.build(settings), settings)
     checkpoint.save_model(tmp_path / "orbax", 0, tensors, {"config": settings.to_dict(), "meta": meta})
     again, metadata = checkpoint.read_model(tmp_path / "orbax")
@@ -120,7 +120,7 @@ def test_spellings_of_names(pth: Callable, states: dict[str, torch.Tensor], wrap
 
 def test_fuse2_is_no_alias_where_it_is_a_name(pth: Callable) -> None:
     network = reference.Segmenter("tiny", 7, "fuse_multi")
-    settings = settings_for("tiny", model__injection="fuse_multi", model__classes=7)
+    settings = settings_for("tiny", model__injection="fuse_multi", model__num_classes=7)
     tensors, _ = convert.read(pth({"state_dict": network.state_dict()}), models.build(settings), settings)
     assert "backbone.SIM.1.fuse2.conv.weight" in tensors
 
@@ -164,7 +164,7 @@ def test_every_misfit_is_named_with_both_shapes(pth: Callable, states: dict[str,
 
 def test_an_injection_of_the_same_shapes(tmp_path: pathlib.Path) -> None:
     settings = settings_for("tiny", model__injection="fuse_sum")
-    tensors = {name: np.asarray(value) for name, value in models.values(models.build(settings)).items()}
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
     checkpoint.save_model(tmp_path / "7", 0, tensors, {"config": settings.to_dict()})
     load(settings, tmp_path / "7")
     load(settings, tmp_path / "7" / "0")
@@ -222,12 +222,12 @@ def test_classifier_as_a_start(pth: Callable, tmp_path: pathlib.Path) -> None:
     fresh = {"backbone.SIM", "decode_head.conv_seg", "decode_head.linear_fuse"}
     assert {name for name, origin in table.items() if origin == "fresh"} == fresh
     model = load(config.ade20k("tiny"), tmp_path / "out")
-    tensors = models.tensors(model)
+    tensors = models.named_variables(model)
     for name, tensor in network.state_dict().items():
         if not name.startswith("head."):
             mine = convert.to_torch(np.asarray(tensors[f"backbone.{name}"].get_value()))
             np.testing.assert_array_equal(mine, tensor.numpy())
-    again = models.tensors(models.build(config.ade20k("tiny")))
+    again = models.named_variables(models.build(config.ade20k("tiny")))
     name = "backbone.SIM.1.global_act.conv.weight"
     np.testing.assert_array_equal(tensors[name].get_value(), again[name].get_value())
 
@@ -316,7 +316,10 @@ def test_without_torch(tmp_path: pathlib.Path) -> None:
         (["--summary"], "--summary needs --config FILE"),
         (["--summary", "--config", ADE["tiny"], "--size", "big"], "expected HEIGHTxWIDTH"),
         (["--summary", "--config", "configs/topformer_b_ada.py"], "did you mean configs/topformer_b_ade.py"),
-        (["--summary", "--config", ADE["tiny"], "--config.modle.classes=3"], "did you mean model.classes"),
+        (
+            ["--summary", "--config", ADE["tiny"], "--config.modle.classes=3"],
+            "did you mean model.num_classes",
+        ),
         (["--summary", "--config", ADE["tiny"], "--config.batch_size"], "has no value"),
         (["--summary", "--config.batch_size=3"], "needs --config FILE"),
     ],

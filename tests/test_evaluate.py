@@ -97,7 +97,7 @@ def test_batches_of_a_device_change_rounding_alone() -> None:
     source = sources.open_source(config, "validation")
     model = models.build_segmenter(config)
     one, four = (
-        evaluate.evaluate(model, source, _config(evaluation__batch_size=count), _mesh(2)).confusion
+        evaluate.evaluate(model, source, _config(evaluation__per_device_batch_size=count), _mesh(2)).confusion
         for count in (1, 4)
     )
     assert one.sum() == four.sum()
@@ -128,7 +128,7 @@ def ade(golden: Callable) -> list[str]:
 
 @pytest.mark.parametrize(
     ("mode", "flags"),
-    [("single", []), ("slide", ["--slide"]), ("multiscale_flip", ["--scales", "0.5,1,1.5", "--flip"])],
+    [("single", []), ("slide", ["--slide"]), ("multiscale_flip", ["--img-ratios", "0.5,1,1.5", "--flip"])],
 )
 def test_the_official_scores(
     golden: Callable, ade: list[str], tmp_path: pathlib.Path, mode: str, flags: list[str]
@@ -152,7 +152,7 @@ def test_the_official_scores(
     assert (tmp_path / "report.html").stat().st_size > 10_000
     for file in official["files"]:
         saved = decode_label(
-            (predictions / f"{file[:-4]}.png").read_bytes(), file, classes=150, zero_label_void=False
+            (predictions / f"{file[:-4]}.png").read_bytes(), file, classes=150, reduce_zero_label=False
         )
         expected = cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE)
         assert (saved != expected).mean() <= 1e-4
@@ -171,7 +171,7 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
     config = config_lib.load(config_lib.shapes(), {})
     from topformer_jax.checkpoint import save_model
 
-    tensors = {name: np.asarray(value) for name, value in models.values(models.build(config)).items()}
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(config)).items()}
     save_model(tmp_path / "weights", 0, tensors, {"config": json.loads(config.to_json()), "meta": {}})
     arguments += ["--checkpoint", str(tmp_path / "weights"), "--workdir"]
     one = _command(*arguments, str(tmp_path / "one"))
@@ -202,8 +202,11 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
     ("changes", "message"),
     [
         (["--config", "configs/topformer_b_ade.py"], "it is of variant tiny"),
-        (["--config.model.classes=59", "--config.data.dataset=context59"], "has not the config's 59 classes"),
-        (["--scales", "half"], "--scales cannot be 'half'"),
+        (
+            ["--config.model.num_classes=59", "--config.data.dataset=context59"],
+            "has not the config's 59 classes",
+        ),
+        (["--img-ratios", "half"], "--img-ratios cannot be 'half'"),
         (["--config.evaluation.stride=(0,0)", "--slide"], "evaluation.stride"),
         (["--checkpoint", "no/where.pth"], "no checkpoint no/where.pth"),
         (["--workdir", "/proc/no"], "cannot write into /proc/no"),

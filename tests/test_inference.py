@@ -20,12 +20,12 @@ from topformer_jax import config, inference, models, views
 from topformer_jax.metrics import confusion_counts, scores
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
-from topformer_jax.ops.tiled import TILE, View
+from topformer_jax.ops.tiled import TILE, ViewLogits
 
 MODES: dict[str, dict[str, Any]] = {
     "single": {},
     "slide": {"mode": "slide"},
-    "multiscale_flip": {"scales": (0.5, 1.0, 1.5), "flip": True},
+    "multiscale_flip": {"img_ratios": (0.5, 1.0, 1.5), "flip": True},
 }
 
 
@@ -65,7 +65,9 @@ def test_tiles_are_the_resizes_in_a_row(
     size: Any, scale: Any, align: int, mode: str, flip: bool, seed: int
 ) -> None:
     rng, classes = np.random.default_rng(seed), 3
-    evaluation = _evaluation(scale=scale, align=align, mode=mode, crop=(96, 72), stride=(64, 29), flip=flip)
+    evaluation = _evaluation(
+        scale=scale, size_divisor=align, mode=mode, crop_size=(96, 72), stride=(64, 29), flip=flip
+    )
     prepared = views.prepare(np.zeros((*size, 3), np.uint8), None, evaluation, dtype="float64")
     (network,) = views.network_sizes(size, evaluation)
     assert prepared.images[0].shape == (*network, 3)
@@ -83,14 +85,14 @@ def test_tiles_are_the_resizes_in_a_row(
         extents = [max(32, 1 << (side - 1).bit_length()) for side in joined.shape[:2]]
         pad = [(0, extent - side) for extent, side in zip(extents, joined.shape[:2], strict=True)]
         logits = jnp.asarray(np.pad(joined, [*pad, (0, 0)]).swapaxes(1, 2))
-        seen.append(View(logits, prepared.rows[number], prepared.columns[number]))
+        seen.append(ViewLogits(logits, prepared.rows[number], prepared.columns[number]))
     found = _whole(seen, prepared.grid, size, classes)
     if flip:
         expected = [torch.softmax(torch.from_numpy(logits.copy()), -1).numpy() for logits in expected]
     assert np.abs(found - np.sum(expected, 0)[0]).max() <= 1e-12
 
 
-def _whole(seen: list[View], grid: np.ndarray, size: Any, classes: int) -> np.ndarray:
+def _whole(seen: list[ViewLogits], grid: np.ndarray, size: Any, classes: int) -> np.ndarray:
     """The scores of all tiles, put together."""
 
     def use(carry: jax.Array, scores: jax.Array, tile: jax.Array) -> jax.Array:
@@ -131,8 +133,8 @@ def test_the_official_label_maps(golden: Callable, mode: str) -> None:
     model = topformer_jax.load(config.ade20k("tiny"), golden("checkpoints/tiny.pth"))
     assert isinstance(model, models.Segmenter)
     info = json.loads(golden(f"eval/{mode}.json").read_text())
-    predictor = inference.Predictor(model, _evaluation(align=32, **MODES[mode]))
-    settings = _evaluation(align=32, **MODES[mode])
+    predictor = inference.Predictor(model, _evaluation(size_divisor=32, **MODES[mode]))
+    settings = _evaluation(size_divisor=32, **MODES[mode])
     wrong = pixels = 0
     files = info["files"] if mode == "single" else info["files"][:4]
     for file, shapes in zip(files, info["input_shapes"], strict=False):
@@ -151,38 +153,38 @@ def test_the_official_label_maps(golden: Callable, mode: str) -> None:
 @pytest.fixture(scope="module")
 def small() -> models.Segmenter:
     """A random network of 5 classes."""
-    settings = config.load(config.ade20k("tiny"), {"model.classes": 5, "model.drop_path": 0.0})
+    settings = config.load(config.ade20k("tiny"), {"model.num_classes": 5, "model.drop_path_rate": 0.0})
     return models.build_segmenter(settings)
 
 
 def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8), (77, 61))
-    labels = inference.segment(small, image, _evaluation(scale=(64, 64), align=32))
+    labels = inference.segment(small, image, _evaluation(scale=(64, 64), size_divisor=32))
     assert labels.shape == (61, 77)
     assert labels.dtype == np.uint8
-    fitted = views.prepare(image, None, _evaluation(scale=(64, 64), align=32)).images[0]
+    fitted = views.prepare(image, None, _evaluation(scale=(64, 64), size_divisor=32)).images[0]
     logits = jnp.asarray(run(small, inference.normalise(fitted[None])))
     plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
     assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
-    _, probabilities = inference.Predictor(small, _evaluation(scale=(64, 64), align=32)).with_probabilities(
-        image
-    )
+    _, probabilities = inference.Predictor(
+        small, _evaluation(scale=(64, 64), size_divisor=32)
+    ).with_probabilities(image)
     assert np.abs(probabilities - np.asarray(jax.nn.softmax(plain, -1))).max() < 1e-5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 2), (3, 700)])
 def test_pictures_of_any_size(small: models.Segmenter, size: tuple[int, int]) -> None:
     image = np.full((*size, 3), 9, np.uint8)
-    assert inference.segment(small, image, _evaluation(scale=(128, 64), align=32)).shape == size
+    assert inference.segment(small, image, _evaluation(scale=(128, 64), size_divisor=32)).shape == size
 
 
 def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
-    settings = _evaluation(scale=(64, 64), align=32)
+    settings = _evaluation(scale=(64, 64), size_divisor=32)
     image = np.zeros((50, 60, 3), np.uint8)
     inference.Predictor(small, settings)(image)
     again = models.build_segmenter(
-        config.load(config.ade20k("tiny"), {"model.classes": 5, "model.drop_path": 0.0})
+        config.load(config.ade20k("tiny"), {"model.num_classes": 5, "model.drop_path_rate": 0.0})
     )
     inference.Predictor(again, settings)(np.ones((49, 59, 3), np.uint8))
     programs = inference.programs(small, settings, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
@@ -198,7 +200,7 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     picture = views.prepare(np.zeros((1024, 2048, 3), np.uint8), None, settings)
     batch = inference.stack({0: picture}, programs, 1)
     logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
-    looks = [View(logits, batch.rows[0], batch.columns[0])]
+    looks = [ViewLogits(logits, batch.rows[0], batch.columns[0])]
     ours = programs.count.lower(looks, batch.grid, batch.labels, programs.totals()).compile()
 
     def plain(logits: jax.Array) -> jax.Array:

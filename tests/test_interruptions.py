@@ -23,9 +23,9 @@ from topformer_jax.errors import UserError
 
 def test_no_number(tmp_path: pathlib.Path) -> None:
     """A learning rate that is harmless at the first step alone."""
-    changes = {"schedule.learning_rate": 1e30, "schedule.warmup_ratio": 1e-38, "checkpoint_every": 1}
+    changes = {"schedule.lr": 1e30, "schedule.warmup_ratio": 1e-38, "checkpoint_every": 1}
     line = refused_run(tmp_path / "run", changes)
-    assert "is nan at step 3; the last good checkpoint is of step 2; lower schedule.learning_rate" in line
+    assert "is nan at step 3; the last good checkpoint is of step 2; lower schedule.lr" in line
 
 
 @pytest.fixture

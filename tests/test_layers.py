@@ -10,12 +10,12 @@ from flax import nnx
 
 from tests.parity import distance
 from topformer_jax import config, models
-from topformer_jax.models.layers import BatchNorm, Numerics, RandomDrop, hsigmoid, make_divisible, relu6
+from topformer_jax.models.layers import BatchNorm, DTypePolicy, RandomDrop, hsigmoid, make_divisible, relu6
 
 
 def test_batch_norm_over_three_steps() -> None:
     """Outputs, and running statistics to 1e-6 of PyTorch's, in float32; then inference."""
-    ours, theirs = BatchNorm(5, numerics=Numerics()), torch.nn.BatchNorm2d(5)
+    ours, theirs = BatchNorm(5, policy=DTypePolicy()), torch.nn.BatchNorm2d(5)
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, 5)).astype(np.float32)
     ours.weight.set_value(jnp.asarray(weight))
@@ -42,11 +42,11 @@ def test_batch_norm_over_three_steps() -> None:
 
 def test_batch_norm_of_a_single_value() -> None:
     with pytest.raises(ValueError, match="more than one value"):
-        BatchNorm(5, numerics=Numerics())(jnp.zeros((1, 5)))
+        BatchNorm(5, policy=DTypePolicy())(jnp.zeros((1, 5)))
 
 
 def test_batch_norm_takes_its_statistics_in_float32() -> None:
-    norm = BatchNorm(1, numerics=Numerics(dtype=jnp.bfloat16))
+    norm = BatchNorm(1, policy=DTypePolicy(dtype=jnp.bfloat16))
     x = jnp.asarray(np.random.default_rng(0).normal(100, 1, size=(4096, 1)), jnp.bfloat16)
     assert norm(x).dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
@@ -90,7 +90,8 @@ def test_initial_weights() -> None:
         "decode_head.conv_seg": 0.01,
     }
     tensors = {
-        k: np.asarray(v.get_value()) for k, v in models.tensors(models.build(config.ade20k("tiny"))).items()
+        k: np.asarray(v.get_value())
+        for k, v in models.named_variables(models.build(config.ade20k("tiny"))).items()
     }
     for name, std in expected.items():
         weight = tensors[f"{name}.weight"]
@@ -104,7 +105,8 @@ def test_initial_weights() -> None:
 
 def test_initial_weights_follow_the_seed() -> None:
     first, again, other = (
-        models.tensors(models.build(config.load(config.ade20k("tiny"), {"seed": seed}))) for seed in (0, 0, 1)
+        models.named_variables(models.build(config.load(config.ade20k("tiny"), {"seed": seed})))
+        for seed in (0, 0, 1)
     )
     name = "decode_head.conv_seg.weight"
     np.testing.assert_array_equal(first[name].get_value(), again[name].get_value())

@@ -31,8 +31,8 @@ def settings(**overrides: Any) -> ConfigDict:
         "data.shapes.validation": 5,
         "data.shapes.size": 48,
         "data.scale": (48, 48),
-        "data.crop": (32, 40),
-        "data.workers": 0,
+        "data.crop_size": (32, 40),
+        "data.num_workers": 0,
     }
     return config_lib.load(
         config_lib.shapes(), values | {k.replace("__", "."): v for k, v in overrides.items()}
@@ -130,7 +130,7 @@ def test_workers_make_the_same_batches_and_resume() -> None:
 def test_files(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, source: str) -> None:
     from tests.test_sources import ROOT
 
-    overrides: dict[str, Any] = {"data.workers": 0, "batch_size": 8, "data.crop": (64, 96)}
+    overrides: dict[str, Any] = {"data.num_workers": 0, "batch_size": 8, "data.crop_size": (64, 96)}
     files = config_lib.load(config_lib.ade20k("tiny"), overrides | {"data.root": str(golden("mini_ade"))})
     config = files
     if source == "array_record":
@@ -139,7 +139,7 @@ def test_files(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, so
         build = runpy.run_path(str(ROOT / "scripts/build_dataset.py"))["build"]
         build("ade20k", files.data.root, str(tmp_path))
         config = config_lib.load(
-            files, {"data.source": source, "data.root": str(tmp_path), "data.workers": 1}
+            files, {"data.source": source, "data.root": str(tmp_path), "data.num_workers": 1}
         )
     found = batches(config, 4)
     assert_same(found, batches(files, 4))
@@ -162,13 +162,13 @@ def broken(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> Con
     image = root / "images/training/ADE_train_00000012.jpg"
     image.write_bytes(image.read_bytes()[:500])
     (root / "annotations/training/ADE_train_00000013.png").write_bytes(b"")
-    overrides = {"data.root": str(root), "data.workers": 0, "batch_size": 8, "data.crop": (64, 64)}
+    overrides = {"data.root": str(root), "data.num_workers": 0, "batch_size": 8, "data.crop_size": (64, 64)}
     return config_lib.load(config_lib.ade20k("tiny"), overrides)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_example_stops_with_its_name(broken: ConfigDict, workers: int) -> None:
-    config = config_lib.load(broken, {"data.workers": workers})
+    config = config_lib.load(broken, {"data.num_workers": workers})
     iterator = loader.training_batches(sources.open_source(config, "train"), config)
     with pytest.raises(UserError, match=r"/ADE_train_0000001[23]\.(jpg|png) ") as error:
         list(itertools.islice(iterator, 6))
@@ -186,7 +186,8 @@ from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 
 if __name__ == "__main__":
-    changes = {{"data.root": {broken.data.root!r}, "data.workers": 2, "batch_size": 2, "data.crop": (64, 64)}}
+    changes = {{"data.root": {broken.data.root!r}}}
+    changes |= {{"data.num_workers": 2, "batch_size": 2, "data.crop_size": (64, 64)}}
     config = config_lib.load(config_lib.ade20k("tiny"), changes)
     try:
         print(sum(1 for _ in loader.training_batches(sources.open_source(config, "train"), config)))
@@ -205,7 +206,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int) -> None:
-    config = config_lib.load(broken, {"data.workers": workers, "data.skip_unreadable": True})
+    config = config_lib.load(broken, {"data.num_workers": workers, "data.skip_unreadable": True})
     iterator = loader.training_batches(sources.open_source(config, "train"), config)
     index = np.concatenate([batch["index"] for batch in itertools.islice(iterator, 6)])
     iterator.close()

@@ -20,7 +20,7 @@ from topformer_jax.ops import loss as loss_lib
 from topformer_jax.ops.loss import (
     ACCELERATOR,
     CPU,
-    VOID,
+    IGNORE_LABEL,
     Tiling,
     plain_cross_entropy,
     upsampled_cross_entropy,
@@ -38,7 +38,7 @@ TILINGS = (
 def _inputs(seed: int, n: int, cells: Any, pixels: Any, classes: int) -> tuple[Any, Any]:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, (n, *pixels)).astype(np.int32)
-    labels[rng.random(labels.shape) < 0.2] = VOID
+    labels[rng.random(labels.shape) < 0.2] = IGNORE_LABEL
     return rng.normal(size=(n, *cells, classes)) * 4, labels
 
 
@@ -85,7 +85,7 @@ def test_tiles_are_the_plain_formulation(
     plain, gradient = _both(plain_cross_entropy, jnp.asarray(logits), labels)
     assert abs(float(ours.loss - plain.loss)) <= 1e-12 * max(float(plain.loss), 1)
     assert int(ours.correct) == int(plain.correct)
-    assert int(ours.valid) == int(plain.valid) == int((labels != VOID).sum())
+    assert int(ours.valid) == int(plain.valid) == int((labels != IGNORE_LABEL).sum())
     assert np.abs(our_gradient - gradient).max() <= 1e-12 * max(np.abs(gradient).max(), 1)
 
 
@@ -118,7 +118,7 @@ def test_float32_against_pytorch(cells: tuple[int, int], tiling: Tiling) -> None
     tensor = to_nchw(logits).requires_grad_()
     resized = torch.nn.functional.interpolate(tensor, labels.shape[1:], mode="bilinear", align_corners=False)
     target = torch.from_numpy(labels).long()
-    loss = torch.nn.functional.cross_entropy(resized, target, ignore_index=VOID, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(resized, target, ignore_index=IGNORE_LABEL, reduction="sum")
     (3 * loss).backward()
     assert tensor.grad is not None
     for function in (upsampled_cross_entropy, plain_cross_entropy):
@@ -136,7 +136,7 @@ def test_the_value_alone_and_nothing_but_void(tiling: Tiling) -> None:
     plain = plain_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     assert abs(float(found.loss / plain.loss) - 1) <= 1e-6
     sums, gradient = _both(
-        upsampled_cross_entropy, jnp.asarray(logits, jnp.float32), np.full_like(labels, VOID)
+        upsampled_cross_entropy, jnp.asarray(logits, jnp.float32), np.full_like(labels, IGNORE_LABEL)
     )
     assert (float(sums.loss), int(sums.correct), int(sums.valid)) == (0, 0, 0)
     assert not np.asarray(gradient).any()

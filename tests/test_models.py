@@ -137,7 +137,7 @@ def test_golden_classifier(golden: Find) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_names_shapes_and_parameters(golden: Find, variant: str) -> None:
     official = json.loads(golden("param_groups.json").read_text())[variant]
-    tensors = models.tensors(models.build(config.ade20k(variant)))
+    tensors = models.named_variables(models.build(config.ade20k(variant)))
     permutation = {4: (3, 2, 0, 1), 2: (1, 0)}
     shapes = {
         name: [variable.shape[axis] for axis in permutation.get(variable.ndim, range(variable.ndim))]
@@ -175,7 +175,7 @@ def test_random_classifiers(h: int, w: int, variant: str) -> None:
     network = reference.Classifier(variant, 11)
     reference.randomize(network, seed=h)
     images = np.random.default_rng(w).normal(size=(2, h, w, 3))
-    changes = {"model.classes": 11, "model.dtype": "float64", "model.param_dtype": "float64"}
+    changes = {"model.num_classes": 11, "model.dtype": "float64", "model.param_dtype": "float64"}
     with jax.enable_x64(True), torch.no_grad():
         model = model_from(network, config.load(config.imagenet(variant), changes))
         theirs = network.double().eval()(to_nchw(images))
@@ -192,7 +192,7 @@ def test_gradients_of_every_parameter(x64: None, variant: str, injection: str) -
         variant, 7, OFFICIAL_NAMES.get(injection, injection), drop_path=0.0, dropout=0.0
     )
     reference.randomize(network, seed=1)
-    settings = _float64(variant, injection, variant == "tiny", None, drop_path=0.0, dropout=0.0)
+    settings = _float64(variant, injection, variant == "tiny", None, drop_path_rate=0.0, dropout_ratio=0.0)
     model = model_from(network, settings)
     model.train()
     rng = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def test_gradients_of_every_parameter(x64: None, variant: str, injection: str) -
 
         return jax.grad(loss)(parameters)
 
-    ours = models.tensors(nnx.merge(graphdef, gradient(parameters), statistics))
+    ours = models.named_variables(nnx.merge(graphdef, gradient(parameters), statistics))
     checked = 0
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None
@@ -222,14 +222,16 @@ def test_gradients_of_every_parameter(x64: None, variant: str, injection: str) -
         largest = np.abs(theirs_grad).max()
         assert np.abs(mine - theirs_grad).max() <= 1e-9 * largest + 1e-11, name
         checked += 1
-    assert checked == sum(isinstance(variable, nnx.Param) for variable in models.tensors(model).values())
+    assert checked == sum(
+        isinstance(variable, nnx.Param) for variable in models.named_variables(model).values()
+    )
 
 
 def test_running_statistics_after_three_steps(x64: None) -> None:
     """Momentum and unbiased variance of every BatchNorm, in float64 (in float32 the two networks part ways)."""
     network = reference.Segmenter("tiny", 7, drop_path=0.0, dropout=0.0)
     reference.randomize(network, seed=3)
-    settings = _float64("tiny", "multi_sum", True, None, drop_path=0.0, dropout=0.0)
+    settings = _float64("tiny", "multi_sum", True, None, drop_path_rate=0.0, dropout_ratio=0.0)
     model = model_from(network, settings)
     model.train()
     network.double().train()
@@ -238,7 +240,7 @@ def test_running_statistics_after_three_steps(x64: None) -> None:
         images = np.random.default_rng(index).normal(size=(2, 64, 96, 3))
         step(model, images)
         network(to_nchw(images))
-    ours = models.tensors(model)
+    ours = models.named_variables(model)
     worst = 0.0
     for name, buffer in network.named_buffers():
         mine = np.asarray(ours[name].get_value())
@@ -257,7 +259,7 @@ def test_output_sizes(h: int, w: int) -> None:
 
 
 def test_products_are_full_float32_unless_asked_otherwise() -> None:
-    assert _precisions(load(config.ade20k("tiny"), **{"model.depthwise": "library"})) == {"HIGHEST"}
+    assert _precisions(load(config.ade20k("tiny"), **{"model.depthwise_impl": "library"})) == {"HIGHEST"}
     assert _precisions(load(config.ade20k("tiny"), **{"model.precision": "default"})) == {"DEFAULT"}
 
 
@@ -270,13 +272,13 @@ def test_bfloat16_keeps_statistics_softmax_and_logits_in_float32() -> None:
                 dtypes.setdefault(equation.primitive.name, set()).add(str(variable.aval.dtype))
     assert dtypes["exp"] == dtypes["rsqrt"] == {"float32"}
     assert "bfloat16" in dtypes["dot_general"]
-    assert all(v.dtype in (np.float32, np.int32) for v in models.tensors(model).values())
+    assert all(v.dtype in (np.float32, np.int32) for v in models.named_variables(model).values())
 
 
 def test_models_of_one_config_share_a_program_and_show_nan() -> None:
     first, second = load(config.ade20k("tiny")), load(config.ade20k("tiny"))
     assert nnx.graphdef(first) == nnx.graphdef(second)
-    weight = models.tensors(first)["backbone.trans.transformer_blocks.0.attn.to_q.c.weight"]
+    weight = models.named_variables(first)["backbone.trans.transformer_blocks.0.attn.to_q.c.weight"]
     weight.set_value(jnp.full_like(weight.get_value(), jnp.nan))
     assert np.isnan(run(first, np.ones((1, 64, 64, 3), np.float32))).any()
     with pytest.raises((ValueError, TypeError), match=r"\[n, h, w, 3\]|ype-check"):
@@ -284,7 +286,7 @@ def test_models_of_one_config_share_a_program_and_show_nan() -> None:
 
 
 def test_dropout_needs_a_key_and_follows_it() -> None:
-    model = models.build(settings_for("tiny", model__drop_path=0.5))
+    model = models.build(settings_for("tiny", model__drop_path_rate=0.5))
     graphdef, state = nnx.split(model)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
 
@@ -304,13 +306,13 @@ def test_dropout_needs_a_key_and_follows_it() -> None:
         ("model.variant", "bse", "did you mean 'base'"),
         ("model.injection", "muli_sum", "did you mean 'multi_sum'"),
         ("model.dtype", "float16", "expected one of float32, bfloat16, float64"),
-        ("model.depthwise", "fast", "expected one of auto, shifted, library"),
+        ("model.depthwise_impl", "fast", "expected one of auto, shifted, library"),
         ("model.precision", "tf32", "expected one of highest, high, default"),
         ("model.dtype", "float64", "JAX_ENABLE_X64"),
-        ("model.classes", 0, "expected 1 to 255"),
-        ("model.classes", 256, "expected 1 to 255"),
-        ("model.width", 0, "expected 1 or more, or none"),
-        ("model.dropout", 1.0, "expected a probability below 1"),
+        ("model.num_classes", 0, "expected 1 to 255"),
+        ("model.num_classes", 256, "expected 1 to 255"),
+        ("model.head_channels", 0, "expected 1 or more, or none"),
+        ("model.dropout_ratio", 1.0, "expected a probability below 1"),
         ("seed", -1, "expected 0 or more"),
         ("task", "detection", "expected one of segmentation, classification"),
     ],
@@ -323,10 +325,10 @@ def test_settings_that_do_not_exist(key: str, value: Any, hint: str) -> None:
 def _float64(variant: str, injection: str, depthwise: bool, width: int | None, **rates: float) -> ConfigDict:
     return settings_for(
         variant,
-        model__classes=7,
+        model__num_classes=7,
         model__injection=injection,
         model__depthwise_head=depthwise,
-        model__width=width,
+        model__head_channels=width,
         model__dtype="float64",
         model__param_dtype="float64",
         **{f"model__{key}": rate for key, rate in rates.items()},

@@ -27,7 +27,7 @@ def test_every_golden_learning_rate(golden: Find, wide: bool) -> None:
                 {
                     "schedule.steps": row["max_iters"],
                     "schedule.warmup_steps": row["warmup_iters"],
-                    "schedule.learning_rate": row["base_lr"],
+                    "schedule.lr": row["base_lr"],
                 },
             ).schedule
             found = float(jax.jit(lambda step, s=schedule: learning_rate(step, s))(row["iter"]))
@@ -43,7 +43,7 @@ def test_parameter_groups(golden: Find, variant: str) -> None:
     settings = config.load(
         config.ade20k(variant), {"schedule.warmup_steps": 0, "optimizer.eps": 0.0, "schedule.power": 0.0}
     )
-    assert settings.schedule.learning_rate == official["base_lr"]
+    assert settings.schedule.lr == official["base_lr"]
     assert [settings.optimizer.beta1, settings.optimizer.beta2] == official["betas"]
     with jax.enable_x64(True):
         transform = optimizer(settings)
@@ -66,7 +66,7 @@ def test_parameter_groups(golden: Find, variant: str) -> None:
 def test_adamw_is_pytorch_s(x64: None) -> None:
     settings = config.load(
         config.ade20k("tiny"),
-        {"schedule.steps": 30, "schedule.warmup_steps": 3, "schedule.learning_rate": 0.1},
+        {"schedule.steps": 30, "schedule.warmup_steps": 3, "schedule.lr": 0.1},
     )
     names = ["backbone.a.bn.weight", "decode_head.b.weight"]
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ HOSTILE = ['<b>&"', "Größe\nÜbermaß", "x" * 60, "", "$\\alpha$", *(f"class {
 def test_painted_takes_the_palette_and_void_is_black() -> None:
     labels = np.array([[0, 9, 255, 10]], np.uint8)
     expected = [SHAPES.palette[0], SHAPES.palette[9], (0, 0, 0), (0, 0, 0)]
-    np.testing.assert_array_equal(pictures.painted(labels, SHAPES.palette)[0], expected)
+    np.testing.assert_array_equal(pictures.colorize(labels, SHAPES.palette)[0], expected)
 
 
 def test_errors_tells_right_wrong_and_void() -> None:
@@ -32,9 +32,9 @@ def test_errors_tells_right_wrong_and_void() -> None:
 
 def test_blended_weighs_image_and_colour() -> None:
     image, labels = np.full((2, 3, 3), 200, np.uint8), np.full((2, 3), 255, np.uint8)
-    assert (pictures.blended(image, labels, SHAPES.palette, opacity=0.25) == 150).all()
+    assert (pictures.blend(image, labels, SHAPES.palette, opacity=0.25) == 150).all()
     for opacity, expected in ((0.0, image), (1.0, np.zeros_like(image))):
-        result = pictures.blended(image, labels, SHAPES.palette, opacity=opacity)
+        result = pictures.blend(image, labels, SHAPES.palette, opacity=opacity)
         np.testing.assert_array_equal(result, expected)
 
 
@@ -58,7 +58,7 @@ def test_overlay_of_any_size_keeps_the_picture_and_its_legend_fits(
     labels = (np.arange(height * width) % classes).astype(np.uint8).reshape(height, width)
     image = RNG.integers(0, 256, (height, width, 3), np.uint8)
     result = pictures.overlay(image, labels, data_set)
-    blend = pictures.blended(image, labels, data_set.palette)
+    blend = pictures.blend(image, labels, data_set.palette)
     shown = result[: height * factor, : width * factor]
     np.testing.assert_array_equal(shown, np.kron(blend, np.ones((factor, factor, 1), np.uint8)))
     legend = result[:, width * factor :] if beside else result[height * factor :]
@@ -162,9 +162,9 @@ def test_indexed_labels_keep_their_values_and_show_their_colours(tmp_path: pathl
     image = Image.open(path)
     assert image.mode == "P"
     np.testing.assert_array_equal(np.asarray(image), labels)
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pictures.painted(labels, SHAPES.palette))
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pictures.colorize(labels, SHAPES.palette))
     np.testing.assert_array_equal(
-        transforms.decode_label(path.read_bytes(), path.name, classes=10, zero_label_void=False), labels
+        transforms.decode_label(path.read_bytes(), path.name, classes=10, reduce_zero_label=False), labels
     )
 
 

@@ -22,7 +22,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A checkpoint folder of random weights."""
     folder = tmp_path_factory.mktemp("weights") / "shapes"
     settings = config.shapes()
-    tensors = {name: np.asarray(value) for name, value in models.values(models.build(settings)).items()}
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
     checkpoint.save_model(folder, 0, tensors, {"config": json.loads(settings.to_json()), "meta": {}})
     return str(folder)
 
@@ -69,7 +69,7 @@ def test_a_folder_with_what_users_have_in_it(weights: str, tmp_path: pathlib.Pat
     settings = config.load(config.shapes(), {"evaluation.scale": (96, 64)})
     image = decode_image((inside / "a.png").read_bytes(), "a")
     labels = inference.segment(model, image, settings.evaluation)
-    mask = decode_label((out / "a_mask.png").read_bytes(), "a", classes=10, zero_label_void=False)
+    mask = decode_label((out / "a_mask.png").read_bytes(), "a", classes=10, reduce_zero_label=False)
     assert np.array_equal(mask, labels)
     with np.load(out / "a_probabilities.npz") as stored:
         assert stored["probabilities"].shape == (40, 50, 10)

@@ -62,7 +62,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def shown(name: str = "a", size: tuple[int, int] = (40, 60), seed: int = 0) -> report.Shown:
+def shown(name: str = "a", size: tuple[int, int] = (40, 60), seed: int = 0) -> report.ReportExample:
     rng = np.random.default_rng(seed)
     label = np.zeros(size, np.uint8)
     label[: size[0] // 2] = 1
@@ -70,7 +70,7 @@ def shown(name: str = "a", size: tuple[int, int] = (40, 60), seed: int = 0) -> r
     prediction[:, : size[1] // 2] = 4
     label[:, -1] = 255
     image = rng.integers(0, 256, (*size, 3), np.uint8)
-    return report.Shown(name, 0.5, float("nan"), image, label, prediction)
+    return report.ReportExample(name, 0.5, float("nan"), image, label, prediction)
 
 
 def write(path: pathlib.Path, **changes: object) -> Page:
@@ -176,7 +176,7 @@ def test_embedded_pictures_are_reduced_and_in_their_colours(tmp_path: pathlib.Pa
 def test_a_noisy_map_does_not_swell_the_file(tmp_path: pathlib.Path) -> None:
     ade = CATALOG["ade20k"]
     noise = np.random.default_rng(0).integers(0, 150, (480, 480), np.uint8)
-    example = report.Shown("noise", 0.1, 0.1, np.zeros((480, 480, 3), np.uint8), noise, noise)
+    example = report.ReportExample("noise", 0.1, 0.1, np.zeros((480, 480, 3), np.uint8), noise, noise)
     path = tmp_path / "report.html"
     page = write(path, data_set=ade, confusion=np.eye(150, dtype=np.int64), best=[example])
     assert [str(attributes["src"])[11:15] for attributes in page.named("img")] == ["jpeg"] * 3 + ["png;"]

@@ -61,7 +61,7 @@ LAYOUTS: dict[str, tuple[Callable[[], ConfigDict], list[str]]] = {
     "custom": (
         lambda: config_lib.load(
             config_lib.ade20k("tiny"),
-            {"data.dataset": "custom", "model.classes": 3, "data.class_names": ("sky", "sea", "sand")},
+            {"data.dataset": "custom", "model.num_classes": 3, "data.class_names": ("sky", "sea", "sand")},
         ),
         [
             *("images/train/b.PNG", "annotations/train/b.png"),
@@ -111,7 +111,7 @@ def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
             assert example.where == (str(tmp_path / paths[place]), str(tmp_path / paths[place + 1]))
     suffix = "bonn/a" if dataset == "cityscapes" else "a"
     assert train[0].name == suffix
-    assert len(sources.data_set(config).classes) == config.model.classes
+    assert len(sources.data_set(config).classes) == config.model.num_classes
 
 
 def test_mini_ade(golden: Callable[[str], pathlib.Path]) -> None:
@@ -183,8 +183,8 @@ def test_custom_data(tmp_path: pathlib.Path) -> None:
     unnamed = config_lib.load(config, {"data.class_names": ()})
     assert f"write them to {tmp_path / 'classes.txt'}" in refusal(unnamed)
     (tmp_path / "classes.txt").write_text("sky\nsea\nsand\nrock\n")
-    assert "custom has 4 classes, the config's model 3: --config.model.classes=4" in refusal(unnamed)
-    assert len(sources.data_set(config_lib.load(unnamed, {"model.classes": 4})).classes) == 4
+    assert "custom has 4 classes, the config's model 3: --config.model.num_classes=4" in refusal(unnamed)
+    assert len(sources.data_set(config_lib.load(unnamed, {"model.num_classes": 4})).classes) == 4
     (tmp_path / "images/train/a.png").write_bytes(PNG)
     assert "a.jpeg and a.png in " in refusal(config)
     (tmp_path / "images/train/a.png").unlink()
@@ -197,9 +197,9 @@ def test_wrong_settings() -> None:
     config = config_lib.shapes()
     cases: list[tuple[dict[str, Any], str]] = [
         ({"data.dataset": "ade"}, "no data set ade: data.dataset is one of ade20k, "),
-        ({"data.dataset": "cityscapes"}, "--config.model.classes=19"),
+        ({"data.dataset": "cityscapes"}, "--config.model.num_classes=19"),
         ({"data.source": "folder"}, "configs/topformer_t_shapes.py"),
-        ({"data.source": "tar", "data.dataset": "ade20k", "model.classes": 150}, "no data.source tar"),
+        ({"data.source": "tar", "data.dataset": "ade20k", "model.num_classes": 150}, "no data.source tar"),
     ]
     for overrides, message in cases:
         assert message in refusal(config_lib.load(config, overrides))
@@ -310,7 +310,7 @@ def test_shapes_depend_on_split_and_index_alone() -> None:
 
 
 def test_shapes_are_balanced_and_not_told_by_colour() -> None:
-    assert len(CATALOG["shapes"].classes) == config_lib.shapes().model.classes == 10
+    assert len(CATALOG["shapes"].classes) == config_lib.shapes().model.num_classes == 10
     pixels, colours = np.zeros(10), np.zeros((10, 3))
     for index in range(120):
         image, label = shapes.draw("train", index, 160)

@@ -26,11 +26,11 @@ def _settings(dtype: str = "float32", **changes: Any) -> ConfigDict:
         "batch_size": 4,
         "model.dtype": dtype,
         "model.param_dtype": "float64" if dtype == "float64" else "float32",
-        "model.drop_path": 0.0,
-        "model.dropout": 0.0,
-        "data.flip": 0.0,
-        "data.photometric": False,
-        "schedule.learning_rate": 2e-5,
+        "model.drop_path_rate": 0.0,
+        "model.dropout_ratio": 0.0,
+        "data.flip_prob": 0.0,
+        "data.photometric_distortion": False,
+        "schedule.lr": 2e-5,
         "schedule.steps": 40,
         "schedule.warmup_steps": 5,
     }
@@ -128,11 +128,11 @@ def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
     settings = _settings(
         "float64",
         batch_size=8,
-        data__flip=0.5,
-        data__photometric=True,
-        model__drop_path=0.3,
-        model__dropout=0.3,
-        ema=0.9,
+        data__flip_prob=0.5,
+        data__photometric_distortion=True,
+        model__drop_path_rate=0.3,
+        model__dropout_ratio=0.3,
+        ema_decay=0.9,
     )
     one, losses = _run(settings, _mesh(1))
     for fsdp in (1, 4):
@@ -155,7 +155,7 @@ def test_accumulation_adds_up(x64: None) -> None:
     batch = {name: np.repeat(value, 2, axis=0) for name, value in batch.items()}
     results = []
     for count in (1, 2):
-        state, train_step = create(_settings("float64", accumulation=count), _mesh(1))
+        state, train_step = create(_settings("float64", grad_accum_steps=count), _mesh(1))
         state, metrics = train_step(state, batch)
         results.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
         assert int(state.stats["backbone.tpm.stem.0.bn.num_batches_tracked"]) == count
@@ -167,9 +167,9 @@ def test_loss_means() -> None:
     batch = _random_batch(4, 64)
     share = float((batch["label"] != 255).mean())
     losses = []
-    for mean in ("all", "valid"):
-        _, train_step = create(_settings(loss_mean=mean), _mesh(1))
-        state, _ = create(_settings(loss_mean=mean), _mesh(1))
+    for ignore in (False, True):
+        _, train_step = create(_settings(ignore_void_in_mean=ignore), _mesh(1))
+        state, _ = create(_settings(ignore_void_in_mean=ignore), _mesh(1))
         losses.append(float(train_step(state, batch)[1]["loss"]))
     assert losses[0] == pytest.approx(losses[1] * share, rel=1e-5)
     assert share == pytest.approx(7 / 8)
@@ -189,7 +189,7 @@ def test_loss_counts_and_ignores() -> None:
 
 
 def test_averages_follow(x64: None) -> None:
-    state, train_step = create(_settings("float64", ema=0.9), _mesh(1))
+    state, train_step = create(_settings("float64", ema_decay=0.9), _mesh(1))
     name = "decode_head.conv_seg.weight"
     old = np.asarray(state.average[name])
     state, _ = train_step(state, _random_batch(4, 64))
@@ -199,7 +199,7 @@ def test_averages_follow(x64: None) -> None:
 
 
 def test_bfloat16_trains() -> None:
-    state, train_step = create(_settings("bfloat16", schedule__learning_rate=1e-3), _mesh(1))
+    state, train_step = create(_settings("bfloat16", schedule__lr=1e-3), _mesh(1))
     losses = []
     for _ in range(8):
         state, metrics = train_step(state, _random_batch(4, 64))
@@ -212,7 +212,7 @@ def test_bfloat16_trains() -> None:
     ("changes", "message"),
     [
         ({"batch_size": 12}, "set batch_size to a multiple of 8"),
-        ({"batch_size": 16, "accumulation": 4}, "set batch_size to a multiple of 32"),
+        ({"batch_size": 16, "grad_accum_steps": 4}, "set batch_size to a multiple of 32"),
         ({"batch_size": 8, "mesh.fsdp": 3}, "does not cover the 8 devices"),
         ({"batch_size": 8, "mesh.data": 4}, "does not cover the 8 devices"),
     ],
@@ -232,6 +232,6 @@ def test_names_make_the_model_again() -> None:
     from flax import nnx
 
     graphdef, _ = nnx.split(model)
-    again = models.with_tensors(graphdef, models.values(model))
+    again = models.merge_state_dict(graphdef, models.state_dict(model))
     images = np.ones((1, 32, 32, 3), np.float32)
     np.testing.assert_array_equal(model(images), again(images))

@@ -91,7 +91,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_averages_and_accumulation_resume_too(tmp_path: pathlib.Path) -> None:
-    changes: dict[str, Any] = {"ema": 0.5, "accumulation": 2, "data.workers": 2}
+    changes: dict[str, Any] = {"ema_decay": 0.5, "grad_accum_steps": 2, "data.num_workers": 2}
     run(tmp_path / "whole", changes)
     # The schedule depends on the number of steps, so the first half is cut off by a signal, not by fewer steps.
     process = start(tmp_path / "cut", changes)
@@ -152,14 +152,14 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
 @pytest.mark.parametrize("kind", ["shapes", "folder"])
 def test_ten_kills(tmp_path: pathlib.Path, golden: Callable, kind: str, workers: int) -> None:
     """SIGKILL at ten random moments, one of them during a save: bitwise the run that was never stopped."""
-    changes: dict[str, Any] = {"schedule.steps": 40, "checkpoint_every": 2, "data.workers": workers}
+    changes: dict[str, Any] = {"schedule.steps": 40, "checkpoint_every": 2, "data.num_workers": workers}
     if kind == "folder":
         changes |= {
             "data.source": "folder",
             "data.dataset": "ade20k",
             "data.root": golden("mini_ade"),
-            "data.zero_label_void": True,
-            "model.classes": 150,
+            "data.reduce_zero_label": True,
+            "model.num_classes": 150,
             "evaluation.scale": "(96,96)",
         }
     process = start(tmp_path / "whole", changes)
@@ -200,15 +200,15 @@ def test_fine_tuning_raises_the_score(tmp_path: pathlib.Path, golden: Callable) 
             "data.source": "folder",
             "data.dataset": "ade20k",
             "data.root": golden("mini_ade"),
-            "data.zero_label_void": True,
-            "data.crop": "(256,256)",
+            "data.reduce_zero_label": True,
+            "data.crop_size": "(256,256)",
             "data.scale": "(1024,256)",
             "evaluation.scale": "(1024,256)",
-            "evaluation.align": 32,
-            "model.classes": 150,
+            "evaluation.size_divisor": 32,
+            "model.num_classes": 150,
             "init_from": golden("checkpoints/tiny.pth"),
             "schedule.steps": steps,
-            "schedule.learning_rate": rate,
+            "schedule.lr": rate,
         }
         process = start(tmp_path / str(steps), changes)
         out, err = process.communicate(timeout=600)

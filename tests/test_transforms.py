@@ -141,8 +141,8 @@ def test_no_image(data: Any, says: str, capfd: pytest.CaptureFixture[str]) -> No
 # Labels
 
 
-def _label(data: Any, classes: int = 150, zero_label_void: bool = False) -> np.ndarray:
-    return decode_label(data, "label.png", classes=classes, zero_label_void=zero_label_void)
+def _label(data: Any, classes: int = 150, reduce_zero_label: bool = False) -> np.ndarray:
+    return decode_label(data, "label.png", classes=classes, reduce_zero_label=reduce_zero_label)
 
 
 def test_grey_labels() -> None:
@@ -175,26 +175,28 @@ def test_zero_label_void() -> None:
     theirs[theirs == 0] = 255
     theirs = theirs - 1
     theirs[theirs == 254] = 255
-    np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=254, zero_label_void=True), theirs)
+    np.testing.assert_array_equal(
+        _label(_encoded(values, ".png"), classes=254, reduce_zero_label=True), theirs
+    )
     np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=255), values)
 
 
 @pytest.mark.parametrize(
-    ("values", "classes", "zero_label_void", "says"),
+    ("values", "classes", "reduce_zero_label", "says"),
     [
         ([0, 149, 150, 255], 150, False, r"holds 150, but the 150 classes are 0..149 and void is 255"),
         ([0, 150, 151, 255], 150, True, r"holds 151, but the 150 classes are 1..150 \(0 is void\)"),
         ([7, 33, 34], 19, False, r"holds 33, 34, but .*labelTrainIds"),
-        ([1, 256, 65535], 150, False, r"holds 256, 65535, but .*zero_label_void"),
+        ([1, 256, 65535], 150, False, r"holds 256, 65535, but .*reduce_zero_label"),
         ([256, 300], 400, False, "holds 256, 300"),
         (list(range(30)), 19, False, r"holds 19, 20, 21, 22, 23, \.\.\., but"),
     ],
 )
-def test_values_that_are_no_class(values: list, classes: int, zero_label_void: bool, says: str) -> None:
+def test_values_that_are_no_class(values: list, classes: int, reduce_zero_label: bool, says: str) -> None:
     array = np.array([values], np.uint16 if max(values) > 255 else np.uint8)
     for data in (array, _encoded(array, ".png")):
         with pytest.raises(UserError, match=rf"^label.png {says}") as caught:
-            _label(data, classes, zero_label_void)
+            _label(data, classes, reduce_zero_label)
         assert "\n" not in str(caught.value)
 
 
@@ -303,7 +305,7 @@ def _assert_corner(source: tuple[int, int], size: tuple[int, int], bottom: int, 
 
 # Crops
 
-SETTINGS: dict[str, Any] = {"crop": (40, 56), "scale": (96, 48), "ratio": (0.5, 2.0), "category_share": 0.75}
+SETTINGS: dict[str, Any] = {"crop": (40, 56), "scale": (96, 48), "ratio": (0.5, 2.0), "cat_max_ratio": 0.75}
 
 
 def _blocks(h: int, w: int, seed: int, classes: int = 4, void: float = 0.2) -> np.ndarray:
@@ -333,10 +335,10 @@ def _plainly(
         return slice(top, top + height), slice(left, left + width)
 
     window, drawn = draw(), 1
-    for _ in range(10 if settings["category_share"] < 1 else 0):
+    for _ in range(10 if settings["cat_max_ratio"] < 1 else 0):
         values, counts = np.unique(label[window], return_counts=True)
         counts = counts[values != 255]
-        if len(counts) > 1 and counts.max() / counts.sum() < settings["category_share"]:
+        if len(counts) > 1 and counts.max() / counts.sum() < settings["cat_max_ratio"]:
             break
         window, drawn = draw(), drawn + 1
     h, w = label[window].shape
@@ -367,7 +369,7 @@ def test_any_geometry(h: int, w: int, crop: tuple[int, int], scale: tuple[int, i
 @pytest.mark.parametrize("share", [0.75, 1.0])
 def test_examples_as_the_plain_way(share: float) -> None:
     rng = np.random.default_rng(0)
-    settings = SETTINGS | {"category_share": share}
+    settings = SETTINGS | {"cat_max_ratio": share}
     seen = [_compare(int(rng.integers(20, 120)), int(rng.integers(20, 120)), settings, i) for i in range(120)]
     assert 20 < sum(padded for padded, _ in seen) < 100  # both kinds were there
     drawn = {drawn for _, drawn in seen}

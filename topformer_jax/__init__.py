@@ -52,6 +52,6 @@ def load(
     model = models.build(settings)
     if checkpoint is not None:
         tensors, _ = convert.read(checkpoint, model, settings)
-        checkpoint_lib.assign(model, tensors)
+        checkpoint_lib.load_state_dict(model, tensors)
     model.eval()
     return model

@@ -22,13 +22,17 @@ def browse(config: ConfigDict, step: int, count: int) -> np.ndarray:
     """The first `count` examples of a step's batch as a picture: image, label, and the one over the other."""
     data_set = sources.data_set(config)
     source = sources.open_source(config, "train")
-    batches = loader.training_batches(source, config_lib.load(config, {"data.workers": 0}), start_step=step)
+    batches = loader.training_batches(
+        source, config_lib.load(config, {"data.num_workers": 0}), start_step=step
+    )
     try:
         batch = {name: values[:count] for name, values in next(batches).items()}
     finally:
         batches.close()
     augmented = jax.jit(
-        lambda batch: augment(batch, config.seed, flip=config.data.flip, photometric=config.data.photometric)
+        lambda batch: augment(
+            batch, config.seed, flip=config.data.flip_prob, photometric=config.data.photometric_distortion
+        )
     )
     images, labels = (np.asarray(array) for array in augmented(batch))
     inside = np.zeros((*labels.shape, 1), bool)
@@ -40,8 +44,8 @@ def browse(config: ConfigDict, step: int, count: int) -> np.ndarray:
         rows.append(
             [
                 image,
-                pictures.painted(label, data_set.palette),
-                pictures.blended(image, label, data_set.palette),
+                pictures.colorize(label, data_set.palette),
+                pictures.blend(image, label, data_set.palette),
             ]
         )
         captions.append(f"example {batch['index'][number]}, epoch {batch['epoch'][number]}")

@@ -22,7 +22,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from topformer_jax.errors import UserError
-from topformer_jax.models import tensors as model_tensors
+from topformer_jax.models import named_variables
 
 Shape = tuple[int, ...]
 _NO_SPACE = "no space is left on the disk"
@@ -85,7 +85,7 @@ def read_model(directory: str | pathlib.Path) -> tuple[dict[str, np.ndarray], di
     return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, stored.custom_metadata or {}
 
 
-def require_fit(
+def check_state_dict(
     found: Mapping[str, Shape],
     wanted: Mapping[str, Shape],
     source: str,
@@ -121,9 +121,9 @@ def require_fit(
     )
 
 
-def assign(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
+def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Puts tensors into a model's places of the same name; the caller has checked that they fit."""
-    places = model_tensors(model)
+    places = named_variables(model)
     for name, tensor in tensors.items():
         places[name].set_value(jnp.asarray(tensor.astype(places[name].dtype, copy=False)))
 

@@ -27,31 +27,33 @@ def base_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.variant = "tiny"  # tiny, small, base
-    model.classes = 150
+    model.num_classes = 150
     model.injection = "multi_sum"  # multi_sum, multi_sum_cbr, fuse_sum, fuse_multi
-    model.width = config_dict.placeholder(int)  # channels of injections and head; None: the variant's own
+    model.head_channels = config_dict.placeholder(
+        int
+    )  # channels of injections and head; None: the variant's own
     model.depthwise_head = False  # fuse the head's maps with one weight a channel
-    model.drop_path = 0.1  # probability at the last block, 0 at the first
-    model.dropout = 0.1  # probability that a sample loses a channel before the classifier
+    model.drop_path_rate = 0.1  # probability at the last block, 0 at the first
+    model.dropout_ratio = 0.1  # probability that a sample loses a channel before the classifier
     model.dtype = "float32"  # of activations: float32, bfloat16, float64
     model.param_dtype = "float32"  # of parameters and BatchNorm statistics: float32, float64
     model.precision = "highest"  # of float32 products: highest (full float32), high, default (TF32, bfloat16)
-    model.depthwise = "auto"  # auto, shifted, library: ops/depthwise.py, ops/stem.py
+    model.depthwise_impl = "auto"  # auto, shifted, library: ops/depthwise.py, ops/stem.py
 
     config.data = data = ConfigDict()
     data.dataset = "ade20k"
     data.source = "folder"  # folder, array_record (scripts/build_dataset.py), shapes (synthetic)
     data.root = ""  # the folder as mmsegmentation lays it out, or what build_dataset.py wrote
     data.class_names = ()  # of data.dataset="custom", in label order; empty: the lines of <root>/classes.txt
-    data.zero_label_void = False  # label 0 becomes void (255), all others go down by one
-    data.crop = (512, 512)  # pixels, (height, width)
+    data.reduce_zero_label = False  # label 0 becomes void (255), all others go down by one
+    data.crop_size = (512, 512)  # pixels, (height, width)
     data.scale = (2048, 512)  # pixels, (long, short) side that a training image is fitted into
-    data.ratio = (0.5, 2.0)  # the range of the factor on `scale`
-    data.category_share = 0.75  # a crop is redrawn while one class has this share of it or more
-    data.flip = 0.5  # probability of a horizontal flip
-    data.photometric = True  # brightness, contrast, saturation and hue, each with probability 0.5
+    data.ratio_range = (0.5, 2.0)  # the range of the factor on `scale`
+    data.cat_max_ratio = 0.75  # a crop is redrawn while one class has this share of it or more
+    data.flip_prob = 0.5  # probability of a horizontal flip
+    data.photometric_distortion = True  # brightness, contrast, saturation and hue, each with probability 0.5
     data.skip_unreadable = False  # train on the next example instead of stopping, and count it
-    data.workers = 4  # processes that make batches, on each host; 0: threads of the training process
+    data.num_workers = 4  # processes that make batches, on each host; 0: threads of the training process
     data.prefetch = 4  # batches made ahead, over all workers, or by as many threads (at most one a core)
     data.shapes = ConfigDict()
     data.shapes.train = 2048  # examples
@@ -59,9 +61,13 @@ def base_config() -> ConfigDict:
     data.shapes.size = 160  # pixels, mean height and width
 
     config.batch_size = 16  # images a step, over all devices
-    config.accumulation = 1  # micro-batches that a step's batch is computed in; BatchNorm sees a micro-batch
-    config.loss_mean = "all"  # pixels that divide the loss: all (void ones too, the official way), valid
-    config.ema = 0.0  # decay of the averaged weights, e.g. 0.9999; 0: off
+    config.grad_accum_steps = (
+        1  # micro-batches that a step's batch is computed in; BatchNorm sees a micro-batch
+    )
+    config.ignore_void_in_mean = (
+        False  # True divides the loss by the labelled pixels; False, officially, by all
+    )
+    config.ema_decay = 0.0  # decay of the averaged weights, e.g. 0.9999; 0: off
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.beta1 = 0.9
@@ -69,13 +75,13 @@ def base_config() -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.01  # decoupled, times the learning rate
     optimizer.no_decay_norm = False  # leave BatchNorm's scales and biases out of the decay
-    optimizer.head_multiplier = 10.0  # of the learning rate of decode_head
+    optimizer.head_lr_mult = 10.0  # of the learning rate of decode_head
     optimizer.clip_norm = 0.0  # of the gradient of all parameters together; 0: off
 
     config.schedule = schedule = ConfigDict()
     schedule.steps = 160_000
-    schedule.learning_rate = 1.2e-4  # before the head's multiplier
-    schedule.least_learning_rate = 0.0  # that the decay ends at
+    schedule.lr = 1.2e-4  # before the head's multiplier
+    schedule.min_lr = 0.0  # that the decay ends at
     schedule.power = 1.0  # of the polynomial decay
     schedule.warmup_steps = 1500
     schedule.warmup_ratio = 1e-6  # of the learning rate at step 0
@@ -89,18 +95,18 @@ def base_config() -> ConfigDict:
 
     config.log_every = 50  # steps
     config.checkpoint_every = 2000  # steps
-    config.checkpoints_kept = 3  # the newest ones; the best one is kept too
+    config.max_to_keep = 3  # the newest ones; the best one is kept too
     config.evaluate_every = 16_000  # steps
 
     config.evaluation = evaluation = ConfigDict()
     evaluation.scale = (2048, 512)  # pixels, (long, short) side that an image is fitted into
-    evaluation.align = 1  # resize again, up to multiples of this many pixels
-    evaluation.scales = (1.0,)  # factors on `scale`; the softmaxes of several are averaged
+    evaluation.size_divisor = 1  # resize again, up to multiples of this many pixels
+    evaluation.img_ratios = (1.0,)  # factors on `scale`; the softmaxes of several are averaged
     evaluation.flip = False  # average with the mirrored image's
     evaluation.mode = "whole"  # or "slide": windows of `crop`, `stride` apart, averaged where they overlap
-    evaluation.crop = (512, 512)  # pixels, (height, width)
+    evaluation.crop_size = (512, 512)  # pixels, (height, width)
     evaluation.stride = (341, 341)  # pixels, (down, across)
-    evaluation.batch_size = 0  # images that a device computes at once; 0: 1 on a CPU, 8 elsewhere
+    evaluation.per_device_batch_size = 0  # images that a device computes at once; 0: 1 on a CPU, 8 elsewhere
     return config
 
 
@@ -109,11 +115,11 @@ def ade20k(variant: str, *, size: int = 512) -> ConfigDict:
     config = _recipe("ade", variant, 150, "ade20k", "data/ade/ADEChallengeData2016")
     if size != 512:
         config.name += str(size)
-    config.data.zero_label_void = True
-    config.data.crop = (size, size)
+    config.data.reduce_zero_label = True
+    config.data.crop_size = (size, size)
     config.data.scale = config.evaluation.scale = (2048, size)
-    config.evaluation.align = 32
-    config.schedule.learning_rate = 3e-4 if variant == "tiny" else 1.2e-4
+    config.evaluation.size_divisor = 32
+    config.schedule.lr = 3e-4 if variant == "tiny" else 1.2e-4
     return config.lock()
 
 
@@ -124,12 +130,12 @@ def cityscapes(variant: str) -> ConfigDict:
     """
     config = _recipe("cityscapes", variant, 19, "cityscapes", "data/cityscapes")
     config.model.depthwise_head = False
-    config.data.crop = (512, 1024)
+    config.data.crop_size = (512, 1024)
     config.data.scale = config.evaluation.scale = (1024, 512)
     config.batch_size = 8
-    config.schedule.learning_rate = 3e-4
+    config.schedule.lr = 3e-4
     if variant == "base":
-        config.model.width = 128
+        config.model.head_channels = 128
         config.data.scale = (512, 512)
         config.schedule.steps = 80_000
     return config.lock()
@@ -138,8 +144,8 @@ def cityscapes(variant: str) -> ConfigDict:
 def pascal_context(variant: str, *, classes: int) -> ConfigDict:
     """PASCAL Context, 60 classes, or 59 (background is void): 80k steps of batch 16 on 480 x 480 crops."""
     config = _recipe(f"context{classes}", variant, classes, f"context{classes}", "data/VOCdevkit/VOC2010")
-    config.data.zero_label_void = classes == 59
-    config.data.crop = (480, 480)
+    config.data.reduce_zero_label = classes == 59
+    config.data.crop_size = (480, 480)
     config.data.scale = config.evaluation.scale = (520, 520)
     config.schedule.steps = 80_000
     return config.lock()
@@ -148,7 +154,7 @@ def pascal_context(variant: str, *, classes: int) -> ConfigDict:
 def coco_stuff10k(variant: str) -> ConfigDict:
     """COCO-Stuff 10k, 171 classes: 80k steps of batch 16 on 512 x 512 crops."""
     config = _recipe("cocostuff10k", variant, 171, "cocostuff10k", "data/coco_stuff10k")
-    config.data.zero_label_void = True
+    config.data.reduce_zero_label = True
     config.schedule.steps = 80_000
     return config.lock()
 
@@ -160,7 +166,7 @@ def imagenet(variant: str) -> ConfigDict:
     """
     config = _recipe("imagenet", variant, 1000, "imagenet", "data/imagenet")
     config.task = "classification"
-    config.data.crop = (224, 224)
+    config.data.crop_size = (224, 224)
     return config.lock()
 
 
@@ -168,15 +174,15 @@ def shapes() -> ConfigDict:
     """TopFormer-T on the synthetic shapes (data/shapes.py): shows the whole thing in minutes, without data."""
     config = _recipe("shapes", "tiny", 10, "shapes", "")
     config.data.source = "shapes"
-    config.data.workers = 0
-    config.data.crop = (128, 128)
+    config.data.num_workers = 0
+    config.data.crop_size = (128, 128)
     config.data.scale = config.evaluation.scale = (176, 160)  # every image's own size
-    config.data.ratio = (0.75, 1.25)
+    config.data.ratio_range = (0.75, 1.25)
     # A short run from fresh weights: no regularisation, and one high learning rate for all.
-    config.data.photometric = False
-    config.model.drop_path = config.model.dropout = 0.0
-    config.optimizer.head_multiplier = 1.0
-    config.schedule.learning_rate = 3e-3
+    config.data.photometric_distortion = False
+    config.model.drop_path_rate = config.model.dropout_ratio = 0.0
+    config.optimizer.head_lr_mult = 1.0
+    config.schedule.lr = 3e-3
     config.schedule.warmup_steps = 100
     config.schedule.steps = 2000
     config.log_every = 20
@@ -188,7 +194,7 @@ def _recipe(name: str, variant: str, classes: int, dataset: str, root: str) -> C
     config = base_config()
     config.name = f"topformer_{variant[0]}_{name}"
     config.model.variant = variant
-    config.model.classes = classes
+    config.model.num_classes = classes
     config.model.depthwise_head = variant == "tiny"
     config.data.dataset = dataset
     config.data.root = root
@@ -237,24 +243,29 @@ _NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "1 or more",
         lambda number: number >= 1,
-        "batch_size accumulation log_every checkpoint_every checkpoints_kept evaluate_every schedule.steps "
-        "data.crop data.scale data.shapes.train data.shapes.validation "
-        "evaluation.scale evaluation.crop evaluation.stride evaluation.align",
+        "batch_size grad_accum_steps log_every checkpoint_every max_to_keep evaluate_every schedule.steps "
+        "data.crop_size data.scale data.shapes.train data.shapes.validation "
+        "evaluation.scale evaluation.crop_size evaluation.stride evaluation.size_divisor",
     ),
     (
         "0 or more",
         lambda number: number >= 0,
-        "data.workers data.prefetch data.category_share evaluation.batch_size optimizer.eps optimizer.weight_decay "
-        "optimizer.head_multiplier optimizer.clip_norm schedule.learning_rate schedule.least_learning_rate "
+        "data.num_workers data.prefetch data.cat_max_ratio evaluation.per_device_batch_size "
+        "optimizer.eps optimizer.weight_decay "
+        "optimizer.head_lr_mult optimizer.clip_norm schedule.lr schedule.min_lr "
         "schedule.power schedule.warmup_steps",
     ),
-    ("more than 0", lambda number: number > 0, "data.ratio evaluation.scales"),
-    ("0 to 1", lambda number: 0 <= number <= 1, "data.flip schedule.warmup_ratio"),
-    ("0 or more and less than 1", lambda number: 0 <= number < 1, "ema optimizer.beta1 optimizer.beta2"),
+    ("more than 0", lambda number: number > 0, "data.ratio_range evaluation.img_ratios"),
+    ("0 to 1", lambda number: 0 <= number <= 1, "data.flip_prob schedule.warmup_ratio"),
+    (
+        "0 or more and less than 1",
+        lambda number: 0 <= number < 1,
+        "ema_decay optimizer.beta1 optimizer.beta2",
+    ),
     ("0 or more and less than 2**32", lambda number: 0 <= number < 2**32, "seed"),
     ("16 or more", lambda number: number >= 16, "data.shapes.size"),
 )
-_WORDS = {"loss_mean": ("all", "valid"), "evaluation.mode": ("whole", "slide")}
+_WORDS = {"evaluation.mode": ("whole", "slide")}
 
 
 def _check(values: Mapping[str, Any], base: Mapping[str, Any]) -> None:
@@ -271,8 +282,10 @@ def _check(values: Mapping[str, Any], base: Mapping[str, Any]) -> None:
             parts = values[key] if isinstance(values[key], tuple) else (values[key],)
             if not all(abs(part) < math.inf and sensible(part) for part in parts):
                 raise UserError(f"{key} is {values[key]}: expected {expected}")
-    if values["data.ratio"][0] > values["data.ratio"][1]:
-        raise UserError(f"data.ratio is {values['data.ratio']}: expected the smaller factor first")
+    if values["data.ratio_range"][0] > values["data.ratio_range"][1]:
+        raise UserError(
+            f"data.ratio_range is {values['data.ratio_range']}: expected the smaller factor first"
+        )
     for key, words in _WORDS.items():
         if values[key] not in words:
             raise UserError(f"{key} is {values[key]!r}: expected {' or '.join(words)}")

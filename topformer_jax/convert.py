@@ -95,7 +95,7 @@ def read(
             "only a segmenter can start from a classifier's backbone; the config is a classifier's"
         )
     path = pathlib.Path(path)
-    places = models.tensors(model)
+    places = models.named_variables(model)
     fresh = fresh_names(places, part)
     wanted = {name: np.empty(variable.shape) for name, variable in places.items() if name not in fresh}
     is_file = not path.is_dir()
@@ -113,7 +113,7 @@ def read(
             )  # same shapes
     unread = ("head.",) if part == "backbone" else ()
     found = {name: t for name, t in found.items() if name not in fresh and not name.startswith(unread)}
-    checkpoint_lib.require_fit(
+    checkpoint_lib.check_state_dict(
         {name: tensor.shape for name, tensor in found.items()},
         {name: tensor.shape for name, tensor in wanted.items()},
         str(path),
@@ -225,8 +225,8 @@ def main() -> None:
     if args.summary:
         if config is None:
             raise UserError("--summary needs --config FILE")
-        size = _size(args.size) if args.size else tuple(config.data.crop)
-        print(f"TopFormer {config.model.variant}, {config.model.classes} classes, {size[0]} x {size[1]}")
+        size = _size(args.size) if args.size else tuple(config.data.crop_size)
+        print(f"TopFormer {config.model.variant}, {config.model.num_classes} classes, {size[0]} x {size[1]}")
         print(cli.table(summary(config, size)))
         return
     if not args.checkpoint or not args.output:
@@ -252,7 +252,7 @@ def main() -> None:
 
 def origin_table(model: nnx.Module, part: str, source: object) -> str:
     """Which of a model's boxes were taken from a checkpoint and which start fresh."""
-    places = models.tensors(model)
+    places = models.named_variables(model)
     fresh = fresh_names(places, part)
     tensors: Counter[tuple[str, bool]] = Counter()
     parameters: Counter[tuple[str, bool]] = Counter()
@@ -271,7 +271,7 @@ def _mmcv_meta(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What the official code reads of a checkpoint beside its tensors: classes, palette, iteration."""
     meta = {"epoch": 0, "iter": 0, "topformer_jax": __version__, **metadata.get("meta", {})}
     data_set = CATALOG.get(metadata.get("config", {}).get("data", {}).get("dataset", ""))
-    classes = metadata.get("config", {}).get("model", {}).get("classes")
+    classes = metadata.get("config", {}).get("model", {}).get("num_classes")
     if data_set is not None and len(data_set.classes) == classes and not meta.get("CLASSES"):
         meta["CLASSES"] = list(data_set.classes)
         meta["PALETTE"] = [list(colour) for colour in data_set.palette]
@@ -292,9 +292,11 @@ def _advice(found: Mapping[str, np.ndarray], config: ConfigDict) -> str:
     if config.task == "classification" and "decode_head.conv_seg.weight" in found:
         return "it is a segmenter's: use the config of its data set"
     if any(
-        name.startswith(CLASS_LAYERS) and config.model.classes not in t.shape for name, t in found.items()
+        name.startswith(CLASS_LAYERS) and config.model.num_classes not in t.shape for name, t in found.items()
     ):
-        return f"it has not the config's {config.model.classes} classes: use its own config, or --new-head"
+        return (
+            f"it has not the config's {config.model.num_classes} classes: use its own config, or --new-head"
+        )
     return "use the config that it was made with"
 
 

@@ -1,7 +1,7 @@
 """Scores a checkpoint on a data set's validation split, as mmsegmentation does, to the pixel.
 
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint TopFormer-B.pth
-  python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint runs/b --scales 0.5,1,1.5 --flip
+  python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint runs/b --img-ratios 0.5,1
 
 The checkpoint is a .pth file, a checkpoint folder or a training run's work directory. Writes metrics.json,
 confusion.csv (a row a label, a column a prediction) and report.html into the work directory.
@@ -29,12 +29,22 @@ from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.errors import UserError
-from topformer_jax.views import Labels, Picture, Prepared, Room, Size, blank, plan, prepare, untile
+from topformer_jax.views import (
+    InferenceInput,
+    Labels,
+    Picture,
+    ShapeBucket,
+    Size,
+    blank,
+    plan,
+    prepare,
+    untile,
+)
 
 IN_FLIGHT = 2  # batches that the devices may be behind
 
 
-class Seen(NamedTuple):
+class ExampleResult(NamedTuple):
     """One example of this process, after its batch was computed; `prediction()` brings the labels to the host."""
 
     number: int
@@ -59,14 +69,14 @@ def evaluate(
     mesh: Mesh,
     *,
     tensors: dict[str, np.ndarray] | None = None,
-    each: Callable[[Seen], None] = lambda _: None,
+    each: Callable[[ExampleResult], None] = lambda _: None,
     progress: Callable[[int, str], None] = lambda *_: None,
 ) -> Result:
     """Counts every example once, on all devices of all processes.
 
     Every process reads and computes its rows of every batch; the confusion matrix stays on the devices and is
-    summed once at the end. The labels are exact integers, whatever the number of devices, as long as
-    `evaluation.batch_size` (of one device) stays the same.
+    sum_over_processes once at the end. The labels are exact integers, whatever the number of devices, as long as
+    `evaluation.per_device_batch_size` (of one device) stays the same.
 
     Args:
         model: it is switched to inference mode.
@@ -81,9 +91,9 @@ def evaluate(
         UserError: an example cannot be read; a setting has a value that does not exist.
     """
     programs = inference.programs(model, config.evaluation, mesh)
-    named = models.values(model) if tensors is None else tensors
+    named = models.state_dict(model) if tensors is None else tensors
     values = jax.device_put(named, NamedSharding(mesh, P()))
-    rows = (config.evaluation.batch_size or _images_at_once()) * mesh.size
+    rows = (config.evaluation.per_device_batch_size or _images_at_once()) * mesh.size
     planned = plan(_sizes(source), config.evaluation, rows)
     mine = _own_rows(programs, rows)
     work = [
@@ -91,24 +101,24 @@ def evaluate(
     ]
     dtype = programs.dtype.name
 
-    def read(item: tuple[int, Room]) -> _Read:
+    def read(item: tuple[int, ShapeBucket]) -> _LoadedExample:
         index, space = item
         example = source[index]
         image, label = loader.decoded(example, config)
         prepared = prepare(image, label, config.evaluation, space, dtype)
-        return _Read(index, example.name, image, label, prepared)
+        return _LoadedExample(index, example.name, image, label, prepared)
 
     examples = loader.in_order(read, work)
     totals = programs.totals()
     quality = np.zeros((len(source), 2), np.float32)
-    behind: collections.deque[tuple[dict[int, _Read], Array, Array]] = collections.deque()
+    behind: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
     begun = 0
     compiled: set[Size] = set()
     for batch in planned:
         new = [f"{height}x{width}" for height, width in batch.networks if (height, width) not in compiled]
         compiled |= set(batch.networks)
         progress(begun, ", ".join(new))
-        local: dict[int, _Read] = {row: next(examples) for row in mine if row < len(batch.indices)}
+        local: dict[int, _LoadedExample] = {row: next(examples) for row in mine if row < len(batch.indices)}
         empty = blank(batch.networks, batch.space, config.evaluation, dtype)
         pictures = {row: local[row].prepared if row in local else empty for row in mine}
         filled = inference.stack(pictures, programs, rows)
@@ -119,18 +129,20 @@ def evaluate(
         while len(behind) > IN_FLIGHT or (behind and batch is planned[-1]):
             _finish(*behind.popleft(), quality, each)
     progress(begun, "")
-    quality = sharding.over_processes(quality).sum(0)
-    return Result(sharding.summed(_confusion(totals, programs.classes)), quality[:, 0], quality[:, 1])
+    quality = sharding.gather_processes(quality).sum(0)
+    return Result(
+        sharding.sum_over_processes(_confusion(totals, programs.classes)), quality[:, 0], quality[:, 1]
+    )
 
 
-class _Read(NamedTuple):
+class _LoadedExample(NamedTuple):
     """An example on the host, ready for the devices."""
 
     number: int
     name: str
     image: Picture
     label: Labels
-    prepared: Prepared
+    prepared: InferenceInput
 
 
 def _images_at_once() -> int:
@@ -143,21 +155,21 @@ def _sizes(source: sources.Source) -> list[Size]:
     found = np.zeros((len(source), 2), np.int64)
     for index, size in zip(mine, loader.in_order(source.label_size, mine), strict=True):
         found[index] = size
-    return [(int(height), int(width)) for height, width in sharding.summed(found)]
+    return [(int(height), int(width)) for height, width in sharding.sum_over_processes(found)]
 
 
-def _own_rows(programs: inference.Programs, rows: int) -> list[int]:
+def _own_rows(programs: inference.CompiledInference, rows: int) -> list[int]:
     """The rows of a batch that lie on this process's devices, in order."""
     indices: Any = programs.over_devices.addressable_devices_indices_map((rows,)).values()
     return sorted(row for index in indices for row in range(*index[0].indices(rows)))
 
 
 def _finish(
-    local: dict[int, _Read],
+    local: dict[int, _LoadedExample],
     predictions: Array,
     pixels: Array,
     quality: np.ndarray,
-    each: Callable[[Seen], None],
+    each: Callable[[ExampleResult], None],
 ) -> None:
     """Takes from the devices what a batch gave: it waits for them."""
     found = _rows_of(pixels)
@@ -171,7 +183,7 @@ def _finish(
         def prediction(row: int = row, size: Size = (label.shape[0], label.shape[1])) -> Labels:
             return untile(_rows_of(predictions)[row], size)
 
-        each(Seen(number, name, image, label, prediction))
+        each(ExampleResult(number, name, image, label, prediction))
 
 
 def _rows_of(array: Array) -> dict[int, np.ndarray]:
@@ -196,7 +208,7 @@ def run(config: ConfigDict, model: models.Segmenter, workdir: pathlib.Path, opti
     if jax.process_index() == 0:
         files.make_folder(workdir)
 
-    def save(seen: Seen) -> None:
+    def save(seen: ExampleResult) -> None:
         if options.predictions:
             path = options.predictions / f"{seen.name}.png"
             pictures.write_indexed(path, seen.prediction(), data_set.palette)
@@ -251,10 +263,10 @@ def _write(
 
     predict = inference.Predictor(model, config.evaluation)
 
-    def shown(index: int) -> report.Shown:
+    def shown(index: int) -> report.ReportExample:
         example = source[index]
         image, label = loader.decoded(example, config)
-        return report.Shown(
+        return report.ReportExample(
             example.name, result.accuracy[index], result.miou[index], image, label, predict(image)
         )
 
@@ -302,10 +314,10 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=pathlib.Path, required=True, metavar="PATH", help=".pth or folder"
     )
-    parser.add_argument("--scales", metavar="S,S,...", help="factors on evaluation.scale, averaged")
+    parser.add_argument("--img-ratios", metavar="S,S,...", help="factors on evaluation.scale, averaged")
     parser.add_argument("--flip", action="store_true", help="average with the mirrored images")
     parser.add_argument(
-        "--slide", action="store_true", help="windows of evaluation.crop instead of the whole"
+        "--slide", action="store_true", help="windows of evaluation.crop_size instead of the whole"
     )
     parser.add_argument("--split", choices=sources.SPLITS, default="validation", help="default: validation")
     parser.add_argument(
@@ -326,8 +338,8 @@ def main() -> None:
         raise UserError(f"--pictures is {args.pictures}: expected 0 or more")
     sharding.start_processes(args.coordinator, args.processes, args.process_id)
     changes: dict[str, object] = {}
-    if args.scales:
-        changes["evaluation.scales"] = cli.numbers("--scales", args.scales)
+    if args.img_ratios:
+        changes["evaluation.img_ratios"] = cli.numbers("--img-ratios", args.img_ratios)
     if args.flip:
         changes["evaluation.flip"] = True
     if args.slide:
@@ -335,7 +347,7 @@ def main() -> None:
     config = config_lib.load(config, changes)
     model = models.build_segmenter(config)
     tensors, _ = convert.read(args.checkpoint, model, config)
-    checkpoint_lib.assign(model, tensors)
+    checkpoint_lib.load_state_dict(model, tensors)
     workdir = args.workdir or pathlib.Path("runs") / config.name / "evaluate"
     run(config, model, workdir, Options(args.checkpoint, args.split, args.save_predictions, args.pictures))
 

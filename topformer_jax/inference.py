@@ -25,13 +25,13 @@ from topformer_jax import models
 from topformer_jax.config import base_config
 from topformer_jax.data.augment import normalise
 from topformer_jax.metrics import confusion_counts
-from topformer_jax.models.layers import Numerics
+from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.ops import tiled
-from topformer_jax.ops.tiled import View
+from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.views import (
+    InferenceInput,
     Labels,
     Picture,
-    Prepared,
     extents,
     flips,
     prepare,
@@ -42,7 +42,7 @@ from topformer_jax.views import (
 LIMB = 20  # bits of the lower half of a count
 
 
-class Programs:
+class CompiledInference:
     """The compiled programs of a network on a mesh: every device computes its own pictures, alone.
 
     A device always has the same number of pictures at once, so that what it computes for one does not depend
@@ -53,17 +53,17 @@ class Programs:
         self,
         graphdef: nnx.GraphDef,
         classes: int,
-        numerics: Numerics,
+        policy: DTypePolicy,
         evaluation: FrozenConfigDict,
         mesh: Mesh,
     ):
         self.classes = classes
-        self.dtype = np.dtype(numerics.wide)
+        self.dtype = np.dtype(policy.wide)
         self.evaluation = evaluation
         self.mesh = mesh
         self.over_devices = NamedSharding(mesh, P(mesh.axis_names))
         self._graphdef = graphdef
-        self._precision = numerics.precision
+        self._precision = policy.precision
         batch, every = P(mesh.axis_names), P()
         share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
         self.logits = jax.jit(share(self._logits, in_specs=(every, batch, every), out_specs=batch))
@@ -74,11 +74,11 @@ class Programs:
             share(self._probabilities, in_specs=(batch, batch, batch), out_specs=batch)
         )
 
-    def views(self, values: Any, batch: Prepared) -> list[View]:
+    def views(self, values: Any, batch: InferenceInput) -> list[ViewLogits]:
         """The logits of all views of a batch of prepared pictures (arrays over the mesh)."""
         seen = [(image, flip) for image in batch.images for flip in flips(self.evaluation)]
         return [
-            View(self.logits(values, image, np.bool_(flip)), rows, columns)
+            ViewLogits(self.logits(values, image, np.bool_(flip)), rows, columns)
             for (image, flip), rows, columns in zip(seen, batch.rows, batch.columns, strict=True)
         ]
 
@@ -92,7 +92,7 @@ class Programs:
         n, *network = images.shape[:3]
         images = jnp.where(flip, images[:, :, ::-1], images)
         images = normalise(images, self.dtype)
-        model = models.with_tensors(self._graphdef, values)
+        model = models.merge_state_dict(self._graphdef, values)
         (tops, height), (lefts, width) = windows((network[0], network[1]), self.evaluation)
         if len(tops) * len(lefts) == 1:
             logits = model(images)
@@ -112,7 +112,7 @@ class Programs:
         return jnp.pad(logits, ((0, 0), *pad, (0, 0))).swapaxes(2, 3)
 
     def _count(
-        self, views: list[View], grids: Array, labels: Array, totals: Array
+        self, views: list[ViewLogits], grids: Array, labels: Array, totals: Array
     ) -> tuple[Array, Array, Array]:
         """Labels of the pictures, their pixels a class (right, labelled, predicted), and the counts so far."""
         classes = self.classes
@@ -138,7 +138,7 @@ class Programs:
         return predictions, pixels, totals
 
     def _probabilities(
-        self, views: list[View], grids: Array, labels: Array
+        self, views: list[ViewLogits], grids: Array, labels: Array
     ) -> Float[Array, "n tiles rows columns classes"]:
         """The softmax of each pixel of the pictures, the mean of all views'."""
 
@@ -155,14 +155,14 @@ class Programs:
         return lax.map(one, (views, grids, labels))
 
 
-def programs(model: models.Segmenter, evaluation: ConfigDict, mesh: Mesh) -> Programs:
+def programs(model: models.Segmenter, evaluation: ConfigDict, mesh: Mesh) -> CompiledInference:
     """The programs of a model on a mesh; asked again for the same network and settings, they are compiled already."""
     model.eval()
     graphdef, _ = nnx.split(model)
-    return _programs(graphdef, model.classes, model.numerics, FrozenConfigDict(evaluation), mesh)
+    return _programs(graphdef, model.num_classes, model.policy, FrozenConfigDict(evaluation), mesh)
 
 
-_programs = functools.lru_cache(maxsize=8)(Programs)
+_programs = functools.lru_cache(maxsize=8)(CompiledInference)
 
 
 class Predictor:
@@ -182,7 +182,7 @@ class Predictor:
     ):
         mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
         self._programs = programs(model, evaluation, mesh)
-        named = models.values(model) if tensors is None else dict(tensors)
+        named = models.state_dict(model) if tensors is None else dict(tensors)
         self._values = jax.device_put(named, NamedSharding(mesh, P()))
 
     def __call__(self, image: Picture) -> Labels:
@@ -196,11 +196,11 @@ class Predictor:
         values = untile(np.asarray(tiles)[0], (image.shape[0], image.shape[1]))
         return self._labels(image, batch, views), values
 
-    def _labels(self, image: Picture, batch: Prepared, views: list[View]) -> Labels:
+    def _labels(self, image: Picture, batch: InferenceInput, views: list[ViewLogits]) -> Labels:
         predictions, _, _ = self._programs.count(views, batch.grid, batch.labels, self._programs.totals())
         return untile(np.asarray(predictions)[0], (image.shape[0], image.shape[1]))
 
-    def _look(self, image: Picture) -> tuple[Prepared, list[View]]:
+    def _look(self, image: Picture) -> tuple[InferenceInput, list[ViewLogits]]:
         prepared = prepare(image, None, self._programs.evaluation, dtype=self._programs.dtype.name)
         batch = stack({0: prepared}, self._programs, 1)
         return batch, self._programs.views(self._values, batch)
@@ -219,11 +219,11 @@ def segment(model: models.Segmenter, image: Picture, evaluation: ConfigDict | No
     """
     if evaluation is None:
         evaluation = base_config().evaluation
-        evaluation.align = 32
+        evaluation.size_divisor = 32
     return Predictor(model, evaluation)(image)
 
 
-def stack(pictures: Mapping[int, Prepared], programs: Programs, rows: int) -> Prepared:
+def stack(pictures: Mapping[int, InferenceInput], programs: CompiledInference, rows: int) -> InferenceInput:
     """One batch over the mesh from this process's rows of it, prepared for one room and the same network inputs."""
 
     def put(*leaves: np.ndarray) -> Array:

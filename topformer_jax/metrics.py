@@ -1,4 +1,4 @@
-"""Scores of a segmentation: counts are integers, summed over everything, and divided once."""
+"""Scores of a segmentation: counts are integers, sum_over_processes over everything, and divided once."""
 
 from typing import NamedTuple
 

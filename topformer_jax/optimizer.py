@@ -21,8 +21,8 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
     real = jnp.zeros(()).dtype
     step = jnp.asarray(step)
     left = jnp.maximum(schedule.steps - step, 0).astype(real) / schedule.steps
-    poly = (schedule.learning_rate - schedule.least_learning_rate) * left**schedule.power
-    poly = poly + schedule.least_learning_rate
+    poly = (schedule.lr - schedule.min_lr) * left**schedule.power
+    poly = poly + schedule.min_lr
     warmup = schedule.warmup_steps
     if warmup == 0:
         return poly
@@ -33,14 +33,14 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW for parameters by official name, in PyTorch's decoupled form.
 
-    The head's parameters (`decode_head.*`) move with `head_multiplier` times the learning rate, their weight
+    The head's parameters (`decode_head.*`) move with `head_lr_mult` times the learning rate, their weight
     decay too. Decay is on for every parameter, as it is officially (the official exception is spelled `norm`,
     which no name contains); `no_decay_norm` leaves BatchNorm's out. `clip_norm` > 0 clips the global norm.
     """
     settings = config.optimizer
 
     def speed_up_head(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
-        multiplier = settings.head_multiplier
+        multiplier = settings.head_lr_mult
         return {
             name: update * multiplier if name.startswith(HEAD) else update for name, update in updates.items()
         }

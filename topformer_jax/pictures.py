@@ -1,4 +1,4 @@
-"""What a person looks at: painted labels, overlays with a legend, grids of pictures, and their files.
+"""What a person looks at: colorize labels, overlays with a legend, grids of pictures, and their files.
 
 Pictures are RGB, uint8; labels are uint8, and a label that is no class (void is 255) is black.
 """
@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from topformer_jax import files
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.transforms import VOID
+from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.errors import UserError
 
 Picture = UInt8[np.ndarray, "h w 3"]
-Sheet = UInt8[np.ndarray, "_ _ 3"]  # a picture of its own size, whatever those beside it have
+Canvas = UInt8[np.ndarray, "_ _ 3"]  # a picture of its own size, whatever those beside it have
 Labels = UInt8[np.ndarray, "h w"]
 Colour = tuple[int, int, int]
 Format = Literal["jpeg", "png"]
@@ -37,7 +37,7 @@ JPEG_SIDE = 65500  # pixels, at most
 FORMATS: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
 
 
-def painted(labels: Labels, palette: Sequence[Colour]) -> Picture:
+def colorize(labels: Labels, palette: Sequence[Colour]) -> Picture:
     """Labels as a picture: every pixel in its class's colour."""
     return _colours(palette)[labels]
 
@@ -45,22 +45,22 @@ def painted(labels: Labels, palette: Sequence[Colour]) -> Picture:
 def errors(label: Labels, prediction: Labels) -> Picture:
     """Where a prediction is wrong: orange; right pixels are a dim green, void is black."""
     colours = np.array([RIGHT, WRONG, (0, 0, 0)], np.uint8)
-    return colours[np.where(label == VOID, 2, label != prediction)]
+    return colours[np.where(label == IGNORE_LABEL, 2, label != prediction)]
 
 
-def blended(image: Picture, labels: Labels, palette: Sequence[Colour], *, opacity: float = 0.5) -> Picture:
-    """A picture under its painted labels, pixel by pixel.
+def blend(image: Picture, labels: Labels, palette: Sequence[Colour], *, opacity: float = 0.5) -> Picture:
+    """A picture under its colorize labels, pixel by pixel.
 
     Raises:
         UserError: the opacity is not between 0 (none of the labels to be seen) and 1 (nothing of the image).
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"opacity is {opacity}, expected a number from 0 to 1")
-    return cv2.addWeighted(image, 1 - opacity, painted(labels, palette), opacity, 0)
+    return cv2.addWeighted(image, 1 - opacity, colorize(labels, palette), opacity, 0)
 
 
-def overlay(image: Picture, labels: Labels, data_set: DataSet, *, opacity: float = 0.5) -> Sheet:
-    """`blended`, with a legend: the classes that are there and their shares of the pixels.
+def overlay(image: Picture, labels: Labels, data_set: DataSet, *, opacity: float = 0.5) -> Canvas:
+    """`blend`, with a legend: the classes that are there and their shares of the pixels.
 
     The legend is under the picture, or to the right of a tall one, in letters that grow with the picture. A picture
     of less than 400 pixels is enlarged by a whole factor first, so that the legend does not dwarf it.
@@ -68,24 +68,24 @@ def overlay(image: Picture, labels: Labels, data_set: DataSet, *, opacity: float
     Raises:
         UserError: the opacity is not between 0 and 1.
     """
-    blend = blended(image, labels, data_set.palette, opacity=opacity)
+    canvas = blend(image, labels, data_set.palette, opacity=opacity)
     factor = max(1, SMALL // max(labels.shape))
-    blend = blend.repeat(factor, 0).repeat(factor, 1)
-    height, width, _ = blend.shape
+    canvas = canvas.repeat(factor, 0).repeat(factor, 1)
+    height, width, _ = canvas.shape
     size = round(min(max(math.sqrt(height * width) / 40, LETTERS[0]), LETTERS[1]))
     if height > 1.2 * width:
         legend = _legend(labels, data_set, size, height=height)
-        return _paste([(0, 0, blend), (0, width, legend)])
-    return _paste([(0, 0, blend), (height, 0, _legend(labels, data_set, size, width=width))])
+        return _paste([(0, 0, canvas), (0, width, legend)])
+    return _paste([(0, 0, canvas), (height, 0, _legend(labels, data_set, size, width=width))])
 
 
 def grid(
-    rows: Sequence[Sequence[Sheet]],
+    rows: Sequence[Sequence[Canvas]],
     captions: Sequence[str] | None = None,
     height: int = 192,
     *,
     titles: Sequence[str] | None = None,
-) -> Sheet:
+) -> Canvas:
     """Rows of pictures, side by side with white gaps.
 
     Args:
@@ -106,7 +106,7 @@ def grid(
     if not widths:
         raise ValueError("a grid needs a picture")
     size = min(max(height // 14, 11), 40)
-    pieces: list[tuple[int, int, Sheet]] = []
+    pieces: list[tuple[int, int, Canvas]] = []
     top = 0
     if titles is not None:
         for title, left, width in zip(titles, lefts, widths, strict=True):
@@ -165,7 +165,7 @@ def _colours(palette: Sequence[Colour]) -> UInt8[np.ndarray, "256 3"]:
     return colours
 
 
-def _fitted(picture: Picture, height: int, width: int) -> Sheet:
+def _fitted(picture: Picture, height: int, width: int) -> Canvas:
     """A picture scaled into a box."""
     scale = min(height / picture.shape[0], width / picture.shape[1])
     size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
@@ -174,7 +174,7 @@ def _fitted(picture: Picture, height: int, width: int) -> Sheet:
     )  # which keeps pixels square when it enlarges
 
 
-def _paste(pieces: Sequence[tuple[int, int, Sheet]], paper: Colour = PAPER) -> Sheet:
+def _paste(pieces: Sequence[tuple[int, int, Canvas]], paper: Colour = PAPER) -> Canvas:
     """Pictures on one sheet, each at its (top, left)."""
     height = max(top + piece.shape[0] for top, _, piece in pieces)
     width = max(left + piece.shape[1] for _, left, piece in pieces)
@@ -186,7 +186,7 @@ def _paste(pieces: Sequence[tuple[int, int, Sheet]], paper: Colour = PAPER) -> S
 
 def _legend(
     labels: Labels, data_set: DataSet, size: int, *, width: int | None = None, height: int | None = None
-) -> Sheet:
+) -> Canvas:
     """The classes by their share of the pixels, in as many columns as a width allows or a height asks for."""
     font = _font(size)
     entries = _shares(labels, data_set)
@@ -228,7 +228,7 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "<0.1%"
 
 
-def _line(text: str, size: int, width: int) -> Sheet:
+def _line(text: str, size: int, width: int) -> Canvas:
     """A line of text, twice the font's size high."""
     font = _font(size)
     sheet = Image.new("RGB", (width, 2 * size), (255, 255, 255))

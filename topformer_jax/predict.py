@@ -126,7 +126,7 @@ def main() -> None:
         print(f"left out, no pictures: {len(others)} files ({', '.join(others[:3])}{more})")
     model = models.build_segmenter(config)
     tensors, _ = convert.read(args.checkpoint, model, config)
-    checkpoint_lib.assign(model, tensors)
+    checkpoint_lib.load_state_dict(model, tensors)
     files.make_folder(args.output)
     predictor = inference.Predictor(model, config.evaluation)
     with logs.Progress(len(work), "pictures") as show:

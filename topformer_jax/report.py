@@ -12,11 +12,11 @@ from jaxtyping import Int64
 
 from topformer_jax import files, metrics, pictures
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.transforms import VOID
+from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.pictures import Labels, Picture
 
 SIZE = 480, 720  # pixels: how wide and how high an embedded picture is at most
-FLAT = 60_000  # bytes: a painted map that takes more as PNG is embedded as JPEG
+FLAT = 60_000  # bytes: a colorize map that takes more as PNG is embedded as JPEG
 NAMED = 64  # classes: an axis with more of them has numbers instead of names
 NUMBERED = 24  # classes: a matrix with more of them has no numbers in its cells
 SHADES = 20  # of a cell's colour
@@ -25,7 +25,7 @@ CONFUSIONS = 20  # in their table
 Confusion = Int64[np.ndarray, "classes classes"]
 
 
-class Shown(NamedTuple):
+class ReportExample(NamedTuple):
     """An example for a report, with the scores of this image alone (shares of 1, nan where there are none)."""
 
     name: str
@@ -43,8 +43,8 @@ def write_report(
     facts: Mapping[str, str],
     data_set: DataSet,
     confusion: Confusion,
-    best: Sequence[Shown],
-    worst: Sequence[Shown],
+    best: Sequence[ReportExample],
+    worst: Sequence[ReportExample],
 ) -> None:
     """Writes the report, and the folders above it.
 
@@ -206,19 +206,21 @@ def _confusions(confusion: Confusion, data_set: DataSet) -> str:
     )
 
 
-def _example(shown: Shown, data_set: DataSet) -> str:
+def _example(shown: ReportExample, data_set: DataSet) -> str:
     """Image, label, prediction and errors side by side, and the classes in them, the largest first."""
     panels: list[tuple[str, Picture, pictures.Format]] = [
         ("image", shown.image, "jpeg"),
-        ("label", pictures.painted(shown.label, data_set.palette), "png"),
-        ("prediction", pictures.painted(shown.prediction, data_set.palette), "png"),
+        ("label", pictures.colorize(shown.label, data_set.palette), "png"),
+        ("prediction", pictures.colorize(shown.prediction, data_set.palette), "png"),
         ("errors", pictures.errors(shown.label, shown.prediction), "png"),
     ]
     images = "".join(
         f"<div>{_image(picture, f'{name} of {shown.name}', format)}<small>{name}</small></div>"
         for name, picture, format in panels
     )
-    counts = np.bincount(np.concatenate([shown.label.ravel(), shown.prediction.ravel()]), minlength=VOID + 1)
+    counts = np.bincount(
+        np.concatenate([shown.label.ravel(), shown.prediction.ravel()]), minlength=IGNORE_LABEL + 1
+    )
     classes = [
         x for x in np.argsort(-counts, kind="stable").tolist() if counts[x] and x < len(data_set.classes)
     ]

@@ -34,11 +34,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"a mesh of data {config.mesh.data} x fsdp {fsdp} does not cover the {count} devices: "
             "set mesh.data=-1 and mesh.fsdp to a divisor of their number"
         )
-    micro_batch, rest = divmod(config.batch_size, config.accumulation)
+    micro_batch, rest = divmod(config.batch_size, config.grad_accum_steps)
     if rest or micro_batch % count:
         raise UserError(
-            f"a batch of {config.batch_size} images in {config.accumulation} micro-batches cannot be divided "
-            f"evenly over {count} devices: set batch_size to a multiple of {config.accumulation * count}"
+            f"a batch of {config.batch_size} images in {config.grad_accum_steps} micro-batches cannot be divided "
+            f"evenly over {count} devices: set batch_size to a multiple of {config.grad_accum_steps * count}"
         )
     return jax.make_mesh(
         (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=chosen
@@ -85,14 +85,14 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def summed(counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+def sum_over_processes(counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     """The sum over processes. Counts of pixels outgrow JAX's 32 bits, so two halves of them travel."""
     halves = np.stack([counts >> 31, counts & (2**31 - 1)]).astype(np.int32)
-    high, low = over_processes(halves).astype(np.int64).sum(0)
+    high, low = gather_processes(halves).astype(np.int64).sum(0)
     return (high << 31) + low
 
 
-def over_processes(array: np.ndarray) -> np.ndarray:
+def gather_processes(array: np.ndarray) -> np.ndarray:
     """Every process's array, one after the other; all processes must call it in the same order."""
     if jax.process_count() == 1:
         return array[None]

@@ -18,7 +18,7 @@ from topformer_jax import models, sharding
 from topformer_jax.data.augment import augment
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import VOID, LossSums, upsampled_cross_entropy
+from topformer_jax.ops.loss import IGNORE_LABEL, LossSums, upsampled_cross_entropy
 from topformer_jax.optimizer import learning_rate, optimizer
 
 Tensors = dict[str, Array]
@@ -34,7 +34,7 @@ class TrainState:
 
     `step` (int32, a scalar) is how many steps were made; with the config it fixes the data position and all
     random draws. `params`, `stats` and `average` are tensors by name; `average` holds the averaged parameters and
-    statistics where `config.ema` is on, and is empty elsewhere. `optimizer` is optax's state. The fields are
+    statistics where `config.ema_decay` is on, and is empty elsewhere. `optimizer` is optax's state. The fields are
     of any type because a tree of shapes or of layouts is a `TrainState` too.
     """
 
@@ -87,9 +87,9 @@ def prepare(
     model = models.build(config) if model is None else model
     model.train()
     graphdef, *_ = nnx.split(model)
-    params, stats = models.values(model, nnx.Param), models.values(model, nnx.BatchStat)
+    params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
     transform = optimizer(config)
-    average = jax.tree.map(jnp.copy, params | stats) if config.ema else {}
+    average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
     # Under jit: by itself optax compiles a program for the zeros of each shape, 2 s in all.
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, jax.jit(transform.init)(params), average)
     layout = sharding.state_sharding(state, mesh)
@@ -119,27 +119,29 @@ def train_step(
     loss_function: LossFunction,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step: augment, forward, backward, update. Pure; see `create` for the batch."""
-    count = config.accumulation
+    count = config.grad_accum_steps
     # Interleaved, so that every device's share of a micro-batch is of its own examples.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
     wide = at_least_float32(models.DTYPES[config.model.dtype])
     pixels = batch["label"].size
-    divisor = pixels if config.loss_mean == "all" else jnp.maximum(jnp.sum(batch["label"] != VOID), 1)
+    divisor = (
+        pixels if not config.ignore_void_in_mean else jnp.maximum(jnp.sum(batch["label"] != IGNORE_LABEL), 1)
+    )
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT), state.step)
 
     def loss_of(params: Tensors, stats: Tensors, micro_batch: Tensors, key: Array) -> tuple[Array, Any]:
         images, labels = augment(
             micro_batch,
             config.seed,
-            flip=config.data.flip,
-            photometric=config.data.photometric,
+            flip=config.data.flip_prob,
+            photometric=config.data.photometric_distortion,
             dtype=wide,
         )
-        model = models.with_tensors(graphdef, params | stats)
+        model = models.merge_state_dict(graphdef, params | stats)
         logits = model(images, rngs=nnx.Rngs(dropout=key))
         sums = loss_function(logits, labels, precision=config.model.precision)
         loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype)
-        return loss, (models.values(model, nnx.BatchStat), loss, sums.correct, sums.valid)
+        return loss, (models.state_dict(model, nnx.BatchStat), loss, sums.correct, sums.valid)
 
     def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
         stats, gradient, sums = carry
@@ -161,7 +163,7 @@ def train_step(
         updates, optimizer_state = transform.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     new = params | stats
-    average = {name: _averaged(old, new[name], config.ema) for name, old in state.average.items()}
+    average = {name: _averaged(old, new[name], config.ema_decay) for name, old in state.average.items()}
     metrics = {
         "loss": loss,
         "pixel_accuracy": correct / jnp.maximum(valid, 1),

@@ -27,7 +27,7 @@ from topformer_jax import checkpoint as checkpoint_lib
 from topformer_jax import cli, files, logs, metrics, models, pictures, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
-from topformer_jax.evaluate import Seen, evaluate
+from topformer_jax.evaluate import ExampleResult, evaluate
 from topformer_jax.step import TrainState, create
 
 PICTURES = 6  # rows of the picture grid
@@ -53,13 +53,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         from topformer_jax import convert
 
         tensors, _ = convert.read(config.init_from, model, config, config.init_part)
-        checkpoint_lib.assign(model, tensors)
+        checkpoint_lib.load_state_dict(model, tensors)
         if first:
             print(convert.origin_table(model, config.init_part, config.init_from))
     state, train_step = create(config, mesh, model)
     for folder in ("checkpoints", "pictures", "tensorboard"):
         files.make_folder(workdir / folder, "another --workdir")
-    checkpoints = checkpoint_lib.Checkpoints(workdir / "checkpoints", config.checkpoints_kept)
+    checkpoints = checkpoint_lib.Checkpoints(workdir / "checkpoints", config.max_to_keep)
     start = checkpoints.latest or 0
     if start:
         state = _restored(checkpoints, start, state, config)
@@ -73,11 +73,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         epochs = steps * config.batch_size / len(train_source)
         logs.banner(
             {
-                "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.classes} classes, "
+                "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
                 f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
                 "data": f"{config.data.dataset} ({config.data.source}), {len(train_source)} training and "
                 f"{len(validation_source)} validation examples",
-                "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop}",
+                "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
                 "devices": f"{jax.device_count()} x {device.device_kind} in {jax.process_count()} processes, mesh "
                 + " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
                 "writing to": workdir,
@@ -205,9 +205,9 @@ def _restored(
         raise UserError(
             f"{checkpoints.directory} holds a run of another model; name another --workdir, or remove this one"
         )
-    if config.ema and not stored.get("ema"):
+    if config.ema_decay and not stored.get("ema_decay"):
         raise UserError(
-            f"{checkpoints.directory} holds a run without averages; leave --config.ema=0, or name another --workdir"
+            f"{checkpoints.directory} holds a run without averages; set --config.ema_decay=0 or another --workdir"
         )
     trees = checkpoints.restore(step, _trees(state))
     model, average = trees["model"], trees["average"]
@@ -245,7 +245,7 @@ def _refuse_nan(fetched: list[Mapping[str, Any]], step: int, checkpoints: checkp
             kept = f"the last good checkpoint is of step {newest}" if newest else "no checkpoint is saved yet"
             raise UserError(
                 f"the {bad[0].replace('_', ' ')} is {float(values[bad[0]])} at step {at}; {kept}; lower "
-                "schedule.learning_rate, or set optimizer.clip_norm"
+                "schedule.lr, or set optimizer.clip_norm"
             )
 
 
@@ -265,10 +265,10 @@ def _evaluate(
     tensors = sharding.to_host(state.average or state.params | state.stats)
     rows: list[list[np.ndarray]] = []
 
-    def keep(seen: Seen) -> None:
+    def keep(seen: ExampleResult) -> None:
         if len(rows) < PICTURES and log.active:
             rows.append(
-                [seen.image, *(pictures.painted(x, palette) for x in (seen.label, seen.prediction()))]
+                [seen.image, *(pictures.colorize(x, palette) for x in (seen.label, seen.prediction()))]
             )
 
     def go_on(*_: object) -> None:

@@ -1,7 +1,7 @@
 """What the network sees of a picture, and which pictures can share a program: sizes, windows, tiles.
 
-As officially, a picture is fitted into `evaluation.scale` (times each of `evaluation.scales`) and brought up to
-multiples of `evaluation.align`. Everything here is numpy, on the host.
+As officially, a picture is fitted into `evaluation.scale` (times each of `evaluation.img_ratios`) and brought up to
+multiples of `evaluation.size_divisor`. Everything here is numpy, on the host.
 """
 
 import collections
@@ -14,16 +14,16 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from topformer_jax.data.transforms import VOID, scaled, test_image, test_size
+from topformer_jax.data.transforms import IGNORE_LABEL, scaled, test_image, test_size
 from topformer_jax.ops import tiled
-from topformer_jax.ops.tiled import TILE, Bands
+from topformer_jax.ops.tiled import TILE, BandedResize
 
 Size = tuple[int, int]  # (height, width)
 Picture = UInt8[np.ndarray, "h w 3"]
 Labels = UInt8[np.ndarray, "h w"]
 
 
-class Room(NamedTuple):
+class ShapeBucket(NamedTuple):
     """The static sizes of the program that follows the network; pictures of many sizes share one."""
 
     supports: tuple[Size, ...]  # cells that a tile needs, for each scale
@@ -31,12 +31,12 @@ class Room(NamedTuple):
     along: int  # of them in one row or column, at most
 
 
-class Prepared(NamedTuple):
+class InferenceInput(NamedTuple):
     """One picture as the programs take it."""
 
     images: tuple[Picture, ...]  # the network's inputs, one a scale
-    rows: tuple[Bands, ...]  # one a view
-    columns: tuple[Bands, ...]
+    rows: tuple[BandedResize, ...]  # one a view
+    columns: tuple[BandedResize, ...]
     grid: np.ndarray  # int32, how many tiles, and how many of them side by side
     labels: UInt8[np.ndarray, "tiles rows columns"]
 
@@ -44,12 +44,12 @@ class Prepared(NamedTuple):
 def network_sizes(size: Size, evaluation: ConfigDict) -> tuple[Size, ...]:
     """The sizes of the network's inputs for a picture of this size, one a scale."""
     return tuple(
-        test_size(size, scale=scaled(evaluation.scale, factor), align=evaluation.align)
-        for factor in evaluation.scales
+        test_size(size, scale=scaled(evaluation.scale, factor), align=evaluation.size_divisor)
+        for factor in evaluation.img_ratios
     )
 
 
-def room(pictures: Sequence[Size], networks: Sequence[Size], evaluation: ConfigDict) -> Room:
+def room(pictures: Sequence[Size], networks: Sequence[Size], evaluation: ConfigDict) -> ShapeBucket:
     """The room that pictures with these network inputs need together."""
     supports = []
     for network in networks:
@@ -62,7 +62,7 @@ def room(pictures: Sequence[Size], networks: Sequence[Size], evaluation: ConfigD
         )
         supports.append((down, across))
     tiles = [_grid(size) for size in pictures]
-    return Room(
+    return ShapeBucket(
         tuple(supports),
         max(256, _power(4, max(down * across for down, across in tiles))),
         max(16, _power(4, max(max(counts) for counts in tiles))),
@@ -86,8 +86,8 @@ def windows(
         return tuple(min(number * stride, pixels - window) for number in range(count)), window
 
     return (
-        axis(network[0], evaluation.crop[0], evaluation.stride[0]),
-        axis(network[1], evaluation.crop[1], evaluation.stride[1]),
+        axis(network[0], evaluation.crop_size[0], evaluation.stride[0]),
+        axis(network[1], evaluation.crop_size[1], evaluation.stride[1]),
     )
 
 
@@ -103,16 +103,18 @@ def prepare(
     image: Picture,
     label: Labels | None,
     evaluation: ConfigDict,
-    space: Room | None = None,
+    space: ShapeBucket | None = None,
     dtype: str = "float32",
-) -> Prepared:
+) -> InferenceInput:
     """Resizes a picture for the network and lays out its grids and its labels (void where there are none)."""
     size = (image.shape[0], image.shape[1])
     networks = network_sizes(size, evaluation)
     space = room([size], networks, evaluation) if space is None else space
     images, rows, columns = [], [], []
-    for factor, network, needed in zip(evaluation.scales, networks, space.supports, strict=True):
-        images.append(test_image(image, scale=scaled(evaluation.scale, factor), align=evaluation.align))
+    for factor, network, needed in zip(evaluation.img_ratios, networks, space.supports, strict=True):
+        images.append(
+            test_image(image, scale=scaled(evaluation.scale, factor), align=evaluation.size_divisor)
+        )
         grids = windows(network, evaluation)
         down, across, mirrored = (
             _bands(
@@ -124,31 +126,31 @@ def prepare(
             rows.append(down)
             columns.append(mirrored if flip else across)
     down_tiles, across_tiles = _grid(size)
-    tiles = np.full((space.tiles, *TILE), VOID, np.uint8)
+    tiles = np.full((space.tiles, *TILE), IGNORE_LABEL, np.uint8)
     if label is not None:
         pad = [(0, count * tile - side) for count, tile, side in zip(_grid(size), TILE, size, strict=True)]
-        whole = np.pad(label, pad, constant_values=VOID)
+        whole = np.pad(label, pad, constant_values=IGNORE_LABEL)
         whole = whole.reshape(down_tiles, TILE[0], across_tiles, TILE[1]).swapaxes(1, 2)
         tiles[: down_tiles * across_tiles] = whole.reshape(-1, *TILE)
     grid = np.array((down_tiles * across_tiles, across_tiles), np.int32)
-    return Prepared(tuple(images), tuple(rows), tuple(columns), grid, tiles)
+    return InferenceInput(tuple(images), tuple(rows), tuple(columns), grid, tiles)
 
 
-def blank(networks: Sequence[Size], space: Room, evaluation: ConfigDict, dtype: str) -> Prepared:
+def blank(networks: Sequence[Size], space: ShapeBucket, evaluation: ConfigDict, dtype: str) -> InferenceInput:
     """What stands in a batch's row that has no picture: zeros, and not one tile."""
-    rows: list[Bands] = []
-    columns: list[Bands] = []
+    rows: list[BandedResize] = []
+    columns: list[BandedResize] = []
     for supports in space.supports:
         for _ in flips(evaluation):
             for axis, found in enumerate((rows, columns)):
                 weights = np.zeros((space.along, TILE[axis], supports[axis]), dtype)
-                found.append(Bands(np.zeros(space.along, np.int32), weights))
-    return Prepared(
+                found.append(BandedResize(np.zeros(space.along, np.int32), weights))
+    return InferenceInput(
         tuple(np.zeros((*network, 3), np.uint8) for network in networks),
         tuple(rows),
         tuple(columns),
         np.array((0, 1), np.int32),
-        np.full((space.tiles, *TILE), VOID, np.uint8),
+        np.full((space.tiles, *TILE), IGNORE_LABEL, np.uint8),
     )
 
 
@@ -159,15 +161,15 @@ def untile(tiles: np.ndarray, size: Size) -> np.ndarray:
     return whole.reshape(down * TILE[0], across * TILE[1], *tiles.shape[3:])[: size[0], : size[1]]
 
 
-class Planned(NamedTuple):
+class EvalBatch(NamedTuple):
     """A batch of an evaluation: pictures with the same network inputs, and the room they need together."""
 
     networks: tuple[Size, ...]
-    space: Room
+    space: ShapeBucket
     indices: tuple[int, ...]  # of examples, at most as many as a batch has rows
 
 
-def plan(sizes: Sequence[Size], evaluation: ConfigDict, rows: int) -> list[Planned]:
+def plan(sizes: Sequence[Size], evaluation: ConfigDict, rows: int) -> list[EvalBatch]:
     """Every example once, in batches of at most `rows`: a function of the sizes alone, the same on any process.
 
     Args:
@@ -185,11 +187,11 @@ def plan(sizes: Sequence[Size], evaluation: ConfigDict, rows: int) -> list[Plann
         for start in range(0, len(members), rows):
             chosen = members[start : start + rows]
             space = room([sizes[index] for index in chosen], networks, evaluation)
-            batches.append(Planned(networks, space, tuple(chosen)))
+            batches.append(EvalBatch(networks, space, tuple(chosen)))
     return batches
 
 
-def programs_of(planned: Sequence[Planned], evaluation: ConfigDict) -> tuple[int, int]:
+def programs_of(planned: Sequence[EvalBatch], evaluation: ConfigDict) -> tuple[int, int]:
     """How many programs a plan compiles: networks, and programs after them."""
     networks = {network for batch in planned for network in batch.networks}
     after = {
@@ -229,7 +231,7 @@ def _bands(
     capacity: int,
     flip: bool,
     dtype: str,
-) -> Bands:
+) -> BandedResize:
     matrix = tiled.axis_matrix(pixels, network, starts, window, dtype)
     extent = _extent(len(starts) * tiled.cells(window))
     return tiled.bands(

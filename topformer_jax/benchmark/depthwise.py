@@ -26,7 +26,7 @@ def depthwise(options: Options, count: int, size: int, channels: int) -> Report:
                     method: _program(f"{case}, {method}", method, images, weight, stride, backward)
                     for method in METHODS
                 }
-                seconds = measure.in_turn(programs, options.repeats)
+                seconds = measure.sequential(programs, options.repeats)
                 rows += measure.rows(case, programs, seconds, images=count)
     title = f"depthwise: {count} x {size} x {size} x {channels}, float32"
     return Report(title, measure.machine().facts(), rows)

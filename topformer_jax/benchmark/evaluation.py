@@ -32,7 +32,7 @@ def evaluate(
     peers = Peers(config, options, one=True)
     model = models.build_segmenter(config)
     tensors = convert.read(checkpoint, model, config)[0] if checkpoint else samples.weights(model)
-    checkpoint_lib.assign(model, tensors)
+    checkpoint_lib.load_state_dict(model, tensors)
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
     found: dict[str, np.ndarray] = {}
 
@@ -42,7 +42,7 @@ def evaluate(
     programs = {OURS: measure.ready(OURS, ours)}
     with peers:
         programs |= peers.make("evaluation", tensors, source)
-        seconds = measure.in_turn(programs, options.repeats)
+        seconds = measure.sequential(programs, options.repeats)
     machine = measure.machine()
     rows = measure.rows(f"{len(source)} pictures", programs, seconds, images=len(source))
     return Report(

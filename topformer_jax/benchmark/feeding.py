@@ -30,7 +30,7 @@ def train(config: ConfigDict, options: Options, count: int, workers: Sequence[in
         rows = [
             row
             for number in workers
-            for row in _with_workers(source, config_lib.load(config, {"data.workers": number}), options)
+            for row in _with_workers(source, config_lib.load(config, {"data.num_workers": number}), options)
         ]
     return Report(f"train: {measure.described(config)}", measure.machine().facts(), rows)
 
@@ -62,13 +62,13 @@ def _with_workers(source: sources.Source, config: ConfigDict, options: Options) 
         steps = max(LEAST, math.ceil(RUN / seconds(same, 1)))
         for _ in range(options.repeats):
             alone.append(seconds(same, steps) / steps)
-            seconds(fed, 2 + max(config.data.workers, config.data.prefetch))
+            seconds(fed, 2 + max(config.data.num_workers, config.data.prefetch))
             waited = fed.waited
             files.append(seconds(fed, steps) / steps)
             waits.append((fed.waited - waited) / (steps * files[-1]))
     finally:
         fed.close()
-    case = f"batch {config.batch_size}, {config.data.workers} workers"
+    case = f"batch {config.batch_size}, {config.data.num_workers} workers"
     share = statistics.median(a / b for a, b in zip(alone, files, strict=True))
     return [
         _row(case, "step alone", alone, config),

@@ -19,11 +19,17 @@ from topformer_jax.benchmark.report import Report
 
 def inference(config: ConfigDict, options: Options, count: int, size: int) -> Report:
     """`count` pictures of `size` x `size` pixels at once, each call waited for, beside PyTorch's."""
-    whole = {"scale": (4 * size, size), "align": 1, "scales": (1.0,), "flip": False, "mode": "whole"}
+    whole = {
+        "scale": (4 * size, size),
+        "size_divisor": 1,
+        "img_ratios": (1.0,),
+        "flip": False,
+        "mode": "whole",
+    }
     config = config_lib.load(config, {f"evaluation.{key}": value for key, value in whole.items()})
     peers = Peers(config, options)
     model = models.build_segmenter(config)
-    tensors = {name: np.asarray(value) for name, value in models.values(model).items()}
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
     pictures = samples.pictures(count, (size, size))
     cases: dict[str, dict[str, Program]] = {
         name: {OURS: program} for name, program in _ours(model, config, pictures).items()
@@ -35,7 +41,7 @@ def inference(config: ConfigDict, options: Options, count: int, size: int) -> Re
         for case, programs in cases.items():
             programs |= peers.make(case, tensors, pictures)
         for case, programs in cases.items():
-            seconds = measure.in_turn(programs, options.repeats)
+            seconds = measure.sequential(programs, options.repeats)
             rows += measure.rows(
                 f"to {case}", programs, seconds, images=count, operations=operations, machine=machine
             )
@@ -47,7 +53,7 @@ def _ours(model: models.Segmenter, config: ConfigDict, pictures: np.ndarray) -> 
     """The programs that evaluation and prediction run, on pictures that are on the device."""
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
     programs = inference_lib.programs(model, config.evaluation, mesh)
-    values = jax.device_put(models.values(model), NamedSharding(mesh, P()))
+    values = jax.device_put(models.state_dict(model), NamedSharding(mesh, P()))
     prepared = [
         views.prepare(picture, None, config.evaluation, dtype=programs.dtype.name) for picture in pictures
     ]

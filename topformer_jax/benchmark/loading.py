@@ -36,7 +36,9 @@ def loading(config: ConfigDict, options: Options, count: int, workers: Sequence[
         for number in workers:
             rows += _with_workers(makers, config, options, count, number)
     height, width = samples.SIZE
-    title = f"input: {width} x {height} JPEG and PNG to crops of {tuple(config.data.crop)}, {config.name}"
+    title = (
+        f"input: {width} x {height} JPEG and PNG to crops of {tuple(config.data.crop_size)}, {config.name}"
+    )
     notes = [
         "Flip, colours and normalisation are the device's work here, and the host's in the other pipelines."
     ]
@@ -58,7 +60,7 @@ def _one_core(source: sources.Source, config: ConfigDict, options: Options) -> l
     cv2.setNumThreads(1)
     try:
         programs = {OURS: measure.ready(OURS, ours), "plain": measure.ready("plain", plain)}
-        seconds = measure.in_turn(programs, options.repeats)
+        seconds = measure.sequential(programs, options.repeats)
     finally:
         cv2.setNumThreads(threads)
     rows = measure.rows("one core", programs, seconds, images=len(source))
@@ -72,16 +74,16 @@ def _example(source: sources.Source, config: ConfigDict, index: int) -> dict[str
     return transforms.training_example(
         image,
         label,
-        crop=data.crop,
+        crop=data.crop_size,
         scale=data.scale,
-        ratio=data.ratio,
-        category_share=data.category_share,
+        ratio=data.ratio_range,
+        cat_max_ratio=data.cat_max_ratio,
         rng=np.random.default_rng([config.seed, 0, index]),
     )
 
 
 def _batches(source: sources.Source, config: ConfigDict, workers: int) -> loader.Batches:
-    return loader.training_batches(source, config_lib.load(config, {"data.workers": workers}))
+    return loader.training_batches(source, config_lib.load(config, {"data.num_workers": workers}))
 
 
 def _with_workers(
@@ -103,7 +105,7 @@ def _with_workers(
                 pass
 
         programs[name] = measure.ready(f"{name}, {workers} workers", call)
-        seconds |= measure.in_turn({name: programs[name]}, options.repeats)
+        seconds |= measure.sequential({name: programs[name]}, options.repeats)
         if isinstance(batches, loader.Batches):
             batches.close()
         del batches, call

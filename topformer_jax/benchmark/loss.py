@@ -19,7 +19,7 @@ from topformer_jax.ops.tiled import cells
 def loss(config: ConfigDict, options: Options, count: int, size: int) -> Report:
     """`count` labels of `size` x `size` pixels, from logits an eighth as large."""
     peers = Peers(config, options)
-    classes = config.model.classes
+    classes = config.model.num_classes
     shape = (count, cells(size), cells(size), classes)
     logits = np.random.default_rng(0).standard_normal(shape, np.float32)
     labels = samples.labels(count, (size, size), classes)
@@ -28,7 +28,7 @@ def loss(config: ConfigDict, options: Options, count: int, size: int) -> Report:
         programs["plain"] = _program("plain", plain, logits, labels, config)
     with peers:
         programs |= peers.make("loss", logits, labels)
-        seconds = measure.in_turn(programs, options.repeats)
+        seconds = measure.sequential(programs, options.repeats)
     case = f"{' x '.join(map(str, shape))} to {size} x {size}"
     machine = measure.machine()
     rows = measure.rows(case, programs, seconds, images=count, machine=machine)

@@ -95,7 +95,7 @@ def with_costs(program: Program, jitted: Any, *arguments: Any) -> Program:
     return dataclasses.replace(program, memory=whole + temporary, temporary=temporary, accessed=accessed)
 
 
-def in_turn(
+def sequential(
     programs: Mapping[str, Program], repeats: int, *, at_least: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of one call of each program: all of them in turn, `repeats` times.
@@ -135,7 +135,7 @@ def rows(
     Args:
         case: what was compared.
         programs: by name.
-        seconds: of their runs, from `in_turn`.
+        seconds: of their runs, from `sequential`.
         images: that a call takes.
         operations: floating point operations that the network needs for a call.
         machine: whose peaks to compare with.
@@ -243,7 +243,7 @@ def _copy_rate(size: int) -> float:
 def _best(call: Callable[[], jax.Array]) -> float:
     """Seconds of the fastest of three calls."""
     program = Program(functools.partial(_timed, call, jax.block_until_ready))
-    return min(in_turn({"": program}, 3)[""])
+    return min(sequential({"": program}, 3)[""])
 
 
 def cores() -> int:

@@ -13,7 +13,7 @@ from PIL import Image
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.sources import Source
 
-VOID = 255
+IGNORE_LABEL = 255
 TRIES = 10  # crops that are tested
 
 
@@ -36,26 +36,26 @@ class Pipeline:
         assert isinstance(example.label, bytes)
         image = np.asarray(cv2.imdecode(np.frombuffer(example.image, np.uint8), cv2.IMREAD_COLOR))
         label = np.array(Image.open(io.BytesIO(example.label)))
-        if data.zero_label_void:
+        if data.reduce_zero_label:
             label = reduced(label)
-        image, label = resized(image, label, data.scale, rng.uniform(*data.ratio))
-        image, label = cropped(image, label, data.crop, data.category_share, rng)
-        if rng.random() < data.flip:
+        image, label = resized(image, label, data.scale, rng.uniform(*data.ratio_range))
+        image, label = cropped(image, label, data.crop_size, data.cat_max_ratio, rng)
+        if rng.random() < data.flip_prob:
             image, label = np.flip(image, 1), np.flip(label, 1)
-        if data.photometric:
+        if data.photometric_distortion:
             image = distorted(image, rng)
         image = normalised(image)
-        down, across = data.crop[0] - image.shape[0], data.crop[1] - image.shape[1]
+        down, across = data.crop_size[0] - image.shape[0], data.crop_size[1] - image.shape[1]
         image = cv2.copyMakeBorder(image, 0, down, 0, across, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-        label = np.pad(label, ((0, down), (0, across)), constant_values=VOID)
+        label = np.pad(label, ((0, down), (0, across)), constant_values=IGNORE_LABEL)
         return np.ascontiguousarray(image.transpose(2, 0, 1)), label.astype(np.int64)
 
 
 def reduced(label: np.ndarray) -> np.ndarray:
     """Label 0 becomes void, all others go down by one."""
-    label[label == 0] = VOID
+    label[label == 0] = IGNORE_LABEL
     label = label - 1
-    label[label == VOID - 1] = VOID
+    label[label == IGNORE_LABEL - 1] = IGNORE_LABEL
     return label
 
 
@@ -86,7 +86,7 @@ def cropped(
     if share < 1:
         for _ in range(TRIES):
             labels, counts = np.unique(label[box], return_counts=True)
-            counts = counts[labels != VOID]
+            counts = counts[labels != IGNORE_LABEL]
             if len(counts) > 1 and counts.max() / counts.sum() < share:
                 break
             box = draw()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from topformer_jax import models
 from topformer_jax.data import shapes, sources
-from topformer_jax.data.transforms import VOID
+from topformer_jax.data.transforms import IGNORE_LABEL
 
 SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's pictures
 QUALITY = 75  # of the JPEG files, which then have about 70 kB
@@ -31,16 +31,16 @@ def labels(count: int, size: tuple[int, int], classes: int) -> UInt8[np.ndarray,
     rng = np.random.default_rng(1)
     shape = (count, -(-height // 8), -(-width // 8))
     coarse = rng.integers(0, classes, shape, np.uint8)
-    coarse[rng.random(shape) < 1 / 16] = VOID
+    coarse[rng.random(shape) < 1 / 16] = IGNORE_LABEL
     return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
 
 
 def batch(config: ConfigDict) -> dict[str, np.ndarray]:
     """A batch as data.loader makes it."""
-    count, crop = config.batch_size, config.data.crop
+    count, crop = config.batch_size, config.data.crop_size
     return {
         "image": pictures(count, crop),
-        "label": labels(count, crop, config.model.classes),
+        "label": labels(count, crop, config.model.num_classes),
         "size": np.tile(np.array(crop, np.int32), (count, 1)),
         "index": np.arange(count, dtype=np.int32),
         "epoch": np.zeros(count, np.int32),
@@ -56,7 +56,9 @@ def write(
         image, label = shapes.draw("train", index, max(size))
         image = cv2.cvtColor(cv2.resize(image, size[::-1]), cv2.COLOR_RGB2BGR)
         label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST).astype(int)
-        label = (label + 10 * index) % config.model.classes + config.data.zero_label_void  # all classes occur
+        label = (
+            label + 10 * index
+        ) % config.model.num_classes + config.data.reduce_zero_label  # all classes occur
         cv2.imwrite(str(folder / f"{name}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
         Image.fromarray(label.astype(np.uint8)).save(folder / f"{name}.png")
     return sources.FolderSource(
@@ -77,7 +79,7 @@ def weights(model: nnx.Module) -> dict[str, np.ndarray]:
             fresh = rng.normal(0, 0.2, value.shape)
         return fresh.astype(value.dtype)
 
-    return {name: draw(name, np.asarray(value)) for name, value in models.values(model).items()}
+    return {name: draw(name, np.asarray(value)) for name, value in models.state_dict(model).items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from topformer_jax.benchmark.measure import Program
 from topformer_jax.benchmark.torch_peer import Segmenter
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
-from topformer_jax.data.transforms import VOID
+from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.errors import UserError
 
 SMALL = 1_000_000  # bytes of a result that is worth sending
@@ -69,8 +69,8 @@ class Torch:
         model = self.config.model
         injection = INJECTIONS.get(model.injection, model.injection)
         network: Any = Segmenter(
-            *(model.variant, model.classes, injection, model.depthwise_head, model.width),
-            *(model.drop_path, model.dropout),
+            *(model.variant, model.num_classes, injection, model.depthwise_head, model.head_channels),
+            *(model.drop_path_rate, model.dropout_ratio),
         )
         states = {name: torch.from_numpy(convert.to_torch(value)) for name, value in tensors.items()}
         network.load_state_dict(states)
@@ -161,7 +161,7 @@ def train_step(peer: Torch, tensors: Mapping[str, np.ndarray], batch: Mapping[st
         network = peer.network(tensors).train()
         images = peer.normalise(peer.place(batch["image"]))
         labels = torch.from_numpy(batch["label"].astype(np.int64)).to(peer.device)
-        settings, rate = peer.config.optimizer, peer.config.schedule.learning_rate
+        settings, rate = peer.config.optimizer, peer.config.schedule.lr
         groups = [
             {"params": network.backbone.parameters(), "lr": rate},
             {"params": network.decode_head.parameters(), "lr": rate * settings.head_multiplier},
@@ -196,7 +196,7 @@ def train_step(peer: Torch, tensors: Mapping[str, np.ndarray], batch: Mapping[st
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The official loss: resized to the labels, divided by all pixels, void ones too."""
     logits = _resize(logits, (labels.shape[1], labels.shape[2]))
-    return F.cross_entropy(logits, labels, ignore_index=VOID, reduction="none").mean()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction="none").mean()
 
 
 def loss(peer: Torch, logits: np.ndarray, labels: np.ndarray) -> Program:
@@ -244,13 +244,13 @@ def _inference(
 def evaluation(peer: Torch, tensors: Mapping[str, np.ndarray], source: sources.Source) -> Program:
     """The evaluation of a source a picture at a time, as officially; it returns the confusion matrix."""
     config = peer.config
-    settings, classes = config.evaluation, config.model.classes
+    settings, classes = config.evaluation, config.model.num_classes
     if settings.mode != "whole" or settings.flip or settings.scales != (1.0,):
         raise UserError("the peer of benchmark evaluate knows the whole picture at one scale, without flip")
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = plain_decoded(source[index], config)
-        return transforms.test_image(image, scale=settings.scale, align=settings.align), label
+        return transforms.test_image(image, scale=settings.scale, align=settings.size_divisor), label
 
     def make() -> Callable[[], np.ndarray]:
         network = peer.network(tensors).eval()
@@ -264,7 +264,7 @@ def evaluation(peer: Torch, tensors: Mapping[str, np.ndarray], source: sources.S
                 size, picture = (image.shape[0], image.shape[1]), (label.shape[0], label.shape[1])
                 found = _labels(logits, size, picture)[0]
                 truth = torch.from_numpy(label.astype(np.int64)).to(peer.device)
-                valid = truth != VOID
+                valid = truth != IGNORE_LABEL
                 pairs = truth[valid] * classes + found[valid]
                 counts += torch.bincount(pairs, minlength=classes**2)
             return counts.cpu().numpy().reshape(classes, classes)
@@ -280,7 +280,7 @@ def plain_decoded(example: sources.Example, config: ConfigDict) -> tuple[np.ndar
     if isinstance(image, bytes):
         image = np.asarray(cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB))
     label = np.array(Image.open(io.BytesIO(label))) if isinstance(label, bytes) else label.copy()
-    return image, plain_loading.reduced(label) if config.data.zero_label_void else label
+    return image, plain_loading.reduced(label) if config.data.reduce_zero_label else label
 
 
 def batches(source: sources.Source, config: ConfigDict, workers: int) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from topformer_jax.benchmark import measure, samples, traffic
 from topformer_jax.benchmark.report import Report, Row
 from topformer_jax.errors import UserError
 from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
-from topformer_jax.ops.tiled import View
+from topformer_jax.ops.tiled import ViewLogits
 
 
 def tpu(
@@ -57,7 +57,7 @@ def tpu(
                 _add_step(rows, notes, case, settings, devices, plain=True)
         if evaluation:
             rows += _evaluation(config, name, Mesh(np.array(devices), ("data",)))
-    title = f"tpu: {measure.described(config)}, crops {tuple(config.data.crop)}, a chip"
+    title = f"tpu: {measure.described(config)}, crops {tuple(config.data.crop_size)}, a chip"
     return Report(title, {}, rows, notes)
 
 
@@ -149,14 +149,14 @@ def _evaluation(config: ConfigDict, name: str, mesh: Mesh) -> list[Row]:
         lambda x: jax.ShapeDtypeStruct((mesh.size, *x.shape), x.dtype, sharding=over), prepared
     )
     values = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=every), models.values(model)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=every), models.state_dict(model)
     )
     flip = jax.ShapeDtypeStruct((), jnp.bool_, sharding=every)
     totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.classes**2), jnp.int32, sharding=over)
     logits = [jax.eval_shape(programs.logits, values, image, flip) for image in batch.images]
     logits = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over) for x in logits]
     repeated = [each for each in logits for _ in views.flips(config.evaluation)]
-    seen = [View(*one) for one in zip(repeated, batch.rows, batch.columns, strict=True)]
+    seen = [ViewLogits(*one) for one in zip(repeated, batch.rows, batch.columns, strict=True)]
     height, width = samples.SIZE
     case, kind = f"{name}, {height} x {width} a chip", mesh.devices.flat[0].device_kind
     rows = []

@@ -20,7 +20,7 @@ def train_step(config: ConfigDict, options: Options) -> Report:
     batch = samples.batch(config)
     model = models.build(config)
     # The step donates the arrays that it starts from.
-    tensors = {name: np.array(value) for name, value in models.values(model).items()}
+    tensors = {name: np.array(value) for name, value in models.state_dict(model).items()}
     state, train = step.create(config, mesh, model)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -35,9 +35,9 @@ def train_step(config: ConfigDict, options: Options) -> Report:
     notes = ["Ours flips and distorts the images too; the peer's host has done it, and normalised them."]
     with peers:
         programs |= peers.make("train_step", tensors, batch)
-        seconds = measure.in_turn(programs, options.repeats, at_least=RUN)
+        seconds = measure.sequential(programs, options.repeats, at_least=RUN)
     machine = measure.machine()
-    count, crop = config.batch_size, tuple(config.data.crop)
+    count, crop = config.batch_size, tuple(config.data.crop_size)
     # The backward pass has two products for each one of the forward pass.
     operations = 3 * 2 * count * measure.multiply_adds(config, crop)
     case = f"{count} x {crop[0]} x {crop[1]}"

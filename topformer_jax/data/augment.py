@@ -12,7 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
-from topformer_jax.data.transforms import VOID
+from topformer_jax.data.transforms import IGNORE_LABEL
 
 MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # of ImageNet's red, green, blue in 0..255
 STD = np.array((58.395, 57.12, 57.375), np.float32)
@@ -91,7 +91,7 @@ def augment(
     with jax.named_scope("augment"):
         images, labels, inside = jax.vmap(one)(*(batch[name] for name in names))
         images = jnp.where(inside[..., None], normalise(images, dtype), jnp.zeros((), dtype))
-        return images, jnp.where(inside, labels.astype(jnp.int32), VOID)
+        return images, jnp.where(inside, labels.astype(jnp.int32), IGNORE_LABEL)
 
 
 def _planes(image: Array) -> Planes:

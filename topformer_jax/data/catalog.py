@@ -29,7 +29,7 @@ class DataSet:
     """One data set.
 
     `classes[i]` and `palette[i]` (red, green, blue) belong to label i after the label rule of the config
-    (`data.zero_label_void`) has been applied. `layout` is None where there are no files.
+    (`data.reduce_zero_label`) has been applied. `layout` is None where there are no files.
     """
 
     classes: tuple[str, ...]

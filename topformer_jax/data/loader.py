@@ -56,7 +56,7 @@ def training_batches(
 
     if not flags.FLAGS.is_parsed():  # grain reads its own absl flags, which nobody has parsed outside absl
         flags.FLAGS.mark_as_parsed()
-    workers, ahead = config.data.workers, max(1, config.data.prefetch)
+    workers, ahead = config.data.num_workers, max(1, config.data.prefetch)
     if not workers:
         threads = min(os.cpu_count() or 1, ahead)
         return Batches(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)), len(source))
@@ -94,7 +94,7 @@ class Batches(Iterator[Batch]):
             if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
                 raise UserError(
                     f"a data worker died ({str(error).split('. ')[0]}): if memory or /dev/shm is full, lower "
-                    "--config.data.workers or --config.data.prefetch"
+                    "--config.data.num_workers or --config.data.prefetch"
                 ) from None
             raise
         # Workers hand over shared memory, which goes away with grain's array: keep what is ours.
@@ -156,10 +156,10 @@ class _MakeExample:
         return transforms.training_example(
             image,
             label,
-            crop=data.crop,
+            crop=data.crop_size,
             scale=data.scale,
-            ratio=data.ratio,
-            category_share=data.category_share,
+            ratio=data.ratio_range,
+            cat_max_ratio=data.cat_max_ratio,
             rng=np.random.default_rng([self.config.seed, epoch, index]),
         )
 
@@ -206,9 +206,9 @@ def decoded(
 ) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
     """Image and label of an example; a UserError names the file that is none, damaged or of another size."""
     image = transforms.decode_image(example.image, example.where[0])
-    classes, zero_label_void = config.model.classes, config.data.zero_label_void
+    classes, reduce_zero_label = config.model.num_classes, config.data.reduce_zero_label
     label = transforms.decode_label(
-        example.label, example.where[1], classes=classes, zero_label_void=zero_label_void
+        example.label, example.where[1], classes=classes, reduce_zero_label=reduce_zero_label
     )
     transforms.check_sizes(image, label, example.where[0])
     return image, label

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax.data import shapes
 from topformer_jax.data.catalog import CATALOG, DataSet, Layout, custom
-from topformer_jax.data.transforms import VOID, label_size
+from topformer_jax.data.transforms import IGNORE_LABEL, label_size
 from topformer_jax.errors import UserError
 
 SPLITS = ("train", "validation")
@@ -49,7 +49,7 @@ def data_set(config: ConfigDict) -> DataSet:
     """The config's data set: names, colours and layout of its classes.
 
     Raises:
-        UserError: there is no such set, or the config's `model.classes` is another number.
+        UserError: there is no such set, or the config's `model.num_classes` is another number.
     """
     name = config.data.dataset
     if name == "custom":
@@ -58,12 +58,12 @@ def data_set(config: ConfigDict) -> DataSet:
         found = CATALOG[name]
     else:
         raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
-    if len(found.classes) >= VOID:
+    if len(found.classes) >= IGNORE_LABEL:
         raise UserError(f"{name} has {len(found.classes)} classes: labels are bytes of which 255 is void")
-    if len(found.classes) != config.model.classes:
+    if len(found.classes) != config.model.num_classes:
         raise UserError(
-            f"{name} has {len(found.classes)} classes, the config's model {config.model.classes}: "
-            f"--config.model.classes={len(found.classes)}"
+            f"{name} has {len(found.classes)} classes, the config's model {config.model.num_classes}: "
+            f"--config.model.num_classes={len(found.classes)}"
         )
     return found
 

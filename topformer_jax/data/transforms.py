@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from topformer_jax.errors import UserError
 
-VOID = 255  # the label of pixels that do not count
+IGNORE_LABEL = 255  # the label of pixels that do not count
 TRIES = 10  # how many crops are tested before one is taken as it comes
 
 # A broken file is told of once, by a UserError with its name. OpenCV 5 moved the function; 0 is silence.
@@ -42,42 +42,46 @@ def decode_image(data: bytes | np.ndarray, name: str) -> UInt8[np.ndarray, "h w 
 
 
 def decode_label(
-    data: bytes | np.ndarray, name: str, *, classes: int, zero_label_void: bool
+    data: bytes | np.ndarray, name: str, *, classes: int, reduce_zero_label: bool
 ) -> UInt8[np.ndarray, "h w"]:
     """A label file's bytes (PNG: grey of 8 or 16 bits, or palette indices) as class indices and void (255).
 
-    With `zero_label_void`, 0 becomes void and every other value goes down by one; 255 is void either way.
+    With `reduce_zero_label`, 0 becomes void and every other value goes down by one; 255 is void either way.
     An array holds the values of a file that somebody else has decoded.
 
     Raises:
         UserError: the file `name` is no whole single-channel PNG, or a value in it is neither a class nor void.
     """
     values = _label_values(data, name)
-    rule, good = _label_rule(classes, zero_label_void)
+    rule, good = _label_rule(classes, reduce_zero_label)
     largest = int(values.max(initial=0))
-    few = largest < min(classes + zero_label_void, VOID)  # no void pixels of 255: nothing to look up
-    if not few and (largest > VOID or not cv2.LUT(values.astype(np.uint8), good.astype(np.uint8)).all()):
+    few = largest < min(
+        classes + reduce_zero_label, IGNORE_LABEL
+    )  # no void pixels of 255: nothing to look up
+    if not few and (
+        largest > IGNORE_LABEL or not cv2.LUT(values.astype(np.uint8), good.astype(np.uint8)).all()
+    ):
         found = np.unique(values)
-        bad = found[(found > VOID) | ~good[np.minimum(found, VOID)]]
+        bad = found[(found > IGNORE_LABEL) | ~good[np.minimum(found, IGNORE_LABEL)]]
         shown = ", ".join(str(value) for value in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        expected = f"1..{classes} (0 is void)" if zero_label_void else f"0..{classes - 1}"
+        expected = f"1..{classes} (0 is void)" if reduce_zero_label else f"0..{classes - 1}"
         raise UserError(
             f"{name} holds {shown}, but the {classes} classes are {expected} and void is 255: "
-            f"check data.dataset, model.classes and data.zero_label_void ({zero_label_void}); "
+            f"check data.dataset, model.num_classes and data.reduce_zero_label ({reduce_zero_label}); "
             "of Cityscapes, take the *_labelTrainIds.png files"
         )
     values = values.astype(np.uint8)
-    return cv2.LUT(values, rule) if zero_label_void else values
+    return cv2.LUT(values, rule) if reduce_zero_label else values
 
 
 @functools.lru_cache(maxsize=8)
-def _label_rule(classes: int, zero_label_void: bool) -> tuple[np.ndarray, np.ndarray]:
+def _label_rule(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
     """What each of 256 values becomes, uint8; and whether it may occur."""
     rule = np.arange(256, dtype=np.uint8)
-    if zero_label_void:
+    if reduce_zero_label:
         rule -= 1  # 0 becomes 255
-        rule[VOID] = VOID
-    return rule, (rule < classes) | (rule == VOID)
+        rule[IGNORE_LABEL] = IGNORE_LABEL
+    return rule, (rule < classes) | (rule == IGNORE_LABEL)
 
 
 def label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
@@ -155,7 +159,7 @@ def training_example(
     crop: tuple[int, int],
     scale: tuple[int, int],
     ratio: tuple[float, float],
-    category_share: float,
+    cat_max_ratio: float,
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
     """A random crop of the randomly resized image and of its label.
@@ -166,7 +170,7 @@ def training_example(
         crop: (height, width) of what is returned.
         scale: (long, short) side that the image is fitted into, before `ratio`.
         ratio: the range of the factor on `scale`, drawn uniformly.
-        category_share: a crop passes when it has more than one class, none of which has this share of the pixels
+        cat_max_ratio: a crop passes when it has more than one class, none of which has this share of the pixels
             that are not void, or more. `TRIES` crops are tested; if none passes, one more is drawn and taken
             as it is. From 1 on there is no test.
         rng: where all draws come from.
@@ -178,19 +182,19 @@ def training_example(
     source = image.shape[:2]
     size = fitted_size(source, scaled(scale, rng.uniform(*ratio)))
     height, width = min(size[0], crop[0]), min(size[1], crop[1])
-    tries = TRIES if category_share < 1 else 0
+    tries = TRIES if cat_max_ratio < 1 else 0
     for attempt in range(tries + 1):
         top, left = (int(rng.integers(0, size[axis] - (height, width)[axis] + 1)) for axis in (0, 1))
         rows = nearest(source[0], size[0])[top : top + height]
         columns = nearest(source[1], size[1])[left : left + width]
         chosen = label.take(rows, axis=0).take(columns, axis=1)
-        if attempt == tries or _varied(chosen, category_share):
+        if attempt == tries or _varied(chosen, cat_max_ratio):
             break
     part = _resized_corner(image, size, top + height, left + width)[top:, left:]
     below, beside = crop[0] - height, crop[1] - width
     return {
         "image": cv2.copyMakeBorder(part, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=0),
-        "label": cv2.copyMakeBorder(chosen, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=VOID),
+        "label": cv2.copyMakeBorder(chosen, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=IGNORE_LABEL),
         "size": np.array((height, width), np.int32),
     }
 
@@ -220,11 +224,11 @@ def _resized_corner(
     return part[:bottom, :right]
 
 
-def _varied(label: UInt8[np.ndarray, "h w"], category_share: float) -> bool:
-    """Whether more than one class is there and none has `category_share` or more of what is not void."""
+def _varied(label: UInt8[np.ndarray, "h w"], cat_max_ratio: float) -> bool:
+    """Whether more than one class is there and none has `cat_max_ratio` or more of what is not void."""
     # The counts are float32, exact up to 2**24 pixels; three times as fast as np.bincount.
-    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:VOID]
-    return bool(np.count_nonzero(counts) > 1) and float(counts.max()) / float(counts.sum()) < category_share
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()[:IGNORE_LABEL]
+    return bool(np.count_nonzero(counts) > 1) and float(counts.max()) / float(counts.sum()) < cat_max_ratio
 
 
 def _label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from topformer_jax.errors import UserError
 from topformer_jax.models.classifier import Classifier
 from topformer_jax.models.injection import INJECTIONS
-from topformer_jax.models.layers import Numerics
+from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.models.topformer import VARIANTS, Segmenter
 from topformer_jax.ops.depthwise import METHODS
 
@@ -37,15 +37,19 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         ("dtype", DTYPES),
         ("param_dtype", ("float32", "float64")),
         ("precision", PRECISIONS),
-        ("depthwise", METHODS),
+        ("depthwise_impl", METHODS),
     ):
         _check_choice(f"model.{key}", settings[key], known)
     most = 255 if config.task == "segmentation" else 2**31  # labels are bytes, of which 255 is void
     for key, allowed, expected in (
-        ("classes", 1 <= settings.classes <= most, f"1 to {most}"),
-        ("width", settings.width is None or settings.width >= 1, "1 or more, or none"),
-        ("drop_path", 0 <= settings.drop_path < 1, "a probability below 1"),
-        ("dropout", 0 <= settings.dropout < 1, "a probability below 1"),
+        ("num_classes", 1 <= settings.num_classes <= most, f"1 to {most}"),
+        (
+            "head_channels",
+            settings.head_channels is None or settings.head_channels >= 1,
+            "1 or more, or none",
+        ),
+        ("drop_path_rate", 0 <= settings.drop_path_rate < 1, "a probability below 1"),
+        ("dropout_ratio", 0 <= settings.dropout_ratio < 1, "a probability below 1"),
     ):
         if not allowed:
             raise UserError(f"model.{key} is {settings[key]}: expected {expected}")
@@ -56,23 +60,25 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
     ):
         raise UserError("float64 was asked for, but JAX is in 32-bit mode: set JAX_ENABLE_X64=1")
-    numerics = Numerics(
-        DTYPES[settings.dtype], DTYPES[settings.param_dtype], settings.precision, settings.depthwise
+    policy = DTypePolicy(
+        DTYPES[settings.dtype], DTYPES[settings.param_dtype], settings.precision, settings.depthwise_impl
     )
     variant = VARIANTS[settings.variant]
     rng = np.random.default_rng(config.seed)
     if config.task == "classification":
-        return Classifier(variant, settings.classes, drop_path=settings.drop_path, numerics=numerics, rng=rng)
+        return Classifier(
+            variant, settings.num_classes, drop_path_rate=settings.drop_path_rate, policy=policy, rng=rng
+        )
     _check_choice("task", config.task, ("segmentation", "classification"))
     return Segmenter(
         variant,
-        settings.classes,
+        settings.num_classes,
         injection=settings.injection,
-        width=settings.width,
+        head_channels=settings.head_channels,
         depthwise_head=settings.depthwise_head,
-        drop_path=settings.drop_path,
-        dropout=settings.dropout,
-        numerics=numerics,
+        drop_path_rate=settings.drop_path_rate,
+        dropout_ratio=settings.dropout_ratio,
+        policy=policy,
         rng=rng,
     )
 
@@ -89,7 +95,7 @@ def build_segmenter(config: ConfigDict) -> Segmenter:
     return model
 
 
-def tensors(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, nnx.Variable]:
+def named_variables(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, nnx.Variable]:
     """Every parameter and BatchNorm statistic of a model by its official name: `backbone.tpm.stem.0.c.weight`.
 
     Names are the official checkpoints'; layouts are ours (`[k, k, in / groups, out]`, `[in, out]`).
@@ -98,13 +104,13 @@ def tensors(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, nnx.Vari
     return {".".join(map(str, path)): variable for path, variable in state}
 
 
-def values(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, Array]:
-    """The values of `tensors`."""
-    return {name: variable.get_value() for name, variable in tensors(model, *kinds).items()}
+def state_dict(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, Array]:
+    """The values of `named_variables`."""
+    return {name: variable.get_value() for name, variable in named_variables(model, *kinds).items()}
 
 
-def with_tensors(graphdef: nnx.GraphDef, named: Mapping[str, Array]) -> Any:
-    """The model of a graph definition with these values by official name: the inverse of `tensors`, under jit."""
+def merge_state_dict(graphdef: nnx.GraphDef, named: Mapping[str, Array]) -> Any:
+    """The model of a graph definition with these values by official name: see `named_variables`; works under jit."""
     nested: dict[str | int, Any] = {}
     for name, value in named.items():
         *path, last = (int(part) if part.isdigit() else part for part in name.split("."))

@@ -12,18 +12,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from topformer_jax.models.layers import ConvModule, Numerics, hsigmoid
+from topformer_jax.models.layers import ConvModule, DTypePolicy, hsigmoid
 from topformer_jax.ops.resample import resize
 
 
 class _Injection(nnx.Module):
-    """What the four share: numerics, and the resize of a global map to the local one."""
+    """What the four share: policy, and the resize of a global map to the local one."""
 
-    def __init__(self, numerics: Numerics):
-        self.numerics = numerics
+    def __init__(self, policy: DTypePolicy):
+        self.policy = policy
 
     def _to_local(self, semantics: Array, local: Array) -> Array:
-        return resize(semantics, (local.shape[1], local.shape[2]), precision=self.numerics.product_precision)
+        return resize(semantics, (local.shape[1], local.shape[2]), precision=self.policy.product_precision)
 
 
 class MultiSum(_Injection):
@@ -32,9 +32,9 @@ class MultiSum(_Injection):
     activation: Callable[[Array], Array] | None = None
     gate_norm = True
 
-    def __init__(self, inputs: int, outputs: int, *, numerics: Numerics, rng: np.random.Generator):
-        super().__init__(numerics)
-        embedding = functools.partial(ConvModule, inputs, outputs, numerics=numerics, rng=rng)
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+        super().__init__(policy)
+        embedding = functools.partial(ConvModule, inputs, outputs, policy=policy, rng=rng)
         self.local_embedding = embedding(activation=self.activation)
         self.global_embedding = embedding(activation=self.activation)
         self.global_act = embedding(norm=self.gate_norm)
@@ -57,10 +57,10 @@ class MultiSumCBR(MultiSum):
 class FuseSum(_Injection):
     """`ConvBN(local) + resize(ConvBN(global))`."""
 
-    def __init__(self, inputs: int, outputs: int, *, numerics: Numerics, rng: np.random.Generator):
-        super().__init__(numerics)
-        self.fuse1 = ConvModule(inputs, outputs, numerics=numerics, rng=rng)
-        self.fuse2 = ConvModule(inputs, outputs, numerics=numerics, rng=rng)
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+        super().__init__(policy)
+        self.fuse1 = ConvModule(inputs, outputs, policy=policy, rng=rng)
+        self.fuse2 = ConvModule(inputs, outputs, policy=policy, rng=rng)
 
     def __call__(
         self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]

@@ -28,19 +28,19 @@ FEW = 4  # input channels, up to which a convolution is done as the stem's
 
 
 @dataclasses.dataclass(frozen=True)
-class Numerics:
+class DTypePolicy:
     """How a model computes; every layer is handed the same one.
 
     `dtype` is what activations are computed in and `param_dtype` what parameters and BatchNorm statistics are
     kept in. BatchNorm, softmax and logits are in at least float32 whatever `dtype` is. `precision` is
-    that of products of float32 or wider ("highest": full, no TF32 and no bfloat16 passes). `depthwise`
+    that of products of float32 or wider ("highest": full, no TF32 and no bfloat16 passes). `depthwise_impl`
     is the method of `ops.depthwise.depthwise_conv`, and the stem's.
     """
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     precision: str | None = "highest"
-    depthwise: str = "auto"
+    depthwise_impl: str = "auto"
 
     @property
     def wide(self) -> np.dtype:
@@ -74,7 +74,7 @@ def make_divisible(channels: int, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def in_turn(layers: Iterable[Any], x: Array) -> Array:
+def sequential(layers: Iterable[Any], x: Array) -> Array:
     """Applies modules and functions one after the other; a list of them keeps the checkpoint's numbering."""
     for layer in layers:
         x = layer(x)
@@ -97,31 +97,31 @@ class Conv(nnx.Module):
         *,
         bias: bool = False,
         std: float | None = None,
-        numerics: Numerics,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
         self.stride = stride
         self.groups = groups
-        self.numerics = numerics
+        self.policy = policy
         std = math.sqrt(2 / (kernel * kernel * outputs / groups)) if std is None else std
         shape = (kernel, kernel, inputs // groups, outputs)
-        self.weight = nnx.Param(numerics.array(std * rng.standard_normal(shape)))
-        self.bias = nnx.Param(numerics.array(np.zeros(outputs))) if bias else None
+        self.weight = nnx.Param(policy.array(std * rng.standard_normal(shape)))
+        self.bias = nnx.Param(policy.array(np.zeros(outputs))) if bias else None
 
     def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width outputs"]:
-        numerics = self.numerics
-        weight = self.weight[...].astype(numerics.dtype)
+        policy = self.policy
+        weight = self.weight[...].astype(policy.dtype)
         kernel, _, fan, outputs = weight.shape
-        precision = numerics.product_precision
+        precision = policy.product_precision
         if kernel == 1 and self.stride == 1 and self.groups == 1:
             x = pointwise_conv(x, weight[0, 0], precision=precision)
         elif fan == 1 and self.groups == outputs:
-            x = depthwise_conv(x, weight, self.stride, method=numerics.depthwise, precision=precision)
+            x = depthwise_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
         elif fan <= FEW and self.groups == 1:
-            x = stem_conv(x, weight, self.stride, method=numerics.depthwise, precision=precision)
+            x = stem_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
         else:
             x = library_conv(x, weight, stride=self.stride, groups=self.groups, precision=precision)
-        return x if self.bias is None else x + self.bias[...].astype(numerics.dtype)
+        return x if self.bias is None else x + self.bias[...].astype(policy.dtype)
 
 
 class BatchNorm(nnx.Module):
@@ -135,18 +135,18 @@ class BatchNorm(nnx.Module):
     momentum = 0.1
     eps = 1e-5
 
-    def __init__(self, features: int, *, numerics: Numerics):
-        self.numerics = numerics
+    def __init__(self, features: int, *, policy: DTypePolicy):
+        self.policy = policy
         self.use_running_average = False
-        self.weight = nnx.Param(numerics.array(np.ones(features)))
-        self.bias = nnx.Param(numerics.array(np.zeros(features)))
-        self.running_mean = nnx.BatchStat(numerics.array(np.zeros(features)))
-        self.running_var = nnx.BatchStat(numerics.array(np.ones(features)))
+        self.weight = nnx.Param(policy.array(np.ones(features)))
+        self.bias = nnx.Param(policy.array(np.zeros(features)))
+        self.running_mean = nnx.BatchStat(policy.array(np.zeros(features)))
+        self.running_var = nnx.BatchStat(policy.array(np.ones(features)))
         # Read by no formula here; kept so that a checkpoint comes out as it went in.
         self.num_batches_tracked = nnx.BatchStat(jnp.asarray(np.zeros((), np.int32)))
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
-        wide = self.numerics.wide
+        wide = self.policy.wide
         values = x.astype(wide)
         if self.use_running_average:
             mean, variance = self.running_mean[...].astype(wide), self.running_var[...].astype(wide)
@@ -158,7 +158,7 @@ class BatchNorm(nnx.Module):
             variance = jnp.square(flat - mean).mean(0)
             self._track(mean, variance, len(flat))
         scale = self.weight[...].astype(wide) * lax.rsqrt(variance + self.eps)
-        return (values * scale + (self.bias[...].astype(wide) - mean * scale)).astype(self.numerics.dtype)
+        return (values * scale + (self.bias[...].astype(wide) - mean * scale)).astype(self.policy.dtype)
 
     def _track(self, mean: Array, variance: Array, count: int) -> None:
         """Moves the running statistics; `count` is how many values a mean was taken over."""
@@ -184,11 +184,11 @@ class ConvBN(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         *,
-        numerics: Numerics,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        self.c = Conv(inputs, outputs, kernel, stride, groups, numerics=numerics, rng=rng)
-        self.bn = BatchNorm(outputs, numerics=numerics)
+        self.c = Conv(inputs, outputs, kernel, stride, groups, policy=policy, rng=rng)
+        self.bn = BatchNorm(outputs, policy=policy)
 
     def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width outputs"]:
         return self.bn(self.c(x))
@@ -209,11 +209,11 @@ class ConvModule(nnx.Module):
         norm: bool = True,
         activation: Callable[[Array], Array] | None = None,
         std: float | None = None,
-        numerics: Numerics,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        self.conv = Conv(inputs, outputs, groups=groups, bias=not norm, std=std, numerics=numerics, rng=rng)
-        self.bn = BatchNorm(outputs, numerics=numerics) if norm else None
+        self.conv = Conv(inputs, outputs, groups=groups, bias=not norm, std=std, policy=policy, rng=rng)
+        self.bn = BatchNorm(outputs, policy=policy) if norm else None
         self.activation = activation
 
     def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n h w outputs"]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from topformer_jax.models import build, tensors
+from topformer_jax.models import build, named_variables
 
 
 def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
@@ -21,11 +21,11 @@ def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
     """
     # Counted in the library's form: the shifted form of a depthwise convolution has no convolution in it.
     config = config.copy_and_resolve_references()
-    config.model.depthwise = "library"
+    config.model.depthwise_impl = "library"
     model = build(config)
     model.eval()
     parameters: Counter[str] = Counter()
-    for name, variable in tensors(model).items():
+    for name, variable in named_variables(model).items():
         if isinstance(variable, nnx.Param):
             parameters[_module(name.removeprefix("backbone.").split("."))] += variable.size
     graphdef, state = nnx.split(model)

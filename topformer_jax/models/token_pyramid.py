@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from topformer_jax.models.layers import ConvBN, Numerics, in_turn, make_divisible
+from topformer_jax.models.layers import ConvBN, DTypePolicy, make_divisible, sequential
 
 
 class Block(NamedTuple):
@@ -26,21 +26,21 @@ class InvertedResidual(nnx.Module):
     The input is added where the shapes allow it: stride 1 and as many channels out as in.
     """
 
-    def __init__(self, inputs: int, block: Block, *, numerics: Numerics, rng: np.random.Generator):
+    def __init__(self, inputs: int, block: Block, *, policy: DTypePolicy, rng: np.random.Generator):
         hidden = make_divisible(block.expansion * inputs)
         self.residual = block.stride == 1 and inputs == block.channels
-        expand = [ConvBN(inputs, hidden, numerics=numerics, rng=rng), jax.nn.relu]
+        expand = [ConvBN(inputs, hidden, policy=policy, rng=rng), jax.nn.relu]
         self.conv = nnx.List(
             [
                 *(expand if block.expansion != 1 else []),
-                ConvBN(hidden, hidden, block.kernel, block.stride, hidden, numerics=numerics, rng=rng),
+                ConvBN(hidden, hidden, block.kernel, block.stride, hidden, policy=policy, rng=rng),
                 jax.nn.relu,
-                ConvBN(hidden, block.channels, numerics=numerics, rng=rng),
+                ConvBN(hidden, block.channels, policy=policy, rng=rng),
             ]
         )
 
     def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width channels"]:
-        y = in_turn(self.conv, x)
+        y = sequential(self.conv, x)
         return x + y if self.residual else y
 
 
@@ -53,18 +53,18 @@ class TokenPyramid(nnx.Module):
     """
 
     def __init__(
-        self, blocks: Sequence[Block], taps: Sequence[int], *, numerics: Numerics, rng: np.random.Generator
+        self, blocks: Sequence[Block], taps: Sequence[int], *, policy: DTypePolicy, rng: np.random.Generator
     ):
         inputs = 16
         self.depth = len(blocks)
         self.taps = tuple(taps)
-        self.stem = nnx.List([ConvBN(3, inputs, 3, 2, numerics=numerics, rng=rng), jax.nn.relu])
+        self.stem = nnx.List([ConvBN(3, inputs, 3, 2, policy=policy, rng=rng), jax.nn.relu])
         for index, block in enumerate(blocks):
-            setattr(self, f"layer{index + 1}", InvertedResidual(inputs, block, numerics=numerics, rng=rng))
+            setattr(self, f"layer{index + 1}", InvertedResidual(inputs, block, policy=policy, rng=rng))
             inputs = block.channels
 
     def __call__(self, images: Float[Array, "n h w 3"]) -> list[Float[Array, "n _h _w _c"]]:
-        x = in_turn(self.stem, images)
+        x = sequential(self.stem, images)
         tokens = []
         for index in range(self.depth):
             x = getattr(self, f"layer{index + 1}")(x)

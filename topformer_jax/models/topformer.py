@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from topformer_jax.models.injection import INJECTIONS
-from topformer_jax.models.layers import Conv, ConvModule, Numerics, RandomDrop
+from topformer_jax.models.layers import Conv, ConvModule, DTypePolicy, RandomDrop
 from topformer_jax.models.token_pyramid import Block, TokenPyramid
 from topformer_jax.models.transformer import Transformer
 from topformer_jax.ops.resample import adaptive_avg_pool, resize
@@ -21,11 +21,11 @@ Images = Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One size of the network: the pyramid's blocks, where it is tapped, injection width and heads."""
+    """One size of the network: the pyramid's blocks, where it is tapped, injection head_channels and heads."""
 
     blocks: tuple[Block, ...]
     taps: tuple[int, ...]
-    width: int
+    head_channels: int
     heads: int
 
     @property
@@ -52,7 +52,7 @@ VARIANTS = {
             (5, 6, 96, 1),
         ),
         taps=(2, 4, 6, 8),
-        width=128,
+        head_channels=128,
         heads=4,
     ),
     "small": Variant(
@@ -69,7 +69,7 @@ VARIANTS = {
             (3, 6, 128, 1),
         ),
         taps=(2, 4, 6, 9),
-        width=192,
+        head_channels=192,
         heads=6,
     ),
     "base": Variant(
@@ -86,7 +86,7 @@ VARIANTS = {
             (3, 6, 160, 1),
         ),
         taps=(2, 4, 6, 9),
-        width=256,
+        head_channels=256,
         heads=8,
     ),
 }
@@ -95,14 +95,14 @@ VARIANTS = {
 class PyramidPool(nnx.Module):
     """Averages every scale down to the coarsest one's size over `stride` and joins them on channels."""
 
-    def __init__(self, stride: int, numerics: Numerics):
+    def __init__(self, stride: int, policy: DTypePolicy):
         self.stride = stride
-        self.numerics = numerics
+        self.policy = policy
 
     def __call__(self, tokens: list[Array]) -> Float[Array, "n h w c"]:
         _, h, w, _ = tokens[-1].shape
         size = ((h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
-        precision = self.numerics.product_precision
+        precision = self.policy.product_precision
         return jnp.concatenate([adaptive_avg_pool(x, size, precision=precision) for x in tokens], axis=-1)
 
 
@@ -116,17 +116,17 @@ class Backbone(nnx.Module):
         self,
         variant: Variant,
         pool_stride: int,
-        drop_path: float,
+        drop_path_rate: float,
         *,
-        numerics: Numerics,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        self.numerics = numerics
+        self.policy = policy
         self.channels = variant.channels
-        self.tpm = TokenPyramid(variant.blocks, variant.taps, numerics=numerics, rng=rng)
-        self.ppa = PyramidPool(pool_stride, numerics)
+        self.tpm = TokenPyramid(variant.blocks, variant.taps, policy=policy, rng=rng)
+        self.ppa = PyramidPool(pool_stride, policy)
         self.trans = Transformer(
-            sum(self.channels), variant.heads, drop_path=drop_path, numerics=numerics, rng=rng
+            sum(self.channels), variant.heads, drop_path_rate=drop_path_rate, policy=policy, rng=rng
         )
 
     def tokens(
@@ -136,7 +136,7 @@ class Backbone(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.shape}: expected [n, h, w, 3]")
         with jax.named_scope("tpm"):
-            tokens = self.tpm(jnp.asarray(images).astype(self.numerics.dtype))
+            tokens = self.tpm(jnp.asarray(images).astype(self.policy.dtype))
         with jax.named_scope("ppa"):
             pooled = self.ppa(tokens)
         with jax.named_scope("trans"):
@@ -151,7 +151,7 @@ def _no_injection(local: Array, semantics: Array) -> Array:
 class TopFormer(Backbone):
     """The backbone with a semantic injection at strides 8, 16 and 32 (not at 4).
 
-    Returns the three injected maps, `width` channels each, finest first.
+    Returns the three injected maps, `head_channels` channels each, finest first.
     """
 
     def __init__(
@@ -159,14 +159,14 @@ class TopFormer(Backbone):
         variant: Variant,
         *,
         injection: str,
-        width: int,
-        drop_path: float,
-        numerics: Numerics,
+        head_channels: int,
+        drop_path_rate: float,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        super().__init__(variant, 2, drop_path, numerics=numerics, rng=rng)
+        super().__init__(variant, 2, drop_path_rate, policy=policy, rng=rng)
         injected: list[Callable[..., Array]] = [
-            INJECTIONS[injection](channels, width, numerics=numerics, rng=rng)
+            INJECTIONS[injection](channels, head_channels, policy=policy, rng=rng)
             for channels in self.channels[1:]
         ]
         # Slot 0 has no weights officially either: the finest scale feeds the transformer alone.
@@ -174,7 +174,7 @@ class TopFormer(Backbone):
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
-    ) -> list[Float[Array, "n _h _w width"]]:
+    ) -> list[Float[Array, "n _h _w head_channels"]]:
         tokens, semantics = self.tokens(images, rngs)
         borders = [sum(self.channels[: index + 1]) for index in range(len(self.channels) - 1)]
         parts = jnp.split(semantics, borders, axis=-1)
@@ -186,43 +186,43 @@ class DecodeHead(nnx.Module):
     """Sums the maps at the finest one's size, fuses them by a 1x1 conv-BN-ReLU, drops channels, classifies.
 
     Args:
-        width: channels of the maps, and of the fused one.
-        classes: channels of the logits.
+        head_channels: channels of the maps, and of the fused one.
+        num_classes: channels of the logits.
         depthwise: fuse with one weight a channel (the Tiny configs' `is_dw`) instead of a full 1x1.
-        dropout: probability that a sample loses a whole channel (`Dropout2d`).
+        dropout_ratio: probability that a sample loses a whole channel (`Dropout2d`).
     """
 
     def __init__(
         self,
-        width: int,
-        classes: int,
+        head_channels: int,
+        num_classes: int,
         *,
         depthwise: bool,
-        dropout: float,
-        numerics: Numerics,
+        dropout_ratio: float,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        self.numerics = numerics
+        self.policy = policy
         # mmcv's own start for this layer: fan-out is taken over all channels, grouped or not.
         self.linear_fuse = ConvModule(
-            width,
-            width,
-            width if depthwise else 1,
+            head_channels,
+            head_channels,
+            head_channels if depthwise else 1,
             activation=jax.nn.relu,
-            std=math.sqrt(2 / width),
-            numerics=numerics,
+            std=math.sqrt(2 / head_channels),
+            policy=policy,
             rng=rng,
         )
-        self.dropout = RandomDrop(dropout, shared=(1, 2))
-        wide = dataclasses.replace(numerics, dtype=numerics.wide)
-        self.conv_seg = Conv(width, classes, bias=True, std=0.01, numerics=wide, rng=rng)
+        self.dropout = RandomDrop(dropout_ratio, shared=(1, 2))
+        wide = dataclasses.replace(policy, dtype=policy.wide)
+        self.conv_seg = Conv(head_channels, num_classes, bias=True, std=0.01, policy=wide, rng=rng)
 
     def __call__(self, maps: list[Array], rngs: nnx.Rngs | None = None) -> Float[Array, "n h w classes"]:
         size = (maps[0].shape[1], maps[0].shape[2])
-        precision = self.numerics.product_precision
+        precision = self.policy.product_precision
         x = sum((resize(x, size, precision=precision) for x in maps[1:]), start=maps[0])
         x = self.dropout(self.linear_fuse(x), rngs)
-        return self.conv_seg(x.astype(self.numerics.wide))
+        return self.conv_seg(x.astype(self.policy.wide))
 
 
 class Segmenter(nnx.Module):
@@ -230,33 +230,43 @@ class Segmenter(nnx.Module):
 
     Args:
         variant: a row of `VARIANTS`.
-        classes: number of classes.
+        num_classes: number of classes.
         injection: a key of `INJECTIONS`.
-        width: channels of injections and head; the variant's own where None.
+        head_channels: channels of injections and head; the variant's own where None.
         depthwise_head: see `DecodeHead`.
-        drop_path, dropout: rates in training.
+        drop_path_rate, dropout_ratio: rates in training.
     """
 
     def __init__(
         self,
         variant: Variant,
-        classes: int,
+        num_classes: int,
         *,
         injection: str = "multi_sum",
-        width: int | None = None,
+        head_channels: int | None = None,
         depthwise_head: bool = False,
-        drop_path: float = 0.1,
-        dropout: float = 0.1,
-        numerics: Numerics,
+        drop_path_rate: float = 0.1,
+        dropout_ratio: float = 0.1,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        self.classes, self.numerics = classes, numerics
-        width = variant.width if width is None else width
+        self.num_classes, self.policy = num_classes, policy
+        head_channels = variant.head_channels if head_channels is None else head_channels
         self.backbone = TopFormer(
-            variant, injection=injection, width=width, drop_path=drop_path, numerics=numerics, rng=rng
+            variant,
+            injection=injection,
+            head_channels=head_channels,
+            drop_path_rate=drop_path_rate,
+            policy=policy,
+            rng=rng,
         )
         self.decode_head = DecodeHead(
-            width, classes, depthwise=depthwise_head, dropout=dropout, numerics=numerics, rng=rng
+            head_channels,
+            num_classes,
+            depthwise=depthwise_head,
+            dropout_ratio=dropout_ratio,
+            policy=policy,
+            rng=rng,
         )
 
     def __call__(

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from topformer_jax.models.layers import Conv, ConvBN, Numerics, RandomDrop, in_turn, relu6
+from topformer_jax.models.layers import Conv, ConvBN, DTypePolicy, RandomDrop, relu6, sequential
 
 
 class Attention(nnx.Module):
@@ -17,18 +17,25 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self, features: int, heads: int, key: int, value: int, *, numerics: Numerics, rng: np.random.Generator
+        self,
+        features: int,
+        heads: int,
+        key: int,
+        value: int,
+        *,
+        policy: DTypePolicy,
+        rng: np.random.Generator,
     ):
         self.heads = heads
-        self.numerics = numerics
-        self.to_q = ConvBN(features, heads * key, numerics=numerics, rng=rng)
-        self.to_k = ConvBN(features, heads * key, numerics=numerics, rng=rng)
-        self.to_v = ConvBN(features, heads * value, numerics=numerics, rng=rng)
-        self.proj = nnx.List([relu6, ConvBN(heads * value, features, numerics=numerics, rng=rng)])
+        self.policy = policy
+        self.to_q = ConvBN(features, heads * key, policy=policy, rng=rng)
+        self.to_k = ConvBN(features, heads * key, policy=policy, rng=rng)
+        self.to_v = ConvBN(features, heads * value, policy=policy, rng=rng)
+        self.proj = nnx.List([relu6, ConvBN(heads * value, features, policy=policy, rng=rng)])
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         n, h, w, _ = x.shape
-        numerics = self.numerics
+        policy = self.policy
 
         def split(y: Array) -> Array:
             return y.reshape(n, h * w, self.heads, -1).transpose(0, 2, 1, 3)  # [n, heads, h*w, channels]
@@ -37,21 +44,21 @@ class Attention(nnx.Module):
         scores = jnp.matmul(
             query,
             key.swapaxes(2, 3),
-            precision=numerics.product_precision,
-            preferred_element_type=numerics.wide,
+            precision=policy.product_precision,
+            preferred_element_type=policy.wide,
         )
-        weights = jax.nn.softmax(scores, axis=-1).astype(numerics.dtype)
-        y = jnp.matmul(weights, value, precision=numerics.product_precision)
-        return in_turn(self.proj, y.transpose(0, 2, 1, 3).reshape(n, h, w, -1))
+        weights = jax.nn.softmax(scores, axis=-1).astype(policy.dtype)
+        y = jnp.matmul(weights, value, precision=policy.product_precision)
+        return sequential(self.proj, y.transpose(0, 2, 1, 3).reshape(n, h, w, -1))
 
 
 class Mlp(nnx.Module):
     """1x1 ConvBN, depthwise 3x3 with a bias and no norm, ReLU6, 1x1 ConvBN."""
 
-    def __init__(self, features: int, hidden: int, *, numerics: Numerics, rng: np.random.Generator):
-        self.fc1 = ConvBN(features, hidden, numerics=numerics, rng=rng)
-        self.dwconv = Conv(hidden, hidden, 3, groups=hidden, bias=True, numerics=numerics, rng=rng)
-        self.fc2 = ConvBN(hidden, features, numerics=numerics, rng=rng)
+    def __init__(self, features: int, hidden: int, *, policy: DTypePolicy, rng: np.random.Generator):
+        self.fc1 = ConvBN(features, hidden, policy=policy, rng=rng)
+        self.dwconv = Conv(hidden, hidden, 3, groups=hidden, bias=True, policy=policy, rng=rng)
+        self.fc2 = ConvBN(hidden, features, policy=policy, rng=rng)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         return self.fc2(relu6(self.dwconv(self.fc1(x))))
@@ -61,11 +68,17 @@ class TransformerBlock(nnx.Module):
     """Attention and MLP, a residual around each, with drop path (whole branch, per sample) on both."""
 
     def __init__(
-        self, features: int, heads: int, drop_path: float, *, numerics: Numerics, rng: np.random.Generator
+        self,
+        features: int,
+        heads: int,
+        drop_path_rate: float,
+        *,
+        policy: DTypePolicy,
+        rng: np.random.Generator,
     ):
-        self.attn = Attention(features, heads, key=16, value=32, numerics=numerics, rng=rng)
-        self.mlp = Mlp(features, 2 * features, numerics=numerics, rng=rng)
-        self.drop_path = RandomDrop(drop_path, shared=(1, 2, 3))
+        self.attn = Attention(features, heads, key=16, value=32, policy=policy, rng=rng)
+        self.mlp = Mlp(features, 2 * features, policy=policy, rng=rng)
+        self.drop_path = RandomDrop(drop_path_rate, shared=(1, 2, 3))
 
     def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
         x = x + self.drop_path(self.attn(x), rngs)
@@ -73,7 +86,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`depth` blocks whose drop-path rates rise linearly from 0 to `drop_path`."""
+    """`depth` blocks whose drop-path rates rise linearly from 0 to `drop_path_rate`."""
 
     def __init__(
         self,
@@ -81,14 +94,14 @@ class Transformer(nnx.Module):
         heads: int,
         *,
         depth: int = 4,
-        drop_path: float = 0.1,
-        numerics: Numerics,
+        drop_path_rate: float = 0.1,
+        policy: DTypePolicy,
         rng: np.random.Generator,
     ):
         self.transformer_blocks = nnx.List(
             [
-                TransformerBlock(features, heads, float(rate), numerics=numerics, rng=rng)
-                for rate in np.linspace(0, drop_path, depth)
+                TransformerBlock(features, heads, float(rate), policy=policy, rng=rng)
+                for rate in np.linspace(0, drop_path_rate, depth)
             ]
         )
 

@@ -1,4 +1,4 @@
-"""Numerics that no library has: torch-exact resampling and a depthwise convolution that is fast on CPUs."""
+"""DTypePolicy that no library has: torch-exact resampling and a depthwise convolution that is fast on CPUs."""
 
 import jax.numpy as jnp
 import numpy as np

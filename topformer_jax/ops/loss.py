@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from topformer_jax.ops.resample import bilinear_matrix, resize
 from topformer_jax.ops.tiled import bands
 
-VOID = 255
+IGNORE_LABEL = 255
 
 
 class Tiling(NamedTuple):
@@ -67,7 +67,7 @@ def upsampled_cross_entropy(
     """
     with jax.named_scope("loss"):
         loss, correct = _sums(logits, labels, precision, devices)
-        return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != VOID))
+        return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != IGNORE_LABEL))
 
 
 def plain_cross_entropy(
@@ -82,7 +82,7 @@ def plain_cross_entropy(
     `devices` changes nothing.
     """
     logits = resize(logits, (labels.shape[1], labels.shape[2]), precision=precision)
-    valid = labels != VOID
+    valid = labels != IGNORE_LABEL
     chosen = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)[..., 0]
     loss = jax.nn.logsumexp(logits, -1) - chosen
     correct = (chosen >= logits.max(-1)) & valid
@@ -169,7 +169,7 @@ def _tiled(
         functools.partial(function, products=tiling.products, precision=precision)
         for function in (_resized, _transposed)
     )
-    labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), above, beside), constant_values=VOID)
+    labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), above, beside), constant_values=IGNORE_LABEL)
     down, across = jax.tree.map(jnp.asarray, (down, across))
     logits = logits.swapaxes(2, 3)  # columns last: they fill a vector's lanes, classes need not
     number = lax.broadcasted_iota(jnp.int32, (1, 1, classes, 1), 2)
@@ -184,7 +184,7 @@ def _tiled(
         patch = lax.dynamic_slice(logits, corner, (n, taps, classes, cells))
         scores = resized(patch, vertical, horizontal)
         label = lax.dynamic_slice(labels, (zero, row * rows, column * columns), (n, rows, columns))
-        valid, hot = label != VOID, number == label[:, :, None]
+        valid, hot = label != IGNORE_LABEL, number == label[:, :, None]
         largest = jnp.max(scores, 2, keepdims=True)
         powers = jnp.exp(scores - largest)
         total = jnp.sum(powers, 2, keepdims=True)

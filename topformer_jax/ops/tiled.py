@@ -22,7 +22,7 @@ STRIDE = 8  # pixels a cell of the logits
 TILE = (32, 128)  # pixels, (height, width); the width fills a TPU's lanes
 
 
-class Bands(NamedTuple):
+class BandedResize(NamedTuple):
     """One axis of a resize, cut into tiles.
 
     Pixel i of tile t is the sum over j of `weights[t, i, j]` times cell `starts[t] + j`.
@@ -32,12 +32,12 @@ class Bands(NamedTuple):
     weights: Float[np.ndarray | Array, "*n tiles pixels support"]
 
 
-class View(NamedTuple):
+class ViewLogits(NamedTuple):
     """The logits of one look at a picture, classes before columns, and how they are resized."""
 
     logits: Float[Array, "h classes w"]
-    rows: Bands
-    columns: Bands
+    rows: BandedResize
+    columns: BandedResize
 
 
 def cells(pixels: int) -> int:
@@ -94,7 +94,7 @@ def bands(
     support: int | None = None,
     capacity: int | None = None,
     extent: int | None = None,
-) -> Bands:
+) -> BandedResize:
     """Cuts an axis' matrix into tiles.
 
     Args:
@@ -121,11 +121,13 @@ def bands(
     where = starts[:, None, None] + np.arange(support)
     weights = np.take_along_axis(tiles, where, -1)
     pad = 0 if capacity is None else capacity - count
-    return Bands(np.pad(starts, (0, pad)).astype(np.int32), np.pad(weights, ((0, pad), (0, 0), (0, 0))))
+    return BandedResize(
+        np.pad(starts, (0, pad)).astype(np.int32), np.pad(weights, ((0, pad), (0, 0), (0, 0)))
+    )
 
 
 def tiled(
-    views: Sequence[View],
+    views: Sequence[ViewLogits],
     count: Int[Array, ""],
     across: Int[Array, ""],
     start: Any,
@@ -157,7 +159,7 @@ def tiled(
         return lax.fori_loop(0, count, one, start)
 
 
-def _scores(view: View, row: Array, column: Array, precision: str | None) -> Array:
+def _scores(view: ViewLogits, row: Array, column: Array, precision: str | None) -> Array:
     """A tile's resized logits `[rows, classes, columns]`."""
     down, across = view.rows.weights[row], view.columns.weights[column]
     _, classes, _ = view.logits.shape
