@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax.errors import UserError
 from topformer_jax.models.classifier import Classifier
@@ -65,12 +65,15 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
     )
     variant = VARIANTS[settings.variant]
     rng = np.random.default_rng(config.seed)
+    _check_choice("task", config.task, ("segmentation", "classification"))
+    model: Segmenter | Classifier
     if config.task == "classification":
-        return Classifier(
+        model = Classifier(
             variant, settings.num_classes, drop_path_rate=settings.drop_path_rate, policy=policy, rng=rng
         )
-    _check_choice("task", config.task, ("segmentation", "classification"))
-    return Segmenter(
+        model.config = FrozenConfigDict(config)
+        return model
+    model = Segmenter(
         variant,
         settings.num_classes,
         injection=settings.injection,
@@ -81,6 +84,8 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         policy=policy,
         rng=rng,
     )
+    model.config = FrozenConfigDict(config)
+    return model
 
 
 def build_segmenter(config: ConfigDict) -> Segmenter:

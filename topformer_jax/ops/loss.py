@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from topformer_jax.ops.resample import bilinear_matrix, resize
-from topformer_jax.ops.tiled import bands
+from topformer_jax.ops.tiled import split_into_bands
 
 IGNORE_LABEL = 255
 
@@ -249,4 +249,4 @@ def _axis(cells: int, pixels: int, tile: int, dtype: str) -> tuple[Any, tuple[in
     tile = min(tile, pixels)
     before = tile // 2 if tile < pixels else 0
     matrix = np.pad(bilinear_matrix(cells, pixels, dtype), ((before, 0), (0, 0)))
-    return bands(matrix, tile), (before, -len(matrix) % tile)
+    return split_into_bands(matrix, tile), (before, -len(matrix) % tile)
