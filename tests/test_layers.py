@@ -1,4 +1,4 @@
-"""BatchNorm, activations, random drops and initial weights, each by itself."""
+"""Unit tests of the layers: BatchNorm, activations, dropout, initial weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.parity import distance
 from topformer_jax import config, models
-from topformer_jax.models.layers import BatchNorm, DTypePolicy, RandomDrop, hsigmoid, make_divisible, relu6
+from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy, hsigmoid, make_divisible, relu6
 
 
 def test_batch_norm_over_three_steps() -> None:
@@ -65,17 +65,17 @@ def test_activations_and_their_corners(ours, theirs) -> None:  # type: ignore[no
     np.testing.assert_allclose(gradient[:-1], leaf.grad.numpy()[:-1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("shared", "shape"), [((1, 2, 3), (64, 1, 1, 1)), ((1, 2), (64, 1, 1, 16))])
-def test_random_drop(shared: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    drop = RandomDrop(0.25, shared)
+@pytest.mark.parametrize(("dims", "channels"), [((1, 2, 3), 1), ((1, 2), 16)])
+def test_dropout(dims: tuple[int, ...], channels: int) -> None:
+    dropout = Dropout(0.25, dims)
     x = jnp.ones((64, 3, 5, 16))
-    out = np.asarray(drop(x, nnx.Rngs(dropout=0)))
-    kept = out[:, :1, :1, : shape[3]]
-    np.testing.assert_array_equal(out, np.broadcast_to(kept, out.shape))
-    np.testing.assert_allclose(np.unique(kept), [0, 1 / 0.75])
-    assert 0.6 < (kept > 0).mean() < 0.9
-    drop.eval()
-    assert drop(x, None) is x
+    out = np.asarray(dropout(x, nnx.Rngs(dropout=0)))
+    factors = out[:, :1, :1, :channels]
+    np.testing.assert_array_equal(out, np.broadcast_to(factors, out.shape))
+    np.testing.assert_allclose(np.unique(factors), [0, 1 / 0.75])
+    assert 0.6 < (factors > 0).mean() < 0.9
+    dropout.eval()
+    assert dropout(x, None) is x
 
 
 def test_initial_weights() -> None:

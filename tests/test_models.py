@@ -16,7 +16,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from tests.parity import (
     OFFICIAL_NAMES,
@@ -47,7 +47,7 @@ def _photo(golden: Find, size: str) -> np.ndarray:
 def _stages(model: models.Segmenter, images: np.ndarray) -> dict[str, jax.Array]:
     """Every box of the figure and what comes out of it."""
     backbone = model.backbone
-    tokens, semantics = backbone.tokens(jnp.asarray(images), None)
+    tokens, semantics = backbone.extract_features(jnp.asarray(images), None)
     maps = backbone(jnp.asarray(images))
     stages = {f"tpm{index}": token for index, token in enumerate(tokens)}
     stages |= {"ppa": backbone.ppa(tokens), "trans": semantics}
@@ -128,7 +128,9 @@ def test_golden_classifier(golden: Find) -> None:
         images = normalised(file["image"])
         logits = distance(run(model, images), file["logits"])
         graphdef, state = nnx.split(model)
-        tokens = jax.jit(lambda state: nnx.merge(graphdef, state).tokens(jnp.asarray(images), None)[1])(state)
+        tokens = jax.jit(
+            lambda state: nnx.merge(graphdef, state).extract_features(jnp.asarray(images), None)[1]
+        )(state)
         pooled = distance(tokens.mean((1, 2)), file["pooled"])
     print(f"classifier: pooled {pooled:.1e}, logits {logits:.1e}")
     assert max(logits, pooled) <= 1e-5
@@ -273,6 +275,38 @@ def test_bfloat16_keeps_statistics_softmax_and_logits_in_float32() -> None:
     assert dtypes["exp"] == dtypes["rsqrt"] == {"float32"}
     assert "bfloat16" in dtypes["dot_general"]
     assert all(v.dtype in (np.float32, np.int32) for v in models.named_variables(model).values())
+
+
+@pytest.mark.parametrize("recipe", [config.pascal_context("tiny", classes=59), config.imagenet("tiny")])
+def test_a_model_carries_its_config(recipe: ConfigDict) -> None:
+    """As a static attribute: equal configs give equal graph definitions, and flax's transforms keep it."""
+    settings = config.load(recipe, {"model.dropout_ratio": 0.0, "model.drop_path_rate": 0.0})
+    model = models.build(settings)
+    frozen = FrozenConfigDict(settings)
+    assert model.config == load(settings).config == frozen
+    settings.seed = 1  # the model has a copy
+    assert model.config.seed == 0
+
+    graphdef, state = nnx.split(model)
+    same, other = (models.build(config.load(source)) for source in (ConfigDict(frozen), settings))
+    assert nnx.graphdef(same) == graphdef
+    assert hash(nnx.graphdef(same)) == hash(graphdef)
+    assert nnx.graphdef(other) != graphdef
+    assert not any(isinstance(leaf, ConfigDict) for leaf in jax.tree.leaves(state))
+
+    assert nnx.merge(graphdef, state).config == nnx.clone(model).config == frozen
+    assert models.merge_state_dict(graphdef, models.state_dict(model)).config == frozen
+    scale = nnx.jit(lambda model: jnp.asarray(model.config.evaluation.scale))
+    assert tuple(scale(model)) == tuple(frozen.evaluation.scale)
+    traces = []
+
+    def classes(graphdef: nnx.GraphDef, state: nnx.State) -> jax.Array:
+        traces.append(graphdef)
+        return jnp.int32(nnx.merge(graphdef, state).config.model.num_classes)
+
+    compiled = jax.jit(classes, static_argnums=0)
+    assert compiled(graphdef, state) == compiled(nnx.graphdef(same), state) == frozen.model.num_classes
+    assert len(traces) == 1
 
 
 def test_models_of_one_config_share_a_program_and_show_nan() -> None:

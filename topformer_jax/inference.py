@@ -58,7 +58,7 @@ class CompiledInference:
         mesh: Mesh,
     ):
         self.classes = classes
-        self.dtype = np.dtype(policy.wide)
+        self.dtype = np.dtype(policy.accum_dtype)
         self.evaluation = evaluation
         self.mesh = mesh
         self.over_devices = NamedSharding(mesh, P(mesh.axis_names))
