@@ -19,7 +19,7 @@ from topformer_jax.data.augment import augment
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import IGNORE_LABEL, LossSums, upsampled_cross_entropy
-from topformer_jax.optimizer import learning_rate, optimizer
+from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Tensors = dict[str, Array]
 Batch = Mapping[str, Array | np.ndarray]
@@ -88,7 +88,7 @@ def prepare(
     model.train()
     graphdef, *_ = nnx.split(model)
     params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
-    transform = optimizer(config)
+    transform = build_optimizer(config)
     average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
     # Under jit: by itself optax compiles a program for the zeros of each shape, 2 s in all.
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, jax.jit(transform.init)(params), average)
