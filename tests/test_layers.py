@@ -14,7 +14,7 @@ from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy, hsigmoi
 
 
 def test_batch_norm_over_three_steps() -> None:
-    """Outputs, and running statistics to 1e-6 of PyTorch's, in float32; then inference."""
+    """Against PyTorch in float32: outputs and running statistics in training, then outputs in inference."""
     ours, theirs = BatchNorm(5, policy=DTypePolicy()), torch.nn.BatchNorm2d(5)
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, 5)).astype(np.float32)
@@ -79,7 +79,7 @@ def test_dropout(dims: tuple[int, ...], channels: int) -> None:
 
 
 def test_initial_weights() -> None:
-    """The official standard deviations: fan-out within a group, but for the head's two layers."""
+    """The official standard deviations: by the fan-out of a group, except in the head's two layers."""
     expected = {
         "backbone.tpm.stem.0.c": np.sqrt(2 / (9 * 16)),
         "backbone.tpm.layer9.conv.2.c": np.sqrt(2 / 25),

@@ -1,4 +1,4 @@
-"""The learning rates and parameter groups of the official run, and AdamW against PyTorch's."""
+"""Learning rates and parameter groups against the official ones, AdamW against PyTorch's."""
 
 import json
 import pathlib
@@ -38,7 +38,7 @@ def test_every_golden_learning_rate(golden: Find, wide: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["tiny", "small", "base"])
 def test_parameter_groups(golden: Find, variant: str) -> None:
-    """Each parameter's own learning rate and decay, read off one update."""
+    """The learning rate and weight decay of each parameter, computed from one update."""
     official = json.loads(golden("param_groups.json").read_text())[variant]
     settings = config.load(
         config.ade20k(variant), {"schedule.warmup_steps": 0, "optimizer.eps": 0.0, "schedule.power": 0.0}
@@ -63,7 +63,7 @@ def test_parameter_groups(golden: Find, variant: str) -> None:
         assert decay == pytest.approx(group["weight_decay"], rel=1e-7), name
 
 
-def test_adamw_is_pytorch_s(x64: None) -> None:
+def test_adamw_against_pytorch(x64: None) -> None:
     settings = config.load(
         config.ade20k("tiny"),
         {"schedule.steps": 30, "schedule.warmup_steps": 3, "schedule.lr": 0.1},
