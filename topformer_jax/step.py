@@ -19,7 +19,7 @@ from topformer_jax.data.augment import augment
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import IGNORE_LABEL, LossSums, upsampled_cross_entropy
-from topformer_jax.optimizer import learning_rate, optimizer
+from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Tensors = dict[str, Array]
 Batch = Mapping[str, Array | np.ndarray]
@@ -84,7 +84,7 @@ def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
     """The state at step 0 from a model's weights, on the default device."""
     params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
     # Under jit: by itself optax compiles one program per shape of its zeros, which takes 2 s.
-    optimizer_state = jax.jit(optimizer(config).init)(params)
+    optimizer_state = jax.jit(build_optimizer(config).init)(params)
     average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer_state, average)
 
@@ -116,7 +116,7 @@ def build_train_step(
         train_step,
         config=config,
         graphdef=graphdef,
-        transform=optimizer(config),
+        transform=build_optimizer(config),
         loss_function=functools.partial(loss_function, devices=mesh.size),
     )
     return jax.jit(

@@ -53,7 +53,7 @@ class CompiledInference:
         mesh: Mesh,
     ):
         self.num_classes = num_classes
-        self.dtype = np.dtype(policy.wide)
+        self.dtype = np.dtype(policy.accum_dtype)
         self.evaluation = evaluation
         self.mesh = mesh
         self.batch_sharding = NamedSharding(mesh, P(mesh.axis_names))
