@@ -23,8 +23,18 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, convert, files, inference, logs, metrics, models, pictures, report, sharding
+from topformer_jax import (
+    checkpoints,
+    cli,
+    files,
+    inference,
+    logs,
+    metrics,
+    models,
+    pictures,
+    report,
+    sharding,
+)
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.catalog import DataSet
@@ -345,9 +355,7 @@ def main() -> None:
     if args.slide:
         changes["evaluation.mode"] = "slide"
     config = config_lib.load(config, changes)
-    model = models.build_segmenter(config)
-    tensors, _ = convert.read(args.checkpoint, model, config)
-    checkpoint_lib.load_state_dict(model, tensors)
+    model = checkpoints.load_segmenter(config, args.checkpoint)
     workdir = args.workdir or pathlib.Path("runs") / config.name / "evaluate"
     run(config, model, workdir, Options(args.checkpoint, args.split, args.save_predictions, args.pictures))
 

@@ -23,8 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, files, logs, metrics, models, pictures, sharding
+from topformer_jax import checkpoints, cli, files, logs, metrics, models, pictures, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 from topformer_jax.evaluate import ExampleResult, evaluate
@@ -48,21 +47,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     # ---- state
     mesh = sharding.make_mesh(config)
     first = jax.process_index() == 0
-    model = models.build_segmenter(config)
-    if config.init_from:
-        from topformer_jax import convert
-
-        tensors, _ = convert.read(config.init_from, model, config, config.init_part)
-        checkpoint_lib.load_state_dict(model, tensors)
-        if first:
-            print(convert.origin_table(model, config.init_part, config.init_from))
+    model = checkpoints.load_segmenter(config, config.init_from or None, part=config.init_part)
+    if config.init_from and first:
+        print(checkpoints.origin_table(model, config.init_part, config.init_from))
     state, train_step = create(config, mesh, model)
     for folder in ("checkpoints", "pictures", "tensorboard"):
         files.make_folder(workdir / folder, "another --workdir")
-    checkpoints = checkpoint_lib.Checkpoints(workdir / "checkpoints", config.max_to_keep)
-    start = checkpoints.latest or 0
+    store = checkpoints.CheckpointStore(workdir / "checkpoints", config.max_to_keep)
+    start = store.latest or 0
     if start:
-        state = _restored(checkpoints, start, state, config)
+        state = _restored(store, start, state, config)
     if first:
         files.write(workdir / "config.json", config.to_json(indent=2))
 
@@ -113,17 +107,17 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         except UserError as error:
             if step == 0 or jax.process_count() > 1:  # the other processes don't know of it
                 raise
-            _refuse_nan(jax.device_get(recent), step, checkpoints)
-            checkpoints.wait()
-            if step != checkpoints.latest:
-                _save(checkpoints, step, state, config, None)
-                checkpoints.wait()
+            _refuse_nan(jax.device_get(recent), step, store)
+            store.wait()
+            if step != store.latest:
+                _save(store, step, state, config, None)
+                store.wait()
             line = f"{error.line}; step {step} is saved: the same command goes on from there"
             raise UserError(line, error.details) from None
 
     def end_if(stopping: int, step: int) -> None:
         if stopping:
-            checkpoints.wait()
+            store.wait()
             log.say(f"stopped at step {step} and saved; the same command goes on from here")
             raise SystemExit(128 + stopping)
 
@@ -133,12 +127,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     told: set[int] = set()  # the unreadable examples that were named
     began, waited = time.perf_counter(), 0.0
     try:
-        if start and _evaluating(start, config) and not checkpoints.scored(start):
+        if start and _evaluating(start, config) and not store.is_evaluated(start):
             # A signal came before this step was evaluated.
             with kept(start):
                 miou = scored(start)
             if miou is not None:
-                _save(checkpoints, start, state, config, miou)
+                _save(store, start, state, config, miou)
             end_if(stop.agreed(), start)
         for step in range(start + 1, steps + 1):
             with kept(step - 1):
@@ -152,7 +146,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
             fetched = jax.device_get(recent)
             recent = []
-            _refuse_nan(fetched, step, checkpoints)
+            _refuse_nan(fetched, step, store)
             elapsed, now_waited = time.perf_counter() - began, batches.waited
             means = {key: float(np.mean([values[key] for values in fetched])) for key in fetched[0]}
             means |= {
@@ -172,21 +166,21 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                     miou = scored(step)
                 stopping = stop.agreed()
             if evaluating or stopping or step % config.checkpoint_every == 0:
-                _save(checkpoints, step, state, config, miou)
+                _save(store, step, state, config, miou)
             end_if(stopping, step)
             began, waited = time.perf_counter(), batches.waited
     finally:
         batches.close()
         log.close()
         try:
-            checkpoints.close()
+            store.close()
         finally:
             stop.restore()
 
     # ---- the end
     if first:
         logs.save_curves(logs.read_records(workdir / "metrics.jsonl"), workdir / "curves.png")
-        best = checkpoints.best()
+        best = store.best
         print(f"done: curves in {workdir / 'curves.png'}, pictures in {workdir / 'pictures'}")
         if best:
             print(f"best: mIoU {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")
@@ -197,19 +191,19 @@ def _evaluating(step: int, config: ConfigDict) -> bool:
 
 
 def _restored(
-    checkpoints: checkpoint_lib.Checkpoints, step: int, state: TrainState, config: ConfigDict
+    store: checkpoints.CheckpointStore, step: int, state: TrainState, config: ConfigDict
 ) -> TrainState:
     """The state of a checkpoint, laid out as the given one."""
-    stored = checkpoints.config(step)
+    stored = store.read_config(step)
     if stored.get("model") != json.loads(config.to_json())["model"]:
         raise UserError(
-            f"{checkpoints.directory} holds a run of another model; name another --workdir, or remove this one"
+            f"{store.directory} holds a run of another model; name another --workdir, or remove this one"
         )
     if config.ema_decay and not stored.get("ema_decay"):
         raise UserError(
-            f"{checkpoints.directory} holds a run without averages; set --config.ema_decay=0 or another --workdir"
+            f"{store.directory} holds a run without averages; set --config.ema_decay=0 or another --workdir"
         )
-    trees = checkpoints.restore(step, _trees(state))
+    trees = store.restore(step, _trees(state))
     model, average = trees["model"], trees["average"]
     return TrainState(
         jax.device_put(np.int32(step), state.step.sharding),
@@ -226,22 +220,22 @@ def _trees(state: TrainState) -> dict[str, Any]:
 
 
 def _save(
-    checkpoints: checkpoint_lib.Checkpoints,
+    store: checkpoints.CheckpointStore,
     step: int,
     state: TrainState,
     config: ConfigDict,
     miou: float | None,
 ) -> None:
     metadata = {"config": json.loads(config.to_json()), "meta": {"epoch": 0, "iter": step}}
-    checkpoints.save(step, _trees(state), metadata, miou)
+    store.save(step, _trees(state), metadata, miou)
 
 
-def _refuse_nan(fetched: list[Mapping[str, Any]], step: int, checkpoints: checkpoint_lib.Checkpoints) -> None:
+def _refuse_nan(fetched: list[Mapping[str, Any]], step: int, store: checkpoints.CheckpointStore) -> None:
     """Raises a UserError for a loss that is no number, and for a gradient that makes the next one none."""
     for at, values in enumerate(fetched, step - len(fetched) + 1):
         bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
         if bad:
-            newest = checkpoints.latest
+            newest = store.latest
             kept = f"the last good checkpoint is of step {newest}" if newest else "no checkpoint is saved yet"
             raise UserError(
                 f"the {bad[0].replace('_', ' ')} is {float(values[bad[0]])} at step {at}; {kept}; lower "

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax.errors import UserError
 from topformer_jax.models.classifier import Classifier
@@ -30,6 +30,12 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
     Raises:
         UserError: a setting of `config.model` has a value that does not exist.
     """
+    model = _build(config)
+    model.config = FrozenConfigDict(config)
+    return model
+
+
+def _build(config: ConfigDict) -> Segmenter | Classifier:
     settings = config.model
     for key, known in (
         ("variant", VARIANTS),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import FrozenConfigDict
 
 from topformer_jax.models.layers import BatchNorm, DTypePolicy
 from topformer_jax.models.topformer import Backbone, Images, Variant
@@ -40,6 +41,8 @@ class ClassifierHead(nnx.Module):
 
 class Classifier(Backbone):
     """Transformer output averaged over all pixels, BatchNorm, linear: no injection, pooling stride 1."""
+
+    config: FrozenConfigDict
 
     def __init__(
         self,

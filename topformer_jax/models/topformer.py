@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import FrozenConfigDict
 
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import Conv, ConvModule, DTypePolicy, RandomDrop
@@ -236,6 +237,8 @@ class Segmenter(nnx.Module):
         depthwise_head: see `DecodeHead`.
         drop_path_rate, dropout_ratio: rates in training.
     """
+
+    config: FrozenConfigDict
 
     def __init__(
         self,
