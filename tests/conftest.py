@@ -5,11 +5,15 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import jax
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import torch
 
 # Compiled programs of this session, for its other tests and the commands that they start.
 _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
@@ -96,3 +100,25 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def root(drawn: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A copy of the data set, to spoil."""
     return shutil.copytree(drawn, tmp_path / "set")
+
+
+@pytest.fixture
+def pth(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+    """Writes a PyTorch file and returns its path."""
+    import torch
+
+    def save(content: Any, name: str = "model.pth") -> pathlib.Path:
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def states() -> "dict[str, torch.Tensor]":
+    """The state dict of a random Tiny with 150 classes, in PyTorch."""
+    from topformer_jax.benchmark import torch_peer as reference
+
+    network = reference.Segmenter("tiny")
+    reference.randomize(network, seed=0)
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -7,7 +7,8 @@ from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoint, config, convert, models
+from topformer_jax import checkpoints, config, models
+from topformer_jax.checkpoints.torch_format import from_torch
 
 # The reference spells two injections as the official code does.
 OFFICIAL_NAMES = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
@@ -20,14 +21,21 @@ def model_from(network: torch.nn.Module, settings: ConfigDict) -> models.Segment
     """A model of these settings with the network's weights, in inference mode."""
     model = models.build(settings)
     states = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
-    states = {name: convert.from_torch(tensor) for name, tensor in states.items()}
-    shapes = {name: variable.shape for name, variable in models.named_variables(model).items()}
-    checkpoint.check_state_dict(
-        {name: tensor.shape for name, tensor in states.items()}, shapes, "the network"
+    states = {name: from_torch(tensor) for name, tensor in states.items()}
+    places = {name: variable.shape for name, variable in models.named_variables(model).items()}
+    checkpoints.check_state_dict(
+        {name: tensor.shape for name, tensor in states.items()}, places, "the network"
     )
-    checkpoint.load_state_dict(model, states)
+    checkpoints.load_state_dict(model, states)
     model.eval()
     return model
+
+
+def same_states(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dicts have equal names, dtypes and bits."""
+    return set(ours) == set(theirs) and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in theirs
+    )
 
 
 def settings_for(variant: str, **overrides: object) -> ConfigDict:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from topformer_jax import checkpoint, models
+from topformer_jax import checkpoints, models
 from topformer_jax import config as config_lib
 from topformer_jax.benchmark import feeding, measure, peer, plain_loading, samples
 from topformer_jax.benchmark.__main__ import main
@@ -258,7 +258,7 @@ def test_a_peer_gives_the_same_in_turn() -> None:
     model = models.build_segmenter(config)
     model.eval()
     pictures, tensors = samples.pictures(2, (64, 64)), samples.weights(model)
-    checkpoint.load_state_dict(model, tensors)
+    checkpoints.load_state_dict(model, tensors)
     ours = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalise(pictures)))
     with Peers(config, Options(peer=True, variants=("eager",))) as peers:
         logits = peers.make("logits", tensors, pictures)["torch eager"]

@@ -174,10 +174,10 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
     arguments = ["--config", "configs/topformer_t_shapes.py", "--config.data.shapes.validation=5"]
     arguments += ["--config.data.shapes.size=48", "--config.evaluation.scale=(64,48)"]
     config = config_lib.load(config_lib.shapes(), {})
-    from topformer_jax.checkpoint import save_model
+    from topformer_jax.checkpoints import save_model
 
     tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(config)).items()}
-    save_model(tmp_path / "weights", 0, tensors, {"config": json.loads(config.to_json()), "meta": {}})
+    save_model(tmp_path / "weights", tensors, {"config": json.loads(config.to_json()), "meta": {}})
     arguments += ["--checkpoint", str(tmp_path / "weights"), "--workdir"]
     one = _command(*arguments, str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr
@@ -209,7 +209,7 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
         (["--config", "configs/topformer_b_ade.py"], "it is of variant tiny"),
         (
             ["--config.model.num_classes=59", "--config.data.dataset=context59"],
-            "has not the config's 59 classes",
+            "does not have the config's 59 classes",
         ),
         (["--img-ratios", "half"], "--img-ratios cannot be 'half'"),
         (["--config.evaluation.stride=(0,0)", "--slide"], "evaluation.stride"),

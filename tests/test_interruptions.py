@@ -55,7 +55,7 @@ def test_a_full_disk_and_a_bad_picture_lose_nothing(
     disk(workdir.parent, "20m")
     line = refused_run(workdir, changes)
     assert f"cannot write a checkpoint into {workdir}/checkpoints: no space is left on the disk" in line
-    assert "the newest whole one is of step 3; mend it and start the same command again" in line
+    assert "the newest complete one is of step 3; fix it and start the same command again" in line
 
     disk(workdir.parent, "200m")
     whole = (root / "images/val/1.jpg").read_bytes()

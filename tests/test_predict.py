@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from topformer_jax import checkpoint, config, inference, load, models, predict
+from topformer_jax import checkpoints, config, inference, load, models, predict
 from topformer_jax.data.transforms import decode_image, decode_label
 from topformer_jax.errors import UserError
 
@@ -23,7 +23,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("weights") / "shapes"
     settings = config.shapes()
     tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
-    checkpoint.save_model(folder, 0, tensors, {"config": json.loads(settings.to_json()), "meta": {}})
+    checkpoints.save_model(folder, tensors, {"config": json.loads(settings.to_json()), "meta": {}})
     return str(folder)
 
 

@@ -12,7 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.parity import distance
-from topformer_jax import config, convert, load, models, sharding
+from topformer_jax import config, load, models, sharding
+from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.errors import UserError
 from topformer_jax.ops.loss import upsampled_cross_entropy
 from topformer_jax.step import TrainState, init_training
@@ -77,7 +78,7 @@ def test_golden_trace(golden: Find, dtype: str, devices: int, limit: float) -> N
             for mine, theirs in (("loss", "loss"), ("learning_rate", "lr")):
                 error = abs(float(metrics[mine]) / trace[theirs][index] - 1)
                 worst[theirs] = max(worst[theirs], error)
-        tensors = {k: convert.to_torch(np.asarray(v)) for k, v in (state.params | state.stats).items()}
+        tensors = {k: to_torch(np.asarray(v)) for k, v in (state.params | state.stats).items()}
         final = {name: trace[f"final/{name}"] for name in tensors}
     errors = {
         name: distance(tensors[name], final[name]) for name in final if np.abs(final[name]).max() > 1e-8
@@ -106,7 +107,7 @@ def test_golden_gradients(golden: Find, x64: None) -> None:
         errors = {}
         for name, moment in moments.items():
             theirs = trace[f"grad0/{name}"]
-            mine = convert.to_torch(np.asarray(moment)) / (1 - 0.9)
+            mine = to_torch(np.asarray(moment)) / (1 - 0.9)
             if np.abs(theirs).max() > 1e-8:
                 errors[name] = distance(mine, theirs)
             else:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from tests.commands import ROOT, run, start
-from topformer_jax import checkpoint, config, load, logs
+from topformer_jax import checkpoints, config, load, logs
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    return checkpoint.read_model(workdir)[0]
+    return checkpoints.read_model(workdir)[0]
 
 
 def _same(first: pathlib.Path, second: pathlib.Path) -> bool:

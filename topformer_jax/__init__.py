@@ -54,14 +54,7 @@ def load(
     Raises:
         UserError: the config or the checkpoint is wrong, or they do not fit each other.
     """
-    from topformer_jax import checkpoint as checkpoint_lib
+    from topformer_jax import checkpoints
     from topformer_jax import config as config_lib
-    from topformer_jax import convert, models
 
-    settings = config_lib.load(config, overrides)
-    model = models.build(settings)
-    if checkpoint is not None:
-        tensors, _ = convert.read(checkpoint, model, settings)
-        checkpoint_lib.load_state_dict(model, tensors)
-    model.eval()
-    return model
+    return checkpoints.load_model(config_lib.load(config, overrides), checkpoint)

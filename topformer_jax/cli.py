@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
+from topformer_jax import logs
 from topformer_jax.errors import UserError
 
 
@@ -74,6 +75,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         _keep_compiled_programs()
         keep_freed_memory()
+        logs.silence_orbax_threads()
         main()
     except UserError as error:
         print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, convert, files, logs, metrics, models, pictures, report, sharding
+from topformer_jax import checkpoints, cli, files, logs, metrics, models, pictures, report, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
@@ -179,11 +178,7 @@ def main() -> None:
         overrides["evaluation.flip"] = True
     if args.slide:
         overrides["evaluation.mode"] = "slide"
-    config = config_lib.load(config, overrides)
-    model = models.build_segmenter(config)
-    tensors, _ = convert.read(args.checkpoint, model, config)
-    checkpoint_lib.load_state_dict(model, tensors)
-    evaluate(model, args)
+    evaluate(checkpoints.load_segmenter(config_lib.load(config, overrides), args.checkpoint), args)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import pathlib
 import socket
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,27 @@ def banner(rows: Mapping[str, object]) -> None:
     """Prints what a run is about to do, a line a fact."""
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
+
+
+def silence_orbax_threads() -> None:
+    """Keeps what Orbax's threads print out of a command's output, which is one line for an error.
+
+    When a checkpoint is damaged or the disk is full, each of Orbax's threads logs a traceback of its own (absl),
+    leaves futures and coroutines behind that asyncio reports when they are collected, and calls back into an event
+    loop that is closed by then: up to a thousand lines, some of them long after the error was raised. They come from
+    other threads and from the garbage collector, so that nothing around the call could catch them; hence these
+    settings of the process, for commands alone. Reading and writing without errors prints nothing.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _report_unless_loop_is_closed
+
+
+def _report_unless_loop_is_closed(unraisable: Any) -> None:
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 class RunLog:

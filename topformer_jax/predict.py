@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, convert, files, inference, logs, models, pictures
+from topformer_jax import checkpoints, cli, files, inference, logs, pictures
 from topformer_jax.data import loader, sources
 from topformer_jax.data.transforms import decode_image
 from topformer_jax.errors import UserError
@@ -124,9 +123,7 @@ def main() -> None:
     if others:
         more = ", ..." if len(others) > 3 else ""
         print(f"left out, no pictures: {len(others)} files ({', '.join(others[:3])}{more})")
-    model = models.build_segmenter(config)
-    tensors, _ = convert.read(args.checkpoint, model, config)
-    checkpoint_lib.load_state_dict(model, tensors)
+    model = checkpoints.load_segmenter(config, args.checkpoint)
     files.make_folder(args.output)
     predictor = inference.Predictor(model)
     with logs.Progress(len(work), "pictures") as show:

@@ -14,8 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import files, logs, metrics, models, pictures, sharding
+from topformer_jax import checkpoints, files, logs, metrics, models, pictures, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 from topformer_jax.shutdown import GracefulShutdown
@@ -35,46 +34,41 @@ class Run:
     model: models.Segmenter
     train_source: sources.Source
     validation_source: sources.Source
-    checkpoints: checkpoint_lib.Checkpoints
+    store: checkpoints.CheckpointStore
     log: logs.RunLog
     shutdown: GracefulShutdown
 
 
 def build_model(config: ConfigDict) -> models.Segmenter:
     """The network with its initial weights: fresh ones, or those of `config.init_from`."""
-    model = models.build_segmenter(config)
-    if config.init_from:
-        from topformer_jax import convert
-
-        tensors, _ = convert.read(config.init_from, model, config, config.init_part)
-        checkpoint_lib.load_state_dict(model, tensors)
-        if jax.process_index() == 0:
-            print(convert.origin_table(model, config.init_part, config.init_from))
+    model = checkpoints.load_segmenter(config, config.init_from or None, part=config.init_part)
+    if config.init_from and jax.process_index() == 0:
+        print(checkpoints.origin_table(model, config.init_part, config.init_from))
     return model
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> checkpoint_lib.Checkpoints:
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> checkpoints.CheckpointStore:
     """Makes the folders of the work directory, and opens its checkpoints."""
     for folder in ("checkpoints", "predictions", "tensorboard"):
         files.make_folder(workdir / folder, "another --workdir")
-    return checkpoint_lib.Checkpoints(workdir / "checkpoints", config.max_to_keep)
+    return checkpoints.CheckpointStore(workdir / "checkpoints", config.max_to_keep)
 
 
 def restore_state(
-    checkpoints: checkpoint_lib.Checkpoints, step: int, state: TrainState, config: ConfigDict
+    store: checkpoints.CheckpointStore, step: int, state: TrainState, config: ConfigDict
 ) -> TrainState:
     """The state of a checkpoint, with the layout on devices of the given one."""
-    stored = checkpoints.config(step)
+    stored = store.read_config(step)
     if stored.get("model") != json.loads(config.to_json())["model"]:
         raise UserError(
-            f"{checkpoints.directory} holds a run of another model: give another --workdir, or remove this one"
+            f"{store.directory} holds a run of another model: give another --workdir, or remove this one"
         )
     if config.ema_decay and not stored.get("ema_decay"):
         raise UserError(
-            f"{checkpoints.directory} holds a run without averaged weights: set --config.ema_decay=0, or give "
+            f"{store.directory} holds a run without averaged weights: set --config.ema_decay=0, or give "
             "another --workdir"
         )
-    trees = checkpoints.restore(step, _to_trees(state))
+    trees = store.restore(step, _to_trees(state))
     return TrainState(
         jax.device_put(np.int32(step), state.step.sharding),
         {name: trees["model"][name] for name in state.params},
@@ -141,7 +135,7 @@ class Monitor:
         for at, values in enumerate(fetched, step - len(fetched) + 1):
             bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
             if bad:
-                newest = self._run.checkpoints.latest
+                newest = self._run.store.latest
                 saved = (
                     f"the last good checkpoint is of step {newest}"
                     if newest
@@ -187,7 +181,7 @@ def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) 
     """Starts to save a checkpoint in the background."""
     metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
     with jax.transfer_guard("allow"):
-        run.checkpoints.save(step, _to_trees(state), metadata, miou)
+        run.store.save(step, _to_trees(state), metadata, miou)
 
 
 @contextlib.contextmanager
@@ -199,10 +193,10 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
         if step == 0 or jax.process_count() > 1:  # the other processes do not know of the error
             raise
         monitor.fetch(step)
-        run.checkpoints.wait()
-        if step != run.checkpoints.latest:
+        run.store.wait()
+        if step != run.store.latest:
             save_checkpoint(run, state, step, None)
-            run.checkpoints.wait()
+            run.store.wait()
         line = f"{error.line}; step {step} is saved: the same command resumes from there"
         raise UserError(line, error.details) from None
 
@@ -248,7 +242,7 @@ class _ValidationStopped(Exception):
 
 def finish_validation(run: Run, state: TrainState, step: int) -> None:
     """Makes up for the evaluation of the resumed step, if a signal came before it was done."""
-    if not step or not is_validation_step(run.config, step) or run.checkpoints.scored(step):
+    if not step or not is_validation_step(run.config, step) or run.store.is_evaluated(step):
         return
     miou = validate_and_log(run, state, step)
     if miou is not None:
@@ -259,7 +253,7 @@ def finish_validation(run: Run, state: TrainState, step: int) -> None:
 def exit_if_stopped(run: Run, step: int, stop_signal: int) -> None:
     """Ends the process with 128 + the signal's number if there was one; the step must have been saved."""
     if stop_signal:
-        run.checkpoints.wait()
+        run.store.wait()
         run.log.say(f"stopped at step {step} and saved; the same command resumes from here")
         raise SystemExit(128 + stop_signal)
 
@@ -269,6 +263,6 @@ def print_results(run: Run) -> None:
     workdir = run.workdir
     logs.save_curves(logs.read_records(workdir / "metrics.jsonl"), workdir / "curves.png")
     print(f"done: curves in {workdir / 'curves.png'}, predictions in {workdir / 'predictions'}")
-    best = run.checkpoints.best()
+    best = run.store.best
     if best:
         print(f"best: mIoU {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")

@@ -55,10 +55,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     mesh = sharding.make_train_mesh(config)
     model = build_model(config)
     state, train_step = init_training(config, mesh, model)
-    checkpoints = open_workdir(workdir, config)
-    start = checkpoints.latest or 0
+    store = open_workdir(workdir, config)
+    start = store.latest or 0
     if start:
-        state = restore_state(checkpoints, start, state, config)
+        state = restore_state(store, start, state, config)
 
     # ---- banner
     is_first = jax.process_index() == 0
@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         print_banner(config, workdir, mesh, state, (train_source, validation_source))
     log = logs.RunLog(workdir, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
-    run = Run(config, workdir, mesh, model, train_source, validation_source, checkpoints, log, shutdown)
+    run = Run(config, workdir, mesh, model, train_source, validation_source, store, log, shutdown)
     batches = loader.to_device(
         loader.training_batches(
             train_source,
@@ -111,7 +111,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         profiler.close()
         log.close()
         try:
-            checkpoints.close()
+            store.close()
         finally:
             shutdown.restore_handlers()
 

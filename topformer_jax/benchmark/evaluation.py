@@ -8,8 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import convert, metrics, models
+from topformer_jax import checkpoints, metrics, models
 from topformer_jax import evaluate as evaluate_lib
 from topformer_jax.benchmark import measure, samples
 from topformer_jax.benchmark.measure import OURS, Options
@@ -30,9 +29,10 @@ def evaluate(
     the labels are ours up to rounding.
     """
     peers = Peers(config, options, one=True)
-    model = models.build_segmenter(config)
-    tensors = convert.read(checkpoint, model, config)[0] if checkpoint else samples.weights(model)
-    checkpoint_lib.load_state_dict(model, tensors)
+    model = checkpoints.load_segmenter(config, checkpoint)
+    if checkpoint is None:
+        checkpoints.load_state_dict(model, samples.weights(model))
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
     mesh = Mesh(np.array(jax.local_devices()[:1]), ("data",))
     found: dict[str, np.ndarray] = {}
 

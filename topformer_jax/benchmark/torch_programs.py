@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 from torch import Tensor
 
-from topformer_jax import convert
 from topformer_jax.benchmark import measure, plain_loading
 from topformer_jax.benchmark.measure import Program
 from topformer_jax.benchmark.torch_peer import Segmenter
+from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.transforms import IGNORE_LABEL
@@ -72,7 +72,7 @@ class Torch:
             *(model.variant, model.num_classes, injection, model.depthwise_head, model.head_channels),
             *(model.drop_path_rate, model.dropout_ratio),
         )
-        states = {name: torch.from_numpy(convert.to_torch(value)) for name, value in tensors.items()}
+        states = {name: torch.from_numpy(to_torch(value)) for name, value in tensors.items()}
         network.load_state_dict(states)
         return network.to(self.device, memory_format=self._layout)
 

@@ -1,0 +1,262 @@
+"""Checkpoints in both formats: without loss, strictly into the model that they fit; errors name all culprits."""
+
+import argparse
+import contextlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity import OFFICIAL_NAMES, same_states, settings_for
+from topformer_jax import checkpoints, config, load, models
+from topformer_jax.benchmark import torch_peer as reference
+from topformer_jax.checkpoints import torch_format
+from topformer_jax.errors import UserError
+
+INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi")
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, injection: str) -> None:
+    network = reference.Segmenter("tiny", 7, OFFICIAL_NAMES.get(injection, injection))
+    reference.randomize(network, seed=0)
+    source = pth({"meta": {"iter": 3}, "state_dict": network.state_dict()})
+    settings = settings_for("tiny", model__injection=injection, model__num_classes=7)
+    tensors, meta = checkpoints.read_checkpoint(source, models.build(settings))
+    checkpoints.save_model(tmp_path / "orbax", tensors, {"config": settings.to_dict(), "meta": meta})
+    again, metadata = checkpoints.read_model(tmp_path / "orbax")
+    torch_format.write_pth(tmp_path / "back.pth", again, metadata)
+    written = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert same_states(written["state_dict"], network.state_dict())
+    assert written["meta"] == {"iter": 3}
+
+
+@pytest.mark.parametrize("wrap", ["module.", "backbone-less", "aliases", "bare"])
+def test_spellings_of_names(pth: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
+    """A DataParallel prefix, a missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
+    old = {new: name for name, new in torch_format.ALIASES.items()}
+    spelled = {
+        "module.": {f"module.{name}": tensor for name, tensor in states.items()},
+        "backbone-less": {name.removeprefix("backbone."): tensor for name, tensor in states.items()},
+        "aliases": {
+            ".".join(old.get(part, part) for part in name.split(".")): tensor
+            for name, tensor in states.items()
+        },
+        "bare": states,
+    }[wrap]
+    assert wrap == "bare" or set(spelled) != set(states)
+    path = pth(spelled if wrap == "bare" else {"state_dict": spelled})
+    settings = config.ade20k("tiny")
+    tensors, _ = checkpoints.read_checkpoint(path, models.build(settings))
+    assert same_states({k: torch.from_numpy(torch_format.to_torch(v)) for k, v in tensors.items()}, states)
+
+
+def test_fuse2_is_no_alias_where_it_is_a_name(pth: Callable) -> None:
+    network = reference.Segmenter("tiny", 7, "fuse_multi")
+    settings = settings_for("tiny", model__injection="fuse_multi", model__num_classes=7)
+    tensors, _ = checkpoints.read_checkpoint(
+        pth({"state_dict": network.state_dict()}), models.build(settings)
+    )
+    assert "backbone.SIM.1.fuse2.conv.weight" in tensors
+
+
+def test_the_averaged_weights_come_first(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in states.items()}
+    settings = config.ade20k("tiny")
+    model = models.build(settings)
+    keys = ["state_dict_ema", "state_dict", "model"]
+    for index in range(3):
+        content = dict.fromkeys(keys[index + 1 :], zeros) | {keys[index]: states}
+        tensors, _ = checkpoints.read_checkpoint(pth(content | {"args": argparse.Namespace(lr=1)}), model)
+        name = "decode_head.conv_seg.bias"
+        np.testing.assert_array_equal(tensors[name], states[name].numpy())
+
+
+def test_half_precision_files_are_widened(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in states.items()}
+    settings = config.ade20k("tiny")
+    tensors, _ = checkpoints.read_checkpoint(pth({"state_dict": half}), models.build(settings))
+    name = "decode_head.conv_seg.weight"
+    np.testing.assert_array_equal(torch_format.to_torch(tensors[name]), half[name].float().numpy())
+
+
+def test_every_misfit_is_named_with_both_shapes(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    broken = dict(states)
+    del broken["decode_head.conv_seg.bias"]
+    broken["backbone.extra"] = torch.zeros(3, 2)
+    broken["backbone.tpm.stem.0.c.weight"] = torch.zeros(16, 3, 5, 5)
+    settings = config.ade20k("tiny")
+    with pytest.raises(UserError) as error:
+        checkpoints.read_checkpoint(pth({"state_dict": broken}), models.build(settings))
+    assert error.value.line.startswith(str(pth({"state_dict": broken})))
+    assert "1 tensors missing, 1 unexpected, 1 of the wrong shape" in error.value.line
+    assert error.value.details == [
+        "  missing      decode_head.conv_seg.bias  config 150",
+        "  unexpected   backbone.extra  file 3x2",
+        "  wrong shape  backbone.tpm.stem.0.c.weight  file 16x3x5x5, config 16x3x3x3",
+    ]
+
+
+def test_an_injection_of_the_same_shapes(tmp_path: pathlib.Path) -> None:
+    settings = settings_for("tiny", model__injection="fuse_sum")
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
+    checkpoints.save_model(tmp_path / "7", tensors, {"config": settings.to_dict()})
+    load(settings, tmp_path / "7")
+    load(settings, tmp_path / "7" / "0")
+    with pytest.raises(UserError, match="has injection fuse_sum, the config fuse_multi"):
+        load(settings, tmp_path / "7", **{"model.injection": "fuse_multi"})
+
+
+def test_parameters_and_no_meta(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    grown = {
+        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in states.items()
+    }
+    settings = config.ade20k("tiny")
+    path = pth({"state_dict": grown, "meta": None}, "weights.bin")
+    tensors, meta = checkpoints.read_checkpoint(path, models.build(settings))
+    assert meta == {}
+    name = "decode_head.conv_seg.bias"
+    np.testing.assert_array_equal(tensors[name], states[name].numpy())
+
+
+def test_a_name_that_comes_twice(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    twice = states | {"module.decode_head.conv_seg.bias": torch.zeros(150)}
+    settings = config.ade20k("tiny")
+    with pytest.raises(UserError, match=r"two tensors of the file are decode_head\.conv_seg\.bias"):
+        checkpoints.read_checkpoint(pth({"state_dict": twice}), models.build(settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (config.ade20k("base"), "it is of variant tiny, the config of base"),
+        (
+            config.pascal_context("tiny", classes=60),
+            "it does not have the config's 60 classes: .* --new-head",
+        ),
+        (config.imagenet("tiny"), "it is a segmenter's"),
+    ],
+)
+def test_advice_on_a_wrong_checkpoint(pth: Callable, states: dict, settings: Any, advice: str) -> None:
+    with pytest.raises(UserError, match=advice):
+        checkpoints.read_checkpoint(pth({"state_dict": states}), models.build(settings))
+
+
+def test_nothing_is_overwritten(tmp_path: pathlib.Path, states: dict[str, torch.Tensor]) -> None:
+    tensors = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in states.items()}
+    checkpoints.save_model(tmp_path / "orbax", tensors, {})
+    with pytest.raises(UserError, match="already holds a checkpoint of step 0"):
+        checkpoints.save_model(tmp_path / "orbax", tensors, {})
+    torch_format.write_pth(tmp_path / "a.pth", tensors, {})
+    with pytest.raises(UserError, match="is there already"):
+        torch_format.write_pth(tmp_path / "a.pth", tensors, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"orbax", "a.pth"}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path, states: dict[str, torch.Tensor]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    tensors = {"decode_head.conv_seg.bias": states["decode_head.conv_seg.bias"].numpy()}
+    for place in (tmp_path / "file" / "orbax", tmp_path / "file", pathlib.Path("/proc/orbax")):
+        with pytest.raises(UserError, match="cannot write"):
+            checkpoints.save_model(place, tensors, {})
+    with pytest.raises(UserError, match="cannot write"):
+        torch_format.write_pth(tmp_path / "file" / "a.pth", tensors, {})
+
+
+def test_a_damaged_folder(tmp_path: pathlib.Path, states: dict[str, torch.Tensor]) -> None:
+    tensors = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in states.items()}
+    checkpoints.save_model(tmp_path / "orbax", tensors, {})
+    for file in (tmp_path / "orbax" / "0" / "model").rglob("*"):
+        if file.is_file() and file.stat().st_size > 10_000:
+            with contextlib.closing(file.open("r+b")) as handle:
+                handle.truncate(100)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoints.read_model(tmp_path / "orbax")
+
+
+NAMES = ("backbone.tpm.stem.0.c.weight", "decode_head.conv_seg.bias")
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(
+    pth: Callable, states: dict[str, torch.Tensor], tmp_path: pathlib.Path, form: str, value: float
+) -> None:
+    broken = dict(states)
+    for name in NAMES:
+        broken[name] = states[name].clone()
+        broken[name].view(-1)[3] = value
+    path = tmp_path / "model.pth"
+    if form == "file":
+        pth({"state_dict": broken})
+    else:
+        path = tmp_path / "folder"
+        tensors = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in broken.items()}
+        checkpoints.save_model(path, tensors, {})
+    with pytest.raises(UserError) as error:
+        load(config.ade20k("tiny"), path)
+    assert error.value.line.startswith(f"{path} holds NaN or infinity in 2 of {len(states)} tensors (")
+    assert "use an earlier checkpoint" in error.value.line
+    for name in NAMES:
+        assert name in error.value.line
+        assert f"  {name}  1 of {states[name].numel()} values are NaN or infinite" in error.value.details
+
+
+def test_numbers_that_are_not_taken_may_be_anything(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    """A new last layer replaces the broken one."""
+    name = "decode_head.conv_seg.bias"
+    path = pth({"state_dict": states | {name: torch.full_like(states[name], float("nan"))}})
+    model = checkpoints.load_segmenter(config.ade20k("tiny"), path, part="all_but_classes")
+    assert np.isfinite(models.state_dict(model)[name]).all()
+
+
+def test_a_loaded_model_is_ready_for_inference(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+    settings = config.ade20k("tiny")
+    model = checkpoints.load_segmenter(settings, pth({"state_dict": states}))
+    ours = {
+        name: torch.from_numpy(torch_format.to_torch(np.asarray(value)))
+        for name, value in models.state_dict(model).items()
+    }
+    assert same_states(ours, states)
+    assert model.config.evaluation.to_dict() == settings.evaluation.to_dict()
+    image = np.zeros((1, 64, 64, 3), np.float32)
+    np.testing.assert_array_equal(model(image), model(image))  # neither dropout nor batch statistics
+
+
+def test_only_segmenters_where_one_is_needed() -> None:
+    with pytest.raises(UserError, match="task=classification"):
+        checkpoints.load_segmenter(config.imagenet("tiny"), "no/where.pth")
+
+
+def test_a_classifier_folder_as_a_start(tmp_path: pathlib.Path) -> None:
+    classifier = models.state_dict(models.build(config.imagenet("tiny")))
+    checkpoints.save_model(tmp_path, {name: np.asarray(value) for name, value in classifier.items()}, {})
+    model = checkpoints.load_segmenter(config.ade20k("tiny"), tmp_path, part="backbone")
+    name = "tpm.stem.0.c.weight"
+    np.testing.assert_array_equal(models.state_dict(model)[f"backbone.{name}"], classifier[name])
+
+
+def test_permutations_are_inverse() -> None:
+    for shape in ((), (3,), (4, 3), (2, 3, 4), (5, 3, 2, 7)):
+        tensor = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+        ours = torch_format.from_torch(tensor)
+        np.testing.assert_array_equal(torch_format.to_torch(ours), tensor)
+        assert torch_format.torch_shape(ours.shape) == shape
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".PT", ""])
+def test_the_suffix_decides_what_is_written(
+    tmp_path: pathlib.Path, states: dict[str, torch.Tensor], suffix: str
+) -> None:
+    tensors = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in states.items()}
+    path = tmp_path / f"weights{suffix}"
+    checkpoints.write_checkpoint(path, tensors, {"meta": {"iter": 3}})
+    assert path.is_dir() == (suffix == "")
+    model = models.build(config.ade20k("tiny"))
+    again, meta = checkpoints.read_checkpoint(path, model)
+    assert meta == {"iter": 3}
+    assert all(np.array_equal(again[name], tensors[name]) for name in tensors)

@@ -1,0 +1,20 @@
+"""Checkpoints: a file or a folder of some format on one side, a model on the other.
+
+    torch_format   .pth files of the official code: names, layouts, reading and writing
+    orbax_store    checkpoint folders: of one model, and of a training run
+    load           which format a path has, and "this checkpoint into that model", strictly
+
+Every format reads and writes the same: a model's tensors by official name in this package's layout, and metadata.
+A model's variables have the official names themselves, so what a reader returns needs no further mapping.
+"""
+
+from topformer_jax.checkpoints.load import check_state_dict as check_state_dict
+from topformer_jax.checkpoints.load import load_model as load_model
+from topformer_jax.checkpoints.load import load_segmenter as load_segmenter
+from topformer_jax.checkpoints.load import load_state_dict as load_state_dict
+from topformer_jax.checkpoints.load import origin_table as origin_table
+from topformer_jax.checkpoints.load import read_checkpoint as read_checkpoint
+from topformer_jax.checkpoints.load import write_checkpoint as write_checkpoint
+from topformer_jax.checkpoints.orbax_store import CheckpointStore as CheckpointStore
+from topformer_jax.checkpoints.orbax_store import read_model as read_model
+from topformer_jax.checkpoints.orbax_store import save_model as save_model

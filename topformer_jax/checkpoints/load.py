@@ -1,0 +1,296 @@
+"""This checkpoint into that model, strictly: each tensor has one place, each place its tensor, all numbers finite.
+
+    path -> its format's reader -> names matched -> part chosen -> checked -> the model's variables
+
+Another format is a module with a reader and a writer like `torch_format`'s, and a line in `FILE_FORMATS`.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from topformer_jax import models
+from topformer_jax.checkpoints import orbax_store, torch_format
+from topformer_jax.errors import UserError
+
+Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter | models.Classifier)
+Tensors = dict[str, np.ndarray]
+Metadata = dict[str, Any]
+Shape = tuple[int, ...]
+# What of a checkpoint is taken: everything; all but the layer of the classes; the backbone of an ImageNet classifier.
+PARTS = ("all", "all_but_classes", "backbone")
+CLASS_LAYERS = ("decode_head.conv_seg.", "head.l.")  # the layers whose shape depends on the number of classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one kind of checkpoint is read and written.
+
+    Readers return tensors in this package's layout, by the names that they have in the file, and metadata (`meta`,
+    and `config` where it is known). Writers take the same. `shape` gives a tensor's shape as the file has it, for
+    messages.
+    """
+
+    read: Callable[[pathlib.Path], tuple[Tensors, Metadata]]
+    write: Callable[[pathlib.Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
+    shape: Callable[[Shape], Shape] = lambda shape: shape
+
+
+FOLDER = Format(orbax_store.read_model, orbax_store.save_model)
+TORCH = Format(torch_format.read_pth, torch_format.write_pth, torch_format.torch_shape)
+FILE_FORMATS: dict[str, Format] = dict.fromkeys(torch_format.SUFFIXES, TORCH)  # by suffix
+
+
+def load_model(
+    config: ConfigDict, checkpoint: str | os.PathLike[str] | None = None, *, part: str = "all"
+) -> models.Segmenter | models.Classifier:
+    """Builds a config's model and loads a checkpoint into it. The model is in inference mode.
+
+    Args:
+        config: all settings; they are the model's `config` too.
+        checkpoint: a `.pth` file, a checkpoint folder or a step of it, or a training run's work directory. Without
+            one the weights are drawn from `config.seed`.
+        part: what to take of the checkpoint: "all"; "all_but_classes", where the last layer stays fresh;
+            "backbone", from an ImageNet classifier, where injections and head stay fresh.
+
+    Raises:
+        UserError: the config is wrong, the checkpoint cannot be read, or they do not fit.
+
+    >>> from topformer_jax import config
+    >>> model = load_model(config.ade20k("tiny"))
+    >>> model(jnp.zeros((1, 64, 96, 3))).shape
+    (1, 8, 12, 150)
+    """
+    return _load_weights(models.build(config), checkpoint, part)
+
+
+def load_segmenter(
+    config: ConfigDict, checkpoint: str | os.PathLike[str] | None = None, *, part: str = "all"
+) -> models.Segmenter:
+    """`load_model` for commands that need a segmenter.
+
+    Raises:
+        UserError: the config is a classifier's, or as `load_model` does.
+    """
+    return _load_weights(models.build_segmenter(config), checkpoint, part)
+
+
+def _load_weights(model: Model, checkpoint: str | os.PathLike[str] | None, part: str) -> Model:
+    if checkpoint is not None:
+        tensors, _ = read_checkpoint(checkpoint, model, part)
+        load_state_dict(model, tensors)
+    model.eval()
+    return model
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], model: models.Segmenter | models.Classifier, part: str = "all"
+) -> tuple[Tensors, dict[str, Any]]:
+    """Reads a checkpoint of any format that fits a model exactly; the model stays as it is.
+
+    Args:
+        path: see `load_model`.
+        model: whose names and shapes are expected, and whose values are returned where `part` leaves them fresh.
+        part: see `load_model`.
+
+    Returns:
+        All of the model's tensors by official name in this package's layout, and the checkpoint's `meta`.
+
+    Raises:
+        UserError: it cannot be read, does not fit, or holds NaN or infinity.
+    """
+    config = model.config
+    if part not in PARTS:
+        raise UserError(f"init_part is {part!r}: expected one of {', '.join(PARTS)}")
+    if part == "backbone" and config.task != "segmentation":
+        raise UserError(
+            "only a segmenter can start from a classifier's backbone; the config is a classifier's"
+        )
+    path = pathlib.Path(path)
+    file_format = _find_format(path)
+    tensors, metadata = file_format.read(path)
+    variables = models.named_variables(model)
+    tensors = torch_format.match_names(tensors, variables)
+    fresh = fresh_names(variables, part)
+    skipped = ("head.",) if part == "backbone" else ()  # the classifier's
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if name not in fresh and not name.startswith(skipped)
+    }
+    injection = metadata.get("config", {}).get("model", {}).get("injection", config.model.injection)
+    if part != "backbone" and injection != config.model.injection:  # two have the same names and shapes
+        raise UserError(f"{path} has injection {injection}, the config {config.model.injection}")
+    shape = file_format.shape
+    check_state_dict(
+        {name: shape(tensor.shape) for name, tensor in tensors.items()},
+        {name: shape(variable.shape) for name, variable in variables.items() if name not in fresh},
+        str(path),
+        hint=lambda: _explain_misfit(tensors, config),
+    )
+    check_finite(tensors, str(path))
+    return tensors | {name: np.asarray(variables[name].get_value()) for name in fresh}, metadata.get(
+        "meta", {}
+    )
+
+
+def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
+    """What a checkpoint of any format holds, whatever model it belongs to: see `Format`.
+
+    Raises:
+        UserError: it does not exist or cannot be read.
+    """
+    path = pathlib.Path(path)
+    return _find_format(path).read(path)
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint in the format of the path's suffix; without a known one, a checkpoint folder.
+
+    Args:
+        path: of a file or a folder that does not exist.
+        tensors: by official name, in this package's layout.
+        metadata: `config` and `meta`, as far as the format holds them.
+
+    Raises:
+        UserError: it exists, or cannot be written.
+    """
+    path = pathlib.Path(path)
+    FILE_FORMATS.get(path.suffix.lower(), FOLDER).write(path, tensors, metadata)
+
+
+def is_file_path(path: str | os.PathLike[str]) -> bool:
+    """Whether `write_checkpoint` would write a file rather than a folder."""
+    return pathlib.Path(path).suffix.lower() in FILE_FORMATS
+
+
+def _find_format(path: pathlib.Path) -> Format:
+    """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
+    if not path.exists():
+        suffixes = " or ".join(FILE_FORMATS)
+        raise UserError(f"there is no checkpoint {path}: expected a {suffixes} file, or a checkpoint folder")
+    return FOLDER if path.is_dir() else FILE_FORMATS.get(path.suffix.lower(), TORCH)
+
+
+def fresh_names(names: Iterable[str], part: str) -> set[str]:
+    """Those of a model's names that a start from `part` of a checkpoint leaves fresh."""
+    if part == "backbone":
+        return {name for name in names if not name.startswith(("backbone.tpm.", "backbone.trans."))}
+    return {name for name in names if part == "all_but_classes" and name.startswith(CLASS_LAYERS)}
+
+
+def check_state_dict(
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    source: str,
+    *,
+    hint: Callable[[], str] = lambda: "use the config that it was made with",
+) -> None:
+    """Checks that names and shapes are exactly the expected ones.
+
+    Args:
+        found: shapes by name, of what was read.
+        expected: shapes by name, of the model.
+        source: what was read, for the message.
+        hint: what to do; called only if something does not fit.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of the wrong shape; its details name each of them.
+    """
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    wrong_shape = [name for name in expected if name in found and found[name] != expected[name]]
+    if not (missing or unexpected or wrong_shape):
+        return
+    details = [f"  missing      {name}  config {_describe(expected[name])}" for name in missing]
+    details += [f"  unexpected   {name}  file {_describe(found[name])}" for name in unexpected]
+    details += [
+        f"  wrong shape  {name}  file {_describe(found[name])}, config {_describe(expected[name])}"
+        for name in wrong_shape
+    ]
+    raise UserError(
+        f"{source} does not fit the config: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
+        f"{len(wrong_shape)} of the wrong shape; {hint()}",
+        details,
+    )
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Checks that no tensor holds NaN or infinity.
+
+    Raises:
+        UserError: some do; its details name each of them.
+    """
+    counts = {name: tensor.size - np.isfinite(tensor).sum() for name, tensor in tensors.items()}
+    broken = {name: count for name, count in counts.items() if count}
+    if not broken:
+        return
+    details = [
+        f"  {name}  {count} of {tensors[name].size} values are NaN or infinite"
+        for name, count in broken.items()
+    ]
+    first = ", ".join(list(broken)[:3]) + (", ..." if len(broken) > 3 else "")
+    raise UserError(
+        f"{source} holds NaN or infinity in {len(broken)} of {len(tensors)} tensors ({first}): its training "
+        "diverged, or the file is damaged; use an earlier checkpoint, or copy it again",
+        details,
+    )
+
+
+def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
+    """Assigns tensors to a model's variables of the same name, in the variables' dtypes.
+
+    Args:
+        model: is changed.
+        tensors: by official name, in this package's layout; that they fit is the caller's to check.
+    """
+    variables = models.named_variables(model)
+    for name, tensor in tensors.items():
+        variables[name].set_value(jnp.asarray(tensor.astype(variables[name].dtype, copy=False)))
+
+
+def origin_table(model: nnx.Module, part: str, source: object) -> str:
+    """A table of a model's modules: tensors, parameters, and whether they come from a checkpoint or are fresh."""
+    variables = models.named_variables(model)
+    fresh = fresh_names(variables, part)
+    tensors: Counter[tuple[str, bool]] = Counter()
+    parameters: Counter[tuple[str, bool]] = Counter()
+    for name, variable in variables.items():
+        row = (".".join(name.split(".")[:2]), name in fresh)
+        tensors[row] += 1
+        parameters[row] += variable.size if isinstance(variable, nnx.Param) else 0
+    lines = [f"{'module':<26}{'tensors':>8}{'parameters':>13}  from"]
+    for (module, is_fresh), count in tensors.items():
+        origin = "fresh" if is_fresh else source
+        lines.append(f"{module:<26}{count:>8}{parameters[module, is_fresh]:>13,}  {origin}")
+    return "\n".join(lines)
+
+
+def _explain_misfit(tensors: Mapping[str, np.ndarray], config: ConfigDict) -> str:
+    """Why a checkpoint most likely does not fit, from the shapes that give it away, and what to do."""
+    query = next((t for name, t in tensors.items() if name.endswith("blocks.0.attn.to_q.c.weight")), None)
+    for name, variant in models.VARIANTS.items():
+        if query is not None and sum(variant.channels) in query.shape and name != config.model.variant:
+            return (
+                f"it is of variant {name}, the config of {config.model.variant}: use a config of that variant"
+            )
+    if config.task == "segmentation" and "head.l.weight" in tensors:
+        return "it is an ImageNet classifier's: use an imagenet config, or --init-from-classifier"
+    if config.task == "classification" and "decode_head.conv_seg.weight" in tensors:
+        return "it is a segmenter's: use the config of its data set"
+    classes = config.model.num_classes
+    if any(name.startswith(CLASS_LAYERS) and classes not in t.shape for name, t in tensors.items()):
+        return f"it does not have the config's {classes} classes: use its own config, or --new-head"
+    return "use the config that it was made with"
+
+
+def _describe(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"
