@@ -1,4 +1,4 @@
-"""How the parity tests bring a PyTorch network and a JAX model together, and what they measure."""
+"""Helpers of the parity tests: a JAX model with a PyTorch network's weights, layouts, relative errors."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from topformer_jax import checkpoint, config, convert, models
 
 # The reference spells two injections as the official code does.
 OFFICIAL_NAMES = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
-# As float32 rounds them: the reference's goldens in float64 were normalised with these.
+# Rounded to float32, as in the reference, also for its goldens in float64.
 MEAN = np.array((123.675, 116.28, 103.53), np.float32)
 STD = np.array((58.395, 57.12, 57.375), np.float32)
 
@@ -21,9 +21,9 @@ def model_from(network: torch.nn.Module, settings: ConfigDict) -> models.Segment
     model = models.build(settings)
     states = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
     states = {name: convert.from_torch(tensor) for name, tensor in states.items()}
-    places = {name: variable.shape for name, variable in models.named_variables(model).items()}
+    shapes = {name: variable.shape for name, variable in models.named_variables(model).items()}
     checkpoint.check_state_dict(
-        {name: tensor.shape for name, tensor in states.items()}, places, "the network"
+        {name: tensor.shape for name, tensor in states.items()}, shapes, "the network"
     )
     checkpoint.load_state_dict(model, states)
     model.eval()
@@ -50,8 +50,8 @@ def to_nhwc(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def normalised(image: np.ndarray) -> np.ndarray:
-    """A uint8 image `[h, w, 3]` as a float32 batch of one."""
+def normalize(image: np.ndarray) -> np.ndarray:
+    """Normalises a uint8 image `[h, w, 3]`, RGB, to a float32 batch `[1, h, w, 3]`."""
     return ((image.astype(np.float32) - MEAN) / STD)[None]
 
 

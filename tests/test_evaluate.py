@@ -19,9 +19,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import evaluate, inference, models, views
+from topformer_jax import inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.transforms import decode_label
+from topformer_jax.inference import geometry
+from topformer_jax.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {
@@ -55,14 +57,16 @@ def _official_ade_sizes() -> list[tuple[int, int]]:
 def test_a_plan_has_every_example_once(rows: int) -> None:
     sizes = _official_ade_sizes()
     evaluation = config_lib.ade20k("tiny").evaluation
-    planned = views.plan(sizes, evaluation, rows)
+    planned = geometry.plan_batches(sizes, evaluation, rows)
     assert sorted(index for batch in planned for index in batch.indices) == list(range(2000))
     for batch in planned:
         assert 1 <= len(batch.indices) <= rows
-        assert {views.network_sizes(sizes[index], evaluation) for index in batch.indices} == {batch.networks}
-    networks, after = views.programs_of(planned, evaluation)
+        assert {geometry.network_sizes(sizes[index], evaluation) for index in batch.indices} == {
+            batch.bucket.input_sizes
+        }
+    networks, after = geometry.count_programs(planned, evaluation)
     print(f"batches of {rows}: {len(planned)}; programs: {networks} networks, {after} after them")
-    assert networks == len({views.network_sizes(size, evaluation) for size in sizes})
+    assert networks == len({geometry.network_sizes(size, evaluation) for size in sizes})
     assert after < networks
 
 
@@ -72,12 +76,12 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
     model = models.build_segmenter(config)
     seen: collections.Counter[int] = collections.Counter()
     results = [
-        evaluate.evaluate(model, source, config, _mesh(devices), each=lambda one: seen.update([one.number]))
+        validate(model, source, _mesh(devices), on_example=lambda example: seen.update([example.index]))
         for devices in (1, 8)
     ]
     assert set(seen.values()) == {2}
     assert len(seen) == 13
-    predictor = inference.Predictor(model, config.evaluation)
+    predictor = inference.Predictor(model)
     expected = np.zeros((10, 10), np.int64)
     for index in range(13):
         example = source[index]
@@ -95,9 +99,10 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
 def test_batches_of_a_device_change_rounding_alone() -> None:
     config = _config()
     source = sources.open_source(config, "validation")
-    model = models.build_segmenter(config)
     one, four = (
-        evaluate.evaluate(model, source, _config(evaluation__per_device_batch_size=count), _mesh(2)).confusion
+        validate(
+            models.build_segmenter(_config(evaluation__per_device_batch_size=count)), source, _mesh(2)
+        ).confusion
         for count in (1, 4)
     )
     assert one.sum() == four.sum()

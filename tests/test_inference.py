@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import cv2
 import jax
@@ -10,17 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
-from topformer_jax import config, inference, models, views
+from topformer_jax import config, inference, models
+from topformer_jax.data.augment import normalise
+from topformer_jax.inference import compiled, geometry
 from topformer_jax.metrics import confusion_counts, scores
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
 from topformer_jax.ops.tiled import TILE, ViewLogits
+from topformer_jax.sharding import make_inference_mesh
 
 MODES: dict[str, dict[str, Any]] = {
     "single": {},
@@ -68,14 +73,14 @@ def test_tiles_are_the_resizes_in_a_row(
     evaluation = _evaluation(
         scale=scale, size_divisor=align, mode=mode, crop_size=(96, 72), stride=(64, 29), flip=flip
     )
-    prepared = views.prepare(np.zeros((*size, 3), np.uint8), None, evaluation, dtype="float64")
-    (network,) = views.network_sizes(size, evaluation)
+    prepared = geometry.prepare_input(np.zeros((*size, 3), np.uint8), None, evaluation, dtype="float64")
+    (network,) = geometry.network_sizes(size, evaluation)
     assert prepared.images[0].shape == (*network, 3)
-    (tops, height), (lefts, width) = views.windows(network, evaluation)
+    (tops, height), (lefts, width) = geometry.window_grid(network, evaluation)
     expected: list[np.ndarray] = []
     seen = []
     for number in range(1 + flip):
-        cells = (tiled.cells(height), tiled.cells(width))
+        cells = (tiled.num_cells(height), tiled.num_cells(width))
         patches = {(top, left): rng.normal(size=(1, *cells, classes)) for top in tops for left in lefts}
         whole = _official(patches, network, (height, width), size)
         expected.append(whole[:, :, ::-1] if number else whole)
@@ -99,13 +104,15 @@ def _whole(seen: list[ViewLogits], grid: np.ndarray, size: Any, classes: int) ->
         return carry.at[tile].set(scores.swapaxes(1, 2))
 
     start = jnp.zeros((int(grid[0]), *TILE, classes), jnp.float64)
-    tiles = tiled.tiled(jax.tree.map(jnp.asarray, seen), jnp.int32(grid[0]), jnp.int32(grid[1]), start, use)
-    return views.untile(np.asarray(tiles), size)
+    tiles = tiled.fold_tiles(
+        jax.tree.map(jnp.asarray, seen), jnp.int32(grid[0]), jnp.int32(grid[1]), start, use
+    )
+    return geometry.join_tiles(np.asarray(tiles), size)
 
 
-def test_largest_is_the_first_of_equals() -> None:
+def test_argmax_is_the_first_of_equals() -> None:
     values = np.random.default_rng(0).integers(0, 4, (5, 7, 6)).astype(np.float32)
-    assert np.array_equal(tiled.largest(jnp.asarray(values)), values.argmax(1))
+    assert np.array_equal(tiled.argmax_classes(jnp.asarray(values)), values.argmax(1))
 
 
 def test_counts_are_those_of_numpy() -> None:
@@ -130,18 +137,19 @@ def test_a_class_that_is_nowhere_is_left_out() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_official_label_maps(golden: Callable, mode: str) -> None:
     """12 pictures, one checkpoint: the label of (nearly) every pixel."""
-    model = topformer_jax.load(config.ade20k("tiny"), golden("checkpoints/tiny.pth"))
+    overrides = {f"evaluation.{key}": value for key, value in MODES[mode].items()}
+    model = topformer_jax.load(config.ade20k("tiny"), golden("checkpoints/tiny.pth"), **overrides)
     assert isinstance(model, models.Segmenter)
     info = json.loads(golden(f"eval/{mode}.json").read_text())
-    predictor = inference.Predictor(model, _evaluation(size_divisor=32, **MODES[mode]))
-    settings = _evaluation(size_divisor=32, **MODES[mode])
+    predictor = inference.Predictor(model)
+    settings = model.config.evaluation
     wrong = pixels = 0
     files = info["files"] if mode == "single" else info["files"][:4]
     for file, shapes in zip(files, info["input_shapes"], strict=False):
         image = np.asarray(
             cv2.imread(str(golden(f"mini_ade/images/validation/{file}")), cv2.IMREAD_COLOR_RGB)
         )
-        networks = views.network_sizes((image.shape[0], image.shape[1]), settings)
+        networks = geometry.network_sizes((image.shape[0], image.shape[1]), settings)
         assert [list(network) for network in networks for _ in range(1 + settings.flip)] == shapes
         expected = np.asarray(cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE))
         wrong += int((predictor(image) != expected).sum())
@@ -157,51 +165,76 @@ def small() -> models.Segmenter:
     return models.build_segmenter(settings)
 
 
+def _evaluated_by(model: models.Segmenter, **changes: Any) -> models.Segmenter:
+    """The same network under a config with another evaluation."""
+    overrides = {f"evaluation.{key}": value for key, value in changes.items()}
+    graphdef, state = nnx.split(model)
+    changed = nnx.merge(graphdef, state)
+    changed.config = FrozenConfigDict(config.load(config.ConfigDict(model.config), overrides))
+    return changed
+
+
+def test_a_model_is_evaluated_by_its_own_recipe() -> None:
+    """Two recipes, one network: what it sees of an image is what its config says, not the base config."""
+    image = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8), (700, 500))
+    sizes = {}
+    for recipe in (config.pascal_context("tiny", classes=60), config.ade20k("tiny", size=448)):
+        model = topformer_jax.load(recipe)
+        assert isinstance(model, models.Segmenter)
+        assert model.config.evaluation.scale == recipe.evaluation.scale
+        with mock.patch.object(compiled.CompiledInference, "compute_views", autospec=True) as compute_views:
+            compute_views.side_effect = RuntimeError
+            with pytest.raises(RuntimeError):
+                topformer_jax.segment(model, image)
+        _, _, batch = compute_views.call_args.args
+        sizes[recipe.name] = [seen.shape[1:3] for seen in batch.images]
+    # mmsegmentation: (520, 520) without alignment; (2048, 448), up to multiples of 32.
+    assert sizes == {"topformer_t_context60": [(371, 520)], "topformer_t_ade448": [(448, 640)]}
+
+
 def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8), (77, 61))
-    labels = inference.segment(small, image, _evaluation(scale=(64, 64), size_divisor=32))
+    model = _evaluated_by(small, scale=(64, 64))
+    labels = inference.segment(model, image)
     assert labels.shape == (61, 77)
     assert labels.dtype == np.uint8
-    fitted = views.prepare(image, None, _evaluation(scale=(64, 64), size_divisor=32)).images[0]
-    logits = jnp.asarray(run(small, inference.normalise(fitted[None])))
+    fitted = geometry.prepare_input(image, None, model.config.evaluation).images[0]
+    logits = jnp.asarray(run(model, normalise(fitted[None])))
     plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
     assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
-    _, probabilities = inference.Predictor(
-        small, _evaluation(scale=(64, 64), size_divisor=32)
-    ).with_probabilities(image)
+    _, probabilities = inference.Predictor(model).with_probabilities(image)
     assert np.abs(probabilities - np.asarray(jax.nn.softmax(plain, -1))).max() < 1e-5
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 2), (3, 700)])
 def test_pictures_of_any_size(small: models.Segmenter, size: tuple[int, int]) -> None:
     image = np.full((*size, 3), 9, np.uint8)
-    assert inference.segment(small, image, _evaluation(scale=(128, 64), size_divisor=32)).shape == size
+    assert inference.segment(_evaluated_by(small, scale=(128, 64)), image).shape == size
 
 
 def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
-    settings = _evaluation(scale=(64, 64), size_divisor=32)
+    model = _evaluated_by(small, scale=(64, 64))
     image = np.zeros((50, 60, 3), np.uint8)
-    inference.Predictor(small, settings)(image)
+    inference.Predictor(model)(image)
     again = models.build_segmenter(
         config.load(config.ade20k("tiny"), {"model.num_classes": 5, "model.drop_path_rate": 0.0})
     )
-    inference.Predictor(again, settings)(np.ones((49, 59, 3), np.uint8))
-    programs = inference.programs(small, settings, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    inference.Predictor(_evaluated_by(again, scale=(64, 64)))(np.ones((49, 59, 3), np.uint8))
+    programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
     for program in (programs.logits, programs.count):
         assert getattr(program, "_cache_size")() == 1  # noqa: B009
 
 
 def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     """2048 x 1024 pixels and 150 classes: what follows the network, against the resized logits at once."""
-    large = models.build_segmenter(config.load(config.ade20k("tiny"), {}))
-    settings = _evaluation(scale=(2048, 1024))
-    programs = inference.programs(large, settings, jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
-    picture = views.prepare(np.zeros((1024, 2048, 3), np.uint8), None, settings)
-    batch = inference.stack({0: picture}, programs, 1)
+    large = models.build_segmenter(config.load(config.ade20k("tiny"), {"evaluation.scale": (2048, 1024)}))
+    programs = inference.compile_inference(large, make_inference_mesh(jax.devices()[:1]))
+    image = geometry.prepare_input(np.zeros((1024, 2048, 3), np.uint8), None, large.config.evaluation)
+    batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
     logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
-    looks = [ViewLogits(logits, batch.rows[0], batch.columns[0])]
-    ours = programs.count.lower(looks, batch.grid, batch.labels, programs.totals()).compile()
+    views = [ViewLogits(logits, batch.rows[0], batch.columns[0])]
+    ours = programs.count.lower(views, batch.grid, batch.labels, programs.zero_totals()).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

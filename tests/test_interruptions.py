@@ -62,7 +62,7 @@ def test_a_full_disk_and_a_bad_picture_lose_nothing(
     (root / "images/val/1.jpg").write_bytes(whole[:-400])
     line = refused_run(workdir, changes)
     assert "/images/val/1.jpg is cut off" in line
-    assert "step 6 is saved: the same command goes on from there" in line
+    assert "step 6 is saved: the same command resumes from there" in line
 
     (root / "images/val/1.jpg").write_bytes(whole)
     out, _ = run(workdir, changes)
@@ -101,10 +101,10 @@ def test_a_full_disk_under_the_pictures(
     tmp_path: pathlib.Path, disk: Callable[[pathlib.Path, str], None]
 ) -> None:
     (tmp_path / "run").mkdir()
-    disk(tmp_path / "run/pictures", "8k")
+    disk(tmp_path / "run/predictions", "8k")
     line = refused_run(tmp_path / "run", {})
-    assert "pictures/0000006.png: No space left on device; step 6 is saved" in line
-    assert not list((tmp_path / "run/pictures").iterdir())
+    assert "predictions/0000006.png: No space left on device; step 6 is saved" in line
+    assert not list((tmp_path / "run/predictions").iterdir())
 
 
 @pytest.mark.slow

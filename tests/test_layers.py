@@ -1,4 +1,4 @@
-"""BatchNorm, activations, random drops and initial weights, each by itself."""
+"""Unit tests of the layers: BatchNorm, activations, dropout, initial weights."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from flax import nnx
 
 from tests.parity import distance
 from topformer_jax import config, models
-from topformer_jax.models.layers import BatchNorm, DTypePolicy, RandomDrop, hsigmoid, make_divisible, relu6
+from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy, hsigmoid, make_divisible, relu6
 
 
 def test_batch_norm_over_three_steps() -> None:
-    """Outputs, and running statistics to 1e-6 of PyTorch's, in float32; then inference."""
+    """Against PyTorch in float32: outputs and running statistics in training, then outputs in inference."""
     ours, theirs = BatchNorm(5, policy=DTypePolicy()), torch.nn.BatchNorm2d(5)
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, 5)).astype(np.float32)
@@ -65,21 +65,21 @@ def test_activations_and_their_corners(ours, theirs) -> None:  # type: ignore[no
     np.testing.assert_allclose(gradient[:-1], leaf.grad.numpy()[:-1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("shared", "shape"), [((1, 2, 3), (64, 1, 1, 1)), ((1, 2), (64, 1, 1, 16))])
-def test_random_drop(shared: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    drop = RandomDrop(0.25, shared)
+@pytest.mark.parametrize(("dims", "channels"), [((1, 2, 3), 1), ((1, 2), 16)])
+def test_dropout(dims: tuple[int, ...], channels: int) -> None:
+    dropout = Dropout(0.25, dims)
     x = jnp.ones((64, 3, 5, 16))
-    out = np.asarray(drop(x, nnx.Rngs(dropout=0)))
-    kept = out[:, :1, :1, : shape[3]]
-    np.testing.assert_array_equal(out, np.broadcast_to(kept, out.shape))
-    np.testing.assert_allclose(np.unique(kept), [0, 1 / 0.75])
-    assert 0.6 < (kept > 0).mean() < 0.9
-    drop.eval()
-    assert drop(x, None) is x
+    out = np.asarray(dropout(x, nnx.Rngs(dropout=0)))
+    factors = out[:, :1, :1, :channels]
+    np.testing.assert_array_equal(out, np.broadcast_to(factors, out.shape))
+    np.testing.assert_allclose(np.unique(factors), [0, 1 / 0.75])
+    assert 0.6 < (factors > 0).mean() < 0.9
+    dropout.eval()
+    assert dropout(x, None) is x
 
 
 def test_initial_weights() -> None:
-    """The official standard deviations: fan-out within a group, but for the head's two layers."""
+    """The official standard deviations: by the fan-out of a group, except in the head's two layers."""
     expected = {
         "backbone.tpm.stem.0.c": np.sqrt(2 / (9 * 16)),
         "backbone.tpm.layer9.conv.2.c": np.sqrt(2 / 25),

@@ -1,4 +1,4 @@
-"""The loss in tiles against the plain formulation and against PyTorch: values and gradients."""
+"""The tiled loss against the plain formulation and against PyTorch: values and gradients."""
 
 import contextlib
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def _inputs(seed: int, n: int, cells: Any, pixels: Any, classes: int) -> tuple[A
 
 
 def _program(function: Any, **options: Any) -> Any:
-    """The gradient of three times the loss, and the sums."""
+    """A compiled function that returns the gradient of three times the loss, and the sums."""
 
     def scaled(logits: Any, labels: Any) -> tuple[Any, Any]:
         sums = function(logits, labels, **options)
@@ -52,7 +52,7 @@ def _program(function: Any, **options: Any) -> Any:
     return jax.jit(jax.grad(scaled, has_aux=True))
 
 
-def _both(function: Any, logits: Any, labels: Any, **options: Any) -> tuple[Any, Any]:
+def _sums_and_gradient(function: Any, logits: Any, labels: Any, **options: Any) -> tuple[Any, Any]:
     """The sums, and the gradient of three times the loss."""
     gradient, sums = _program(function, **options)(logits, jnp.asarray(labels))
     return sums, gradient
@@ -60,7 +60,7 @@ def _both(function: Any, logits: Any, labels: Any, **options: Any) -> tuple[Any,
 
 @contextlib.contextmanager
 def _on_cpu(tiling: Tiling) -> Iterator[None]:
-    """Cuts the work on a CPU as it is cut elsewhere."""
+    """Uses this tiling on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_lib, "CPU", tiling)
         yield
@@ -76,13 +76,15 @@ def _on_cpu(tiling: Tiling) -> Iterator[None]:
     devices=st.integers(1, 3),
 )
 @pytest.mark.usefixtures("x64")
-def test_tiles_are_the_plain_formulation(
+def test_the_tiled_loss_is_the_plain_one(
     seed: int, n: int, cells: Any, pixels: Any, classes: int, tiling: Tiling, devices: int
 ) -> None:
     logits, labels = _inputs(seed, n, cells, pixels, classes)
     with _on_cpu(tiling):
-        ours, our_gradient = _both(upsampled_cross_entropy, jnp.asarray(logits), labels, devices=devices)
-    plain, gradient = _both(plain_cross_entropy, jnp.asarray(logits), labels)
+        ours, our_gradient = _sums_and_gradient(
+            upsampled_cross_entropy, jnp.asarray(logits), labels, devices=devices
+        )
+    plain, gradient = _sums_and_gradient(plain_cross_entropy, jnp.asarray(logits), labels)
     assert abs(float(ours.loss - plain.loss)) <= 1e-12 * max(float(plain.loss), 1)
     assert int(ours.correct) == int(plain.correct)
     assert int(ours.valid) == int(plain.valid) == int((labels != IGNORE_LABEL).sum())
@@ -92,12 +94,12 @@ def test_tiles_are_the_plain_formulation(
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])
 @pytest.mark.parametrize("images", [8, 2, 1])
 def test_devices_that_share_the_batch(dtype: str, limit: float, images: int) -> None:
-    """24 images on 8 devices, 3 or 1 of each at a time: the plain sums, and no more than these between devices."""
+    """24 images on 8 devices, in groups of 3 or 1 a device: the plain sums, which alone are sent between devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     place = NamedSharding(mesh, P("data"))
     logits, labels = _inputs(2, 24, (5, 7), (39, 45), 6)
     with jax.enable_x64(dtype == "float64"), _on_cpu(ACCELERATOR._replace(images=images)):
-        plain, gradient = _both(plain_cross_entropy, jnp.asarray(logits, dtype), labels)
+        plain, gradient = _sums_and_gradient(plain_cross_entropy, jnp.asarray(logits, dtype), labels)
         program = _program(upsampled_cross_entropy, devices=8)
         arguments = jax.device_put((logits.astype(dtype), labels), place)
         found, sums = program(*arguments)
@@ -123,19 +125,19 @@ def test_float32_against_pytorch(cells: tuple[int, int], tiling: Tiling) -> None
     assert tensor.grad is not None
     for function in (upsampled_cross_entropy, plain_cross_entropy):
         with _on_cpu(tiling):
-            ours, gradient = _both(function, jnp.asarray(logits), labels)
+            ours, gradient = _sums_and_gradient(function, jnp.asarray(logits), labels)
         assert abs(float(ours.loss) / loss.item() - 1) <= 1e-6
         assert distance(gradient, to_nhwc(tensor.grad)) <= 1e-6
 
 
 @pytest.mark.parametrize("tiling", [CPU, ACCELERATOR._replace(images=1)])
-def test_the_value_alone_and_nothing_but_void(tiling: Tiling) -> None:
+def test_the_value_without_gradient_and_ignored_labels_only(tiling: Tiling) -> None:
     logits, labels = _inputs(1, 2, (4, 4), (32, 32), 5)
     with _on_cpu(tiling):
         found = upsampled_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     plain = plain_cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     assert abs(float(found.loss / plain.loss) - 1) <= 1e-6
-    sums, gradient = _both(
+    sums, gradient = _sums_and_gradient(
         upsampled_cross_entropy, jnp.asarray(logits, jnp.float32), np.full_like(labels, IGNORE_LABEL)
     )
     assert (float(sums.loss), int(sums.correct), int(sums.valid)) == (0, 0, 0)
@@ -145,7 +147,9 @@ def test_the_value_alone_and_nothing_but_void(tiling: Tiling) -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits = np.zeros((1, 2, 2, 3), np.float32)
     logits[0, 0, 0, 0], logits[0, 1, 1, 1] = 3e4, -3e4
-    sums, gradient = _both(upsampled_cross_entropy, jnp.asarray(logits), np.ones((1, 16, 16), np.int32))
+    sums, gradient = _sums_and_gradient(
+        upsampled_cross_entropy, jnp.asarray(logits), np.ones((1, 16, 16), np.int32)
+    )
     assert np.isfinite(float(sums.loss))
     assert np.isfinite(gradient).all()
 

@@ -1,4 +1,4 @@
-"""The learning rates and parameter groups of the official run, and AdamW against PyTorch's."""
+"""Learning rates and parameter groups against the official ones, AdamW against PyTorch's."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from topformer_jax import config
-from topformer_jax.optimizer import learning_rate, optimizer
+from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Find = Callable[[str], pathlib.Path]
 
@@ -38,7 +38,7 @@ def test_every_golden_learning_rate(golden: Find, wide: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["tiny", "small", "base"])
 def test_parameter_groups(golden: Find, variant: str) -> None:
-    """Each parameter's own learning rate and decay, read off one update."""
+    """The learning rate and weight decay of each parameter, computed from one update."""
     official = json.loads(golden("param_groups.json").read_text())[variant]
     settings = config.load(
         config.ade20k(variant), {"schedule.warmup_steps": 0, "optimizer.eps": 0.0, "schedule.power": 0.0}
@@ -46,7 +46,7 @@ def test_parameter_groups(golden: Find, variant: str) -> None:
     assert settings.schedule.lr == official["base_lr"]
     assert [settings.optimizer.beta1, settings.optimizer.beta2] == official["betas"]
     with jax.enable_x64(True):
-        transform = optimizer(settings)
+        transform = build_optimizer(settings)
         params = {name: jnp.full((1,), 2.0, jnp.float64) for name in official["params"]}
         state = transform.init(params)
         gradient = {name: jnp.ones(1, jnp.float64) for name in params}
@@ -54,7 +54,7 @@ def test_parameter_groups(golden: Find, variant: str) -> None:
             moved = {}
             for decay in (0.0, settings.optimizer.weight_decay):
                 settings.optimizer.weight_decay = decay
-                updates, _ = optimizer(settings).update(gradient, state, params)
+                updates, _ = build_optimizer(settings).update(gradient, state, params)
                 moved[decay] = {name: -float(update[0]) for name, update in updates.items()}
     for name, group in official["params"].items():
         rate = moved[0.0][name]  # the first step of Adam is the sign of the gradient
@@ -63,7 +63,7 @@ def test_parameter_groups(golden: Find, variant: str) -> None:
         assert decay == pytest.approx(group["weight_decay"], rel=1e-7), name
 
 
-def test_adamw_is_pytorch_s(x64: None) -> None:
+def test_adamw_against_pytorch(x64: None) -> None:
     settings = config.load(
         config.ade20k("tiny"),
         {"schedule.steps": 30, "schedule.warmup_steps": 3, "schedule.lr": 0.1},
@@ -71,7 +71,7 @@ def test_adamw_is_pytorch_s(x64: None) -> None:
     names = ["backbone.a.bn.weight", "decode_head.b.weight"]
     rng = np.random.default_rng(0)
     start = {name: rng.normal(size=(4, 3)) for name in names}
-    transform = optimizer(settings)
+    transform = build_optimizer(settings)
     params: optax.Params = {name: jnp.asarray(value) for name, value in start.items()}
     state = transform.init(params)
     leaves = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
@@ -97,7 +97,7 @@ def test_no_decay_norm_and_clipping() -> None:
         {"optimizer.no_decay_norm": True, "optimizer.clip_norm": 1.0, "schedule.warmup_steps": 0},
     )
     params = {"backbone.x.bn.weight": jnp.ones(3), "backbone.x.c.weight": jnp.ones(3)}
-    transform = optimizer(settings)
+    transform = build_optimizer(settings)
     with jax.numpy_dtype_promotion("standard"):
         nothing = jax.tree.map(jnp.zeros_like, params)
         updates, _ = transform.update(nothing, transform.init(params), params)

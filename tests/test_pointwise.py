@@ -1,4 +1,4 @@
-"""The 1x1 convolution's own gradients against those that autodiff finds."""
+"""The 1x1 convolution and its custom gradients against autodiff's."""
 
 import jax
 import jax.numpy as jnp

@@ -64,11 +64,10 @@ def test_a_folder_with_what_users_have_in_it(weights: str, tmp_path: pathlib.Pat
         f"{s}_{kind}" for s in stems for kind in ("overlay.jpg", "mask.png", "probabilities.npz")
     }
 
-    model = load(config.shapes(), weights)
+    model = load(config.shapes(), weights, **{"evaluation.scale": (96, 64)})
     assert isinstance(model, models.Segmenter)
-    settings = config.load(config.shapes(), {"evaluation.scale": (96, 64)})
     image = decode_image((inside / "a.png").read_bytes(), "a")
-    labels = inference.segment(model, image, settings.evaluation)
+    labels = inference.segment(model, image)
     mask = decode_label((out / "a_mask.png").read_bytes(), "a", classes=10, reduce_zero_label=False)
     assert np.array_equal(mask, labels)
     with np.load(out / "a_probabilities.npz") as stored:

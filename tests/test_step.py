@@ -15,7 +15,7 @@ from tests.parity import distance
 from topformer_jax import config, convert, load, models, sharding
 from topformer_jax.errors import UserError
 from topformer_jax.ops.loss import upsampled_cross_entropy
-from topformer_jax.step import TrainState, create
+from topformer_jax.step import TrainState, init_training
 
 Find = Callable[[str], pathlib.Path]
 
@@ -59,7 +59,7 @@ def _random_batch(n: int, size: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 def _mesh(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
     settings = _settings(batch_size=8, mesh__fsdp=fsdp)
-    return sharding.make_mesh(settings, jax.devices()[:devices])
+    return sharding.make_train_mesh(settings, jax.devices()[:devices])
 
 
 @pytest.mark.parametrize(("dtype", "devices", "limit"), [("float64", 4, 1e-7), ("float32", 1, 2e-3)])
@@ -70,7 +70,7 @@ def test_golden_trace(golden: Find, dtype: str, devices: int, limit: float) -> N
     mesh = _mesh(devices)
     with jax.enable_x64(dtype == "float64"), np.load(golden("train_trace/trace.npz")) as trace:
         settings = _settings(dtype)
-        state, train_step = create(settings, mesh, load(settings, golden("checkpoints/tiny_init.pth")))
+        state, train_step = init_training(settings, mesh, load(settings, golden("checkpoints/tiny_init.pth")))
         worst = {"loss": 0.0, "lr": 0.0}
         for index in range(20):
             state, metrics = train_step(state, _batch(trace["images"][index % 2], trace["labels"][index % 2]))
@@ -98,7 +98,9 @@ def test_golden_gradients(golden: Find, x64: None) -> None:
     """Every gradient of the first step, read off Adam's first moment."""
     settings = _settings("float64")
     with np.load(golden("train_trace/trace.npz")) as trace:
-        state, train_step = create(settings, _mesh(1), load(settings, golden("checkpoints/tiny_init.pth")))
+        state, train_step = init_training(
+            settings, _mesh(1), load(settings, golden("checkpoints/tiny_init.pth"))
+        )
         state, _ = train_step(state, _batch(trace["images"][0], trace["labels"][0]))
         moments = state.optimizer[1].mu
         errors = {}
@@ -115,7 +117,7 @@ def test_golden_gradients(golden: Find, x64: None) -> None:
 
 
 def _run(settings: ConfigDict, mesh: jax.sharding.Mesh, steps: int = 3) -> tuple[TrainState, list[float]]:
-    state, train_step = create(settings, mesh)
+    state, train_step = init_training(settings, mesh)
     losses = []
     for step in range(steps):
         state, metrics = train_step(state, _random_batch(settings.batch_size, 64, step))
@@ -155,7 +157,7 @@ def test_accumulation_adds_up(x64: None) -> None:
     batch = {name: np.repeat(value, 2, axis=0) for name, value in batch.items()}
     results = []
     for count in (1, 2):
-        state, train_step = create(_settings("float64", grad_accum_steps=count), _mesh(1))
+        state, train_step = init_training(_settings("float64", grad_accum_steps=count), _mesh(1))
         state, metrics = train_step(state, batch)
         results.append((float(metrics["loss"]), float(metrics["gradient_norm"])))
         assert int(state.stats["backbone.tpm.stem.0.bn.num_batches_tracked"]) == count
@@ -168,8 +170,8 @@ def test_loss_means() -> None:
     share = float((batch["label"] != 255).mean())
     losses = []
     for ignore in (False, True):
-        _, train_step = create(_settings(ignore_void_in_mean=ignore), _mesh(1))
-        state, _ = create(_settings(ignore_void_in_mean=ignore), _mesh(1))
+        _, train_step = init_training(_settings(ignore_void_in_mean=ignore), _mesh(1))
+        state, _ = init_training(_settings(ignore_void_in_mean=ignore), _mesh(1))
         losses.append(float(train_step(state, batch)[1]["loss"]))
     assert losses[0] == pytest.approx(losses[1] * share, rel=1e-5)
     assert share == pytest.approx(7 / 8)
@@ -189,7 +191,7 @@ def test_loss_counts_and_ignores() -> None:
 
 
 def test_averages_follow(x64: None) -> None:
-    state, train_step = create(_settings("float64", ema_decay=0.9), _mesh(1))
+    state, train_step = init_training(_settings("float64", ema_decay=0.9), _mesh(1))
     name = "decode_head.conv_seg.weight"
     old = np.asarray(state.average[name])
     state, _ = train_step(state, _random_batch(4, 64))
@@ -199,7 +201,7 @@ def test_averages_follow(x64: None) -> None:
 
 
 def test_bfloat16_trains() -> None:
-    state, train_step = create(_settings("bfloat16", schedule__lr=1e-3), _mesh(1))
+    state, train_step = init_training(_settings("bfloat16", schedule__lr=1e-3), _mesh(1))
     losses = []
     for _ in range(8):
         state, metrics = train_step(state, _random_batch(4, 64))
@@ -219,12 +221,12 @@ def test_bfloat16_trains() -> None:
 )
 def test_meshes_that_do_not_fit(changes: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(config.load(config.ade20k("tiny"), changes))
+        sharding.make_train_mesh(config.load(config.ade20k("tiny"), changes))
 
 
 def test_the_classifier_is_refused() -> None:
     with pytest.raises(UserError, match="segmentation"):
-        create(config.imagenet("tiny"), _mesh(1))
+        init_training(config.imagenet("tiny"), _mesh(1))
 
 
 def test_names_make_the_model_again() -> None:

@@ -40,12 +40,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
 
 def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     workdir, out = whole
-    assert {"config.json", "metrics.jsonl", "curves.png", "pictures", "tensorboard", "checkpoints"} == {
+    assert {"config.json", "metrics.jsonl", "curves.png", "predictions", "tensorboard", "checkpoints"} == {
         path.name for path in workdir.iterdir()
     }
     assert sorted(_losses(workdir)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 4
-    assert [path.name for path in (workdir / "pictures").iterdir()] == ["0000006.png"]
+    assert [path.name for path in (workdir / "predictions").iterdir()] == ["0000006.png"]
     assert list((workdir / "tensorboard").iterdir())
     assert "12 training and 3 validation examples" in out
     assert "best: mIoU" in out
@@ -80,7 +80,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 128 + number, out + err
-    assert "the same command goes on from here" in out
+    assert "the same command resumes from here" in out
     assert "Traceback" not in err
     stopped_at = max(_losses(tmp_path))
     assert 3 <= stopped_at < 6

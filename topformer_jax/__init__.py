@@ -10,7 +10,17 @@ from topformer_jax.version import __version__ as __version__
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from topformer_jax.inference import segment as segment
     from topformer_jax.models import Classifier, Segmenter
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `segment` when it is first used: importing the package alone stays fast."""
+    if name == "segment":
+        from topformer_jax.inference import segment
+
+        return segment
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _interrupted(*_: object) -> None:

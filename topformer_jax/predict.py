@@ -128,7 +128,7 @@ def main() -> None:
     tensors, _ = convert.read(args.checkpoint, model, config)
     checkpoint_lib.load_state_dict(model, tensors)
     files.make_folder(args.output)
-    predictor = inference.Predictor(model, config.evaluation)
+    predictor = inference.Predictor(model)
     with logs.Progress(len(work), "pictures") as show:
         failed = predict(
             predictor,

@@ -10,7 +10,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from topformer_jax.errors import UserError
@@ -19,7 +18,7 @@ from topformer_jax.errors import UserError
 FSDP_SMALLEST = 4096
 
 
-def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` with axes `data` and `fsdp`, over all devices or those given.
 
     Raises:
@@ -40,9 +39,17 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"a batch of {config.batch_size} images in {config.grad_accum_steps} micro-batches cannot be divided "
             f"evenly over {count} devices: set batch_size to a multiple of {config.grad_accum_steps * count}"
         )
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto), devices=chosen
-    )
+    return _make_mesh((data, fsdp), ("data", "fsdp"), chosen)
+
+
+def make_inference_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh with the one axis `data`, over which an evaluation divides its images."""
+    return _make_mesh((len(devices),), ("data",), devices)
+
+
+def _make_mesh(shape: tuple[int, ...], axes: tuple[str, ...], devices: Sequence[jax.Device]) -> Mesh:
+    # Automatic axes: JAX's default, explicit ones, would need a sharding at each reshape of the attention.
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -85,18 +92,21 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def sum_over_processes(counts: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """The sum over processes. Counts of pixels outgrow JAX's 32 bits, so two halves of them travel."""
-    halves = np.stack([counts >> 31, counts & (2**31 - 1)]).astype(np.int32)
-    high, low = gather_processes(halves).astype(np.int64).sum(0)
-    return (high << 31) + low
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """The sum of every process's array; all processes must call it in the same order."""
+    return gather_processes(array).sum(0, dtype=array.dtype)
 
 
 def gather_processes(array: np.ndarray) -> np.ndarray:
-    """Every process's array, one after the other; all processes must call it in the same order."""
+    """Every process's array, stacked along a new first axis; all processes must call it in the same order.
+
+    The arrays travel as bytes, since JAX would cut 64-bit numbers down to 32 bits.
+    """
     if jax.process_count() == 1:
         return array[None]
-    return np.asarray(multihost_utils.process_allgather(array))
+    data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+    gathered = np.asarray(multihost_utils.process_allgather(data))
+    return gathered.view(array.dtype).reshape(-1, *array.shape)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The training step: a state, and a pure function from it and a batch to the next one."""
+"""The training step: the state, and a pure function from it and a batch to the next state."""
 
 import dataclasses
 import functools
@@ -19,23 +19,27 @@ from topformer_jax.data.augment import augment
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import IGNORE_LABEL, LossSums, upsampled_cross_entropy
-from topformer_jax.optimizer import learning_rate, optimizer
+from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Tensors = dict[str, Array]
 Batch = Mapping[str, Array | np.ndarray]
-# Keeps dropout's draws apart from the augmentation's, which start from the same seed.
-DROPOUT = 0x64726F70
+# Folded into the seed's key, so that dropout draws other numbers than the augmentation of the same seed.
+DROPOUT_STREAM = 0x64726F70
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a step changes. Tensors are kept by their official names.
+    """Everything that a step changes. Tensors are stored by official name.
 
-    `step` (int32, a scalar) is how many steps were made; with the config it fixes the data position and all
-    random draws. `params`, `stats` and `average` are tensors by name; `average` holds the averaged parameters and
-    statistics where `config.ema_decay` is on, and is empty elsewhere. `optimizer` is optax's state. The fields are
-    of any type because a tree of shapes or of layouts is a `TrainState` too.
+    Fields are of any type because trees of shapes and of shardings are `TrainState`s too.
+
+    Attributes:
+        step: int32 scalar, steps made so far; with the config it determines the data position and all random draws.
+        params: parameters, `{name: array}`.
+        stats: BatchNorm statistics, `{name: array}`.
+        optimizer: optax's state.
+        average: moving averages of params and stats where `config.ema_decay` is on, else `{}`.
     """
 
     step: Any
@@ -49,64 +53,78 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 LossFunction = Callable[..., LossSums]
 
 
-def create(
+def init_training(
     config: ConfigDict, mesh: Mesh | None = None, model: nnx.Module | None = None
 ) -> tuple[TrainState, TrainStep]:
-    """The state at step 0 of a config, laid out on the mesh, and its compiled step.
+    """The state at step 0, laid out on the mesh, and the compiled training step.
 
-        state, train_step = create(config)
+        state, train_step = init_training(config)
         state, metrics = train_step(state, batch)
 
-    A batch holds `image` uint8 `[n, h, w, 3]`, `label` uint8 `[n, h, w]`, and for the augmentation's draws
-    `size` int32 `[n, 2]`, `index` and `epoch` int32 `[n]`, as `data.loader` makes them; numpy arrays will
-    do. Metrics are scalars on the device. The state that goes in is donated: use the one that comes out.
+    `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
+    device: loss, pixel_accuracy, learning_rate, gradient_norm. The state that goes in is donated: use the one
+    that comes out.
 
     Args:
-        config: the settings; `batch_size` images must come in every batch.
-        mesh: the devices; all of them where None.
-        model: whose weights to start from; fresh ones from `config.seed` where None.
+        config: the settings.
+        mesh: the devices; all of them if None.
+        model: whose weights to start from; fresh ones from `config.seed` if None.
+
+    Raises:
+        UserError: the config's task is not segmentation, or the mesh does not divide the batch.
     """
-    mesh = sharding.make_mesh(config) if mesh is None else mesh
-    state, layout, compiled = prepare(config, mesh, model)
-    return jax.device_put(state, layout), compiled
+    mesh = sharding.make_train_mesh(config) if mesh is None else mesh
+    model = models.build(config) if model is None else model
+    state = init_state(config, model)
+    layout = sharding.state_sharding(state, mesh)
+    return jax.device_put(state, layout), build_train_step(config, model, mesh, layout)
 
 
-def prepare(
+def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
+    """The state at step 0 from a model's weights, on the default device."""
+    params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
+    # Under jit: by itself optax compiles one program per shape of its zeros, which takes 2 s.
+    optimizer_state = jax.jit(build_optimizer(config).init)(params)
+    average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer_state, average)
+
+
+def build_train_step(
     config: ConfigDict,
+    model: nnx.Module,
     mesh: Mesh,
-    model: nnx.Module | None = None,
-    *,
+    layout: TrainState,
     loss_function: LossFunction = upsampled_cross_entropy,
-) -> tuple[TrainState, TrainState, Any]:
-    """`create` before anything lies on the mesh: the state, its layout, and the step under `jax.jit`.
+) -> Any:
+    """The jitted training step of a model, which is switched to training mode.
 
-    `loss_function` takes the arguments of `upsampled_cross_entropy`.
+    Args:
+        config: the settings.
+        model: the network; its weights are not used.
+        mesh: the devices.
+        layout: the sharding of every array of the state, see `sharding.state_sharding`.
+        loss_function: takes the arguments of `upsampled_cross_entropy`.
+
+    Raises:
+        UserError: the config's task is not segmentation.
     """
     if config.task != "segmentation":
-        raise UserError(f"training knows the task segmentation; {config.name} asks for {config.task}")
-    model = models.build(config) if model is None else model
+        raise UserError(f"training supports task=segmentation; {config.name} has task={config.task}")
     model.train()
     graphdef, *_ = nnx.split(model)
-    params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
-    transform = optimizer(config)
-    average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
-    # Under jit: by itself optax compiles a program for the zeros of each shape, 2 s in all.
-    state = TrainState(jnp.zeros((), jnp.int32), params, stats, jax.jit(transform.init)(params), average)
-    layout = sharding.state_sharding(state, mesh)
     step = functools.partial(
         train_step,
         config=config,
         graphdef=graphdef,
-        transform=transform,
+        transform=build_optimizer(config),
         loss_function=functools.partial(loss_function, devices=mesh.size),
     )
-    compiled = jax.jit(
+    return jax.jit(
         step,
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    return state, layout, compiled
 
 
 def train_step(
@@ -118,24 +136,52 @@ def train_step(
     transform: optax.GradientTransformation,
     loss_function: LossFunction,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step: augment, forward, backward, update. Pure; see `create` for the batch."""
-    count = config.grad_accum_steps
-    # Interleaved, so that every device's share of a micro-batch is of its own examples.
-    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    wide = at_least_float32(models.DTYPES[config.model.dtype])
-    pixels = batch["label"].size
-    divisor = (
-        pixels if not config.ignore_void_in_mean else jnp.maximum(jnp.sum(batch["label"] != IGNORE_LABEL), 1)
+    """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
+    gradients, stats, (loss, correct, valid) = _accumulate_gradients(
+        state, batch, config, graphdef, loss_function
     )
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT), state.step)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
+        updates, optimizer_state = transform.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+    tensors = params | stats
+    average = {
+        name: _move_average(old, tensors[name], config.ema_decay) for name, old in state.average.items()
+    }
+    metrics = {
+        "loss": loss,
+        "pixel_accuracy": correct / jnp.maximum(valid, 1),
+        "learning_rate": learning_rate(state.step, config.schedule),
+        "gradient_norm": optax.tree.norm(gradients),
+    }
+    return TrainState(state.step + 1, params, stats, optimizer_state, average), metrics
 
-    def loss_of(params: Tensors, stats: Tensors, micro_batch: Tensors, key: Array) -> tuple[Array, Any]:
+
+def _accumulate_gradients(
+    state: TrainState, batch: Batch, config: ConfigDict, graphdef: nnx.GraphDef, loss_function: LossFunction
+) -> tuple[Tensors, Tensors, list[Array]]:
+    """Gradients and loss of a batch, summed over its micro-batches, and the BatchNorm statistics after it.
+
+    Returns:
+        The gradients by parameter name, the statistics by name, and [loss, correct pixels, labelled pixels].
+    """
+    count = config.grad_accum_steps
+    # Interleaved, so that each device's share of a micro-batch consists of the device's own examples.
+    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+    loss_dtype = at_least_float32(models.DTYPES[config.model.dtype])
+    pixels = batch["label"].size
+    valid_pixels = jnp.sum(batch["label"] != IGNORE_LABEL)
+    divisor = jnp.maximum(valid_pixels, 1) if config.ignore_void_in_mean else pixels
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
+
+    def compute_loss(
+        params: Tensors, stats: Tensors, micro_batch: Tensors, key: Array
+    ) -> tuple[Array, tuple]:
         images, labels = augment(
             micro_batch,
             config.seed,
             flip=config.data.flip_prob,
             photometric=config.data.photometric_distortion,
-            dtype=wide,
+            dtype=loss_dtype,
         )
         model = models.merge_state_dict(graphdef, params | stats)
         logits = model(images, rngs=nnx.Rngs(dropout=key))
@@ -143,36 +189,23 @@ def train_step(
         loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype)
         return loss, (models.state_dict(model, nnx.BatchStat), loss, sums.correct, sums.valid)
 
-    def accumulate(carry: Any, inputs: Any) -> tuple[Any, None]:
-        stats, gradient, sums = carry
+    def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
+        stats, gradients, sums = carry
         micro_batch, key = inputs
-        grads, (stats, *more) = jax.grad(loss_of, has_aux=True)(state.params, stats, micro_batch, key)
-        return (stats, jax.tree.map(jnp.add, gradient, grads), jax.tree.map(jnp.add, sums, more)), None
+        grads, (stats, *terms) = jax.grad(compute_loss, has_aux=True)(state.params, stats, micro_batch, key)
+        return (stats, jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, sums, terms)), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     counter = jnp.zeros((), jnp.sum(jnp.zeros(0, bool)).dtype)
-    start = (state.stats, zeros, [jnp.zeros((), wide), counter, counter])
-    keys = jax.random.split(key, count)
+    init = (state.stats, zeros, [jnp.zeros((), loss_dtype), counter, counter])
+    inputs = (micro_batches, jax.random.split(key, count))
     if count == 1:
-        (stats, gradient, sums), _ = accumulate(start, jax.tree.map(lambda x: x[0], (micro_batches, keys)))
+        (stats, gradients, sums), _ = add_micro_batch(init, jax.tree.map(lambda x: x[0], inputs))
     else:
-        (stats, gradient, sums), _ = jax.lax.scan(accumulate, start, (micro_batches, keys))
-    loss, correct, valid = sums
-
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
-        updates, optimizer_state = transform.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-    new = params | stats
-    average = {name: _averaged(old, new[name], config.ema_decay) for name, old in state.average.items()}
-    metrics = {
-        "loss": loss,
-        "pixel_accuracy": correct / jnp.maximum(valid, 1),
-        "learning_rate": learning_rate(state.step, config.schedule),
-        "gradient_norm": optax.tree.norm(gradient),
-    }
-    return TrainState(state.step + 1, params, stats, optimizer_state, average), metrics
+        (stats, gradients, sums), _ = jax.lax.scan(add_micro_batch, init, inputs)
+    return gradients, stats, sums
 
 
-def _averaged(old: Array, new: Array, decay: float) -> Array:
-    """The exponential moving average; counters are taken as they are."""
+def _move_average(old: Array, new: Array, decay: float) -> Array:
+    """The exponential moving average; integers (counters) take the new value."""
     return decay * old + (1 - decay) * new if jnp.issubdtype(old.dtype, jnp.floating) else new

@@ -1,4 +1,4 @@
-"""The paper's figure, a file a box; and what turns a config into a model and a model into named tensors."""
+"""The network, one file for each box of the paper's figure; config to model; model to tensors by name and back."""
 
 import difflib
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax.errors import UserError
 from topformer_jax.models.classifier import Classifier
@@ -25,11 +25,33 @@ PRECISIONS = ("highest", "high", "default")
 
 
 def build(config: ConfigDict) -> Segmenter | Classifier:
-    """The freshly initialised model of a config, in training mode; `config.seed` draws its weights.
+    """Builds the model of a config with freshly initialised weights, in training mode.
+
+    `model.config` is a frozen copy of the config, so that a model is evaluated with the settings it was made for.
+    What `topformer_jax.load` returns carries it too. For flax it is static: models of equal configs have equal graph
+    definitions and share compiled programs.
+
+    Args:
+        config: all settings; `config.task` decides between segmenter and classifier, `config.seed` draws the weights.
 
     Raises:
-        UserError: a setting of `config.model` has a value that does not exist.
+        UserError: a setting has a value that is not allowed.
+
+    >>> from topformer_jax import config
+    >>> model = build(config.pascal_context("tiny", classes=59))
+    >>> model.config.evaluation.scale
+    (520, 520)
+    >>> model.eval()
+    >>> images = jax.ShapeDtypeStruct((1, 480, 520, 3), "float32")
+    >>> jax.eval_shape(model, images).shape
+    (1, 60, 65, 59)
     """
+    model = _build(config)
+    model.config = FrozenConfigDict(config)
+    return model
+
+
+def _build(config: ConfigDict) -> Segmenter | Classifier:
     settings = config.model
     for key, known in (
         ("variant", VARIANTS),
@@ -40,9 +62,9 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         ("depthwise_impl", METHODS),
     ):
         _check_choice(f"model.{key}", settings[key], known)
-    most = 255 if config.task == "segmentation" else 2**31  # labels are bytes, of which 255 is void
+    max_classes = 255 if config.task == "segmentation" else 2**31  # labels are bytes; 255 is ignored
     for key, allowed, expected in (
-        ("num_classes", 1 <= settings.num_classes <= most, f"1 to {most}"),
+        ("num_classes", 1 <= settings.num_classes <= max_classes, f"1 to {max_classes}"),
         (
             "head_channels",
             settings.head_channels is None or settings.head_channels >= 1,
@@ -84,10 +106,10 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
 
 
 def build_segmenter(config: ConfigDict) -> Segmenter:
-    """`build` for what classifiers cannot do.
+    """`build`, for commands that need a segmenter.
 
     Raises:
-        UserError: the config is a classifier's, or a setting of `config.model` has a value that does not exist.
+        UserError: the config is a classifier's, or a setting has a value that is not allowed.
     """
     model = build(config)
     if not isinstance(model, Segmenter):
@@ -95,26 +117,50 @@ def build_segmenter(config: ConfigDict) -> Segmenter:
     return model
 
 
-def named_variables(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, nnx.Variable]:
-    """Every parameter and BatchNorm statistic of a model by its official name: `backbone.tpm.stem.0.c.weight`.
+def named_variables(model: nnx.Module, *types: type[nnx.Variable]) -> dict[str, nnx.Variable]:
+    """The parameters and BatchNorm statistics of a model by official name: `backbone.tpm.stem.0.c.weight`.
 
-    Names are the official checkpoints'; layouts are ours (`[k, k, in / groups, out]`, `[in, out]`).
+    Names are the keys of the official checkpoints. Layouts are flax's: kernels `[k, k, in / groups, out]`, the
+    classifier's matrix `[in, out]`. The variables are the model's own, so `set_value` changes the model.
+
+    Args:
+        model: a segmenter, a classifier, or a part of one (names are then relative to it).
+        types: of the variables; both `nnx.Param` and `nnx.BatchStat` where there are none.
     """
-    state = nnx.to_flat_state(nnx.state(model, kinds or (nnx.Param, nnx.BatchStat)))
+    state = nnx.to_flat_state(nnx.state(model, types or (nnx.Param, nnx.BatchStat)))
     return {".".join(map(str, path)): variable for path, variable in state}
 
 
-def state_dict(model: nnx.Module, *kinds: type[nnx.Variable]) -> dict[str, Array]:
-    """The values of `named_variables`."""
-    return {name: variable.get_value() for name, variable in named_variables(model, *kinds).items()}
+def state_dict(model: nnx.Module, *types: type[nnx.Variable]) -> dict[str, Array]:
+    """The values of `named_variables`: what `state_dict()` of a torch module is.
+
+    >>> from topformer_jax import config
+    >>> tensors = state_dict(build(config.ade20k("tiny")))
+    >>> tensors["decode_head.conv_seg.weight"].shape
+    (1, 1, 128, 150)
+    """
+    return {name: variable.get_value() for name, variable in named_variables(model, *types).items()}
 
 
-def merge_state_dict(graphdef: nnx.GraphDef, named: Mapping[str, Array]) -> Any:
-    """The model of a graph definition with these values by official name: see `named_variables`; works under jit."""
+def merge_state_dict(graphdef: nnx.GraphDef, tensors: Mapping[str, Array]) -> Any:
+    """A new model from a graph definition and the values of all its variables; the inverse of `state_dict`.
+
+    It works under `jit`, `grad` and the like, with tracers as values.
+
+    Args:
+        graphdef: of the model: `nnx.graphdef(model)`.
+        tensors: parameters and BatchNorm statistics by official name, as `state_dict` returns them.
+
+    >>> from topformer_jax import config
+    >>> model = build(config.ade20k("tiny"))
+    >>> again = merge_state_dict(nnx.graphdef(model), state_dict(model))
+    >>> nnx.graphdef(again) == nnx.graphdef(model)
+    True
+    """
     nested: dict[str | int, Any] = {}
-    for name, value in named.items():
+    for name, value in tensors.items():
         *path, last = (int(part) if part.isdigit() else part for part in name.split("."))
-        functools.reduce(lambda place, part: place.setdefault(part, {}), path, nested)[last] = value
+        functools.reduce(lambda branch, part: branch.setdefault(part, {}), path, nested)[last] = value
     return nnx.merge(graphdef, nested, copy=True)
 
 

@@ -1,45 +1,50 @@
-"""The backbone with its ImageNet head: what the published classification checkpoints hold."""
-
-import dataclasses
+"""The ImageNet classifier: the backbone with the head of the published classification checkpoints."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import FrozenConfigDict
 
 from topformer_jax.models.layers import BatchNorm, DTypePolicy
 from topformer_jax.models.topformer import Backbone, Images, Variant
 
 
 class Linear(nnx.Module):
-    """A matrix product and a bias, started from normal(0, 0.01) and 0."""
+    """A fully connected layer; initial weights are normal(0, 0.01), the bias is 0."""
 
     def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
         self.policy = policy
-        self.weight = nnx.Param(policy.array(0.01 * rng.standard_normal((inputs, outputs))))
-        self.bias = nnx.Param(policy.array(np.zeros(outputs)))
+        self.weight = nnx.Param(policy.init_param(0.01 * rng.standard_normal((inputs, outputs))))
+        self.bias = nnx.Param(policy.init_param(np.zeros(outputs)))
 
     def __call__(self, x: Float[Array, "n inputs"]) -> Float[Array, "n outputs"]:
         policy = self.policy
         weight, bias = (parameter[...].astype(policy.dtype) for parameter in (self.weight, self.bias))
-        return jnp.matmul(x, weight, precision=policy.product_precision) + bias
+        return jnp.matmul(x, weight, precision=policy.matmul_precision) + bias
 
 
 class ClassifierHead(nnx.Module):
-    """BatchNorm, then a linear layer (`bn` and `l`), in at least float32."""
+    """BatchNorm, then a linear layer, with the official keys `bn` and `l`; both in `policy.accum_dtype`."""
 
     def __init__(self, features: int, num_classes: int, *, policy: DTypePolicy, rng: np.random.Generator):
-        wide = dataclasses.replace(policy, dtype=policy.wide)
-        self.bn = BatchNorm(features, policy=wide)
-        self.l = Linear(features, num_classes, policy=wide, rng=rng)
+        self.bn = BatchNorm(features, policy=policy.accum_policy)
+        self.l = Linear(features, num_classes, policy=policy.accum_policy, rng=rng)
 
     def __call__(self, x: Float[Array, "n c"]) -> Float[Array, "n classes"]:
         return self.l(self.bn(x))
 
 
 class Classifier(Backbone):
-    """Transformer output averaged over all pixels, BatchNorm, linear: no injection, pooling stride 1."""
+    """The backbone with pooling stride 1 and without injections; mean over all positions; `ClassifierHead`.
+
+    Takes normalised RGB images and returns logits in float32 or wider. `topformer_jax.load` and `models.build` make
+    one from a config, and set `config` to it.
+    """
+
+    # All settings that the model was built from. Static: a part of the graph definition.
+    config: FrozenConfigDict
 
     def __init__(
         self,
@@ -56,6 +61,6 @@ class Classifier(Backbone):
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "n classes"]:
-        _, semantics = self.tokens(images, rngs)
+        _, semantics = self.extract_features(images, rngs)
         with jax.named_scope("head"):
-            return self.head(semantics.astype(self.policy.wide).mean((1, 2)))
+            return self.head(semantics.astype(self.policy.accum_dtype).mean((1, 2)))

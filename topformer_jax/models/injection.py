@@ -1,7 +1,8 @@
-"""Semantic injection (paper, section 3.3): what the transformer saw of the whole, given back to each scale.
+"""Semantics injection (paper, section 3.3): fuses the local tokens of a scale with the transformer's output.
 
-Four ways, by the names the configs use; the official code spells the first two `muli_sum` and `muli_sum_cbr`.
-In all of them the global map is brought to the local one's size *after* its convolution and activation.
+There are four kinds, by `model.injection`: "multi_sum", "multi_sum_cbr" (officially spelled `muli_sum` and
+`muli_sum_cbr`), "fuse_sum" and "fuse_multi". In all of them the global semantics are resized to the local tokens'
+size *after* their convolution and activation.
 """
 
 import functools
@@ -17,17 +18,20 @@ from topformer_jax.ops.resample import resize
 
 
 class _Injection(nnx.Module):
-    """What the four share: policy, and the resize of a global map to the local one."""
+    """What the four kinds share: the policy, and the resize of global semantics."""
 
     def __init__(self, policy: DTypePolicy):
         self.policy = policy
 
-    def _to_local(self, semantics: Array, local: Array) -> Array:
-        return resize(semantics, (local.shape[1], local.shape[2]), precision=self.policy.product_precision)
+    def _resize_like(
+        self, semantics: Float[Array, "n gh gw c"], local: Float[Array, "n h w _c"]
+    ) -> Float[Array, "n h w c"]:
+        _, h, w, _ = local.shape
+        return resize(semantics, (h, w), precision=self.policy.matmul_precision)
 
 
 class MultiSum(_Injection):
-    """`ConvBN(local) * resize(hsigmoid(ConvBN(global))) + resize(ConvBN(global))`: the paper's own."""
+    """`ConvBN(local) * resize(hsigmoid(ConvBN(global))) + resize(ConvBN(global))`, the paper's choice."""
 
     activation: Callable[[Array], Array] | None = None
     gate_norm = True
@@ -42,13 +46,13 @@ class MultiSum(_Injection):
     def __call__(
         self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]
     ) -> Float[Array, "n h w outputs"]:
-        gate = self._to_local(hsigmoid(self.global_act(semantics)), local)
-        feature = self._to_local(self.global_embedding(semantics), local)
+        gate = self._resize_like(hsigmoid(self.global_act(semantics)), local)
+        feature = self._resize_like(self.global_embedding(semantics), local)
         return self.local_embedding(local) * gate + feature
 
 
 class MultiSumCBR(MultiSum):
-    """As `MultiSum`, with ReLU after the local and the global ConvBN, and a gate of a plain convolution."""
+    """`MultiSum` with a ReLU after the local and global ConvBN, and a gate with bias instead of BatchNorm."""
 
     activation = staticmethod(jax.nn.relu)
     gate_norm = False
@@ -65,7 +69,7 @@ class FuseSum(_Injection):
     def __call__(
         self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]
     ) -> Float[Array, "n h w outputs"]:
-        return self.fuse1(local) + self._to_local(self.fuse2(semantics), local)
+        return self.fuse1(local) + self._resize_like(self.fuse2(semantics), local)
 
 
 class FuseMulti(FuseSum):
@@ -74,7 +78,7 @@ class FuseMulti(FuseSum):
     def __call__(
         self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]
     ) -> Float[Array, "n h w outputs"]:
-        return self.fuse1(local) * self._to_local(hsigmoid(self.fuse2(semantics)), local)
+        return self.fuse1(local) * self._resize_like(hsigmoid(self.fuse2(semantics)), local)
 
 
 INJECTIONS: dict[str, Callable[..., MultiSum | FuseSum]] = {

@@ -1,9 +1,9 @@
-"""The layers every box of the figure is made of: convolution, BatchNorm, the two pairs of them, activations.
+"""The layers that the network is built from: convolution, BatchNorm, blocks of the two, activations, dropout.
 
-Attribute names are the official checkpoints' keys (`c`, `bn`, `weight`, `running_mean`, ...), so that a
-parameter's path is its official name. Images are `[n, h, w, c]`; kernels are `[k, k, in / groups, out]`.
-Whether a module trains or infers is flax's own switch: `model.train()`, `model.eval()`.
-Constructors draw initial weights from `rng`, one after the other.
+Attribute names are the keys of the official checkpoints (`c`, `bn`, `weight`, `running_mean`, ...), so the path of
+a parameter in the model is its official name. Feature maps are `[n, h, w, c]`, kernels `[k, k, in / groups, out]`.
+`model.train()` and `model.eval()` of flax switch BatchNorm and dropout between training and inference.
+Constructors take a numpy generator `rng` and draw their initial weights from it in the order of construction.
 """
 
 import dataclasses
@@ -24,17 +24,24 @@ from topformer_jax.ops.depthwise import depthwise_conv, library_conv
 from topformer_jax.ops.pointwise import pointwise_conv
 from topformer_jax.ops.stem import stem_conv
 
-FEW = 4  # input channels, up to which a convolution is done as the stem's
+# A convolution of up to this many input channels uses `stem_conv`, which is written for images.
+STEM_MAX_INPUTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class DTypePolicy:
-    """How a model computes; every layer is handed the same one.
+    """The dtypes, the precision and the depthwise implementation of a model; all its layers share one policy.
 
-    `dtype` is what activations are computed in and `param_dtype` what parameters and BatchNorm statistics are
-    kept in. BatchNorm, softmax and logits are in at least float32 whatever `dtype` is. `precision` is
-    that of products of float32 or wider ("highest": full, no TF32 and no bfloat16 passes). `depthwise_impl`
-    is the method of `ops.depthwise.depthwise_conv`, and the stem's.
+    Args:
+        dtype: of activations, and of the weights in each operation.
+        param_dtype: that parameters and BatchNorm statistics are stored in.
+        precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full
+            float32: no TF32 on GPUs, no bfloat16 passes on TPUs.
+        depthwise_impl: `method` of `ops.depthwise.depthwise_conv` and of `ops.stem.stem_conv`.
+
+    >>> policy = DTypePolicy(dtype=jnp.bfloat16)
+    >>> policy.accum_dtype, policy.matmul_precision
+    (dtype('float32'), None)
     """
 
     dtype: DTypeLike = jnp.float32
@@ -43,48 +50,80 @@ class DTypePolicy:
     depthwise_impl: str = "auto"
 
     @property
-    def wide(self) -> np.dtype:
-        """The dtype of BatchNorm, softmax and logits: `dtype`, but at least float32."""
+    def accum_dtype(self) -> np.dtype:
+        """The dtype of BatchNorm statistics, softmax and logits: `dtype`, but at least float32."""
         return at_least_float32(self.dtype)
 
     @property
-    def product_precision(self) -> str | None:
-        """`precision` where it has a meaning: bfloat16 operands have but one."""
-        return self.precision if jnp.dtype(self.dtype) == self.wide else None
+    def accum_policy(self) -> "DTypePolicy":
+        """This policy with activations in `accum_dtype`: that of the layers which compute the logits."""
+        return dataclasses.replace(self, dtype=self.accum_dtype)
 
-    def array(self, values: np.ndarray) -> Array:
-        """A parameter's start. Drawn by numpy, since JAX would compile a program for each new shape."""
+    @property
+    def matmul_precision(self) -> str | None:
+        """`precision`, or None for bfloat16, whose products have one precision only."""
+        return self.precision if jnp.dtype(self.dtype) == self.accum_dtype else None
+
+    def init_param(self, values: np.ndarray) -> Array:
+        """A parameter's initial values as a JAX array of `param_dtype`.
+
+        Numpy draws them, because JAX would compile a program for each new shape.
+        """
         return jnp.asarray(values.astype(np.dtype(self.param_dtype)))
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`min(max(x, 0), 6)` with PyTorch's gradient, 0 at both corners; NaN stays NaN."""
+    """`min(max(x, 0), 6)`. As in PyTorch the gradient at exactly 0 and 6 is 0, and NaN stays NaN.
+
+    >>> relu6(jnp.array([-1.0, 2.0, 7.0])).tolist()
+    [0.0, 2.0, 6.0]
+    """
     zero, six = jnp.zeros((), x.dtype), jnp.full((), 6, x.dtype)
     return jnp.where(x <= zero, zero, jnp.where(x >= six, six, x))
 
 
 def hsigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`relu6(x + 3) / 6`, a piecewise linear sigmoid."""
+    """The hard sigmoid `relu6(x + 3) / 6`.
+
+    >>> hsigmoid(jnp.array([-3.0, 0.0, 3.0])).tolist()
+    [0.0, 0.5, 1.0]
+    """
     return relu6(x + 3) / 6
 
 
 def make_divisible(channels: int, divisor: int = 8) -> int:
-    """The nearest multiple of `divisor` that is not more than 10 % below `channels`."""
+    """Rounds a channel count to the nearest multiple of `divisor`, or to the next one up if it would lose over 10 %.
+
+    The rule of MobileNet and of the official code (`_make_divisible`).
+
+    >>> [make_divisible(channels) for channels in (1, 19, 48, 92)]
+    [8, 24, 48, 96]
+    """
     rounded = max(divisor, (channels + divisor // 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
 def sequential(layers: Iterable[Any], x: Array) -> Array:
-    """Applies modules and functions one after the other; a list of them keeps the checkpoint's numbering."""
+    """Applies modules and functions in order, as `torch.nn.Sequential` does.
+
+    The layers stay a plain `nnx.List`, so that their indices are those in the checkpoint's keys.
+    """
     for layer in layers:
         x = layer(x)
     return x
 
 
 class Conv(nnx.Module):
-    """A convolution with `kernel // 2` zeros around the image, as PyTorch pads (not TensorFlow's SAME).
+    """A convolution with PyTorch's padding: `kernel // 2` zeros on every side (not TensorFlow's SAME).
 
-    Weights start from normal(0, sqrt(2 / (k k out / groups))) unless `std` says otherwise, a bias from 0.
+    Args:
+        inputs, outputs: channels.
+        kernel: height and width of the kernel, odd.
+        stride, groups: as in `torch.nn.Conv2d`.
+        bias: whether there is one; it starts at 0.
+        std: standard deviation of the initial weights; None: sqrt(2 / (k * k * outputs / groups)).
+        policy: see `DTypePolicy`.
+        rng: draws the initial weights.
     """
 
     def __init__(
@@ -105,19 +144,19 @@ class Conv(nnx.Module):
         self.policy = policy
         std = math.sqrt(2 / (kernel * kernel * outputs / groups)) if std is None else std
         shape = (kernel, kernel, inputs // groups, outputs)
-        self.weight = nnx.Param(policy.array(std * rng.standard_normal(shape)))
-        self.bias = nnx.Param(policy.array(np.zeros(outputs))) if bias else None
+        self.weight = nnx.Param(policy.init_param(std * rng.standard_normal(shape)))
+        self.bias = nnx.Param(policy.init_param(np.zeros(outputs))) if bias else None
 
     def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width outputs"]:
         policy = self.policy
         weight = self.weight[...].astype(policy.dtype)
-        kernel, _, fan, outputs = weight.shape
-        precision = policy.product_precision
+        kernel, _, group_inputs, outputs = weight.shape
+        precision = policy.matmul_precision
         if kernel == 1 and self.stride == 1 and self.groups == 1:
             x = pointwise_conv(x, weight[0, 0], precision=precision)
-        elif fan == 1 and self.groups == outputs:
+        elif group_inputs == 1 and self.groups == outputs:
             x = depthwise_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
-        elif fan <= FEW and self.groups == 1:
+        elif group_inputs <= STEM_MAX_INPUTS and self.groups == 1:
             x = stem_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
         else:
             x = library_conv(x, weight, stride=self.stride, groups=self.groups, precision=precision)
@@ -125,11 +164,14 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """PyTorch's BatchNorm over all axes but the last: eps 1e-5, momentum 0.1.
+    """PyTorch's BatchNorm (`torch.nn.BatchNorm2d`) over all axes but the last: eps 1e-5, momentum 0.1.
 
-    Training normalises with the batch's mean and biased variance and moves the running statistics by a tenth
-    of the way to the batch's mean and *unbiased* variance. The batch is the global one: under `jit`, a mean
-    over a sharded axis spans the devices (SyncBN). Statistics are computed in at least float32.
+    In training the batch is normalised with its mean and its biased variance, and the running statistics become
+    `0.9 * running + 0.1 * batch` with the batch's *unbiased* variance. The statistics are those of the global batch
+    (SyncBN): under `jit` a mean over a sharded axis spans all devices. They are computed in `policy.accum_dtype`.
+
+    Raises:
+        ValueError: in training, where a channel has a single value.
     """
 
     momentum = 0.1
@@ -138,43 +180,48 @@ class BatchNorm(nnx.Module):
     def __init__(self, features: int, *, policy: DTypePolicy):
         self.policy = policy
         self.use_running_average = False
-        self.weight = nnx.Param(policy.array(np.ones(features)))
-        self.bias = nnx.Param(policy.array(np.zeros(features)))
-        self.running_mean = nnx.BatchStat(policy.array(np.zeros(features)))
-        self.running_var = nnx.BatchStat(policy.array(np.ones(features)))
-        # Read by no formula here; kept so that a checkpoint comes out as it went in.
+        self.weight = nnx.Param(policy.init_param(np.ones(features)))
+        self.bias = nnx.Param(policy.init_param(np.zeros(features)))
+        self.running_mean = nnx.BatchStat(policy.init_param(np.zeros(features)))
+        self.running_var = nnx.BatchStat(policy.init_param(np.ones(features)))
+        # Not used in any computation; it is here because the official checkpoints have it.
         self.num_batches_tracked = nnx.BatchStat(jnp.asarray(np.zeros((), np.int32)))
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
-        wide = self.policy.wide
-        values = x.astype(wide)
+        accum_dtype = self.policy.accum_dtype
+        values = x.astype(accum_dtype)
         if self.use_running_average:
-            mean, variance = self.running_mean[...].astype(wide), self.running_var[...].astype(wide)
+            mean, variance = (
+                self.running_mean[...].astype(accum_dtype),
+                self.running_var[...].astype(accum_dtype),
+            )
         else:
-            # In two axes, as a product leaves them: so XLA's CPU backend centres and squares inside the sum. With
-            # four, it writes the centred values down.
+            # Flattened to [pixels, channels]: XLA's CPU backend then fuses the centring and the squaring into the
+            # variance's reduction. Over four axes it writes the centred values to memory first.
             flat = values.reshape(-1, x.shape[-1])
             mean = flat.mean(0)
             variance = jnp.square(flat - mean).mean(0)
-            self._track(mean, variance, len(flat))
-        scale = self.weight[...].astype(wide) * lax.rsqrt(variance + self.eps)
-        return (values * scale + (self.bias[...].astype(wide) - mean * scale)).astype(self.policy.dtype)
+            self._update_running(mean, variance, len(flat))
+        scale = self.weight[...].astype(accum_dtype) * lax.rsqrt(variance + self.eps)
+        return (values * scale + (self.bias[...].astype(accum_dtype) - mean * scale)).astype(
+            self.policy.dtype
+        )
 
-    def _track(self, mean: Array, variance: Array, count: int) -> None:
-        """Moves the running statistics; `count` is how many values a mean was taken over."""
-        # A single value has no unbiased variance: PyTorch raises too.
+    def _update_running(self, mean: Array, variance: Array, count: int) -> None:
+        """Updates the running statistics from a batch of `count` values a channel."""
+        # The unbiased variance of a single value is undefined; PyTorch raises too.
         if count < 2:
             raise ValueError("BatchNorm in training mode needs more than one value a channel")
         unbiased = variance * (count / (count - 1))
         for running, batch in ((self.running_mean, mean), (self.running_var, unbiased)):
             batch = lax.stop_gradient(batch).astype(running.dtype)
-            # Not by an index: flax would then ask both values where they lie, which under jit takes 10 ms.
+            # `set_value`, not `running[...] =`: flax compares the shardings of the two there, 10 ms each under jit.
             running.set_value((1 - self.momentum) * running[...] + self.momentum * batch)
         self.num_batches_tracked.set_value(self.num_batches_tracked[...] + 1)
 
 
 class ConvBN(nnx.Module):
-    """Convolution without bias -> BatchNorm, with the backbone's key names `c` and `bn`."""
+    """Convolution without bias, then BatchNorm. Keys `c` and `bn`, as in the official backbone."""
 
     def __init__(
         self,
@@ -195,9 +242,9 @@ class ConvBN(nnx.Module):
 
 
 class ConvModule(nnx.Module):
-    """1x1 convolution -> BatchNorm -> activation, with mmcv's key names `conv` and `bn`.
+    """1x1 convolution, BatchNorm, activation: mmcv's `ConvModule`, with its keys `conv` and `bn`.
 
-    Without the norm the convolution has a bias.
+    Without `norm` the convolution has a bias instead.
     """
 
     def __init__(
@@ -223,17 +270,21 @@ class ConvModule(nnx.Module):
         return x if self.activation is None else self.activation(x)
 
 
-class RandomDrop(nnx.Module):
-    """Zeroes with probability `rate` and divides what is kept by `1 - rate`; the identity in inference.
+class Dropout(nnx.Module):
+    """Dropout that can drop whole channels or whole samples; the identity in inference.
 
-    `shared` are the axes of `[n, h, w, c]` that live or die together: (1, 2, 3) drops a sample's whole
-    branch (drop path), (1, 2) a sample's whole channel (`Dropout2d`). The draw comes from the `dropout`
-    stream of the call's `rngs`: a function of that key and of the place in the batch alone.
+    In training a value becomes 0 with probability `rate`, and otherwise `x / (1 - rate)`. `broadcast_dims` are the
+    axes of `[n, h, w, c]` that share one draw: (1, 2) drops whole channels of a sample (torch's `Dropout2d`),
+    (1, 2, 3) whole samples (drop path). The draw depends only on the call's key, `rngs.dropout()`, and on the
+    position in the batch.
+
+    Raises:
+        ValueError: in training with a rate above 0, where the call has no `rngs`.
     """
 
-    def __init__(self, rate: float, shared: tuple[int, ...]):
+    def __init__(self, rate: float, broadcast_dims: tuple[int, ...]):
         self.rate = rate
-        self.shared = shared
+        self.broadcast_dims = broadcast_dims
         self.deterministic = False
 
     def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
@@ -241,6 +292,6 @@ class RandomDrop(nnx.Module):
             return x
         if rngs is None:
             raise ValueError("dropout in training mode needs rngs=nnx.Rngs(dropout=key)")
-        shape = [1 if axis in self.shared else extent for axis, extent in enumerate(x.shape)]
-        kept = jax.random.bernoulli(rngs.dropout(), 1 - self.rate, shape)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
+        shape = [1 if axis in self.broadcast_dims else extent for axis, extent in enumerate(x.shape)]
+        keep = jax.random.bernoulli(rngs.dropout(), 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))

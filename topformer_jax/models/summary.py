@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds, a module at a time."""
+"""Parameters and multiply-adds of each module of a model."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +14,20 @@ from topformer_jax.models import build, named_variables
 
 
 def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
-    """The rows of a table of the model's modules: parameters, and millions of multiply-adds for one image of `size`.
+    """The rows of a table: for each module its parameters, and its multiply-adds in millions for one image.
 
-    Multiply-adds are those of convolutions and matrix products, as papers count them; the products that resize
-    and pool (interpolation elsewhere) stand in a column of their own. Parameters leave out BatchNorm statistics.
+    Multiply-adds are those of convolutions and matrix products, as papers count them. The products that resize and
+    pool have a column of their own: elsewhere they are interpolation, and not counted. BatchNorm's running statistics
+    are not parameters.
+
+    Args:
+        config: of the model.
+        size: (height, width) of the image, pixels.
+
+    Raises:
+        UserError: a setting has a value that is not allowed.
     """
-    # Counted in the library's form: the shifted form of a depthwise convolution has no convolution in it.
+    # The shifted depthwise convolution consists of multiplications; only the library's is counted as a convolution.
     config = config.copy_and_resolve_references()
     config.model.depthwise_impl = "library"
     model = build(config)
@@ -27,14 +35,14 @@ def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
     parameters: Counter[str] = Counter()
     for name, variable in named_variables(model).items():
         if isinstance(variable, nnx.Param):
-            parameters[_module(name.removeprefix("backbone.").split("."))] += variable.size
+            parameters[_module_name(name.removeprefix("backbone.").split("."))] += variable.size
     graphdef, state = nnx.split(model)
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     program = jax.make_jaxpr(lambda state, images: nnx.merge(graphdef, state)(images))(state, images)
     network: Counter[str] = Counter()
     resampling: Counter[str] = Counter()
-    for scopes, count in _products(program.jaxpr, ()):
-        (resampling if {"resize", "pool"} & set(scopes) else network)[_module(scopes)] += count
+    for scopes, count in _multiply_adds(program.jaxpr, ()):
+        (resampling if {"resize", "pool"} & set(scopes) else network)[_module_name(scopes)] += count
 
     rows: list[tuple[str, ...]] = [("module", "parameters", "multiply-adds M", "resampling M")]
     for module in [*dict.fromkeys([*network, *parameters, *resampling])]:
@@ -51,15 +59,15 @@ def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _module(path: Any) -> str:
-    """The box of the figure that a parameter or a named scope belongs to."""
+def _module_name(path: Any) -> str:
+    """The row that a parameter's path or an operation's named scopes belong to."""
     return next(
         (part for part in path if part in ("tpm", "ppa", "trans", "SIM", "decode_head", "head")), "other"
     )
 
 
-def _products(jaxpr: Any, scopes: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    """The named scopes and the multiply-adds of every convolution and matrix product, calls followed."""
+def _multiply_adds(jaxpr: Any, scopes: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The named scopes and the multiply-adds of every convolution and matrix product, in inner jaxprs too."""
     for equation in jaxpr.eqns:
         inner = scopes + tuple(str(equation.source_info.name_stack).split("/"))
         operands = [variable.aval.shape for variable in equation.invars]
@@ -71,4 +79,4 @@ def _products(jaxpr: Any, scopes: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
             yield inner, out * int(np.prod([operands[0][axis] for axis in contracted]))
         for value in equation.params.values():
             if hasattr(value, "jaxpr"):
-                yield from _products(value.jaxpr, inner)
+                yield from _multiply_adds(value.jaxpr, inner)

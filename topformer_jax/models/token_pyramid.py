@@ -1,4 +1,4 @@
-"""The token pyramid (paper, section 3.1): a stem and inverted residual blocks, tapped at strides 4 to 32."""
+"""The token pyramid (paper, section 3.1): a stem and inverted residual blocks; outputs at strides 4, 8, 16, 32."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,9 +21,10 @@ class Block(NamedTuple):
 
 
 class InvertedResidual(nnx.Module):
-    """Expand 1x1 (left out at ratio 1), depthwise k x k, project 1x1; ReLU after the first two.
+    """MobileNetV2's block: 1x1 expansion (skipped at ratio 1), depthwise k x k, 1x1 projection.
 
-    The input is added where the shapes allow it: stride 1 and as many channels out as in.
+    ReLU (not ReLU6) follows the first two, nothing the projection. At stride 1 with as many outputs as inputs the
+    input is added to the output.
     """
 
     def __init__(self, inputs: int, block: Block, *, policy: DTypePolicy, rng: np.random.Generator):
@@ -45,11 +46,14 @@ class InvertedResidual(nnx.Module):
 
 
 class TokenPyramid(nnx.Module):
-    """The stem (3x3, stride 2, 16 channels) and the blocks, named `layer1`, `layer2`, ... as they are officially.
+    """The stem (3x3, stride 2, 16 channels) and the blocks, which are called `layer1`, `layer2`, ... as officially.
 
     Args:
         blocks: the rows of the variant's table.
-        taps: after which blocks (counted from 0) the tokens of each scale are taken.
+        taps: the blocks (counted from 0) whose outputs are the tokens of the four scales.
+
+    Returns:
+        The tokens at strides 4, 8, 16 and 32, each `[n, ceil(h / stride), ceil(w / stride), channels]`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The paper's figure put together: backbone, decode head, segmenter; and the table of its three sizes."""
+"""The network put together: backbone, decode head, segmenter; and the table of its three sizes."""
 
 import dataclasses
 import math
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from ml_collections import FrozenConfigDict
 
 from topformer_jax.models.injection import INJECTIONS
-from topformer_jax.models.layers import Conv, ConvModule, DTypePolicy, RandomDrop
+from topformer_jax.models.layers import Conv, ConvModule, Dropout, DTypePolicy
 from topformer_jax.models.token_pyramid import Block, TokenPyramid
 from topformer_jax.models.transformer import Transformer
 from topformer_jax.ops.resample import adaptive_avg_pool, resize
@@ -21,7 +22,14 @@ Images = Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One size of the network: the pyramid's blocks, where it is tapped, injection head_channels and heads."""
+    """One size of the network.
+
+    Args:
+        blocks: of the token pyramid.
+        taps: the blocks (counted from 0) whose outputs are the tokens of strides 4, 8, 16 and 32.
+        head_channels: of the injections and the head.
+        heads: of the attention.
+    """
 
     blocks: tuple[Block, ...]
     taps: tuple[int, ...]
@@ -30,7 +38,7 @@ class Variant:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of the tapped tokens, strides 4, 8, 16, 32."""
+        """Channels of the tokens of strides 4, 8, 16 and 32."""
         return tuple(self.blocks[tap].channels for tap in self.taps)
 
 
@@ -93,23 +101,27 @@ VARIANTS = {
 
 
 class PyramidPool(nnx.Module):
-    """Averages every scale down to the coarsest one's size over `stride` and joins them on channels."""
+    """Pools the tokens of all scales to one size and concatenates their channels.
+
+    The size is that of the coarsest scale divided by `stride`, rounded up.
+    """
 
     def __init__(self, stride: int, policy: DTypePolicy):
         self.stride = stride
         self.policy = policy
 
-    def __call__(self, tokens: list[Array]) -> Float[Array, "n h w c"]:
+    def __call__(self, tokens: list[Float[Array, "n _h _w _c"]]) -> Float[Array, "n h w c"]:
         _, h, w, _ = tokens[-1].shape
         size = ((h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
-        precision = self.policy.product_precision
+        precision = self.policy.matmul_precision
         return jnp.concatenate([adaptive_avg_pool(x, size, precision=precision) for x in tokens], axis=-1)
 
 
 class Backbone(nnx.Module):
     """Token pyramid, pooling and transformer: what segmenter and classifier share.
 
-    `pool_stride` is the coarsest scale's (stride 32) further reduction: 2 to segment, 1 to classify.
+    `pool_stride` is the stride of the pooling after the coarsest scale (officially `c2t_stride`): 2 in the segmenter,
+    whose transformer thus runs at stride 64, and 1 in the classifier.
     """
 
     def __init__(
@@ -129,10 +141,14 @@ class Backbone(nnx.Module):
             sum(self.channels), variant.heads, drop_path_rate=drop_path_rate, policy=policy, rng=rng
         )
 
-    def tokens(
+    def extract_features(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None
-    ) -> tuple[list[Array], Float[Array, "n _h _w c"]]:
-        """The tokens of each scale, and the transformer's output over all scales."""
+    ) -> tuple[list[Float[Array, "n _h _w _c"]], Float[Array, "n _h _w c"]]:
+        """The tokens of each scale, finest first, and the transformer's output for all scales, joined on channels.
+
+        Raises:
+            ValueError: the images are not `[n, h, w, 3]`.
+        """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.shape}: expected [n, h, w, 3]")
         with jax.named_scope("tpm"):
@@ -144,14 +160,15 @@ class Backbone(nnx.Module):
 
 
 def _no_injection(local: Array, semantics: Array) -> Array:
-    """What stands in an injection's place where there is none."""
+    """Fills slot 0 of `SIM`: the tokens of stride 4 get no injection."""
     return local
 
 
 class TopFormer(Backbone):
-    """The backbone with a semantic injection at strides 8, 16 and 32 (not at 4).
+    """The backbone with a semantics injection at strides 8, 16 and 32 (not at 4).
 
-    Returns the three injected maps, `head_channels` channels each, finest first.
+    Returns:
+        The three injected feature maps, finest first, with `head_channels` channels each.
     """
 
     def __init__(
@@ -169,27 +186,31 @@ class TopFormer(Backbone):
             INJECTIONS[injection](channels, head_channels, policy=policy, rng=rng)
             for channels in self.channels[1:]
         ]
-        # Slot 0 has no weights officially either: the finest scale feeds the transformer alone.
+        # As officially, slot 0 has no weights: the tokens of stride 4 are an input of the transformer only.
         self.SIM = nnx.List([_no_injection, *injected])
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
     ) -> list[Float[Array, "n _h _w head_channels"]]:
-        tokens, semantics = self.tokens(images, rngs)
-        borders = [sum(self.channels[: index + 1]) for index in range(len(self.channels) - 1)]
-        parts = jnp.split(semantics, borders, axis=-1)
+        tokens, semantics = self.extract_features(images, rngs)
+        offsets = [sum(self.channels[: index + 1]) for index in range(len(self.channels) - 1)]
+        semantics_of_scale = jnp.split(semantics, offsets, axis=-1)
         with jax.named_scope("SIM"):
-            return [self.SIM[index](tokens[index], parts[index]) for index in range(1, len(tokens))]
+            return [
+                self.SIM[index](tokens[index], semantics_of_scale[index]) for index in range(1, len(tokens))
+            ]
 
 
 class DecodeHead(nnx.Module):
-    """Sums the maps at the finest one's size, fuses them by a 1x1 conv-BN-ReLU, drops channels, classifies.
+    """The head: sum of the feature maps at the finest one's size, 1x1 conv-BN-ReLU, dropout, 1x1 conv to classes.
 
     Args:
-        head_channels: channels of the maps, and of the fused one.
+        head_channels: channels of the feature maps.
         num_classes: channels of the logits.
-        depthwise: fuse with one weight a channel (the Tiny configs' `is_dw`) instead of a full 1x1.
-        dropout_ratio: probability that a sample loses a whole channel (`Dropout2d`).
+        depthwise: the first convolution has one weight a channel (officially `is_dw`, of the Tiny configs).
+        dropout_ratio: probability that a channel of a sample is dropped (`Dropout2d`).
+        policy: see `DTypePolicy`; the logits are in `policy.accum_dtype`.
+        rng: draws the initial weights.
     """
 
     def __init__(
@@ -203,7 +224,7 @@ class DecodeHead(nnx.Module):
         rng: np.random.Generator,
     ):
         self.policy = policy
-        # mmcv's own start for this layer: fan-out is taken over all channels, grouped or not.
+        # mmcv initialises this layer with the fan-out of a full convolution, also where it is depthwise.
         self.linear_fuse = ConvModule(
             head_channels,
             head_channels,
@@ -213,29 +234,41 @@ class DecodeHead(nnx.Module):
             policy=policy,
             rng=rng,
         )
-        self.dropout = RandomDrop(dropout_ratio, shared=(1, 2))
-        wide = dataclasses.replace(policy, dtype=policy.wide)
-        self.conv_seg = Conv(head_channels, num_classes, bias=True, std=0.01, policy=wide, rng=rng)
+        self.dropout = Dropout(dropout_ratio, broadcast_dims=(1, 2))
+        self.conv_seg = Conv(
+            head_channels, num_classes, bias=True, std=0.01, policy=policy.accum_policy, rng=rng
+        )
 
-    def __call__(self, maps: list[Array], rngs: nnx.Rngs | None = None) -> Float[Array, "n h w classes"]:
-        size = (maps[0].shape[1], maps[0].shape[2])
-        precision = self.policy.product_precision
-        x = sum((resize(x, size, precision=precision) for x in maps[1:]), start=maps[0])
+    def __call__(
+        self, feature_maps: list[Float[Array, "n _h _w c"]], rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "n h w classes"]:
+        finest, *others = feature_maps
+        _, h, w, _ = finest.shape
+        precision = self.policy.matmul_precision
+        x = sum((resize(x, (h, w), precision=precision) for x in others), start=finest)
         x = self.dropout(self.linear_fuse(x), rngs)
-        return self.conv_seg(x.astype(self.policy.wide))
+        return self.conv_seg(x.astype(self.policy.accum_dtype))
 
 
 class Segmenter(nnx.Module):
-    """The whole network: normalised RGB images to logits of a stride of 8, in at least float32.
+    """The whole network: normalised RGB images to logits at stride 8, in float32 or wider.
+
+    `topformer_jax.load` and `models.build` make one from a config, and set `config` to it.
 
     Args:
-        variant: a row of `VARIANTS`.
-        num_classes: number of classes.
+        variant: a value of `VARIANTS`.
+        num_classes: channels of the logits.
         injection: a key of `INJECTIONS`.
-        head_channels: channels of injections and head; the variant's own where None.
-        depthwise_head: see `DecodeHead`.
-        drop_path_rate, dropout_ratio: rates in training.
+        head_channels: of injections and head; None: the variant's own.
+        depthwise_head: `depthwise` of `DecodeHead`.
+        drop_path_rate: in training, of the last transformer block; the first has 0.
+        dropout_ratio: in training, of the head's channels.
+        policy: see `DTypePolicy`.
+        rng: draws the initial weights.
     """
+
+    # All settings that the model was built from, those of evaluation too. Static: a part of the graph definition.
+    config: FrozenConfigDict
 
     def __init__(
         self,
@@ -272,6 +305,6 @@ class Segmenter(nnx.Module):
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "n h8 w8 classes"]:
-        maps = self.backbone(images, rngs)
+        feature_maps = self.backbone(images, rngs)
         with jax.named_scope("decode_head"):
-            return self.decode_head(maps, rngs)
+            return self.decode_head(feature_maps, rngs)

@@ -6,14 +6,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from topformer_jax.models.layers import Conv, ConvBN, DTypePolicy, RandomDrop, relu6, sequential
+from topformer_jax.models.layers import Conv, ConvBN, Dropout, DTypePolicy, relu6, sequential
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over all pixels, `softmax(q k^T) v`, then ReLU6 and a 1x1 ConvBN.
+    """Multi-head self-attention over all positions, `softmax(q k^T) v`, then ReLU6 and a 1x1 ConvBN.
 
-    There is no scale factor under the softmax: the official code computes one and never uses it. The softmax
-    is in at least float32. Channels of q, k and v are ordered (head, channel).
+    The scores are not scaled by `1 / sqrt(key)`: the official code computes this factor and does not use it. The
+    softmax is computed in `policy.accum_dtype`. Channels of q, k and v are ordered (head, channel).
+
+    Args:
+        features: channels of input and output.
+        heads: number of heads.
+        key: channels of a head's queries and keys.
+        value: channels of a head's values.
+        policy: see `DTypePolicy`.
+        rng: draws the initial weights.
     """
 
     def __init__(
@@ -37,23 +45,23 @@ class Attention(nnx.Module):
         n, h, w, _ = x.shape
         policy = self.policy
 
-        def split(y: Array) -> Array:
+        def split_heads(y: Array) -> Array:
             return y.reshape(n, h * w, self.heads, -1).transpose(0, 2, 1, 3)  # [n, heads, h*w, channels]
 
-        query, key, value = split(self.to_q(x)), split(self.to_k(x)), split(self.to_v(x))
+        query, key, value = (split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         scores = jnp.matmul(
             query,
             key.swapaxes(2, 3),
-            precision=policy.product_precision,
-            preferred_element_type=policy.wide,
+            precision=policy.matmul_precision,
+            preferred_element_type=policy.accum_dtype,
         )
         weights = jax.nn.softmax(scores, axis=-1).astype(policy.dtype)
-        y = jnp.matmul(weights, value, precision=policy.product_precision)
+        y = jnp.matmul(weights, value, precision=policy.matmul_precision)
         return sequential(self.proj, y.transpose(0, 2, 1, 3).reshape(n, h, w, -1))
 
 
 class Mlp(nnx.Module):
-    """1x1 ConvBN, depthwise 3x3 with a bias and no norm, ReLU6, 1x1 ConvBN."""
+    """1x1 ConvBN to `hidden` channels, depthwise 3x3 with a bias and no BatchNorm, ReLU6, 1x1 ConvBN back."""
 
     def __init__(self, features: int, hidden: int, *, policy: DTypePolicy, rng: np.random.Generator):
         self.fc1 = ConvBN(features, hidden, policy=policy, rng=rng)
@@ -65,7 +73,7 @@ class Mlp(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Attention and MLP, a residual around each, with drop path (whole branch, per sample) on both."""
+    """Attention and MLP, each with a residual connection and drop path (drops the branch of a whole sample)."""
 
     def __init__(
         self,
@@ -78,7 +86,7 @@ class TransformerBlock(nnx.Module):
     ):
         self.attn = Attention(features, heads, key=16, value=32, policy=policy, rng=rng)
         self.mlp = Mlp(features, 2 * features, policy=policy, rng=rng)
-        self.drop_path = RandomDrop(drop_path_rate, shared=(1, 2, 3))
+        self.drop_path = Dropout(drop_path_rate, broadcast_dims=(1, 2, 3))
 
     def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
         x = x + self.drop_path(self.attn(x), rngs)
@@ -86,7 +94,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`depth` blocks whose drop-path rates rise linearly from 0 to `drop_path_rate`."""
+    """`depth` blocks; their drop-path rates rise linearly from 0 to `drop_path_rate`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""DTypePolicy that no library has: torch-exact resampling and a depthwise convolution that is fast on CPUs."""
+"""Operations that no library has: resampling exactly as PyTorch's, convolutions fast on CPUs, the tiled loss."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,5 +6,9 @@ from jax.typing import DTypeLike
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
-    """What sums, statistics and logits of values of this dtype are computed in."""
+    """The dtype itself, or float32 for a narrower one: sums, statistics and logits are computed in it.
+
+    >>> at_least_float32(jnp.bfloat16), at_least_float32(jnp.float64)
+    (dtype('float32'), dtype('float64'))
+    """
     return np.dtype(jnp.float32) if jnp.dtype(dtype).itemsize < 4 else jnp.dtype(dtype)

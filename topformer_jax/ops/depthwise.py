@@ -1,7 +1,8 @@
-"""Depthwise convolution: one k x k filter a channel.
+"""Depthwise convolution: one k x k filter for each channel.
 
-XLA's grouped convolution is 10 to 25 times slower on a CPU than k*k shifted multiply-adds, and its gradients
-more so; elsewhere the library's own is the default. `choose` is the one place that decides.
+On a CPU, XLA's grouped convolution is 10 to 25 times slower than k*k multiply-adds of shifted slices, and its
+gradients are slower still. So there are two implementations, "shifted" for CPUs and "library" (XLA's) for
+accelerators; `dispatch` chooses between them.
 """
 
 import functools
@@ -16,9 +17,9 @@ from jaxtyping import Array, Float
 from topformer_jax.ops import at_least_float32
 
 METHODS = ("auto", "shifted", "library")
-# XLA's CPU backend keeps the sums of so many pixels of so many arrays in registers and reads each value once; over
-# longer stretches it takes 2 to 5 times as long.
-BLOCK, ARRAYS = 8, 9
+# `sum_over_pixels` adds up blocks of this many pixels, of this many arrays together. XLA's CPU backend then keeps the
+# sums in registers and reads each value once; with larger blocks it takes 2 to 5 times as long.
+BLOCK_PIXELS, BLOCK_ARRAYS = 8, 9
 
 
 def depthwise_conv(
@@ -29,25 +30,37 @@ def depthwise_conv(
     method: str = "auto",
     precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
-    """Convolves every channel with its own filter, `k // 2` zeros around the image (k odd).
+    """Convolves each channel with its own filter, with `k // 2` zeros on every side, as `torch.nn.Conv2d` pads.
 
-    The output is `(h - 1) // stride + 1` high, the width likewise. `method` is "shifted", "library" or
-    "auto": shifted where the program runs on a CPU, the library elsewhere. A program that is exported needs
-    an explicit choice, since "auto" leaves both branches in it.
+    Sums are computed in at least float32; the result has the dtype of the images.
+
+    Args:
+        images: any feature maps.
+        kernel: k is odd.
+        stride: of both axes; the result has `(h - 1) // stride + 1` rows, and columns likewise.
+        method: "shifted", "library", or "auto": "shifted" where the program runs on a CPU, "library" elsewhere. A
+            program to be exported needs one of the first two, since with "auto" it contains both.
+        precision: of the products in the library's convolution.
+
+    Raises:
+        ValueError: there is no such method.
+
+    >>> depthwise_conv(jnp.ones((1, 5, 6, 2)), jnp.ones((3, 3, 1, 2)), 2)[0, :, :, 0].tolist()
+    [[4.0, 6.0, 6.0], [6.0, 9.0, 9.0], [4.0, 6.0, 6.0]]
     """
     library = functools.partial(library_conv, stride=stride, groups=images.shape[-1], precision=precision)
     with jax.named_scope("depthwise"):
-        return choose(method, functools.partial(_shifted, stride=stride), library, images, kernel)
+        return dispatch(method, functools.partial(_shifted, stride=stride), library, images, kernel)
 
 
-def choose(
+def dispatch(
     method: str,
     shifted: Callable[[Array, Array], Array],
     library: Callable[[Array, Array], Array],
     images: Array,
     kernel: Array,
 ) -> Array:
-    """The convolution in the form that `method` names: see `depthwise_conv`."""
+    """Runs the implementation that `method` names (see `depthwise_conv`); "auto" is decided when XLA compiles."""
     match method:
         case "library":
             return library(images, kernel)
@@ -60,13 +73,13 @@ def choose(
 
 def library_conv(
     images: Float[Array, "n h w inputs"],
-    kernel: Float[Array, "k k fan outputs"],
+    kernel: Float[Array, "k k group_inputs outputs"],
     *,
     stride: int,
     groups: int,
     precision: str | None,
 ) -> Float[Array, "n height width outputs"]:
-    """XLA's own convolution, with `k // 2` zeros around the image."""
+    """XLA's convolution, with `k // 2` zeros on every side."""
     pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
         images,
@@ -82,8 +95,8 @@ def library_conv(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _shifted(images: Array, kernel: Array, stride: int) -> Array:
     k = kernel.shape[0]
-    return _weighted_sum(
-        image_windows(images, k, stride), lambda row, column: kernel[row, column, 0], k
+    return _sum_products(
+        shifted_slices(images, k, stride), lambda row, column: kernel[row, column, 0], k
     ).astype(images.dtype)
 
 
@@ -99,25 +112,25 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> t
     height, width = grad.shape[1:3]
     zero = jnp.zeros((), grad.dtype)
 
-    # With respect to the image: the gradient, spread out by the stride, correlated with the flipped filter.
-    rest = k - 1 - pad
-    spread = lax.pad(
+    # Of the images: the gradient, dilated by the stride, correlated with the flipped filter.
+    after = k - 1 - pad
+    dilated = lax.pad(
         grad,
         zero,
         (
             (0, 0, 0),
-            (rest, h - 1 - (height - 1) * stride + pad, stride - 1),
-            (rest, w - 1 - (width - 1) * stride + pad, stride - 1),
+            (after, h - 1 - (height - 1) * stride + pad, stride - 1),
+            (after, w - 1 - (width - 1) * stride + pad, stride - 1),
             (0, 0, 0),
         ),
     )
-    windows = _windows(spread, k, 1, (h, w))
-    image_grad = _weighted_sum(windows, lambda row, column: kernel[k - 1 - row, k - 1 - column, 0], k)
+    slices = _slice_shifted(dilated, k, 1, (h, w))
+    image_grad = _sum_products(slices, lambda row, column: kernel[k - 1 - row, k - 1 - column, 0], k)
 
-    # With respect to the filter: k*k sums over the batch and the pixels.
-    wide = at_least_float32(images.dtype)
-    windows = image_windows(images, k, stride)
-    sums = channel_sums([window.astype(wide) * grad.astype(wide) for window in windows])
+    # Of the filter: k*k sums over the batch and the pixels.
+    accum_dtype = at_least_float32(images.dtype)
+    slices = shifted_slices(images, k, stride)
+    sums = sum_over_pixels([view.astype(accum_dtype) * grad.astype(accum_dtype) for view in slices])
     kernel_grad = jnp.stack(sums).reshape(k, k, 1, c)
     return image_grad.astype(images.dtype), kernel_grad.astype(kernel.dtype)
 
@@ -125,16 +138,19 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> t
 _shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
-def image_windows(images: Float[Array, "n h w c"], k: int, stride: int) -> list[Array]:
-    """What each of the k*k filter values is multiplied with, each `[n, height, width, c]`, row by row."""
+def shifted_slices(images: Float[Array, "n h w c"], k: int, stride: int) -> list[Array]:
+    """For each of the k*k filter weights, row by row, the values that it is multiplied with.
+
+    They are strided slices of the zero-padded images, each `[n, height, width, c]`, the convolution's output size.
+    """
     pad = k // 2
     _, h, w, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return _windows(padded, k, stride, ((h - 1) // stride + 1, (w - 1) // stride + 1))
+    return _slice_shifted(padded, k, stride, ((h - 1) // stride + 1, (w - 1) // stride + 1))
 
 
-def _windows(padded: Array, k: int, stride: int, size: tuple[int, int]) -> list[Array]:
-    """The k*k shifted, strided views of a padded image, each `[n, *size, c]`, row by row."""
+def _slice_shifted(padded: Array, k: int, stride: int, size: tuple[int, int]) -> list[Array]:
+    """The k*k slices of padded images, shifted by (row, column), row by row; each is `[n, *size, c]`."""
     n, _, _, c = padded.shape
     height, width = (stride * (extent - 1) + 1 for extent in size)
     return [
@@ -144,26 +160,28 @@ def _windows(padded: Array, k: int, stride: int, size: tuple[int, int]) -> list[
     ]
 
 
-def _weighted_sum(windows: list[Array], weight: Callable[[int, int], Array], k: int) -> Array:
-    """Sums `window * weight(row, column)` in at least float32."""
-    wide = at_least_float32(windows[0].dtype)
+def _sum_products(slices: list[Array], weight: Callable[[int, int], Array], k: int) -> Array:
+    """The sum over the filter of slice times `weight(row, column)`, in at least float32."""
+    accum_dtype = at_least_float32(slices[0].dtype)
     terms = (
-        window.astype(wide) * weight(*divmod(index, k)).astype(wide) for index, window in enumerate(windows)
+        view.astype(accum_dtype) * weight(*divmod(index, k)).astype(accum_dtype)
+        for index, view in enumerate(slices)
     )
     return functools.reduce(jnp.add, terms)
 
 
-def channel_sums(values: Sequence[Float[Array, "n h w c"]]) -> list[Float[Array, " c"]]:
-    """The sum of each array over all axes but the last: blocks of pixels first, then the blocks."""
+def sum_over_pixels(values: Sequence[Float[Array, "n h w c"]]) -> list[Float[Array, " c"]]:
+    """Sums each array over all axes but the last: within blocks of pixels first, then over the blocks."""
     _, *sides, c = values[0].shape
     pixels = math.prod(sides)
-    # A block lies within an image, so that images on several devices stay there. Few sizes have no such divisor.
-    block = next((size for size in range(BLOCK, 3, -1) if pixels % size == 0), pixels)
+    # Blocks do not cross images, so a batch that is sharded over devices needs no transfers. Where no block size from
+    # 4 to 8 divides the pixels of an image, an image is one block.
+    block = next((size for size in range(BLOCK_PIXELS, 3, -1) if pixels % size == 0), pixels)
     zero = jnp.zeros((), values[0].dtype)
     sums: list[Array] = []
-    for start in range(0, len(values), ARRAYS):
-        part = [array.reshape(-1, block, c) for array in values[start : start + ARRAYS]]
-        sums += lax.reduce(part, [zero] * len(part), _add, (1,))
+    for start in range(0, len(values), BLOCK_ARRAYS):
+        blocks = [array.reshape(-1, block, c) for array in values[start : start + BLOCK_ARRAYS]]
+        sums += lax.reduce(blocks, [zero] * len(blocks), _add, (1,))
     return [array.sum(0) for array in sums]
 
 

@@ -1,8 +1,8 @@
-"""Cross-entropy of logits that are resized to the labels' size first, without the resized logits.
+"""Cross-entropy of logits resized to the labels' size, without ever storing the resized logits.
 
-150 classes at 512 x 512 pixels are 157 MB an image, and their gradient as much again: in the official code, making
-and reading them is most of a training step. Here a tile of pixels is resized, turned into its part of the loss
-and of the gradient at once, and forgotten.
+For 150 classes and 512 x 512 pixels the resized logits are 157 MB an image, and their gradient as much again: in the
+official code, writing and reading them is most of a training step. Here the labels are cut into tiles. For each tile
+the logits are resized, and its part of the loss and of the gradient is computed at once; only these are stored.
 """
 
 import functools
@@ -15,36 +15,42 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from topformer_jax.ops.resample import bilinear_matrix, resize
-from topformer_jax.ops.tiled import bands
+from topformer_jax.ops.tiled import split_into_bands
 
 IGNORE_LABEL = 255
 
 
 class Tiling(NamedTuple):
-    """How the work is cut: into tiles of at most `height` x `width` pixels, of at most `images` images a device.
+    """How a batch of labels is cut into tiles.
 
-    With `products` a tile's rows are resized by a product of matrices, else by multiply-adds.
+    Args:
+        height, width: of a tile at most, pixels.
+        images: that a device computes together at most.
+        matmul_rows: whether the rows of a tile are resized by a matrix product, or else by multiply-adds.
     """
 
     height: int
     width: int
     images: int
-    products: bool
+    matmul_rows: bool
 
 
-# A core's cache holds a tile's scores of all classes, of few pixels.
-CPU = Tiling(8, 64, 2**31, products=True)
-# Elsewhere whole rows. A product over the two rows of cells that a tile lies between would leave a matrix unit all
-# but idle; multiply-adds melt into what uses the scores, which are then never written. By the estimates of XLA's
-# compiler for TPUs the loss takes a sixth of the time, and a fast memory of 128 MB holds what 8 images need.
-ACCELERATOR = Tiling(8, 2**31, 8, products=False)
+# Small tiles: the scores of all their classes fit a core's cache.
+CPU = Tiling(8, 64, 2**31, matmul_rows=True)
+# Tiles of whole rows. A tile lies between two rows of logits, and a matrix product over two rows would leave a matrix
+# unit almost idle; XLA fuses the multiply-adds into their consumer, so the scores are never written to memory. By the
+# estimates of XLA's compiler for TPUs the loss takes a sixth of the time, and what 8 images need fits a fast memory
+# of 128 MB.
+ACCELERATOR = Tiling(8, 2**31, 8, matmul_rows=False)
 
 
 class LossSums(NamedTuple):
-    """Sums over a batch; the caller divides, so that devices and micro-batches add up.
+    """Sums over the pixels of a batch, to be divided by the caller after adding up devices and micro-batches.
 
-    `loss` is the sum of the cross-entropies of the valid pixels, `correct` how many of them have no larger logit than
-    their label's, `valid` how many there are.
+    Args:
+        loss: the sum of the cross-entropies of the pixels whose label is not `IGNORE_LABEL`.
+        correct: the number of these pixels where no class has a larger logit than the label's.
+        valid: the number of these pixels.
     """
 
     loss: Float[Array, ""]
@@ -59,14 +65,26 @@ def upsampled_cross_entropy(
     precision: str | None = "highest",
     devices: int = 1,
 ) -> LossSums:
-    """Resizes the logits bilinearly to the labels' size and sums softmax cross-entropy; label 255 is void.
+    """Resizes the logits bilinearly to the labels' size and sums the softmax cross-entropy over the pixels.
 
-    The same as `plain_cross_entropy` to rounding, in values and gradients. The gradient is computed together with
-    the loss, so that the backward pass only scales it. `devices` is how many share the batch; any number gives the
-    same sums, the right one keeps every image where it is.
+    Values and gradients are those of `plain_cross_entropy` up to rounding. The forward pass computes the gradient
+    together with the loss, and the backward pass only scales it. Only `loss` has a gradient.
+
+    Args:
+        logits: float32 or float64.
+        labels: classes, or `IGNORE_LABEL` for pixels that do not count.
+        precision: of matrix products.
+        devices: that the batch is sharded over. The sums do not depend on it; with the right number no images move
+            between devices.
+
+    >>> logits = jnp.zeros((1, 2, 2, 4)).at[..., 3].set(100.0)
+    >>> labels = jnp.full((1, 16, 16), 3).at[0, :2].set(IGNORE_LABEL)
+    >>> sums = upsampled_cross_entropy(logits, labels)
+    >>> float(sums.loss), int(sums.correct), int(sums.valid)
+    (0.0, 224, 224)
     """
     with jax.named_scope("loss"):
-        loss, correct = _sums(logits, labels, precision, devices)
+        loss, correct = _image_sums(logits, labels, precision, devices)
         return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != IGNORE_LABEL))
 
 
@@ -77,28 +95,25 @@ def plain_cross_entropy(
     precision: str | None = "highest",
     devices: int = 1,
 ) -> LossSums:
-    """`upsampled_cross_entropy` as it is written down: what it is tested against and measured beside.
-
-    `devices` changes nothing.
-    """
+    """The textbook formulation of `upsampled_cross_entropy`, for tests and benchmarks. `devices` is not used."""
     logits = resize(logits, (labels.shape[1], labels.shape[2]), precision=precision)
     valid = labels != IGNORE_LABEL
-    chosen = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)[..., 0]
-    loss = jax.nn.logsumexp(logits, -1) - chosen
-    correct = (chosen >= logits.max(-1)) & valid
+    label_logit = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)[..., 0]
+    loss = jax.nn.logsumexp(logits, -1) - label_logit
+    correct = (label_logit >= logits.max(-1)) & valid
     return LossSums(jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(correct), jnp.sum(valid))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _sums(logits: Array, labels: Array, precision: str | None, devices: int) -> tuple[Array, Array]:
-    """An image's loss and its correct pixels, `[n]` each."""
-    return _by_platform(logits, labels, precision, devices, with_gradient=False)[:2]
+def _image_sums(logits: Array, labels: Array, precision: str | None, devices: int) -> tuple[Array, Array]:
+    """The loss and the number of correct pixels of each image, `[n]` each."""
+    return _dispatch(logits, labels, precision, devices, with_gradient=False)[:2]
 
 
 def _forward(
     logits: Array, labels: Array, precision: str | None, devices: int
 ) -> tuple[tuple[Array, Array], Array]:
-    loss, correct, gradient = _by_platform(logits, labels, precision, devices, with_gradient=True)
+    loss, correct, gradient = _dispatch(logits, labels, precision, devices, with_gradient=True)
     return (loss, correct), gradient
 
 
@@ -108,13 +123,12 @@ def _backward(
     return gradient * cotangents[0][:, None, None, None], None
 
 
-_sums.defvjp(_forward, _backward)
+_image_sums.defvjp(_forward, _backward)
 
 
-def _by_platform(
-    logits: Array, labels: Array, precision: str | None, devices: int, with_gradient: bool
-) -> Any:
-    run = functools.partial(_grouped, precision=precision, devices=devices, with_gradient=with_gradient)
+def _dispatch(logits: Array, labels: Array, precision: str | None, devices: int, with_gradient: bool) -> Any:
+    """Runs `_sum_groups` with the tiling of the platform that the program is compiled for."""
+    run = functools.partial(_sum_groups, precision=precision, devices=devices, with_gradient=with_gradient)
     return lax.platform_dependent(
         logits,
         labels,
@@ -123,7 +137,7 @@ def _by_platform(
     )
 
 
-def _grouped(
+def _sum_groups(
     logits: Array,
     labels: Array,
     *,
@@ -132,121 +146,141 @@ def _grouped(
     with_gradient: bool,
     tiling: Tiling,
 ) -> Any:
-    """`_tiled` of one group of images after the other."""
+    """Runs `_sum_tiles` on groups of at most `tiling.images` images a device, one group after the other."""
 
     def run(pair: Any) -> Any:
-        return _tiled(*pair, precision=precision, with_gradient=with_gradient, tiling=tiling)
+        return _sum_tiles(*pair, precision=precision, with_gradient=with_gradient, tiling=tiling)
 
-    # All groups have the same number of images of every device; one group is all, where devices' numbers differ.
-    share = len(labels) // devices if len(labels) % devices == 0 else 1
-    divisors = (count for count in range(1, share + 1) if share % count == 0)
-    groups = next(count for count in divisors if share // count <= tiling.images)
+    # A group has equally many images from each device. Where devices hold unequal numbers, all images are one group.
+    per_device = len(labels) // devices if len(labels) % devices == 0 else 1
+    divisors = (count for count in range(1, per_device + 1) if per_device % count == 0)
+    groups = next(count for count in divisors if per_device // count <= tiling.images)
     if groups == 1:
         return run((logits, labels))
-    # Interleaved, so that the images of a group lie where they did.
+    # Groups interleave, so that no image moves to another device.
     split = [x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1) for x in (logits, labels)]
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(run, split))
 
 
-def _tiled(
+def _sum_tiles(
     logits: Array, labels: Array, *, precision: str | None, with_gradient: bool, tiling: Tiling
 ) -> tuple[Array, Array, Array]:
-    """Loss and correct pixels of every image, and the gradient of the loss (a zero an image unless asked for).
+    """The loss and the number of correct pixels of each image, and the gradient of the loss.
 
-    Sums stay an image's own in the loop: over a batch that lies on several devices, a sum would make them talk
-    at every tile.
+    Without `with_gradient` the gradient is a placeholder, one zero an image. The loop keeps separate sums for each
+    image: summing over a sharded batch would need communication at every tile.
     """
     n, height, width = labels.shape
     _, h, w, classes = logits.shape
-    (down, above), (across, beside) = (
-        _axis(cells, pixels, side, logits.dtype.name)
-        for cells, pixels, side in zip((h, w), (height, width), tiling[:2], strict=True)
+    (down, pad_rows), (across, pad_columns) = (
+        _cut_axis(cells, pixels, side, logits.dtype.name)
+        for cells, pixels, side in zip((h, w), (height, width), (tiling.height, tiling.width), strict=True)
     )
     rows, columns = down.weights.shape[1], across.weights.shape[1]
-    taps, cells = down.weights.shape[2], across.weights.shape[2]
-    counts = (len(down.starts), len(across.starts))
-    resized, transposed = (
-        functools.partial(function, products=tiling.products, precision=precision)
-        for function in (_resized, _transposed)
+    patch_rows, patch_columns = down.weights.shape[2], across.weights.shape[2]
+    tiles_down, tiles_across = len(down.starts), len(across.starts)
+    resize_patch, resize_patch_transpose = (
+        functools.partial(function, matmul_rows=tiling.matmul_rows, precision=precision)
+        for function in (_resize_patch, _resize_patch_transpose)
     )
-    labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), above, beside), constant_values=IGNORE_LABEL)
+    labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), pad_rows, pad_columns), constant_values=IGNORE_LABEL)
     down, across = jax.tree.map(jnp.asarray, (down, across))
-    logits = logits.swapaxes(2, 3)  # columns last: they fill a vector's lanes, classes need not
-    number = lax.broadcasted_iota(jnp.int32, (1, 1, classes, 1), 2)
+    logits = logits.swapaxes(2, 3)  # columns last: they fill vector lanes, the number of classes may not
+    class_index = lax.broadcasted_iota(jnp.int32, (1, 1, classes, 1), 2)
     zero = jnp.int32(0)
 
-    def one(index: Array, carry: Any) -> Any:
+    def add_tile(tile: Array, carry: Any) -> Any:
         loss, correct, gradient = carry
-        index = index.astype(jnp.int32)  # a loop counts in 64 bits where it can
-        row, column = index // counts[1], index % counts[1]
+        tile = tile.astype(jnp.int32)  # with x64 enabled the loop counts in int64
+        row, column = tile // tiles_across, tile % tiles_across
         vertical, horizontal = down.weights[row], across.weights[column]
         corner = (zero, down.starts[row], zero, across.starts[column])
-        patch = lax.dynamic_slice(logits, corner, (n, taps, classes, cells))
-        scores = resized(patch, vertical, horizontal)
+        patch = lax.dynamic_slice(logits, corner, (n, patch_rows, classes, patch_columns))
+        scores = resize_patch(patch, vertical, horizontal)  # [n, rows, classes, columns]
         label = lax.dynamic_slice(labels, (zero, row * rows, column * columns), (n, rows, columns))
-        valid, hot = label != IGNORE_LABEL, number == label[:, :, None]
-        largest = jnp.max(scores, 2, keepdims=True)
-        powers = jnp.exp(scores - largest)
-        total = jnp.sum(powers, 2, keepdims=True)
-        chosen = jnp.sum(jnp.where(hot, scores, 0), 2)
-        pixels = jnp.log(total[:, :, 0]) + largest[:, :, 0] - chosen
-        loss += jnp.sum(jnp.where(valid, pixels, 0), (1, 2))
-        correct += jnp.sum((chosen >= largest[:, :, 0]) & valid, (1, 2), dtype=jnp.int32)
+        valid, is_label = label != IGNORE_LABEL, class_index == label[:, :, None]
+        max_score = jnp.max(scores, 2, keepdims=True)
+        exponentials = jnp.exp(scores - max_score)
+        total = jnp.sum(exponentials, 2, keepdims=True)
+        label_score = jnp.sum(jnp.where(is_label, scores, 0), 2)
+        pixel_loss = jnp.log(total[:, :, 0]) + max_score[:, :, 0] - label_score
+        loss += jnp.sum(jnp.where(valid, pixel_loss, 0), (1, 2))
+        correct += jnp.sum((label_score >= max_score[:, :, 0]) & valid, (1, 2), dtype=jnp.int32)
         if with_gradient:
-            counted = valid[:, :, None].astype(scores.dtype)
-            change = powers * (counted / total) - jnp.where(hot, counted, 0)
-            change = transposed(change, vertical, horizontal)
+            # softmax - onehot, where the pixel is valid
+            mask = valid[:, :, None].astype(scores.dtype)
+            score_grad = exponentials * (mask / total) - jnp.where(is_label, mask, 0)
+            patch_grad = resize_patch_transpose(score_grad, vertical, horizontal)
             old = lax.dynamic_slice(gradient, corner, patch.shape)
-            gradient = lax.dynamic_update_slice(gradient, old + change, corner)
+            gradient = lax.dynamic_update_slice(gradient, old + patch_grad, corner)
         return loss, correct, gradient
 
-    empty = jnp.zeros_like(logits) if with_gradient else jnp.zeros(n, logits.dtype)
-    start = (jnp.zeros(n, logits.dtype), jnp.zeros(n, jnp.int32), empty)
-    loss, correct, gradient = lax.fori_loop(0, counts[0] * counts[1], one, start)
+    no_gradient = jnp.zeros_like(logits) if with_gradient else jnp.zeros(n, logits.dtype)
+    start = (jnp.zeros(n, logits.dtype), jnp.zeros(n, jnp.int32), no_gradient)
+    loss, correct, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
     return loss, correct, gradient.swapaxes(2, 3) if with_gradient else gradient
 
 
-def _resized(
-    patch: Array, vertical: Array, horizontal: Array, *, products: bool, precision: str | None
+def _resize_patch(
+    patch: Array, vertical: Array, horizontal: Array, *, matmul_rows: bool, precision: str | None
 ) -> Array:
-    """A patch `[n, taps, classes, cells]` at a tile's pixels, `[n, rows, classes, columns]`.
+    """Resizes a patch of logits to a tile of pixels: the columns first, then the rows.
 
-    The weights are `[rows, taps]` and `[columns, cells]`.
+    Args:
+        patch: `[n, patch_rows, classes, patch_columns]`.
+        vertical: the weights of the rows, `[rows, patch_rows]`.
+        horizontal: the weights of the columns, `[columns, patch_columns]`.
+        matmul_rows: see `Tiling`.
+        precision: of matrix products.
+
+    Returns:
+        The tile's scores, `[n, rows, classes, columns]`.
     """
-    n, taps, classes, cells = patch.shape
-    wide = jnp.matmul(patch.reshape(-1, cells), horizontal.T, precision=precision)
-    wide = wide.reshape(n, taps, classes, -1)
-    if products:
+    n, patch_rows, classes, patch_columns = patch.shape
+    resized = jnp.matmul(patch.reshape(-1, patch_columns), horizontal.T, precision=precision)
+    resized = resized.reshape(n, patch_rows, classes, -1)
+    if matmul_rows:
         weights = jnp.broadcast_to(vertical, (n, *vertical.shape))
-        scores = jnp.matmul(weights, wide.reshape(n, taps, -1), precision=precision)
+        scores = jnp.matmul(weights, resized.reshape(n, patch_rows, -1), precision=precision)
         return scores.reshape(n, -1, classes, len(horizontal))
-    parts = (vertical[:, tap, None, None] * wide[:, tap, None] for tap in range(taps))
-    return functools.reduce(jnp.add, parts)
+    terms = (vertical[:, row, None, None] * resized[:, row, None] for row in range(patch_rows))
+    return functools.reduce(jnp.add, terms)
 
 
-def _transposed(
-    change: Array, vertical: Array, horizontal: Array, *, products: bool, precision: str | None
+def _resize_patch_transpose(
+    score_grad: Array, vertical: Array, horizontal: Array, *, matmul_rows: bool, precision: str | None
 ) -> Array:
-    """The transpose of `_resized`: from a tile's pixels to the patch."""
-    n, rows, classes, columns = change.shape
-    taps, cells = vertical.shape[1], horizontal.shape[1]
-    if products:
-        # Columns first: joined to the classes, they would keep XLA from vectorising what made the change.
-        change = jnp.matmul(change.reshape(-1, columns), horizontal, precision=precision).reshape(n, rows, -1)
-        weights = jnp.broadcast_to(vertical.T, (n, taps, rows))
-        return jnp.matmul(weights, change, precision=precision).reshape(n, taps, classes, cells)
-    parts = [jnp.sum(vertical[:, tap, None, None] * change, 1) for tap in range(taps)]
-    narrow = jnp.stack(parts, 1).reshape(-1, columns)
-    return jnp.matmul(narrow, horizontal, precision=precision).reshape(n, taps, classes, cells)
+    """The transpose of `_resize_patch`: from the gradient of a tile's scores to that of the patch."""
+    n, rows, classes, columns = score_grad.shape
+    patch_rows, patch_columns = vertical.shape[1], horizontal.shape[1]
+    if matmul_rows:
+        # Columns first: the rows' product needs classes and columns in one axis, and XLA's CPU backend would not
+        # vectorise the computation of `score_grad` in that shape.
+        x = jnp.matmul(score_grad.reshape(-1, columns), horizontal, precision=precision).reshape(n, rows, -1)
+        weights = jnp.broadcast_to(vertical.T, (n, patch_rows, rows))
+        x = jnp.matmul(weights, x, precision=precision)
+        return x.reshape(n, patch_rows, classes, patch_columns)
+    sums = [jnp.sum(vertical[:, row, None, None] * score_grad, 1) for row in range(patch_rows)]
+    x = jnp.stack(sums, 1).reshape(-1, columns)
+    return jnp.matmul(x, horizontal, precision=precision).reshape(n, patch_rows, classes, patch_columns)
 
 
-def _axis(cells: int, pixels: int, tile: int, dtype: str) -> tuple[Any, tuple[int, int]]:
-    """The bands of an axis, and how many pixels they have before its first and after its last one.
+def _cut_axis(cells: int, pixels: int, tile: int, dtype: str) -> tuple[Any, tuple[int, int]]:
+    """Cuts one axis of the labels into tiles.
 
-    The first of several tiles begins half a tile early: at a stride of 8 a tile of 8 pixels then lies between the
-    centres of two cells, and needs no third.
+    The first of several tiles begins half a tile before the axis: at stride 8 each tile of 8 pixels then lies between
+    the centres of two neighbouring logits, and is interpolated from these two only.
+
+    Args:
+        cells: logits along the axis.
+        pixels: labels along the axis.
+        tile: pixels of a tile at most.
+        dtype: of the weights.
+
+    Returns:
+        The resize of each tile (see `ops.tiled`), and the padding (before, after) of the labels, pixels.
     """
     tile = min(tile, pixels)
     before = tile // 2 if tile < pixels else 0
     matrix = np.pad(bilinear_matrix(cells, pixels, dtype), ((before, 0), (0, 0)))
-    return bands(matrix, tile), (before, -len(matrix) % tile)
+    return split_into_bands(matrix, tile), (before, -len(matrix) % tile)

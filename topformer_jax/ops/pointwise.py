@@ -1,8 +1,8 @@
-"""The 1x1 convolution as a product of matrices, with a weight gradient that copies nothing.
+"""The 1x1 convolution as a matrix product, with a weight gradient that needs no copies.
 
-Autodiff asks for the transposed weight gradient and transposes that; XLA's CPU backend then lays a whole image of
-gradients out anew. 4 x 256 x 256 pixels of 16 -> 64 channels: 54 ms, 38 ms as it is written here (2 cores); in a
-whole training step of Tiny, where the gradient is there already, 140 ms and 7 ms.
+JAX's own gradient computes the transposed weight gradient and transposes it back, for which XLA's CPU backend copies
+the gradient of the feature map into another layout. For 4 x 256 x 256 pixels, 16 to 64 channels, on 2 cores, that
+takes 54 ms; the gradient below takes 38 ms. Within a training step of Tiny it is 140 ms against 7 ms.
 """
 
 import functools
@@ -19,26 +19,29 @@ def pointwise_conv(
     *,
     precision: str | None = "highest",
 ) -> Float[Array, "n h w outputs"]:
-    """Every pixel's channels times the weight; `precision` is that of all products, the gradients' too."""
-    return _product(images, weight, precision)
+    """Multiplies the channels of each pixel by a matrix; `precision` is that of this product and of its gradients'.
+
+    >>> pointwise_conv(jnp.ones((1, 2, 2, 3)), jnp.ones((3, 5))).shape
+    (1, 2, 2, 5)
+    """
+    return _matmul(images, weight, precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(images: Array, weight: Array, precision: str | None) -> Array:
+def _matmul(images: Array, weight: Array, precision: str | None) -> Array:
     return jnp.matmul(images, weight, precision=precision)
 
 
 def _forward(images: Array, weight: Array, precision: str | None) -> tuple[Array, tuple[Array, Array]]:
-    return _product(images, weight, precision), (images, weight)
+    return _matmul(images, weight, precision), (images, weight)
 
 
 def _backward(precision: str | None, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     images, weight = saved
-    pixels, changes = (x.reshape(-1, x.shape[-1]) for x in (images, grad))
-    both = (((0,), (0,)), ((), ()))
-    return jnp.matmul(grad, weight.T, precision=precision), lax.dot_general(
-        pixels, changes, both, precision=precision
-    )
+    pixels, pixel_grads = (x.reshape(-1, x.shape[-1]) for x in (images, grad))
+    images_grad = jnp.matmul(grad, weight.T, precision=precision)
+    over_pixels = (((0,), (0,)), ((), ()))
+    return images_grad, lax.dot_general(pixels, pixel_grads, over_pixels, precision=precision)
 
 
-_product.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)

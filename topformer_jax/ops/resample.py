@@ -1,7 +1,7 @@
-"""Bilinear resize and adaptive average pooling on PyTorch's sampling grids.
+"""Bilinear resize and adaptive average pooling that compute exactly what PyTorch's do.
 
-Both are linear in each axis, so both are written as two products with constant matrices: a TPU's matrix
-unit does them, autodiff gives two products back, and every exporter knows them.
+Both are linear and separable, so both are two products with constant matrices, one for each axis. Products run on
+the matrix units of TPUs and GPUs, their gradients are products again, and every exporter supports them.
 """
 
 import functools
@@ -18,59 +18,89 @@ from topformer_jax.ops import at_least_float32
 def resize(
     images: Float[Array, "n h w c"], size: tuple[int, int], *, precision: str | None = "highest"
 ) -> Float[Array, "n height width c"]:
-    """Resizes to `size` = (height, width) as `torch.nn.functional.interpolate(mode="bilinear")` does.
+    """Resizes bilinearly, as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` does.
 
-    Half-pixel centres (`align_corners=False`), no antialiasing; the grid is computed in the precision that
-    PyTorch computes it in. `precision` is that of the two products.
+    Half-pixel centres, no antialiasing. The sampling positions are rounded as PyTorch rounds them.
+
+    Args:
+        images: any feature maps; the result has their dtype, sums are computed in at least float32.
+        size: (height, width) of the result, pixels.
+        precision: of the two matrix products.
+
+    >>> resize(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1), (1, 4)).ravel().tolist()
+    [0.0, 0.25, 0.75, 1.0]
     """
     with jax.named_scope("resize"):
-        return _apply(images, size, bilinear_matrix, precision)
+        return _resample(images, size, bilinear_matrix, precision)
 
 
 def adaptive_avg_pool(
     images: Float[Array, "n h w c"], size: tuple[int, int], *, precision: str | None = "highest"
 ) -> Float[Array, "n height width c"]:
-    """Averages over `size` = (height, width) windows as `torch.nn.functional.adaptive_avg_pool2d` does.
+    """Averages over windows as `torch.nn.functional.adaptive_avg_pool2d` does.
 
     Window i of m over n values spans `floor(i n / m) .. ceil((i + 1) n / m)`, so windows overlap
     where m does not divide n.
+
+    Args:
+        images: any feature maps; the result has their dtype, sums are computed in at least float32.
+        size: (height, width) of the result: the number of windows in each axis.
+        precision: of the two matrix products.
+
+    >>> adaptive_avg_pool(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 2)).ravel().tolist()
+    [0.5, 2.5]
+    >>> adaptive_avg_pool(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 3)).ravel().tolist()
+    [0.5, 1.5, 2.5]
     """
     with jax.named_scope("pool"):
-        return _apply(images, size, pooling_matrix, precision)
+        return _resample(images, size, pooling_matrix, precision)
 
 
 @functools.lru_cache(maxsize=512)
 def bilinear_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarray:
-    """The `[new_size, size]` matrix of a 1-D bilinear resize: see `bilinear_taps`."""
+    """The `[new_size, size]` matrix of a bilinear resize of one axis (read-only). `dtype`: see `bilinear_taps`.
+
+    >>> bilinear_matrix(2, 4).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
     lower, upper, fraction = bilinear_taps(size, new_size, dtype)
     matrix = np.zeros((new_size, size), fraction.dtype)
     rows = np.arange(new_size)
     np.add.at(matrix, (rows, lower), 1 - fraction)
     np.add.at(matrix, (rows, upper), fraction)
-    matrix.flags.writeable = False  # it is shared by every caller through the cache
+    matrix.flags.writeable = False  # the cache returns the same array to every caller
     return matrix
 
 
 def bilinear_taps(
     size: int, new_size: int, dtype: str = "float32"
 ) -> tuple[Int[np.ndarray, " pixels"], Int[np.ndarray, " pixels"], Float[np.ndarray, " pixels"]]:
-    """The two sources of each of `new_size` pixels, and the second one's share.
+    """For each of `new_size` output pixels, the two input pixels it interpolates and the weight of the second.
 
-    The source position of output i is `max(scale * (i + 0.5) - 0.5, 0)` with `scale = size / new_size`, rounded
-    as PyTorch's kernels round it: the scale to `dtype` (float32 or float64), then product and difference once,
-    in a fused multiply-add. At 600 pixels that is worth 3e-5 of a weight.
+    Output i samples the input at `max(scale * (i + 0.5) - 0.5, 0)` with `scale = size / new_size`. It is rounded as
+    in PyTorch's kernels: the scale is rounded to `dtype` (float32 or float64), and the multiplication and subtraction
+    are rounded once, as a fused multiply-add. At 600 pixels, other roundings change a weight by up to 3e-5.
+
+    Returns:
+        The first pixel, the second pixel (the same one at the border), and the second one's weight in 0..1.
     """
-    real = np.dtype(dtype).type
-    scale = np.longdouble(real(size) / real(new_size))
-    position = np.maximum(scale * (np.arange(new_size) + 0.5) - 0.5, 0).astype(real)
+    float_type = np.dtype(dtype).type
+    scale = np.longdouble(float_type(size) / float_type(new_size))
+    position = np.maximum(scale * (np.arange(new_size) + 0.5) - 0.5, 0).astype(float_type)
     lower = np.minimum(np.floor(position).astype(np.int64), size - 1)
     upper = np.minimum(lower + 1, size - 1)
-    return lower, upper, np.clip(position - lower.astype(real), real(0), real(1))
+    return lower, upper, np.clip(position - lower.astype(float_type), float_type(0), float_type(1))
 
 
 @functools.lru_cache(maxsize=512)
 def pooling_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarray:
-    """The `[new_size, size]` matrix of a 1-D adaptive average pooling: row i is 1 / length on its window."""
+    """The `[new_size, size]` matrix of an adaptive average pooling of one axis (read-only).
+
+    Row i is 1 / length within window i, and 0 elsewhere.
+
+    >>> pooling_matrix(4, 3).tolist()
+    [[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]]
+    """
     matrix = np.zeros((new_size, size), np.dtype(dtype))
     for i in range(new_size):
         start, stop = i * size // new_size, -(-(i + 1) * size // new_size)
@@ -79,23 +109,28 @@ def pooling_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarr
     return matrix
 
 
-def _apply(
-    images: Array, size: tuple[int, int], matrix: Callable[[int, int, str], np.ndarray], precision: str | None
+def _resample(
+    images: Array,
+    size: tuple[int, int],
+    axis_matrix: Callable[[int, int, str], np.ndarray],
+    precision: str | None,
 ) -> Array:
-    """Applies the matrix of each axis, the width first: the larger product then runs over whole rows.
+    """Multiplies each axis by its matrix, the width first: the larger of the two products then has contiguous rows.
 
     The matrices are broadcast over the batch so that neither product needs a transpose, forward or backward.
     """
     n, h, w, c = images.shape
     height, width = size
     dtype = images.dtype
-    wide = at_least_float32(dtype)
-    precision = precision if dtype == wide else None
-    product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=wide)
+    accum_dtype = at_least_float32(dtype)
+    precision = precision if dtype == accum_dtype else None
+    matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=accum_dtype)
     if w != width:
-        across = jnp.broadcast_to(matrix(w, width, wide.name).astype(dtype), (n * h, width, w))
-        images = product(across, images.reshape(n * h, w, c)).astype(dtype).reshape(n, h, width, c)
+        matrix = axis_matrix(w, width, accum_dtype.name).astype(dtype)
+        images = matmul(jnp.broadcast_to(matrix, (n * h, width, w)), images.reshape(n * h, w, c))
+        images = images.astype(dtype).reshape(n, h, width, c)
     if h != height:
-        down = jnp.broadcast_to(matrix(h, height, wide.name).astype(dtype), (n, height, h))
-        images = product(down, images.reshape(n, h, width * c)).astype(dtype).reshape(n, height, width, c)
+        matrix = axis_matrix(h, height, accum_dtype.name).astype(dtype)
+        images = matmul(jnp.broadcast_to(matrix, (n, height, h)), images.reshape(n, h, width * c))
+        images = images.astype(dtype).reshape(n, height, width, c)
     return images

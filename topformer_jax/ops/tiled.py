@@ -1,9 +1,10 @@
-"""From logits of a stride of 8 to what is wanted at each pixel of a picture, a tile of pixels at a time.
+"""From stride-8 logits to full-resolution scores, one tile of output pixels at a time.
 
-All resizes between the two (to the network's input, over sliding windows, to the picture) are linear in each axis,
-so their matrices multiply into one a axis. A tile of pixels needs a few cells of the logits alone: two small
-products give its scores, which are used and forgotten. The sizes of pictures are data, not shapes: one program
-serves them all, and the classes at full resolution exist for one tile only.
+Every resize between the logits and the original image (to the network's input, averaging over sliding windows, to the
+image) is linear in each axis, so their matrices multiply into a single matrix per axis. A tile of pixels depends on
+a few cells of the logits only: two small matrix products give its scores, which are consumed at once and never
+stored. Image sizes enter as data, not as shapes, so one compiled program serves images of many sizes, and scores of
+all classes at full resolution exist for one tile only.
 """
 
 import functools
@@ -18,14 +19,14 @@ from jaxtyping import Array, Float, Int, Int32
 
 from topformer_jax.ops.resample import bilinear_matrix, bilinear_taps
 
-STRIDE = 8  # pixels a cell of the logits
-TILE = (32, 128)  # pixels, (height, width); the width fills a TPU's lanes
+STRIDE = 8  # input pixels per cell of the logits
+TILE = (32, 128)  # output pixels, (height, width); 128 columns fill a TPU's vector lanes
 
 
 class BandedResize(NamedTuple):
-    """One axis of a resize, cut into tiles.
+    """One axis of a resize, cut into tiles of output pixels; a matrix with few non-zero columns per tile.
 
-    Pixel i of tile t is the sum over j of `weights[t, i, j]` times cell `starts[t] + j`.
+    Output pixel i of tile t is `sum_j weights[t, i, j] * cells[starts[t] + j]`.
     """
 
     starts: Int32[np.ndarray | Array, "*n tiles"]
@@ -33,61 +34,65 @@ class BandedResize(NamedTuple):
 
 
 class ViewLogits(NamedTuple):
-    """The logits of one look at a picture, classes before columns, and how they are resized."""
+    """The logits of one view (a scale, mirrored or not) of an image, classes before columns, and their resize."""
 
     logits: Float[Array, "h classes w"]
     rows: BandedResize
     columns: BandedResize
 
 
-def cells(pixels: int) -> int:
-    """How many cells of logits an axis of the network's input has."""
+def num_cells(pixels: int) -> int:
+    """How many cells of logits one axis of `pixels` network input pixels has."""
     return -(-pixels // STRIDE)
 
 
-def support(pixels: int, network: int, tile: int, windows: int, window: int) -> int:
-    """Cells that any tile of an axis of a picture needs, at most; 8, 16, 32, ..., so that few programs do.
+def tile_support(pixels: int, input_pixels: int, tile: int, windows: int, window: int) -> int:
+    """The most cells that any tile along an axis depends on, rounded up to 8, 16, 32, ... to limit program shapes.
 
     Args:
-        pixels: of the picture.
-        network: pixels of the network's input.
+        pixels: of the original image.
+        input_pixels: of the network's input.
         tile: pixels of a tile.
-        windows: that slide over the input; where there are several, neighbours' cells are far apart.
+        windows: number of sliding windows; with several, the cells of one pixel lie far apart.
         window: pixels of a window.
     """
-    needed = windows * cells(window)
+    needed = windows * num_cells(window)
     if windows == 1:
-        needed = min(needed, int((min(tile, pixels) * network / pixels + 1) / STRIDE) + 3)
+        needed = min(needed, int((min(tile, pixels) * input_pixels / pixels + 1) / STRIDE) + 3)
     return max(8, 1 << (needed - 1).bit_length())
 
 
-def axis_matrix(
-    pixels: int, network: int, starts: Sequence[int] = (0,), window: int | None = None, dtype: str = "float32"
+def resize_matrix(
+    pixels: int,
+    input_pixels: int,
+    starts: Sequence[int] = (0,),
+    window: int | None = None,
+    dtype: str = "float32",
 ) -> Float[np.ndarray, "pixels cells"]:
-    """The resizes of one axis as a matrix: logits to windows, their mean where they overlap, then to the picture.
+    """All resizes of one axis as one matrix: logits to windows, their mean where they overlap, then to the image.
 
     Args:
-        pixels: of the picture.
-        network: pixels of the network's input.
-        starts: where windows begin; their cells lie one window after the other.
-        window: pixels of a window; the whole input where None.
-        dtype: of the grids, and of the result; sums are in float64.
+        pixels: of the original image.
+        input_pixels: of the network's input.
+        starts: first input pixel of each window; the windows' cells lie one window after the other.
+        window: pixels of a window; the whole input if None.
+        dtype: of the sampling grids and of the result; products are accumulated in float64.
     """
-    window = network if window is None else window
-    inside = bilinear_matrix(cells(window), window, dtype).astype(np.float64)
-    joined = np.zeros((network, len(starts), inside.shape[1]))
+    window = input_pixels if window is None else window
+    within_window = bilinear_matrix(num_cells(window), window, dtype).astype(np.float64)
+    to_input = np.zeros((input_pixels, len(starts), within_window.shape[1]))
     for number, start in enumerate(starts):
-        joined[start : start + window, number] = inside
-    counts = np.zeros(network)
+        to_input[start : start + window, number] = within_window
+    counts = np.zeros(input_pixels)
     for start in starts:
         counts[start : start + window] += 1
-    whole = (joined / counts[:, None, None]).reshape(network, -1)
-    lower, upper, fraction = bilinear_taps(network, pixels, dtype)
-    share = fraction.astype(np.float64)[:, None]
-    return ((1 - share) * whole[lower] + share * whole[upper]).astype(dtype)
+    averaged = (to_input / counts[:, None, None]).reshape(input_pixels, -1)
+    lower, upper, fraction = bilinear_taps(input_pixels, pixels, dtype)
+    fraction = fraction.astype(np.float64)[:, None]
+    return ((1 - fraction) * averaged[lower] + fraction * averaged[upper]).astype(dtype)
 
 
-def bands(
+def split_into_bands(
     matrix: Float[np.ndarray, "pixels cells"],
     tile: int,
     *,
@@ -95,14 +100,14 @@ def bands(
     capacity: int | None = None,
     extent: int | None = None,
 ) -> BandedResize:
-    """Cuts an axis' matrix into tiles.
+    """Cuts the resize matrix of an axis into tiles of rows, keeping only the cells that each tile depends on.
 
     Args:
-        matrix: of the axis.
+        matrix: see `resize_matrix`.
         tile: pixels of a tile.
-        support: cells of a tile; as many as one of them needs where None.
-        capacity: tiles of the result; those after the last one needed are zero.
-        extent: cells of the logits, padding included; at least `support`.
+        support: cells kept per tile; if None, the most that any tile needs.
+        capacity: tiles of the result; those beyond the image are zero.
+        extent: cells of the logits including padding; at least `support`.
     """
     pixels, width = matrix.shape
     count = -(-pixels // tile)
@@ -118,66 +123,69 @@ def bands(
     if needed > support:
         raise ValueError(f"a tile needs {needed} cells, the support is {support}")
     starts = np.minimum(first, extent - support)
-    where = starts[:, None, None] + np.arange(support)
-    weights = np.take_along_axis(tiles, where, -1)
+    cells = starts[:, None, None] + np.arange(support)
+    weights = np.take_along_axis(tiles, cells, -1)
     pad = 0 if capacity is None else capacity - count
     return BandedResize(
         np.pad(starts, (0, pad)).astype(np.int32), np.pad(weights, ((0, pad), (0, 0), (0, 0)))
     )
 
 
-def tiled(
+def fold_tiles(
     views: Sequence[ViewLogits],
-    count: Int[Array, ""],
-    across: Int[Array, ""],
-    start: Any,
-    use: Callable[[Any, Float[Array, "rows classes columns"], Int[Array, ""]], Any],
+    num_tiles: Int[Array, ""],
+    tiles_across: Int[Array, ""],
+    init: Any,
+    body: Callable[[Any, Float[Array, "rows classes columns"], Int[Array, ""]], Any],
     *,
     precision: str | None = "highest",
 ) -> Any:
-    """Runs `carry = use(carry, scores, tile)` over the tiles of a picture, row after row.
+    """Runs `carry = body(carry, scores, tile)` over the tiles of an image, row by row; returns the last carry.
 
-    The scores are the resized logits of a single view, and the sum of the softmaxes of several.
+    With one view, scores are its resized logits; with several, the sum of their softmaxes.
 
     Args:
-        views: of the picture, each with its own size and bands.
-        count: of tiles that are used.
-        across: of them, how many lie side by side.
-        start: the carry before the first tile.
-        use: what to do with a tile's scores.
-        precision: of the products.
+        views: of the image, each with its own logits and resize.
+        num_tiles: tiles of the image.
+        tiles_across: how many of them lie side by side.
+        init: the carry before the first tile.
+        body: what to do with the scores of a tile.
+        precision: of the matrix products.
     """
 
-    def one(tile: Array, carry: Any) -> Any:
-        row, column = tile // across, tile % across
-        scores = [_scores(view, row, column, precision) for view in views]
+    def fold_one(tile: Array, carry: Any) -> Any:
+        row, column = tile // tiles_across, tile % tiles_across
+        scores = [_tile_scores(view, row, column, precision) for view in views]
         if len(scores) > 1:
             scores = [jax.nn.softmax(score, axis=1) for score in scores]
-        return use(carry, functools.reduce(jnp.add, scores), tile)
+        return body(carry, functools.reduce(jnp.add, scores), tile)
 
     with jax.named_scope("tiles"):
-        return lax.fori_loop(0, count, one, start)
+        return lax.fori_loop(0, num_tiles, fold_one, init)
 
 
-def _scores(view: ViewLogits, row: Array, column: Array, precision: str | None) -> Array:
-    """A tile's resized logits `[rows, classes, columns]`."""
-    down, across = view.rows.weights[row], view.columns.weights[column]
+def _tile_scores(
+    view: ViewLogits, row: Array, column: Array, precision: str | None
+) -> Float[Array, "rows classes columns"]:
+    """The resized logits of one tile."""
+    row_weights, column_weights = view.rows.weights[row], view.columns.weights[column]
     _, classes, _ = view.logits.shape
-    height, width = down.shape[1], across.shape[1]
+    height, width = row_weights.shape[1], column_weights.shape[1]
     zero = jnp.zeros((), view.rows.starts.dtype)
     corner = (view.rows.starts[row], zero, view.columns.starts[column])
     patch = lax.dynamic_slice(view.logits, corner, (height, classes, width))
-    product = functools.partial(jnp.matmul, precision=precision)
-    wide = product(patch.reshape(height * classes, width), across.T)
-    return product(down, wide.reshape(height, -1)).reshape(down.shape[0], classes, -1)
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    stretched = matmul(patch.reshape(height * classes, width), column_weights.T)
+    scores = matmul(row_weights, stretched.reshape(height, -1))
+    return scores.reshape(row_weights.shape[0], classes, -1)
 
 
-def largest(scores: Float[Array, "rows classes columns"]) -> Int32[Array, "rows columns"]:
-    """The class with the largest score, the first of equals.
+def argmax_classes(scores: Float[Array, "rows classes columns"]) -> Int32[Array, "rows columns"]:
+    """The class with the largest score, the lowest index among equals; like `jnp.argmax(scores, axis=1)`.
 
-    In two plain reductions: an argmax, which reduces pairs, takes a CPU five times as long.
+    Two plain reductions instead of one over (value, index) pairs, which takes a CPU five times as long.
     """
     classes = scores.shape[1]
-    number = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    best = jnp.max(scores, axis=1, keepdims=True)
-    return jnp.minimum(jnp.min(jnp.where(scores == best, number, classes), axis=1), classes - 1)
+    index = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    largest = jnp.max(scores, axis=1, keepdims=True)
+    return jnp.minimum(jnp.min(jnp.where(scores == largest, index, classes), axis=1), classes - 1)

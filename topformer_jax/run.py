@@ -1,0 +1,274 @@
+"""What a training run consists of, and what its loop calls: restore, monitor, validate, save, stop."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from topformer_jax import checkpoint as checkpoint_lib
+from topformer_jax import files, logs, metrics, models, pictures, sharding
+from topformer_jax.data import loader, sources
+from topformer_jax.errors import UserError
+from topformer_jax.shutdown import GracefulShutdown
+from topformer_jax.step import TrainState
+from topformer_jax.validate import ExampleResult, validate
+
+GRID_ROWS = 6  # validation images in the grid that each evaluation writes
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same during a run, for the calls of the loop."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    model: models.Segmenter
+    train_source: sources.Source
+    validation_source: sources.Source
+    checkpoints: checkpoint_lib.Checkpoints
+    log: logs.RunLog
+    shutdown: GracefulShutdown
+
+
+def build_model(config: ConfigDict) -> models.Segmenter:
+    """The network with its initial weights: fresh ones, or those of `config.init_from`."""
+    model = models.build_segmenter(config)
+    if config.init_from:
+        from topformer_jax import convert
+
+        tensors, _ = convert.read(config.init_from, model, config, config.init_part)
+        checkpoint_lib.load_state_dict(model, tensors)
+        if jax.process_index() == 0:
+            print(convert.origin_table(model, config.init_part, config.init_from))
+    return model
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> checkpoint_lib.Checkpoints:
+    """Makes the folders of the work directory, and opens its checkpoints."""
+    for folder in ("checkpoints", "predictions", "tensorboard"):
+        files.make_folder(workdir / folder, "another --workdir")
+    return checkpoint_lib.Checkpoints(workdir / "checkpoints", config.max_to_keep)
+
+
+def restore_state(
+    checkpoints: checkpoint_lib.Checkpoints, step: int, state: TrainState, config: ConfigDict
+) -> TrainState:
+    """The state of a checkpoint, with the layout on devices of the given one."""
+    stored = checkpoints.config(step)
+    if stored.get("model") != json.loads(config.to_json())["model"]:
+        raise UserError(
+            f"{checkpoints.directory} holds a run of another model: give another --workdir, or remove this one"
+        )
+    if config.ema_decay and not stored.get("ema_decay"):
+        raise UserError(
+            f"{checkpoints.directory} holds a run without averaged weights: set --config.ema_decay=0, or give "
+            "another --workdir"
+        )
+    trees = checkpoints.restore(step, _to_trees(state))
+    return TrainState(
+        jax.device_put(np.int32(step), state.step.sharding),
+        {name: trees["model"][name] for name in state.params},
+        {name: trees["model"][name] for name in state.stats},
+        trees["optimizer"],
+        trees["average"],
+    )
+
+
+def _to_trees(state: TrainState) -> dict[str, Any]:
+    """A state as the parts of a checkpoint."""
+    return {"model": state.params | state.stats, "optimizer": state.optimizer, "average": state.average}
+
+
+def print_banner(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+    state: TrainState,
+    splits: tuple[sources.Source, sources.Source],
+) -> None:
+    """Says what the run is about to do, a line per fact."""
+    steps, start = config.schedule.steps, int(state.step)
+    epochs = steps * config.batch_size / len(splits[0])
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    logs.banner(
+        {
+            "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
+            f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
+            "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and "
+            f"{len(splits[1])} validation examples",
+            "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} "
+            f"processes, mesh {axes}",
+            "writing to": workdir,
+            "starting": f"from checkpoint {start}"
+            if start
+            else f"from {config.init_from or 'fresh weights'}",
+        }
+    )
+
+
+class Monitor:
+    """Keeps the metrics of each step on the device, and logs their means when the loop synchronises."""
+
+    def __init__(self, run: Run, batches: loader.DeviceBatches):
+        self._run = run
+        self._batches = batches
+        self._pending: list[Mapping[str, jax.Array]] = []  # per-step metrics not yet fetched to host
+        self._reported_unreadable: set[int] = set()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Starts the time over which the next log measures its rates."""
+        self._start, self._wait_at_start = time.perf_counter(), self._batches.waited
+
+    def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of one more step, without waiting for them."""
+        self._pending.append(step_metrics)
+
+    def fetch(self, step: int) -> list[Mapping[str, Any]]:
+        """The metrics of the steps up to `step` that were not fetched yet; a UserError if one is not finite."""
+        fetched, self._pending = jax.device_get(self._pending), []
+        for at, values in enumerate(fetched, step - len(fetched) + 1):
+            bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
+            if bad:
+                newest = self._run.checkpoints.latest
+                saved = (
+                    f"the last good checkpoint is of step {newest}"
+                    if newest
+                    else "no checkpoint is saved yet"
+                )
+                raise UserError(
+                    f"the {bad[0].replace('_', ' ')} is {float(values[bad[0]])} at step {at}; {saved}; lower "
+                    "schedule.lr, or set optimizer.clip_norm"
+                )
+        return fetched
+
+    def log(self, step: int) -> None:
+        """Logs the means since the last call, the rates, and the examples that were skipped as unreadable."""
+        run, batches = self._run, self._batches
+        fetched = self.fetch(step)
+        elapsed = time.perf_counter() - self._start
+        means = {key: float(np.mean([values[key] for values in fetched])) for key in fetched[0]}
+        means |= {
+            "learning_rate": float(fetched[-1]["learning_rate"]),
+            "images_per_second": len(fetched) * run.config.batch_size / elapsed,
+            "data_wait": min((batches.waited - self._wait_at_start) / elapsed, 1.0),
+        }
+        run.log.train(step, means | {"skipped": batches.skipped})
+        if run.log.active:
+            for index in sorted(batches.unreadable - self._reported_unreadable):
+                run.log.say(f"skipped: {loader.why_unreadable(run.train_source, index, run.config)}")
+        self._reported_unreadable = batches.unreadable
+
+
+def should_sync(run: Run, step: int) -> bool:
+    """Whether the host waits for the devices after this step: to log, to save, to evaluate or to stop."""
+    config = run.config
+    is_due = step % config.log_every == 0 or step % config.checkpoint_every == 0
+    return is_due or is_validation_step(config, step) or run.shutdown.requested_alone()
+
+
+def is_validation_step(config: ConfigDict, step: int) -> bool:
+    """Whether the validation split is scored after this step."""
+    return step == config.schedule.steps or step % config.evaluate_every == 0
+
+
+def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) -> None:
+    """Starts to save a checkpoint in the background."""
+    metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
+    with jax.transfer_guard("allow"):
+        run.checkpoints.save(step, _to_trees(state), metadata, miou)
+
+
+@contextlib.contextmanager
+def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> Iterator[None]:
+    """Saves the state of a step if what follows fails with a UserError, so that nothing is computed twice."""
+    try:
+        yield
+    except UserError as error:
+        if step == 0 or jax.process_count() > 1:  # the other processes do not know of the error
+            raise
+        monitor.fetch(step)
+        run.checkpoints.wait()
+        if step != run.checkpoints.latest:
+            save_checkpoint(run, state, step, None)
+            run.checkpoints.wait()
+        line = f"{error.line}; step {step} is saved: the same command resumes from there"
+        raise UserError(line, error.details) from None
+
+
+def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
+    """Scores the validation split and writes a grid of predictions; returns the mIoU, or None if a signal came."""
+    palette = sources.data_set(run.config).palette
+    rows: list[list[np.ndarray]] = []
+
+    def add_to_grid(example: ExampleResult) -> None:
+        if len(rows) < GRID_ROWS and run.log.active:
+            labels = example.label, example.prediction()
+            rows.append([example.image, *(pictures.colorize(each, palette) for each in labels)])
+
+    def stop_if_requested(*_: object) -> None:
+        if run.shutdown.requested_alone():
+            raise _ValidationStopped
+
+    with jax.transfer_guard("allow"):
+        tensors = sharding.to_host(state.average or state.params | state.stats)
+        try:
+            result = validate(
+                run.model,
+                run.validation_source,
+                run.mesh,
+                tensors=tensors,
+                on_example=add_to_grid,
+                on_progress=stop_if_requested,
+            )
+        except _ValidationStopped:
+            return None
+    if rows:
+        grid = pictures.grid(rows, titles=("image", "label", "prediction"))
+        pictures.write(run.workdir / "predictions" / f"{step:07}.png", grid)
+    scores = metrics.scores(result.confusion)
+    run.log.evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
+    return scores.miou
+
+
+class _ValidationStopped(Exception):
+    """A signal came during an evaluation."""
+
+
+def finish_validation(run: Run, state: TrainState, step: int) -> None:
+    """Makes up for the evaluation of the resumed step, if a signal came before it was done."""
+    if not step or not is_validation_step(run.config, step) or run.checkpoints.scored(step):
+        return
+    miou = validate_and_log(run, state, step)
+    if miou is not None:
+        save_checkpoint(run, state, step, miou)
+    exit_if_stopped(run, step, run.shutdown.agree())
+
+
+def exit_if_stopped(run: Run, step: int, stop_signal: int) -> None:
+    """Ends the process with 128 + the signal's number if there was one; the step must have been saved."""
+    if stop_signal:
+        run.checkpoints.wait()
+        run.log.say(f"stopped at step {step} and saved; the same command resumes from here")
+        raise SystemExit(128 + stop_signal)
+
+
+def print_results(run: Run) -> None:
+    """Draws the curves, and says where everything is."""
+    workdir = run.workdir
+    logs.save_curves(logs.read_records(workdir / "metrics.jsonl"), workdir / "curves.png")
+    print(f"done: curves in {workdir / 'curves.png'}, predictions in {workdir / 'predictions'}")
+    best = run.checkpoints.best()
+    if best:
+        print(f"best: mIoU {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")

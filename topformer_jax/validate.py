@@ -1,0 +1,178 @@
+"""Scores a segmenter on a data set's split: every example once, the same integers on any number of devices."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from topformer_jax import models, sharding
+from topformer_jax.data import loader, sources
+from topformer_jax.inference import EvalBatch, InferenceInput, compile_inference, make_global_batch
+from topformer_jax.inference.geometry import (
+    Image,
+    Labels,
+    Size,
+    join_tiles,
+    padding_input,
+    plan_batches,
+    prepare_input,
+)
+
+BATCHES_IN_FLIGHT = 2  # dispatched to the devices and not yet fetched
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleResult:
+    """One example of this process after its batch was computed; `prediction()` copies its labels to the host."""
+
+    index: int
+    name: str
+    image: Image
+    label: Labels
+    prediction: Callable[[], Labels]
+
+
+class Validation(NamedTuple):
+    """What was counted; the same on every process."""
+
+    confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
+    accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
+    miou: Float[np.ndarray, " examples"]  # of each example alone
+
+
+def validate(
+    model: models.Segmenter,
+    source: sources.Source,
+    mesh: Mesh,
+    *,
+    tensors: Mapping[str, Any] | None = None,
+    on_example: Callable[[ExampleResult], None] = lambda _: None,
+    on_progress: Callable[[int, str], None] = lambda *_: None,
+) -> Validation:
+    """Counts every example of a source exactly once, on all devices of all processes.
+
+    Each process reads and computes its rows of every batch; confusion matrices stay on the devices and are summed
+    once at the end. The integers do not depend on the number of devices, as long as
+    `evaluation.per_device_batch_size` stays the same.
+
+    Args:
+        model: whose `config` says how to evaluate; it is switched to inference mode.
+        source: the examples.
+        mesh: all devices of all processes.
+        tensors: by official name, to use instead of the model's own.
+        on_example: called with each example of this process.
+        on_progress: called with the number of examples started, and the input sizes being compiled ("" if none).
+
+    Raises:
+        UserError: an example cannot be read.
+    """
+    config = model.config
+    programs = compile_inference(model, mesh)
+    host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
+    device_tensors = jax.device_put(host_tensors, NamedSharding(mesh, P()))
+    rows = _rows_per_batch(config.evaluation.per_device_batch_size, mesh)
+    own_rows = _own_rows(programs.batch_sharding, rows)
+    batches = plan_batches(_read_sizes(source), config.evaluation, rows)
+    dtype = programs.dtype.name
+
+    def load(job: tuple[EvalBatch, int]) -> _LoadedExample:
+        batch, row = job
+        index = batch.indices[row]
+        example = source[index]
+        image, label = loader.decoded(example, config)
+        inputs = prepare_input(image, label, config.evaluation, batch.bucket, dtype)
+        return _LoadedExample(index, example.name, image, label, inputs)
+
+    jobs = [(batch, row) for batch in batches for row in own_rows if row < len(batch.indices)]
+    examples = loader.in_order(load, jobs)
+    totals = programs.zero_totals()
+    scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
+    in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
+    started = 0
+    compiled: set[Size] = set()
+    for batch in batches:
+        new_sizes = [size for size in batch.bucket.input_sizes if size not in compiled]
+        compiled |= set(new_sizes)
+        on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
+        loaded = {row: next(examples) for row in own_rows if row < len(batch.indices)}
+        padding = padding_input(batch.bucket, config.evaluation, dtype)
+        inputs = {row: loaded[row].inputs if row in loaded else padding for row in own_rows}
+        global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
+        views = programs.compute_views(device_tensors, global_batch)
+        predictions, pixels, totals = programs.count(views, global_batch.grid, global_batch.labels, totals)
+        in_flight.append((loaded, predictions, pixels))
+        started += len(batch.indices)
+        while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
+            _collect_batch(*in_flight.popleft(), scores, on_example)
+    on_progress(started, "")
+    scores = sharding.sum_over_processes(scores)
+    confusion = sharding.sum_over_processes(programs.read_totals(totals))
+    return Validation(confusion, scores[:, 0], scores[:, 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadedExample:
+    """An example on the host, ready to be stacked into a batch."""
+
+    index: int
+    name: str
+    image: Image
+    label: Labels
+    inputs: InferenceInput
+
+
+def _rows_per_batch(per_device: int, mesh: Mesh) -> int:
+    """Rows of a batch over all devices; 0 images per device means the default of the backend."""
+    return (per_device or (1 if jax.default_backend() == "cpu" else 8)) * mesh.size
+
+
+def _own_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:
+    """The rows of a batch that lie on this process's devices, in order."""
+    indices: Any = batch_sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted(row for index in indices for row in range(*index[0].indices(rows)))
+
+
+def _read_sizes(source: sources.Source) -> list[Size]:
+    """The size of every example; each process reads its share of the label files' headers."""
+    own = range(jax.process_index(), len(source), jax.process_count())
+    sizes = np.zeros((len(source), 2), np.int64)
+    for index, size in zip(own, loader.in_order(source.label_size, own), strict=True):
+        sizes[index] = size
+    return [(int(height), int(width)) for height, width in sharding.sum_over_processes(sizes)]
+
+
+def _collect_batch(
+    loaded: Mapping[int, _LoadedExample],
+    predictions: Array,
+    pixels: Array,
+    scores: np.ndarray,
+    on_example: Callable[[ExampleResult], None],
+) -> None:
+    """Waits for a batch, and writes its examples' accuracy and mIoU into `scores`."""
+    pixels_of_row = _local_rows(pixels)
+    for row, example in loaded.items():
+        correct, labelled, predicted = pixels_of_row[row].astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            iou = correct / (labelled + predicted - correct)
+            present = np.isfinite(iou)
+            scores[example.index] = correct.sum() / labelled.sum(), iou[present].sum() / present.sum()
+
+        def prediction(row: int = row, label: Labels = example.label) -> Labels:
+            return join_tiles(_local_rows(predictions)[row], (label.shape[0], label.shape[1]))
+
+        on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
+
+
+def _local_rows(array: Array) -> dict[int, np.ndarray]:
+    """The rows of a global array that this process holds, copied to the host."""
+    return {
+        (shard.index[0].start or 0) + number: row
+        for shard in array.addressable_shards
+        for number, row in enumerate(np.asarray(shard.data))
+    }
