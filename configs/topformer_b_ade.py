@@ -1,6 +1,6 @@
 """TopFormer-B on ADE20K: 150 classes, 512 x 512.
 
-python -m topformer_jax.convert --config configs/topformer_b_ade.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_b_ade.py
 
 Published: 38.3 (batch 16), 39.2 (batch 32) mIoU, single scale. Measured here: unmeasured.
 """

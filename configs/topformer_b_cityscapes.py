@@ -1,6 +1,6 @@
 """TopFormer-B on Cityscapes: 19 classes, 512 x 1024.
 
-python -m topformer_jax.convert --config configs/topformer_b_cityscapes.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_b_cityscapes.py
 
 Published: 70.7 mIoU (by others). Measured here: unmeasured.
 """

@@ -1,6 +1,6 @@
 """TopFormer-B on COCO-Stuff 10k: 171 classes, 512 x 512.
 
-python -m topformer_jax.convert --config configs/topformer_b_cocostuff10k.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_b_cocostuff10k.py
 
 Published: 33.4 mIoU (by others). Measured here: unmeasured.
 """

@@ -1,6 +1,6 @@
 """TopFormer-S on COCO-Stuff 10k: 171 classes, 512 x 512.
 
-python -m topformer_jax.convert --config configs/topformer_s_cocostuff10k.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_s_cocostuff10k.py
 
 Published: none known. Measured here: unmeasured.
 """

@@ -1,6 +1,6 @@
 """TopFormer-S on PASCAL Context without background: 59 classes, 480 x 480.
 
-python -m topformer_jax.convert --config configs/topformer_s_context59.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_s_context59.py
 
 Published: none known. Measured here: unmeasured.
 """

@@ -1,6 +1,6 @@
 """TopFormer-S on PASCAL Context with background: 60 classes, 480 x 480.
 
-python -m topformer_jax.convert --config configs/topformer_s_context60.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_s_context60.py
 
 Published: none known. Measured here: unmeasured.
 """

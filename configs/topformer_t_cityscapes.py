@@ -1,6 +1,6 @@
 """TopFormer-T on Cityscapes: 19 classes, 512 x 1024.
 
-python -m topformer_jax.convert --config configs/topformer_t_cityscapes.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_t_cityscapes.py
 
 Published: none by the authors. Measured here: unmeasured.
 """

@@ -1,6 +1,6 @@
 """TopFormer-T on PASCAL Context without background: 59 classes, 480 x 480.
 
-python -m topformer_jax.convert --config configs/topformer_t_context59.py --checkpoint FILE.pth --output DIR
+python -m topformer_jax.train --config configs/topformer_t_context59.py
 
 Published: 40.4 mIoU (by others). Measured here: unmeasured.
 """

@@ -46,16 +46,19 @@ def resave(path: pathlib.Path, mode: str = "RGB", orientation: int = 1) -> None:
 # Settings
 
 
+HUGE = "9" * 21
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("batch_size=0", "batch_size is 0: expected 1 or more"),
-        ("batch_size=-4", "expected 1 or more"),
+        ("batch_size=0", "batch_size is 0: expected 1 to 65,536"),
+        ("batch_size=-4", "expected 1 to 65,536"),
         ("batch_size=4", "evenly over 8 devices: set batch_size to a multiple of 8"),
-        ("grad_accum_steps=0", "grad_accum_steps is 0: expected 1 or more"),
+        ("grad_accum_steps=0", "grad_accum_steps is 0: expected 1 to 65,536"),
         ("grad_accum_steps=3", "a batch of 8 images in 3 micro-batches"),
         ("schedule.steps=0", "schedule.steps is 0"),
-        ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: expected 0 or more"),
+        ("schedule.warmup_steps=-1", "schedule.warmup_steps is -1: expected 0 to 1,000,000,000"),
         ("schedule.lr=1e999", "schedule.lr is inf"),
         ("log_every=0", "log_every is 0"),
         ("checkpoint_every=0", "checkpoint_every is 0"),
@@ -67,14 +70,15 @@ def resave(path: pathlib.Path, mode: str = "RGB", orientation: int = 1) -> None:
         ("data.ratio_range=(2.0,0.5)", "expected the smaller factor first"),
         ("data.num_workers=-1", "data.num_workers is -1"),
         ("data.shapes.train=0", "data.shapes.train is 0"),
-        ("data.shapes.size=3", "data.shapes.size is 3: expected 16 or more"),
+        ("data.shapes.size=3", "data.shapes.size is 3: expected 16 to 4,096"),
         ("data.flip_prob=3.0", "data.flip_prob is 3.0: expected 0 to 1"),
         ("data.class_names=(1,2)", "expected a value like ('name', 'name')"),
         ("ema_decay=1.0", "ema_decay is 1.0: expected 0 or more and less than 1"),
         ("optimizer.beta1=1.0", "optimizer.beta1 is 1.0"),
         ("seed=-1", "seed is -1"),
         ("ignore_void_in_mean=some", "ignore_void_in_mean cannot be 'some'"),
-        ("mesh.fsdp=0", "does not cover the 8 devices"),
+        ("mesh.fsdp=0", "mesh.fsdp is 0: expected 1 to 1,000,000"),
+        ("mesh.fsdp=3", "does not cover the 8 devices"),
         ("mesh.data=3", "set mesh.data=-1"),
         ("model.variant=huge", "expected one of tiny, small, base"),
         ("evaluation.mode=x", "evaluation.mode is 'x': expected whole or slide"),
@@ -84,8 +88,46 @@ def resave(path: pathlib.Path, mode: str = "RGB", orientation: int = 1) -> None:
         ("model.num_classes=11", "shapes has 10 classes, the config's model 11"),
         ("task=classification", "knows segmentation alone"),
         ("init_from=/no/where.pth", "no checkpoint /no/where.pth"),
-        ("data.dataset=shpes", "there is no data set shpes: data.dataset is one of ade20k, "),
+        ("data.dataset=shpes", "data.dataset is 'shpes': did you mean 'shapes'? expected one of ade20k, "),
         ("data.source=folder", "for the synthetic set both are shapes"),
+        ("data.crop=(64,64)", "the setting data.crop was renamed to data.crop_size"),
+        # Each of these ended in a traceback, or took all memory.
+        *(
+            (f"{key}={value}", f"{key} is {value}: expected ")
+            for key, value in {
+                "seed": HUGE,
+                "batch_size": HUGE,
+                "grad_accum_steps": HUGE,
+                "log_every": HUGE,
+                "max_to_keep": HUGE,
+                "model.num_classes": HUGE,
+                "model.head_channels": HUGE,
+                "data.num_workers": "1000000",
+                "data.prefetch": "1000000000",
+                "data.crop_size": "(999999999, 9)",
+                "data.scale": "(1000000000, 1000000000)",
+                "data.ratio_range": "(0.5, 1000000000.0)",
+                "data.cat_max_ratio": "1e+300",
+                "data.shapes.train": HUGE,
+                "data.shapes.validation": HUGE,
+                "data.shapes.size": HUGE,
+                "optimizer.head_lr_mult": "1e+300",
+                "schedule.steps": HUGE,
+                "schedule.warmup_steps": HUGE,
+                "mesh.data": HUGE,
+                "mesh.fsdp": HUGE,
+                "evaluation.scale": "(1000000000, 1000000000)",
+                "evaluation.size_divisor": HUGE,
+                "evaluation.img_ratios": "(1.0, 1000000000.0)",
+                "evaluation.crop_size": "(1000000000, 9)",
+                "evaluation.stride": "(1, 1000000000)",
+                "evaluation.per_device_batch_size": HUGE,
+            }.items()
+        ),
+        ("model.num_classes=256", "expected 1 to 255 in segmentation"),
+        (f"batch_size={'9' * 5000}", "batch_size cannot be '9999"),
+        (f"data.crop_size={'(' * 500}", "data.crop_size cannot be '((((("),
+        ("batch_size=10**12", "batch_size cannot be '10**12': expected a value like 16 (int)"),
     ],
 )
 def test_settings(tmp_path: pathlib.Path, setting: str, words: str) -> None:
@@ -156,7 +198,7 @@ def _without_pictures(folder: str) -> Spoil:
             "custom has 2 classes, the config's model 10",
         ),
         (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is no UTF-8 text"),
-        (lambda _: None, {"data.source": "foldr"}, "no data.source foldr: folder, array_record or shapes"),
+        (lambda _: None, {"data.source": "foldr"}, "expected one of folder, array_record, shapes"),
         (lambda _: None, {"data.source": "array_record"}, "build it with python scripts/build_dataset.py"),
     ],
 )

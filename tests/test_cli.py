@@ -4,8 +4,13 @@ import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+
+from topformer_jax import browse, cli, convert, evaluate, predict, train
+from topformer_jax.config.settings import SETTINGS
+from topformer_jax.errors import UserError
 
 # Page faults of a block of 256 MiB that is filled and freed, the first time and the third.
 FAULTS = """
@@ -35,3 +40,31 @@ def test_freed_memory_is_kept_unless_the_environment_says_how(
     first, _, third = map(int, done.stdout.split())
     assert first > 100  # of pages of 4 KiB, or of 2 MiB
     assert (third < first / 10) == kept
+
+
+@pytest.mark.parametrize("command", [train, evaluate, predict, convert, browse], ids=lambda m: m.__name__)
+def test_help_config_lists_all_settings(
+    command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", "--help-config"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    for key, setting in SETTINGS.items():
+        assert f"  {key}=" in out
+        assert f"{setting.meaning} [{setting.expected}]" in out
+
+
+def test_overrides() -> None:
+    parser = cli.Parser("a command")
+    parser.add_argument("images", nargs="*")
+    args, config = parser.parse(
+        ["--config", "topformer_t_ade", "a.jpg", "--config.batch_size", "32", "--config.seed=-0", "b.jpg"]
+    )
+    assert config is not None
+    assert (args.images, config.batch_size, config.name) == (["a.jpg", "b.jpg"], 32, "topformer_t_ade")
+    with pytest.raises(UserError, match=r"--config\.seed has no value"):
+        parser.parse(["--config", "topformer_t_ade", "--config.seed", "--other"])
+    with pytest.raises(UserError, match=r"--config\.seed needs --config FILE"):
+        cli.Parser("a command", config_required=False).parse(["--config.seed=1"])

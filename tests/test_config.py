@@ -1,13 +1,22 @@
 """The recipes against the official table, and what happens to settings that do not exist."""
 
+import ast
 import pathlib
+import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from ml_collections import ConfigDict
 
 from topformer_jax import config, models
+from topformer_jax.config import checks
+from topformer_jax.config.settings import RENAMED, SETTINGS, as_markdown, as_typed
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
+from topformer_jax.models.injection import INJECTIONS
+from topformer_jax.ops.depthwise import METHODS
 
 # variant, classes, crop, training scale, test scale, align, zero label void, batch, steps, learning rate,
 # head width (None: the variant's), depthwise head
@@ -30,6 +39,8 @@ for _short, _variant in (("t", "tiny"), ("s", "small"), ("b", "base")):
     RECIPES[f"{_short}_context59"] = (_variant, 59, *_context, True, 16, 80_000, 1.2e-4, None, _dw)
     _coco = ((512, 512), (2048, 512), (2048, 512), 1)
     RECIPES[f"{_short}_cocostuff10k"] = (_variant, 171, *_coco, True, 16, 80_000, 1.2e-4, None, _dw)
+# Recipes without an official segmentation recipe.
+OTHERS = ("s_cityscapes", "t_imagenet", "s_imagenet", "b_imagenet", "t_shapes")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -62,13 +73,22 @@ def test_recipe(configs: pathlib.Path, name: str) -> None:
     )
 
 
-def test_every_file_is_a_recipe_named_after_itself(configs: pathlib.Path) -> None:
-    files = sorted(configs.glob("*.py"))
-    assert len(files) == 20
-    for file in files:
-        settings = config.load(file)
-        assert settings.name == file.stem
+def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Path) -> None:
+    names = [f"topformer_{name}" for name in (*RECIPES, *OTHERS)]
+    assert len(names) == 20
+    for name in names:
+        settings = config.load(configs / f"{name}.py")
+        assert settings.name == name
         models.build(settings)
+    assert set(names) <= set(config.recipe_names())  # a user's own configs may be there too
+
+
+def test_docstrings_of_recipes(configs: pathlib.Path) -> None:
+    for file in configs.glob("topformer_*.py"):
+        docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
+        assert f"--config configs/{file.name}" in docstring
+        assert "Published: " in docstring or "No published score" in docstring
+        assert "Measured here: " in docstring
 
 
 @pytest.mark.parametrize(
@@ -77,13 +97,13 @@ def test_every_file_is_a_recipe_named_after_itself(configs: pathlib.Path) -> Non
         ({"model.dtyp": "x"}, "no setting model.dtyp: did you mean model.dtype?"),
         ({"modle.dtype": "x"}, "did you mean model.dtype?"),
         ({"data.rooot": "x"}, "did you mean data.root?"),
-        ({"zzzzzzzzzz": "1"}, "see topformer_jax/config.py"),
+        ({"zzzzzzzzzz": "1"}, "--help-config of any command lists all of them"),
         ({"model": "1"}, "no setting model"),
         ({"batch_size": "many"}, "batch_size cannot be 'many': expected a value like 16 (int)"),
         ({"batch_size": "1.5"}, "expected a value like 16 (int)"),
         ({"batch_size": "none"}, "expected a value like 16 (int)"),
         ({"data.crop_size": "512"}, "expected a value like (512, 512) (tuple)"),
-        ({"model.head_channels": "wide"}, "model.head_channels cannot be 'wide': expected a number"),
+        ({"model.head_channels": "wide"}, "model.head_channels cannot be 'wide': expected a number or none"),
         ({"model.depthwise_head": "yes"}, "expected a value like False (bool)"),
         ({"model.depthwise_head": 1}, "expected a value like False (bool)"),
     ],
@@ -116,9 +136,9 @@ def test_right_settings_from_text_and_from_values() -> None:
 
 
 def test_wrong_files(configs: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"no config file .*did you mean .*topformer_b_ade\.py"):
+    with pytest.raises(UserError, match=r"no config file or recipe .*did you mean .*topformer_b_ade\.py"):
         config.load(configs / "topformer_b_ad.py")
-    with pytest.raises(UserError, match="give the path"):
+    with pytest.raises(UserError, match="give the path of a config file, or the name of a recipe"):
         config.load(tmp_path / "nothing.py")
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="must define get_config"):
@@ -128,7 +148,9 @@ def test_wrong_files(configs: pathlib.Path, tmp_path: pathlib.Path) -> None:
         config.load(tmp_path / "broken.py")
     recipe = "from topformer_jax import config\n\ndef get_config():\n    c = config.ade20k('tiny')\n"
     (tmp_path / "typo.py").write_text(f"{recipe}    c.model.dtyp = 'bfloat16'\n    return c\n")
-    with pytest.raises(UserError, match=r"typo\.py, line 5: AttributeError: .*dtyp"):
+    with pytest.raises(
+        UserError, match=r"typo\.py, line 5: there is no setting dtyp: did you mean model\.dtype"
+    ):
         config.load(tmp_path / "typo.py")
     (tmp_path / "extra.py").write_text(
         f"{recipe}    with c.unlocked():\n        c.model.dtyp = 'x'\n    return c\n"
@@ -147,3 +169,77 @@ def test_a_config_is_locked() -> None:
     assert isinstance(settings, ConfigDict)
     with pytest.raises(AttributeError):
         settings.nothing = 1
+
+
+def test_recipes_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the name finds the recipe from any folder
+    settings = config.load("topformer_b_ade", {"batch_size": 32})
+    assert (settings.name, settings.batch_size) == ("topformer_b_ade", 32)
+    for name in ("topformer_b_ad", "topformer_b_ade.py", "elsewhere/topformer_b_ade.py"):
+        with pytest.raises(UserError, match="did you mean the recipe topformer_b_ade"):
+            config.load(name)
+
+
+def test_old_names_say_the_new_one(tmp_path: pathlib.Path) -> None:
+    for old, new in RENAMED.items():
+        assert old not in SETTINGS
+        with pytest.raises(UserError, match=f"the setting {old} was renamed to {new} "):
+            config.load(config.ade20k("tiny"), {old: "1"})
+    start = "from topformer_jax import config\n\ndef get_config():\n    c = config.ade20k('tiny')"
+    file = tmp_path / "old.py"
+    for unlock, line, words in (
+        (".unlock()", "c.data.workers = 2", "the setting data.workers was renamed to data.num_workers"),
+        ("", "c.data.workers = 2", r"old\.py, line 5: the setting workers was renamed to data.num_workers"),
+        ("", "print(c.loss_mean)", r"old\.py, line 5: .* renamed to ignore_void_in_mean \(true or false\)"),
+    ):
+        file.write_text(f"{start}{unlock}\n    {line}\n    return c\n")
+        with pytest.raises(UserError, match=words):
+            config.load(file)
+
+
+def test_the_table_knows_what_the_code_knows() -> None:
+    for key, known in (
+        ("model.variant", models.VARIANTS),
+        ("model.injection", INJECTIONS),
+        ("model.dtype", models.DTYPES),
+        ("model.precision", models.PRECISIONS),
+        ("model.depthwise_impl", METHODS),
+        ("data.dataset", [*CATALOG, "imagenet", "custom"]),
+    ):
+        legal = SETTINGS[key].legal
+        assert isinstance(legal, tuple)
+        assert set(legal) == set(known)
+
+
+def test_defaults_are_legal() -> None:
+    defaults = config.load(config.base_config())
+    for key, setting in SETTINGS.items():
+        assert checks.parse(key, setting.default) == setting.default
+        text = as_typed(setting.default)
+        assert checks.parse(key, text) == setting.default or isinstance(setting.default, str)
+    assert defaults.model.head_channels is None
+
+
+def test_settings_page_is_up_to_date(configs: pathlib.Path) -> None:
+    page = (configs.parent / "docs/settings.md").read_text()
+    assert page == as_markdown() + "\n", "run: python -m topformer_jax.config > docs/settings.md"
+
+
+def test_guides_own_config_stays_green(configs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """What the guide to one's own data has one write into configs/ loads, and passes lint and format checks."""
+    root = configs.parent
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    blocks = [b for page in pages for b in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    own = [textwrap.dedent(block).rstrip() + "\n" for block in blocks if "def get_config" in block]
+    assert own
+    for text in own:
+        file = tmp_path / "streets.py"
+        file.write_text(text)
+        assert config.load(file).name == "streets"
+        for check in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+            command = ["ruff", *check, "--config", str(root / "pyproject.toml"), "--stdin-filename"]
+            done = subprocess.run(
+                [sys.executable, "-m", *command, "configs/streets.py", "-"],
+                cwd=root, input=text, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What every command's main() shares: a parser that knows --config, and errors of one line."""
+"""What every command shares: a parser that knows --config, errors of one line, compiled programs kept on disk."""
 
 import argparse
 import ctypes
@@ -8,44 +8,61 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
 from topformer_jax import logs
+from topformer_jax.config.settings import as_text
 from topformer_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that also takes `--config FILE` and `--config.KEY=VALUE` overrides."""
+    """An argparse parser that also takes `--config FILE`, `--config.KEY=VALUE` and `--help-config`."""
 
     def __init__(self, description: str | None, *, config_required: bool = True):
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            epilog="Any setting of the config can be changed: --config.KEY=VALUE (topformer_jax/config.py).",
+            epilog="--config.KEY=VALUE changes a setting of the config; --help-config lists all of them.",
         )
         self.add_argument(
             "--config",
             metavar="FILE",
             required=config_required,
-            help="a recipe, e.g. configs/topformer_b_ade.py",
+            help="a config file, or the name of a recipe, e.g. topformer_b_ade",
         )
+        self.add_argument("--help-config", action=_HelpConfig, nargs=0, help="list all settings and exit")
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, ConfigDict | None]:
-        """The arguments, and the config with its overrides (None where none was asked for)."""
+        """The arguments, and the config with its overrides; None without --config.
+
+        Raises:
+            UserError: the config or one of the overrides is wrong.
+        """
         rest, overrides = _split_overrides(sys.argv[1:] if argv is None else argv)
         args = self.parse_args(rest)
         if args.config is None:
             if overrides:
-                raise UserError(f"--config.{next(iter(overrides))} needs --config FILE to change")
+                raise UserError(
+                    f"--config.{next(iter(overrides))} needs --config FILE: the config that it changes"
+                )
             return args, None
         return args, config_lib.load(args.config, overrides)
 
 
+class _HelpConfig(argparse.Action):
+    """Prints the table of settings and exits, before argparse looks for required arguments."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(as_text())
+        parser.exit()
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as aligned lines: the first column to the left, the others to the right."""
+    """Rows of text as aligned lines: the first column is flush left, the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = (
         [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
@@ -55,22 +72,22 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def numbers(flag: str, text: str) -> tuple[float, ...]:
-    """Numbers with commas between them, as a flag's value.
+    """The numbers of a flag's value "0.5,1,1.5".
 
     Raises:
-        UserError: something else stands there.
+        UserError: the text is not numbers separated by commas.
     """
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"{flag} cannot be {text!r}: expected numbers with commas between them") from None
+        raise UserError(f"{flag} cannot be {text!r}: expected numbers separated by commas") from None
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with 130.
+    """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
-    Compiled programs are kept on disk, for the next command to find, unless the environment says where or not, and
-    freed memory is kept by the process.
+    Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
+    and the process keeps freed memory.
     """
     try:
         _keep_compiled_programs()
@@ -87,7 +104,8 @@ def run(main: Callable[[], None]) -> None:
             f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
             file=sys.stderr,
         )
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where Python writes the rest to as it ends
+        # Python flushes stdout as it exits: it would fail again, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -107,11 +125,11 @@ def _keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed for the next allocation; where the environment sets it up, nothing changes.
+    """Sets glibc's malloc to reuse freed memory, unless the environment configures malloc.
 
-    A program's temporary memory comes and goes with every call. By default glibc gives blocks of that size back to
-    the kernel, which hands them out anew a zeroed page at a time: 143,000 page faults in a training step of Tiny,
-    a quarter of its time on a CPU (4 x 512 x 512).
+    A program allocates its temporary memory anew in every call. By default glibc returns blocks of that size to the
+    kernel, which zeroes each page as it is touched again: 143,000 page faults in a training step of Tiny, a quarter
+    of its time on a CPU (4 x 512 x 512).
     """
     if platform.libc_ver()[0] != "glibc" or {"GLIBC_TUNABLES", *_MALLOC} & os.environ.keys():
         return
@@ -121,10 +139,13 @@ def keep_freed_memory() -> None:
 
 
 # mallopt's parameters (malloc.h) by the names of their environment variables: never trim, never mmap, and one arena
-# for all threads, since the others cannot grow to such sizes.
+# for all threads, because only the main arena can grow to such sizes.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_ARENA_MAX": (-8, 1)}
 
 
+# ml_collections.config_flags would parse these with absl's flags, but an unknown setting is a traceback of 50 lines
+# there, `data.crop_size=512` passes as (512,), and "none" cannot be said; argparse with an argument a setting fills
+# --help with them and knows no nearest name. So these 15 lines.
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the arguments."""
     rest: list[str] = []

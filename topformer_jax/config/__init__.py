@@ -1,0 +1,33 @@
+"""A config: the settings (settings.py), the recipes (recipes.py), and `load`, which reads and checks one.
+
+A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_OR_RECIPE` and any number of
+`--config.KEY=VALUE`; `load` takes the same as a dictionary.
+
+    >>> from topformer_jax import config
+    >>> settings = config.load("topformer_b_ade", {"batch_size": 32})
+    >>> settings.name, settings.batch_size, settings.data.crop_size
+    ('topformer_b_ade', 32, (512, 512))
+"""
+
+from topformer_jax.config.loading import load, recipe_names
+from topformer_jax.config.recipes import (
+    ade20k,
+    base_config,
+    cityscapes,
+    coco_stuff10k,
+    imagenet,
+    pascal_context,
+    shapes,
+)
+
+__all__ = [
+    "ade20k",
+    "base_config",
+    "cityscapes",
+    "coco_stuff10k",
+    "imagenet",
+    "load",
+    "pascal_context",
+    "recipe_names",
+    "shapes",
+]

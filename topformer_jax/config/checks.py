@@ -1,0 +1,103 @@
+"""Whether a setting exists and its value is legal, by the table; each mistake is one line."""
+
+import ast
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from topformer_jax.config.settings import LONGEST_SIDE, RENAMED, SETTINGS
+from topformer_jax.errors import UserError
+
+
+def unknown(key: str) -> UserError:
+    """The error for a setting that does not exist: its new name, or the nearest one; `key` may lack the group."""
+    if new := [new for old, new in RENAMED.items() if old == key or old.endswith(f".{key}")]:
+        names = " or ".join(f"{name} ({SETTINGS[name].expected})" for name in new)
+        return UserError(f"the setting {key} was renamed to {names}")
+    near = difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "--help-config of any command lists all of them"
+    return UserError(f"there is no setting {key}: {hint}")
+
+
+def parse(key: str, value: Any) -> Any:
+    """A legal value of a setting, from text ("0.1", "(512, 512)", "true") or from a Python value.
+
+    Raises:
+        UserError: the value has another type than the setting, or is not legal.
+    """
+    setting = SETTINGS[key]
+    default = setting.default
+    if isinstance(value, str) and not isinstance(default, str):
+        value = _literal(key, value)
+    if value is None and default is None:
+        return None
+    if not isinstance(default, tuple):
+        return _parse_one(key, value, int if default is None else type(default), value)
+    if not isinstance(value, (list, tuple)) or (default and not value) or len(default) == 2 != len(value):
+        raise _wrong_type(key, value)
+    kind = type(default[0]) if default else str
+    return tuple(_parse_one(key, part, kind, value) for part in value)
+
+
+def check_together(values: Mapping[str, Any]) -> None:
+    """Checks settings that limit each other, given all of them by dotted key.
+
+    Raises:
+        UserError: two of them do not go together.
+    """
+    if values["task"] == "segmentation" and values["model.num_classes"] > 255:
+        raise UserError(
+            f"model.num_classes is {values['model.num_classes']}: expected 1 to 255 in segmentation, "
+            "whose labels are bytes with 255 for void"
+        )
+    low, high = values["data.ratio_range"]
+    if low > high:
+        raise UserError(f"data.ratio_range is {(low, high)}: expected the smaller factor first")
+    for ratios, scale in (("data.ratio_range", "data.scale"), ("evaluation.img_ratios", "evaluation.scale")):
+        longest = max(values[ratios]) * max(values[scale])
+        if longest > LONGEST_SIDE:
+            raise UserError(
+                f"{ratios} is {_show(values[ratios])}: with {scale}={values[scale]} an image's long side would be "
+                f"{longest:,.0f} pixels, at most {LONGEST_SIDE:,} are possible"
+            )
+
+
+def _literal(key: str, text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
+        raise _wrong_type(key, text) from None
+
+
+def _parse_one(key: str, value: Any, kind: type, whole: Any) -> Any:
+    """A value of a setting, or one of its values in a tuple `whole`, as the type that the setting has."""
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool) != (kind is bool):
+        raise _wrong_type(key, whole)
+    setting = SETTINGS[key]
+    if setting.legal is not None and value not in setting.legal:
+        near: list[str] = []
+        if isinstance(setting.legal, tuple):
+            near = difflib.get_close_matches(value, setting.legal, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{key} is {_show(whole)}: {hint}expected {setting.expected}")
+    return kind(value)
+
+
+def _wrong_type(key: str, value: Any) -> UserError:
+    default = SETTINGS[key].default
+    example = ("name", "name") if default == () else default
+    kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
+    return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
+
+
+def _show(value: Any) -> str:
+    """A value in at most 60 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"

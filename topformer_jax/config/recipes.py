@@ -1,0 +1,110 @@
+"""All settings with their defaults, and the recipes that the files in configs/ call; each is a locked config."""
+
+from ml_collections import ConfigDict, config_dict
+
+from topformer_jax.config.settings import SETTINGS
+
+
+def base_config() -> ConfigDict:
+    """All settings with the defaults of the table: the values that most of the official recipes share."""
+    config = ConfigDict()
+    for key, setting in SETTINGS.items():
+        *groups, name = key.split(".")
+        place = config
+        for group in groups:
+            if group not in place:
+                place[group] = ConfigDict()
+            place = place[group]
+        place[name] = config_dict.placeholder(int) if setting.default is None else setting.default
+    return config
+
+
+def ade20k(variant: str, *, size: int = 512) -> ConfigDict:
+    """ADE20K, 150 classes: 160k steps of batch 16 on `size` x `size` crops."""
+    config = _recipe("ade", variant, 150, "ade20k", "data/ade/ADEChallengeData2016")
+    if size != 512:
+        config.name += str(size)
+    config.data.reduce_zero_label = True
+    config.data.crop_size = (size, size)
+    config.data.scale = config.evaluation.scale = (2048, size)
+    config.evaluation.size_divisor = 32
+    config.schedule.lr = 3e-4 if variant == "tiny" else 1.2e-4
+    return config.lock()
+
+
+def cityscapes(variant: str) -> ConfigDict:
+    """Cityscapes, 19 classes: batch 8 on 512 x 1024 crops; Tiny and Small 160k steps, Base 80k.
+
+    The official Base has heads 128 wide and fits its training images into 512 x 512; no head is depthwise.
+    """
+    config = _recipe("cityscapes", variant, 19, "cityscapes", "data/cityscapes")
+    config.model.depthwise_head = False
+    config.data.crop_size = (512, 1024)
+    config.data.scale = config.evaluation.scale = (1024, 512)
+    config.batch_size = 8
+    config.schedule.lr = 3e-4
+    if variant == "base":
+        config.model.head_channels = 128
+        config.data.scale = (512, 512)
+        config.schedule.steps = 80_000
+    return config.lock()
+
+
+def pascal_context(variant: str, *, classes: int) -> ConfigDict:
+    """PASCAL Context, 60 classes, or 59 (background is void): 80k steps of batch 16 on 480 x 480 crops."""
+    config = _recipe(f"context{classes}", variant, classes, f"context{classes}", "data/VOCdevkit/VOC2010")
+    config.data.reduce_zero_label = classes == 59
+    config.data.crop_size = (480, 480)
+    config.data.scale = config.evaluation.scale = (520, 520)
+    config.schedule.steps = 80_000
+    return config.lock()
+
+
+def coco_stuff10k(variant: str) -> ConfigDict:
+    """COCO-Stuff 10k, 171 classes: 80k steps of batch 16 on 512 x 512 crops."""
+    config = _recipe("cocostuff10k", variant, 171, "cocostuff10k", "data/coco_stuff10k")
+    config.data.reduce_zero_label = True
+    config.schedule.steps = 80_000
+    return config.lock()
+
+
+def imagenet(variant: str) -> ConfigDict:
+    """The ImageNet classifier, 1000 classes at 224 x 224, to convert and to run.
+
+    Its training settings are not the published ones: training knows segmentation alone so far.
+    """
+    config = _recipe("imagenet", variant, 1000, "imagenet", "data/imagenet")
+    config.task = "classification"
+    config.data.crop_size = (224, 224)
+    return config.lock()
+
+
+def shapes() -> ConfigDict:
+    """TopFormer-T on the synthetic shapes (data/shapes.py): shows the whole thing in minutes, without data."""
+    config = _recipe("shapes", "tiny", 10, "shapes", "")
+    config.data.source = "shapes"
+    config.data.num_workers = 0
+    config.data.crop_size = (128, 128)
+    config.data.scale = config.evaluation.scale = (176, 160)  # every image's own size
+    config.data.ratio_range = (0.75, 1.25)
+    # A short run from fresh weights: no regularisation, and one high learning rate for all.
+    config.data.photometric_distortion = False
+    config.model.drop_path_rate = config.model.dropout_ratio = 0.0
+    config.optimizer.head_lr_mult = 1.0
+    config.schedule.lr = 3e-3
+    config.schedule.warmup_steps = 100
+    config.schedule.steps = 2000
+    config.log_every = 20
+    config.checkpoint_every = config.evaluate_every = 500
+    return config.lock()
+
+
+def _recipe(name: str, variant: str, classes: int, dataset: str, root: str) -> ConfigDict:
+    config = base_config()
+    config.name = f"topformer_{variant[0]}_{name}"
+    config.model.variant = variant
+    config.model.num_classes = classes
+    config.model.depthwise_head = variant == "tiny"
+    config.data.dataset = dataset
+    config.data.root = root
+    return config

@@ -1,0 +1,289 @@
+"""The table of settings: each one's default, meaning with its unit, and legal values, once.
+
+`base_config`, the checks of `load`, `--help-config` and docs/settings.md are made from it.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Legal numbers from `low` to `high`; an open end does not belong to them."""
+
+    low: int | float
+    high: int | float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: int | float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        return above and (number < self.high if self.open_high else number <= self.high)
+
+    def __str__(self) -> str:
+        if self.open_low or self.open_high:
+            low = f"more than {self.low:,}" if self.open_low else f"{self.low:,} or more"
+            return f"{low} and {'less than' if self.open_high else 'at most'} {self.high:,}"
+        return f"{self.low:,} to {self.high:,}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row of the table.
+
+    The default gives the type: a tuple of two takes two values, any other tuple takes any number of them, and None
+    stands for "no value" beside the whole numbers in `legal`.
+    """
+
+    default: Any
+    meaning: str
+    legal: Range | tuple[str, ...] | None = None
+
+    @property
+    def expected(self) -> str:
+        """The legal values in words."""
+        if isinstance(self.legal, tuple):
+            separator = " or " if len(self.legal) == 2 else ", "
+            return ("" if len(self.legal) == 2 else "one of ") + separator.join(self.legal)
+        if isinstance(self.default, bool):
+            return "true or false"
+        if self.legal is None:
+            return "names" if isinstance(self.default, tuple) else "text"
+        each = "each " if isinstance(self.default, tuple) else ""
+        return f"{each}{self.legal}{', or none' if self.default is None else ''}"
+
+
+COUNT = Range(1, 10**9)
+PROBABILITY = Range(0, 1)
+BELOW_ONE = Range(0, 1, open_high=True)
+PIXELS = Range(1, 16_384)
+RATIO = Range(0, 100, open_low=True)
+# Pixels of the longest side that an image is resized to; a square one of that size takes 3 GB.
+LONGEST_SIDE = 32_768
+DATASETS = ("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "imagenet", "shapes", "custom")
+
+GROUPS: dict[str, dict[str, Setting]] = {
+    "Run": {
+        "name": Setting("", "name of the recipe; the work directory is runs/<name>"),
+        "task": Setting("segmentation", "what the model predicts", ("segmentation", "classification")),
+        "seed": Setting(0, "seed of fresh weights, shuffling and augmentation", Range(0, 2**32 - 1)),
+        "batch_size": Setting(16, "images in a step, over all devices", Range(1, 65_536)),
+        "grad_accum_steps": Setting(
+            1,
+            "micro-batches that a step's batch is computed in; BatchNorm sees one at a time",
+            Range(1, 65_536),
+        ),
+        "ignore_void_in_mean": Setting(
+            False, "true: the loss is the mean over labelled pixels; false, as officially: over all pixels"
+        ),
+        "ema_decay": Setting(
+            0.0, "decay a step of the averaged weights, e.g. 0.9999; 0: no averages", BELOW_ONE
+        ),
+        "init_from": Setting("", "a .pth file or checkpoint folder to start from; empty: fresh weights"),
+        "init_part": Setting(
+            "all",
+            "what is read from init_from; all_but_classes is for another number of classes",
+            ("all", "all_but_classes", "backbone"),
+        ),
+        "log_every": Setting(50, "steps between log lines", COUNT),
+        "checkpoint_every": Setting(2000, "steps between checkpoints", COUNT),
+        "max_to_keep": Setting(3, "newest checkpoints to keep; the best one is kept too", Range(1, 10_000)),
+        "evaluate_every": Setting(16_000, "steps between evaluations", COUNT),
+    },
+    "Model": {
+        "model.variant": Setting("tiny", "size of the network", ("tiny", "small", "base")),
+        "model.num_classes": Setting(
+            150, "classes; at most 255 in segmentation, whose labels are bytes", Range(1, 100_000)
+        ),
+        "model.injection": Setting(
+            "multi_sum",
+            "how semantics are injected into the tokens (the official code spells muli_sum, muli_sum_cbr)",
+            ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi"),
+        ),
+        "model.head_channels": Setting(
+            None, "channels of the injections and the head; none: those of the variant", Range(1, 4096)
+        ),
+        "model.depthwise_head": Setting(False, "fuse the head's maps by a depthwise convolution"),
+        "model.drop_path_rate": Setting(
+            0.1,
+            "probability of stochastic depth at the last block; rises linearly from 0 at the first",
+            BELOW_ONE,
+        ),
+        "model.dropout_ratio": Setting(0.1, "probability to drop a channel before the classifier", BELOW_ONE),
+        "model.dtype": Setting(
+            "float32",
+            "of activations; BatchNorm, softmax and logits are computed in at least float32",
+            ("float32", "bfloat16", "float64"),
+        ),
+        "model.param_dtype": Setting(
+            "float32", "of parameters and BatchNorm statistics", ("float32", "float64")
+        ),
+        "model.precision": Setting(
+            "highest",
+            "of float32 products; highest: full float32 on every backend; default: the backend's fastest",
+            ("highest", "high", "default"),
+        ),
+        "model.depthwise_impl": Setting(
+            "auto",
+            "form of the depthwise convolutions and the stem; auto: shifted on a CPU, library elsewhere",
+            ("auto", "shifted", "library"),
+        ),
+    },
+    "Data": {
+        "data.dataset": Setting("ade20k", "the data set; custom: your own", DATASETS),
+        "data.source": Setting(
+            "folder",
+            "image and label files, what scripts/build_dataset.py wrote, or images drawn on the fly",
+            ("folder", "array_record", "shapes"),
+        ),
+        "data.root": Setting("", "the data set's folder, laid out as for mmsegmentation"),
+        "data.class_names": Setting(
+            (), "of a custom data set, in label order; empty: the lines of <root>/classes.txt"
+        ),
+        "data.reduce_zero_label": Setting(False, "label 0 becomes void (255), all others go down by one"),
+        "data.crop_size": Setting((512, 512), "pixels (height, width) of a training crop", PIXELS),
+        "data.scale": Setting(
+            (2048, 512), "pixels (long, short) that a training image's sides are fitted into", PIXELS
+        ),
+        "data.ratio_range": Setting((0.5, 2.0), "range of the random factor on data.scale", RATIO),
+        "data.cat_max_ratio": Setting(
+            0.75, "a crop is redrawn while one class covers at least this share of it; 1: never", PROBABILITY
+        ),
+        "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
+        "data.photometric_distortion": Setting(
+            True, "change brightness, contrast, saturation and hue, each with probability 0.5"
+        ),
+        "data.skip_unreadable": Setting(
+            False, "true: train on the next example instead of a damaged one and count it; false: stop"
+        ),
+        "data.num_workers": Setting(
+            4, "processes that make batches, on each host; 0: threads of the training process", Range(0, 512)
+        ),
+        "data.prefetch": Setting(
+            4, "batches made ahead on each host; without workers, by one thread a batch", Range(0, 1024)
+        ),
+        "data.shapes.train": Setting(2048, "training examples of the synthetic shapes", Range(1, 10**7)),
+        "data.shapes.validation": Setting(64, "their validation examples", Range(1, 10**6)),
+        "data.shapes.size": Setting(160, "pixels, their mean height and width", Range(16, 4096)),
+    },
+    "Optimizer": {
+        "optimizer.beta1": Setting(0.9, "decay of AdamW's mean gradient", BELOW_ONE),
+        "optimizer.beta2": Setting(0.999, "decay of AdamW's mean squared gradient", BELOW_ONE),
+        "optimizer.eps": Setting(1e-8, "added to AdamW's denominator", PROBABILITY),
+        "optimizer.weight_decay": Setting(0.01, "decoupled: times the learning rate", Range(0, 1000)),
+        "optimizer.no_decay_norm": Setting(False, "true: no weight decay on BatchNorm's scales and biases"),
+        "optimizer.head_lr_mult": Setting(10.0, "factor on decode_head's learning rate", Range(0, 10**6)),
+        "optimizer.clip_norm": Setting(
+            0.0, "largest global norm of the gradient; 0: no limit", Range(0, 10**9)
+        ),
+    },
+    "Schedule": {
+        "schedule.steps": Setting(160_000, "steps of the whole training", COUNT),
+        "schedule.lr": Setting(1.2e-4, "the backbone's highest learning rate", Range(0, 1000)),
+        "schedule.min_lr": Setting(0.0, "learning rate that the decay ends at", Range(0, 1000)),
+        "schedule.power": Setting(1.0, "exponent of the polynomial decay; 1: linear", Range(0, 100)),
+        "schedule.warmup_steps": Setting(1500, "steps of linear warm-up", Range(0, 10**9)),
+        "schedule.warmup_ratio": Setting(1e-6, "factor on the learning rate at step 0", PROBABILITY),
+    },
+    "Devices": {
+        "mesh.data": Setting(
+            -1, "devices that share a batch; -1: all that mesh.fsdp leaves", Range(-1, 10**6)
+        ),
+        "mesh.fsdp": Setting(
+            1, "devices that share parameters and optimizer state, and the batch too", Range(1, 10**6)
+        ),
+    },
+    "Evaluation": {
+        "evaluation.scale": Setting(
+            (2048, 512), "pixels (long, short) that an image's sides are fitted into", PIXELS
+        ),
+        "evaluation.size_divisor": Setting(
+            1, "pixels; a fitted image is resized up to multiples of it, 32 for ADE20K", Range(1, 1024)
+        ),
+        "evaluation.img_ratios": Setting(
+            (1.0,), "factors on evaluation.scale; the probabilities of several are averaged", RATIO
+        ),
+        "evaluation.flip": Setting(False, "average with the probabilities of the mirrored image"),
+        "evaluation.mode": Setting(
+            "whole", "the image at once, or windows that are averaged where they overlap", ("whole", "slide")
+        ),
+        "evaluation.crop_size": Setting((512, 512), "pixels (height, width) of a window of slide", PIXELS),
+        "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows of slide", PIXELS),
+        "evaluation.per_device_batch_size": Setting(
+            0, "images that a device computes at once; 0: 1 on a CPU, 8 elsewhere", Range(0, 4096)
+        ),
+    },
+}
+SETTINGS: dict[str, Setting] = {key: row for group in GROUPS.values() for key, row in group.items()}
+
+# Names that settings had before they took mmsegmentation's.
+RENAMED = {
+    "model.classes": "model.num_classes",
+    "model.width": "model.head_channels",
+    "model.drop_path": "model.drop_path_rate",
+    "model.dropout": "model.dropout_ratio",
+    "model.depthwise": "model.depthwise_impl",
+    "data.zero_label_void": "data.reduce_zero_label",
+    "data.crop": "data.crop_size",
+    "data.ratio": "data.ratio_range",
+    "data.category_share": "data.cat_max_ratio",
+    "data.flip": "data.flip_prob",
+    "data.photometric": "data.photometric_distortion",
+    "data.workers": "data.num_workers",
+    "optimizer.head_multiplier": "optimizer.head_lr_mult",
+    "schedule.learning_rate": "schedule.lr",
+    "schedule.least_learning_rate": "schedule.min_lr",
+    "evaluation.align": "evaluation.size_divisor",
+    "evaluation.batch_size": "evaluation.per_device_batch_size",
+    "evaluation.crop": "evaluation.crop_size",
+    "evaluation.scales": "evaluation.img_ratios",
+    "accumulation": "grad_accum_steps",
+    "checkpoints_kept": "max_to_keep",
+    "loss_mean": "ignore_void_in_mean",
+    "ema": "ema_decay",
+}
+
+
+def as_typed(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value).replace(", ", ",") if isinstance(value, tuple) else str(value)
+
+
+def as_text() -> str:
+    """The table for a terminal."""
+    lines = ["Every setting with its default; change one by --config.KEY=VALUE."]
+    for title, group in GROUPS.items():
+        lines += ["", title]
+        for key, row in group.items():
+            lines += [f"  {key}={as_typed(row.default)}", f"      {row.meaning} [{row.expected}]"]
+    return "\n".join(lines)
+
+
+def as_markdown() -> str:
+    """The table as docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "`python -m topformer_jax.config > docs/settings.md` makes this page from the table in",
+        "`topformer_jax/config/settings.py`; `--help-config` of any command prints it too. The defaults are those of",
+        "`config.base_config()`; recipes change some of them. To change one, add `--config.KEY=VALUE` to a command,",
+        '`load(..., **{"KEY": VALUE})` in Python, or an assignment in a config file.',
+    ]
+    for title, group in GROUPS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| setting | default | legal values | meaning |",
+            "|---|---|---|---|",
+        ]
+        lines += [_markdown_row(key, row) for key, row in group.items()]
+    return "\n".join(lines)
+
+
+def _markdown_row(key: str, row: Setting) -> str:
+    default = as_typed(row.default)
+    cells = (f"`{key}`", f"`{default}`" if default else "", row.expected, row.meaning)
+    return f"| {' | '.join(cells)} |".replace("<", "&lt;")
