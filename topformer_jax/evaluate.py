@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, convert, files, inference, logs, metrics, models, pictures, report, sharding
+from topformer_jax import cli, convert, files, inference, logs, metrics, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.catalog import DataSet
@@ -40,6 +40,7 @@ from topformer_jax.views import (
     prepare,
     untile,
 )
+from topformer_jax.visualize import drawing, report
 
 IN_FLIGHT = 2  # batches that the devices may be behind
 
@@ -211,7 +212,7 @@ def run(config: ConfigDict, model: models.Segmenter, workdir: pathlib.Path, opti
     def save(seen: ExampleResult) -> None:
         if options.predictions:
             path = options.predictions / f"{seen.name}.png"
-            pictures.write_indexed(path, seen.prediction(), data_set.palette)
+            drawing.write_labels(path, seen.prediction(), data_set.palette)
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
     with logs.Progress(len(source), "images", active=jax.process_index() == 0) as bar:
@@ -231,7 +232,7 @@ def _write(
     options: "Options",
 ) -> None:
     """Prints the table and writes metrics.json, confusion.csv and the report."""
-    scores = metrics.scores(result.confusion)
+    scores = metrics.compute_scores(result.confusion)
     print(table(scores, data_set.classes))
     evaluation = config.evaluation.to_dict()
     unused = {"batch_size"} | ({"crop", "stride"} if config.evaluation.mode == "whole" else set())
@@ -254,12 +255,12 @@ def _write(
         },
         **facts,
     }
-    files.write(workdir / "metrics.json", json.dumps(numbers, indent=2) + "\n")
+    files.write_file(workdir / "metrics.json", json.dumps(numbers, indent=2) + "\n")
     lines = io.StringIO()
     writer = csv.writer(lines)
     writer.writerow(["label", *data_set.classes])
     writer.writerows([name, *row] for name, row in zip(data_set.classes, result.confusion, strict=True))
-    files.write(workdir / "confusion.csv", lines.getvalue())
+    files.write_file(workdir / "confusion.csv", lines.getvalue())
 
     predict = inference.Predictor(model, config.evaluation)
 

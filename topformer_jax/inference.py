@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from topformer_jax import models
 from topformer_jax.config import base_config
 from topformer_jax.data.augment import normalise
-from topformer_jax.metrics import confusion_counts
+from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.ops import tiled
 from topformer_jax.ops.tiled import ViewLogits
@@ -123,7 +123,7 @@ class CompiledInference:
             def use(carry: Any, scores: Array, tile: Array) -> Any:
                 predictions, counts = carry
                 best = tiled.largest(scores)
-                counts = counts + confusion_counts(labels[tile], best, classes)
+                counts = counts + count_confusions(labels[tile], best, classes)
                 return predictions.at[tile].set(best.astype(jnp.uint8)), counts
 
             start = (jnp.zeros_like(labels), jnp.zeros(classes**2, jnp.int32))

@@ -24,11 +24,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoint as checkpoint_lib
-from topformer_jax import cli, files, logs, metrics, models, pictures, sharding
+from topformer_jax import cli, files, logs, metrics, models, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 from topformer_jax.evaluate import ExampleResult, evaluate
 from topformer_jax.step import TrainState, create
+from topformer_jax.visualize import drawing
 
 PICTURES = 6  # rows of the picture grid
 
@@ -64,14 +65,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     if start:
         state = _restored(checkpoints, start, state, config)
     if first:
-        files.write(workdir / "config.json", config.to_json(indent=2))
+        files.write_file(workdir / "config.json", config.to_json(indent=2))
 
     # ---- banner
     steps = config.schedule.steps
     if first:
         device = jax.devices()[0]
         epochs = steps * config.batch_size / len(train_source)
-        logs.banner(
+        logs.print_banner(
             {
                 "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
                 f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
@@ -124,7 +125,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     def end_if(stopping: int, step: int) -> None:
         if stopping:
             checkpoints.wait()
-            log.say(f"stopped at step {step} and saved; the same command goes on from here")
+            log.print_line(f"stopped at step {step} and saved; the same command goes on from here")
             raise SystemExit(128 + stopping)
 
     # ---- the loop
@@ -160,9 +161,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 "images_per_second": len(fetched) * config.batch_size / elapsed,
                 "data_wait": min((now_waited - waited) / elapsed, 1.0),
             }
-            log.train(step, means | {"skipped": batches.skipped})
+            log.log_step(step, means | {"skipped": batches.skipped})
             for index in sorted(batches.unreadable - told) if first else ():
-                log.say(f"skipped: {loader.why_unreadable(train_source, index, config)}")
+                log.print_line(f"skipped: {loader.why_unreadable(train_source, index, config)}")
             told = batches.unreadable
 
             stopping = stop.agreed()
@@ -268,7 +269,7 @@ def _evaluate(
     def keep(seen: ExampleResult) -> None:
         if len(rows) < PICTURES and log.active:
             rows.append(
-                [seen.image, *(pictures.colorize(x, palette) for x in (seen.label, seen.prediction()))]
+                [seen.image, *(drawing.colorize(x, palette) for x in (seen.label, seen.prediction()))]
             )
 
     def go_on(*_: object) -> None:
@@ -280,10 +281,10 @@ def _evaluate(
     except _CutShort:
         return None
     if rows:
-        grid = pictures.grid(rows, titles=("image", "label", "prediction"))
-        pictures.write(workdir / "pictures" / f"{step:07}.png", grid)
-    scores = metrics.scores(result.confusion)
-    log.evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
+        grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
+        drawing.write_image(workdir / "pictures" / f"{step:07}.png", grid)
+    scores = metrics.compute_scores(result.confusion)
+    log.log_evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
     return scores.miou
 
 
