@@ -21,7 +21,7 @@ from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import config, inference, models
 from topformer_jax.data.augment import normalise
 from topformer_jax.inference import compiled, geometry
-from topformer_jax.metrics import confusion_counts, scores
+from topformer_jax.metrics import compute_scores, count_confusions
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
 from topformer_jax.ops.tiled import TILE, ViewLogits
@@ -121,12 +121,12 @@ def test_counts_are_those_of_numpy() -> None:
     labels[labels > 6] = 255
     expected = np.zeros((7, 7), np.int64)
     np.add.at(expected, (labels[labels < 7], guesses[labels < 7]), 1)
-    found = confusion_counts(jnp.asarray(labels), jnp.asarray(guesses.astype(np.int32)), 7)
+    found = count_confusions(jnp.asarray(labels), jnp.asarray(guesses.astype(np.int32)), 7)
     assert np.array_equal(np.asarray(found).reshape(7, 7), expected)
 
 
 def test_a_class_that_is_nowhere_is_left_out() -> None:
-    result = scores(np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]))
+    result = compute_scores(np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]]))
     assert np.allclose(result.iou[:2], [6 / 9, 3 / 6])
     assert np.isnan(result.iou[2])
     assert np.isclose(result.miou, (6 / 9 + 3 / 6) / 2)
@@ -170,7 +170,7 @@ def _evaluated_by(model: models.Segmenter, **changes: Any) -> models.Segmenter:
     overrides = {f"evaluation.{key}": value for key, value in changes.items()}
     graphdef, state = nnx.split(model)
     changed = nnx.merge(graphdef, state)
-    changed.config = FrozenConfigDict(config.load(config.ConfigDict(model.config), overrides))
+    changed.config = FrozenConfigDict(config.load(model.config, overrides))
     return changed
 
 

@@ -86,7 +86,7 @@ def test_a_full_disk_under_the_logs(
     def fill() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             for step in range(1, 1000):
-                log.train(step, dict.fromkeys(names, 1.0))
+                log.log_step(step, dict.fromkeys(names, 1.0))
 
     with pytest.raises(UserError, match=r"cannot write .*: No space left on device") as error:
         fill()

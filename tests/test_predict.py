@@ -27,7 +27,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _picture(path: pathlib.Path, height: int, width: int) -> np.ndarray:
+def _write_image(path: pathlib.Path, height: int, width: int) -> np.ndarray:
     image = np.random.default_rng(height).integers(0, 256, (height, width, 3)).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), image)
@@ -47,17 +47,17 @@ def _command(module: str, *arguments: str, stdin: bytes | None = None) -> subpro
 
 def test_a_folder_with_what_users_have_in_it(weights: str, tmp_path: pathlib.Path) -> None:
     inside = tmp_path / "in"
-    _picture(inside / "a.png", 40, 50)
-    _picture(inside / "deep" / "b.jpg", 1, 1)
-    _picture(inside / "long.png", 20, 20000)
-    (inside / "notes.txt").write_text("not a picture")
+    _write_image(inside / "a.png", 40, 50)
+    _write_image(inside / "deep" / "b.jpg", 1, 1)
+    _write_image(inside / "long.png", 20, 20000)
+    (inside / "notes.txt").write_text("not an image")
     (inside / "cut.jpg").write_bytes((inside / "deep" / "b.jpg").read_bytes()[:200])
     out = tmp_path / "out"
     done = _command("predict", "--checkpoint", weights, "--output", str(out), "--probabilities", str(inside))
     assert done.returncode == 2
     assert "notes.txt" in done.stdout.decode()
     assert "cut.jpg is cut off" in done.stdout.decode()
-    assert done.stderr.decode() == f"error: 1 of 4 pictures could not be read; the others are in {out}\n"
+    assert done.stderr.decode() == f"error: 1 of 4 images could not be read; the others are in {out}\n"
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     stems = ("a", "deep/b", "long")
     assert names == {
@@ -77,26 +77,26 @@ def test_a_folder_with_what_users_have_in_it(weights: str, tmp_path: pathlib.Pat
 
 
 def test_standard_input(weights: str, tmp_path: pathlib.Path) -> None:
-    _picture(tmp_path / "a.png", 30, 70)
+    _write_image(tmp_path / "a.png", 30, 70)
     data = (tmp_path / "a.png").read_bytes()
     done = _command("predict", "--checkpoint", weights, "--output", str(tmp_path / "out"), "-", stdin=data)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"stdin_overlay.jpg", "stdin_mask.png"}
 
 
-def test_pictures_are_found_once_and_outputs_differ(tmp_path: pathlib.Path) -> None:
-    _picture(tmp_path / "a.png", 4, 4)
-    _picture(tmp_path / "b" / "a.png", 4, 4)
-    work, others = predict.jobs([str(tmp_path), str(tmp_path / "*.png")])
-    assert [str(job.output) for job in work] == ["a", "b/a"]
+def test_images_are_listed_once_and_outputs_differ(tmp_path: pathlib.Path) -> None:
+    _write_image(tmp_path / "a.png", 4, 4)
+    _write_image(tmp_path / "b" / "a.png", 4, 4)
+    images, others = predict.list_images([str(tmp_path), str(tmp_path / "*.png")])
+    assert [str(file.output) for file in images] == ["a", "b/a"]
     assert others == []
     with pytest.raises(UserError, match=r"would both be written to a_mask\.png"):
-        predict.jobs([str(tmp_path / "a.png"), str(tmp_path / "b" / "a.png")])
-    with pytest.raises(UserError, match="there is no picture"):
-        predict.jobs([str(tmp_path / "*.gif")])
+        predict.list_images([str(tmp_path / "a.png"), str(tmp_path / "b" / "a.png")])
+    with pytest.raises(UserError, match="there is no image"):
+        predict.list_images([str(tmp_path / "*.gif")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no picture"):
-        predict.jobs([str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="holds no image"):
+        predict.list_images([str(tmp_path / "empty")])
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from topformer_jax import pictures, report
 from topformer_jax.data.catalog import CATALOG, DataSet
 from topformer_jax.errors import UserError
+from topformer_jax.visualize import drawing, report
 
 HOSTILE = '<b onload="x">&"\'</style>'
 NAMES = (HOSTILE, "Größe", "x" * 60, "absent", "predicted")
@@ -62,7 +62,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def shown(name: str = "a", size: tuple[int, int] = (40, 60), seed: int = 0) -> report.ReportExample:
+def example(name: str = "a", size: tuple[int, int] = (40, 60), seed: int = 0) -> report.ReportExample:
     rng = np.random.default_rng(seed)
     label = np.zeros(size, np.uint8)
     label[: size[0] // 2] = 1
@@ -132,7 +132,7 @@ def test_confusions_are_shares_of_their_label_sorted_by_pixels(tmp_path: pathlib
 
 def test_names_stay_text_and_nothing_comes_from_elsewhere(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "report.html"
-    examples = [shown(HOSTILE)]
+    examples = [example(HOSTILE)]
     page = write(path, title=HOSTILE, facts={HOSTILE: HOSTILE}, best=examples, worst=examples)
     tags = {name for name, _ in page.elements}
     assert not tags & {"script", "link", "iframe", "object", "base"}
@@ -151,9 +151,11 @@ def test_names_stay_text_and_nothing_comes_from_elsewhere(tmp_path: pathlib.Path
     assert links == {f"#{attributes['id']}" for attributes in page.named("section")}
 
 
-def test_embedded_pictures_are_reduced_and_in_their_colours(tmp_path: pathlib.Path) -> None:
+def test_embedded_images_are_reduced_and_in_their_colours(tmp_path: pathlib.Path) -> None:
     page = write(
-        tmp_path / "report.html", best=[shown(size=(600, 1200)), shown()], worst=[shown(size=(3000, 20))]
+        tmp_path / "report.html",
+        best=[example(size=(600, 1200)), example()],
+        worst=[example(size=(3000, 20))],
     )
     images = []
     for attributes in page.named("img"):
@@ -167,7 +169,7 @@ def test_embedded_pictures_are_reduced_and_in_their_colours(tmp_path: pathlib.Pa
     _, label, prediction, errors = (np.asarray(image) for image in images[4:8])
     np.testing.assert_array_equal(label[[60, 180], 100], [FIVE.palette[1], FIVE.palette[0]])
     np.testing.assert_array_equal(prediction[60, [100, 400]], [FIVE.palette[4], FIVE.palette[1]])
-    np.testing.assert_array_equal(errors[60, [100, 400]], [pictures.WRONG, pictures.RIGHT])
+    np.testing.assert_array_equal(errors[60, [100, 400]], [drawing.WRONG, drawing.CORRECT])
     assert (np.asarray(images[11])[:, -1] == 0).all(), "void in the label is void in the errors"
     assert page.text.count("void") == 3
     assert "50.0% of its pixels right, mIoU –" in "".join(page.text)  # noqa: RUF001
@@ -176,9 +178,9 @@ def test_embedded_pictures_are_reduced_and_in_their_colours(tmp_path: pathlib.Pa
 def test_a_noisy_map_does_not_swell_the_file(tmp_path: pathlib.Path) -> None:
     ade = CATALOG["ade20k"]
     noise = np.random.default_rng(0).integers(0, 150, (480, 480), np.uint8)
-    example = report.ReportExample("noise", 0.1, 0.1, np.zeros((480, 480, 3), np.uint8), noise, noise)
+    noisy = report.ReportExample("noise", 0.1, 0.1, np.zeros((480, 480, 3), np.uint8), noise, noise)
     path = tmp_path / "report.html"
-    page = write(path, data_set=ade, confusion=np.eye(150, dtype=np.int64), best=[example])
+    page = write(path, data_set=ade, confusion=np.eye(150, dtype=np.int64), best=[noisy])
     assert [str(attributes["src"])[11:15] for attributes in page.named("img")] == ["jpeg"] * 3 + ["png;"]
     assert path.stat().st_size < 1_200_000
 
@@ -198,7 +200,7 @@ def test_the_matrix_is_drawn_for_few_and_many_classes(
     assert squares == {"right": count, "wrong": count**2 - count}
     names = [attributes for attributes in page.named("text") if "class" not in attributes]
     assert len(names) == 2 * (numbered or count)
-    assert len(page.rows) == 1 + 1 + count + 1 + report.CONFUSIONS
+    assert len(page.rows) == 1 + 1 + count + 1 + report.MAX_CONFUSIONS
 
 
 @pytest.mark.parametrize("confusion", [np.zeros((5, 5), np.int64), 7 * np.eye(5, dtype=np.int64)])
@@ -211,7 +213,7 @@ def test_nothing_labelled_or_nothing_wrong(confusion: np.ndarray, tmp_path: path
     assert "nan" not in text
 
 
-def test_a_report_that_cannot_be_written_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_report_that_cannot_be_written_is_a_user_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path / "file" / "report.html")

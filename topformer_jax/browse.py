@@ -1,25 +1,39 @@
-"""Shows what the loader feeds the network: a picture of augmented images and their labels, some a row.
+"""Shows what the loader feeds the network: a grid of augmented training images and their labels.
 
   python -m topformer_jax.browse --config configs/topformer_b_ade.py --config.data.root=DIR --output browse.png
 
-Takes what training would take at its first step (or at --step), after crop, flip and colours; black is void.
+Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black.
 """
 
 import pathlib
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from topformer_jax import cli, pictures
+from topformer_jax import cli
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
 from topformer_jax.errors import UserError
+from topformer_jax.visualize import drawing
 
 
-def browse(config: ConfigDict, step: int, count: int) -> np.ndarray:
-    """The first `count` examples of a step's batch as a picture: image, label, and the one over the other."""
+def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
+    """Draws the first `count` examples of a step's batch, one a row: image, label and their blend.
+
+    Args:
+        config: of the data and the training.
+        step: of the training, from 0.
+        count: number of examples, at most the batch size.
+
+    Returns:
+        uint8 `[_, _, 3]`, RGB.
+
+    Raises:
+        UserError: the data does not fit the config or cannot be read.
+    """
     data_set = sources.data_set(config)
     source = sources.open_source(config, "train")
     batches = loader.training_batches(
@@ -29,27 +43,27 @@ def browse(config: ConfigDict, step: int, count: int) -> np.ndarray:
         batch = {name: values[:count] for name, values in next(batches).items()}
     finally:
         batches.close()
-    augmented = jax.jit(
+    augment_batch = jax.jit(
         lambda batch: augment(
             batch, config.seed, flip=config.data.flip_prob, photometric=config.data.photometric_distortion
         )
     )
-    images, labels = (np.asarray(array) for array in augmented(batch))
-    inside = np.zeros((*labels.shape, 1), bool)
-    for number, (height, width) in enumerate(batch["size"]):
-        inside[number, :height, :width] = True
-    shown = np.where(inside, np.clip(np.rint(images * STD + MEAN), 0, 255), 0).astype(np.uint8)
+    images, labels = (np.asarray(array) for array in augment_batch(batch))
     rows, captions = [], []
-    for number, (image, label) in enumerate(zip(shown, labels.astype(np.uint8), strict=True)):
-        rows.append(
-            [
-                image,
-                pictures.colorize(label, data_set.palette),
-                pictures.blend(image, label, data_set.palette),
-            ]
-        )
+    for number, (normalized, size) in enumerate(zip(images, batch["size"], strict=True)):
+        image, label = _denormalize(normalized, size), labels[number].astype(np.uint8)
+        colours = drawing.colorize(label, data_set.palette)
+        rows.append([image, colours, drawing.blend(image, label, data_set.palette)])
         captions.append(f"example {batch['index'][number]}, epoch {batch['epoch'][number]}")
-    return pictures.grid(rows, titles=("image", "label", "both"), captions=captions, height=256)
+    return drawing.image_grid(rows, titles=("image", "label", "both"), captions=captions, height=256)
+
+
+def _denormalize(image: Float[np.ndarray, "h w 3"], size: Int[np.ndarray, "2"]) -> drawing.Image:
+    """The image as uint8 RGB; the padding outside `size` (height, width) becomes black."""
+    pixels = np.clip(np.rint(image * STD + MEAN), 0, 255).astype(np.uint8)
+    height, width = size
+    pixels[height:], pixels[:, width:] = 0, 0
+    return pixels
 
 
 def main() -> None:
@@ -58,14 +72,16 @@ def main() -> None:
     parser.add_argument(
         "--output", type=pathlib.Path, metavar="FILE", help="default: runs/<config name>/browse.png"
     )
-    parser.add_argument("--count", type=int, default=8, help="examples of the batch, at most all (default 8)")
-    parser.add_argument("--step", type=int, default=0, help="of training, from 0 (default 0)")
+    parser.add_argument(
+        "--count", type=int, default=8, help="number of examples, at most the batch size (default 8)"
+    )
+    parser.add_argument("--step", type=int, default=0, help="training step, from 0 (default 0)")
     args, config = parser.parse()
     assert config is not None  # --config is required
     if args.count < 1 or args.step < 0:
         raise UserError(f"--count is {args.count}, --step {args.step}: expected 1 or more, and 0 or more")
     output = args.output or pathlib.Path("runs") / config.name / "browse.png"
-    pictures.write(output, browse(config, args.step, args.count))
+    drawing.write_image(output, browse(config, args.step, args.count))
     print(f"wrote {output}")
 
 

@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from topformer_jax import checkpoints, cli, files, logs, metrics, models, pictures, report, sharding
+from topformer_jax import checkpoints, cli, files, logs, metrics, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 from topformer_jax.inference import Predictor
 from topformer_jax.validate import ExampleResult, Validation, validate
+from topformer_jax.visualize import drawing, report
 
 
 def evaluate(model: models.Segmenter, args: argparse.Namespace) -> Validation:
@@ -39,13 +40,13 @@ def evaluate(model: models.Segmenter, args: argparse.Namespace) -> Validation:
     def save_prediction(example: ExampleResult) -> None:
         if args.save_predictions:
             path = args.save_predictions / f"{example.name}.png"
-            pictures.write_indexed(path, example.prediction(), palette)
+            drawing.write_labels(path, example.prediction(), palette)
 
     mesh = sharding.make_inference_mesh(jax.devices())
     with logs.Progress(len(source), "images", active=is_first) as progress:
         result = validate(model, source, mesh, on_example=save_prediction, on_progress=progress.update)
     if is_first:
-        scores = metrics.scores(result.confusion)
+        scores = metrics.compute_scores(result.confusion)
         print(format_table(scores, sources.data_set(config).classes))
         facts = _describe(model, source, result, args)
         _write_scores(workdir, scores, result, sources.data_set(config).classes, facts)
@@ -103,12 +104,12 @@ def _write_scores(
         },
         **facts,
     }
-    files.write(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
+    files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
     lines = io.StringIO()
     writer = csv.writer(lines)
     writer.writerow(["label", *classes])
     writer.writerows([name, *row] for name, row in zip(classes, result.confusion, strict=True))
-    files.write(workdir / "confusion.csv", lines.getvalue())
+    files.write_file(workdir / "confusion.csv", lines.getvalue())
 
 
 def _write_report(

@@ -1,4 +1,4 @@
-"""What a run tells: a banner, a progress bar or plain lines, JSON lines, TensorBoard, curves, pictures."""
+"""What a command reports: a banner, a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
 
 import contextlib
 import io
@@ -7,7 +7,6 @@ import logging
 import math
 import pathlib
 import socket
-import struct
 import sys
 import time
 import warnings
@@ -19,11 +18,11 @@ from tqdm import tqdm
 from topformer_jax import files
 from topformer_jax.errors import UserError
 
-PLAIN_SECONDS = 10  # between lines where there is no terminal
+PRINT_INTERVAL = 10  # seconds between lines of progress where there is no terminal
 
 
-def banner(rows: Mapping[str, object]) -> None:
-    """Prints what a run is about to do, a line a fact."""
+def print_banner(rows: Mapping[str, object]) -> None:
+    """Prints what a run is about to do, one line a row: its name and its value."""
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
 
@@ -50,36 +49,52 @@ def _report_unless_loop_is_closed(unraisable: Any) -> None:
 
 
 class RunLog:
-    """The log of one training run; on all but the first process of several it does nothing.
+    """The log of one training run; on all processes but the first it does nothing.
 
-    Writes `metrics.jsonl` and TensorBoard files into the work directory, and to the screen a progress bar on a
-    terminal, plain lines elsewhere. A run that goes on at `start` drops what an earlier one logged after it.
+    Appends to `metrics.jsonl` (one JSON object a line: `step`, `kind`, values) and writes TensorBoard events, both in
+    the work directory, and shows a progress bar on a terminal, plain lines elsewhere. A run resumed at `start`
+    discards the records of later steps.
+
+    Args:
+        workdir: an existing folder.
+        start: the step that the run resumes from, 0 for a new run.
+        steps: the last step of the run.
+        active: whether this is the first process.
+
+    Raises:
+        UserError: (every method too) a file cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int, steps: int, *, active: bool):
         self.active = active
         self.steps = steps
         self._path = workdir / "metrics.jsonl"
-        self._started, self._start = time.monotonic(), start
+        self._start, self._start_time = start, time.monotonic()
         if not active:
             return
-        kept = [record for record in read_records(self._path) if record["step"] <= start]
-        files.write(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._board = _Board(workdir / "tensorboard", start + 1)
+        earlier = [record for record in read_records(self._path) if record["step"] <= start]
+        files.write_file(self._path, "".join(json.dumps(record) + "\n" for record in earlier))
+        self._events = _EventWriter(workdir / "tensorboard", start + 1)
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=False
         )
 
-    def train(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the values of a step of training, and how long the rest will take."""
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the metrics of a training step and the estimated time left.
+
+        Args:
+            step: its number, from 1.
+            values: at least loss, pixel_accuracy, learning_rate, images_per_second, data_wait (a share of the
+                time) and skipped (unreadable examples).
+        """
         if not self.active:
             return
         self._record(step, "train", values)
-        each = (time.monotonic() - self._started) / (step - self._start)
+        seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start)
         line = (
             f"step {step}/{self.steps}  loss {values['loss']:.4f}  pixels {values['pixel_accuracy']:.1%}  "
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
-            f"waiting {values['data_wait']:.0%}  left {_duration(each * (self.steps - step))}"
+            f"waiting {values['data_wait']:.0%}  left {_format_duration(seconds_per_step * (self.steps - step))}"
         )
         if values["skipped"]:
             line += f"  skipped {values['skipped']:.0f} unreadable"
@@ -89,103 +104,101 @@ class RunLog:
             self._bar.n = step
             self._bar.set_description_str(line.split("  ", 1)[1])
 
-    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs an evaluation's scores."""
+    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the scores of an evaluation after a step."""
         if not self.active:
             return
         self._record(step, "evaluation", values)
-        self.say(
-            f"step {step}/{self.steps}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-        )
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.print_line(f"step {step}/{self.steps}  {scores}")
 
-    def say(self, text: str) -> None:
-        """Prints a line without breaking the progress bar."""
+    def print_line(self, text: str) -> None:
+        """Prints a line above the progress bar."""
         if self.active:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Closes the progress bar and the event file."""
         if self.active:
             self._bar.close()
-            self._board.close()
+            self._events.close()
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror or error}") from None
-        self._board.add({f"{kind}/{name}": value for name, value in values.items()}, step)
+        with _report_write_error(self._path), self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._events.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
 
 
-class _Board:
-    """TensorBoard's file. tensorboardX's own writer is a thread; once that has met a full disk, all wait forever."""
+class _EventWriter:
+    """Writes TensorBoard's event file with tensorboardX's RecordWriter (TFRecord framing).
+
+    Not with its SummaryWriter, which writes from a thread: a full disk ends the thread, and
+    then its callers wait forever.
+    """
 
     def __init__(self, folder: pathlib.Path, step: int):
         from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
-        self._folder = folder
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        with self._writing():
+        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        with _report_write_error(self._path):
             folder.mkdir(exist_ok=True)
-            self._file = (folder / name).open("wb")
-        self._write({"file_version": "brain.Event:2"}, 0)
-        # TensorBoard forgets what an earlier file says of this step and later ones.
-        self._write({"session_log": SessionLog(status=SessionLog.START)}, step)
+            self._writer = RecordWriter(str(self._path))
+        self._write_event({"file_version": "brain.Event:2"}, 0)
+        # At a session's start TensorBoard discards what earlier files hold of this step and later ones.
+        self._write_event({"session_log": SessionLog(status=SessionLog.START)}, step)
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Writes what is finite of the values: tensorboardX warns of the rest."""
-        from tensorboardX import summary
+    def write_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Writes the finite values; TensorBoard cannot plot the others."""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        scalars = [summary.scalar(name, value) for name, value in values.items() if math.isfinite(value)]
-        self._write({"summary": Summary(value=[scalar.value[0] for scalar in scalars])}, step)
+        scalars = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+            if math.isfinite(value)
+        ]
+        self._write_event({"summary": Summary(value=scalars)}, step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written has been told
-            self._file.close()
+        with contextlib.suppress(OSError):  # a failed write was reported when it happened
+            self._writer.close()
 
-    def _write(self, content: Mapping[str, Any], step: int) -> None:
-        """Writes an event as a TFRecord: its length and itself, each with a checksum."""
+    def _write_event(self, content: Mapping[str, Any], step: int) -> None:
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.record_writer import masked_crc32c
 
-        with self._writing():
-            event = Event(wall_time=time.time(), step=step, **content).SerializeToString()
-            for part in (struct.pack("<Q", len(event)), event):
-                self._file.write(part + struct.pack("<I", masked_crc32c(part)))
-            self._file.flush()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"cannot write into {self._folder}: {error.strerror or error}") from None
+        with _report_write_error(self._path):
+            self._writer.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+            self._writer.flush()
 
 
 class Progress:
-    """How far a command is: a bar on a terminal, elsewhere a line now and then; `with` ends it."""
+    """The progress of a command: a bar on a terminal, elsewhere a line every 10 seconds; a context manager.
+
+    Args:
+        total: how many items there are.
+        unit: what they are, in the plural.
+        active: False shows nothing (on all processes but the first).
+    """
 
     def __init__(self, total: int, unit: str, *, active: bool = True):
         self._active = active
         self._total, self._unit = total, unit
-        self._told = 0.0
+        self._last_printed = 0.0
         self._bar = tqdm(total=total, unit=unit, disable=not active or not sys.stderr.isatty(), leave=False)
 
     def update(self, done: int, compiling: str = "") -> None:
-        """Shows how many are done, and what is being compiled, if anything is."""
+        """Shows how many items are done, and which input sizes are being compiled, if any."""
         note = f"compiling for {compiling}" if compiling else ""
         self._bar.n = done
         self._bar.set_postfix_str(note)
-        due = note or done == self._total or time.monotonic() - self._told >= PLAIN_SECONDS
+        due = note or done == self._total or time.monotonic() - self._last_printed >= PRINT_INTERVAL
         if self._active and self._bar.disable and due:
             print(f"{done}/{self._total} {self._unit}  {note}".rstrip(), flush=True)
-            self._told = time.monotonic()
+            self._last_printed = time.monotonic()
 
-    def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+    def print_line(self, text: str) -> None:
+        """Prints a line above the bar."""
         self._bar.write(text, file=sys.stdout)
 
     def __enter__(self) -> "Progress":
@@ -196,10 +209,10 @@ class Progress:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a line that was cut off by a crash is left out.
+    """The records of a `metrics.jsonl`, none if there is no file; a line cut off by a crash is skipped.
 
     Raises:
-        UserError: it is there, but cannot be read.
+        UserError: the file exists but cannot be read.
     """
     try:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -213,7 +226,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Draws loss, pixel accuracy, learning rate and mIoU over the steps.
+    """Plots loss, pixel accuracy, mIoU and learning rate over the steps into a PNG file.
 
     Raises:
         UserError: the file cannot be written.
@@ -237,12 +250,21 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
         axes.set_title(f"{kind}: {name.replace('_', ' ')}")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    files.write(path, picture.getvalue())
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110)
+    files.write_file(path, image.getvalue())
 
 
-def _duration(seconds: float) -> str:
+@contextlib.contextmanager
+def _report_write_error(path: pathlib.Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,4 +1,4 @@
-"""Scores of a segmentation: counts are integers, sum_over_processes over everything, and divided once."""
+"""Scores of a segmentation: pixels are counted as integers over the whole data set, then divided once."""
 
 from typing import NamedTuple
 
@@ -6,46 +6,62 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int, Int32, UInt8
+from jaxtyping import Array, Float64, Int, Int32, UInt8
 
 
 class Scores(NamedTuple):
-    """mmsegmentation's scores; a class that neither a label nor a prediction holds is nan and left out.
+    """mmsegmentation's scores, as shares of 1.
 
-    `iou` and `accuracy` are per class; `miou` and `macc` their means, `aacc` the share of correct pixels.
+    A class that occurs in no label and no prediction is nan and does not count in the means.
     """
 
-    iou: np.ndarray
-    accuracy: np.ndarray
-    miou: float
-    macc: float
-    aacc: float
+    iou: Float64[np.ndarray, " classes"]
+    accuracy: Float64[
+        np.ndarray, " classes"
+    ]  # correct pixels of the label's pixels; nan without such a label
+    miou: float  # mean of `iou`
+    macc: float  # mean of `accuracy`
+    aacc: float  # correct pixels of all labelled pixels
 
 
-def confusion_counts(
+def count_confusions(
     labels: UInt8[Array, "*size"], predictions: Int[Array, "*size"], classes: int
 ) -> Int32[Array, " pairs"]:
-    """How many pixels have each pair of label and prediction, `classes` squared of them, the label first.
+    """Counts the pixels of each pair of label and prediction: a flattened confusion matrix.
 
-    A label that is no class (void is 255) does not count. On the device: a scatter of ones, or on a TPU, which does
-    not scatter well, a product of two indicators, exact in float32 up to 2**24 pixels.
+    Runs on the device. A TPU scatters slowly, so there the counts are a product of one-hot matrices, exact in
+    float32 for fewer than 2**24 pixels; elsewhere they are a scatter-add.
+
+    Args:
+        labels: of any shape; a label that is not a class (void is 255) is not counted.
+        predictions: of the same shape, each below `classes`.
+        classes: number of classes.
+
+    Returns:
+        int32 `[classes * classes]`, the label's index varying slowest.
     """
     labels, predictions = labels.ravel().astype(jnp.int32), predictions.ravel()
 
-    def scattered(labels: Array, predictions: Array) -> Array:
+    def scatter(labels: Array, predictions: Array) -> Array:
         pairs = jnp.where(labels < classes, labels * classes + predictions, classes**2)
         return jnp.zeros(classes**2 + 1, jnp.int32).at[pairs].add(1)[:-1]
 
-    def multiplied(labels: Array, predictions: Array) -> Array:
-        one, two = (jax.nn.one_hot(x, classes, dtype=jnp.bfloat16) for x in (labels, predictions))
-        product = jnp.matmul(one.T, two, preferred_element_type=jnp.float32)
+    def multiply(labels: Array, predictions: Array) -> Array:
+        one_hot = [jax.nn.one_hot(x, classes, dtype=jnp.bfloat16) for x in (labels, predictions)]
+        product = jnp.matmul(one_hot[0].T, one_hot[1], preferred_element_type=jnp.float32)
         return product.astype(jnp.int32).ravel()
 
-    return lax.platform_dependent(labels, predictions, tpu=multiplied, default=scattered)
+    return lax.platform_dependent(labels, predictions, tpu=multiply, default=scatter)
 
 
-def scores(confusion: Int[np.ndarray, "classes classes"]) -> Scores:
-    """The scores of a confusion matrix."""
+def compute_scores(confusion: Int[np.ndarray, "classes classes"]) -> Scores:
+    """The scores of a confusion matrix of pixels, `[classes, classes]`: a row a label, a column a prediction.
+
+    >>> import numpy as np
+    >>> scores = compute_scores(np.array([[6, 2], [0, 2]]))
+    >>> scores.iou.tolist(), scores.accuracy.tolist(), scores.miou, scores.aacc
+    ([0.75, 0.5], [0.75, 1.0], 0.625, 0.8)
+    """
     correct = np.diag(confusion).astype(np.float64)
     labelled, predicted = confusion.sum(1), confusion.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):

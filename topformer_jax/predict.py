@@ -1,10 +1,10 @@
-"""Segments pictures: a colour overlay with a legend, and a mask of class numbers, for each.
+"""Segments images: writes a colour overlay with a legend and a mask of class numbers for each.
 
   python -m topformer_jax.predict --config configs/topformer_b_ade.py --checkpoint B.pth --output out holiday/ '*.jpg'
   cat a.jpg | python -m topformer_jax.predict --config configs/topformer_b_ade.py --checkpoint runs/b --output out -
 
-A picture is a file, a folder (with those below it), a pattern, or - for standard input, of any size; its EXIF
-orientation is respected. For DIR/a.jpg it writes OUTPUT/a_overlay.jpg, OUTPUT/a_mask.png (palette indices are class
+IMAGE is a file of any size, a folder (searched recursively), a glob pattern, or - for standard input; the EXIF
+orientation is applied. For DIR/a.jpg it writes OUTPUT/a_overlay.jpg, OUTPUT/a_mask.png (palette indices are class
 numbers) and, with --probabilities, OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
 """
 
@@ -16,130 +16,167 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
-from topformer_jax import checkpoints, cli, files, inference, logs, pictures
+from topformer_jax import checkpoints, cli, files, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.transforms import decode_image
 from topformer_jax.errors import UserError
+from topformer_jax.visualize import drawing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # looked for in folders
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of the images in folders
+STDIN = "-"
 
 
-class Job(NamedTuple):
-    """One picture, and what its outputs are called: a path below the output folder, without suffix."""
+class ImageFile(NamedTuple):
+    """An image to segment, and where its results go: a path below the output folder, without suffix."""
 
-    picture: str
+    path: str  # "-" is standard input
     output: pathlib.PurePath
 
 
-def jobs(arguments: Sequence[str]) -> tuple[list[Job], list[str]]:
-    """What a command line's pictures are, each once, and the files of its folders that are no pictures.
+def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
+    """Lists the images that a command line names, each once, and the other files in its folders.
+
+    Args:
+        arguments: files, folders, glob patterns, or "-".
 
     Raises:
-        UserError: there is nothing at one of them, or two would be written to the same place.
+        UserError: an argument names no image, or two images have the same output.
     """
-    found: dict[str, pathlib.PurePath] = {}
+    outputs: dict[str, pathlib.PurePath] = {}
     others: list[str] = []
     for argument in arguments:
-        if argument == "-":
-            found[argument] = pathlib.PurePath("stdin")
+        if argument == STDIN:
+            outputs[argument] = pathlib.PurePath("stdin")
             continue
         paths = [argument] if pathlib.Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
         if not paths:
-            raise UserError(f"there is no picture {argument}: give files, folders, patterns, or - for stdin")
+            raise UserError(f"there is no image {argument}: give files, folders, patterns, or - for stdin")
         for path in map(pathlib.Path, paths):
             if not path.is_dir():
-                found[str(path)] = pathlib.PurePath(path.stem)
+                outputs[str(path)] = pathlib.PurePath(path.stem)
                 continue
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            chosen = [p for p in inside if p.suffix.lower() in SUFFIXES]
-            others += [str(p) for p in inside if p not in set(chosen)]
-            if not chosen and path == pathlib.Path(argument):
-                raise UserError(f"{path} holds no picture: looked for {', '.join('*' + s for s in SUFFIXES)}")
-            found |= {str(p): p.relative_to(path).with_suffix("") for p in chosen}
-    owner: dict[pathlib.PurePath, str] = {}
-    for picture, output in found.items():
-        if output in owner:
-            raise UserError(
-                f"{owner[output]} and {picture} would both be written to {output}_mask.png: segment them one "
-                "after the other, into two folders"
-            )
-        owner[output] = picture
-    return [Job(*pair) for pair in found.items()], others
+            images, rest = _search_folder(path)
+            others += rest
+            if not images and path == pathlib.Path(argument):
+                raise UserError(f"{path} holds no image: looked for {', '.join('*' + s for s in SUFFIXES)}")
+            outputs |= {str(image): image.relative_to(path).with_suffix("") for image in images}
+    _check_distinct(outputs)
+    return [ImageFile(*item) for item in outputs.items()], others
 
 
-def predict(
+def segment_files(
     predictor: inference.Predictor,
-    work: Sequence[Job],
+    images: Sequence[ImageFile],
     output: pathlib.Path,
     data_set: sources.DataSet,
     *,
     probabilities: bool,
-    show: logs.Progress,
+    progress: logs.Progress,
 ) -> list[str]:
-    """Segments every picture and writes what is asked for; returns the lines of those that cannot be read."""
-    failed = []
-    for number, (job, image) in enumerate(loader.in_order(_read, work)):
-        show.update(number)
+    """Segments each image and writes its results.
+
+    Args:
+        predictor: of the trained model.
+        images: what to segment.
+        output: an existing folder.
+        data_set: names and colours of the classes.
+        probabilities: whether to write the probabilities of the classes too.
+        progress: shows the number of segmented images, and each error.
+
+    Returns:
+        The errors of the images that cannot be read, a line each; these are skipped.
+
+    Raises:
+        UserError: a result cannot be written.
+    """
+    errors = []
+    for number, (file, image) in enumerate(loader.in_order(_read_image, images)):
+        progress.update(number)
         if isinstance(image, UserError):
-            show.say(f"left out: {image.line}")
-            failed.append(image.line)
+            progress.print_line(f"skipped: {image.line}")
+            errors.append(image.line)
             continue
-        labels, values = predictor.with_probabilities(image) if probabilities else (predictor(image), None)
-        base = output / job.output
-        overlay = pictures.overlay(image, labels, data_set)
-        suffix = "jpg" if max(overlay.shape) <= pictures.JPEG_SIDE else "png"
-        pictures.write(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)
-        pictures.write_indexed(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
-        if values is not None:
-            packed = io.BytesIO()
-            small = values.astype(np.float16)
-            np.savez_compressed(packed, probabilities=small, classes=np.array(data_set.classes))
-            files.write(base.with_name(f"{base.name}_probabilities.npz"), packed.getvalue())
-    show.update(len(work))
-    return failed
+        base = output / file.output
+        if probabilities:
+            labels, values = predictor.with_probabilities(image)
+            _write_probabilities(base.with_name(f"{base.name}_probabilities.npz"), values, data_set.classes)
+        else:
+            labels = predictor(image)
+        overlay = drawing.overlay(image, labels, data_set)
+        suffix = "jpg" if max(overlay.shape) <= drawing.MAX_JPEG_SIDE else "png"
+        drawing.write_image(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)
+        drawing.write_labels(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
+    progress.update(len(images))
+    return errors
 
 
-def _read(job: Job) -> tuple[Job, np.ndarray | UserError]:
+def _search_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+    """The images below a folder, sorted, and the other files; hidden files are ignored."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    return images, [str(path) for path in paths if path.suffix.lower() not in SUFFIXES]
+
+
+def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
+    """Refuses two images with the same output."""
+    owners: dict[pathlib.PurePath, str] = {}
+    for image, output in outputs.items():
+        if output in owners:
+            raise UserError(
+                f"{owners[output]} and {image} would both be written to {output}_mask.png: segment them one "
+                "after the other, into two folders"
+            )
+        owners[output] = image
+
+
+def _read_image(file: ImageFile) -> tuple[ImageFile, drawing.Image | UserError]:
+    """Reads and decodes an image; returns the error, for the caller to go on with the next one."""
     try:
-        data = sys.stdin.buffer.read() if job.picture == "-" else pathlib.Path(job.picture).read_bytes()
-        return job, decode_image(data, "standard input" if job.picture == "-" else job.picture)
+        if file.path == STDIN:
+            return file, decode_image(sys.stdin.buffer.read(), "standard input")
+        return file, decode_image(pathlib.Path(file.path).read_bytes(), file.path)
     except OSError as error:
-        return job, UserError(f"{job.picture} cannot be read: {error.strerror or error}")
+        return file, UserError(f"{file.path} cannot be read: {error.strerror or error}")
     except UserError as error:
-        return job, error
+        return file, error
+
+
+def _write_probabilities(
+    path: pathlib.Path, values: Float[np.ndarray, "h w classes"], names: Sequence[str]
+) -> None:
+    data = io.BytesIO()
+    np.savez_compressed(data, probabilities=values.astype(np.float16), classes=np.array(names))
+    files.write_file(path, data.getvalue())
 
 
 def main() -> None:
     """The command."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="files, folders, patterns, or -")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=".pth file or checkpoint folder")
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
     args, config = parser.parse()
     assert config is not None  # --config is required
-    work, others = jobs(args.pictures)
+    images, others = list_images(args.images)
     if others:
         more = ", ..." if len(others) > 3 else ""
-        print(f"left out, no pictures: {len(others)} files ({', '.join(others[:3])}{more})")
+        print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
     files.make_folder(args.output)
     predictor = inference.Predictor(model)
-    with logs.Progress(len(work), "pictures") as show:
-        failed = predict(
-            predictor,
-            work,
-            args.output,
-            sources.data_set(config),
-            probabilities=args.probabilities,
-            show=show,
+    data_set = sources.data_set(config)
+    with logs.Progress(len(images), "images") as progress:
+        errors = segment_files(
+            predictor, images, args.output, data_set, probabilities=args.probabilities, progress=progress
         )
-    if failed:
+    if errors:
         raise UserError(
-            f"{len(failed)} of {len(work)} pictures could not be read; the others are in {args.output}"
+            f"{len(errors)} of {len(images)} images could not be read; the others are in {args.output}"
         )
-    print(f"wrote {len(work)} overlays and masks into {args.output}")
+    print(f"wrote {len(images)} overlays and masks into {args.output}")
 
 
 if __name__ == "__main__":

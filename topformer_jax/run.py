@@ -14,12 +14,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, logs, metrics, models, pictures, sharding
+from topformer_jax import checkpoints, files, logs, metrics, models, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import TrainState
 from topformer_jax.validate import ExampleResult, validate
+from topformer_jax.visualize import drawing
 
 GRID_ROWS = 6  # validation images in the grid that each evaluation writes
 
@@ -94,7 +95,7 @@ def print_banner(
     steps, start = config.schedule.steps, int(state.step)
     epochs = steps * config.batch_size / len(splits[0])
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    logs.banner(
+    logs.print_banner(
         {
             "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
             f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
@@ -158,10 +159,10 @@ class Monitor:
             "images_per_second": len(fetched) * run.config.batch_size / elapsed,
             "data_wait": min((batches.waited - self._wait_at_start) / elapsed, 1.0),
         }
-        run.log.train(step, means | {"skipped": batches.skipped})
+        run.log.log_step(step, means | {"skipped": batches.skipped})
         if run.log.active:
             for index in sorted(batches.unreadable - self._reported_unreadable):
-                run.log.say(f"skipped: {loader.why_unreadable(run.train_source, index, run.config)}")
+                run.log.print_line(f"skipped: {loader.why_unreadable(run.train_source, index, run.config)}")
         self._reported_unreadable = batches.unreadable
 
 
@@ -209,7 +210,7 @@ def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
     def add_to_grid(example: ExampleResult) -> None:
         if len(rows) < GRID_ROWS and run.log.active:
             labels = example.label, example.prediction()
-            rows.append([example.image, *(pictures.colorize(each, palette) for each in labels)])
+            rows.append([example.image, *(drawing.colorize(each, palette) for each in labels)])
 
     def stop_if_requested(*_: object) -> None:
         if run.shutdown.requested_alone():
@@ -229,10 +230,10 @@ def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
         except _ValidationStopped:
             return None
     if rows:
-        grid = pictures.grid(rows, titles=("image", "label", "prediction"))
-        pictures.write(run.workdir / "predictions" / f"{step:07}.png", grid)
-    scores = metrics.scores(result.confusion)
-    run.log.evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
+        grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
+        drawing.write_image(run.workdir / "predictions" / f"{step:07}.png", grid)
+    scores = metrics.compute_scores(result.confusion)
+    run.log.log_evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
     return scores.miou
 
 
@@ -254,7 +255,7 @@ def exit_if_stopped(run: Run, step: int, stop_signal: int) -> None:
     """Ends the process with 128 + the signal's number if there was one; the step must have been saved."""
     if stop_signal:
         run.store.wait()
-        run.log.say(f"stopped at step {step} and saved; the same command resumes from here")
+        run.log.print_line(f"stopped at step {step} and saved; the same command resumes from here")
         raise SystemExit(128 + stop_signal)
 
 

@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     # ---- banner
     is_first = jax.process_index() == 0
     if is_first:
-        files.write(workdir / "config.json", config.to_json(indent=2))
+        files.write_file(workdir / "config.json", config.to_json(indent=2))
         print_banner(config, workdir, mesh, state, (train_source, validation_source))
     log = logs.RunLog(workdir, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()

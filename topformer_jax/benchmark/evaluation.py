@@ -59,7 +59,7 @@ def _compared(rows: list[dict[str, Any]], found: dict[str, np.ndarray], dtype: s
     notes = []
     for row in rows:
         name, confusion = row["program"], found[row["program"]]
-        row["miou"] = metrics.scores(confusion).miou
+        row["miou"] = metrics.compute_scores(confusion).miou
         if name == OURS:
             continue
         row["pixels_apart"] = int(np.abs(confusion - found[OURS]).sum()) // 2  # at least so many

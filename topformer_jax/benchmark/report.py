@@ -79,7 +79,7 @@ class Report:
 
     def write_json(self, path: pathlib.Path) -> None:
         """Writes everything, at full precision."""
-        files.write(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        files.write_file(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     def write_chart(self, path: pathlib.Path) -> None:
         """Draws a bar a row: images a second, else milliseconds, else memory; the line over it is the range."""
@@ -107,7 +107,7 @@ class Report:
         axes.set_title(self.title, fontsize=10)
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110, format="png")
-        files.write(path, picture.getvalue())
+        files.write_file(path, picture.getvalue())
 
 
 def _values(row: Row, key: str) -> list[float]:

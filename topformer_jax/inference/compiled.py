@@ -21,7 +21,7 @@ from ml_collections import FrozenConfigDict
 from topformer_jax import models
 from topformer_jax.data.augment import normalise
 from topformer_jax.inference.geometry import InferenceInput, padded_logits_size, view_flips, window_grid
-from topformer_jax.metrics import confusion_counts
+from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles
 
@@ -133,7 +133,7 @@ class CompiledInference:
             def count_tile(carry: Any, scores: Array, tile: Array) -> Any:
                 predictions, counts = carry
                 predicted = argmax_classes(scores)
-                counts = counts + confusion_counts(labels[tile], predicted, classes)
+                counts = counts + count_confusions(labels[tile], predicted, classes)
                 return predictions.at[tile].set(predicted.astype(jnp.uint8)), counts
 
             init = (jnp.zeros_like(labels), jnp.zeros(classes**2, jnp.int32))

@@ -1,4 +1,4 @@
-"""Pictures: the right colours at the right pixels, legends that hold every class, files whole or not at all."""
+"""Images: the right colours at the right pixels, legends that hold every class, files written whole or not at all."""
 
 import io
 import pathlib
@@ -7,40 +7,40 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from topformer_jax import pictures
 from topformer_jax.data import transforms
 from topformer_jax.data.catalog import CATALOG, custom
 from topformer_jax.errors import UserError
+from topformer_jax.visualize import drawing, legend
 
 SHAPES = CATALOG["shapes"]
 RNG = np.random.default_rng(0)
 HOSTILE = ['<b>&"', "Größe\nÜbermaß", "x" * 60, "", "$\\alpha$", *(f"class {number}" for number in range(60))]
 
 
-def test_painted_takes_the_palette_and_void_is_black() -> None:
+def test_colorize_takes_the_palette_and_void_is_black() -> None:
     labels = np.array([[0, 9, 255, 10]], np.uint8)
     expected = [SHAPES.palette[0], SHAPES.palette[9], (0, 0, 0), (0, 0, 0)]
-    np.testing.assert_array_equal(pictures.colorize(labels, SHAPES.palette)[0], expected)
+    np.testing.assert_array_equal(drawing.colorize(labels, SHAPES.palette)[0], expected)
 
 
-def test_errors_tells_right_wrong_and_void() -> None:
+def test_error_map_shows_correct_wrong_and_void() -> None:
     label, prediction = np.array([[3, 3, 255]], np.uint8), np.array([[3, 4, 255]], np.uint8)
-    right, wrong, void = pictures.errors(label, prediction)[0].astype(int)
+    right, wrong, void = drawing.error_map(label, prediction)[0].astype(int)
     assert void.sum() == 0
     assert np.ptp(right) < 30 < wrong.mean() - right.mean()  # dim against strong, in lightness too
 
 
-def test_blended_weighs_image_and_colour() -> None:
+def test_blend_weighs_image_and_colour() -> None:
     image, labels = np.full((2, 3, 3), 200, np.uint8), np.full((2, 3), 255, np.uint8)
-    assert (pictures.blend(image, labels, SHAPES.palette, opacity=0.25) == 150).all()
+    assert (drawing.blend(image, labels, SHAPES.palette, opacity=0.25) == 150).all()
     for opacity, expected in ((0.0, image), (1.0, np.zeros_like(image))):
-        result = pictures.blend(image, labels, SHAPES.palette, opacity=opacity)
+        result = drawing.blend(image, labels, SHAPES.palette, opacity=opacity)
         np.testing.assert_array_equal(result, expected)
 
 
 def test_an_opacity_beyond_one_is_refused() -> None:
     with pytest.raises(UserError, match=r"opacity is 1.5, expected a number from 0 to 1"):
-        pictures.overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8), SHAPES, opacity=1.5)
+        drawing.overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8), SHAPES, opacity=1.5)
 
 
 @pytest.mark.parametrize(
@@ -51,50 +51,50 @@ def test_an_opacity_beyond_one_is_refused() -> None:
     ],
 )
 @pytest.mark.parametrize("classes", [1, 65])
-def test_overlay_of_any_size_keeps_the_picture_and_its_legend_fits(
+def test_overlay_of_any_size_keeps_the_image_and_its_legend_fits(
     height: int, width: int, factor: int, beside: bool, classes: int
 ) -> None:
     data_set = custom(HOSTILE)
     labels = (np.arange(height * width) % classes).astype(np.uint8).reshape(height, width)
     image = RNG.integers(0, 256, (height, width, 3), np.uint8)
-    result = pictures.overlay(image, labels, data_set)
-    blend = pictures.blend(image, labels, data_set.palette)
+    result = drawing.overlay(image, labels, data_set)
+    blend = drawing.blend(image, labels, data_set.palette)
     shown = result[: height * factor, : width * factor]
     np.testing.assert_array_equal(shown, np.kron(blend, np.ones((factor, factor, 1), np.uint8)))
-    legend = result[:, width * factor :] if beside else result[height * factor :]
+    table = result[:, width * factor :] if beside else result[height * factor :]
     assert beside or result.shape[1] == width * factor, "the longest names are not cut"
-    edges = [legend[0], legend[-1], legend[:, 0], legend[:, -1]]
-    assert all((edge == pictures.PAPER).all() for edge in edges), "something is cut off"
-    colours = {(int(x) >> 16, int(x) >> 8 & 255, int(x) & 255) for x in np.unique(legend @ [65536, 256, 1])}
+    edges = [table[0], table[-1], table[:, 0], table[:, -1]]
+    assert all((edge == legend.BACKGROUND).all() for edge in edges), "something is cut off"
+    colours = {(int(x) >> 16, int(x) >> 8 & 255, int(x) & 255) for x in np.unique(table @ [65536, 256, 1])}
     assert {data_set.palette[label] for label in np.unique(labels)} <= colours
 
 
-def test_the_legends_letters_grow_with_the_picture_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_legends_font_grows_with_the_image_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
     def font(size: int) -> ImageFont.FreeTypeFont:
         sizes.append(size)
         return original(size)
 
-    original = pictures._font
-    monkeypatch.setattr(pictures, "_font", font)
+    original = legend.load_font
+    monkeypatch.setattr(legend, "load_font", font)
     for side in (10, 500, 800, 2000, 5000):
-        pictures.overlay(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), SHAPES)
+        drawing.overlay(np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8), SHAPES)
     assert sizes == [13, 13, 20, 50, 96]
 
 
 def test_legend_lists_the_largest_first_and_void_last(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = np.full((100, 50), 7, np.uint8)
     labels[:60], labels[60], labels[0, 0] = 255, 2, 200
-    entries = [(name, pictures._percent(share)) for name, _, share in pictures._shares(labels, SHAPES)]
+    entries = [(name, legend.format_share(share)) for name, _, share in legend.class_shares(labels, SHAPES)]
     assert entries == [("target", "39.0%"), ("stripes", "1.0%"), ("void", "60.0%")]
-    assert pictures._percent(1 / 5000) == "<0.1%"
+    assert legend.format_share(1 / 5000) == "<0.1%"
 
 
 @pytest.mark.parametrize("text", ["short", "x" * 60, "Ä" * 5000, "two\nlines " * 9, "", "…"])
-def test_long_text_is_cut_to_what_fits(text: str) -> None:
-    font, width = pictures._font(16), 200
-    cut = pictures._cut(text, font, width)
+def test_long_text_is_truncated_to_what_fits(text: str) -> None:
+    font, width = legend.load_font(16), 200
+    cut = legend.truncate_text(text, font, width)
     line = " ".join(text.split())
     assert font.getlength(cut) <= width
     if font.getlength(line) <= width:
@@ -108,7 +108,7 @@ def test_long_text_is_cut_to_what_fits(text: str) -> None:
 
 def test_grid_aligns_columns_and_leaves_white_gaps() -> None:
     red, blue = np.full((10, 20, 3), (255, 0, 0), np.uint8), np.full((40, 40, 3), (0, 0, 255), np.uint8)
-    result = pictures.grid([[red, blue], [blue, red]], height=20)
+    result = drawing.image_grid([[red, blue], [blue, red]], height=20)
     assert result.shape == (44, 84, 3)
     white = (255, 255, 255)
     np.testing.assert_array_equal(result[:20, :40], np.broadcast_to((255, 0, 0), (20, 40, 3)))
@@ -120,8 +120,8 @@ def test_grid_aligns_columns_and_leaves_white_gaps() -> None:
 
 def test_grid_writes_titles_and_captions_above() -> None:
     panel = np.zeros((20, 60, 3), np.uint8)
-    plain = pictures.grid([[panel, panel]] * 2, height=40)
-    result = pictures.grid([[panel, panel]] * 2, ["a" * 99, "b"], 40, titles=["one", "two"])
+    plain = drawing.image_grid([[panel, panel]] * 2, height=40)
+    result = drawing.image_grid([[panel, panel]] * 2, ["a" * 99, "b"], 40, titles=["one", "two"])
     assert result.shape[0] - plain.shape[0] == 3 * 22
     assert result.shape[1] == plain.shape[1]
     title, caption = result[:22], result[22:44]
@@ -129,60 +129,60 @@ def test_grid_writes_titles_and_captions_above() -> None:
     assert caption.min() < 100
     np.testing.assert_array_equal(result[44:84], plain[:40])
     with pytest.raises(ValueError, match="shorter"):
-        pictures.grid([[panel]] * 2, ["one caption"])
-    with pytest.raises(ValueError, match="needs a picture"):
-        pictures.grid([])
+        drawing.image_grid([[panel]] * 2, ["one caption"])
+    with pytest.raises(ValueError, match="needs an image"):
+        drawing.image_grid([])
 
 
-def test_grid_keeps_extreme_pictures_in_a_box() -> None:
+def test_grid_keeps_extreme_images_in_a_box() -> None:
     wide, tall = np.zeros((2, 9000, 3), np.uint8), np.zeros((9000, 2, 3), np.uint8)
-    assert pictures.grid([[wide, tall]], height=50).shape == (50, 4 * 50 + 4 + 1, 3)
+    assert drawing.image_grid([[wide, tall]], height=50).shape == (50, 4 * 50 + 4 + 1, 3)
 
 
 @pytest.mark.parametrize("name", ["deep/er/a.png", "a.JPG", "b.jpeg"])
 def test_write_is_read_back(name: str, tmp_path: pathlib.Path) -> None:
-    picture = np.full((9, 8, 3), (250, 128, 0), np.uint8)
-    pictures.write(tmp_path / name, picture)
+    image = np.full((9, 8, 3), (250, 128, 0), np.uint8)
+    drawing.write_image(tmp_path / name, image)
     found = np.asarray(Image.open(tmp_path / name).convert("RGB")).astype(int)
-    assert np.abs(found - picture).max() <= (0 if name.endswith("png") else 3)
+    assert np.abs(found - image).max() <= (0 if name.endswith("png") else 3)
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
-def test_encoded_has_the_format_asked_for() -> None:
-    picture = RNG.integers(0, 256, (5, 7, 3), np.uint8)
-    assert pictures.encoded(picture).startswith(b"\xff\xd8")
-    found = Image.open(io.BytesIO(pictures.encoded(picture, "png")))
-    np.testing.assert_array_equal(np.asarray(found), picture)
+def test_encode_image_has_the_format_asked_for() -> None:
+    image = RNG.integers(0, 256, (5, 7, 3), np.uint8)
+    assert drawing.encode_image(image).startswith(b"\xff\xd8")
+    found = Image.open(io.BytesIO(drawing.encode_image(image, "png")))
+    np.testing.assert_array_equal(np.asarray(found), image)
 
 
 def test_indexed_labels_keep_their_values_and_show_their_colours(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "deep" / "labels.png"
     labels = np.array([[0, 9, 255], [1, 2, 3]], np.uint8)
-    pictures.write_indexed(path, labels, SHAPES.palette)
+    drawing.write_labels(path, labels, SHAPES.palette)
     image = Image.open(path)
     assert image.mode == "P"
     np.testing.assert_array_equal(np.asarray(image), labels)
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pictures.colorize(labels, SHAPES.palette))
+    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), drawing.colorize(labels, SHAPES.palette))
     np.testing.assert_array_equal(
         transforms.decode_label(path.read_bytes(), path.name, classes=10, reduce_zero_label=False), labels
     )
 
 
-def test_what_cannot_be_written_is_told_in_a_line_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
-    picture, labels = np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8)
+def test_a_failed_write_is_a_one_line_error_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    image, labels = np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), np.uint8)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for name, line in {
-        "a.gif": "a picture's name ends in .jpg, .jpeg, .png",
-        "a": "a picture's name ends in",
+        "a.gif": "an image's name ends in .jpg, .jpeg, .png",
+        "a": "an image's name ends in",
         "file/a.png": "cannot write",
         "folder.png": "cannot write",
     }.items():
         with pytest.raises(UserError, match=line) as error:
-            pictures.write(tmp_path / name, picture)
+            drawing.write_image(tmp_path / name, image)
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"go into a \.png file"):
-        pictures.write_indexed(tmp_path / "a.jpg", labels, SHAPES.palette)
+        drawing.write_labels(tmp_path / "a.jpg", labels, SHAPES.palette)
     with pytest.raises(UserError, match="65500 pixels"):
-        pictures.write(tmp_path / "a.jpg", np.zeros((1, 70_000, 3), np.uint8))
+        drawing.write_image(tmp_path / "a.jpg", np.zeros((1, 70_000, 3), np.uint8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

@@ -1,0 +1,1 @@
+"""Images for people: labels in colour, overlays with a legend, grids, and the evaluation report."""

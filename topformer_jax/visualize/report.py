@@ -1,0 +1,232 @@
+"""An evaluation as one HTML file: scores, classes, confusions, best and worst images.
+
+The page (`report.html.j2`) needs no other file and no network; this module computes the numbers and images in it.
+"""
+
+import base64
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import jinja2
+import numpy as np
+from jaxtyping import Float, Int64
+
+from topformer_jax import files, metrics
+from topformer_jax.data.catalog import DataSet
+from topformer_jax.data.transforms import IGNORE_LABEL
+from topformer_jax.visualize import drawing
+from topformer_jax.visualize.drawing import Image
+from topformer_jax.visualize.legend import Colour, Labels
+
+MAX_IMAGE_SIZE = 480, 720  # pixels: width and height of an embedded image, at most
+MAX_PNG_BYTES = 60_000  # a colour map that takes more as PNG is embedded as JPEG
+MAX_NAMED = 64  # classes: beyond, the axes of the matrix show label numbers instead of names
+MAX_NUMBERED = 24  # classes: beyond, the cells of the matrix show no numbers
+SHADES = 20  # of a cell's colour
+MAX_CONFUSIONS = 20  # rows of the table of confusions
+
+Confusion = Int64[np.ndarray, "classes classes"]
+
+
+class ReportExample(NamedTuple):
+    """An example for a report with its own scores, as shares of 1; nan where it has no labelled pixel."""
+
+    name: str
+    accuracy: float  # of its pixels
+    miou: float
+    image: Image
+    label: Labels
+    prediction: Labels
+
+
+def write_report(
+    path: pathlib.Path,
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    data_set: DataSet,
+    confusion: Confusion,
+    best: Sequence[ReportExample],
+    worst: Sequence[ReportExample],
+) -> None:
+    """Writes the report; creates missing folders.
+
+    Args:
+        path: of the HTML file.
+        title: the heading.
+        facts: rows of the summary: number of images, checkpoint, ...
+        data_set: names and colours of the classes.
+        confusion: int64 `[classes, classes]`, pixels; a row a label, a column a prediction.
+        best: the examples to show, best first.
+        worst: likewise, worst first.
+
+    Raises:
+        UserError: writing fails.
+    """
+    scores = metrics.compute_scores(confusion)
+    galleries = [
+        (heading, [_example_figure(example, data_set) for example in examples])
+        for heading, examples in (("Worst", worst), ("Best", best))
+        if examples
+    ]
+    absent = np.flatnonzero(np.isnan(scores.iou)).tolist()
+    page = _template().render(
+        title=title,
+        facts=facts,
+        scores=scores,
+        present=_class_rows(scores, confusion, data_set),
+        absent=[_class_entry(data_set, label) for label in absent],
+        matrix=_matrix_drawing(confusion, data_set),
+        confusions=_confusion_rows(confusion, data_set),
+        galleries=galleries,
+    )
+    files.write_file(path, page)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("topformer_jax", "visualize"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _class_rows(scores: metrics.Scores, confusion: Confusion, data_set: DataSet) -> list[dict[str, Any]]:
+    """The classes that occur in a label or a prediction, highest IoU first."""
+    shares = confusion.sum(1) / max(confusion.sum(), 1)
+    return [
+        {
+            "label": label,
+            "entry": _class_entry(data_set, label),
+            "iou": scores.iou[label],
+            "accuracy": scores.accuracy[label],
+            "pixels": shares[label],
+        }
+        for label in np.argsort(-scores.iou, kind="stable").tolist()
+        if np.isfinite(scores.iou[label])
+    ]
+
+
+def _confusion_rows(confusion: Confusion, data_set: DataSet) -> list[dict[str, Any]]:
+    """The pairs of label and wrong prediction with the most pixels, largest first."""
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
+    pairs = [divmod(int(place), len(wrong)) for place in order if wrong.flat[place]]
+    return [
+        {
+            "label": _class_entry(data_set, label),
+            "prediction": _class_entry(data_set, prediction),
+            "of_label": wrong[label, prediction] / confusion[label].sum(),
+            "of_all": wrong[label, prediction] / confusion.sum(),
+        }
+        for label, prediction in pairs
+    ]
+
+
+def _matrix_drawing(confusion: Confusion, data_set: DataSet) -> dict[str, Any] | None:
+    """The SVG coordinates of the matrix of the classes that occur, its rows normalised; None if none occurs."""
+    present = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
+    if not len(present):
+        return None
+    count = len(present)
+    shares = confusion[np.ix_(present, present)] / np.maximum(confusion[present].sum(1, keepdims=True), 1)
+    named = count <= MAX_NAMED
+    cell = min(max(900 / count, 5), 44)
+    font_size = min(13.0, 0.85 * cell) if named else 12
+    names = [_shorten(data_set.classes[label]) if named else str(label) for label in present]
+    margin = 0.63 * font_size * max(map(len, names)) + 10
+    marked = [place for place, label in enumerate(present) if named or label % 10 == 0]
+    numbered = np.argwhere(shares >= 0.005).tolist() if count <= MAX_NUMBERED else []
+
+    def middle(place: int) -> str:
+        return f"{margin + (place + 0.5) * cell:.1f}"
+
+    return {
+        "numbered_axes": not named,
+        "total": f"{margin + count * cell + 2:.0f}",
+        "margin": f"{margin:.1f}",
+        "edge": f"{margin - 5:.0f}",
+        "cell": f"{cell:.3f}",
+        "font_size": f"{font_size:.1f}",
+        "number_size": f"{cell * 0.36:.1f}",
+        "paths": _matrix_paths(shares),
+        "lines": "".join(f"M0 {x}h{count}M{x} 0v{count}" for x in [*marked, count]),
+        "ticks": [{"middle": middle(place), "name": names[place]} for place in marked],
+        "numbers": [
+            {"x": middle(x), "y": middle(y), "percent": f"{100 * shares[y, x]:.0f}"} for y, x in numbered
+        ],
+    }
+
+
+def _matrix_paths(shares: Float[np.ndarray, "count count"]) -> list[dict[str, str]]:
+    """The matrix's coloured squares. One SVG path a shade: a file of thousands of cells stays small."""
+    shades = np.ceil(np.sqrt(shares) * SHADES).astype(int)  # the square root makes rare confusions visible
+    shades[shares < 0.001] = 0
+    diagonal = np.eye(len(shares), dtype=bool)
+    paths = []
+    for kind, mask in (("right", diagonal), ("wrong", ~diagonal)):
+        for shade in range(1, SHADES + 1):
+            squares = "".join(f"M{x} {y}h1v1h-1z" for y, x in np.argwhere((shades == shade) & mask))
+            if squares:
+                paths.append({"kind": kind, "opacity": f"{shade / SHADES:g}", "squares": squares})
+    return paths
+
+
+def _example_figure(example: ReportExample, data_set: DataSet) -> dict[str, Any]:
+    """Image, label, prediction and error map, and the classes in them, the largest first."""
+    panels: list[tuple[str, Image, drawing.Format]] = [
+        ("image", example.image, "jpeg"),
+        ("label", drawing.colorize(example.label, data_set.palette), "png"),
+        ("prediction", drawing.colorize(example.prediction, data_set.palette), "png"),
+        ("errors", drawing.error_map(example.label, example.prediction), "png"),
+    ]
+    labels = np.concatenate([example.label.ravel(), example.prediction.ravel()])
+    counts = np.bincount(labels, minlength=IGNORE_LABEL + 1)
+    order = np.argsort(-counts, kind="stable").tolist()
+    present = [label for label in order if counts[label] and label < len(data_set.classes)]
+    classes = [_class_entry(data_set, label) for label in present]
+    if (example.label >= len(data_set.classes)).any():
+        classes.append(_entry("void", (0, 0, 0)))
+    return {
+        "name": example.name,
+        "accuracy": float(example.accuracy),
+        "miou": float(example.miou),
+        "panels": [{"name": name, **_embed_image(image, format)} for name, image, format in panels],
+        "classes": classes,
+    }
+
+
+def _embed_image(image: Image, format: drawing.Format) -> dict[str, Any]:
+    """An image as a data URI, reduced to the size it is looked at."""
+    max_width, max_height = MAX_IMAGE_SIZE
+    scale = min(1.0, max_width / image.shape[1], max_height / image.shape[0])
+    width, height = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    data = drawing.encode_image(small, format)
+    if format == "png" and len(data) > MAX_PNG_BYTES:
+        format, data = "jpeg", drawing.encode_image(small)
+    return {
+        "width": width,
+        "height": height,
+        "tiny": width < max_width // 2,
+        "source": f"data:image/{format};base64,{base64.b64encode(data).decode()}",
+    }
+
+
+def _class_entry(data_set: DataSet, label: int) -> dict[str, str]:
+    return _entry(data_set.classes[label], data_set.palette[label])
+
+
+def _entry(name: str, colour: Colour) -> dict[str, str]:
+    return {"name": name, "colour": f"#{bytes(colour).hex()}"}
+
+
+def _shorten(name: str, length: int = 18) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
