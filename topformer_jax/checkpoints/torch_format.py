@@ -144,7 +144,7 @@ def write_pth(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: M
     states = {name: torch.from_numpy(to_torch(tensor)) for name, tensor in tensors.items()}
     content = io.BytesIO()
     torch.save({"meta": dict(metadata.get("meta", {})), "state_dict": states}, content)
-    files.write(path, content.getvalue())
+    files.write_file(path, content.getvalue())
 
 
 def _load(path: pathlib.Path) -> Any:
