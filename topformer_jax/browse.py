@@ -15,6 +15,7 @@ from topformer_jax import cli, pictures
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
+from topformer_jax.data.batch import Batch
 from topformer_jax.errors import UserError
 
 
@@ -26,7 +27,7 @@ def browse(config: ConfigDict, step: int, count: int) -> np.ndarray:
         source, config_lib.load(config, {"data.num_workers": 0}), start_step=step
     )
     try:
-        batch = {name: values[:count] for name, values in next(batches).items()}
+        batch: Batch = jax.tree.map(lambda values: values[:count], next(batches))
     finally:
         batches.close()
     augmented = jax.jit(

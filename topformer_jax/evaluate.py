@@ -104,11 +104,11 @@ def evaluate(
     def read(item: tuple[int, ShapeBucket]) -> _LoadedExample:
         index, space = item
         example = source[index]
-        image, label = loader.decoded(example, config)
+        image, label = loader.decode_example(example, config)
         prepared = prepare(image, label, config.evaluation, space, dtype)
         return _LoadedExample(index, example.name, image, label, prepared)
 
-    examples = loader.in_order(read, work)
+    examples = loader.map_in_threads(read, work)
     totals = programs.totals()
     quality = np.zeros((len(source), 2), np.float32)
     behind: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
@@ -153,7 +153,7 @@ def _sizes(source: sources.Source) -> list[Size]:
     """The size of every example; each process looks at its share."""
     mine = range(jax.process_index(), len(source), jax.process_count())
     found = np.zeros((len(source), 2), np.int64)
-    for index, size in zip(mine, loader.in_order(source.label_size, mine), strict=True):
+    for index, size in zip(mine, loader.map_in_threads(source.label_size, mine), strict=True):
         found[index] = size
     return [(int(height), int(width)) for height, width in sharding.sum_over_processes(found)]
 
@@ -265,7 +265,7 @@ def _write(
 
     def shown(index: int) -> report.ReportExample:
         example = source[index]
-        image, label = loader.decoded(example, config)
+        image, label = loader.decode_example(example, config)
         return report.ReportExample(
             example.name, result.accuracy[index], result.miou[index], image, label, predict(image)
         )

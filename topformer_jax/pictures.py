@@ -17,8 +17,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from topformer_jax import files
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.errors import UserError
 
 Picture = UInt8[np.ndarray, "h w 3"]

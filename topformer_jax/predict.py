@@ -20,7 +20,7 @@ import numpy as np
 from topformer_jax import checkpoint as checkpoint_lib
 from topformer_jax import cli, convert, files, inference, logs, models, pictures
 from topformer_jax.data import loader, sources
-from topformer_jax.data.transforms import decode_image
+from topformer_jax.data.codecs import decode_image
 from topformer_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # looked for in folders
@@ -80,7 +80,7 @@ def predict(
 ) -> list[str]:
     """Segments every picture and writes what is asked for; returns the lines of those that cannot be read."""
     failed = []
-    for number, (job, image) in enumerate(loader.in_order(_read, work)):
+    for number, (job, image) in enumerate(loader.map_in_threads(_read, work)):
         show.update(number)
         if isinstance(image, UserError):
             show.say(f"left out: {image.line}")

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from topformer_jax import files, metrics, pictures
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.pictures import Labels, Picture
 
 SIZE = 480, 720  # pixels: how wide and how high an embedded picture is at most

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,13 +15,13 @@ from ml_collections import ConfigDict
 
 from topformer_jax import models, sharding
 from topformer_jax.data.augment import augment
+from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import IGNORE_LABEL, LossSums, upsampled_cross_entropy
+from topformer_jax.ops.loss import LossSums, upsampled_cross_entropy
 from topformer_jax.optimizer import learning_rate, optimizer
 
 Tensors = dict[str, Array]
-Batch = Mapping[str, Array | np.ndarray]
 # Keeps dropout's draws apart from the augmentation's, which start from the same seed.
 DROPOUT = 0x64726F70
 
@@ -129,7 +128,7 @@ def train_step(
     )
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT), state.step)
 
-    def loss_of(params: Tensors, stats: Tensors, micro_batch: Tensors, key: Array) -> tuple[Array, Any]:
+    def loss_of(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, Any]:
         images, labels = augment(
             micro_batch,
             config.seed,

@@ -153,7 +153,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             fetched = jax.device_get(recent)
             recent = []
             _refuse_nan(fetched, step, checkpoints)
-            elapsed, now_waited = time.perf_counter() - began, batches.waited
+            elapsed, now_waited = time.perf_counter() - began, batches.data_wait_seconds
             means = {key: float(np.mean([values[key] for values in fetched])) for key in fetched[0]}
             means |= {
                 "learning_rate": float(fetched[-1]["learning_rate"]),
@@ -162,7 +162,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             }
             log.train(step, means | {"skipped": batches.skipped})
             for index in sorted(batches.unreadable - told) if first else ():
-                log.say(f"skipped: {loader.why_unreadable(train_source, index, config)}")
+                log.say(f"skipped: {loader.explain_unreadable(train_source, index, config)}")
             told = batches.unreadable
 
             stopping = stop.agreed()
@@ -174,7 +174,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             if evaluating or stopping or step % config.checkpoint_every == 0:
                 _save(checkpoints, step, state, config, miou)
             end_if(stopping, step)
-            began, waited = time.perf_counter(), batches.waited
+            began, waited = time.perf_counter(), batches.data_wait_seconds
     finally:
         batches.close()
         log.close()

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from topformer_jax.data.transforms import IGNORE_LABEL, scaled, test_image, test_size
+from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.transforms import eval_image, eval_size, multiply_scale
 from topformer_jax.ops import tiled
 from topformer_jax.ops.tiled import TILE, BandedResize
 
@@ -44,7 +45,7 @@ class InferenceInput(NamedTuple):
 def network_sizes(size: Size, evaluation: ConfigDict) -> tuple[Size, ...]:
     """The sizes of the network's inputs for a picture of this size, one a scale."""
     return tuple(
-        test_size(size, scale=scaled(evaluation.scale, factor), align=evaluation.size_divisor)
+        eval_size(size, scale=multiply_scale(evaluation.scale, factor), size_divisor=evaluation.size_divisor)
         for factor in evaluation.img_ratios
     )
 
@@ -113,7 +114,9 @@ def prepare(
     images, rows, columns = [], [], []
     for factor, network, needed in zip(evaluation.img_ratios, networks, space.supports, strict=True):
         images.append(
-            test_image(image, scale=scaled(evaluation.scale, factor), align=evaluation.size_divisor)
+            eval_image(
+                image, scale=multiply_scale(evaluation.scale, factor), size_divisor=evaluation.size_divisor
+            )
         )
         grids = windows(network, evaluation)
         down, across, mirrored = (

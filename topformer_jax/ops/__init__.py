@@ -1,8 +1,10 @@
-"""DTypePolicy that no library has: torch-exact resampling and a depthwise convolution that is fast on CPUs."""
+"""Numerics that no library has: torch-exact resampling and a depthwise convolution that is fast on CPUs."""
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+IGNORE_LABEL = 255  # the label of pixels that count neither in the loss nor in a score
 
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
