@@ -14,10 +14,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from topformer_jax.ops import IGNORE_LABEL
 from topformer_jax.ops.resample import bilinear_matrix, resize
 from topformer_jax.ops.tiled import split_into_bands
-
-IGNORE_LABEL = 255
 
 
 class Tiling(NamedTuple):
