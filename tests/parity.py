@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoint, config, convert, models
 
-# The reference spells two injections as the official code does.
-OFFICIAL_NAMES = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
 # As float32 rounds them: the reference's goldens in float64 were normalised with these.
 MEAN = np.array((123.675, 116.28, 103.53), np.float32)
 STD = np.array((58.395, 57.12, 57.375), np.float32)

@@ -29,10 +29,6 @@ ALLOWED = {
     "step": {"data", "models", "ops", "optimizer", "sharding"},
     # Commands. Training starts from a PyTorch file too, which the converter reads.
     "convert": {"checkpoint", "cli", "data", "models", "version"},
-    "benchmark": {
-        *("checkpoint", "cli", "config", "convert", "data", "evaluate", "files", "inference", "metrics"),
-        *("models", "ops", "sharding", "step", "views"),
-    },
     "evaluate": {
         *(
             "checkpoint",
@@ -59,8 +55,6 @@ ALLOWED = {
     "__init__": {"checkpoint", "config", "convert", "models", "version"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Files that are PyTorch through and through; they are imported as late as PyTorch is elsewhere.
-TORCH_FILES = "topformer_jax.benchmark.torch_"
 
 
 def _imports(tree: ast.AST) -> list[tuple[str, int]]:
@@ -79,22 +73,28 @@ def _imports(tree: ast.AST) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_one_way(file: pathlib.Path) -> None:
     part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    own_name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
     parts = {p.name.removesuffix(".py") for p in PACKAGE.iterdir()}
     for name, column in _imports(ast.parse(file.read_text())):
         first, *rest = name.split(".")
         if first == "topformer_jax" and rest and rest[0] in parts:
             assert rest[0] in ALLOWED[part] | {part, "errors"}, f"{file} imports {name}"
-        if first in ("torch", "tensorflow") or name.startswith(TORCH_FILES):
-            late = column > 0 or own_name.startswith(TORCH_FILES)
-            assert late, f"{file} imports {name} before it is needed"
+        assert first not in ("benchmarks", "tests"), f"{file} imports {name}, which is not shipped"
         if first in ("torch", "tensorflow"):
-            assert part in {"torch": ("convert", "benchmark"), "tensorflow": ("export",)}[first]
+            assert column > 0, f"{file} imports {name} before it is needed"
+            assert part in {"torch": ("convert",), "tensorflow": ("export",)}[first]
 
 
 @pytest.mark.parametrize(
     "file",
-    [*FILES, *sorted((ROOT / "configs").glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))],
+    [
+        *FILES,
+        *(
+            file
+            for folder in ("benchmarks", "configs", "scripts")
+            for file in sorted((ROOT / folder).glob("*.py"))
+        ),
+        *sorted((ROOT / "tests" / "reference").glob("*.py")),
+    ],
     ids=lambda file: str(file.relative_to(ROOT)),
 )
 def test_files_stay_short(file: pathlib.Path) -> None:
