@@ -25,7 +25,7 @@ def draw(split: str, index: int, size: int) -> tuple[Image, Labels]:
 
     >>> image, label = draw("train", 0, 160)
     >>> image.shape, label.shape
-    ((176, 144, 3), (176, 144))
+    ((160, 160, 3), (160, 160))
 
     Args:
         split: "train" or "validation".
