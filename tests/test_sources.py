@@ -329,7 +329,7 @@ def test_drawn_scenes_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) ->
     assert not np.asarray(source[3].image).flags.writeable
     assert len(pickle.dumps(source)) < 200
     assert pickle.loads(pickle.dumps(source)) == source
-    monkeypatch.setattr(sources, "_MAX_CACHED_BYTES", 3 * 4 * 48**2)
+    monkeypatch.setattr(shapes, "MAX_CACHED_BYTES", 3 * 4 * 48**2)
     for index in range(10):
         np.testing.assert_array_equal(source[index].label, shapes.draw("train", index, 48)[1])
     assert len(source._scenes) == 3

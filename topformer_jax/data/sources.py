@@ -4,6 +4,7 @@ A source knows nothing about decoding, order or randomness. It can be pickled: e
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -14,14 +15,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from topformer_jax.data import shapes
-from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, DataSet, Layout, custom
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 VERSION = "1.0.0"  # of the array_record builders
-_MAX_CACHED_BYTES = 2**28  # of drawn scenes in a process; those of the recipe take 210 MB
 _TRY_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
 
 
@@ -174,42 +174,26 @@ class ArrayRecordSource:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSource:
-    """Synthetic scenes (shapes.py), drawn on first use and then kept, up to `_MAX_CACHED_BYTES`.
-
-    Drawing takes longer than cropping, and a run of the recipe uses each scene 15 times. A pickled source leaves its
-    scenes behind: each worker process has its own. The arrays are read-only.
-    """
+    """Synthetic scenes (shapes.py), drawn on first use and then cached; their arrays are read-only."""
 
     split: str
     count: int
     size: int  # pixels
-    _scenes: dict[int, tuple[Image, Labels]] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
-    def __reduce__(self) -> tuple:
-        return ShapesSource, (self.split, self.count, self.size)
+    @functools.cached_property
+    def _scenes(self) -> shapes.SceneCache:
+        return shapes.SceneCache(self.split, self.size)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        image, label = self._scene(index)
+        image, label = self._scenes[index]
         name = f"{self.split}_{index:06d}"
         return Example(name, image, label, (f"shapes image {name}", f"shapes label {name}"))
 
     def label_size(self, index: int) -> tuple[int, int]:
         return read_label_size(self[index].label, self.split)
-
-    def _scene(self, index: int) -> tuple[Image, Labels]:
-        scene = self._scenes.get(index)
-        if scene is None:
-            scene = shapes.draw(self.split, index, self.size)
-            for array in scene:
-                array.flags.writeable = False
-            if (len(self._scenes) + 1) * 4 * self.size**2 <= _MAX_CACHED_BYTES:
-                self._scenes[index] = scene  # two threads may draw the same scene: the result is the same
-        return scene
 
 
 def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
