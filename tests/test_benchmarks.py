@@ -148,7 +148,7 @@ def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pyte
     assert (first["images_per_second"], second["ratio"]) == (3, 3)
 
 
-def test_a_peer_has_our_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_has_our_logits() -> None:
     config = settings_for("tiny", model__num_classes=7)
     model = models.build_segmenter(config)
     model.eval()
@@ -161,8 +161,6 @@ def test_a_peer_has_our_logits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert theirs is not None
         assert programs[TORCH].run(2) > 0
     np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), rtol=0, atol=1e-4)
-    with pytest.raises(UserError, match="its process has ended"):
-        programs[TORCH].run(1)
 
 
 def test_a_variant_that_does_not_work_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
