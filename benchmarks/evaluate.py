@@ -13,7 +13,7 @@ from benchmarks import peers, samples, timing
 from benchmarks.timing import OURS
 from topformer_jax import checkpoints, cli, metrics, models, sharding
 from topformer_jax.errors import UserError
-from topformer_jax.validate import validate
+from topformer_jax.evaluation import evaluate_split
 
 
 def compare_results(rows: list[timing.Row], programs: dict[str, timing.Program]) -> list[str]:
@@ -46,7 +46,7 @@ def main() -> None:
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     found = []
     with samples.written_files(args.images, config) as source:
-        ours = timing.start(OURS, lambda: found.append(validate(model, source, mesh).confusion))
+        ours = timing.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
         programs = {OURS: ours._replace(result=found[0])}
         torch_weights = samples.torch_weights(weights)
         with peers.start(args, "evaluate", config, torch_weights, source) as torch_programs:

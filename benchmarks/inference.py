@@ -43,17 +43,17 @@ def our_programs(model: models.Segmenter, images: np.ndarray) -> dict[str, Progr
     def label() -> jax.Array:
         nonlocal totals
         views = compiled.compute_views(tensors, batch)
-        predictions, _, totals = compiled.count(views, batch.grid, batch.labels, totals)
+        predictions, _, totals = compiled.predict_and_count(views, batch.tile_counts, batch.labels, totals)
         return predictions
 
     logits = timing.start(f"{OURS}, logits", lambda: compiled.logits(*network), compiled.logits, *network)
     after = (
         compiled.compute_views(tensors, batch),
-        batch.grid,
+        batch.tile_counts,
         batch.labels,
         compiled.zero_totals(),
     )
-    labels = timing.start(f"{OURS}, labels", label, compiled.count, *after)
+    labels = timing.start(f"{OURS}, labels", label, compiled.predict_and_count, *after)
     peak = max(logits, labels, key=lambda program: program.memory_bytes or 0)  # one runs after the other
     memory = (peak.memory_bytes, peak.temporary_bytes)
     return {"logits": logits, "labels": Program(labels.run, labels.first_seconds, *memory)}

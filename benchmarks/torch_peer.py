@@ -72,7 +72,7 @@ class Variant:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return network(images).float()
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """Levels of 0..255 as the network takes them."""
         mean, std = (torch.from_numpy(row)[:, None, None].to(self.device) for row in (MEAN, STD))
         return (images.float() - mean) / std
@@ -86,7 +86,7 @@ class Variant:
 def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
     """Forward, backward and AdamW in two groups, on a batch that is normalised already."""
     network = variant.network(weights).train()
-    images, labels = variant.normalise(variant.images(batch["image"])), variant.labels(batch["label"])
+    images, labels = variant.normalize(variant.images(batch["image"])), variant.labels(batch["label"])
     settings, rate = variant.config.optimizer, variant.config.schedule.lr
     optimizer = torch.optim.AdamW(
         [
@@ -124,7 +124,7 @@ def loss(variant: Variant, logits: np.ndarray, labels: np.ndarray) -> Call:
 def logits(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
     """The logits of images `[n, h, w, 3]`."""
     network, placed = variant.network(weights).eval(), variant.images(images)
-    forward = variant.compile(lambda: variant.logits(network, variant.normalise(placed)))
+    forward = variant.compile(lambda: variant.logits(network, variant.normalize(placed)))
     return torch.no_grad()(lambda: forward())
 
 
@@ -132,7 +132,7 @@ def labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
     """The labels of images `[n, h, w, 3]`, of their size."""
     network, placed = variant.network(weights).eval(), variant.images(images)
     forward = variant.compile(
-        lambda: predict(variant.logits(network, variant.normalise(placed)), placed, placed)
+        lambda: predict(variant.logits(network, variant.normalize(placed)), placed, placed)
     )
     return torch.no_grad()(lambda: forward())
 
@@ -151,7 +151,7 @@ def evaluate(variant: Variant, weights: Arrays, source: sources.Source) -> Call:
         counts = torch.zeros(classes**2, dtype=torch.int64, device=variant.device)
         for image, label in loader.map_in_threads(read, range(len(source))):
             inputs, truth = variant.images(image[None]), variant.labels(label[None])
-            found = predict(variant.logits(network, variant.normalise(inputs)), inputs, truth)
+            found = predict(variant.logits(network, variant.normalize(inputs)), inputs, truth)
             valid = truth != IGNORE_LABEL
             counts += torch.bincount(truth[valid] * classes + found[valid], minlength=classes**2)
         return counts.reshape(classes, classes)

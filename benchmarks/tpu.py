@@ -102,10 +102,18 @@ def evaluation_rows(case: str, config: ConfigDict, devices: Sequence[jax.Device]
         for image in batch.images
         for _ in view_flips(config.evaluation)
     ]
-    views = [ViewLogits(*view) for view in zip(logits, batch.rows, batch.columns, strict=True)]
+    views = [ViewLogits(*view) for view in zip(logits, batch.row_resizes, batch.column_resizes, strict=True)]
     return [
         compile_row(case, "evaluation, logits", programs.logits, tensors, batch.images[0], flip),
-        compile_row(case, "evaluation, count", programs.count, views, batch.grid, batch.labels, totals),
+        compile_row(
+            case,
+            "evaluation, count",
+            programs.predict_and_count,
+            views,
+            batch.tile_counts,
+            batch.labels,
+            totals,
+        ),
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from topformer_jax.data import augment as module
-from topformer_jax.data.augment import MEAN, STD, augment, brightness, contrast, hue, normalise, saturation
+from topformer_jax.data.augment import MEAN, STD, augment, brightness, contrast, hue, normalize, saturation
 
 Find = Callable[[str], pathlib.Path]
 Batch = dict[str, np.ndarray]
@@ -80,19 +80,19 @@ def test_rounds_once_whatever_the_compiler_fuses() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_normalise(x64: None, dtype: str) -> None:
+def test_normalize(x64: None, dtype: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
-    ours = normalise(jnp.asarray(images), dtype)
+    ours = normalize(jnp.asarray(images), dtype)
     assert ours.dtype == dtype
     exact = (images - np.float64(MEAN)) / np.float64(STD)
     np.testing.assert_allclose(ours, exact, rtol={"float32": 1e-6, "float64": 1e-15}[dtype], atol=0)
-    np.testing.assert_array_equal(normalise(images, dtype), ours)
+    np.testing.assert_array_equal(normalize(images, dtype), ours)
 
 
-def test_normalise_rounds_bfloat16_once() -> None:
+def test_normalize_rounds_bfloat16_once() -> None:
     images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    theirs = normalise(jnp.asarray(images)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(normalise(jnp.asarray(images), jnp.bfloat16), theirs)
+    theirs = normalize(jnp.asarray(images)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(normalize(jnp.asarray(images), jnp.bfloat16), theirs)
 
 
 def _batch(n: int, height: int = 24, width: int = 40, seed: int = 0) -> Batch:

@@ -18,7 +18,7 @@ from benchmarks.timing import Program
 from tests.parity import settings_for
 from topformer_jax import checkpoint, models
 from topformer_jax.data import loader, transforms
-from topformer_jax.data.augment import normalise
+from topformer_jax.data.augment import normalize
 from topformer_jax.errors import UserError
 
 Run = Callable[..., list[dict[str, Any]]]
@@ -154,7 +154,7 @@ def test_a_peer_has_our_logits() -> None:
     model.eval()
     images, weights = samples.images(2, (64, 64)), samples.weights(model)
     checkpoint.load_state_dict(model, weights)
-    ours = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalise(images)))
+    ours = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalize(images)))
     args = argparse.Namespace(peer="torch", variants=["eager"])
     with peers.start(args, "logits", config, samples.torch_weights(weights), images) as programs:
         theirs = programs[TORCH].result
@@ -187,7 +187,7 @@ def test_the_official_example_is_ours() -> None:
         "cat_max_ratio": 1.0,
     }
     ours = transforms.random_resize_crop(image, label, **keywords, rng=np.random.default_rng(0))
-    pixels = np.asarray(normalise(ours["image"][None]))[0, :, :134]
+    pixels = np.asarray(normalize(ours["image"][None]))[0, :, :134]
     np.testing.assert_allclose(theirs[:, :, :134].transpose(1, 2, 0), pixels, rtol=0, atol=2e-6)
     assert not theirs[:, :, 134:].any()
     np.testing.assert_array_equal(their_label, ours["label"])

@@ -22,8 +22,8 @@ from topformer_jax import config as config_lib
 from topformer_jax import inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
+from topformer_jax.evaluation import evaluate_split
 from topformer_jax.inference import geometry
-from topformer_jax.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {
@@ -76,7 +76,7 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
     model = models.build_segmenter(config)
     seen: collections.Counter[int] = collections.Counter()
     results = [
-        validate(model, source, _mesh(devices), on_example=lambda example: seen.update([example.index]))
+        evaluate_split(model, source, _mesh(devices), on_example=lambda example: seen.update([example.index]))
         for devices in (1, 8)
     ]
     assert set(seen.values()) == {2}
@@ -100,7 +100,7 @@ def test_batches_of_a_device_change_rounding_alone() -> None:
     config = _config()
     source = sources.open_source(config, "validation")
     one, four = (
-        validate(
+        evaluate_split(
             models.build_segmenter(_config(evaluation__per_device_batch_size=count)), source, _mesh(2)
         ).confusion
         for count in (1, 4)

@@ -12,7 +12,7 @@ BASE = {"version", "errors", "files"}
 DATA = {"config", "data"}
 NETWORK = {"ops", "models"}
 SHARED = {"cli", "logs", "metrics", "sharding", "visualize"}
-SCORING = {"checkpoints", "inference", "validate"}
+SCORING = {"checkpoints", "evaluation", "inference"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"files", "models"},
     "inference": {"data", "metrics", "models", "ops", "sharding"},
     "step": {"data", "models", "ops", "optimizer", "sharding"},
-    "validate": {"data", "inference", "models", "sharding"},
+    "evaluation": {"data", "inference", "metrics", "models", "sharding"},
     "run": BASE | DATA | NETWORK | SHARED | SCORING | {"shutdown", "step"},
     # Commands, which do not import each other.
     "browse": BASE | DATA | SHARED,
@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": BASE | DATA | NETWORK | SHARED | SCORING,
     "predict": BASE | DATA | NETWORK | SHARED | SCORING,
     "train": BASE | DATA | NETWORK | SHARED | {"profiler", "run", "shutdown", "step"},
-    "__init__": {"checkpoints", "config", "inference", "models", "version"},
+    "__init__": {"checkpoints", "config", "data", "inference", "models", "version"},
 }
 # The only files that import PyTorch, when it is needed: the reading and writing of its files.
 TORCH_FILES = {"checkpoints/torch_format.py"}

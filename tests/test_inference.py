@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import config, inference, models
-from topformer_jax.data.augment import normalise
+from topformer_jax.data.augment import normalize
 from topformer_jax.inference import compiled, geometry
 from topformer_jax.metrics import compute_scores, count_confusions
 from topformer_jax.ops import tiled
@@ -90,8 +90,8 @@ def test_tiles_are_the_resizes_in_a_row(
         extents = [max(32, 1 << (side - 1).bit_length()) for side in joined.shape[:2]]
         pad = [(0, extent - side) for extent, side in zip(extents, joined.shape[:2], strict=True)]
         logits = jnp.asarray(np.pad(joined, [*pad, (0, 0)]).swapaxes(1, 2))
-        seen.append(ViewLogits(logits, prepared.rows[number], prepared.columns[number]))
-    found = _whole(seen, prepared.grid, size, classes)
+        seen.append(ViewLogits(logits, prepared.row_resizes[number], prepared.column_resizes[number]))
+    found = _whole(seen, prepared.tile_counts, size, classes)
     if flip:
         expected = [torch.softmax(torch.from_numpy(logits.copy()), -1).numpy() for logits in expected]
     assert np.abs(found - np.sum(expected, 0)[0]).max() <= 1e-12
@@ -200,7 +200,7 @@ def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
     assert labels.shape == (61, 77)
     assert labels.dtype == np.uint8
     fitted = geometry.prepare_input(image, None, model.config.evaluation).images[0]
-    logits = jnp.asarray(run(model, normalise(fitted[None])))
+    logits = jnp.asarray(run(model, normalize(fitted[None])))
     plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
     assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
     _, probabilities = inference.Predictor(model).with_probabilities(image)
@@ -222,7 +222,7 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
     )
     inference.Predictor(_evaluated_by(again, scale=(64, 64)))(np.ones((49, 59, 3), np.uint8))
     programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
-    for program in (programs.logits, programs.count):
+    for program in (programs.logits, programs.predict_and_count):
         assert getattr(program, "_cache_size")() == 1  # noqa: B009
 
 
@@ -233,8 +233,10 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     image = geometry.prepare_input(np.zeros((1024, 2048, 3), np.uint8), None, large.config.evaluation)
     batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
     logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
-    views = [ViewLogits(logits, batch.rows[0], batch.columns[0])]
-    ours = programs.count.lower(views, batch.grid, batch.labels, programs.zero_totals()).compile()
+    views = [ViewLogits(logits, batch.row_resizes[0], batch.column_resizes[0])]
+    ours = programs.predict_and_count.lower(
+        views, batch.tile_counts, batch.labels, programs.zero_totals()
+    ).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

@@ -111,7 +111,7 @@ def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
             assert example.where == (str(tmp_path / paths[place]), str(tmp_path / paths[place + 1]))
     suffix = "bonn/a" if dataset == "cityscapes" else "a"
     assert train[0].name == suffix
-    assert len(sources.data_set(config).classes) == config.model.num_classes
+    assert len(sources.find_data_set(config).classes) == config.model.num_classes
 
 
 def test_mini_ade(golden: Callable[[str], pathlib.Path]) -> None:
@@ -177,14 +177,14 @@ def test_an_unreadable_file_is_named(tmp_path: pathlib.Path) -> None:
 
 def test_custom_data(tmp_path: pathlib.Path) -> None:
     config = write(tmp_path, "custom")
-    found = sources.data_set(config)
+    found = sources.find_data_set(config)
     assert found.classes == ("sky", "sea", "sand")
     assert found.palette == ((128, 0, 0), (0, 128, 0), (128, 128, 0))
     unnamed = config_lib.load(config, {"data.class_names": ()})
     assert f"write them to {tmp_path / 'classes.txt'}" in refusal(unnamed)
     (tmp_path / "classes.txt").write_text("sky\nsea\nsand\nrock\n")
     assert "custom has 4 classes, the config's model 3: --config.model.num_classes=4" in refusal(unnamed)
-    assert len(sources.data_set(config_lib.load(unnamed, {"model.num_classes": 4})).classes) == 4
+    assert len(sources.find_data_set(config_lib.load(unnamed, {"model.num_classes": 4})).classes) == 4
     (tmp_path / "images/train/a.png").write_bytes(PNG)
     assert "a.jpeg and a.png in " in refusal(config)
     (tmp_path / "images/train/a.png").unlink()

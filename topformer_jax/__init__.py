@@ -10,16 +10,21 @@ from topformer_jax.version import __version__ as __version__
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from topformer_jax.data.augment import normalize as normalize
     from topformer_jax.inference import segment as segment
     from topformer_jax.models import Classifier, Segmenter
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `segment` when it is first used: importing the package alone stays fast."""
+    """Imports `segment` and `normalize` when they are first used: importing the package alone stays fast."""
     if name == "segment":
         from topformer_jax.inference import segment
 
         return segment
+    if name == "normalize":
+        from topformer_jax.data.augment import normalize
+
+        return normalize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -42,13 +47,14 @@ def load(
 ) -> "Segmenter | Classifier":
     """The model of a config, ready for inference.
 
-    A segmenter takes float32 images `[n, h, w, 3]`, RGB, normalised as the config's data set asks, of any
-    size from 32x32 up, and returns logits `[n, ceil(h / 8), ceil(w / 8), classes]`; a classifier returns
+    A segmenter takes float32 images `[n, h, w, 3]`, RGB, from `normalize` (ImageNet's mean and standard
+    deviation), of any size, and returns logits `[n, ceil(h / 8), ceil(w / 8), classes]`; a classifier returns
     `[n, classes]`. Compile it for speed: `jax.jit` or `nnx.jit` of a function that calls it.
 
     Args:
         config: the path of a config file, or a config.
-        checkpoint: a `.pth` file or an Orbax folder; fresh weights from `config.seed` without one.
+        checkpoint: a `.pth` file, a checkpoint folder or one of its steps, or a run's work directory. Without
+            one, the weights are drawn from `config.seed`.
         overrides: settings by dotted key, e.g. `**{"model.dtype": "bfloat16"}`.
 
     Raises:

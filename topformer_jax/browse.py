@@ -26,7 +26,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
 
     Args:
         config: of the data and the training.
-        step: of the training, from 0.
+        step: of the training, from 1.
         count: number of examples, at most the batch size.
 
     Returns:
@@ -35,10 +35,10 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     Raises:
         UserError: the data does not fit the config or cannot be read.
     """
-    data_set = sources.data_set(config)
+    data_set = sources.find_data_set(config)
     source = sources.open_source(config, "train")
     batches = loader.training_batches(
-        source, config_lib.load(config, {"data.num_workers": 0}), start_step=step
+        source, config_lib.load(config, {"data.num_workers": 0}), start_step=step - 1
     )
     try:
         batch: Batch = jax.tree.map(lambda values: values[:count], next(batches))
@@ -76,11 +76,11 @@ def main() -> None:
     parser.add_argument(
         "--count", type=int, default=8, help="number of examples, at most the batch size (default 8)"
     )
-    parser.add_argument("--step", type=int, default=0, help="training step, from 0 (default 0)")
+    parser.add_argument("--step", type=int, default=1, help="training step, from 1 (default 1)")
     args, config = parser.parse()
     assert config is not None  # --config is required
-    if args.count < 1 or args.step < 0:
-        raise UserError(f"--count is {args.count}, --step {args.step}: expected 1 or more, and 0 or more")
+    if args.count < 1 or args.step < 1:
+        raise UserError(f"--count is {args.count}, --step {args.step}: expected 1 or more")
     output = args.output or pathlib.Path("runs") / config.name / "browse.png"
     drawing.write_image(output, browse(config, args.step, args.count))
     print(f"wrote {output}")

@@ -8,7 +8,6 @@ and writes metrics.json, confusion.csv (a row per label, a column per prediction
 directory. On several hosts, start the same command on each, as for training.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -17,40 +16,60 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, cli, files, logs, metrics, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
+from topformer_jax.evaluation import EvaluationResult, ExampleResult, evaluate_split
 from topformer_jax.inference import Predictor
-from topformer_jax.validate import ExampleResult, Validation, validate
 from topformer_jax.visualize import drawing, report
 
 
-def evaluate(model: models.Segmenter, args: argparse.Namespace) -> Validation:
-    """Evaluates a model as its config and the command's arguments say, prints the table and writes the outputs."""
+def evaluate(
+    model: models.Segmenter,
+    workdir: pathlib.Path,
+    *,
+    checkpoint: str,
+    split: str = "validation",
+    save_predictions: pathlib.Path | None = None,
+    num_report_images: int = 6,
+) -> EvaluationResult:
+    """Scores a model on a split of its config's data set, prints the table and writes the outputs.
+
+    Args:
+        model: its config says which data, and how to evaluate.
+        workdir: for metrics.json, confusion.csv and report.html.
+        checkpoint: where the weights come from, for the outputs.
+        split: "train" or "validation".
+        save_predictions: a folder for each example's prediction as an indexed PNG.
+        num_report_images: in the report, so many with the most correct pixels and so many with the fewest.
+
+    Raises:
+        UserError: the data cannot be read, or an output cannot be written.
+    """
     config = model.config
-    source = sources.open_source(config, args.split)
-    palette = sources.data_set(config).palette
-    workdir = args.workdir or pathlib.Path("runs") / config.name / "evaluate"
+    source = sources.open_source(config, split)
+    data_set = sources.find_data_set(config)
     is_first = jax.process_index() == 0
     if is_first:
         files.make_folder(workdir)
 
     def save_prediction(example: ExampleResult) -> None:
-        if args.save_predictions:
-            path = args.save_predictions / f"{example.name}.png"
-            drawing.write_labels(path, example.prediction(), palette)
+        if save_predictions:
+            path = save_predictions / f"{example.name}.png"
+            drawing.write_labels(path, example.prediction(), data_set.palette)
 
     mesh = sharding.make_inference_mesh(jax.devices())
     with logs.Progress(len(source), "images", active=is_first) as progress:
-        result = validate(model, source, mesh, on_example=save_prediction, on_progress=progress.update)
+        result = evaluate_split(model, source, mesh, on_example=save_prediction, on_progress=progress.update)
     if is_first:
         scores = metrics.compute_scores(result.confusion)
-        print(format_table(scores, sources.data_set(config).classes))
-        facts = _describe(model, source, result, args)
-        _write_scores(workdir, scores, result, sources.data_set(config).classes, facts)
-        _write_report(workdir / "report.html", model, source, result, facts, args.report_images)
+        print(format_table(scores, data_set.classes))
+        facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
+        _write_scores(workdir, scores, result, data_set.classes, facts)
+        _write_report(workdir / "report.html", model, source, result, facts, num_report_images)
         print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
     return result
 
@@ -66,20 +85,16 @@ def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
     return f"{cli.table(rows)}\n{means}"
 
 
-def _describe(
-    model: models.Segmenter, source: sources.Source, result: Validation, args: argparse.Namespace
-) -> dict[str, str]:
+def _describe(config: ConfigDict, result: EvaluationResult) -> dict[str, str]:
     """What was evaluated and how, for metrics.json and the report."""
-    config = model.config
     unused = {"per_device_batch_size"}
     if config.evaluation.mode == "whole":
         unused |= {"crop_size", "stride"}
     settings = config.evaluation.to_dict().items()
     return {
         "config": config.name,
-        "checkpoint": str(args.checkpoint),
-        "data": f"{config.data.dataset}, {args.split}, {config.data.root or config.data.source}",
-        "images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels",
+        "data": f"{config.data.dataset}, {config.data.root or config.data.source}",
+        "images": f"{len(result.accuracy):,}, {result.confusion.sum():,} labelled pixels",
         "evaluation": ", ".join(f"{key} {value}" for key, value in settings if key not in unused),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
@@ -88,7 +103,7 @@ def _describe(
 def _write_scores(
     workdir: pathlib.Path,
     scores: metrics.Scores,
-    result: Validation,
+    result: EvaluationResult,
     classes: Sequence[str],
     facts: Mapping[str, str],
 ) -> None:
@@ -116,7 +131,7 @@ def _write_report(
     path: pathlib.Path,
     model: models.Segmenter,
     source: sources.Source,
-    result: Validation,
+    result: EvaluationResult,
     facts: Mapping[str, str],
     num_images: int,
 ) -> None:
@@ -137,7 +152,7 @@ def _write_report(
         path,
         title=f"{config.name} on {config.data.dataset}",
         facts=facts,
-        data_set=sources.data_set(config),
+        data_set=sources.find_data_set(config),
         confusion=result.confusion,
         best=[load_example(index) for index in order[::-1][:count]],
         worst=[load_example(index) for index in order[:count]],
@@ -179,7 +194,15 @@ def main() -> None:
         overrides["evaluation.flip"] = True
     if args.slide:
         overrides["evaluation.mode"] = "slide"
-    evaluate(checkpoints.load_segmenter(config_lib.load(config, overrides), args.checkpoint), args)
+    config = config_lib.load(config, overrides)
+    evaluate(
+        checkpoints.load_segmenter(config, args.checkpoint),
+        args.workdir or pathlib.Path("runs") / config.name / "evaluate",
+        checkpoint=str(args.checkpoint),
+        split=args.split,
+        save_predictions=args.save_predictions,
+        num_report_images=args.report_images,
+    )
 
 
 if __name__ == "__main__":

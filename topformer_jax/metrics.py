@@ -73,3 +73,21 @@ def compute_scores(confusion: Int[np.ndarray, "classes classes"]) -> Scores:
         return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
     return Scores(iou, accuracy, mean(iou), mean(accuracy), float(total))
+
+
+def compute_image_scores(
+    correct: Int[np.ndarray, " classes"],
+    labelled: Int[np.ndarray, " classes"],
+    predicted: Int[np.ndarray, " classes"],
+) -> tuple[float, float]:
+    """Pixel accuracy and mIoU of one image, from its pixels of each class; nan where nothing is labelled.
+
+    >>> import numpy as np
+    >>> compute_image_scores(np.array([6, 2]), np.array([8, 2]), np.array([6, 4]))
+    (0.8, 0.625)
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = correct / (labelled + predicted - correct)
+        present = np.isfinite(iou)
+        accuracy, miou = correct.sum() / labelled.sum(), iou[present].sum() / present.sum()
+    return float(accuracy), float(miou)

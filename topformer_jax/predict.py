@@ -168,7 +168,7 @@ def main() -> None:
     model = checkpoints.load_segmenter(config, args.checkpoint)
     files.make_folder(args.output)
     predictor = inference.Predictor(model)
-    data_set = sources.data_set(config)
+    data_set = sources.find_data_set(config)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(
             predictor, images, args.output, data_set, probabilities=args.probabilities, progress=progress

@@ -1,4 +1,4 @@
-"""What a training run consists of, and what its loop calls: restore, monitor, validate, save, stop."""
+"""What a training run consists of, and what its loop calls: restore, monitor, evaluate, save, stop."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from topformer_jax import checkpoints, files, logs, metrics, models, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
+from topformer_jax.evaluation import ExampleResult, evaluate_split
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import TrainState
-from topformer_jax.validate import ExampleResult, validate
 from topformer_jax.visualize import drawing
 
 GRID_ROWS = 6  # validation images in the grid that each evaluation writes
@@ -40,7 +40,7 @@ class Run:
     shutdown: GracefulShutdown
 
 
-def build_model(config: ConfigDict) -> models.Segmenter:
+def load_initial_model(config: ConfigDict) -> models.Segmenter:
     """The network with its initial weights: fresh ones, or those of `config.init_from`."""
     model = checkpoints.load_segmenter(config, config.init_from or None, part=config.init_part)
     if config.init_from and jax.process_index() == 0:
@@ -48,7 +48,7 @@ def build_model(config: ConfigDict) -> models.Segmenter:
     return model
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> checkpoints.CheckpointStore:
+def open_checkpoints(workdir: pathlib.Path, config: ConfigDict) -> checkpoints.CheckpointStore:
     """Makes the folders of the work directory, and opens its checkpoints."""
     for folder in ("checkpoints", "predictions", "tensorboard"):
         files.make_folder(workdir / folder, "another --workdir")
@@ -172,18 +172,19 @@ def should_sync(run: Run, step: int) -> bool:
     """Whether the host waits for the devices after this step: to log, to save, to evaluate or to stop."""
     config = run.config
     is_due = step % config.log_every == 0 or step % config.checkpoint_every == 0
-    return is_due or is_validation_step(config, step) or run.shutdown.requested_alone()
+    return is_due or is_evaluation_step(config, step) or run.shutdown.requested_alone()
 
 
-def is_validation_step(config: ConfigDict, step: int) -> bool:
+def is_evaluation_step(config: ConfigDict, step: int) -> bool:
     """Whether the validation split is scored after this step."""
     return step == config.schedule.steps or step % config.evaluate_every == 0
 
 
 def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) -> None:
     """Starts to save a checkpoint in the background."""
+    # mmcv expects an epoch; a run here counts steps alone.
     metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
-    with jax.transfer_guard("allow"):
+    with jax.transfer_guard("allow"):  # Orbax copies the arrays to the host
         run.store.save(step, _to_trees(state), metadata, miou)
 
 
@@ -195,7 +196,7 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
     except UserError as error:
         if step == 0 or jax.process_count() > 1:  # the other processes do not know of the error
             raise
-        monitor.fetch(step)
+        monitor.fetch(step)  # a state whose loss is not finite must not be saved
         run.store.wait()
         if step != run.store.latest:
             save_checkpoint(run, state, step, None)
@@ -204,9 +205,9 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
         raise UserError(line, error.details) from None
 
 
-def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
+def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
     """Scores the validation split and writes a grid of predictions; returns the mIoU, or None if a signal came."""
-    palette = sources.data_set(run.config).palette
+    palette = sources.find_data_set(run.config).palette
     rows: list[list[np.ndarray]] = []
 
     def add_to_grid(example: ExampleResult) -> None:
@@ -216,12 +217,12 @@ def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
 
     def stop_if_requested(*_: object) -> None:
         if run.shutdown.requested_alone():
-            raise _ValidationStopped
+            raise _EvaluationStopped
 
-    with jax.transfer_guard("allow"):
+    with jax.transfer_guard("allow"):  # sizes and flags go to the devices with each batch
         tensors = sharding.to_host(state.average or state.params | state.stats)
         try:
-            result = validate(
+            result = evaluate_split(
                 run.model,
                 run.validation_source,
                 run.mesh,
@@ -229,7 +230,7 @@ def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
                 on_example=add_to_grid,
                 on_progress=stop_if_requested,
             )
-        except _ValidationStopped:
+        except _EvaluationStopped:
             return None
     if rows:
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
@@ -239,15 +240,15 @@ def validate_and_log(run: Run, state: TrainState, step: int) -> float | None:
     return scores.miou
 
 
-class _ValidationStopped(Exception):
+class _EvaluationStopped(Exception):
     """A signal came during an evaluation."""
 
 
-def finish_validation(run: Run, state: TrainState, step: int) -> None:
+def evaluate_if_missing(run: Run, state: TrainState, step: int) -> None:
     """Makes up for the evaluation of the resumed step, if a signal came before it was done."""
-    if not step or not is_validation_step(run.config, step) or run.store.is_evaluated(step):
+    if not step or not is_evaluation_step(run.config, step) or run.store.is_evaluated(step):
         return
-    miou = validate_and_log(run, state, step)
+    miou = evaluate_and_log(run, state, step)
     if miou is not None:
         save_checkpoint(run, state, step, miou)
     exit_if_stopped(run, step, run.shutdown.agree())

@@ -33,7 +33,8 @@ class GracefulShutdown:
         """The signal that any of the processes received, or 0. All processes must call it at the same step."""
         if jax.process_count() == 1:
             return self._signal
-        return int(np.max(multihost_utils.process_allgather(np.int32(self._signal))))
+        with jax.transfer_guard("allow"):  # the number goes through the devices
+            return int(np.max(multihost_utils.process_allgather(np.int32(self._signal))))
 
     def restore_handlers(self) -> None:
         """Puts the previous signal handlers back."""

@@ -61,8 +61,9 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: loss, pixel_accuracy, learning_rate, gradient_norm. The state that goes in is donated: use the one
-    that comes out.
+    device: `loss` (mean cross-entropy), `pixel_accuracy` (of the labelled pixels of the augmented crops),
+    `learning_rate` (the backbone's), `gradient_norm` (before clipping). The state that goes in is
+    donated: use the one that comes out.
 
     Args:
         config: the settings.
@@ -112,10 +113,10 @@ def build_train_step(
     model.train()
     graphdef, *_ = nnx.split(model)
     step = functools.partial(
-        train_step,
+        _apply_step,
         config=config,
         graphdef=graphdef,
-        transform=build_optimizer(config),
+        optimizer=build_optimizer(config),
         loss_function=functools.partial(loss_function, devices=mesh.size),
     )
     return jax.jit(
@@ -126,13 +127,13 @@ def build_train_step(
     )
 
 
-def train_step(
+def _apply_step(
     state: TrainState,
     batch: Batch,
     *,
     config: ConfigDict,
     graphdef: nnx.GraphDef,
-    transform: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     loss_function: LossFunction,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
@@ -140,7 +141,7 @@ def train_step(
         state, batch, config, graphdef, loss_function
     )
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
-        updates, optimizer_state = transform.update(gradients, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     tensors = params | stats
     average = {
@@ -166,7 +167,7 @@ def _accumulate_gradients(
     count = config.grad_accum_steps
     # Interleaved, so that each device's share of a micro-batch consists of the device's own examples.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    loss_dtype = at_least_float32(models.DTYPES[config.model.dtype])
+    accum_dtype = at_least_float32(models.DTYPES[config.model.dtype])
     pixels = batch["label"].size
     valid_pixels = jnp.sum(batch["label"] != IGNORE_LABEL)
     divisor = jnp.maximum(valid_pixels, 1) if config.ignore_void_in_mean else pixels
@@ -178,7 +179,7 @@ def _accumulate_gradients(
             config.seed,
             flip=config.data.flip_prob,
             photometric=config.data.photometric_distortion,
-            dtype=loss_dtype,
+            dtype=accum_dtype,
         )
         model = models.merge_state_dict(graphdef, params | stats)
         logits = model(images, rngs=nnx.Rngs(dropout=key))
@@ -193,8 +194,8 @@ def _accumulate_gradients(
         return (stats, jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, sums, terms)), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    counter = jnp.zeros((), jnp.sum(jnp.zeros(0, bool)).dtype)
-    init = (state.stats, zeros, [jnp.zeros((), loss_dtype), counter, counter])
+    counter = jnp.zeros((), jnp.sum(jnp.zeros(0, bool)).dtype)  # int32, or int64 in 64-bit mode
+    init = (state.stats, zeros, [jnp.zeros((), accum_dtype), counter, counter])
     inputs = (micro_batches, jax.random.split(key, count))
     if count == 1:
         (stats, gradients, sums), _ = add_micro_batch(init, jax.tree.map(lambda x: x[0], inputs))

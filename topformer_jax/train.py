@@ -18,18 +18,18 @@ from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
     Monitor,
     Run,
-    build_model,
+    evaluate_and_log,
+    evaluate_if_missing,
     exit_if_stopped,
-    finish_validation,
-    is_validation_step,
-    open_workdir,
+    is_evaluation_step,
+    load_initial_model,
+    open_checkpoints,
     print_banner,
     print_results,
     restore_state,
     save_checkpoint,
     save_on_error,
     should_sync,
-    validate_and_log,
 )
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import init_training
@@ -46,6 +46,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     Raises:
         UserError: the data, the devices, the work directory or a checkpoint do not fit the config; the loss
             became NaN.
+        SystemExit: 128 + the number of a signal that ended the run, after its state was saved.
     """
     # ---- data
     train_source = sources.open_source(config, "train")
@@ -53,9 +54,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
-    model = build_model(config)
+    model = load_initial_model(config)
     state, train_step = init_training(config, mesh, model)
-    store = open_workdir(workdir, config)
+    store = open_checkpoints(workdir, config)
     start = store.latest or 0
     if start:
         state = restore_state(store, start, state, config)
@@ -83,8 +84,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
 
     # ---- the loop
     try:
-        finish_validation(run, state, start)
-        with jax.transfer_guard("disallow"):
+        evaluate_if_missing(run, state, start)
+        with jax.transfer_guard("disallow"):  # an implicit transfer would make the host wait at every step
             for step in range(start + 1, config.schedule.steps + 1):
                 with save_on_error(run, state, step - 1, monitor):
                     batch = next(batches)
@@ -98,11 +99,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
                 monitor.log(step)
                 stop_signal = shutdown.agree()
                 miou = None
-                if is_validation_step(config, step) and not stop_signal:
+                if is_evaluation_step(config, step) and not stop_signal:
                     with save_on_error(run, state, step, monitor):
-                        miou = validate_and_log(run, state, step)
+                        miou = evaluate_and_log(run, state, step)
                     stop_signal = shutdown.agree()
-                if is_validation_step(config, step) or stop_signal or step % config.checkpoint_every == 0:
+                if is_evaluation_step(config, step) or stop_signal or step % config.checkpoint_every == 0:
                     save_checkpoint(run, state, step, miou)
                 exit_if_stopped(run, step, stop_signal)
                 monitor.restart_clock()

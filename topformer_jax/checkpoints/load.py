@@ -282,12 +282,18 @@ def _explain_misfit(tensors: Mapping[str, np.ndarray], config: ConfigDict) -> st
                 f"it is of variant {name}, the config of {config.model.variant}: use a config of that variant"
             )
     if config.task == "segmentation" and "head.l.weight" in tensors:
-        return "it is an ImageNet classifier's: use an imagenet config, or --init-from-classifier"
+        return (
+            "it is an ImageNet classifier's: use an imagenet config, or start a segmenter from its backbone "
+            "(convert --init-from-classifier, train --config.init_part=backbone)"
+        )
     if config.task == "classification" and "decode_head.conv_seg.weight" in tensors:
         return "it is a segmenter's: use the config of its data set"
     classes = config.model.num_classes
     if any(name.startswith(CLASS_LAYERS) and classes not in t.shape for name, t in tensors.items()):
-        return f"it does not have the config's {classes} classes: use its own config, or --new-head"
+        return (
+            f"it does not have the config's {classes} classes: use its own config, or a new last layer "
+            "(convert --new-head, train --config.init_part=all_but_classes)"
+        )
     return "use the config that it was made with"
 
 

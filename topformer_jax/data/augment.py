@@ -21,12 +21,12 @@ STD = np.array((58.395, 57.12, 57.375), np.float32)
 Planes = tuple[Array, ...]  # red, green, blue, or hue, saturation, value
 
 
-def normalise(
+def normalize(
     images: UInt8[Array, "n h w 3"] | UInt8[np.ndarray, "n h w 3"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "n h w 3"]:
     """Computes `(images - MEAN) / STD` in at least float32, then casts to `dtype`.
 
-    >>> normalise(np.full((1, 2, 2, 3), 255, np.uint8)).shape
+    >>> normalize(np.full((1, 2, 2, 3), 255, np.uint8)).shape
     (1, 2, 2, 3)
     """
     wide = np.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
@@ -94,7 +94,7 @@ def augment(
     arrays: Any = (batch["image"], batch["label"], batch["size"], batch["index"], batch["epoch"])
     with jax.named_scope("augment"):
         images, labels, inside = jax.vmap(augment_example)(*arrays)
-        images = jnp.where(inside[..., None], normalise(images, dtype), jnp.zeros((), dtype))
+        images = jnp.where(inside[..., None], normalize(images, dtype), jnp.zeros((), dtype))
         return images, jnp.where(inside, labels.astype(jnp.int32), IGNORE_LABEL)
 
 

@@ -47,7 +47,7 @@ class Source(Protocol):
         """(height, width) of an example's label in pixels, and so of its image, without decoding either."""
 
 
-def data_set(config: ConfigDict) -> DataSet:
+def find_data_set(config: ConfigDict) -> DataSet:
     """Looks up the config's data set: names and colours of its classes, layout of its files.
 
     Raises:
@@ -60,9 +60,9 @@ def data_set(config: ConfigDict) -> DataSet:
         found = CATALOG[name]
     else:
         raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
-    if len(found.classes) >= IGNORE_LABEL:
+    if len(found.classes) > IGNORE_LABEL:
         raise UserError(
-            f"{name} has {len(found.classes)} classes: at most 254 fit, as labels are bytes and 255 is void"
+            f"{name} has {len(found.classes)} classes: at most 255 fit, as labels are bytes and 255 is void"
         )
     if len(found.classes) != config.model.num_classes:
         raise UserError(
@@ -86,7 +86,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {SPLITS}")
     data = config.data
-    found = data_set(config)
+    found = find_data_set(config)
     if (data.source == "shapes") != (data.dataset == "shapes"):
         raise UserError(
             f"data.source={data.source} does not hold data.dataset={data.dataset}: for the synthetic set both "

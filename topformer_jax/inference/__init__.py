@@ -4,7 +4,7 @@
       |  geometry.prepare_input: resized for the network, its resize matrices and label tiles   (host, numpy)
       v
     InferenceInput  -- rows of a batch, all of one ShapeBucket (geometry.plan_batches) -->  make_global_batch
-      |  CompiledInference.compute_views: normalise, network; per scale, mirrored or not        (devices)
+      |  CompiledInference.compute_views: normalize, network; per scale, mirrored or not        (devices)
       v
     logits [n, h/8, classes, w/8] of each view
       |  CompiledInference.count or .probabilities: a tile of pixels at a time (ops/tiled.py)   (devices)
@@ -13,7 +13,7 @@
 
 As in mmsegmentation, logits are resized to the network's input (averaged where sliding windows overlap) and from
 there to the image; softmaxes of several views are averaged. `geometry` is plain numpy, `compiled` holds what is
-jitted, `predictor` is what a user calls; evaluating a data set is `topformer_jax.validate`.
+jitted, `predictor` is what a user calls; evaluating a data set is `topformer_jax.evaluation`.
 """
 
 from topformer_jax.inference.compiled import CompiledInference, compile_inference, make_global_batch

@@ -19,14 +19,14 @@ from jaxtyping import Array, Float, Int, Int32
 from ml_collections import FrozenConfigDict
 
 from topformer_jax import models
-from topformer_jax.data.augment import normalise
+from topformer_jax.data.augment import normalize
 from topformer_jax.inference.geometry import InferenceInput, padded_logits_size, view_flips, window_grid
 from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles
+from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles, mean_probabilities
 
-# JAX runs with 32-bit integers, which a data set's pixels outgrow: a count is kept as two of them, the lower one
-# with this many bits. One image adds less than 2**31, so neither overflows before 2**51 pixels.
+# A data set has more pixels than an int32 can count, and JAX has no wider integers by default. So a count is kept
+# in two int32 parts: count = lower + upper * 2**LOWER_BITS. It overflows at 2**51 pixels.
 LOWER_BITS = 20
 
 
@@ -37,9 +37,10 @@ class CompiledInference:
     devices there are.
 
     Attributes:
+        num_classes, evaluation, mesh: what the programs were made for.
         logits: `(tensors, images, flip) -> [n, h, classes, w]`, the logits of all windows side by side.
-        count: `(views, grids, labels, totals) -> (predictions, pixels, totals)`, see `_count`.
-        probabilities: `(views, grids, labels) -> [n, tiles, rows, columns, classes]`.
+        predict_and_count: `(views, tile_counts, labels, totals) -> (predictions, pixels, totals)`.
+        probabilities: `(views, tile_counts, labels) -> [n, tiles, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
     """
@@ -64,8 +65,9 @@ class CompiledInference:
         self.logits = jax.jit(
             per_device(self._logits, in_specs=(replicated, batch, replicated), out_specs=batch)
         )
-        self.count = jax.jit(
-            per_device(self._count, in_specs=(batch, batch, batch, batch), out_specs=batch), donate_argnums=3
+        self.predict_and_count = jax.jit(
+            per_device(self._predict_and_count, in_specs=(batch, batch, batch, batch), out_specs=batch),
+            donate_argnums=3,
         )
         self.probabilities = jax.jit(
             per_device(self._probabilities, in_specs=(batch, batch, batch), out_specs=batch)
@@ -76,11 +78,13 @@ class CompiledInference:
         views = [(image, flip) for image in batch.images for flip in view_flips(self.evaluation)]
         return [
             ViewLogits(self.logits(tensors, image, np.bool_(flip)), rows, columns)
-            for (image, flip), rows, columns in zip(views, batch.rows, batch.columns, strict=True)
+            for (image, flip), rows, columns in zip(
+                views, batch.row_resizes, batch.column_resizes, strict=True
+            )
         ]
 
     def zero_totals(self) -> Int32[Array, "devices 2 pairs"]:
-        """The totals that `count` starts from: per device, the lower and upper parts of its confusion matrix."""
+        """What `predict_and_count` starts from: the two parts of each device's confusion matrix."""
         zeros = np.zeros((self.mesh.size, 2, self.num_classes**2), np.int32)
         return jax.make_array_from_callback(zeros.shape, self.batch_sharding, lambda index: zeros[index])
 
@@ -95,7 +99,7 @@ class CompiledInference:
         n, *sides = images.shape[:3]
         input_size = (sides[0], sides[1])
         images = jnp.where(flip, images[:, :, ::-1], images)
-        images = normalise(images, self.dtype)
+        images = normalize(images, self.dtype)
         model = models.merge_state_dict(self._graphdef, tensors)
         (tops, height), (lefts, width) = window_grid(input_size, self.evaluation)
         if len(tops) * len(lefts) == 1:
@@ -115,8 +119,8 @@ class CompiledInference:
         pad = [(0, padded - side) for padded, side in zip(padded_size, logits.shape[1:3], strict=True)]
         return jnp.pad(logits, ((0, 0), *pad, (0, 0))).swapaxes(2, 3)
 
-    def _count(
-        self, views: list[ViewLogits], grids: Array, labels: Array, totals: Array
+    def _predict_and_count(
+        self, views: list[ViewLogits], tile_counts: Array, labels: Array, totals: Array
     ) -> tuple[Array, Array, Array]:
         """Predicts and counts a batch.
 
@@ -128,7 +132,7 @@ class CompiledInference:
         classes = self.num_classes
 
         def count_image(totals: Array, image: Any) -> tuple[Array, tuple[Array, Array]]:
-            views, grid, labels = image
+            views, tile_count, labels = image
 
             def count_tile(carry: Any, scores: Array, tile: Array) -> Any:
                 predictions, counts = carry
@@ -138,31 +142,32 @@ class CompiledInference:
 
             init = (jnp.zeros_like(labels), jnp.zeros(classes**2, jnp.int32))
             predictions, counts = fold_tiles(
-                views, grid[0], grid[1], init, count_tile, precision=self._precision
+                views, tile_count[0], tile_count[1], init, count_tile, precision=self._precision
             )
             matrix = counts.reshape(classes, classes)
             pixels = jnp.stack([jnp.diagonal(matrix), matrix.sum(1), matrix.sum(0)])
             return _add_counts(totals, counts), (predictions, pixels)
 
-        totals, (predictions, pixels) = lax.scan(count_image, totals, (views, grids, labels))
+        totals, (predictions, pixels) = lax.scan(count_image, totals, (views, tile_counts, labels))
         return predictions, pixels, totals
 
     def _probabilities(
-        self, views: list[ViewLogits], grids: Array, labels: Array
+        self, views: list[ViewLogits], tile_counts: Array, labels: Array
     ) -> Float[Array, "n tiles rows columns classes"]:
         """The softmax at each pixel of the images, averaged over the views."""
 
         def image_probabilities(image: Any) -> Array:
-            views, grid, labels = image
+            views, tile_count, labels = image
 
             def write_tile(carry: Array, scores: Array, tile: Array) -> Array:
-                scores = jax.nn.softmax(scores, axis=1) if len(views) == 1 else scores / len(views)
-                return carry.at[tile].set(scores.swapaxes(1, 2))
+                return carry.at[tile].set(mean_probabilities(scores, len(views)).swapaxes(1, 2))
 
             init = jnp.zeros((*labels.shape, self.num_classes), views[0].logits.dtype)
-            return fold_tiles(views, grid[0], grid[1], init, write_tile, precision=self._precision)
+            return fold_tiles(
+                views, tile_count[0], tile_count[1], init, write_tile, precision=self._precision
+            )
 
-        return lax.map(image_probabilities, (views, grids, labels))
+        return lax.map(image_probabilities, (views, tile_counts, labels))
 
 
 def _add_counts(totals: Int32[Array, "1 2 pairs"], counts: Int32[Array, " pairs"]) -> Array:
@@ -173,7 +178,11 @@ def _add_counts(totals: Int32[Array, "1 2 pairs"], counts: Int32[Array, " pairs"
 
 
 def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:
-    """The programs of a model on a mesh, in inference mode; the same network and settings are compiled only once."""
+    """The programs of a model on a mesh; each is compiled at its first call with new shapes.
+
+    The model is switched to inference mode. For an equal network, evaluation and mesh it returns the same object
+    again, so that nothing is compiled twice.
+    """
     model.eval()
     graphdef, _ = nnx.split(model)
     return _cached_inference(graphdef, model.num_classes, model.policy, model.config.evaluation, mesh)

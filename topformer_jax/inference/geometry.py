@@ -40,9 +40,9 @@ class InferenceInput(NamedTuple):
     """One image as the compiled programs take it; a batch stacks the arrays of several along a new first axis."""
 
     images: tuple[Image, ...]  # resized for the network, one per ratio
-    rows: tuple[BandedResize, ...]  # from logits back to the original height, one per view
-    columns: tuple[BandedResize, ...]  # likewise to the original width
-    grid: Int32[np.ndarray, "2"]  # number of tiles, and how many of them lie side by side
+    row_resizes: tuple[BandedResize, ...]  # from logits back to the original height, one per view
+    column_resizes: tuple[BandedResize, ...]  # likewise to the original width
+    tile_counts: Int32[np.ndarray, "2"]  # number of tiles, and how many of them lie side by side
     labels: UInt8[np.ndarray, "tiles rows columns"]  # IGNORE_LABEL without a label and beyond the image
 
 
@@ -148,13 +148,13 @@ def prepare_input(
     ):
         scale = multiply_scale(evaluation.scale, ratio)
         images.append(eval_image(image, scale=scale, size_divisor=evaluation.size_divisor))
-        grid = window_grid(input_size, evaluation)
+        windows = window_grid(input_size, evaluation)
         for flip in view_flips(evaluation):
             row, column = (
                 _resize_bands(
                     size[axis],
                     input_size[axis],
-                    *grid[axis],
+                    *windows[axis],
                     TILE[axis],
                     support[axis],
                     bucket.tiles_per_side,
@@ -276,13 +276,16 @@ def _resize_bands(
     window: int,
     tile: int,
     support: int,
-    capacity: int,
+    num_tiles: int,
     flip: bool,
     dtype: str,
 ) -> BandedResize:
     """The resize of one axis in tiles; cached, since images of a data set share few sizes."""
-    matrix = resize_matrix(pixels, input_pixels, starts, window, dtype)
-    extent = _padded_cells(len(starts) * num_cells(window))
+    matrix = resize_matrix(input_pixels, pixels, starts, window, dtype)
     return split_into_bands(
-        matrix[::-1] if flip else matrix, tile, support=support, capacity=capacity, extent=extent
+        matrix[::-1] if flip else matrix,
+        tile,
+        support=support,
+        num_tiles=num_tiles,
+        padded_cells=_padded_cells(len(starts) * num_cells(window)),
     )

@@ -39,7 +39,7 @@ class Predictor:
     def with_probabilities(self, image: Image) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
         """The class of each pixel, and the softmax over classes: 4 bytes per class and pixel."""
         batch, views = self._compute_views(image)
-        tiles = self._programs.probabilities(views, batch.grid, batch.labels)
+        tiles = self._programs.probabilities(views, batch.tile_counts, batch.labels)
         probabilities = join_tiles(np.asarray(tiles)[0], (image.shape[0], image.shape[1]))
         return self._predict_labels(image, batch, views), probabilities
 
@@ -51,7 +51,9 @@ class Predictor:
 
     def _predict_labels(self, image: Image, batch: InferenceInput, views: list[ViewLogits]) -> Labels:
         programs = self._programs
-        predictions, _, _ = programs.count(views, batch.grid, batch.labels, programs.zero_totals())
+        predictions, _, _ = programs.predict_and_count(
+            views, batch.tile_counts, batch.labels, programs.zero_totals()
+        )
         return join_tiles(np.asarray(predictions)[0], (image.shape[0], image.shape[1]))
 
 

@@ -147,10 +147,14 @@ class Backbone(nnx.Module):
         """The tokens of each scale, finest first, and the transformer's output for all scales, joined on channels.
 
         Raises:
-            ValueError: the images are not `[n, h, w, 3]`.
+            ValueError: the images are not floats `[n, h, w, 3]`.
         """
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.shape}: expected [n, h, w, 3]")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images are {images.dtype}: expected normalized floats, see topformer_jax.normalize"
+            )
         with jax.named_scope("tpm"):
             tokens = self.tpm(jnp.asarray(images).astype(self.policy.dtype))
         with jax.named_scope("ppa"):

@@ -46,25 +46,25 @@ def num_cells(pixels: int) -> int:
     return -(-pixels // STRIDE)
 
 
-def tile_support(pixels: int, input_pixels: int, tile: int, windows: int, window: int) -> int:
+def tile_support(pixels: int, input_pixels: int, tile: int, num_windows: int, window: int) -> int:
     """The most cells that any tile along an axis depends on, rounded up to 8, 16, 32, ... to limit program shapes.
 
     Args:
         pixels: of the original image.
         input_pixels: of the network's input.
         tile: pixels of a tile.
-        windows: number of sliding windows; with several, the cells of one pixel lie far apart.
+        num_windows: sliding windows; with several, the cells of one pixel lie far apart.
         window: pixels of a window.
     """
-    needed = windows * num_cells(window)
-    if windows == 1:
+    needed = num_windows * num_cells(window)
+    if num_windows == 1:
         needed = min(needed, int((min(tile, pixels) * input_pixels / pixels + 1) / STRIDE) + 3)
     return max(8, 1 << (needed - 1).bit_length())
 
 
 def resize_matrix(
-    pixels: int,
     input_pixels: int,
+    pixels: int,
     starts: Sequence[int] = (0,),
     window: int | None = None,
     dtype: str = "float32",
@@ -72,8 +72,8 @@ def resize_matrix(
     """All resizes of one axis as one matrix: logits to windows, their mean where they overlap, then to the image.
 
     Args:
-        pixels: of the original image.
         input_pixels: of the network's input.
+        pixels: of the original image.
         starts: first input pixel of each window; the windows' cells lie one window after the other.
         window: pixels of a window; the whole input if None.
         dtype: of the sampling grids and of the result; products are accumulated in float64.
@@ -97,8 +97,8 @@ def split_into_bands(
     tile: int,
     *,
     support: int | None = None,
-    capacity: int | None = None,
-    extent: int | None = None,
+    num_tiles: int | None = None,
+    padded_cells: int | None = None,
 ) -> BandedResize:
     """Cuts the resize matrix of an axis into tiles of rows, keeping only the cells that each tile depends on.
 
@@ -106,13 +106,16 @@ def split_into_bands(
         matrix: see `resize_matrix`.
         tile: pixels of a tile.
         support: cells kept per tile; if None, the most that any tile needs.
-        capacity: tiles of the result; those beyond the image are zero.
-        extent: cells of the logits including padding; at least `support`.
+        num_tiles: of the result, at least those of the image; the others are zero.
+        padded_cells: cells of the logits including padding; at least `support`.
+
+    Raises:
+        ValueError: a tile depends on more than `support` cells.
     """
     pixels, width = matrix.shape
     count = -(-pixels // tile)
-    extent = width if extent is None else extent
-    padded = np.zeros((count * tile, max(extent, width)), matrix.dtype)
+    padded_cells = width if padded_cells is None else padded_cells
+    padded = np.zeros((count * tile, max(padded_cells, width)), matrix.dtype)
     padded[:pixels, :width] = matrix
     tiles = padded.reshape(count, tile, -1)
     used = (tiles != 0).any(1)
@@ -122,10 +125,10 @@ def split_into_bands(
     support = needed if support is None else support
     if needed > support:
         raise ValueError(f"a tile needs {needed} cells, the support is {support}")
-    starts = np.minimum(first, extent - support)
+    starts = np.minimum(first, padded_cells - support)
     cells = starts[:, None, None] + np.arange(support)
     weights = np.take_along_axis(tiles, cells, -1)
-    pad = 0 if capacity is None else capacity - count
+    pad = 0 if num_tiles is None else num_tiles - count
     return BandedResize(
         np.pad(starts, (0, pad)).astype(np.int32), np.pad(weights, ((0, pad), (0, 0), (0, 0)))
     )
@@ -178,6 +181,13 @@ def _tile_scores(
     stretched = matmul(patch.reshape(height * classes, width), column_weights.T)
     scores = matmul(row_weights, stretched.reshape(height, -1))
     return scores.reshape(row_weights.shape[0], classes, -1)
+
+
+def mean_probabilities(
+    scores: Float[Array, "rows classes columns"], num_views: int
+) -> Float[Array, "rows classes columns"]:
+    """The softmax over classes, averaged over the views, from the scores that `fold_tiles` hands out."""
+    return jax.nn.softmax(scores, axis=1) if num_views == 1 else scores / num_views
 
 
 def argmax_classes(scores: Float[Array, "rows classes columns"]) -> Int32[Array, "rows columns"]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from topformer_jax import models, sharding
+from topformer_jax import metrics, models, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.inference import EvalBatch, InferenceInput, compile_inference, make_global_batch
@@ -31,7 +31,7 @@ class ExampleResult:
     prediction: Callable[[], Labels]
 
 
-class Validation(NamedTuple):
+class EvaluationResult(NamedTuple):
     """What was counted; the same on every process."""
 
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
@@ -39,7 +39,7 @@ class Validation(NamedTuple):
     miou: Float[np.ndarray, " examples"]  # of each example alone
 
 
-def validate(
+def evaluate_split(
     model: models.Segmenter,
     source: sources.Source,
     mesh: Mesh,
@@ -47,7 +47,7 @@ def validate(
     tensors: Mapping[str, Any] | None = None,
     on_example: Callable[[ExampleResult], None] = lambda _: None,
     on_progress: Callable[[int, str], None] = lambda *_: None,
-) -> Validation:
+) -> EvaluationResult:
     """Counts every example of a source exactly once, on all devices of all processes.
 
     Each process reads and computes its rows of every batch; confusion matrices stay on the devices and are summed
@@ -70,7 +70,7 @@ def validate(
     host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
     device_tensors = jax.device_put(host_tensors, NamedSharding(mesh, P()))
     rows = _rows_per_batch(config.evaluation.per_device_batch_size, mesh)
-    own_rows = _own_rows(programs.batch_sharding, rows)
+    local_rows = _local_rows(programs.batch_sharding, rows)
     batches = plan_batches(_read_sizes(source), config.evaluation, rows)
     dtype = programs.dtype.name
 
@@ -82,7 +82,7 @@ def validate(
         inputs = prepare_input(image, label, config.evaluation, batch.bucket, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
-    jobs = [(batch, row) for batch in batches for row in own_rows if row < len(batch.indices)]
+    jobs = [(batch, row) for batch in batches for row in local_rows if row < len(batch.indices)]
     examples = loader.map_in_threads(load, jobs)
     totals = programs.zero_totals()
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
@@ -93,12 +93,14 @@ def validate(
         new_sizes = [size for size in batch.bucket.input_sizes if size not in compiled]
         compiled |= set(new_sizes)
         on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
-        loaded = {row: next(examples) for row in own_rows if row < len(batch.indices)}
+        loaded = {row: next(examples) for row in local_rows if row < len(batch.indices)}
         padding = padding_input(batch.bucket, config.evaluation, dtype)
-        inputs = {row: loaded[row].inputs if row in loaded else padding for row in own_rows}
+        inputs = {row: loaded[row].inputs if row in loaded else padding for row in local_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, global_batch)
-        predictions, pixels, totals = programs.count(views, global_batch.grid, global_batch.labels, totals)
+        predictions, pixels, totals = programs.predict_and_count(
+            views, global_batch.tile_counts, global_batch.labels, totals
+        )
         in_flight.append((loaded, predictions, pixels))
         started += len(batch.indices)
         while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
@@ -106,7 +108,7 @@ def validate(
     on_progress(started, "")
     scores = sharding.sum_over_processes(scores)
     confusion = sharding.sum_over_processes(programs.read_totals(totals))
-    return Validation(confusion, scores[:, 0], scores[:, 1])
+    return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _rows_per_batch(per_device: int, mesh: Mesh) -> int:
     return (per_device or (1 if jax.default_backend() == "cpu" else 8)) * mesh.size
 
 
-def _own_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:
+def _local_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:
     """The rows of a batch that lie on this process's devices, in order."""
     indices: Any = batch_sharding.addressable_devices_indices_map((rows,)).values()
     return sorted(row for index in indices for row in range(*index[0].indices(rows)))
@@ -148,21 +150,17 @@ def _collect_batch(
     on_example: Callable[[ExampleResult], None],
 ) -> None:
     """Waits for a batch, and writes its examples' accuracy and mIoU into `scores`."""
-    pixels_of_row = _local_rows(pixels)
+    pixels_of_row = _fetch_local_rows(pixels)
     for row, example in loaded.items():
-        correct, labelled, predicted = pixels_of_row[row].astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            iou = correct / (labelled + predicted - correct)
-            present = np.isfinite(iou)
-            scores[example.index] = correct.sum() / labelled.sum(), iou[present].sum() / present.sum()
+        scores[example.index] = metrics.compute_image_scores(*pixels_of_row[row])
 
         def prediction(row: int = row, label: Labels = example.label) -> Labels:
-            return join_tiles(_local_rows(predictions)[row], (label.shape[0], label.shape[1]))
+            return join_tiles(_fetch_local_rows(predictions)[row], (label.shape[0], label.shape[1]))
 
         on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
 
 
-def _local_rows(array: Array) -> dict[int, np.ndarray]:
+def _fetch_local_rows(array: Array) -> dict[int, np.ndarray]:
     """The rows of a global array that this process holds, copied to the host."""
     return {
         (shard.index[0].start or 0) + number: row
