@@ -319,7 +319,7 @@ def test_checkpoints_that_do_not_fit(
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for more, words in (
         ({"model.variant": "small"}, "a run of another model"),
-        ({"ema_decay": 0.5}, "without averages"),
+        ({"ema_decay": 0.5}, "without averaged weights"),
     ):
         assert words in refused_here(workdir, changes | more)
         assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before

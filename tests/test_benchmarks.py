@@ -16,7 +16,7 @@ from flax import nnx
 from benchmarks import official_input, peers, samples, timing
 from benchmarks.timing import Program
 from tests.parity import settings_for
-from topformer_jax import checkpoint, models
+from topformer_jax import checkpoints, models
 from topformer_jax.data import loader, transforms
 from topformer_jax.data.augment import normalize
 from topformer_jax.errors import UserError
@@ -153,7 +153,7 @@ def test_a_peer_has_our_logits() -> None:
     model = models.build_segmenter(config)
     model.eval()
     images, weights = samples.images(2, (64, 64)), samples.weights(model)
-    checkpoint.load_state_dict(model, weights)
+    checkpoints.load_state_dict(model, weights)
     ours = np.asarray(nnx.jit(lambda model, images: model(images))(model, normalize(images)))
     args = argparse.Namespace(peer="torch", variants=["eager"])
     with peers.start(args, "logits", config, samples.torch_weights(weights), images) as programs:

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "optimizer": set(),
     "profiler": set(),
     "sharding": set(),
-    "shutdown": set(),
+    "shutdown": {"sharding"},
     "ops": set(),
     "data": {"ops"},
     "models": {"ops"},

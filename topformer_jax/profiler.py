@@ -50,5 +50,9 @@ class StepProfiler:
         """Ends the trace if one is running."""
         if self._is_tracing:
             self._is_tracing = False
-            jax.profiler.stop_trace()
-            print(f"wrote the profile of steps {self._steps[0]} to {self._steps[-1]} into {self._folder}")
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"cannot write the profile into {self._folder}: {error}") from None
+            if jax.process_index() == 0:
+                print(f"wrote the profile into {self._folder}")

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, files, logs, metrics, models, sharding
 from topformer_jax.data import loader, sources
+from topformer_jax.data.catalog import DataSet
 from topformer_jax.errors import UserError
 from topformer_jax.evaluation import ExampleResult, evaluate_split
 from topformer_jax.shutdown import GracefulShutdown
@@ -33,6 +34,7 @@ class Run:
     workdir: pathlib.Path
     mesh: Mesh
     model: models.Segmenter
+    data_set: DataSet
     train_source: sources.Source
     validation_source: sources.Source
     store: checkpoints.CheckpointStore
@@ -184,8 +186,7 @@ def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) 
     """Starts to save a checkpoint in the background."""
     # mmcv expects an epoch; a run here counts steps alone.
     metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
-    with jax.transfer_guard("allow"):  # Orbax copies the arrays to the host
-        run.store.save(step, _to_trees(state), metadata, miou)
+    run.store.save(step, _to_trees(state), metadata, miou)
 
 
 @contextlib.contextmanager
@@ -207,7 +208,7 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
 
 def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
     """Scores the validation split and writes a grid of predictions; returns the mIoU, or None if a signal came."""
-    palette = sources.find_data_set(run.config).palette
+    palette = run.data_set.palette
     rows: list[list[np.ndarray]] = []
 
     def add_to_grid(example: ExampleResult) -> None:

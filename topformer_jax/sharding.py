@@ -97,16 +97,17 @@ def sum_over_processes(array: np.ndarray) -> np.ndarray:
     return gather_processes(array).sum(0, dtype=array.dtype)
 
 
-def gather_processes(array: np.ndarray) -> np.ndarray:
+def gather_processes(array: np.ndarray | np.generic) -> np.ndarray:
     """Every process's array, stacked along a new first axis; all processes must call it in the same order.
 
     The arrays travel as bytes, since JAX would cut 64-bit numbers down to 32 bits.
     """
     if jax.process_count() == 1:
-        return array[None]
-    data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
-    gathered = np.asarray(multihost_utils.process_allgather(data))
-    return gathered.view(array.dtype).reshape(-1, *array.shape)
+        return np.asarray(array)[None]
+    data = np.frombuffer(array.tobytes(), np.uint8)
+    with jax.transfer_guard("allow"):  # the bytes travel through the devices
+        gathered = np.ascontiguousarray(multihost_utils.process_allgather(data))
+    return gathered.view(array.dtype).reshape(len(gathered), *array.shape)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@ from types import FrameType
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from topformer_jax.sharding import gather_processes
 
 
 class GracefulShutdown:
@@ -31,10 +32,7 @@ class GracefulShutdown:
 
     def agree(self) -> int:
         """The signal that any of the processes received, or 0. All processes must call it at the same step."""
-        if jax.process_count() == 1:
-            return self._signal
-        with jax.transfer_guard("allow"):  # the number goes through the devices
-            return int(np.max(multihost_utils.process_allgather(np.int32(self._signal))))
+        return int(gather_processes(np.int32(self._signal)).max())
 
     def restore_handlers(self) -> None:
         """Puts the previous signal handlers back."""

@@ -7,6 +7,7 @@ Ctrl-C and SIGTERM save before they end it. On several hosts, start the same com
 recognised, elsewhere give --coordinator, --processes and --process-id.
 """
 
+import contextlib
 import pathlib
 
 import jax
@@ -49,6 +50,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         SystemExit: 128 + the number of a signal that ended the run, after its state was saved.
     """
     # ---- data
+    data_set = sources.find_data_set(config)
     train_source = sources.open_source(config, "train")
     validation_source = sources.open_source(config, "validation")
 
@@ -68,7 +70,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         print_banner(config, workdir, mesh, state, (train_source, validation_source))
     log = logs.RunLog(workdir, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
-    run = Run(config, workdir, mesh, model, train_source, validation_source, store, log, shutdown)
+    run = Run(config, workdir, mesh, model, data_set, train_source, validation_source, store, log, shutdown)
     batches = loader.to_device(
         loader.training_batches(
             train_source,
@@ -83,38 +85,33 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     monitor = Monitor(run, batches)
 
     # ---- the loop
-    try:
+    # An implicit transfer would make the host wait at every step.
+    with contextlib.ExitStack() as cleanup, jax.transfer_guard("disallow"):
+        # The last one is called first, and all of them are called, whatever one of them raises.
+        for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
+            cleanup.callback(close)
         evaluate_if_missing(run, state, start)
-        with jax.transfer_guard("disallow"):  # an implicit transfer would make the host wait at every step
-            for step in range(start + 1, config.schedule.steps + 1):
-                with save_on_error(run, state, step - 1, monitor):
-                    batch = next(batches)
-                profiler.before(step)
-                state, step_metrics = train_step(state, batch)
-                profiler.after(step, step_metrics)
-                monitor.add(step_metrics)
-                if not should_sync(run, step):
-                    continue
+        for step in range(start + 1, config.schedule.steps + 1):
+            with save_on_error(run, state, step - 1, monitor):
+                batch = next(batches)
+            profiler.before(step)
+            state, step_metrics = train_step(state, batch)
+            profiler.after(step, step_metrics)
+            monitor.add(step_metrics)
+            if not should_sync(run, step):
+                continue
 
-                monitor.log(step)
+            monitor.log(step)
+            stop_signal = shutdown.agree()
+            miou = None
+            if is_evaluation_step(config, step) and not stop_signal:
+                with save_on_error(run, state, step, monitor):
+                    miou = evaluate_and_log(run, state, step)
                 stop_signal = shutdown.agree()
-                miou = None
-                if is_evaluation_step(config, step) and not stop_signal:
-                    with save_on_error(run, state, step, monitor):
-                        miou = evaluate_and_log(run, state, step)
-                    stop_signal = shutdown.agree()
-                if is_evaluation_step(config, step) or stop_signal or step % config.checkpoint_every == 0:
-                    save_checkpoint(run, state, step, miou)
-                exit_if_stopped(run, step, stop_signal)
-                monitor.restart_clock()
-    finally:
-        batches.close()
-        profiler.close()
-        log.close()
-        try:
-            store.close()
-        finally:
-            shutdown.restore_handlers()
+            if is_evaluation_step(config, step) or stop_signal or step % config.checkpoint_every == 0:
+                save_checkpoint(run, state, step, miou)
+            exit_if_stopped(run, step, stop_signal)
+            monitor.restart_clock()
 
     # ---- the end
     if is_first:

@@ -197,9 +197,13 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _report_write_error(self) -> Iterator[None]:
-        """Turns any error into one line; Orbax raises one of the background at the next call."""
+        """Turns any error into one line; Orbax raises one of the background at the next call.
+
+        Inside a training loop implicit transfers are disallowed; Orbax may copy arrays and synchronise processes.
+        """
         try:
-            yield
+            with jax.transfer_guard("allow"):
+                yield
         except Exception as error:  # Orbax has no common class for what a full disk raises
             reason = NO_SPACE if "No space left" in str(error) else _reason(error)
             newest = self.latest

@@ -95,8 +95,8 @@ def _explain(path: pathlib.Path, error: Exception) -> str:
     place = f"{path}, line {line}" if line else str(path)
     if isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError):
         # A locked ConfigDict's error lists all its other settings; the name stands first in quotes.
-        name = re.split("[\"']", str(error.args[0].args[0]))[1]
-        return f"{place}: {checks.unknown(name)}"
+        if quoted := re.search("[\"'](.+?)[\"']", str(error.args[0])):
+            return f"{place}: {checks.unknown(quoted[1])}"
     reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error).split("\n")[0]
     return f"{place}: {type(error).__name__}: {reason}" if reason else f"{place}: {type(error).__name__}"
 

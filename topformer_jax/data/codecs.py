@@ -10,7 +10,7 @@ import zlib
 
 import cv2
 import numpy as np
-import PIL.Image
+from PIL.PngImagePlugin import PngImageFile
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 from topformer_jax.errors import UserError
@@ -135,9 +135,10 @@ def _read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
             f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
         )
     if colour_type == GREY:
-        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH, name)
-    try:  # OpenCV would turn the indices into colours
-        with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION, name)
+    try:
+        # OpenCV would turn the indices into colours. Not by `PIL.Image.open`, which refuses large files.
+        with PngImageFile(io.BytesIO(data)) as image:
             return np.array(image)
     except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
         raise _damaged(name) from None

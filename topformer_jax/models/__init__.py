@@ -35,7 +35,7 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
         config: all settings; `config.task` decides between segmenter and classifier, `config.seed` draws the weights.
 
     Raises:
-        UserError: a setting has a value that is not allowed.
+        UserError: the task, the variant or another choice does not exist. Ranges are checked by `config.load`.
 
     >>> from topformer_jax import config
     >>> model = build(config.pascal_context("tiny", classes=59))
