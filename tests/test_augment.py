@@ -30,7 +30,7 @@ def test_golden_photometric(golden: Find) -> None:
         "hue-18": lambda x: hue(x, -18),
         "hue+7": lambda x: hue(x, 7),
         "hue+17": lambda x: hue(x, 17),
-        "hsv": lambda x: jnp.stack(module._to_hsv(module._planes(x)), -1).astype(jnp.uint8),
+        "hsv": lambda x: jnp.stack(module._to_hsv(module._split_channels(x)), -1).astype(jnp.uint8),
         "chain_brightness-12.25_saturation*1.2_hue-9_contrast*1.15": lambda x: contrast(
             hue(saturation(brightness(x, -12.25), 1.2), -9), 1.15
         ),
@@ -55,8 +55,8 @@ def _rgb_mismatches(hsv: np.ndarray) -> int:
     return int((np.asarray(_backward(jnp.asarray(hsv))) != theirs).sum())
 
 
-_forward = jax.jit(lambda x: module._image(module._pack(module._to_hsv(module._planes(x)))))
-_backward = jax.jit(lambda x: module._image(module._pack(module._from_hsv(*module._planes(x)))))
+_forward = jax.jit(lambda x: module._to_image(module._pack(module._to_hsv(module._split_channels(x)))))
+_backward = jax.jit(lambda x: module._to_image(module._pack(module._from_hsv(*module._split_channels(x)))))
 
 
 def test_every_colour_as_opencv() -> None:
@@ -96,7 +96,7 @@ def test_normalise_rounds_bfloat16_once() -> None:
 
 
 def _batch(n: int, height: int = 24, width: int = 40, seed: int = 0) -> Batch:
-    """Examples as `training_example` makes them: padded with 0 and 255 to the right and below."""
+    """Examples as `random_resize_crop` makes them: padded with 0 and 255 to the right and below."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
     labels = rng.integers(0, 150, (n, height, width), dtype=np.uint8)
@@ -176,9 +176,9 @@ def test_the_whole_distortion_as_opencv(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(jax.random, name, noting)
     rng = np.random.default_rng(0)
     image = jnp.asarray(rng.integers(0, 256, (8, 64, 3), dtype=np.uint8))
-    planes = module._planes(image)
+    planes = module._split_channels(image)
     taken: set[tuple[str, ...]] = set()
-    distort = jax.jit(lambda key: (module._image(module._pack(module._distort(planes, key))), drawn))
+    distort = jax.jit(lambda key: (module._to_image(module._pack(module._distort(planes, key))), drawn))
     for number in range(64):
         for values in drawn.values():
             values.clear()

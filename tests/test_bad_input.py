@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.commands import FOLDER, ROOT, refused, refused_here, refused_run, run
 from topformer_jax import logs
-from topformer_jax.data import transforms
+from topformer_jax.data import codecs
 
 CLASSES = 10  # as many as the shapes have, so that all runs share the compiled programs
 Spoil = Callable[[pathlib.Path], object]
@@ -197,7 +197,7 @@ def _without_pictures(folder: str) -> Spoil:
             {},
             "custom has 2 classes, the config's model 10",
         ),
-        (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is no UTF-8 text"),
+        (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is not UTF-8 text"),
         (lambda _: None, {"data.source": "foldr"}, "expected one of folder, array_record, shapes"),
         (lambda _: None, {"data.source": "array_record"}, "build it with python scripts/build_dataset.py"),
     ],
@@ -235,12 +235,12 @@ def _too_large(label: np.ndarray) -> np.ndarray:
         (
             "annotations/train/3.png",
             lambda path: rewrite(path, lambda label: label[:50]),
-            "the image has 65 x 79 pixels and its label 65 x 50: they must be the same picture",
+            "the image has 65 x 79 pixels and its label 65 x 50: they must have the same size",
         ),
         (
             "images/train/3.jpg",
             lambda path: resave(path, orientation=8),
-            "turned as their EXIF orientation says",
+            "rotated by their EXIF orientation",
         ),
         ("images/train/3.jpg", cut, "is cut off: its end is missing; copy or download it again"),
     ],
@@ -287,10 +287,10 @@ def test_files_of_all_kinds_train(trained: tuple[pathlib.Path, str, dict], drawn
     assert f"skipped {records[-1]['skipped']} unreadable" in out
     for number, (suffix, distance) in enumerate([("jpg", 80), ("jpg", 4), ("jpg", 4), ("png", 0)]):
         file = changes["data.root"] / f"images/train/{number}.{suffix}"
-        found = transforms.decode_image(file.read_bytes(), "x")
+        found = codecs.decode_image(file.read_bytes(), "x")
         theirs = np.asarray(cv2.imread(str(file), cv2.IMREAD_COLOR))[..., ::-1]
         np.testing.assert_array_equal(found, theirs)
-        plain = transforms.decode_image((drawn / f"images/train/{number}.jpg").read_bytes(), "x")
+        plain = codecs.decode_image((drawn / f"images/train/{number}.jpg").read_bytes(), "x")
         assert found.shape == plain.shape == (79, 65, 3)
         assert np.abs(found.astype(float) - plain).mean() <= distance
 

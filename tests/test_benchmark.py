@@ -317,15 +317,15 @@ def test_the_plain_pipeline_does_the_same(tmp_path: pathlib.Path) -> None:
 
     pipeline = plain_loading.Pipeline(source, config)
     for index in range(2):
-        image, label = loader.decoded(source[index], config)
+        image, label = loader.decode_example(source[index], config)
         for ours, theirs in zip((image, label), plain_decoded(source[index], config), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         data = config.data
-        example = transforms.training_example(
+        example = transforms.random_resize_crop(
             *(image, label),
-            crop=data.crop_size,
+            crop_size=data.crop_size,
             scale=data.scale,
-            ratio=data.ratio_range,
+            ratio_range=data.ratio_range,
             cat_max_ratio=data.cat_max_ratio,
             rng=np.random.default_rng(0),
         )

@@ -53,12 +53,12 @@ def test_a_model_carries_its_config(recipe: ConfigDict) -> None:
         ("model.depthwise_impl", "fast", "expected one of auto, shifted, library"),
         ("model.precision", "tf32", "expected one of highest, high, default"),
         ("model.dtype", "float64", "JAX_ENABLE_X64"),
-        ("model.num_classes", 0, "expected 1 to 255"),
+        ("model.num_classes", 0, "expected 1 to 100,000"),
         ("model.num_classes", 256, "expected 1 to 255"),
-        ("model.head_channels", 0, "expected 1 or more, or none"),
-        ("model.dropout_ratio", 1.0, "expected a probability below 1"),
-        ("seed", -1, "expected 0 or more"),
-        ("task", "detection", "expected one of segmentation, classification"),
+        ("model.head_channels", 0, "expected 1 to 4,096, or none"),
+        ("model.dropout_ratio", 1.0, "expected 0 or more and less than 1"),
+        ("seed", -1, "expected 0 to 4,294,967,295"),
+        ("task", "detection", "expected segmentation or classification"),
     ],
 )
 def test_settings_that_do_not_exist(key: str, value: Any, hint: str) -> None:

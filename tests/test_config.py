@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config, models
 from topformer_jax.config import checks
@@ -178,6 +178,21 @@ def test_recipes_by_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
     for name in ("topformer_b_ad", "topformer_b_ade.py", "elsewhere/topformer_b_ade.py"):
         with pytest.raises(UserError, match="did you mean the recipe topformer_b_ade"):
             config.load(name)
+
+
+def test_a_frozen_config_loads_with_changes() -> None:
+    settings = config.load("topformer_t_ade")
+    frozen = FrozenConfigDict(settings)
+    assert FrozenConfigDict(config.load(frozen)) == frozen
+    assert config.load(frozen, {"model.head_channels": 64}).model.head_channels == 64
+
+
+def test_a_changed_type_is_checked() -> None:
+    settings = config.ade20k("tiny").unlock()
+    with settings.ignore_type():
+        settings.batch_size = "many"
+    with pytest.raises(UserError, match="batch_size cannot be 'many'"):
+        config.load(settings)
 
 
 def test_old_names_say_the_new_one(tmp_path: pathlib.Path) -> None:

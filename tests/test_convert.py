@@ -121,7 +121,9 @@ def test_a_file_that_wants_to_run_code(pth: Callable, states: dict, tmp_path: pa
 
 def test_without_torch(tmp_path: pathlib.Path) -> None:
     script = "import sys; sys.modules['torch'] = None; from topformer_jax import cli, convert; cli.run(convert.main)"
-    arguments = ["--config", ADE["tiny"], "--checkpoint", "x.pth", "--output", str(tmp_path / "out")]
+    source = tmp_path / "x.pth"
+    source.write_bytes(b"needs PyTorch to be read")
+    arguments = ["--config", ADE["tiny"], "--checkpoint", str(source), "--output", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True,

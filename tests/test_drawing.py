@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from topformer_jax.data import transforms
+from topformer_jax.data import codecs
 from topformer_jax.data.catalog import CATALOG, custom
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import drawing, legend
@@ -164,7 +164,7 @@ def test_indexed_labels_keep_their_values_and_show_their_colours(tmp_path: pathl
     np.testing.assert_array_equal(np.asarray(image), labels)
     np.testing.assert_array_equal(np.asarray(image.convert("RGB")), drawing.colorize(labels, SHAPES.palette))
     np.testing.assert_array_equal(
-        transforms.decode_label(path.read_bytes(), path.name, classes=10, reduce_zero_label=False), labels
+        codecs.decode_label(path.read_bytes(), path.name, classes=10, reduce_zero_label=False), labels
     )
 
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from topformer_jax import config as config_lib
 from topformer_jax import inference, models
 from topformer_jax.data import sources
-from topformer_jax.data.transforms import decode_label
+from topformer_jax.data.codecs import decode_label
 from topformer_jax.inference import geometry
 from topformer_jax.validate import validate
 

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "sharding": set(),
     "shutdown": set(),
     "ops": set(),
-    "data": set(),
+    "data": {"ops"},
     "models": {"ops"},
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},

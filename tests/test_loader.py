@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
 
 EXAMPLES = 10
+Arrays = dict[str, np.ndarray]  # a batch, to be looked through by name
 
 
 def settings(**overrides: Any) -> ConfigDict:
@@ -39,14 +40,14 @@ def settings(**overrides: Any) -> ConfigDict:
     )
 
 
-def batches(config: ConfigDict, count: int, **place: int) -> list[loader.Batch]:
+def batches(config: ConfigDict, count: int, **place: int) -> list[Arrays]:
     iterator = loader.training_batches(sources.open_source(config, "train"), config, **place)
-    made = list(itertools.islice(iterator, count))
+    made = cast(list[Arrays], list(itertools.islice(iterator, count)))
     iterator.close()
     return made
 
 
-def assert_same(found: list[loader.Batch], expected: list[loader.Batch]) -> None:
+def assert_same(found: list[Arrays], expected: list[Arrays]) -> None:
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()
@@ -119,10 +120,10 @@ def test_resume_far_away() -> None:
 
 def test_workers_make_the_same_batches_and_resume() -> None:
     whole = batches(settings(), 7)
-    assert_same(batches(settings(data__workers=2), 7), whole)
+    assert_same(batches(settings(data__num_workers=2), 7), whole)
     place = {"start_step": 3, "process_index": 1, "process_count": 2}
     half = [{name: values[2:] for name, values in batch.items()} for batch in whole[3:]]
-    assert_same(batches(settings(data__workers=1), 4, **place), half)
+    assert_same(batches(settings(data__num_workers=1), 4, **place), half)
     assert not multiprocessing.active_children()
 
 
@@ -223,24 +224,28 @@ def test_skipping_ends_where_nothing_is_readable(broken: ConfigDict) -> None:
         next(loader.training_batches(source, config))
 
 
-def test_a_dead_worker_is_told() -> None:
-    config = settings(data__workers=1, data__prefetch=1)
+def test_a_dead_worker_is_reported() -> None:
+    config = settings(data__num_workers=1, data__prefetch=1)
     iterator = loader.training_batches(sources.open_source(config, "train"), config)
     next(iterator)
     (worker,) = multiprocessing.active_children()
     worker.kill()
-    with pytest.raises(UserError, match=r"a data worker died .* exit code -9\): .*--config\.data\.workers"):
+    with pytest.raises(
+        UserError, match=r"a data worker died .* exit code -9\): .*--config\.data\.num_workers"
+    ):
         list(itertools.islice(iterator, 10))
 
 
-def test_in_order_is_a_map_by_threads() -> None:
-    assert list(loader.in_order(lambda item: item * 2, range(100))) == list(range(0, 200, 2))
-    assert list(loader.in_order(lambda item: item, [])) == []
+def test_map_in_threads_keeps_the_order() -> None:
+    assert list(loader.map_in_threads(lambda item: item * 2, range(100))) == list(range(0, 200, 2))
+    assert list(loader.map_in_threads(lambda item: item, [])) == []
 
 
-def test_in_order_tells_what_it_cannot_read(broken: ConfigDict) -> None:
+def test_map_in_threads_raises_what_the_function_raises(broken: ConfigDict) -> None:
     source = sources.open_source(broken, "train")
-    examples = loader.in_order(lambda index: loader.decoded(source[index], broken), range(len(source)))
+    examples = loader.map_in_threads(
+        lambda index: loader.decode_example(source[index], broken), range(len(source))
+    )
     for _ in range(11):
         image, label = next(examples)
         assert image.shape[:2] == label.shape
@@ -259,10 +264,10 @@ def test_to_device() -> None:
         loader.training_batches(sources.open_source(config, "train"), config), sharding(), depth=2
     )
     for batch in expected:
-        found = next(arrays)
+        found = cast(dict[str, jax.Array], next(arrays))
         assert all(values.sharding == sharding() for values in found.values())
         assert_same([{name: np.asarray(values) for name, values in found.items()}], [batch])
-    assert arrays.waited > 0
+    assert arrays.data_wait_seconds > 0
     assert arrays.skipped == 0
     arrays.close()
     arrays.close()
@@ -272,7 +277,7 @@ def test_to_device() -> None:
 def test_to_device_keeps_so_many_ahead_and_ends() -> None:
     made: list[int] = []
 
-    def numbers() -> Iterator[loader.Batch]:
+    def numbers() -> Iterator[Any]:
         for number in range(6):
             made.append(number)
             yield {"index": np.full(4, number, np.int32)}
@@ -286,7 +291,7 @@ def test_to_device_keeps_so_many_ahead_and_ends() -> None:
 
 
 def test_to_device_hands_on_errors() -> None:
-    def numbers() -> Iterator[loader.Batch]:
+    def numbers() -> Iterator[Any]:
         yield {"index": np.zeros(4, np.int32)}
         raise UserError("example 7 is broken")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from topformer_jax import checkpoints, config, inference, load, models, predict
-from topformer_jax.data.transforms import decode_image, decode_label
+from topformer_jax.data.codecs import decode_image, decode_label
 from topformer_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tests.parity import distance
 from topformer_jax import config, load, models, sharding
 from topformer_jax.checkpoints.torch_format import to_torch
+from topformer_jax.data.batch import Batch
 from topformer_jax.errors import UserError
 from topformer_jax.ops.loss import upsampled_cross_entropy
 from topformer_jax.step import TrainState, init_training
@@ -38,7 +39,7 @@ def _settings(dtype: str = "float32", **changes: Any) -> ConfigDict:
     return config.load(config.ade20k("tiny"), base | {k.replace("__", "."): v for k, v in changes.items()})
 
 
-def _batch(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+def _batch(images: np.ndarray, labels: np.ndarray) -> Batch:
     n = len(images)
     return {
         "image": images,
@@ -49,7 +50,7 @@ def _batch(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _random_batch(n: int, size: int, seed: int = 0) -> dict[str, np.ndarray]:
+def _random_batch(n: int, size: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (n, size // 8, size // 8, 3), dtype=np.uint8)
     images = coarse.repeat(8, 1).repeat(8, 2)
@@ -155,7 +156,7 @@ def test_accumulation_adds_up(x64: None) -> None:
     With one image twice in the batch, interleaved so that both micro-batches hold the same, it is exactly that.
     """
     batch = _random_batch(2, 256)  # 4 x 4 tokens: BatchNorm over fewer values blows rounding up
-    batch = {name: np.repeat(value, 2, axis=0) for name, value in batch.items()}
+    batch = jax.tree.map(lambda values: np.repeat(values, 2, axis=0), batch)
     results = []
     for count in (1, 2):
         state, train_step = init_training(_settings("float64", grad_accum_steps=count), _mesh(1))

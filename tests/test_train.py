@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from tests.commands import ROOT, run, start
-from topformer_jax import checkpoints, config, load, logs
+from tests.commands import ROOT, TINY, run, start
+from topformer_jax import checkpoints, config, load, logs, profiler, train
+from topformer_jax.data import loader
+from topformer_jax.errors import UserError
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -61,6 +64,33 @@ def test_a_finished_run_has_nothing_to_do(whole: tuple[pathlib.Path, str]) -> No
     out, _ = run(workdir, {})
     assert "from checkpoint 6" in out
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_profile(tmp_path: pathlib.Path) -> None:
+    process = start(tmp_path, {"schedule.steps": 3}, "--profile", "2:3")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert f"wrote the profile of steps 2 to 3 into {tmp_path}/profile" in out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("steps", ["3", "3:2", "0:1", "a:b"])
+def test_profile_of_no_steps(steps: str) -> None:
+    with pytest.raises(UserError, match="expected FIRST:LAST"):
+        profiler.parse_steps(steps)
+
+
+def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that was left on the host is not copied to the devices in silence."""
+
+    class HostBatches(loader.DeviceBatches):
+        def __next__(self) -> Any:
+            return jax.tree.map(np.asarray, super().__next__())
+
+    monkeypatch.setattr(loader, "DeviceBatches", HostBatches)
+    settings = config.load(config.shapes(), TINY | {"batch_size": 8})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train.train(settings, tmp_path / "run")
 
 
 def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:

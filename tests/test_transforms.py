@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from topformer_jax.data import transforms
-from topformer_jax.data.transforms import decode_image, decode_label, fitted_size, training_example
+from topformer_jax.data import codecs, transforms
+from topformer_jax.data.codecs import decode_image, decode_label
+from topformer_jax.data.transforms import fit_size, random_resize_crop
 from topformer_jax.errors import UserError
 
 Find = Callable[[str], pathlib.Path]
@@ -202,19 +203,19 @@ def test_values_that_are_no_class(values: list, classes: int, reduce_zero_label:
 
 def test_sizes_must_agree() -> None:
     image, label = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint8)
-    transforms.check_sizes(image, label, "x")
+    codecs.check_same_size(image, label, "x")
     with pytest.raises(UserError, match="x: the image has 6 x 4 pixels and its label 4 x 6"):
-        transforms.check_sizes(image, label.T, "x")
+        codecs.check_same_size(image, label.T, "x")
 
 
 @pytest.mark.parametrize(
     ("data", "says"),
     [
         (_encoded(_picture(), ".png"), "label.png is a colour image: labels are PNG files of one channel"),
-        (_encoded(_picture()[..., 0], ".jpg"), "label.png is no PNG"),
+        (_encoded(_picture()[..., 0], ".jpg"), "label.png is not a PNG"),
         (_encoded(_picture()[..., 0], ".png")[:-3], "label.png is cut off"),
         (b"", "label.png is empty"),
-        (b"text", "label.png is no PNG"),
+        (b"text", "label.png is not a PNG"),
         (_picture(), r"expected class indices .* found uint8 \[60, 90, 3\]"),
         (np.zeros((3, 3), np.float32), "found float32"),
         (_png((4, 4, 8, 0, 0), b"\0\0"), "label.png cannot be decoded"),
@@ -234,40 +235,40 @@ def test_golden_resizes(golden: Find) -> None:
         ratios = {key.split("/")[1] for key in file if key.startswith("resize/")}
         assert len(ratios) == 5
         for ratio in ratios:
-            scale = transforms.scaled((2048, 256), float(ratio))
+            scale = transforms.multiply_scale((2048, 256), float(ratio))
             assert scale == tuple(file[f"resize/{ratio}/scale_wh"])
-            size = fitted_size(image.shape[:2], scale)
+            size = fit_size(image.shape[:2], scale)
             np.testing.assert_array_equal(
                 transforms.resize_image(image, size), file[f"resize/{ratio}/image_rgb"]
             )
             np.testing.assert_array_equal(transforms.resize_label(label, size), file[f"resize/{ratio}/label"])
 
 
-def test_golden_test_inputs(golden: Find) -> None:
+def test_golden_eval_images(golden: Find) -> None:
     with np.load(golden("preprocess.npz")) as file:
         names = [key for key in file if key.startswith("test_input/")]
         assert len(names) == 3
         for name in names:
             path = golden(f"mini_ade/images/validation/{name.split('/')[1]}.jpg")
             image = decode_image(path.read_bytes(), path.name)
-            ours = transforms.test_image(image, scale=(2048, 512), align=32)
+            ours = transforms.eval_image(image, scale=(2048, 512), size_divisor=32)
             np.testing.assert_array_equal(ours, file[name])
 
 
-def test_test_image_fits_and_aligns() -> None:
+def test_eval_image_fits_and_aligns() -> None:
     image = _picture(100, 60)
-    fitted = transforms.test_image(image, scale=(80, 50), align=1)
+    fitted = transforms.eval_image(image, scale=(80, 50), size_divisor=1)
     np.testing.assert_array_equal(fitted, transforms.resize_image(image, (80, 48)))
-    aligned = transforms.test_image(image, scale=(50, 80), align=32)
+    aligned = transforms.eval_image(image, scale=(50, 80), size_divisor=32)
     np.testing.assert_array_equal(aligned, transforms.resize_image(fitted, (96, 64)))
 
 
 @given(h=sides, w=sides, long=sides, short=sides)
 def test_fitted_size(h: int, w: int, long: int, short: int) -> None:
-    assert transforms.scaled((long, short), 0.0) == (1, 1)
-    height, width = fitted_size((h, w), (long, short))
-    assert (height, width) == fitted_size((h, w), (short, long))
-    assert (width, height) == fitted_size((w, h), (short, long))
+    assert transforms.multiply_scale((long, short), 0.0) == (1, 1)
+    height, width = fit_size((h, w), (long, short))
+    assert (height, width) == fit_size((h, w), (short, long))
+    assert (width, height) == fit_size((w, h), (short, long))
     long, short = max(long, short), min(long, short)
     assert 1 <= max(height, width) <= long
     assert 1 <= min(height, width) <= short
@@ -280,7 +281,7 @@ def test_fitted_size(h: int, w: int, long: int, short: int) -> None:
 def test_nearest_as_opencv(size: int, new_size: int) -> None:
     numbers = np.arange(size, dtype=np.uint16)[None]
     theirs = cv2.resize(numbers, (new_size, 1), interpolation=cv2.INTER_NEAREST)[0]
-    np.testing.assert_array_equal(transforms.nearest(size, new_size), theirs)
+    np.testing.assert_array_equal(transforms.nearest_indices(size, new_size), theirs)
 
 
 @given(h=sides, w=sides, height=st.integers(1, 200), width=st.integers(1, 200), data=st.data())
@@ -300,12 +301,17 @@ def test_a_corner_where_opencv_takes_other_paths(size: tuple[int, int]) -> None:
 def _assert_corner(source: tuple[int, int], size: tuple[int, int], bottom: int, right: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
     theirs = transforms.resize_image(image, size)[:bottom, :right]
-    np.testing.assert_array_equal(transforms._resized_corner(image, size, bottom, right), theirs)
+    np.testing.assert_array_equal(transforms._resize_corner(image, size, bottom, right), theirs)
 
 
 # Crops
 
-SETTINGS: dict[str, Any] = {"crop": (40, 56), "scale": (96, 48), "ratio": (0.5, 2.0), "cat_max_ratio": 0.75}
+SETTINGS: dict[str, Any] = {
+    "crop_size": (40, 56),
+    "scale": (96, 48),
+    "ratio_range": (0.5, 2.0),
+    "cat_max_ratio": 0.75,
+}
 
 
 def _blocks(h: int, w: int, seed: int, classes: int = 4, void: float = 0.2) -> np.ndarray:
@@ -320,14 +326,14 @@ def _plainly(
     image: np.ndarray, label: np.ndarray, settings: dict[str, Any], rng: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], int]:
     """What REFERENCE and the official pipeline say, on whole resized arrays; and how many crops were drawn."""
-    ratio = rng.uniform(*settings["ratio"])
+    ratio = rng.uniform(*settings["ratio_range"])
     long, short = (max(int(side * ratio), 1) for side in sorted(settings["scale"], reverse=True))
     h, w = label.shape
     factor = min(long / max(h, w), short / min(h, w))
     size = max(int(w * factor + 0.5), 1), max(int(h * factor + 0.5), 1)
     image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR))
     label = np.asarray(cv2.resize(label, size, interpolation=cv2.INTER_NEAREST))
-    height, width = settings["crop"]
+    height, width = settings["crop_size"]
 
     def draw() -> tuple[slice, slice]:
         top = rng.integers(0, max(label.shape[0] - height, 0) + 1)
@@ -351,19 +357,19 @@ def _compare(h: int, w: int, settings: dict[str, Any], seed: int) -> tuple[bool,
     """Asserts that an example is made as the plain way makes it; whether it is padded, and the crops drawn."""
     image, label = _picture(h, w, seed), _blocks(h, w, seed)
     rng, their_rng = np.random.default_rng(seed), np.random.default_rng(seed)
-    ours = training_example(image, label, **settings, rng=rng)
+    ours: Any = random_resize_crop(image, label, **settings, rng=rng)
     theirs, drawn = _plainly(image, label, settings, their_rng)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
         assert ours[name].dtype == array.dtype
         np.testing.assert_array_equal(ours[name], array)
     assert rng.bit_generator.state == their_rng.bit_generator.state
-    return tuple(theirs["size"]) != settings["crop"], drawn
+    return tuple(theirs["size"]) != settings["crop_size"], drawn
 
 
 @given(h=sides, w=sides, crop=st.tuples(sides, sides), scale=st.tuples(sides, sides), seed=st.integers(0, 99))
 def test_any_geometry(h: int, w: int, crop: tuple[int, int], scale: tuple[int, int], seed: int) -> None:
-    _compare(h, w, SETTINGS | {"crop": crop, "scale": scale}, seed)
+    _compare(h, w, SETTINGS | {"crop_size": crop, "scale": scale}, seed)
 
 
 @pytest.mark.parametrize("share", [0.75, 1.0])
@@ -378,9 +384,9 @@ def test_examples_as_the_plain_way(share: float) -> None:
 
 def test_void_pixels_have_no_say() -> None:
     label = np.full((10, 10), 255, np.uint8)
-    assert not transforms._varied(label, 0.75)
+    assert not transforms._is_varied(label, 0.75)
     label[0, :4] = 3, 3, 3, 7
-    assert not transforms._varied(label, 0.75)  # 3 of 4 are class 3: not less than 0.75
-    assert transforms._varied(label, 0.76)
+    assert not transforms._is_varied(label, 0.75)  # 3 of 4 are class 3: not less than 0.75
+    assert transforms._is_varied(label, 0.76)
     label[0, 3] = 3
-    assert not transforms._varied(label, 1.5)  # one class alone
+    assert not transforms._is_varied(label, 1.5)  # one class alone

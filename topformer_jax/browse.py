@@ -16,6 +16,7 @@ from topformer_jax import cli
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
+from topformer_jax.data.batch import Batch, Image
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import drawing
 
@@ -40,7 +41,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
         source, config_lib.load(config, {"data.num_workers": 0}), start_step=step
     )
     try:
-        batch = {name: values[:count] for name, values in next(batches).items()}
+        batch: Batch = jax.tree.map(lambda values: values[:count], next(batches))
     finally:
         batches.close()
     augment_batch = jax.jit(
@@ -58,7 +59,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     return drawing.image_grid(rows, titles=("image", "label", "both"), captions=captions, height=256)
 
 
-def _denormalize(image: Float[np.ndarray, "h w 3"], size: Int[np.ndarray, "2"]) -> drawing.Image:
+def _denormalize(image: Float[np.ndarray, "h w 3"], size: Int[np.ndarray, "2"]) -> Image:
     """The image as uint8 RGB; the padding outside `size` (height, width) becomes black."""
     pixels = np.clip(np.rint(image * STD + MEAN), 0, 255).astype(np.uint8)
     height, width = size

@@ -126,7 +126,7 @@ def _write_report(
 
     def load_example(index: int) -> report.ReportExample:
         example = source[index]
-        image, label = loader.decoded(example, config)
+        image, label = loader.decode_example(example, config)
         return report.ReportExample(
             example.name, result.accuracy[index], result.miou[index], image, label, predict(image)
         )

@@ -20,7 +20,8 @@ from jaxtyping import Float
 
 from topformer_jax import checkpoints, cli, files, inference, logs
 from topformer_jax.data import loader, sources
-from topformer_jax.data.transforms import decode_image
+from topformer_jax.data.batch import Image
+from topformer_jax.data.codecs import decode_image
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import drawing
 
@@ -92,7 +93,7 @@ def segment_files(
         UserError: a result cannot be written.
     """
     errors = []
-    for number, (file, image) in enumerate(loader.in_order(_read_image, images)):
+    for number, (file, image) in enumerate(loader.map_in_threads(_read_image, images)):
         progress.update(number)
         if isinstance(image, UserError):
             progress.print_line(f"skipped: {image.line}")
@@ -131,7 +132,7 @@ def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
         owners[output] = image
 
 
-def _read_image(file: ImageFile) -> tuple[ImageFile, drawing.Image | UserError]:
+def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
     """Reads and decodes an image; returns the error, for the caller to go on with the next one."""
     try:
         if file.path == STDIN:

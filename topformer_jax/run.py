@@ -124,7 +124,7 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Starts the time over which the next log measures its rates."""
-        self._start, self._wait_at_start = time.perf_counter(), self._batches.waited
+        self._start, self._wait_at_start = time.perf_counter(), self._batches.data_wait_seconds
 
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of one more step, without waiting for them."""
@@ -157,12 +157,14 @@ class Monitor:
         means |= {
             "learning_rate": float(fetched[-1]["learning_rate"]),
             "images_per_second": len(fetched) * run.config.batch_size / elapsed,
-            "data_wait": min((batches.waited - self._wait_at_start) / elapsed, 1.0),
+            "data_wait": min((batches.data_wait_seconds - self._wait_at_start) / elapsed, 1.0),
         }
         run.log.log_step(step, means | {"skipped": batches.skipped})
         if run.log.active:
             for index in sorted(batches.unreadable - self._reported_unreadable):
-                run.log.print_line(f"skipped: {loader.why_unreadable(run.train_source, index, run.config)}")
+                run.log.print_line(
+                    f"skipped: {loader.explain_unreadable(run.train_source, index, run.config)}"
+                )
         self._reported_unreadable = batches.unreadable
 
 

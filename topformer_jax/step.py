@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,13 +15,13 @@ from ml_collections import ConfigDict
 
 from topformer_jax import models, sharding
 from topformer_jax.data.augment import augment
+from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import IGNORE_LABEL, LossSums, upsampled_cross_entropy
+from topformer_jax.ops.loss import LossSums, upsampled_cross_entropy
 from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Tensors = dict[str, Array]
-Batch = Mapping[str, Array | np.ndarray]
 # Folded into the seed's key, so that dropout draws other numbers than the augmentation of the same seed.
 DROPOUT_STREAM = 0x64726F70
 
@@ -173,9 +172,7 @@ def _accumulate_gradients(
     divisor = jnp.maximum(valid_pixels, 1) if config.ignore_void_in_mean else pixels
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
 
-    def compute_loss(
-        params: Tensors, stats: Tensors, micro_batch: Tensors, key: Array
-    ) -> tuple[Array, tuple]:
+    def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, tuple]:
         images, labels = augment(
             micro_batch,
             config.seed,

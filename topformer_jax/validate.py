@@ -13,16 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from topformer_jax import models, sharding
 from topformer_jax.data import loader, sources
+from topformer_jax.data.batch import Image, Labels
 from topformer_jax.inference import EvalBatch, InferenceInput, compile_inference, make_global_batch
-from topformer_jax.inference.geometry import (
-    Image,
-    Labels,
-    Size,
-    join_tiles,
-    padding_input,
-    plan_batches,
-    prepare_input,
-)
+from topformer_jax.inference.geometry import Size, join_tiles, padding_input, plan_batches, prepare_input
 
 BATCHES_IN_FLIGHT = 2  # dispatched to the devices and not yet fetched
 
@@ -85,12 +78,12 @@ def validate(
         batch, row = job
         index = batch.indices[row]
         example = source[index]
-        image, label = loader.decoded(example, config)
+        image, label = loader.decode_example(example, config)
         inputs = prepare_input(image, label, config.evaluation, batch.bucket, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
     jobs = [(batch, row) for batch in batches for row in own_rows if row < len(batch.indices)]
-    examples = loader.in_order(load, jobs)
+    examples = loader.map_in_threads(load, jobs)
     totals = programs.zero_totals()
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
     in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
@@ -142,7 +135,7 @@ def _read_sizes(source: sources.Source) -> list[Size]:
     """The size of every example; each process reads its share of the label files' headers."""
     own = range(jax.process_index(), len(source), jax.process_count())
     sizes = np.zeros((len(source), 2), np.int64)
-    for index, size in zip(own, loader.in_order(source.label_size, own), strict=True):
+    for index, size in zip(own, loader.map_in_threads(source.label_size, own), strict=True):
         sizes[index] = size
     return [(int(height), int(width)) for height, width in sharding.sum_over_processes(sizes)]
 

@@ -63,9 +63,9 @@ def _with_workers(source: sources.Source, config: ConfigDict, options: Options) 
         for _ in range(options.repeats):
             alone.append(seconds(same, steps) / steps)
             seconds(fed, 2 + max(config.data.num_workers, config.data.prefetch))
-            waited = fed.waited
+            waited = fed.data_wait_seconds
             files.append(seconds(fed, steps) / steps)
-            waits.append((fed.waited - waited) / (steps * files[-1]))
+            waits.append((fed.data_wait_seconds - waited) / (steps * files[-1]))
     finally:
         fed.close()
     case = f"batch {config.batch_size}, {config.data.num_workers} workers"

@@ -67,22 +67,22 @@ def _one_core(source: sources.Source, config: ConfigDict, options: Options) -> l
     return [row | {"images_per_second_per_core": row["images_per_second"]} for row in rows]
 
 
-def _example(source: sources.Source, config: ConfigDict, index: int) -> dict[str, np.ndarray]:
+def _example(source: sources.Source, config: ConfigDict, index: int) -> transforms.CroppedExample:
     """What a worker does for one example."""
     data = config.data
-    image, label = loader.decoded(source[index], config)
-    return transforms.training_example(
+    image, label = loader.decode_example(source[index], config)
+    return transforms.random_resize_crop(
         image,
         label,
-        crop=data.crop_size,
+        crop_size=data.crop_size,
         scale=data.scale,
-        ratio=data.ratio_range,
+        ratio_range=data.ratio_range,
         cat_max_ratio=data.cat_max_ratio,
         rng=np.random.default_rng([config.seed, 0, index]),
     )
 
 
-def _batches(source: sources.Source, config: ConfigDict, workers: int) -> loader.Batches:
+def _batches(source: sources.Source, config: ConfigDict, workers: int) -> loader.TrainingBatches:
     return loader.training_batches(source, config_lib.load(config, {"data.num_workers": workers}))
 
 
@@ -106,7 +106,7 @@ def _with_workers(
 
         programs[name] = measure.ready(f"{name}, {workers} workers", call)
         seconds |= measure.sequential({name: programs[name]}, options.repeats)
-        if isinstance(batches, loader.Batches):
+        if isinstance(batches, loader.TrainingBatches):
             batches.close()
         del batches, call
     case = f"{workers} workers, batch {config.batch_size}" if workers else "threads"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from topformer_jax import models
 from topformer_jax.data import shapes, sources
-from topformer_jax.data.transforms import IGNORE_LABEL
+from topformer_jax.data.batch import IGNORE_LABEL
 
 SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's pictures
 QUALITY = 75  # of the JPEG files, which then have about 70 kB

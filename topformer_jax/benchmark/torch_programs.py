@@ -31,7 +31,7 @@ from topformer_jax.benchmark.torch_peer import Segmenter
 from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
-from topformer_jax.data.transforms import IGNORE_LABEL
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.errors import UserError
 
 SMALL = 1_000_000  # bytes of a result that is worth sending
@@ -250,7 +250,7 @@ def evaluation(peer: Torch, tensors: Mapping[str, np.ndarray], source: sources.S
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray]:
         image, label = plain_decoded(source[index], config)
-        return transforms.test_image(image, scale=settings.scale, align=settings.size_divisor), label
+        return transforms.eval_image(image, scale=settings.scale, size_divisor=settings.size_divisor), label
 
     def make() -> Callable[[], np.ndarray]:
         network = peer.network(tensors).eval()
@@ -258,7 +258,7 @@ def evaluation(peer: Torch, tensors: Mapping[str, np.ndarray], source: sources.S
         @torch.no_grad()
         def run() -> np.ndarray:
             counts = torch.zeros(classes**2, dtype=torch.int64, device=peer.device)
-            for image, label in loader.in_order(read, range(len(source))):
+            for image, label in loader.map_in_threads(read, range(len(source))):
                 with peer.arithmetic():
                     logits = network(peer.normalise(peer.place(image[None]))).float()
                 size, picture = (image.shape[0], image.shape[1]), (label.shape[0], label.shape[1])

@@ -135,9 +135,8 @@ def read_checkpoint(
         hint=lambda: _explain_misfit(tensors, config),
     )
     check_finite(tensors, str(path))
-    return tensors | {name: np.asarray(variables[name].get_value()) for name in fresh}, metadata.get(
-        "meta", {}
-    )
+    tensors |= {name: np.asarray(variables[name].get_value()) for name in fresh}
+    return tensors, metadata.get("meta", {})
 
 
 def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax.config import checks
+from topformer_jax.config.recipes import base_config
 from topformer_jax.config.settings import SETTINGS
 from topformer_jax.errors import UserError
 
@@ -26,19 +27,17 @@ def load(
     """Reads a config, changes settings, and checks all of them.
 
     Args:
-        source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config,
-            which is copied.
+        source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config.
         overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true".
 
     Returns:
-        A locked config.
+        A new, locked config.
 
     Raises:
         UserError: there is no such file or recipe, it has no `get_config`, a setting does not exist, or its value is
             not legal.
     """
     config = source if isinstance(source, ConfigDict) else _read(_find(source))
-    config = config.copy_and_resolve_references().unlock()
     values = _flatten(config.to_dict()) | dict(overrides or {})
     for key in values:
         if key not in SETTINGS:
@@ -49,8 +48,9 @@ def load(
         )
     values = {key: checks.parse(key, value) for key, value in values.items()}
     checks.check_together(values)
-    config.update_from_flattened_dict(values)
-    return config.lock()
+    checked = base_config()
+    checked.update_from_flattened_dict(values)
+    return checked.lock()
 
 
 def recipe_names() -> list[str]:

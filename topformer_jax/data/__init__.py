@@ -1,1 +1,1 @@
-"""Data: what the sets are. Knows no model and no mesh."""
+"""Data sets: their tables, files, training batches and augmentation. Knows no model and no mesh."""

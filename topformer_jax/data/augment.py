@@ -1,9 +1,11 @@
 """Augmentation of a batch on the device: flip, photometric distortion, normalisation.
 
-The official pipeline does this on the host with OpenCV, on uint8 images; every step here rounds to uint8 where
-it does and gives the same bytes. An example's draws depend on the seed, its epoch and its number in the
-data set alone, and no example sees another, so that a batch may be sharded over any devices.
+The official pipeline does this on the host with OpenCV, on uint8 images; every step here rounds to uint8 where that
+does and gives the same bytes. An example's random draws depend only on the seed, its epoch and its index in the data
+set, and examples do not interact, so a batch may be sharded over any number of devices.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
-from topformer_jax.data.transforms import IGNORE_LABEL
+from topformer_jax.data.batch import IGNORE_LABEL, Batch
 
-MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # of ImageNet's red, green, blue in 0..255
+MEAN = np.array((123.675, 116.28, 103.53), np.float32)  # ImageNet's, of red, green, blue in 0..255
 STD = np.array((58.395, 57.12, 57.375), np.float32)
 Planes = tuple[Array, ...]  # red, green, blue, or hue, saturation, value
 
@@ -22,85 +24,87 @@ Planes = tuple[Array, ...]  # red, green, blue, or hue, saturation, value
 def normalise(
     images: UInt8[Array, "n h w 3"] | UInt8[np.ndarray, "n h w 3"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "n h w 3"]:
-    """`(images - MEAN) / STD`, computed in at least float32; the constants are float32 in any `dtype`."""
+    """Computes `(images - MEAN) / STD` in at least float32, then casts to `dtype`.
+
+    >>> normalise(np.full((1, 2, 2, 3), 255, np.uint8)).shape
+    (1, 2, 2, 3)
+    """
     wide = np.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
     return ((jnp.asarray(images).astype(wide) - MEAN.astype(wide)) / STD.astype(wide)).astype(dtype)
 
 
 def brightness(image: UInt8[Array, "*size 3"], delta: ArrayLike) -> UInt8[Array, "*size 3"]:
     """Adds `delta` (in levels of 0..255), clips, truncates."""
-    return _image(_pack(_brightness(_planes(image), delta)))
+    return _to_image(_pack(_brightness(_split_channels(image), delta)))
 
 
 def contrast(image: UInt8[Array, "*size 3"], factor: ArrayLike) -> UInt8[Array, "*size 3"]:
     """Multiplies by `factor`, clips, truncates."""
-    return _image(_pack(_contrast(_planes(image), factor)))
+    return _to_image(_pack(_contrast(_split_channels(image), factor)))
 
 
 def saturation(image: UInt8[Array, "*size 3"], factor: ArrayLike) -> UInt8[Array, "*size 3"]:
     """Multiplies the saturation by `factor`, through 8-bit HSV and back."""
-    return _image(_pack(_saturation(_planes(image), factor)))
+    return _to_image(_pack(_saturation(_split_channels(image), factor)))
 
 
 def hue(image: UInt8[Array, "*size 3"], delta: ArrayLike) -> UInt8[Array, "*size 3"]:
     """Turns the hue by `delta`, a whole number of OpenCV's 180 steps in -180..180, through 8-bit HSV and back."""
-    return _image(_pack(_hue(_planes(image), delta)))
+    return _to_image(_pack(_hue(_split_channels(image), delta)))
 
 
 def augment(
-    batch: dict[str, Array],
+    batch: Batch,
     seed: int | Array,
     *,
     flip: float = 0.5,
     photometric: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "n h w 3"], Int32[Array, "n h w"]]:
-    """Distorts and normalises a batch for training.
+    """Flips, distorts and normalises a batch for training.
 
     Args:
-        batch: "image" uint8 `[n, h, w, 3]` and "label" uint8 `[n, h, w]`, padded at the bottom and the right;
-            "size" int32 `[n, 2]`, the (height, width) that is not padding; "index" int32 `[n]`, the example's
-            number in the data set; "epoch" int32 `[n]`.
-        seed: of the run. An example's key is `fold_in(fold_in(key(seed), epoch), index)`.
+        batch: JAX arrays.
+        seed: of the run. An example's random key is `fold_in(fold_in(key(seed), epoch), index)`.
         flip: the probability of a horizontal flip.
-        photometric: whether to change the colours, each step with probability 1/2: brightness by -32..32,
-            contrast by 0.5..1.5 (before or after the next two, by a coin), saturation by 0.5..1.5,
+        photometric: whether to distort colours, each step with probability 1/2: brightness by -32..32,
+            contrast by 0.5..1.5 (before or after the next two, with equal probability), saturation by 0.5..1.5,
             hue by -18..17 of 180.
         dtype: of the images.
 
     Returns:
-        Normalised images, 0 where there is padding, and labels, 255 (void) there.
+        Normalised images of `dtype`, 0 in the padding; labels, IGNORE_LABEL there.
     """
     root = jax.random.key(seed)
 
-    def one(
+    def augment_example(
         image: Array, label: Array, size: Array, index: Array, epoch: Array
     ) -> tuple[Array, Array, Array]:
         flip_key, colour_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(root, epoch), index))
         rows, columns = (jnp.arange(side, dtype=jnp.int32) for side in label.shape)
         inside = (rows[:, None] < size[0]) & (columns < size[1])
-        pixels = _pack(_planes(image))
+        pixels = _pack(_split_channels(image))
         if photometric:
             pixels = _pack(_distort(_unpack(pixels), colour_key))
-        # Colours do not depend on places, so the flip may come second; before them, it made a CPU five times slower.
+        # Officially the flip comes first. The result is the same, but XLA's CPU code is five times slower then.
         flipped = jax.random.bernoulli(flip_key, jnp.float32(flip))
-        pixels, label = (jnp.where(flipped, _mirror(x, size[1]), x) for x in (pixels, label))
-        return _image(pixels), label, inside
+        pixels, label = (jnp.where(flipped, _flip_unpadded(x, size[1]), x) for x in (pixels, label))
+        return _to_image(pixels), label, inside
 
-    names = ("image", "label", "size", "index", "epoch")
+    arrays: Any = (batch["image"], batch["label"], batch["size"], batch["index"], batch["epoch"])
     with jax.named_scope("augment"):
-        images, labels, inside = jax.vmap(one)(*(batch[name] for name in names))
+        images, labels, inside = jax.vmap(augment_example)(*arrays)
         images = jnp.where(inside[..., None], normalise(images, dtype), jnp.zeros((), dtype))
         return images, jnp.where(inside, labels.astype(jnp.int32), IGNORE_LABEL)
 
 
-def _planes(image: Array) -> Planes:
-    """Red, green and blue as whole float32 numbers 0..255: what all steps between bytes compute with."""
+def _split_channels(image: Array) -> Planes:
+    """Red, green and blue as whole float32 numbers 0..255, which all steps compute with."""
     return tuple(image[..., c].astype(jnp.float32) for c in range(3))
 
 
 def _pack(planes: Planes) -> Array:
-    """Each pixel as one uint32, so that a device's loop does a pixel's three channels together."""
+    """Each pixel as one uint32: XLA computes the three channels of a pixel in one loop."""
     red, green, blue = (plane.astype(jnp.uint32) for plane in planes)
     return red | (green << 8) | (blue << 16)
 
@@ -109,11 +113,11 @@ def _unpack(pixels: Array) -> Planes:
     return tuple(((pixels >> shift) & 255).astype(jnp.float32) for shift in (0, 8, 16))
 
 
-def _image(pixels: Array) -> Array:
+def _to_image(pixels: Array) -> Array:
     """Packed pixels as a uint8 image.
 
-    By a broadcast: the CPU's compiler does what made the pixels once then, and three times for three stacked
-    planes (each of whose makers it does three times, and so on: 20 times slower).
+    By a broadcast, not by stacking three planes: XLA on CPUs fuses the computation of the pixels into each of the
+    three, so that it runs three times for every step before it as well (20 times slower).
     """
     return ((pixels[..., None] >> jnp.asarray((0, 8, 16), jnp.uint32)) & 255).astype(jnp.uint8)
 
@@ -140,8 +144,8 @@ def _hue(planes: Planes, delta: ArrayLike) -> Planes:
     return _from_hsv(hue, saturation, value)
 
 
-def _mirror(x: Array, width: Array) -> Array:
-    """Reverses the first `width` columns; what comes after them is padding, before and after."""
+def _flip_unpadded(x: Array, width: Array) -> Array:
+    """Reverses the first `width` columns; the columns after them are padding and stay so."""
     return jnp.roll(x[:, ::-1], width - x.shape[1], axis=1)
 
 
@@ -154,17 +158,17 @@ def _distort(planes: Planes, key: Array) -> Planes:
     factor = jax.random.uniform(keys[7], (), jnp.float32, 0.5, 1.5)
     turn = jax.random.randint(keys[8], (), -18, 18, jnp.int32)
     early = coins[2]
-    # By 0, and by 1, brightness and contrast change no byte.
+    # Brightness by 0 and contrast by 1 change no byte, so a coin may choose the amount.
     planes = _brightness(planes, jnp.where(coins[0], delta, 0.0))
     planes = _contrast(planes, jnp.where(early, gain, 1.0))
-    # HSV and back is not the identity on bytes, so these two are taken or not as a whole.
+    # The way through 8-bit HSV changes bytes even then, so a coin chooses the whole step.
     planes = _choose(coins[3], _saturation(planes, factor), planes)
     planes = _choose(coins[4], _hue(planes, turn), planes)
     return _contrast(planes, jnp.where(early, 1.0, gain))
 
 
-def _choose(coin: Array, taken: Planes, left: Planes) -> Planes:
-    return tuple(jnp.where(coin, *pair) for pair in zip(taken, left, strict=True))
+def _choose(coin: Array, if_true: Planes, if_false: Planes) -> Planes:
+    return tuple(jnp.where(coin, *pair) for pair in zip(if_true, if_false, strict=True))
 
 
 def _truncate(x: Array) -> Array:
@@ -211,7 +215,7 @@ def _from_hsv(hue: Array, saturation: Array, value: Array) -> Planes:
     middle = jnp.floor(level * _one_minus_product(share, fraction) * 255)
 
     def channel(first: int) -> Array:
-        """Red's value at `sector`; green and blue run through the same six, 2 and 4 sectors later."""
+        """A channel at `sector`: red starts at 0; green and blue take the same six values, 2 and 4 sectors later."""
         place = sector + first
         place = jnp.where(place < 6, place, place - 6)
         at_value, at_low = (place == 0) | (place == 5), (place == 2) | (place == 3)
@@ -230,7 +234,7 @@ def _one_minus_product(x: Array, y: Array) -> Array:
     product = x * y
     x_high, y_high = _high_half(x), _high_half(y)
     x_low, y_low = x - x_high, y - y_high
-    # What rounding the product lost; the four products of halves are exact (Dekker 1971).
+    # The rounding error of the product; the four products of halves are exact (Dekker 1971).
     lost = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low
     difference = 1 - product
     return difference + (((1 - difference) - product) - lost)

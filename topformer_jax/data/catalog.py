@@ -6,30 +6,28 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a data set's files are below its root, as mmsegmentation users have them.
+    """Where a data set's files are below its root: the layouts that mmsegmentation documents.
 
-    `{split}` in a path stands for a word of `train` or `validation`; of several, the first that is there
-    counts. A label has its image's path with the suffix replaced. Sub-folders belong to the split.
+    `{split}` in a path stands for one of the words in `train` or `validation`: the first whose folder exists. A label
+    has its image's path with the suffix replaced. Sub-folders are searched too.
     """
 
     images: str
     labels: str
-    image_suffixes: tuple[str, ...]  # in lower case; a file's own may be in either
+    image_suffixes: tuple[str, ...]  # in lower case; a file's suffix may be in upper case
     label_suffix: str
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("val",)
-    names: str = (
-        ""  # a file that lists the split's images, a name without suffix a line; else all of them count
-    )
-    label_hint: str = ""  # how the label files are made, where the download does not hold them
+    names: str = ""  # a file that lists the split's images, one name without suffix a line; empty: all images
+    label_hint: str = ""  # how to make the label files, if the download does not contain them
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """One data set.
+    """Names and colours of a data set's classes, and the layout of its files.
 
-    `classes[i]` and `palette[i]` (red, green, blue) belong to label i after the label rule of the config
-    (`data.reduce_zero_label`) has been applied. `layout` is None where there are no files.
+    `classes[i]` and `palette[i]` (red, green, blue) belong to label i, after `data.reduce_zero_label` is applied.
+    `layout` is None for the synthetic shapes.
     """
 
     classes: tuple[str, ...]
@@ -124,8 +122,8 @@ target #28c8d2, board #f0e646, dice #3cb44b
 """
 
 
-def _parse(table: str, layout: Layout | None) -> DataSet:
-    """Reads `name #rrggbb, name #rrggbb, ...`; a line may break wherever a space may stand."""
+def _parse_table(table: str, layout: Layout | None) -> DataSet:
+    """Reads `name #rrggbb, name #rrggbb, ...`; line breaks count as spaces."""
     names, colours = zip(*(entry.split(" #") for entry in " ".join(table.split()).split(", ")), strict=True)
     return DataSet(names, tuple((int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16)) for c in colours), layout)
 
@@ -171,22 +169,25 @@ CUSTOM_LAYOUT = Layout(
     validation=("val", "validation"),
 )
 
-_context = _parse(_CONTEXT60, _context_layout)
+_context = _parse_table(_CONTEXT60, _context_layout)
 
 CATALOG = {
-    "ade20k": _parse(_ADE20K, _ade_layout),
-    "cityscapes": _parse(_CITYSCAPES, _cityscapes_layout),
+    "ade20k": _parse_table(_ADE20K, _ade_layout),
+    "cityscapes": _parse_table(_CITYSCAPES, _cityscapes_layout),
     "context60": _context,
     "context59": DataSet(_context.classes[1:], _context.palette[1:], _context_layout),
-    "cocostuff10k": _parse(_COCO_STUFF, _coco_stuff_layout),
-    "shapes": _parse(_SHAPES, None),
+    "cocostuff10k": _parse_table(_COCO_STUFF, _coco_stuff_layout),
+    "shapes": _parse_table(_SHAPES, None),
 }
 
 
 def custom(classes: Sequence[str]) -> DataSet:
-    """One's own data set: any images/ and annotations/ pair, with colours that differ.
+    """A user's own data set: images/ and annotations/ folders, with PASCAL VOC's colours.
 
-    The colours are PASCAL VOC's: the bits of label + 1 are dealt to red, green and blue in turn, highest first.
+    VOC's colours take the bits of label + 1 in turns for red, green and blue, the highest bit of each first.
+
+    >>> custom(["sky", "sea"]).palette
+    ((128, 0, 0), (0, 128, 0))
     """
     palette = []
     for label in range(1, len(classes) + 1):

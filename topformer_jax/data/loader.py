@@ -1,7 +1,10 @@
-"""From a source to batches: one global order, shared out over processes and workers, ready on the devices.
+"""From a source to batches on the devices: shuffled, shared out over processes and workers, resumable at any step.
 
-An example's place in the order depends on the seed alone, and what is drawn for it on (seed, epoch, example)
-alone: the batches are the same on 1 or N processes and with 0 or N workers, and can start at any step.
+    source -> _ExampleMaker: shuffle, decode, resize, crop -> TrainingBatches -> DeviceBatches
+              in worker processes, or in threads               host arrays       global arrays, prefetched
+
+An example's place in the order depends on the seed alone, its random draws on (seed, epoch, example) alone. So the
+batches are the same on 1 or N processes, with 0 or N workers, and from any start step.
 """
 
 import dataclasses
@@ -15,35 +18,43 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import grain
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from topformer_jax.data import transforms
+from topformer_jax.data import codecs, transforms
+from topformer_jax.data.batch import Batch, Image, Labels
 from topformer_jax.data.sources import Example, Source
 from topformer_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
-_MOST_SKIPPED = 100  # unreadable examples in a row: more is no accident
+MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
 _ENDLESS = 2**62  # examples; grain counts batches in floating point, which overflows for sys.maxsize
 
 
 def training_batches(
     source: Source, config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> "Batches":
+) -> "TrainingBatches":
     """An endless iterator over one process's rows of each global batch, from `start_step` on.
 
-    Process p of P has the rows [p * B / P, (p + 1) * B / P). Each epoch has every example once, in an order of
-    its own; batches run across the epochs' borders, so that none is dropped.
+    Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
+    an order of its own; batches run across the epochs' borders, so that no example is dropped.
+
+    >>> from topformer_jax import config
+    >>> from topformer_jax.data import sources
+    >>> settings = config.shapes()
+    >>> batches = training_batches(sources.open_source(settings, "train"), settings)
+    >>> batch = next(batches)
+    >>> batch["image"].shape, batch["label"].shape
+    ((16, 128, 128, 3), (16, 128, 128))
+    >>> batches.close()
 
     Raises:
-        UserError: the batch cannot be shared out evenly.
+        UserError: the batch cannot be shared out evenly; later, from `next`, an example cannot be read.
     """
     if config.batch_size % process_count:
         raise UserError(
@@ -51,32 +62,32 @@ def training_batches(
             f"--config.batch_size that is a multiple of {process_count}"
         )
     rows = config.batch_size // process_count
-    make = _MakeExample(source, config, process_index, process_count)
-    batches = grain.MapDataset.range(_ENDLESS).map(make).batch(rows)[start_step:]
+    make_example = _ExampleMaker(source, config, process_index, process_count)
+    batches = grain.MapDataset.range(_ENDLESS).map(make_example).batch(rows)[start_step:]
 
     if not flags.FLAGS.is_parsed():  # grain reads its own absl flags, which nobody has parsed outside absl
         flags.FLAGS.mark_as_parsed()
     workers, ahead = config.data.num_workers, max(1, config.data.prefetch)
     if not workers:
         threads = min(os.cpu_count() or 1, ahead)
-        return Batches(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)), len(source))
+        return TrainingBatches(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)), len(source))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(ahead / workers))
-    # Each worker is one thread: a process a core, and cv2's own threads off.
+    # A worker process has one thread: one process a core, and OpenCV's own threads are off.
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    return Batches(dataset.mp_prefetch(options, _start_worker), len(source))
+    return TrainingBatches(dataset.mp_prefetch(options, _start_worker), len(source))
 
 
-class Batches(Iterator[Batch]):
-    """Iterates over batches: image [b,h,w,3] and label [b,h,w] uint8, size [b,2], index [b] and epoch [b] int32.
+class TrainingBatches(Iterator[Batch]):
+    """Iterates over a process's batches as NumPy arrays; the first error ends it.
 
     Attributes:
-        skipped: how many examples of the batches so far stand in for an unreadable one.
-        unreadable: the indices of those unreadable ones.
+        skipped: how many unreadable examples were replaced by their successors so far.
+        unreadable: the indices of those examples.
     """
 
-    def __init__(self, dataset: grain.IterDataset, examples: int):
+    def __init__(self, dataset: grain.IterDataset, num_examples: int):
         self._iterator: Any = iter(dataset)
-        self._examples = examples
+        self._num_examples = num_examples
         self.skipped = 0
         self.unreadable: set[int] = set()
 
@@ -88,29 +99,29 @@ class Batches(Iterator[Batch]):
         except Exception as error:
             if not isinstance(error, UserError):
                 error.add_note(traceback.format_exc())
-            # The callers of its frames are grain's, and hold the batch before this one: it could not be freed.
+            # The traceback's frames are grain's and hold the previous batch, which could not be freed.
             error.__traceback__ = None
-            self.close()  # grain would go on without the batch
+            self.close()  # grain would continue with the batch after this one
             if isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
                 raise UserError(
                     f"a data worker died ({str(error).split('. ')[0]}): if memory or /dev/shm is full, lower "
                     "--config.data.num_workers or --config.data.prefetch"
                 ) from None
             raise
-        # Workers hand over shared memory, which goes away with grain's array: keep what is ours.
+        # Workers return arrays in shared memory, which is freed with grain's object: copy them.
         batch = {name: np.array(values) for name, values in batch.items()}
         for index, skipped in zip(batch["index"], batch.pop("skipped"), strict=True):
             self.skipped += int(skipped > 0)
-            self.unreadable |= {int(index - back) % self._examples for back in range(1, skipped + 1)}
-        return batch
+            self.unreadable |= {int(index - back) % self._num_examples for back in range(1, skipped + 1)}
+        return cast(Batch, batch)
 
     def close(self) -> None:
         """Ends the workers; there are no batches after it."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-            # Batches that nobody took are freed by a thread of grain; what it has not freed when Python exits is
-            # reported as lost. What it does after them shows that it is done.
+            # A thread of grain frees the shared memory of batches that were not taken; Python reports what is left
+            # at exit as leaked. A task queued behind that work returns when it is done.
             gc.collect()
             freeing = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
             if freeing is not None:
@@ -118,8 +129,8 @@ class Batches(Iterator[Batch]):
 
 
 @dataclasses.dataclass
-class _MakeExample:
-    """Makes the example at a place of one process's share of the order."""
+class _ExampleMaker:
+    """Makes the training example at each position of one process's share of the order."""
 
     source: Source
     config: ConfigDict
@@ -127,57 +138,57 @@ class _MakeExample:
     process_count: int
 
     def __post_init__(self) -> None:
-        # Neighbouring seeds would share epochs: grain shuffles epoch e with seed + e.
+        # grain shuffles epoch e with seed + e: hashed, so that neighbouring seeds share no epochs.
         seed = int(np.random.SeedSequence(self.config.seed).generate_state(1)[0])
         self._order = grain.MapDataset.range(len(self.source)).shuffle(seed=seed).repeat()
 
-    def __call__(self, place: int) -> dict[str, np.ndarray | np.int32]:
+    def __call__(self, local_position: int) -> dict[str, Any]:
         rows = self.config.batch_size // self.process_count
-        step, row = divmod(place, rows)
+        step, row = divmod(local_position, rows)
         position = step * self.config.batch_size + self.process_index * rows + row
         first, epoch = int(self._order[position]), position // len(self.source)
-        most = min(_MOST_SKIPPED, len(self.source))
-        for skipped in range(most):
+        limit = min(MAX_SKIPPED_IN_A_ROW, len(self.source))
+        for skipped in range(limit):
             index = (first + skipped) % len(self.source)
             try:
-                example = self._example(index, epoch)
+                example = self._make_example(index, epoch)
             except UserError as error:
                 if not self.config.data.skip_unreadable:
                     raise
-                last = error
+                last_error = error
             else:
                 numbers = {"index": index, "epoch": epoch, "skipped": skipped}
-                return example | {name: np.int32(value) for name, value in numbers.items()}
-        raise UserError(f"{most} examples in a row are unreadable; the last: {last.line}")
+                return {**example, **{name: np.int32(value) for name, value in numbers.items()}}
+        raise UserError(f"{limit} examples in a row are unreadable; the last: {last_error.line}")
 
-    def _example(self, index: int, epoch: int) -> dict[str, np.ndarray]:
+    def _make_example(self, index: int, epoch: int) -> transforms.CroppedExample:
         data = self.config.data
-        image, label = decoded(self.source[index], self.config)
-        return transforms.training_example(
+        image, label = decode_example(self.source[index], self.config)
+        return transforms.random_resize_crop(
             image,
             label,
-            crop=data.crop_size,
+            crop_size=data.crop_size,
             scale=data.scale,
-            ratio=data.ratio_range,
+            ratio_range=data.ratio_range,
             cat_max_ratio=data.cat_max_ratio,
             rng=np.random.default_rng([self.config.seed, epoch, index]),
         )
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in a worker process: it keeps off accelerators and signals, and ends with its parent."""
+    """Runs first in a worker process: no accelerator, no signals, and it ends with its parent."""
     jax.config.update("jax_platforms", "cpu")
     cv2.setNumThreads(1)
-    for name in (
+    for number in (
         signal.SIGINT,
         signal.SIGTERM,
     ):  # a Ctrl-C reaches all processes; the parent ends its workers
-        signal.signal(name, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Ends this process, whatever it does then, when the one that started it has ended."""
+    """Ends this process as soon as the one that started it has ended, whatever it is doing then."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -188,8 +199,12 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yields function(item) of each item in turn, computed ahead by threads."""
+def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yields function(item) of each item in order, computed ahead by threads.
+
+    >>> list(map_in_threads(abs, [-1, 2, -3]))
+    [1, 2, 3]
+    """
     if not items:
         return
     threads = min(os.cpu_count() or 1, 16)
@@ -201,45 +216,53 @@ def in_order(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[A
         iterator.close()
 
 
-def decoded(
-    example: Example, config: ConfigDict
-) -> tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w"]]:
-    """Image and label of an example; a UserError names the file that is none, damaged or of another size."""
-    image = transforms.decode_image(example.image, example.where[0])
-    classes, reduce_zero_label = config.model.num_classes, config.data.reduce_zero_label
-    label = transforms.decode_label(
-        example.label, example.where[1], classes=classes, reduce_zero_label=reduce_zero_label
+def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]:
+    """Decodes an example's image and label, and applies `data.reduce_zero_label`.
+
+    Raises:
+        UserError: a file is damaged, not an image, holds a value that is no class, or the sizes differ.
+    """
+    image = codecs.decode_image(example.image, example.where[0])
+    label = codecs.decode_label(
+        example.label,
+        example.where[1],
+        classes=config.model.num_classes,
+        reduce_zero_label=config.data.reduce_zero_label,
     )
-    transforms.check_sizes(image, label, example.where[0])
+    codecs.check_same_size(image, label, example.where[0])
     return image, label
 
 
-def why_unreadable(source: Source, index: int, config: ConfigDict) -> str:
-    """What the error said for which an example was skipped."""
+def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
+    """The error's line for which an example was skipped; reads it again."""
     try:
-        decoded(source[index], config)
+        decode_example(source[index], config)
     except UserError as error:
         return error.line
     return f"example {index} could not be read, and can be now"
 
 
-class DeviceBatches(Iterator[dict[str, jax.Array]]):
-    """Global arrays made from each process's rows by a thread that keeps some batches ahead: `to_device`.
+class DeviceBatches(Iterator[Batch]):
+    """Global arrays made from each process's rows, by a thread that stays some batches ahead: see `to_device`.
+
+    grain's own prefetch threads read only from grain datasets, and its `device_put` takes the global batch on every
+    process, where here each process has its rows: both would need more code than this thread.
 
     Attributes:
-        waited: seconds that `next` has waited for data so far.
+        data_wait_seconds: how long `next` has blocked so far. As JAX dispatches steps ahead of the devices, the
+            devices may still be busy then.
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
-        self.waited = 0.0
+        self.data_wait_seconds = 0.0
         self._batches = batches
         self._sharding = sharding
-        self._ready: queue.Queue[Any] = queue.Queue(depth)
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="to-device", daemon=True)
+        self._thread = threading.Thread(target=self._fill_queue, name="to-device", daemon=True)
         self._thread.start()
 
-    def _fill(self) -> None:
+    def _fill_queue(self) -> None:
         try:
             for batch in self._batches:
                 arrays = {
@@ -253,20 +276,21 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
             self._put(error)
 
     def _put(self, item: Any) -> bool:
+        """Waits for a free place in the queue; False if `close` came first."""
         while not self._stopped.is_set():
             try:
-                self._ready.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return True
         return False
 
-    def __next__(self) -> dict[str, jax.Array]:
+    def __next__(self) -> Batch:
         if self._stopped.is_set():
             raise StopIteration
         start = time.perf_counter()
-        item = self._ready.get()
-        self.waited += time.perf_counter() - start
+        item = self._queue.get()
+        self.data_wait_seconds += time.perf_counter() - start
         if isinstance(item, Exception):
             self.close()
             raise item
@@ -274,12 +298,12 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
 
     @property
     def skipped(self) -> int:
-        """How many examples stand in for an unreadable one so far; those made ahead count too."""
+        """How many unreadable examples were replaced so far, those in prefetched batches included."""
         return getattr(self._batches, "skipped", 0)
 
     @property
     def unreadable(self) -> set[int]:
-        """The indices of the examples that were stood in for."""
+        """The indices of those examples."""
         return set(getattr(self._batches, "unreadable", ()))
 
     def close(self) -> None:
@@ -292,9 +316,9 @@ class DeviceBatches(Iterator[dict[str, jax.Array]]):
 
 
 def to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2) -> DeviceBatches:
-    """Keeps `depth` batches ahead on the devices, their first axis laid out by `sharding`.
+    """Puts batches on the devices, `depth` of them ahead, with their first axis laid out by `sharding`.
 
-    The global batch is the processes' rows one after the other. An error while a batch is made is raised by the
-    `next` that would have returned it.
+    The global batch is the processes' rows in order. An error while a batch is made is raised by the `next` that
+    would have returned it.
     """
     return DeviceBatches(batches, sharding, depth)

@@ -1,35 +1,39 @@
 """A synthetic data set for a run without any download: scenes of textured grounds and overlapping shapes.
 
-Each scene is a function of (split, index) alone. Colours are drawn freely, so a class can only be told by its
-texture (the grounds; balls are shaded, targets ringed, boards chequered, dice dotted) or by its form (discs and
-triangles are plain); light, blur and noise are laid over all. The classes are `CATALOG["shapes"]`, in the
-order of the constants here.
+Each scene is a function of (split, index) alone. Colours are random, so a class can only be recognised by its texture
+(the grounds; balls are shaded, targets ringed, boards chequered, dice dotted) or by its outline (discs and triangles
+are plain); uneven light, blur and noise follow. The classes are `CATALOG["shapes"]`, in the order of the constants.
 """
 
 import math
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
+
+from topformer_jax.data.batch import Image, Labels
 
 GRADIENT, CLOUDS, STRIPES, BRICKS, DISC, TRIANGLE, BALL, TARGET, BOARD, DICE = range(10)
-_FORMATS = [(1, 1), (0.9, 1.1), (1.1, 0.9)]  # height, width; few, since each is a program to compile for
+_FORMATS = [(1, 1), (0.9, 1.1), (1.1, 0.9)]  # height, width; few, as XLA compiles a program for each size
 _SPLITS = {"train": 0, "validation": 1}
 
-Image = UInt8[np.ndarray, "h w 3"]
-Mask = UInt8[np.ndarray, "h w"]
+Mask = Labels  # 1 where the shape is
 
 
-def draw(split: str, index: int, size: int) -> tuple[Image, Mask]:
-    """One scene: two or three grounds behind two to four shapes.
+def draw(split: str, index: int, size: int) -> tuple[Image, Labels]:
+    """Draws one scene: two or three grounds behind two to four shapes.
+
+    >>> image, label = draw("train", 0, 160)
+    >>> image.shape, label.shape
+    ((176, 144, 3), (176, 144))
 
     Args:
         split: "train" or "validation".
         index: of the example.
-        size: pixels; height and width are both of it, or one is a tenth more and the other a tenth less.
+        size: in pixels; height and width have it both, or one a tenth more and the other a tenth less.
 
     Returns:
-        The image (RGB) and its label.
+        The image, RGB uint8 `[h, w, 3]`, and its label, uint8 `[h, w]`.
     """
     rng = np.random.default_rng([20220405, _SPLITS[split], index])
     height, width = (round(size * factor) for factor in rng.choice(_FORMATS))
@@ -37,24 +41,24 @@ def draw(split: str, index: int, size: int) -> tuple[Image, Mask]:
     label = np.empty((height, width), np.uint8)
     grounds = rng.permutation([GRADIENT, CLOUDS, STRIPES, BRICKS])
     for place, kind in enumerate(grounds[: rng.integers(2, 4)].tolist()):
-        mask = np.ones((height, width), np.uint8) if place == 0 else _half(rng, height, width)
-        cv2.copyTo(_texture(rng, kind, height, width), mask, image)
+        mask = np.ones((height, width), np.uint8) if place == 0 else _draw_half_plane(rng, height, width)
+        cv2.copyTo(_draw_texture(rng, kind, height, width), mask, image)
         label[mask > 0] = kind
     for kind in rng.permutation([DISC, TRIANGLE, BALL, TARGET, BOARD, DICE])[: rng.integers(2, 5)].tolist():
-        mask = _shape(rng, kind, height, width, size)
+        mask = _draw_shape(rng, kind, height, width, size)
         left, top, across, down = cv2.boundingRect(mask)
         box = slice(top, top + down), slice(left, left + across)
-        surface = _texture(rng, kind if kind in (TARGET, BOARD, DICE) else GRADIENT, down, across)
+        surface = _draw_texture(rng, kind if kind in (TARGET, BOARD, DICE) else GRADIENT, down, across)
         if kind == BALL:
-            surface = _shaded(rng, surface)
+            surface = _shade(rng, surface)
         cv2.copyTo(surface, mask[box], image[box])
         label[mask > 0] = kind
-    return _photograph(rng, image), label
+    return _add_light_and_noise(rng, image), label
 
 
-def _half(rng: np.random.Generator, height: int, width: int) -> Mask:
-    """What lies on one side of a wavy line across the picture."""
-    x, y = _grid(height, width)
+def _draw_half_plane(rng: np.random.Generator, height: int, width: int) -> Mask:
+    """The pixels on one side of a wavy line across the image."""
+    x, y = _pixel_grid(height, width)
     angle, phase = rng.uniform(0, 2 * math.pi), rng.uniform(0, 2 * math.pi)
     across = (x - width * rng.uniform(0.3, 0.7)) * math.cos(angle)
     across = across + (y - height * rng.uniform(0.3, 0.7)) * math.sin(angle)
@@ -63,21 +67,21 @@ def _half(rng: np.random.Generator, height: int, width: int) -> Mask:
     return (across > wave).astype(np.uint8)
 
 
-def _texture(rng: np.random.Generator, kind: int, height: int, width: int) -> Image:
-    """A picture full of one texture in two colours, at least 60 grey levels apart."""
+def _draw_texture(rng: np.random.Generator, kind: int, height: int, width: int) -> Image:
+    """An image of one texture in two colours, whose channels are at least 60 levels apart."""
     low, high = rng.uniform(0, 140, 3), rng.uniform(110, 255, 3)
     high = np.maximum(high, low + 60)
     if rng.random() < 0.5:
         low, high = high, low
-    levels = np.clip(255 * _pattern(rng, kind, height, width), 0, 255).astype(np.uint8)
+    levels = np.clip(255 * _draw_pattern(rng, kind, height, width), 0, 255).astype(np.uint8)
     colours = low + np.linspace(0, 1, 256)[:, None] * (high - low)
     return cv2.LUT(cv2.merge([levels] * 3), colours.astype(np.uint8)[None])
 
 
-def _pattern(rng: np.random.Generator, kind: int, height: int, width: int) -> Float32[np.ndarray, "h w"]:
-    """How much of the second colour each pixel has, 0 to 1."""
+def _draw_pattern(rng: np.random.Generator, kind: int, height: int, width: int) -> Float32[np.ndarray, "h w"]:
+    """The share of the second colour in each pixel, 0 to 1."""
     angle = rng.uniform(0, 2 * math.pi)
-    x, y = _grid(height, width)
+    x, y = _pixel_grid(height, width)
     along, across = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     if kind == GRADIENT:
         return 0.5 + along / (2 * math.hypot(height, width)) * rng.uniform(0.5, 1)
@@ -102,8 +106,8 @@ def _pattern(rng: np.random.Generator, kind: int, height: int, width: int) -> Fl
     return joint.astype(np.float32)
 
 
-def _shape(rng: np.random.Generator, kind: int, height: int, width: int, size: int) -> Mask:
-    """A shape's pixels; its middle lies in the picture."""
+def _draw_shape(rng: np.random.Generator, kind: int, height: int, width: int, size: int) -> Mask:
+    """The pixels of a shape whose centre lies in the image."""
     radius = size * rng.uniform(0.17, 0.3) * (1.3 if kind == TRIANGLE else 1)
     middle = rng.uniform(0.1, 0.9, 2) * (width, height)
     mask = np.zeros((height, width), np.uint8)
@@ -117,30 +121,30 @@ def _shape(rng: np.random.Generator, kind: int, height: int, width: int, size: i
     return mask
 
 
-def _shaded(rng: np.random.Generator, surface: Image) -> Image:
-    """Light from one side: bright towards it, dark away from it."""
+def _shade(rng: np.random.Generator, surface: Image) -> Image:
+    """Lights a ball from one side."""
     height, width = surface.shape[:2]
     radius = max(height, width) / 2
     angle = rng.uniform(0, 2 * math.pi)
-    x, y = _grid(height, width)
+    x, y = _pixel_grid(height, width)
     distance = np.hypot(x / radius - 0.4 * math.cos(angle), y / radius - 0.4 * math.sin(angle))
     return cv2.multiply(surface, cv2.merge([1.5 - 0.8 * distance] * 3), dtype=cv2.CV_8U)
 
 
-def _photograph(rng: np.random.Generator, image: Image) -> Image:
-    """Uneven light, a little blur, and noise."""
+def _add_light_and_noise(rng: np.random.Generator, image: Image) -> Image:
+    """Adds uneven light, a little blur, and noise, as a camera does."""
     height, width = image.shape[:2]
     image = cv2.GaussianBlur(image, (3, 3), rng.uniform(0.3, 0.9))
     angle = rng.uniform(0, 2 * math.pi)
-    x, y = _grid(height, width)
+    x, y = _pixel_grid(height, width)
     light = 1 + x * (0.3 * math.cos(angle) / width) + y * (0.3 * math.sin(angle) / height)
     lit = cv2.multiply(image, cv2.merge([light] * 3), dtype=cv2.CV_32F)
     grain = rng.random(image.shape, np.float32) + rng.random(image.shape, np.float32) - 1
     return cv2.add(lit, grain * rng.uniform(8, 30), dtype=cv2.CV_8U)
 
 
-def _grid(height: int, width: int) -> tuple[Float32[np.ndarray, "1 w"], Float32[np.ndarray, "h 1"]]:
-    """Pixel coordinates (x, y) from the picture's middle."""
+def _pixel_grid(height: int, width: int) -> tuple[Float32[np.ndarray, "1 w"], Float32[np.ndarray, "h 1"]]:
+    """Pixel coordinates (x, y) from the image's centre."""
     x = np.arange(width, dtype=np.float32) - width / 2
     y = np.arange(height, dtype=np.float32) - height / 2
     return x[None], y[:, None]

@@ -1,6 +1,6 @@
 """Random access to the examples of a data set: folders of files, array_record shards, synthetic shapes.
 
-A source knows nothing of decoding, order or randomness. It can be pickled, so that worker processes open their own.
+A source knows nothing about decoding, order or randomness. It can be pickled: each worker process opens its own copy.
 """
 
 import dataclasses
@@ -14,52 +14,55 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from topformer_jax.data import shapes
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, DataSet, Layout, custom
-from topformer_jax.data.transforms import IGNORE_LABEL, label_size
+from topformer_jax.data.codecs import read_label_size
 from topformer_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 VERSION = "1.0.0"  # of the array_record builders
-_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
+_TRY_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
 
 
 class Example(NamedTuple):
-    """One example as it is stored: a file's bytes, or an array where there is no file."""
+    """One example as it is stored: the bytes of its files, or arrays where there are no files."""
 
     name: str  # the image's path in its split, without suffix
     image: bytes | np.ndarray
     label: bytes | np.ndarray
-    where: tuple[str, str]  # what to call image and label in a message to the user
+    where: tuple[str, str]  # image and label, as error messages name them
 
 
 @runtime_checkable
 class Source(Protocol):
-    """A data set's split."""
+    """One split of a data set, by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """An example; raises UserError where it cannot be read."""
+        """Reads an example; raises a UserError if it cannot be read."""
 
     def label_size(self, index: int) -> tuple[int, int]:
-        """(height, width) of an example's label, and so of its picture, without decoding either."""
+        """(height, width) of an example's label in pixels, and so of its image, without decoding either."""
 
 
 def data_set(config: ConfigDict) -> DataSet:
-    """The config's data set: names, colours and layout of its classes.
+    """Looks up the config's data set: names and colours of its classes, layout of its files.
 
     Raises:
-        UserError: there is no such set, or the config's `model.num_classes` is another number.
+        UserError: there is no such data set, or it has another number of classes than `model.num_classes`.
     """
     name = config.data.dataset
     if name == "custom":
-        found = custom(_custom_classes(config))
+        found = custom(_read_custom_classes(config))
     elif name in CATALOG:
         found = CATALOG[name]
     else:
         raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
     if len(found.classes) >= IGNORE_LABEL:
-        raise UserError(f"{name} has {len(found.classes)} classes: labels are bytes of which 255 is void")
+        raise UserError(
+            f"{name} has {len(found.classes)} classes: at most 254 fit, as labels are bytes and 255 is void"
+        )
     if len(found.classes) != config.model.num_classes:
         raise UserError(
             f"{name} has {len(found.classes)} classes, the config's model {config.model.num_classes}: "
@@ -71,8 +74,13 @@ def data_set(config: ConfigDict) -> DataSet:
 def open_source(config: ConfigDict, split: str) -> Source:
     """Opens the "train" or "validation" split of the config's data set.
 
+    >>> from topformer_jax import config
+    >>> source = open_source(config.shapes(), "validation")
+    >>> len(source), source[0].name, source.label_size(0)
+    (64, 'validation_000000', (160, 160))
+
     Raises:
-        UserError: the data is not where the config says, or not complete.
+        UserError: the data is not where the config says, or incomplete.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {SPLITS}")
@@ -88,13 +96,13 @@ def open_source(config: ConfigDict, split: str) -> Source:
     if data.source == "folder":
         return open_folder(data.dataset, found.layout, data.root, split)
     if data.source == "array_record":
-        return ArrayRecordSource(str(_prepared(data.root, data.dataset)), split)
+        return ArrayRecordSource(str(_find_records(data.root, data.dataset)), split)
     raise UserError(f"there is no data.source {data.source}: folder, array_record or shapes")
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Pairs of files, in the order of their names."""
+    """Pairs of image and label files, sorted by name."""
 
     root: str
     names: tuple[str, ...]
@@ -113,12 +121,12 @@ class FolderSource:
 
     def label_size(self, index: int) -> tuple[int, int]:
         label = os.path.join(self.root, self.labels[index])
-        return label_size(_read(label, 24), label)
+        return read_label_size(_read(label, 24), label)
 
 
 @dataclasses.dataclass
 class ArrayRecordSource:
-    """What scripts/build_dataset.py wrote: TFDS records whose encoded bytes are handed on as they are."""
+    """The shards that scripts/build_dataset.py wrote: TFDS records that hold the files' bytes unchanged."""
 
     folder: str
     split: str
@@ -126,10 +134,10 @@ class ArrayRecordSource:
     def __post_init__(self) -> None:
         import tensorflow_datasets as tfds  # takes half a second
 
-        keep = tfds.decode.SkipDecoding()
+        skip = tfds.decode.SkipDecoding()
         try:
             builder = tfds.builder_from_directory(self.folder)
-            decoders: Any = {"image": keep, "label": keep}
+            decoders: Any = {"image": skip, "label": skip}
             self._records: Any = builder.as_data_source(self.split, decoders=decoders)
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(
@@ -149,7 +157,7 @@ class ArrayRecordSource:
             name = record["name"].decode()
         except IndexError:
             raise
-        except Exception as error:  # a damaged file raises whatever its reader stumbles over
+        except Exception as error:  # a damaged file raises errors of many types
             reason = (str(error) or type(error).__name__).split("\n")[0]
             raise UserError(
                 f"record {index} of {self.split} in {self.folder} cannot be read ({reason}): copy it or build it "
@@ -160,7 +168,7 @@ class ArrayRecordSource:
 
     def label_size(self, index: int) -> tuple[int, int]:
         example = self[index]
-        return label_size(example.label, example.where[1])
+        return read_label_size(example.label, example.where[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +188,7 @@ class ShapesSource:
         return Example(name, image, label, (f"shapes image {name}", f"shapes label {name}"))
 
     def label_size(self, index: int) -> tuple[int, int]:
-        return label_size(self[index].label, self.split)
+        return read_label_size(self[index].label, self.split)
 
 
 def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
@@ -205,24 +213,26 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         why = "it is a file" if base.is_file() else f"{missing[0]} does not exist" if missing else ""
         raise _not_found(dataset, layout, base, why if root else "data.root is empty")
 
-    images = _matching(base / image_folder, layout.image_suffixes)
+    images = _find_images(base / image_folder, layout.image_suffixes)
     if layout.names:
-        wanted = set(_lines(needed[2]))
+        wanted = set(_read_lines(needed[2]))
         absent = sorted(wanted - images.keys())
         if absent:
-            raise UserError(f"{_some(absent)} in {needed[2]} without an image in {base / image_folder}")
+            raise UserError(
+                f"{_count_images(absent)} in {needed[2]} without an image in {base / image_folder}"
+            )
         images = {name: images[name] for name in wanted}
     if not images:
         kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
         raise _not_found(dataset, layout, base, f"{base / image_folder} holds no {kinds}")
 
-    labels = set(_files(base / label_folder))
+    labels = set(_list_files(base / label_folder))
     names = sorted(images)
     unlabelled = [images[name] for name in names if name + layout.label_suffix not in labels]
     if unlabelled:
         hint = f" ({layout.label_hint})" if layout.label_hint else ""
         raise UserError(
-            f"{_some(unlabelled)} in {base / image_folder} without a label: each needs a file "
+            f"{_count_images(unlabelled)} in {base / image_folder} without a label: each needs a file "
             f"*{layout.label_suffix} in {base / label_folder}{hint}"
         )
     return FolderSource(
@@ -233,8 +243,8 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     )
 
 
-def _files(folder: pathlib.Path) -> Iterator[str]:
-    """All files below a folder, with "/", but for hidden ones."""
+def _list_files(folder: pathlib.Path) -> Iterator[str]:
+    """The paths of all files below a folder, relative to it, with "/"; hidden ones are skipped."""
     for path, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = pathlib.Path(path).relative_to(folder).as_posix()
@@ -243,10 +253,10 @@ def _files(folder: pathlib.Path) -> Iterator[str]:
                 yield name if inside == "." else f"{inside}/{name}"
 
 
-def _matching(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """The files with one of the suffixes, by their path without it."""
+def _find_images(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """The files with one of the suffixes: path without suffix -> path."""
     found: dict[str, str] = {}
-    for path in _files(folder):
+    for path in _list_files(folder):
         suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix)), None)
         if suffix is None:
             continue
@@ -258,8 +268,8 @@ def _matching(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]
     return found
 
 
-def _some(paths: list[str]) -> str:
-    """How many, and the first few."""
+def _count_images(paths: list[str]) -> str:
+    """How many images, and the first few of their paths."""
     kind = "1 image" if len(paths) == 1 else f"{len(paths)} images"
     return f"{kind} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
 
@@ -274,7 +284,7 @@ def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> Us
     hint = f" ({layout.label_hint})" if layout.label_hint else ""
     return UserError(
         f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(folders)}{hint}; point at it "
-        f"with --config.data.root=DIR; {_WITHOUT_DATA}"
+        f"with --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
     )
 
 
@@ -287,7 +297,7 @@ def _read(path: str, count: int = -1) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _custom_classes(config: ConfigDict) -> tuple[str, ...]:
+def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
     if config.data.class_names:
         return tuple(config.data.class_names)
     root = epath.Path(config.data.root or ".").expanduser()
@@ -298,28 +308,30 @@ def _custom_classes(config: ConfigDict) -> tuple[str, ...]:
         )
     files = [root / "classes.txt", root / "custom" / VERSION / "classes.txt"]
     file = next((file for file in files if file.exists()), None)
-    names = _lines(file) if file else []
+    names = _read_lines(file) if file else []
     if not names:
         why = f"{file} holds none: write them there" if file else f"write them to {files[0]}"
         raise UserError(
-            f"the custom data set's classes are unknown: {why}, a name a line in the order of the labels, or give "
+            f"the custom data set's classes are unknown: {why}, one name a line in the order of the labels, or give "
             '--config.data.class_names=\'("name","name")\''
         )
     return tuple(names)
 
 
-def _lines(file: pathlib.Path | epath.Path) -> list[str]:
-    """A text file's lines that are not blank, stripped."""
+def _read_lines(file: pathlib.Path | epath.Path) -> list[str]:
+    """A text file's non-blank lines, stripped."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{file} is no UTF-8 text: save it as UTF-8, a name a line") from None
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}; expected a name a line") from None
+        raise UserError(
+            f"{file} cannot be read: {error.strerror or error}; expected one name a line"
+        ) from None
     return [line.strip() for line in lines if line.strip()]
 
 
-def _prepared(root: str, dataset: str) -> epath.Path:
+def _find_records(root: str, dataset: str) -> epath.Path:
     """The folder that scripts/build_dataset.py wrote: the root itself, or below it."""
     base = epath.Path(root).expanduser()
     for folder in (base, base / VERSION, base / dataset / VERSION):
@@ -328,5 +340,5 @@ def _prepared(root: str, dataset: str) -> epath.Path:
     raise UserError(
         f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
         f"{dataset}/{VERSION}/dataset_info.json; build it with python scripts/build_dataset.py "
-        f"--dataset {dataset} --source DIR --output DIR and give --config.data.root=DIR; {_WITHOUT_DATA}"
+        f"--dataset {dataset} --source DIR --output DIR and give --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
     )

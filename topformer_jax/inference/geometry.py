@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
-from topformer_jax.data.transforms import IGNORE_LABEL, scaled, test_image, test_size
+from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
+from topformer_jax.data.transforms import eval_image, eval_size, multiply_scale
 from topformer_jax.ops.tiled import (
     TILE,
     BandedResize,
@@ -24,8 +25,6 @@ from topformer_jax.ops.tiled import (
 )
 
 Size = tuple[int, int]  # (height, width), pixels
-Image = UInt8[np.ndarray, "h w 3"]
-Labels = UInt8[np.ndarray, "h w"]
 
 
 class ShapeBucket(NamedTuple):
@@ -57,7 +56,7 @@ class EvalBatch(NamedTuple):
 def network_sizes(size: Size, evaluation: ConfigDict) -> tuple[Size, ...]:
     """The sizes of the network's inputs for an image of `size`, one per ratio."""
     return tuple(
-        test_size(size, scale=scaled(evaluation.scale, ratio), align=evaluation.size_divisor)
+        eval_size(size, scale=multiply_scale(evaluation.scale, ratio), size_divisor=evaluation.size_divisor)
         for ratio in evaluation.img_ratios
     )
 
@@ -147,8 +146,8 @@ def prepare_input(
     for ratio, input_size, support in zip(
         evaluation.img_ratios, bucket.input_sizes, bucket.supports, strict=True
     ):
-        scale = scaled(evaluation.scale, ratio)
-        images.append(test_image(image, scale=scale, align=evaluation.size_divisor))
+        scale = multiply_scale(evaluation.scale, ratio)
+        images.append(eval_image(image, scale=scale, size_divisor=evaluation.size_divisor))
         grid = window_grid(input_size, evaluation)
         for flip in view_flips(evaluation):
             row, column = (

@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from topformer_jax import models, sharding
+from topformer_jax.data.batch import Image, Labels
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.geometry import Image, InferenceInput, Labels, join_tiles, prepare_input
+from topformer_jax.inference.geometry import InferenceInput, join_tiles, prepare_input
 from topformer_jax.ops.tiled import ViewLogits
 
 

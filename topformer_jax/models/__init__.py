@@ -62,21 +62,6 @@ def _build(config: ConfigDict) -> Segmenter | Classifier:
         ("depthwise_impl", METHODS),
     ):
         _check_choice(f"model.{key}", settings[key], known)
-    max_classes = 255 if config.task == "segmentation" else 2**31  # labels are bytes; 255 is ignored
-    for key, allowed, expected in (
-        ("num_classes", 1 <= settings.num_classes <= max_classes, f"1 to {max_classes}"),
-        (
-            "head_channels",
-            settings.head_channels is None or settings.head_channels >= 1,
-            "1 or more, or none",
-        ),
-        ("drop_path_rate", 0 <= settings.drop_path_rate < 1, "a probability below 1"),
-        ("dropout_ratio", 0 <= settings.dropout_ratio < 1, "a probability below 1"),
-    ):
-        if not allowed:
-            raise UserError(f"model.{key} is {settings[key]}: expected {expected}")
-    if config.seed < 0:
-        raise UserError(f"seed is {config.seed}: expected 0 or more")
     if (
         "float64" in (settings.dtype, settings.param_dtype)
         and jax.dtypes.canonicalize_dtype(np.float64) != np.float64

@@ -32,7 +32,7 @@ STEM_MAX_INPUTS = 4
 class DTypePolicy:
     """The dtypes, the precision and the depthwise implementation of a model; all its layers share one policy.
 
-    Args:
+    Attributes:
         dtype: of activations, and of the weights in each operation.
         param_dtype: that parameters and BatchNorm statistics are stored in.
         precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full

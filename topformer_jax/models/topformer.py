@@ -24,7 +24,7 @@ Images = Array | np.ndarray
 class Variant:
     """One size of the network.
 
-    Args:
+    Attributes:
         blocks: of the token pyramid.
         taps: the blocks (counted from 0) whose outputs are the tokens of strides 4, 8, 16 and 32.
         head_channels: of the injections and the head.

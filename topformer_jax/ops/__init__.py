@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+IGNORE_LABEL = 255  # the label of pixels that count neither in the loss nor in a score
+
 
 def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """The dtype itself, or float32 for a narrower one: sums, statistics and logits are computed in it.

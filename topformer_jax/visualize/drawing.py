@@ -14,13 +14,12 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from topformer_jax import files
+from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import legend
-from topformer_jax.visualize.legend import BLACK, WHITE, Canvas, Colour, Labels
+from topformer_jax.visualize.legend import BLACK, WHITE, Canvas, Colour
 
-Image = UInt8[np.ndarray, "h w 3"]
 Format = Literal["jpeg", "png"]
 
 CORRECT, WRONG = (70, 84, 76), (255, 86, 28)  # they differ in lightness too, for colour-blind readers

@@ -12,10 +12,10 @@ import PIL.ImageDraw
 from jaxtyping import UInt8
 from PIL.ImageFont import FreeTypeFont, truetype
 
+from topformer_jax.data.batch import Labels
 from topformer_jax.data.catalog import DataSet
 
 Canvas = UInt8[np.ndarray, "_ _ 3"]  # RGB; "_": its size is independent of the other arguments' sizes
-Labels = UInt8[np.ndarray, "h w"]
 Colour = tuple[int, int, int]
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)

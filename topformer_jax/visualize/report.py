@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from topformer_jax import files, metrics
+from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.transforms import IGNORE_LABEL
 from topformer_jax.visualize import drawing
-from topformer_jax.visualize.drawing import Image
-from topformer_jax.visualize.legend import Colour, Labels
+from topformer_jax.visualize.legend import Colour
 
 MAX_IMAGE_SIZE = 480, 720  # pixels: width and height of an embedded image, at most
 MAX_PNG_BYTES = 60_000  # a colour map that takes more as PNG is embedded as JPEG

@@ -1,0 +1,212 @@
+"""Files to arrays: decodes and checks images and labels on the host.
+
+Every broken file is refused by a UserError with its name, before OpenCV fills what is missing with grey.
+"""
+
+import functools
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import PIL.Image
+
+from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
+from topformer_jax.errors import UserError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff"
+GREY, PALETTE = 0, 3  # colour types in a PNG's header
+
+# OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.
+(getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
+
+
+def decode_image(data: bytes | np.ndarray, name: str) -> Image:
+    """Decodes an image file (JPEG, PNG, or another format that OpenCV reads) to RGB, uint8 `[h, w, 3]`.
+
+    As `cv2.IMREAD_COLOR` does: rotated by its EXIF orientation; grey, CMYK, 16-bit and alpha become 8-bit RGB.
+
+    >>> import cv2, numpy as np
+    >>> file = cv2.imencode(".png", np.zeros((4, 6, 3), np.uint8))[1].tobytes()
+    >>> decode_image(file, "photo.png").shape
+    (4, 6, 3)
+
+    Args:
+        data: the file's bytes; or an array, which is checked and returned.
+        name: of the file, for the error.
+
+    Raises:
+        UserError: the file is empty, cut off, damaged or not an image; or the array is not uint8 `[h, w, 3]`.
+    """
+    if isinstance(data, np.ndarray):
+        if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
+            raise UserError(
+                f"{name}: expected a uint8 image [h, w, 3], found {data.dtype} {list(data.shape)}"
+            )
+        return data
+    _check_complete(data, name)
+    return _decode(data, cv2.IMREAD_COLOR_RGB, name)
+
+
+def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_zero_label: bool) -> Labels:
+    """Decodes a label file (PNG: grey of 8 or 16 bits, or palette indices) to class indices, uint8 `[h, w]`.
+
+    Args:
+        data: the file's bytes; or an array with the values of a file.
+        name: of the file, for the error.
+        classes: how many there are.
+        reduce_zero_label: 0 becomes IGNORE_LABEL and all other values are reduced by one; 255 stays.
+
+    Raises:
+        UserError: the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
+    """
+    values = _read_label_values(data, name)
+    table, allowed = _label_table(classes, reduce_zero_label)
+    largest = int(values.max(initial=0))
+    # With values below both limits there is nothing to look up.
+    all_classes = largest < min(classes + reduce_zero_label, IGNORE_LABEL)
+    if not all_classes and (
+        largest > IGNORE_LABEL or not cv2.LUT(values.astype(np.uint8), allowed.astype(np.uint8)).all()
+    ):
+        found = np.unique(values)
+        wrong = found[(found > IGNORE_LABEL) | ~allowed[np.minimum(found, IGNORE_LABEL)]]
+        shown = ", ".join(str(value) for value in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+        expected = f"1..{classes} (0 is void)" if reduce_zero_label else f"0..{classes - 1}"
+        raise UserError(
+            f"{name} holds {shown}, but the {classes} classes are {expected} and void is 255: "
+            f"check data.dataset, model.num_classes and data.reduce_zero_label ({reduce_zero_label}); "
+            "for Cityscapes, use the *_labelTrainIds.png files"
+        )
+    values = values.astype(np.uint8)
+    return cv2.LUT(values, table) if reduce_zero_label else values
+
+
+@functools.lru_cache(maxsize=8)
+def _label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The class index of each of 256 values, uint8; and whether the value is allowed."""
+    table = np.arange(256, dtype=np.uint8)
+    if reduce_zero_label:
+        table -= 1  # 0 becomes 255
+        table[IGNORE_LABEL] = IGNORE_LABEL
+    return table, (table < classes) | (table == IGNORE_LABEL)
+
+
+def read_label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
+    """Reads a label's (height, width) from the first 24 bytes of its file, or from an array.
+
+    Raises:
+        UserError: the file is not a PNG.
+    """
+    if isinstance(data, np.ndarray):
+        return data.shape[0], data.shape[1]
+    if not data.startswith(PNG) or len(data) < 24:
+        raise _not_a_png(name)
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
+def check_same_size(image: np.ndarray, label: np.ndarray, name: str) -> None:
+    """Raises a UserError unless `label` has the height and width of `image`."""
+    if image.shape[:2] != label.shape[:2]:
+        (h, w), (height, width) = image.shape[:2], label.shape[:2]
+        rotated = " (images are rotated by their EXIF orientation)" if (h, w) == (width, height) else ""
+        raise UserError(
+            f"{name}: the image has {w} x {h} pixels and its label {width} x {height}: "
+            f"they must have the same size{rotated}"
+        )
+
+
+def _read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
+    """The values in a label file, uint8 or uint16 `[h, w]`, as they are stored."""
+    if isinstance(data, np.ndarray):
+        values = data[..., 0] if data.ndim == 3 and data.shape[2] == 1 else data
+        if values.dtype not in (np.uint8, np.uint16) or values.ndim != 2:
+            found = f"{data.dtype} {list(data.shape)}"
+            raise UserError(f"{name}: expected class indices as uint8 or uint16 [h, w], found {found}")
+        return values
+    _check_complete(data, name)
+    if not data.startswith(PNG):
+        raise _not_a_png(name)
+    colour_type = data[25]
+    if colour_type not in (GREY, PALETTE):
+        raise UserError(
+            f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
+        )
+    if colour_type == GREY:
+        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH, name)
+    try:  # OpenCV would turn the indices into colours
+        with PIL.Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return np.array(image)
+    except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
+        raise _damaged(name) from None
+
+
+def _decode(data: bytes, flags: int, name: str) -> np.ndarray:
+    try:
+        array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        array = None
+    if array is None:
+        raise _damaged(name)
+    return array
+
+
+def _check_complete(data: bytes, name: str) -> None:
+    """Raises a UserError for a file that is cut off: OpenCV would fill a JPEG up with grey."""
+    if not data:
+        raise UserError(f"{name} is empty: copy or download it again")
+    if data.startswith(PNG):
+        _check_png(data, name)
+    elif data.startswith(JPEG) and not _has_jpeg_end(data):
+        raise _cut_off(name)
+
+
+def _has_jpeg_end(data: bytes) -> bool:
+    """Whether the end-of-image marker follows the start of the first scan.
+
+    A thumbnail in the header has an end marker of its own, so only what follows the scan's start counts; some
+    cameras and tools add bytes after the end. Compressed data never holds the marker by chance: an ff in it is
+    followed by 00.
+    """
+    position = 2
+    while data[position : position + 1] == b"\xff":
+        marker = data[position + 1 : position + 2]
+        if marker == b"\xda":
+            return data.find(b"\xff\xd9", position) >= 0
+        if marker == b"\xff":  # a fill byte
+            position += 1
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return False
+
+
+def _check_png(data: bytes, name: str) -> None:
+    """Raises a UserError unless all chunks from IHDR to IEND are there with the right checksums.
+
+    OpenCV and Pillow both accept some PNGs that are cut off or damaged, without an error.
+    """
+    position, kind = len(PNG), b""
+    while kind != b"IEND":
+        length, kind = struct.unpack(">I4s", data[position : position + 8].ljust(8, b"\0"))
+        end = position + 12 + length
+        if end > len(data):
+            raise _cut_off(name)
+        right_start = position > len(PNG) or (length, kind) == (13, b"IHDR")
+        checksum = struct.pack(">I", zlib.crc32(memoryview(data)[position + 4 : end - 4]))
+        if not right_start or data[end - 4 : end] != checksum:
+            raise UserError(f"{name} is a damaged PNG: copy or download it again")
+        position = end
+
+
+def _not_a_png(name: str) -> UserError:
+    return UserError(f"{name} is not a PNG: labels are PNG files of one channel that holds class indices")
+
+
+def _cut_off(name: str) -> UserError:
+    return UserError(f"{name} is cut off: its end is missing; copy or download it again")
+
+
+def _damaged(name: str) -> UserError:
+    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; copy or download it again")
