@@ -99,7 +99,11 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     def capture(parser: argparse.ArgumentParser, *_: object) -> None:
         raise _Captured(parser)
 
-    main = runpy.run_path(str(ROOT / program))["main"] if program.endswith(".py") else importlib.import_module(program).main
+    main = (
+        runpy.run_path(str(ROOT / program))["main"]
+        if program.endswith(".py")
+        else importlib.import_module(program).main
+    )
     with (
         mock.patch.dict(os.environ),
         mock.patch.object(sys, "argv", [program]),

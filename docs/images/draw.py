@@ -55,10 +55,10 @@ def draw_shapes(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
     predict = inference.Predictor(model)
     columns = []
     for index in EXAMPLES:
-        image, label = loader.decoded(source[index], settings)
+        image, label = loader.decode_example(source[index], settings)
         columns.append([image, *(drawing.colorize(each, palette) for each in (label, predict(image)))])
     rows = [[column[row] for column in columns] for row in range(3)]
-    drawing.write_image(path, drawing.image_grid(rows, height=140))
+    drawing.write_image(path, drawing.image_grid(rows, height=112))
 
 
 def main() -> None:
