@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
-import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.commands import ROOT, TINY
 from topformer_jax import checkpoints, config, models
@@ -223,24 +223,23 @@ def write_data(
 ) -> None:
     """Writes the drawn data set in ADE20K's or a custom layout; `splits` are names of folders by those of `drawn`."""
     for split, name in splits.items():
+        for kind in ("images", "annotations"):
+            (folder / kind / name).mkdir(parents=True)
         for image in (drawn / f"images/{split}").iterdir():
-            label = cv2.imread(str(drawn / f"annotations/{split}/{image.stem}.png"), cv2.IMREAD_UNCHANGED)
-            for target in (folder / f"images/{name}", folder / f"annotations/{name}"):
-                target.mkdir(parents=True, exist_ok=True)
             shutil.copy(image, folder / f"images/{name}")
-            cv2.imwrite(str(folder / f"annotations/{name}/{image.stem}.png"), label % classes)
+            label = np.asarray(Image.open(drawn / f"annotations/{split}/{image.stem}.png"))
+            Image.fromarray(label % classes).save(folder / f"annotations/{name}/{image.stem}.png")
 
 
 def write_cityscapes(drawn: pathlib.Path, folder: pathlib.Path) -> None:
     """Writes the drawn validation images in the layout of Cityscapes."""
+    images, labels = folder / "leftImg8bit/val/bonn", folder / "gtFine/val/bonn"
+    images.mkdir(parents=True)
+    labels.mkdir(parents=True)
     for image in (drawn / "images/val").iterdir():
+        Image.open(image).save(images / f"{image.stem}_leftImg8bit.png")
         label = drawn / f"annotations/val/{image.stem}.png"
-        for source, target in (
-            (image, f"leftImg8bit/val/bonn/{image.stem}_leftImg8bit.png"),
-            (label, f"gtFine/val/bonn/{image.stem}_gtFine_labelTrainIds.png"),
-        ):
-            (folder / target).parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(folder / target), cv2.imread(str(source), cv2.IMREAD_UNCHANGED))
+        shutil.copy(label, labels / f"{image.stem}_gtFine_labelTrainIds.png")
 
 
 @pytest.fixture

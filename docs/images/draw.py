@@ -58,7 +58,7 @@ def draw_shapes(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
         image, label = loader.decode_example(source[index], settings)
         columns.append([image, *(drawing.colorize(each, palette) for each in (label, predict(image)))])
     rows = [[column[row] for column in columns] for row in range(3)]
-    drawing.write_image(path, drawing.image_grid(rows, height=112))
+    drawing.write_image(path, drawing.image_grid(rows, height=104))
 
 
 def main() -> None:
