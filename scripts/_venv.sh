@@ -11,7 +11,7 @@ install_into_venv() {
     source "$VENV/bin/activate"
     # The requirements' own text is the stamp: nothing is looked up again while it stays the same.
     local stamp="$VENV/installed" wanted
-    wanted="$1 $(cat requirements.txt pyproject.toml | cksum)"
+    wanted="$1 $(cat requirements.txt pyproject.toml setup.py | cksum)"
     if [ ! -f "$stamp" ] || ! grep -qxF "$wanted" "$stamp"; then
         python -m pip install --quiet --disable-pip-version-check --editable "$1"
         echo "$wanted" >>"$stamp"

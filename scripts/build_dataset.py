@@ -1,9 +1,9 @@
-"""Packs a data set's folder into array_record shards, which are read from a disk or a bucket without small files.
+"""Packs a data set's folder into array_record shards: few large files, for disks and buckets slow with small ones.
 
   python scripts/build_dataset.py --dataset ade20k --source data/ade/ADEChallengeData2016 --output data/records
 
-The shards are a tensorflow-datasets builder's, made and read without TensorFlow; they hold the bytes of the
-files as they are. --output may be a bucket (gs://...; that needs the package gcsfs).
+The shards are in tensorflow-datasets' format, written and read without TensorFlow; they hold the files' bytes
+unchanged. --output may be a bucket (gs://...; that needs the package gcsfs).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from topformer_jax.errors import UserError
 
 
 class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes what folder sources hold, in their order."""
+    """Writes the examples of folder sources, in their order."""
 
     VERSION = tfds.core.Version(sources.VERSION)
 
@@ -40,7 +40,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "image": tfds.features.Image(),
             "label": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
         }
-        # Shuffled here, records would lose the folder's order, on which the order of training depends.
+        # TFDS would shuffle the records, but the order of training depends on the folder's order.
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
@@ -56,10 +56,10 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def build(dataset: str, source: str, output: str) -> epath.Path:
-    """Writes both splits, and returns the folder they are in.
+    """Writes both splits and returns their folder.
 
     Raises:
-        UserError: the source is not complete, or the output has been written before.
+        UserError: the source is incomplete, or the output exists already.
     """
     layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
     splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
@@ -68,10 +68,10 @@ def build(dataset: str, source: str, output: str) -> epath.Path:
     if folder.exists():
         raise UserError(f"{folder} is there already: remove it, or give another --output")
     builder: Any = FolderBuilder(dataset, splits, str(root))
-    tfds.disable_progress_bar()  # its own, of each shard
+    tfds.disable_progress_bar()  # TFDS's own bars, one a shard
     try:
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as nothing:
-            builder.download_and_prepare(download_dir=nothing)
+        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as empty:
+            builder.download_and_prepare(download_dir=empty)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     classes = epath.Path(source).expanduser() / "classes.txt"

@@ -117,7 +117,7 @@ def pth(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
 @pytest.fixture(scope="session")
 def states() -> "dict[str, torch.Tensor]":
     """The state dict of a random Tiny with 150 classes, in PyTorch."""
-    from topformer_jax.benchmark import torch_peer as reference
+    from tests.reference import network as reference
 
     network = reference.Segmenter("tiny")
     reference.randomize(network, seed=0)

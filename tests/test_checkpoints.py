@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import OFFICIAL_NAMES, same_states, settings_for
+from tests.parity import same_states, settings_for
+from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
-from topformer_jax.benchmark import torch_peer as reference
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.errors import UserError
 
@@ -21,7 +21,7 @@ INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi")
 
 @pytest.mark.parametrize("injection", INJECTIONS)
 def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, injection: str) -> None:
-    network = reference.Segmenter("tiny", 7, OFFICIAL_NAMES.get(injection, injection))
+    network = reference.Segmenter("tiny", 7, reference.OFFICIAL_NAMES.get(injection, injection))
     reference.randomize(network, seed=0)
     source = pth({"meta": {"iter": 3}, "state_dict": network.state_dict()})
     settings = settings_for("tiny", model__injection=injection, model__num_classes=7)

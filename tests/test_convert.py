@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.parity import same_states
+from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
-from topformer_jax.benchmark import torch_peer as reference
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.data.catalog import CATALOG
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import traffic
 from tests.parity import distance, to_nchw, to_nhwc
-from topformer_jax.benchmark import traffic
 from topformer_jax.ops import loss as loss_lib
 from topformer_jax.ops.loss import (
     ACCELERATOR,

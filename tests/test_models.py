@@ -18,7 +18,6 @@ from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
 
 from tests.parity import (
-    OFFICIAL_NAMES,
     distance,
     model_from,
     normalize,
@@ -27,8 +26,8 @@ from tests.parity import (
     to_nchw,
     to_nhwc,
 )
+from tests.reference import network as reference
 from topformer_jax import config, load, models
-from topformer_jax.benchmark import torch_peer as reference
 
 Find = Callable[[str], pathlib.Path]
 VARIANTS = ("tiny", "small", "base")
@@ -161,7 +160,9 @@ def test_random_networks(
     h: int, w: int, variant: str, injection: str, depthwise: bool, width: int | None
 ) -> None:
     """float64, so that a wrong formula cannot hide in rounding."""
-    network = reference.Segmenter(variant, 7, OFFICIAL_NAMES.get(injection, injection), depthwise, width)
+    network = reference.Segmenter(
+        variant, 7, reference.OFFICIAL_NAMES.get(injection, injection), depthwise, width
+    )
     reference.randomize(network, seed=h)
     images = np.random.default_rng(w).normal(size=(2, h, w, 3))
     with jax.enable_x64(True), torch.no_grad():
@@ -189,7 +190,7 @@ def test_random_classifiers(h: int, w: int, variant: str) -> None:
 def test_gradients_of_every_parameter(x64: None, variant: str, injection: str) -> None:
     """In training mode, where the gradient passes through the batch's statistics."""
     network = reference.Segmenter(
-        variant, 7, OFFICIAL_NAMES.get(injection, injection), drop_path=0.0, dropout=0.0
+        variant, 7, reference.OFFICIAL_NAMES.get(injection, injection), drop_path=0.0, dropout=0.0
     )
     reference.randomize(network, seed=1)
     settings = _float64(variant, injection, variant == "tiny", None, drop_path_rate=0.0, dropout_ratio=0.0)

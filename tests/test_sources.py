@@ -322,3 +322,15 @@ def test_shapes_are_balanced_and_not_told_by_colour() -> None:
     assert (pixels[4:] / pixels.sum() > 0.03).all()  # the shapes
     means = colours / pixels[:, None]
     assert np.ptp(means, 0).max() < 50  # of 255
+
+
+def test_drawn_scenes_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sources.ShapesSource("train", 10, 48)
+    assert source[3].image is source[3].image
+    assert not np.asarray(source[3].image).flags.writeable
+    assert len(pickle.dumps(source)) < 200
+    assert pickle.loads(pickle.dumps(source)) == source
+    monkeypatch.setattr(shapes, "MAX_CACHED_BYTES", 3 * 4 * 48**2)
+    for index in range(10):
+        np.testing.assert_array_equal(source[index].label, shapes.draw("train", index, 48)[1])
+    assert len(source._scenes) == 3

@@ -1,6 +1,6 @@
 """What is read off a compiled program's text: bytes to and from memory, loops, fast memory, collectives."""
 
-from topformer_jax.benchmark import traffic
+from benchmarks import traffic
 
 PROGRAM = """HloModule step
 

@@ -15,6 +15,7 @@ from topformer_jax.data.batch import Image, Labels
 
 GRADIENT, CLOUDS, STRIPES, BRICKS, DISC, TRIANGLE, BALL, TARGET, BOARD, DICE = range(10)
 _FORMATS = [(1, 1), (0.9, 1.1), (1.1, 0.9)]  # height, width; few, as XLA compiles a program for each size
+MAX_CACHED_BYTES = 2**28  # of drawn scenes in a process; those of the recipe take 210 MB
 _SPLITS = {"train": 0, "validation": 1}
 
 Mask = Labels  # 1 where the shape is
@@ -25,7 +26,7 @@ def draw(split: str, index: int, size: int) -> tuple[Image, Labels]:
 
     >>> image, label = draw("train", 0, 160)
     >>> image.shape, label.shape
-    ((176, 144, 3), (176, 144))
+    ((160, 160, 3), (160, 160))
 
     Args:
         split: "train" or "validation".
@@ -54,6 +55,33 @@ def draw(split: str, index: int, size: int) -> tuple[Image, Labels]:
         cv2.copyTo(surface, mask[box], image[box])
         label[mask > 0] = kind
     return _add_light_and_noise(rng, image), label
+
+
+class SceneCache:
+    """The scenes of a split, each drawn once, up to `MAX_CACHED_BYTES`: a run uses a scene once an epoch.
+
+    Pickled, it leaves its scenes behind: each worker process draws its own.
+    """
+
+    def __init__(self, split: str, size: int):
+        self._split, self._size = split, size
+        self._scenes: dict[int, tuple[Image, Labels]] = {}
+
+    def __reduce__(self) -> tuple:
+        return SceneCache, (self._split, self._size)
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> tuple[Image, Labels]:
+        scene = self._scenes.get(index)
+        if scene is None:
+            scene = draw(self._split, index, self._size)
+            for array in scene:
+                array.flags.writeable = False
+            if (len(self._scenes) + 1) * 4 * self._size**2 <= MAX_CACHED_BYTES:
+                self._scenes[index] = scene  # two threads may draw the same scene: the result is the same
+        return scene
 
 
 def _draw_half_plane(rng: np.random.Generator, height: int, width: int) -> Mask:

@@ -4,6 +4,7 @@ A source knows nothing about decoding, order or randomness. It can be pickled: e
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
     >>> from topformer_jax import config
     >>> source = open_source(config.shapes(), "validation")
     >>> len(source), source[0].name, source.label_size(0)
-    (64, 'validation_000000', (160, 160))
+    (64, 'validation_000000', (144, 176))
 
     Raises:
         UserError: the data is not where the config says, or incomplete.
@@ -173,17 +174,21 @@ class ArrayRecordSource:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSource:
-    """Synthetic scenes (shapes.py), drawn when they are asked for."""
+    """Synthetic scenes (shapes.py), drawn on first use and then cached; their arrays are read-only."""
 
     split: str
     count: int
     size: int  # pixels
 
+    @functools.cached_property
+    def _scenes(self) -> shapes.SceneCache:
+        return shapes.SceneCache(self.split, self.size)
+
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Example:
-        image, label = shapes.draw(self.split, index, self.size)
+        image, label = self._scenes[index]
         name = f"{self.split}_{index:06d}"
         return Example(name, image, label, (f"shapes image {name}", f"shapes label {name}"))
 

@@ -1,4 +1,4 @@
-"""TopFormer in plain PyTorch: the oracle that the parity tests compare the JAX model with.
+"""TopFormer in plain PyTorch: what the parity tests compare the JAX model with, and the benchmarks run beside it.
 
 Written from the specification of the network (Zhang et al., "TopFormer: Token Pyramid Transformer for
 Mobile Semantic Segmentation", CVPR 2022). Submodules carry the official names, so official checkpoints load
@@ -25,6 +25,8 @@ VARIANTS: dict[str, Variant] = {  # rows of blocks: kernel, expansion, channels,
              "channels": [32, 64, 128, 160], "width": 256, "heads": 8, "taps": [2, 4, 6, 9]},
 }  # fmt: skip
 INJECTIONS = ("muli_sum", "muli_sum_cbr", "fuse_sum", "fuse_multi")
+# The official code's spelling of the setting `model.injection`, where it is another.
+OFFICIAL_NAMES = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
 STEM_CHANNELS, KEY_CHANNELS, VALUE_CHANNELS, MLP_RATIO, DEPTH = 16, 16, 32, 2, 4
 
 

@@ -1,0 +1,55 @@
+"""How long does the cross-entropy of upsampled logits take with its gradient, and how much memory?
+
+  python -m benchmarks.loss --peer torch
+
+Ours (ops/loss.py), the same formula written plainly in JAX, and PyTorch's; float32.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from benchmarks import peers, samples, timing
+from benchmarks.timing import OURS, Program
+from topformer_jax import cli
+from topformer_jax.ops import loss as loss_ops
+
+
+def our_program(
+    name: str, function: Callable[..., loss_ops.LossSums], config: ConfigDict, *arguments: np.ndarray
+) -> Program:
+    """Mean loss and gradient of logits and labels, by a function of ops/loss.py."""
+
+    def mean(logits: Array, labels: Array) -> Array:
+        sums = function(logits, labels.astype(jnp.int32), precision=config.model.precision)
+        return sums.loss / labels.size
+
+    jitted = jax.jit(jax.value_and_grad(mean))
+    placed = jax.device_put(arguments, jax.local_devices()[0])
+    return timing.start(name, lambda: jitted(*placed), jitted, *placed)
+
+
+def main() -> None:
+    """The command."""
+    parser = timing.make_parser(__doc__, batch=(4, "images"), size=(512, "pixels of a side"))
+    peers.add_flags(parser)
+    args, config = timing.parse(parser)
+    classes, side = config.model.num_classes, -(-args.size // 8)
+    logits = np.random.default_rng(0).standard_normal((args.batch, side, side, classes), np.float32)
+    labels = samples.labels(args.batch, (args.size, args.size), classes)
+    programs = {
+        OURS: our_program(OURS, loss_ops.upsampled_cross_entropy, config, logits, labels),
+        "plain": our_program("plain", loss_ops.plain_cross_entropy, config, logits, labels),
+    }
+    case = f"{' x '.join(map(str, logits.shape))} to {args.size} x {args.size}"
+    with peers.start(args, "loss", config, logits, labels) as torch_programs:
+        rows = timing.compare(case, programs | torch_programs, args.repeats, images=args.batch)
+    timing.report("loss: forward and backward, float32", rows, args)
+
+
+if __name__ == "__main__":
+    cli.run(main)

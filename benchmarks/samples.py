@@ -1,0 +1,91 @@
+"""What the benchmarks work on: random images, labels and weights, and generated files."""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from flax import nnx
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+
+from topformer_jax import models
+from topformer_jax.checkpoints import torch_format
+from topformer_jax.data import shapes, sources
+from topformer_jax.data.batch import IGNORE_LABEL
+
+SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's images
+QUALITY = 75  # of the JPEG files, which then have about 70 kB
+
+
+def images(count: int, size: tuple[int, int]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Random images of squares of 8 pixels."""
+    height, width = size
+    coarse = np.random.default_rng(0).integers(0, 256, (count, -(-height // 8), -(-width // 8), 3), np.uint8)
+    return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+
+
+def labels(count: int, size: tuple[int, int], classes: int) -> UInt8[np.ndarray, "n h w"]:
+    """Random labels in squares of 8 pixels; one in 16 is void."""
+    height, width = size
+    rng = np.random.default_rng(1)
+    coarse = rng.integers(0, classes, (count, -(-height // 8), -(-width // 8)), np.uint8)
+    coarse[rng.random(coarse.shape) < 1 / 16] = IGNORE_LABEL
+    return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
+
+
+def batch(config: ConfigDict) -> dict[str, np.ndarray]:
+    """A training batch as data/loader.py makes it."""
+    count, crop = config.batch_size, config.data.crop_size
+    return {
+        "image": images(count, crop),
+        "label": labels(count, crop, config.model.num_classes),
+        "size": np.tile(np.array(crop, np.int32), (count, 1)),
+        "index": np.arange(count, dtype=np.int32),
+        "epoch": np.zeros(count, np.int32),
+    }
+
+
+@contextlib.contextmanager
+def written_files(
+    count: int, config: ConfigDict, size: tuple[int, int] = SIZE
+) -> Iterator[sources.FolderSource]:
+    """Synthetic scenes as JPEG files and PNG labels that fit the config, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="topformer_jax.") as folder:
+        names = tuple(f"{index:06d}" for index in range(count))
+        for index, name in enumerate(names):
+            image, label = shapes.draw("train", index, max(size))
+            image = cv2.cvtColor(cv2.resize(image, size[::-1]), cv2.COLOR_RGB2BGR)
+            label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST).astype(int)
+            label = (label + 10 * index) % config.model.num_classes  # so that all classes occur
+            label += config.data.reduce_zero_label
+            path = pathlib.Path(folder, name)
+            cv2.imwrite(f"{path}.jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+            Image.fromarray(label.astype(np.uint8)).save(f"{path}.png")
+        files = (tuple(f"{name}{suffix}" for name in names) for suffix in (".jpg", ".png"))
+        yield sources.FolderSource(folder, names, *files)
+
+
+def weights(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Random tensors by name whose predictions differ from pixel to pixel: weights have fan-in scale."""
+    rng = np.random.default_rng(2)
+
+    def draw(name: str, value: np.ndarray) -> np.ndarray:
+        if value.ndim > 1:
+            fresh = rng.standard_normal(value.shape) / np.sqrt(value[..., 0].size)
+        elif name.endswith(("running_var", "bn.weight")):
+            fresh = rng.uniform(0.5, 1.5, value.shape)
+        else:
+            fresh = rng.normal(0, 0.2, value.shape)
+        return fresh.astype(value.dtype)
+
+    return {name: draw(name, np.asarray(value)) for name, value in models.state_dict(model).items()}
+
+
+def torch_weights(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """A model's tensors by name, in PyTorch's layout."""
+    return {name: torch_format.to_torch(np.asarray(value)) for name, value in tensors.items()}

@@ -1,0 +1,217 @@
+"""The process of one variant of PyTorch; `benchmarks.peers` starts it.
+
+  python -m benchmarks.torch_peer QUESTION VARIANT DEVICE
+
+A question is a function of this file; it makes the call to time from the pickled arguments on stdin. The first answer
+is a line of JSON on stdout, and then the seconds of as many calls as each further line of stdin says.
+"""
+
+import json
+import os
+import pathlib
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from benchmarks import timing
+from tests.reference.network import OFFICIAL_NAMES, Segmenter
+from topformer_jax.data import loader, sources, transforms
+from topformer_jax.data.augment import MEAN, STD
+from topformer_jax.data.batch import IGNORE_LABEL
+
+Call = Callable[[], Any]
+Arrays = Mapping[str, np.ndarray]
+LARGEST_RESULT = 100_000  # numbers: larger results are not sent
+
+
+class Variant:
+    """What a variant does to arrays, networks and functions; bfloat16 is by autocast."""
+
+    def __init__(self, name: str, device: str, config: ConfigDict):
+        self.config = config
+        self.device = torch.device(device)
+        self.layout = torch.channels_last if "channels_last" in name else torch.contiguous_format
+        self.compile = torch.compile if "compile" in name else lambda function: function
+        torch.set_num_threads(timing.cores())
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = config.model.precision != "highest"
+        torch.backends.cuda.matmul.allow_tf32 = config.model.precision != "highest"
+
+    def images(self, images: np.ndarray) -> Tensor:
+        """NHWC numbers as an NCHW tensor in the variant's layout."""
+        tensor = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
+        return tensor.contiguous(memory_format=self.layout)
+
+    def labels(self, labels: np.ndarray) -> Tensor:
+        """Labels as PyTorch takes them: int64."""
+        return torch.from_numpy(labels.astype(np.int64)).to(self.device)
+
+    def network(self, weights: Arrays) -> Segmenter:
+        """The config's network with these weights, which are in PyTorch's layout."""
+        model = self.config.model
+        injection = OFFICIAL_NAMES.get(model.injection, model.injection)
+        network: Any = Segmenter(
+            *(model.variant, model.num_classes, injection, model.depthwise_head, model.head_channels),
+            *(model.drop_path_rate, model.dropout_ratio),
+        )
+        network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
+        return network.to(self.device, memory_format=self.layout)
+
+    def logits(self, network: Segmenter, images: Tensor) -> Tensor:
+        """The network's float32 logits, in the config's dtype until there."""
+        half = self.config.model.dtype == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return network(images).float()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Levels of 0..255 as the network takes them."""
+        mean, std = (torch.from_numpy(row)[:, None, None].to(self.device) for row in (MEAN, STD))
+        return (images.float() - mean) / std
+
+    def wait(self, _: object = None) -> None:
+        """Waits until the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
+    """Forward, backward and AdamW in two groups, on a batch that is normalised already."""
+    network = variant.network(weights).train()
+    images, labels = variant.normalise(variant.images(batch["image"])), variant.labels(batch["label"])
+    settings, rate = variant.config.optimizer, variant.config.schedule.lr
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": network.backbone.parameters(), "lr": rate},
+            {"params": network.decode_head.parameters(), "lr": rate * settings.head_lr_mult},
+        ],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=variant.device.type == "cuda",
+    )
+    loss_of = variant.compile(lambda: cross_entropy(variant.logits(network, images), labels))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_of().backward()
+        optimizer.step()
+
+    return step
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The official loss: logits resized to the labels, the sum divided by all pixels, void ones too."""
+    logits = resize(logits, labels)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_LABEL, reduction="none").mean()
+
+
+def loss(variant: Variant, logits: np.ndarray, labels: np.ndarray) -> Call:
+    """The loss of logits `[n, h, w, classes]`, and its gradient."""
+    inputs, target = variant.images(logits).requires_grad_(), variant.labels(labels)
+    function = variant.compile(cross_entropy)
+    return lambda: torch.autograd.grad(function(inputs, target), inputs)
+
+
+def logits(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
+    """The logits of images `[n, h, w, 3]`."""
+    network, placed = variant.network(weights).eval(), variant.images(images)
+    forward = variant.compile(lambda: variant.logits(network, variant.normalise(placed)))
+    return torch.no_grad()(lambda: forward())
+
+
+def labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
+    """The labels of images `[n, h, w, 3]`, of their size."""
+    network, placed = variant.network(weights).eval(), variant.images(images)
+    forward = variant.compile(
+        lambda: predict(variant.logits(network, variant.normalise(placed)), placed, placed)
+    )
+    return torch.no_grad()(lambda: forward())
+
+
+def evaluate(variant: Variant, weights: Arrays, source: sources.Source) -> Call:
+    """The confusion matrix of a source, an image at a time, as officially; files are read ahead as by ours."""
+    network, config = variant.network(weights).eval(), variant.config
+    classes, settings = config.model.num_classes, config.evaluation
+
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, label = loader.decode_example(source[index], config)
+        return transforms.eval_image(image, scale=settings.scale, size_divisor=settings.size_divisor), label
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        counts = torch.zeros(classes**2, dtype=torch.int64, device=variant.device)
+        for image, label in loader.map_in_threads(read, range(len(source))):
+            inputs, truth = variant.images(image[None]), variant.labels(label[None])
+            found = predict(variant.logits(network, variant.normalise(inputs)), inputs, truth)
+            valid = truth != IGNORE_LABEL
+            counts += torch.bincount(truth[valid] * classes + found[valid], minlength=classes**2)
+        return counts.reshape(classes, classes)
+
+    return run
+
+
+def predict(logits: Tensor, inputs: Tensor, image: Tensor) -> Tensor:
+    """As officially: resized to the network's input, then to the image; softmax; argmax."""
+    return resize(resize(logits, inputs), image).softmax(1).argmax(1)
+
+
+def resize(tensor: Tensor, like: Tensor) -> Tensor:
+    """Bilinear, to the height and width of another tensor."""
+    return F.interpolate(tensor, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def peak_memory(device: str) -> int | None:
+    """The most memory that this process has had, in bytes."""
+    status = pathlib.Path("/proc/self/status")
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else None
+
+
+def start(question: str, name: str, device: str) -> tuple[Callable[[int], float], dict[str, Any]]:
+    """Makes the question's program and calls it twice; returns what times it, and what to answer."""
+    config, arguments = pickle.load(sys.stdin.buffer)
+    variant, before = Variant(name, device, config), peak_memory(device)
+    call = globals()[question](variant, *arguments)
+    began = time.perf_counter()
+    value = call()
+    variant.wait()
+    seconds = time.perf_counter() - began
+    is_small = isinstance(value, Tensor) and value.numel() <= LARGEST_RESULT
+    result = value.tolist() if is_small else None
+    del value
+    run = timing.make_timer(call, variant.wait)
+    run(1)
+    after = peak_memory(device)
+    memory = None if before is None or after is None else after - before
+    return run, {"first_seconds": seconds, "memory_bytes": memory, "result": result}
+
+
+def main() -> None:
+    """Answers the question, then each line of stdin."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a Ctrl-C reaches the process that asks, which ends this one
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to stderr
+    try:
+        run, answer = start(*sys.argv[1:])
+        print(json.dumps(answer), file=answers)
+        for line in sys.stdin.buffer:
+            print(json.dumps({"seconds": run(int(line))}), file=answers)
+    except Exception as error:  # a compiler that is not installed, a device without the operation, no memory
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(json.dumps({"error": reason}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What do the training step and the evaluation ask of a TPU chip? Compiled for slices that are not here.
+
+  python -m benchmarks.tpu --config configs/topformer_b_ade.py --config.model.dtype=bfloat16 --plain --evaluation
+
+Figures of one chip: memory for a program's arguments and for its temporary arrays; what it computes; what it reads
+and writes in its memory at most (`traffic.memory_bytes`) and by XLA's own count, which takes loops once; and what
+collectives move between the chips. It needs the TPU compiler: pip install -e '.[tpu-compile]'.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.topologies import get_topology_desc
+from ml_collections import ConfigDict
+
+from benchmarks import samples, timing, traffic
+from benchmarks.timing import Row
+from topformer_jax import cli, models, sharding, step
+from topformer_jax import config as config_lib
+from topformer_jax.errors import UserError
+from topformer_jax.inference import compile_inference
+from topformer_jax.inference.geometry import prepare_input, view_flips
+from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
+from topformer_jax.ops.tiled import ViewLogits
+
+
+def slice_devices(name: str) -> Sequence[jax.Device]:
+    """The devices of a slice such as v5e:2x4, to compile for.
+
+    Raises:
+        UserError: the TPU compiler is not installed, or there is no such slice.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask about itself
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu-compile]'") from None
+    # A chip of two cores is one device, as on a pod.
+    chip = {"chip_config_name": "megacore"} if name.startswith(("v4:", "v5p:")) else {}
+    try:
+        return get_topology_desc(platform="tpu", topology_name=name, **chip).devices
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"there is no TPU slice {name}: {str(error).splitlines()[0]}") from None
+
+
+def compile_row(case: str, name: str, jitted: Any, *arguments: Any) -> Row:
+    """Compiles a program for the devices on which its arguments lie; the row of its figures."""
+    start = time.perf_counter()
+    program = jitted.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    print(f"{case}, {name}: compiled in {seconds:.0f} s", file=sys.stderr, flush=True)
+    memory, cost, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    return {
+        "case": case,
+        "program": name,
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "operations": cost["flops"],
+        "accessed_bytes": cost["bytes accessed"],
+        "moved_bytes": traffic.memory_bytes(text),
+        "collective_bytes": traffic.sent_bytes(text),
+        "compile_seconds": seconds,
+    }
+
+
+def step_row(case: str, config: ConfigDict, devices: Sequence[jax.Device], *, plain: bool) -> Row:
+    """The training step, with our loss or with the plain one."""
+    mesh = sharding.make_train_mesh(config, devices)
+    loss_function = plain_cross_entropy if plain else upsampled_cross_entropy
+    model = models.build(config)
+    state = step.init_state(config, model)
+    layout = sharding.state_sharding(state, mesh)
+    train_step = step.build_train_step(config, model, mesh, layout, loss_function)
+    arguments = (
+        jax.tree.map(abstract, state, layout),
+        {name: abstract(x, sharding.batch_sharding(mesh)) for name, x in samples.batch(config).items()},
+    )
+    return compile_row(case, "plain train step" if plain else "train step", train_step, *arguments)
+
+
+def evaluation_rows(case: str, config: ConfigDict, devices: Sequence[jax.Device]) -> list[Row]:
+    """The two programs of an evaluation, an image of `samples.SIZE` a chip."""
+    mesh = sharding.make_inference_mesh(devices)
+    model = models.build_segmenter(config)
+    programs = compile_inference(model, mesh)
+    divided, replicated = programs.batch_sharding, sharding.replicated(mesh)
+    image = np.zeros((*samples.SIZE, 3), np.uint8)
+    inputs = prepare_input(image, None, config.evaluation, dtype=programs.dtype.name)
+    batch = jax.tree.map(lambda x: abstract(x, divided, mesh.size), inputs)
+    tensors = jax.tree.map(lambda x: abstract(x, replicated), models.state_dict(model))
+    flip = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated)
+    totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.num_classes**2), jnp.int32, sharding=divided)
+    logits: list[Any] = [
+        abstract(jax.eval_shape(programs.logits, tensors, image, flip), divided)
+        for image in batch.images
+        for _ in view_flips(config.evaluation)
+    ]
+    views = [ViewLogits(*view) for view in zip(logits, batch.rows, batch.columns, strict=True)]
+    return [
+        compile_row(case, "evaluation, logits", programs.logits, tensors, batch.images[0], flip),
+        compile_row(case, "evaluation, count", programs.count, views, batch.grid, batch.labels, totals),
+    ]
+
+
+def abstract(array: Any, sharding: jax.sharding.Sharding, *leading: int) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and layout of an array, with further leading axes."""
+    return jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
+
+
+def main() -> None:
+    """The command."""
+    parser = timing.make_parser(__doc__)
+    parser.add_argument("--slices", nargs="+", default=["v5e:2x4", "v5e:16x16", "v4:2x2x2"])
+    parser.add_argument("--batches", nargs="+", type=timing.positive, default=[32, 256, 2048], help="images")
+    parser.add_argument("--evaluation", action="store_true", help="an evaluation's programs too")
+    parser.add_argument("--plain", action="store_true", help="the step with the plainly written loss too")
+    args, config = timing.parse(parser)
+    rows: list[Row] = []
+    notes: list[str] = []
+    for name in args.slices:
+        devices = slice_devices(name)
+        for batch in args.batches:
+            case = f"{name}, batch {batch}"
+            if batch % len(devices):
+                notes.append(f"{case}: skipped, {len(devices)} chips cannot share the images evenly")
+                continue
+            settings = config_lib.load(config, {"batch_size": batch})
+            for plain in (False, True) if args.plain else (False,):
+                try:
+                    rows.append(step_row(case, settings, devices, plain=plain))
+                except jax.errors.JaxRuntimeError as error:
+                    if "RESOURCE_EXHAUSTED" not in str(error):
+                        raise
+                    used = re.search(r"Used \S+ of \S+ hbm", str(error))
+                    form = "plain train step" if plain else "train step"
+                    notes.append(f"{case}, {form}: out of memory ({used[0] if used else 'of a chip'})")
+        if args.evaluation:
+            height, width = samples.SIZE
+            rows += evaluation_rows(f"{name}, {height} x {width} a chip", config, devices)
+    title = f"tpu: {timing.describe(config)}, crops {tuple(config.data.crop_size)}, a chip"
+    timing.report(title, rows, args, notes)
+
+
+if __name__ == "__main__":
+    cli.run(main)
