@@ -3,7 +3,7 @@
 import argparse
 import ast
 import contextlib
-import importlib
+import importlib.util
 import os
 import pathlib
 import re
@@ -28,6 +28,7 @@ from topformer_jax.config.settings import SETTINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN_BY_THE_READER = {"configs/streets.py"}
+IN_MMSEGMENTATION = {"pascal_context.py", "coco_stuff10k.py"}
 # Commands that no test can run as they stand, by what they contain, and why. Their flags are checked all the same.
 NOT_RUN = {
     "git clone": "downloads",
@@ -48,7 +49,10 @@ PTH_FILES = {
     "TopFormer-B-context60.pth": "topformer_b_context60",
     "topformer-B-224-75.3.pth": "topformer_b_imagenet",
 }
-TRAINED_BEFORE = {"evaluation.md": {"runs/topformer_b_ade": "topformer_b_ade"}}
+TRAINED_BEFORE = {
+    "evaluation.md": {"runs/topformer_b_ade": "topformer_b_ade"},
+    "performance.md": {"runs/topformer_t_shapes": "topformer_t_shapes"},
+}
 SMALL = TINY | {
     "batch_size": 2,
     "data.num_workers": 0,
@@ -150,11 +154,13 @@ def test_named_files_and_functions_exist(page: pathlib.Path) -> None:
         assert (ROOT / name).exists() or name in WRITTEN_BY_THE_READER, f"{page.name} names {name}"
     for name, function in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", prose(page)):
         files = [file for file in (ROOT / name, ROOT / "topformer_jax" / name) if file.exists()]
-        assert files or name in WRITTEN_BY_THE_READER or page.name == "data.md", f"{page.name} names {name}"
+        assert files or name in WRITTEN_BY_THE_READER | IN_MMSEGMENTATION, f"{page.name} names {name}"
         if function:
             tree = ast.parse(files[0].read_text())
             defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
             assert function in defined, f"{page.name} names {name}:{function}"
+    for module in re.findall(r"python -m ((?:topformer_jax|benchmarks)[\w.]*\w)", text):
+        assert importlib.util.find_spec(module), f"{page.name} names {module}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -247,9 +253,8 @@ def sandbox(drawn: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[pathlib.Pa
     """Makes a folder that looks like a clone to the commands of a page, with stand-ins for what they read."""
 
     def make(page: pathlib.Path) -> pathlib.Path:
-        shutil.copytree(ROOT / "configs", tmp_path / "configs")
-        for name in ("scripts", "docs"):
-            (tmp_path / name).symlink_to(ROOT / name)
+        for name in ("configs", "docs", "scripts"):
+            shutil.copytree(ROOT / name, tmp_path / name)
         write_data(
             drawn, tmp_path / "data/ade/ADEChallengeData2016", {"train": "training", "val": "validation"}
         )
