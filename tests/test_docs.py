@@ -1,0 +1,314 @@
+"""README and docs/: what they name exists, commands have flags and settings that exist, and every command runs."""
+
+import argparse
+import ast
+import contextlib
+import importlib.util
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.commands import ROOT, TINY
+from topformer_jax import checkpoints, config, models
+from topformer_jax.config import checks
+from topformer_jax.config.settings import SETTINGS
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN_BY_THE_READER = {"configs/streets.py"}
+IN_MMSEGMENTATION = {"pascal_context.py", "coco_stuff10k.py"}
+# Commands that no test can run as they stand, by what they contain, and why. Their flags are checked all the same.
+NOT_RUN = {
+    "git clone": "downloads",
+    "python3 -m venv": "makes an environment",
+    "pip install": "downloads",
+    "bash scripts/quickstart.sh": "makes an environment and trains for minutes",
+    "bash scripts/tpu_pod.sh": "needs a TPU pod",
+    "sbatch": "needs SLURM",
+    "--coordinator": "needs several hosts",
+    "python -m benchmarks.": "tests/test_benchmarks.py runs the benchmarks with small sizes",
+}
+OTHER_PROGRAMS = {"--all", "--nodes"}  # flags of scripts/test.sh and sbatch
+# The published files that commands read, as files of random weights of these recipes.
+PTH_FILES = {
+    "TopFormer-T.pth": "topformer_t_ade",
+    "TopFormer-B.pth": "topformer_b_ade",
+    "TopFormer-B-cityscapes.pth": "topformer_b_cityscapes",
+    "TopFormer-B-context60.pth": "topformer_b_context60",
+    "topformer-B-224-75.3.pth": "topformer_b_imagenet",
+}
+TRAINED_BEFORE = {
+    "evaluation.md": {"runs/topformer_b_ade": "topformer_b_ade"},
+    "performance.md": {"runs/topformer_t_shapes": "topformer_t_shapes"},
+}
+SMALL = TINY | {
+    "batch_size": 2,
+    "data.num_workers": 0,
+    "evaluation.crop_size": "(64,64)",
+    "evaluation.stride": "(32,32)",
+    "schedule.steps": 2,
+}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    text: str
+
+
+def blocks(page: pathlib.Path) -> list[Block]:
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [Block(language, textwrap.dedent(text)) for _, language, text in found]
+
+
+def prose(page: pathlib.Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands_of(block: Block) -> list[str]:
+    """The commands of a bash block, a line each."""
+    lines = block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else []
+    return [re.sub(r"  +", " ", line).strip() for line in lines if line and not line.startswith("#")]
+
+
+COMMANDS = {page.name: [c for block in blocks(page) for c in commands_of(block)] for page in PAGES}
+ALL_COMMANDS = sorted({command for commands in COMMANDS.values() for command in commands})
+
+
+def why_not_run(command: str) -> str:
+    return next((reason for part, reason in NOT_RUN.items() if part in command), "")
+
+
+class _Captured(BaseException):
+    """Carries a command's parser out of its main()."""
+
+
+def parser_of(program: str) -> argparse.ArgumentParser:
+    """The parser of a module's or script's main(), which goes no further."""
+
+    def capture(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise _Captured(parser)
+
+    main = (
+        runpy.run_path(str(ROOT / program))["main"]
+        if program.endswith(".py")
+        else importlib.import_module(program).main
+    )
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(sys, "argv", [program]),
+        mock.patch.object(argparse.ArgumentParser, "parse_args", capture),
+        pytest.raises(_Captured) as captured,
+    ):
+        main()
+    return captured.value.args[0]
+
+
+def split_program(command: str) -> tuple[str, list[str]]:
+    """Our program in a command, as a module or a script, and its arguments; ("", []) if there is none."""
+    words = shlex.split(command.split("|")[-1], comments=True)
+    for place, word in enumerate(words):
+        if word == "-m" and words[place + 1].startswith(("topformer_jax", "benchmarks")):
+            return words[place + 1], words[place + 2 :]
+        if word == "scripts/slurm.sh":
+            return "topformer_jax.train", words[place + 1 :]
+        if word.endswith(".py") and place and words[place - 1] == "python":
+            return word, words[place + 1 :]
+    return "", []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_resolve(page: pathlib.Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_and_functions_exist(page: pathlib.Path) -> None:
+    text = page.read_text()
+    for name in re.findall(
+        r"(?<![\w./{])(?:topformer_jax|benchmarks|configs|docs|scripts|tests)/[\w/.]+\w", text
+    ):
+        assert (ROOT / name).exists() or name in WRITTEN_BY_THE_READER, f"{page.name} names {name}"
+    for name, function in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", prose(page)):
+        files = [file for file in (ROOT / name, ROOT / "topformer_jax" / name) if file.exists()]
+        assert files or name in WRITTEN_BY_THE_READER | IN_MMSEGMENTATION, f"{page.name} names {name}"
+        if function:
+            tree = ast.parse(files[0].read_text())
+            defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+            assert function in defined, f"{page.name} names {name}:{function}"
+    for module in re.findall(r"python -m ((?:topformer_jax|benchmarks)[\w.]*\w)", text):
+        assert importlib.util.find_spec(module), f"{page.name} names {module}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_settings_exist(page: pathlib.Path) -> None:
+    groups = {key.split(".")[0] for key in SETTINGS if "." in key}
+    for name in re.findall(rf"`((?:{'|'.join(groups)})\.\w+)`", prose(page)):
+        assert name in SETTINGS, f"{page.name} names the setting {name}"
+    for key, value in re.findall(r"--config\.([\w.]+)=('[^']*'|[^\s`]+)", page.read_text()):
+        if key != "KEY":
+            assert key in SETTINGS, f"{page.name} sets {key}"
+            checks.parse(key, value.strip("'"))
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS)
+def test_commands_have_the_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, words = split_program(command)
+    if not program:
+        assert why_not_run(command) or command.startswith("source "), f"nothing tests: {command}"
+        return
+    words = [word for word in words if not word.startswith("--config.")]
+    try:
+        args = parser_of(program).parse_args(words)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    name = getattr(args, "config", None)
+    assert (
+        name is None or name in WRITTEN_BY_THE_READER or config.load(name if "/" not in name else ROOT / name)
+    )
+
+
+def test_flags_in_the_text_exist() -> None:
+    programs = {split_program(command)[0] for command in ALL_COMMANDS} - {""}
+    known = {flag for program in programs for flag in parser_of(program)._option_string_actions}
+    for page in PAGES:
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", prose(page)):
+            assert flag in known | OTHER_PROGRAMS, f"{page.name} names {flag}"
+
+
+def test_scripts_are_named_and_have_no_syntax_errors() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for name in set(re.findall(r"scripts/\w+\.sh", text)):
+        subprocess.run(["bash", "-n", ROOT / name], check=True)
+
+
+def test_exceptions_are_still_needed() -> None:
+    for part in NOT_RUN:
+        assert any(part in command for command in ALL_COMMANDS), f"no document has {part}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+    for image in (ROOT / "docs/images").iterdir():
+        assert image.stat().st_size < 150_000
+
+
+def write_weights(path: pathlib.Path, recipe: str) -> None:
+    """Writes a checkpoint of a recipe's fresh weights."""
+    settings = config.load(recipe)
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_checkpoint(path, tensors, {"config": settings.to_dict(), "meta": {}})
+
+
+def write_data(
+    drawn: pathlib.Path, folder: pathlib.Path, splits: dict[str, str], *, classes: int = 10
+) -> None:
+    """Writes the drawn data set in ADE20K's or a custom layout; `splits` are names of folders by those of `drawn`."""
+    for split, name in splits.items():
+        for kind in ("images", "annotations"):
+            (folder / kind / name).mkdir(parents=True)
+        for image in (drawn / f"images/{split}").iterdir():
+            shutil.copy(image, folder / f"images/{name}")
+            label = np.asarray(Image.open(drawn / f"annotations/{split}/{image.stem}.png"))
+            Image.fromarray(label % classes).save(folder / f"annotations/{name}/{image.stem}.png")
+
+
+def write_cityscapes(drawn: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the drawn validation images in the layout of Cityscapes."""
+    images, labels = folder / "leftImg8bit/val/bonn", folder / "gtFine/val/bonn"
+    images.mkdir(parents=True)
+    labels.mkdir(parents=True)
+    for image in (drawn / "images/val").iterdir():
+        Image.open(image).save(images / f"{image.stem}_leftImg8bit.png")
+        label = drawn / f"annotations/val/{image.stem}.png"
+        shutil.copy(label, labels / f"{image.stem}_gtFine_labelTrainIds.png")
+
+
+@pytest.fixture
+def sandbox(drawn: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[pathlib.Path], pathlib.Path]:
+    """Makes a folder that looks like a clone to the commands of a page, with stand-ins for what they read."""
+
+    def make(page: pathlib.Path) -> pathlib.Path:
+        for name in ("configs", "docs", "scripts"):
+            shutil.copytree(ROOT / name, tmp_path / name)
+        write_data(
+            drawn, tmp_path / "data/ade/ADEChallengeData2016", {"train": "training", "val": "validation"}
+        )
+        write_data(drawn, tmp_path / "data/streets", {"train": "train", "val": "val"}, classes=3)
+        (tmp_path / "data/streets/classes.txt").write_text("road\nhouse\ntree\n")
+        write_cityscapes(drawn, tmp_path / "data/cityscapes")
+        for number, name in enumerate(("holiday/a.jpg", "more/b.jpg", "new_images/c.jpg", "street.jpg")):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(drawn / f"images/train/{number}.jpg", tmp_path / name)
+        read = "".join(block.text for block in blocks(page))
+        for name, recipe in PTH_FILES.items():
+            if name in read:
+                write_weights(tmp_path / name, recipe)
+        for name, recipe in TRAINED_BEFORE.get(page.name, {}).items():
+            write_weights(tmp_path / name, recipe)
+        return tmp_path
+
+    return make
+
+
+def steps_of(page: pathlib.Path) -> Iterator[tuple[str, list[str]]]:
+    """What a reader of a page runs, in order: a text to show, and the words of a process."""
+    settings = " ".join(shlex.quote(f"--config.{key}={value}") for key, value in SMALL.items())
+    for block in blocks(page):
+        if block.language == "python":
+            yield block.text, [sys.executable, "-c", block.text]
+        for command in commands_of(block):
+            if split_program(command)[0] and not why_not_run(command):
+                small = f"{command} {settings}" if "--config " in command else command
+                yield command, ["bash", "-euo", "pipefail", "-c", small]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if any(steps_of(page))], ids=lambda page: page.name)
+def test_commands_run(page: pathlib.Path, sandbox: Callable[[pathlib.Path], pathlib.Path]) -> None:
+    folder = sandbox(page)
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT), "PATH": path}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+
+    def run(title: str, words: list[str]) -> None:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 600}
+        done = subprocess.run(words, cwd=folder, env=environment, **options)
+        assert done.returncode == 0, f"{page.name}: {title}\n{done.stdout}{done.stderr}"
+
+    for title, words in steps_of(page):
+        if "def get_config" in title:
+            (folder / "configs/streets.py").write_text(title.rstrip() + "\n")
+            mypy = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml")]
+            run("mypy of configs/streets.py", [*mypy, "configs/streets.py"])
+        run(title, words)
+
+
+def test_an_unknown_flag_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        parser_of("topformer_jax.train").parse_args(["--config", "x", "--wrokdir", "y"])
+    assert "--wrokdir" in capsys.readouterr().err
