@@ -94,8 +94,9 @@ def _explain(path: pathlib.Path, error: Exception) -> str:
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     place = f"{path}, line {line}" if line else str(path)
     # A locked ConfigDict's error lists all its other settings; the name stands first in quotes.
-    is_unknown = isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError)
-    if is_unknown and (quoted := re.search("[\"'](.+?)[\"']", str(error.args[0]))):
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
+    text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else ""
+    if quoted := re.search("[\"'](.+?)[\"']", text):
         return f"{place}: {checks.unknown(quoted[1])}"
     reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error).split("\n")[0]
     return f"{place}: {type(error).__name__}: {reason}" if reason else f"{place}: {type(error).__name__}"
