@@ -99,6 +99,7 @@ def test_docstrings_of_recipes(configs: pathlib.Path) -> None:
         ({"data.rooot": "x"}, "did you mean data.root?"),
         ({"zzzzzzzzzz": "1"}, "--help-config of any command lists all of them"),
         ({"model": "1"}, "no setting model"),
+        ({"name": "../x"}, "name is '../x': expected the name of a folder"),
         ({"batch_size": "many"}, "batch_size cannot be 'many': expected a value like 16 (int)"),
         ({"batch_size": "1.5"}, "expected a value like 16 (int)"),
         ({"batch_size": "none"}, "expected a value like 16 (int)"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """Something the user can mend, told in one line.
+    """A mistake that the user can fix, described in one line.
 
     `details` are further lines (each tensor that does not fit, say); a command prints them before the line
     itself, so that the line is what stays on the screen.

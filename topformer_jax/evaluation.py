@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from topformer_jax import metrics, models, sharding
@@ -68,7 +67,7 @@ def evaluate_split(
     config = model.config
     programs = compile_inference(model, mesh)
     host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
-    device_tensors = jax.device_put(host_tensors, NamedSharding(mesh, P()))
+    device_tensors = jax.device_put(host_tensors, sharding.replicated(mesh))
     rows = _rows_per_batch(config.evaluation.per_device_batch_size, mesh)
     local_rows = _local_rows(programs.batch_sharding, rows)
     batches = plan_batches(_read_sizes(source), config.evaluation, rows)

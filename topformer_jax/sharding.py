@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax.errors import UserError
 
-# Below this many numbers a parameter is not worth gathering.
-FSDP_SMALLEST = 4096
+FSDP_MIN_SIZE = 4096  # numbers; a smaller array stays whole on every device, since gathering it costs more
 
 
 def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -58,8 +57,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples divided over all devices."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    """Examples divided over all devices of any mesh."""
+    return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
@@ -68,7 +67,7 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     def place(leaf: Any) -> NamedSharding:
         size = mesh.shape["fsdp"]
         axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
-        if size == 1 or not axes or leaf.size < FSDP_SMALLEST:
+        if size == 1 or not axes or leaf.size < FSDP_MIN_SIZE:
             return replicated(mesh)
         longest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, P(*(("fsdp" if axis == longest else None) for axis in range(leaf.ndim))))

@@ -50,6 +50,10 @@ def check_together(values: Mapping[str, Any]) -> None:
             f"model.num_classes is {values['model.num_classes']}: expected 1 to 255 in segmentation, "
             "whose labels are bytes with 255 for void"
         )
+    if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
+        raise UserError(
+            f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
+        )
     low, high = values["data.ratio_range"]
     if low > high:
         raise UserError(f"data.ratio_range is {(low, high)}: expected the smaller factor first")

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Int32
 from ml_collections import FrozenConfigDict
 
-from topformer_jax import models
+from topformer_jax import models, sharding
 from topformer_jax.data.augment import normalize
 from topformer_jax.inference.geometry import InferenceInput, padded_logits_size, view_flips, window_grid
 from topformer_jax.metrics import count_confusions
@@ -57,7 +57,7 @@ class CompiledInference:
         self.dtype = np.dtype(policy.accum_dtype)
         self.evaluation = evaluation
         self.mesh = mesh
-        self.batch_sharding = NamedSharding(mesh, P(mesh.axis_names))
+        self.batch_sharding = sharding.batch_sharding(mesh)
         self._graphdef = graphdef
         self._precision = policy.precision
         batch, replicated = P(mesh.axis_names), P()
@@ -192,14 +192,14 @@ _cached_inference = functools.lru_cache(maxsize=8)(CompiledInference)
 
 
 def make_global_batch(
-    inputs: Mapping[int, InferenceInput], rows: int, sharding: NamedSharding
+    inputs: Mapping[int, InferenceInput], rows: int, batch_sharding: NamedSharding
 ) -> InferenceInput:
     """One batch on the mesh from this process's rows of it, all prepared for the same bucket.
 
     Args:
         inputs: by row, every row that lies on this process's devices.
         rows: of the batch, over all processes.
-        sharding: of the rows.
+        batch_sharding: of the rows.
     """
 
     def put(*arrays: np.ndarray) -> Array:
@@ -208,6 +208,6 @@ def make_global_batch(
         def stack_rows(index: Any) -> np.ndarray:
             return np.stack([local[row] for row in range(*index[0].indices(rows))])
 
-        return jax.make_array_from_callback((rows, *arrays[0].shape), sharding, stack_rows)
+        return jax.make_array_from_callback((rows, *arrays[0].shape), batch_sharding, stack_rows)
 
     return jax.tree.map(put, *inputs.values())

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from topformer_jax import models, sharding
@@ -30,7 +28,7 @@ class Predictor:
         mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
         self._programs = compile_inference(model, mesh)
         tensors = models.state_dict(model) if tensors is None else dict(tensors)
-        self._tensors = jax.device_put(tensors, NamedSharding(mesh, P()))
+        self._tensors = jax.device_put(tensors, sharding.replicated(mesh))
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
