@@ -10,8 +10,7 @@ import pathlib
 
 import matplotlib
 
-from topformer_jax import cli, config, inference
-from topformer_jax import load as load_model
+from topformer_jax import checkpoints, cli, config, inference
 from topformer_jax.data import loader, sources
 from topformer_jax.visualize import drawing
 
@@ -49,10 +48,9 @@ def draw_speed(source: pathlib.Path, path: pathlib.Path) -> None:
 
 def draw_shapes(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
     """Draws validation scenes in columns: image, label and prediction below each other."""
-    model = load_model("topformer_t_shapes", checkpoint)
     settings = config.load("topformer_t_shapes")
-    source, palette = sources.open_source(settings, "validation"), sources.data_set(settings).palette
-    predict = inference.Predictor(model)
+    source, palette = sources.open_source(settings, "validation"), sources.find_data_set(settings).palette
+    predict = inference.Predictor(checkpoints.load_segmenter(settings, checkpoint))
     columns = []
     for index in EXAMPLES:
         image, label = loader.decode_example(source[index], settings)
