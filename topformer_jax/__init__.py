@@ -52,7 +52,7 @@ def load(
     `[n, classes]`. Compile it for speed: `jax.jit` or `nnx.jit` of a function that calls it.
 
     Args:
-        config: the path of a config file, or a config.
+        config: the name of a recipe, the path of a config file, or a config.
         checkpoint: a `.pth` file, a checkpoint folder or one of its steps, or a run's work directory. Without
             one, the weights are drawn from `config.seed`.
         overrides: settings by dotted key, e.g. `**{"model.dtype": "bfloat16"}`.

@@ -145,7 +145,7 @@ _MALLOC = {"MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_MMAP_MAX_": (-4, 0), "MAL
 
 # ml_collections.config_flags would parse these with absl's flags, but an unknown setting is a traceback of 50 lines
 # there, `data.crop_size=512` passes as (512,), and "none" cannot be said; argparse with an argument a setting fills
-# --help with them and knows no nearest name. So these 15 lines.
+# --help with them and knows no nearest name. So this function.
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the arguments."""
     rest: list[str] = []

@@ -25,7 +25,7 @@ from topformer_jax.version import __version__
 def main() -> None:
     """The command."""
     parser = cli.Parser(__doc__, config_required=False)
-    parser.add_argument("--checkpoint", metavar="PATH", help="a .pth file or an Orbax folder to read")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a .pth file or a checkpoint folder to read")
     parser.add_argument("--output", metavar="PATH", help="FILE.pth or a folder to write")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(

@@ -43,7 +43,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW in PyTorch's form (decay decoupled, times the learning rate) for parameters by official name.
 
     The learning rate of the head (`decode_head.*`), and with it its weight decay, is multiplied by `head_lr_mult`.
-    All parameters decay, as officially, where the exception is for names with `norm` and no name has it;
+    Every parameter decays: the official config exempts names with `norm` in them, but BatchNorm is called `bn` there.
     `no_decay_norm` exempts BatchNorm's scales and biases. `clip_norm` > 0 clips the gradient's global norm.
 
     Args:

@@ -96,7 +96,7 @@ def build_train_step(
     layout: TrainState,
     loss_function: LossFunction = upsampled_cross_entropy,
 ) -> Any:
-    """The jitted training step of a model, which is switched to training mode.
+    """The `TrainStep` of a model as a jitted function, which has `lower`; the model is switched to training mode.
 
     Args:
         config: the settings.

@@ -66,7 +66,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
     "Run": {
         "name": Setting("", "name of the recipe; the work directory is runs/<name>"),
         "task": Setting("segmentation", "what the model predicts", ("segmentation", "classification")),
-        "seed": Setting(0, "seed of fresh weights, shuffling and augmentation", Range(0, 2**32 - 1)),
+        "seed": Setting(0, "seed of fresh weights, shuffling, augmentation and dropout", Range(0, 2**32 - 1)),
         "batch_size": Setting(16, "images in a step, over all devices", Range(1, 65_536)),
         "grad_accum_steps": Setting(
             1,
@@ -147,7 +147,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "data.ratio_range": Setting((0.5, 2.0), "range of the random factor on data.scale", RATIO),
         "data.cat_max_ratio": Setting(
-            0.75, "a crop is redrawn while one class covers at least this share of it; 1: never", PROBABILITY
+            0.75,
+            "a crop is redrawn, at most 10 times, while one class has this share of its labelled pixels; 1: never",
+            PROBABILITY,
         ),
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(

@@ -14,7 +14,7 @@ from jaxtyping import Int32, UInt8
 from ml_collections import ConfigDict
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
-from topformer_jax.data.transforms import eval_image, eval_size, multiply_scale
+from topformer_jax.data.transforms import Size, eval_image, eval_size, multiply_scale
 from topformer_jax.ops.tiled import (
     TILE,
     BandedResize,
@@ -23,8 +23,6 @@ from topformer_jax.ops.tiled import (
     split_into_bands,
     tile_support,
 )
-
-Size = tuple[int, int]  # (height, width), pixels
 
 
 class ShapeBucket(NamedTuple):

@@ -37,8 +37,8 @@ class ViewLogits(NamedTuple):
     """The logits of one view (a scale, mirrored or not) of an image, classes before columns, and their resize."""
 
     logits: Float[Array, "h classes w"]
-    rows: BandedResize
-    columns: BandedResize
+    row_resize: BandedResize
+    column_resize: BandedResize
 
 
 def num_cells(pixels: int) -> int:
@@ -171,11 +171,11 @@ def _tile_scores(
     view: ViewLogits, row: Array, column: Array, precision: str | None
 ) -> Float[Array, "rows classes columns"]:
     """The resized logits of one tile."""
-    row_weights, column_weights = view.rows.weights[row], view.columns.weights[column]
+    row_weights, column_weights = view.row_resize.weights[row], view.column_resize.weights[column]
     _, classes, _ = view.logits.shape
     height, width = row_weights.shape[1], column_weights.shape[1]
-    zero = jnp.zeros((), view.rows.starts.dtype)
-    corner = (view.rows.starts[row], zero, view.columns.starts[column])
+    zero = jnp.zeros((), view.row_resize.starts.dtype)
+    corner = (view.row_resize.starts[row], zero, view.column_resize.starts[column])
     patch = lax.dynamic_slice(view.logits, corner, (height, classes, width))
     matmul = functools.partial(jnp.matmul, precision=precision)
     stretched = matmul(patch.reshape(height * classes, width), column_weights.T)
