@@ -20,6 +20,7 @@ import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import config, inference, models
 from topformer_jax.data.augment import normalize
+from topformer_jax.errors import UserError
 from topformer_jax.inference import compiled, geometry
 from topformer_jax.metrics import compute_scores, count_confusions
 from topformer_jax.ops import tiled
@@ -190,6 +191,11 @@ def test_a_model_is_evaluated_by_its_own_recipe() -> None:
         sizes[recipe.name] = [seen.shape[1:3] for seen in batch.images]
     # mmsegmentation: (520, 520) without alignment; (2048, 448), up to multiples of 32.
     assert sizes == {"topformer_t_context60": [(371, 520)], "topformer_t_ade448": [(448, 640)]}
+
+
+def test_a_classifier_labels_no_pixels() -> None:
+    with pytest.raises(UserError, match="topformer_t_imagenet is a classifier"):
+        topformer_jax.segment(topformer_jax.load("topformer_t_imagenet"), np.zeros((9, 9, 3), np.uint8))
 
 
 def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:

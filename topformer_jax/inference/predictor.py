@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from topformer_jax import models, sharding
 from topformer_jax.data.batch import Image, Labels
+from topformer_jax.errors import UserError
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
 from topformer_jax.inference.geometry import InferenceInput, join_tiles, prepare_input
 from topformer_jax.ops.tiled import ViewLogits
@@ -22,9 +23,18 @@ class Predictor:
     Args:
         model: as `topformer_jax.load` returns it; it is switched to inference mode.
         tensors: by official name, to use instead of the model's own.
+
+    Raises:
+        UserError: the model is a classifier.
     """
 
-    def __init__(self, model: models.Segmenter, tensors: Mapping[str, np.ndarray | Array] | None = None):
+    def __init__(
+        self,
+        model: models.Segmenter | models.Classifier,
+        tensors: Mapping[str, np.ndarray | Array] | None = None,
+    ):
+        if not isinstance(model, models.Segmenter):
+            raise UserError(f"{model.config.name} is a classifier: only a segmenter labels pixels")
         mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
         self._programs = compile_inference(model, mesh)
         tensors = models.state_dict(model) if tensors is None else dict(tensors)
@@ -55,7 +65,7 @@ class Predictor:
         return join_tiles(np.asarray(predictions)[0], (image.shape[0], image.shape[1]))
 
 
-def segment(model: models.Segmenter, image: Image) -> Labels:
+def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:
     """The class of each pixel of one RGB image of any size, evaluated as the model's own config says.
 
     >>> import numpy as np, topformer_jax
@@ -70,5 +80,8 @@ def segment(model: models.Segmenter, image: Image) -> Labels:
 
     Returns:
         uint8 `[h, w]`.
+
+    Raises:
+        UserError: the model is a classifier.
     """
     return Predictor(model)(image)
