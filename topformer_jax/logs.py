@@ -84,8 +84,8 @@ class RunLog:
 
         Args:
             step: its number, from 1.
-            values: at least loss, pixel_accuracy, learning_rate, images_per_second, data_wait (a share of the
-                time) and skipped (unreadable examples).
+            values: at least loss, pixel_accuracy, learning_rate, images_per_second, data_wait (the share of the
+                time in which the devices waited for data) and skipped (unreadable examples).
         """
         if not self.active:
             return

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, files, logs, metrics, models, sharding
 from topformer_jax.data import loader, sources
+from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.errors import UserError
 from topformer_jax.evaluation import ExampleResult, evaluate_split
@@ -120,13 +121,21 @@ class Monitor:
     def __init__(self, run: Run, batches: loader.DeviceBatches):
         self._run = run
         self._batches = batches
-        self._pending: list[Mapping[str, jax.Array]] = []  # per-step metrics not yet fetched to host
+        self._pending: list[Mapping[str, Any]] = []  # per-step metrics not yet fetched to host
         self._reported_unreadable: set[int] = set()
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Starts the time over which the next log measures its rates."""
-        self._start, self._wait_at_start = time.perf_counter(), self._batches.data_wait_seconds
+        self._start, self._data_wait_seconds = time.perf_counter(), 0.0
+
+    def next_batch(self) -> Batch:
+        """The next batch. A wait for it counts if the devices had nothing left to compute meanwhile."""
+        start = time.perf_counter()
+        batch = next(self._batches)
+        if not self._pending or self._pending[-1]["loss"].is_ready():
+            self._data_wait_seconds += time.perf_counter() - start
+        return batch
 
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of one more step, without waiting for them."""
@@ -159,7 +168,7 @@ class Monitor:
         means |= {
             "learning_rate": float(fetched[-1]["learning_rate"]),
             "images_per_second": len(fetched) * run.config.batch_size / elapsed,
-            "data_wait": min((batches.data_wait_seconds - self._wait_at_start) / elapsed, 1.0),
+            "data_wait": min(self._data_wait_seconds / elapsed, 1.0),
         }
         run.log.log_step(step, means | {"skipped": batches.skipped})
         if run.log.active:

@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with save_on_error(run, state, step - 1, monitor):
-                batch = next(batches)
+                batch = monitor.next_batch()
             profiler.before(step)
             state, step_metrics = train_step(state, batch)
             profiler.after(step, step_metrics)
