@@ -102,15 +102,15 @@ def test_images_are_listed_once_and_outputs_differ(tmp_path: pathlib.Path) -> No
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--count", "0"), "--count is 0, --step 0"),
-        (("--count", "-1"), "--count is -1, --step 0"),
+        (("--count", "0"), "--count is 0, --step 1"),
+        (("--count", "-1"), "--count is -1, --step 1"),
         (("--step", "-1"), "--count is 8, --step -1"),
     ],
 )
 def test_browse_flags_without_sense(tmp_path: pathlib.Path, flags: tuple[str, str], says: str) -> None:
     done = _command("browse", "--output", str(tmp_path / "b.png"), *flags)
     assert done.returncode == 2
-    assert done.stderr.decode() == f"error: {says}: expected 1 or more, and 0 or more\n"
+    assert done.stderr.decode() == f"error: {says}: expected 1 or more\n"
 
 
 def test_browse_shows_what_training_sees(tmp_path: pathlib.Path) -> None:

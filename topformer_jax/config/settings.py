@@ -181,8 +181,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
     },
     "Schedule": {
         "schedule.steps": Setting(160_000, "steps of the whole training", COUNT),
-        "schedule.lr": Setting(1.2e-4, "the backbone's highest learning rate", Range(0, 1000)),
-        "schedule.min_lr": Setting(0.0, "learning rate that the decay ends at", Range(0, 1000)),
+        "schedule.lr": Setting(1.2e-4, "the backbone's highest learning rate", Range(0, 1e30)),
+        "schedule.min_lr": Setting(0.0, "learning rate that the decay ends at", Range(0, 1e30)),
         "schedule.power": Setting(1.0, "exponent of the polynomial decay; 1: linear", Range(0, 100)),
         "schedule.warmup_steps": Setting(1500, "steps of linear warm-up", Range(0, 10**9)),
         "schedule.warmup_ratio": Setting(1e-6, "factor on the learning rate at step 0", PROBABILITY),
