@@ -18,24 +18,9 @@ from benchmarks.official_input import make_example
 from benchmarks.timing import OURS, Program, Row
 from topformer_jax import cli
 from topformer_jax import config as config_lib
-from topformer_jax.data import loader, sources, transforms
+from topformer_jax.data import loader, sources
 
 LEAST_BATCHES = 8  # of a run
-
-
-def our_example(source: sources.Source, config: ConfigDict, index: int) -> transforms.CroppedExample:
-    """What one of our workers does for an example."""
-    data = config.data
-    image, label = loader.decode_example(source[index], config)
-    return transforms.random_resize_crop(
-        image,
-        label,
-        crop_size=data.crop_size,
-        scale=data.scale,
-        ratio_range=data.ratio_range,
-        cat_max_ratio=data.cat_max_ratio,
-        rng=np.random.default_rng([config.seed, 0, index]),
-    )
 
 
 def on_one_core(source: sources.Source, config: ConfigDict, repeats: int) -> list[Row]:
@@ -44,7 +29,7 @@ def on_one_core(source: sources.Source, config: ConfigDict, repeats: int) -> lis
 
     def ours() -> None:
         for index in range(len(source)):
-            our_example(source, config, index)
+            loader.crop_example(source[index], config, index, epoch=0)
 
     def official() -> None:
         for index in range(len(source)):

@@ -151,7 +151,7 @@ class _ExampleMaker:
         for skipped in range(limit):
             index = (first + skipped) % len(self.source)
             try:
-                example = self._make_example(index, epoch)
+                example = crop_example(self.source[index], self.config, index, epoch)
             except UserError as error:
                 if not self.config.data.skip_unreadable:
                     raise
@@ -160,19 +160,6 @@ class _ExampleMaker:
                 numbers = {"index": index, "epoch": epoch, "skipped": skipped}
                 return {**example, **{name: np.int32(value) for name, value in numbers.items()}}
         raise UserError(f"{limit} examples in a row are unreadable; the last: {last_error.line}")
-
-    def _make_example(self, index: int, epoch: int) -> transforms.CroppedExample:
-        data = self.config.data
-        image, label = decode_example(self.source[index], self.config)
-        return transforms.random_resize_crop(
-            image,
-            label,
-            crop_size=data.crop_size,
-            scale=data.scale,
-            ratio_range=data.ratio_range,
-            cat_max_ratio=data.cat_max_ratio,
-            rng=np.random.default_rng([self.config.seed, epoch, index]),
-        )
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -231,6 +218,25 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
     )
     codecs.check_same_size(image, label, example.where[0])
     return image, label
+
+
+def crop_example(example: Example, config: ConfigDict, index: int, epoch: int) -> transforms.CroppedExample:
+    """Decodes an example and takes the random crop that the seed, its index and the epoch decide.
+
+    Raises:
+        UserError: as `decode_example` does.
+    """
+    data = config.data
+    image, label = decode_example(example, config)
+    return transforms.random_resize_crop(
+        image,
+        label,
+        crop_size=data.crop_size,
+        scale=data.scale,
+        ratio_range=data.ratio_range,
+        cat_max_ratio=data.cat_max_ratio,
+        rng=np.random.default_rng([config.seed, epoch, index]),
+    )
 
 
 def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
