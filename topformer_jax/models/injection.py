@@ -14,20 +14,23 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from topformer_jax.models.layers import ConvModule, DTypePolicy, hsigmoid
-from topformer_jax.ops.resample import resize
+from topformer_jax.ops.resample import Matrices, resize
 
 
 class _Injection(nnx.Module):
-    """What the four kinds share: the policy, and the resize of global semantics."""
+    """What the four kinds share: the policy, and the resize of global semantics (for `matrices` see `resize`)."""
 
     def __init__(self, policy: DTypePolicy):
         self.policy = policy
 
     def _resize_like(
-        self, semantics: Float[Array, "n gh gw c"], local: Float[Array, "n h w _c"]
+        self,
+        semantics: Float[Array, "n gh gw c"],
+        local: Float[Array, "n h w _c"],
+        matrices: Matrices | None,
     ) -> Float[Array, "n h w c"]:
         _, h, w, _ = local.shape
-        return resize(semantics, (h, w), precision=self.policy.matmul_precision)
+        return resize(semantics, (h, w), matrices=matrices, precision=self.policy.matmul_precision)
 
 
 class MultiSum(_Injection):
@@ -44,10 +47,13 @@ class MultiSum(_Injection):
         self.global_act = embedding(norm=self.gate_norm)
 
     def __call__(
-        self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]
+        self,
+        local: Float[Array, "n h w inputs"],
+        semantics: Float[Array, "n gh gw inputs"],
+        matrices: Matrices | None = None,
     ) -> Float[Array, "n h w outputs"]:
-        gate = self._resize_like(hsigmoid(self.global_act(semantics)), local)
-        feature = self._resize_like(self.global_embedding(semantics), local)
+        gate = self._resize_like(hsigmoid(self.global_act(semantics)), local, matrices)
+        feature = self._resize_like(self.global_embedding(semantics), local, matrices)
         return self.local_embedding(local) * gate + feature
 
 
@@ -67,18 +73,24 @@ class FuseSum(_Injection):
         self.fuse2 = ConvModule(inputs, outputs, policy=policy, rng=rng)
 
     def __call__(
-        self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]
+        self,
+        local: Float[Array, "n h w inputs"],
+        semantics: Float[Array, "n gh gw inputs"],
+        matrices: Matrices | None = None,
     ) -> Float[Array, "n h w outputs"]:
-        return self.fuse1(local) + self._resize_like(self.fuse2(semantics), local)
+        return self.fuse1(local) + self._resize_like(self.fuse2(semantics), local, matrices)
 
 
 class FuseMulti(FuseSum):
     """`ConvBN(local) * resize(hsigmoid(ConvBN(global)))`."""
 
     def __call__(
-        self, local: Float[Array, "n h w inputs"], semantics: Float[Array, "n gh gw inputs"]
+        self,
+        local: Float[Array, "n h w inputs"],
+        semantics: Float[Array, "n gh gw inputs"],
+        matrices: Matrices | None = None,
     ) -> Float[Array, "n h w outputs"]:
-        return self.fuse1(local) * self._resize_like(hsigmoid(self.fuse2(semantics)), local)
+        return self.fuse1(local) * self._resize_like(hsigmoid(self.fuse2(semantics)), local, matrices)
 
 
 INJECTIONS: dict[str, Callable[..., MultiSum | FuseSum]] = {

@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
+from topformer_jax.models.area import zero_outside
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.depthwise import depthwise_conv, library_conv
 from topformer_jax.ops.pointwise import pointwise_conv
@@ -103,13 +104,13 @@ def make_divisible(channels: int, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def sequential(layers: Iterable[Any], x: Array) -> Array:
+def sequential(layers: Iterable[Any], x: Array, size: Int32[Array, "n 2"] | None = None) -> Array:
     """Applies modules and functions in order, as `torch.nn.Sequential` does.
 
-    The layers stay a plain `nnx.List`, so that their indices are those in the checkpoint's keys.
+    The layers stay a plain `nnx.List`, so that their indices are those in the checkpoint's keys. `size`: see `Conv`.
     """
     for layer in layers:
-        x = layer(x)
+        x = layer(x, size) if isinstance(layer, ConvBN) else layer(x)
     return x
 
 
@@ -147,10 +148,15 @@ class Conv(nnx.Module):
         self.weight = nnx.Param(policy.init_param(std * rng.standard_normal(shape)))
         self.bias = nnx.Param(policy.init_param(np.zeros(outputs))) if bias else None
 
-    def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width outputs"]:
+    def __call__(
+        self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n height width outputs"]:
+        """The convolution of feature maps, or of an image at the top left of each: `size` is its (height, width)."""
         policy = self.policy
         weight = self.weight[...].astype(policy.dtype)
         kernel, _, group_inputs, outputs = weight.shape
+        if kernel > 1:
+            x = zero_outside(x, size)
         precision = policy.matmul_precision
         if kernel == 1 and self.stride == 1 and self.groups == 1:
             x = pointwise_conv(x, weight[0, 0], precision=precision)
@@ -237,8 +243,10 @@ class ConvBN(nnx.Module):
         self.c = Conv(inputs, outputs, kernel, stride, groups, policy=policy, rng=rng)
         self.bn = BatchNorm(outputs, policy=policy)
 
-    def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width outputs"]:
-        return self.bn(self.c(x))
+    def __call__(
+        self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n height width outputs"]:
+        return self.bn(self.c(x, size))
 
 
 class ConvModule(nnx.Module):

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
+from topformer_jax.models.area import WHOLE, ImageArea
 from topformer_jax.models.layers import ConvBN, DTypePolicy, make_divisible, sequential
 
 
@@ -40,8 +41,10 @@ class InvertedResidual(nnx.Module):
             ]
         )
 
-    def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n height width channels"]:
-        y = sequential(self.conv, x)
+    def __call__(
+        self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n height width channels"]:
+        y = sequential(self.conv, x, size)
         return x + y if self.residual else y
 
 
@@ -60,18 +63,22 @@ class TokenPyramid(nnx.Module):
         self, blocks: Sequence[Block], taps: Sequence[int], *, policy: DTypePolicy, rng: np.random.Generator
     ):
         inputs = 16
-        self.depth = len(blocks)
+        self.strides = tuple(block.stride for block in blocks)
         self.taps = tuple(taps)
         self.stem = nnx.List([ConvBN(3, inputs, 3, 2, policy=policy, rng=rng), jax.nn.relu])
         for index, block in enumerate(blocks):
             setattr(self, f"layer{index + 1}", InvertedResidual(inputs, block, policy=policy, rng=rng))
             inputs = block.channels
 
-    def __call__(self, images: Float[Array, "n h w 3"]) -> list[Float[Array, "n _h _w _c"]]:
-        x = sequential(self.stem, images)
+    def __call__(
+        self, images: Float[Array, "n h w 3"], area: ImageArea = WHOLE
+    ) -> list[Float[Array, "n _h _w _c"]]:
+        x = sequential(self.stem, images, area.size_at(1))
+        stride = 2
         tokens = []
-        for index in range(self.depth):
-            x = getattr(self, f"layer{index + 1}")(x)
+        for index, block_stride in enumerate(self.strides):
+            x = getattr(self, f"layer{index + 1}")(x, area.size_at(stride))
+            stride *= block_stride
             if index in self.taps:
                 tokens.append(x)
         return tokens

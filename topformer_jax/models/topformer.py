@@ -11,13 +11,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import FrozenConfigDict
 
+from topformer_jax.models.area import WHOLE, ImageArea
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import Conv, ConvModule, Dropout, DTypePolicy
 from topformer_jax.models.token_pyramid import Block, TokenPyramid
 from topformer_jax.models.transformer import Transformer
-from topformer_jax.ops.resample import adaptive_avg_pool, resize
+from topformer_jax.ops.resample import Matrices, adaptive_avg_pool, resize
 
 Images = Array | np.ndarray
+STRIDES = (4, 8, 16, 32)  # of the tokens
+SEMANTICS_STRIDE = 64  # of the transformer in the segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +113,21 @@ class PyramidPool(nnx.Module):
         self.stride = stride
         self.policy = policy
 
-    def __call__(self, tokens: list[Float[Array, "n _h _w _c"]]) -> Float[Array, "n h w c"]:
+    def __call__(
+        self, tokens: list[Float[Array, "n _h _w _c"]], area: ImageArea = WHOLE
+    ) -> Float[Array, "n h w c"]:
         _, h, w, _ = tokens[-1].shape
         size = ((h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
-        precision = self.policy.matmul_precision
-        return jnp.concatenate([adaptive_avg_pool(x, size, precision=precision) for x in tokens], axis=-1)
+        pooled = [
+            adaptive_avg_pool(
+                x,
+                size,
+                matrices=area.matrices_between(stride, STRIDES[-1] * self.stride),
+                precision=self.policy.matmul_precision,
+            )
+            for stride, x in zip(STRIDES, tokens, strict=True)
+        ]
+        return jnp.concatenate(pooled, axis=-1)
 
 
 class Backbone(nnx.Module):
@@ -142,9 +155,14 @@ class Backbone(nnx.Module):
         )
 
     def extract_features(
-        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None
+        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None, area: ImageArea = WHOLE
     ) -> tuple[list[Float[Array, "n _h _w _c"]], Float[Array, "n _h _w c"]]:
         """The tokens of each scale, finest first, and the transformer's output for all scales, joined on channels.
+
+        Args:
+            images: normalised.
+            rngs: for drop path, in training only.
+            area: of the images on canvases; only with `pool_stride` 2.
 
         Raises:
             ValueError: the images are not floats `[n, h, w, 3]`.
@@ -156,14 +174,14 @@ class Backbone(nnx.Module):
                 f"images are {images.dtype}: expected normalized floats, see topformer_jax.normalize"
             )
         with jax.named_scope("tpm"):
-            tokens = self.tpm(jnp.asarray(images).astype(self.policy.dtype))
+            tokens = self.tpm(jnp.asarray(images).astype(self.policy.dtype), area)
         with jax.named_scope("ppa"):
-            pooled = self.ppa(tokens)
+            pooled = self.ppa(tokens, area)
         with jax.named_scope("trans"):
-            return tokens, self.trans(pooled, rngs)
+            return tokens, self.trans(pooled, rngs, area.size_at(SEMANTICS_STRIDE))
 
 
-def _no_injection(local: Array, semantics: Array) -> Array:
+def _no_injection(local: Array, semantics: Array, matrices: Matrices | None = None) -> Array:
     """Fills slot 0 of `SIM`: the tokens of stride 4 get no injection."""
     return local
 
@@ -194,14 +212,19 @@ class TopFormer(Backbone):
         self.SIM = nnx.List([_no_injection, *injected])
 
     def __call__(
-        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
+        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None, area: ImageArea = WHOLE
     ) -> list[Float[Array, "n _h _w head_channels"]]:
-        tokens, semantics = self.extract_features(images, rngs)
+        tokens, semantics = self.extract_features(images, rngs, area)
         offsets = [sum(self.channels[: index + 1]) for index in range(len(self.channels) - 1)]
         semantics_of_scale = jnp.split(semantics, offsets, axis=-1)
         with jax.named_scope("SIM"):
             return [
-                self.SIM[index](tokens[index], semantics_of_scale[index]) for index in range(1, len(tokens))
+                self.SIM[index](
+                    tokens[index],
+                    semantics_of_scale[index],
+                    area.matrices_between(SEMANTICS_STRIDE, STRIDES[index]),
+                )
+                for index in range(1, len(tokens))
             ]
 
 
@@ -244,12 +267,19 @@ class DecodeHead(nnx.Module):
         )
 
     def __call__(
-        self, feature_maps: list[Float[Array, "n _h _w c"]], rngs: nnx.Rngs | None = None
+        self,
+        feature_maps: list[Float[Array, "n _h _w c"]],
+        rngs: nnx.Rngs | None = None,
+        area: ImageArea = WHOLE,
     ) -> Float[Array, "n h w classes"]:
         finest, *others = feature_maps
         _, h, w, _ = finest.shape
+        _, finest_stride, *strides = STRIDES
         precision = self.policy.matmul_precision
-        x = sum((resize(x, (h, w), precision=precision) for x in others), start=finest)
+        x = finest
+        for stride, other in zip(strides, others, strict=True):
+            matrices = area.matrices_between(stride, finest_stride)
+            x = x + resize(other, (h, w), matrices=matrices, precision=precision)
         x = self.dropout(self.linear_fuse(x), rngs)
         return self.conv_seg(x.astype(self.policy.accum_dtype))
 
@@ -307,8 +337,9 @@ class Segmenter(nnx.Module):
         )
 
     def __call__(
-        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
+        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None, area: ImageArea = WHOLE
     ) -> Float[Array, "n h8 w8 classes"]:
-        feature_maps = self.backbone(images, rngs)
+        """The logits; those of images on larger canvases are at the top left, what is around them means nothing."""
+        feature_maps = self.backbone(images, rngs, area)
         with jax.named_scope("decode_head"):
-            return self.decode_head(feature_maps, rngs)
+            return self.decode_head(feature_maps, rngs, area)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
+from topformer_jax.models.area import inside
 from topformer_jax.models.layers import Conv, ConvBN, Dropout, DTypePolicy, relu6, sequential
 
 
@@ -41,7 +42,9 @@ class Attention(nnx.Module):
         self.to_v = ConvBN(features, heads * value, policy=policy, rng=rng)
         self.proj = nnx.List([relu6, ConvBN(heads * value, features, policy=policy, rng=rng)])
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    def __call__(
+        self, x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n h w c"]:
         n, h, w, _ = x.shape
         policy = self.policy
 
@@ -55,6 +58,9 @@ class Attention(nnx.Module):
             precision=policy.matmul_precision,
             preferred_element_type=policy.accum_dtype,
         )
+        if size is not None:  # no weight for keys outside of the image
+            keys = inside(size, h, w).reshape(n, 1, 1, h * w)
+            scores = jnp.where(keys, scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(policy.dtype)
         y = jnp.matmul(weights, value, precision=policy.matmul_precision)
         return sequential(self.proj, y.transpose(0, 2, 1, 3).reshape(n, h, w, -1))
@@ -68,8 +74,10 @@ class Mlp(nnx.Module):
         self.dwconv = Conv(hidden, hidden, 3, groups=hidden, bias=True, policy=policy, rng=rng)
         self.fc2 = ConvBN(hidden, features, policy=policy, rng=rng)
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        return self.fc2(relu6(self.dwconv(self.fc1(x))))
+    def __call__(
+        self, x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n h w c"]:
+        return self.fc2(relu6(self.dwconv(self.fc1(x), size)))
 
 
 class TransformerBlock(nnx.Module):
@@ -88,9 +96,11 @@ class TransformerBlock(nnx.Module):
         self.mlp = Mlp(features, 2 * features, policy=policy, rng=rng)
         self.drop_path = Dropout(drop_path_rate, broadcast_dims=(1, 2, 3))
 
-    def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
-        x = x + self.drop_path(self.attn(x), rngs)
-        return x + self.drop_path(self.mlp(x), rngs)
+    def __call__(
+        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n h w c"]:
+        x = x + self.drop_path(self.attn(x, size), rngs)
+        return x + self.drop_path(self.mlp(x, size), rngs)
 
 
 class Transformer(nnx.Module):
@@ -113,7 +123,9 @@ class Transformer(nnx.Module):
             ]
         )
 
-    def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
+    def __call__(
+        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Int32[Array, "n 2"] | None = None
+    ) -> Float[Array, "n h w c"]:
         for block in self.transformer_blocks:
-            x = block(x, rngs)
+            x = block(x, rngs, size)
         return x

@@ -14,9 +14,17 @@ from jaxtyping import Array, Float, Int
 
 from topformer_jax.ops import at_least_float32
 
+# The matrices of a resize's rows and columns, `[after, before]`; where every image has its own, `[n, after, before]`.
+Matrix = Float[np.ndarray | Array, "*_n _after _before"]
+Matrices = tuple[Matrix, Matrix]
+
 
 def resize(
-    images: Float[Array, "n h w c"], size: tuple[int, int], *, precision: str | None = "highest"
+    images: Float[Array, "n h w c"],
+    size: tuple[int, int],
+    *,
+    matrices: Matrices | None = None,
+    precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
     """Resizes bilinearly, as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` does.
 
@@ -25,17 +33,22 @@ def resize(
     Args:
         images: any feature maps; the result has their dtype, sums are computed in at least float32.
         size: (height, width) of the result, pixels.
+        matrices: of every image, instead of those that `size` asks for: images on a canvas have sizes of their own.
         precision: of the two matrix products.
 
     >>> resize(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1), (1, 4)).ravel().tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
     with jax.named_scope("resize"):
-        return _resample(images, size, bilinear_matrix, precision)
+        return _resample(images, size, matrices, bilinear_matrix, precision)
 
 
 def adaptive_avg_pool(
-    images: Float[Array, "n h w c"], size: tuple[int, int], *, precision: str | None = "highest"
+    images: Float[Array, "n h w c"],
+    size: tuple[int, int],
+    *,
+    matrices: Matrices | None = None,
+    precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
     """Averages over windows as `torch.nn.functional.adaptive_avg_pool2d` does.
 
@@ -45,7 +58,7 @@ def adaptive_avg_pool(
     Args:
         images: any feature maps; the result has their dtype, sums are computed in at least float32.
         size: (height, width) of the result: the number of windows in each axis.
-        precision: of the two matrix products.
+        matrices, precision: as for `resize`.
 
     >>> adaptive_avg_pool(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 2)).ravel().tolist()
     [0.5, 2.5]
@@ -53,7 +66,7 @@ def adaptive_avg_pool(
     [0.5, 1.5, 2.5]
     """
     with jax.named_scope("pool"):
-        return _resample(images, size, pooling_matrix, precision)
+        return _resample(images, size, matrices, pooling_matrix, precision)
 
 
 @functools.lru_cache(maxsize=512)
@@ -112,6 +125,7 @@ def pooling_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarr
 def _resample(
     images: Array,
     size: tuple[int, int],
+    matrices: Matrices | None,
     axis_matrix: Callable[[int, int, str], np.ndarray],
     precision: str | None,
 ) -> Array:
@@ -125,12 +139,13 @@ def _resample(
     accum_dtype = at_least_float32(dtype)
     precision = precision if dtype == accum_dtype else None
     matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=accum_dtype)
-    if w != width:
-        matrix = axis_matrix(w, width, accum_dtype.name).astype(dtype)
-        images = matmul(jnp.broadcast_to(matrix, (n * h, width, w)), images.reshape(n * h, w, c))
-        images = images.astype(dtype).reshape(n, h, width, c)
-    if h != height:
-        matrix = axis_matrix(h, height, accum_dtype.name).astype(dtype)
-        images = matmul(jnp.broadcast_to(matrix, (n, height, h)), images.reshape(n, h, width * c))
-        images = images.astype(dtype).reshape(n, height, width, c)
+    rows, columns = (None, None) if matrices is None else matrices
+    if columns is not None or w != width:
+        columns = axis_matrix(w, width, accum_dtype.name) if columns is None else columns.repeat(h, 0)
+        matrix = jnp.broadcast_to(columns.astype(dtype), (n * h, width, w))
+        images = matmul(matrix, images.reshape(n * h, w, c)).astype(dtype).reshape(n, h, width, c)
+    if rows is not None or h != height:
+        rows = axis_matrix(h, height, accum_dtype.name) if rows is None else rows
+        matrix = jnp.broadcast_to(rows.astype(dtype), (n, height, h))
+        images = matmul(matrix, images.reshape(n, h, width * c)).astype(dtype).reshape(n, height, width, c)
     return images
