@@ -14,7 +14,8 @@ from benchmarks.timing import OURS, Program
 from topformer_jax import cli, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.inference import compile_inference, make_global_batch
-from topformer_jax.inference.geometry import prepare_input
+from topformer_jax.inference.inputs import prepare_input
+from topformer_jax.inference.plan import plan_shapes
 
 
 def whole_image(config: ConfigDict, size: int) -> ConfigDict:
@@ -35,22 +36,25 @@ def our_programs(model: models.Segmenter, images: np.ndarray) -> dict[str, Progr
     compiled = compile_inference(model, mesh)
     tensors = jax.device_put(models.state_dict(model), sharding.replicated(mesh))
     evaluation, dtype = model.config.evaluation, compiled.dtype.name
-    inputs = {row: prepare_input(image, None, evaluation, dtype=dtype) for row, image in enumerate(images)}
+    shapes = plan_shapes([image.shape[:2] for image in images], evaluation)
+    inputs = {
+        row: prepare_input(image, None, evaluation, shapes, dtype=dtype) for row, image in enumerate(images)
+    }
     batch = make_global_batch(inputs, len(inputs), compiled.batch_sharding)
     totals = compiled.zero_totals()
-    network = (tensors, batch.images[0], np.bool_(False))
+    network = (shapes, 0, tensors, batch.networks[0], np.bool_(False))
 
     def label() -> jax.Array:
         nonlocal totals
-        views = compiled.compute_views(tensors, batch)
-        predictions, _, totals = compiled.predict_and_count(views, batch.tile_counts, batch.labels, totals)
+        views = compiled.compute_views(tensors, shapes, batch)
+        predictions, _, totals = compiled.predict_and_count(shapes, views, batch.tiles, totals)
         return predictions
 
     logits = timing.start(f"{OURS}, logits", lambda: compiled.logits(*network), compiled.logits, *network)
     after = (
-        compiled.compute_views(tensors, batch),
-        batch.tile_counts,
-        batch.labels,
+        shapes,
+        compiled.compute_views(tensors, shapes, batch),
+        batch.tiles,
         compiled.zero_totals(),
     )
     labels = timing.start(f"{OURS}, labels", label, compiled.predict_and_count, *after)

@@ -7,6 +7,7 @@ and writes in its memory at most (`traffic.memory_bytes`) and by XLA's own count
 collectives move between the chips. It needs the TPU compiler: pip install -e '.[tpu-compile]'.
 """
 
+import functools
 import os
 import re
 import sys
@@ -26,7 +27,9 @@ from topformer_jax import cli, models, sharding, step
 from topformer_jax import config as config_lib
 from topformer_jax.errors import UserError
 from topformer_jax.inference import compile_inference
-from topformer_jax.inference.geometry import prepare_input, view_flips
+from topformer_jax.inference.geometry import view_flips
+from topformer_jax.inference.inputs import prepare_input
+from topformer_jax.inference.plan import plan_shapes
 from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
 from topformer_jax.ops.tiled import ViewLogits
 
@@ -92,26 +95,29 @@ def evaluation_rows(case: str, config: ConfigDict, devices: Sequence[jax.Device]
     programs = compile_inference(model, mesh)
     divided, replicated = programs.batch_sharding, sharding.replicated(mesh)
     image = np.zeros((*samples.SIZE, 3), np.uint8)
-    inputs = prepare_input(image, None, config.evaluation, dtype=programs.dtype.name)
+    shapes = plan_shapes([samples.SIZE], config.evaluation)
+    inputs = prepare_input(image, None, config.evaluation, shapes, dtype=programs.dtype.name)
     batch = jax.tree.map(lambda x: abstract(x, divided, mesh.size), inputs)
     tensors = jax.tree.map(lambda x: abstract(x, replicated), models.state_dict(model))
     flip = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated)
     totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.num_classes**2), jnp.int32, sharding=divided)
     logits: list[Any] = [
-        abstract(jax.eval_shape(programs.logits, tensors, image, flip), divided)
-        for image in batch.images
+        abstract(
+            jax.eval_shape(functools.partial(programs.logits, shapes, ratio), tensors, network, flip), divided
+        )
+        for ratio, network in enumerate(batch.networks)
         for _ in view_flips(config.evaluation)
     ]
     views = [ViewLogits(*view) for view in zip(logits, batch.row_resizes, batch.column_resizes, strict=True)]
     return [
-        compile_row(case, "evaluation, logits", programs.logits, tensors, batch.images[0], flip),
+        compile_row(case, "evaluation, logits", programs.logits, shapes, 0, tensors, batch.networks[0], flip),
         compile_row(
             case,
             "evaluation, count",
             programs.predict_and_count,
+            shapes,
             views,
-            batch.tile_counts,
-            batch.labels,
+            batch.tiles,
             totals,
         ),
     ]

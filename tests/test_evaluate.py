@@ -23,7 +23,6 @@ from topformer_jax import inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
 from topformer_jax.evaluation import evaluate_split
-from topformer_jax.inference import geometry
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {
@@ -40,34 +39,6 @@ def _config(**changes: Any) -> ConfigDict:
 
 def _mesh(devices: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:devices]), ("data",))
-
-
-def _official_ade_sizes() -> list[tuple[int, int]]:
-    """2,000 sizes distributed as those of ADE20K's validation pictures: short sides of 512 mostly, some larger."""
-    rng = np.random.default_rng(0)
-    sizes = []
-    for _ in range(2000):
-        short = 512 if rng.random() < 0.5 else int(rng.integers(256, 1600))
-        long = round(short * float(rng.choice([4 / 3, 1.5, 1.335, 1, rng.uniform(1, 2.6)])))
-        sizes.append((short, long) if rng.random() < 0.8 else (long, short))
-    return sizes
-
-
-@pytest.mark.parametrize("rows", [1, 8, 64])
-def test_a_plan_has_every_example_once(rows: int) -> None:
-    sizes = _official_ade_sizes()
-    evaluation = config_lib.ade20k("tiny").evaluation
-    planned = geometry.plan_batches(sizes, evaluation, rows)
-    assert sorted(index for batch in planned for index in batch.indices) == list(range(2000))
-    for batch in planned:
-        assert 1 <= len(batch.indices) <= rows
-        assert {geometry.network_sizes(sizes[index], evaluation) for index in batch.indices} == {
-            batch.bucket.input_sizes
-        }
-    networks, after = geometry.count_programs(planned, evaluation)
-    print(f"batches of {rows}: {len(planned)}; programs: {networks} networks, {after} after them")
-    assert networks == len({geometry.network_sizes(size, evaluation) for size in sizes})
-    assert after < networks
 
 
 def test_the_same_integers_on_any_number_of_devices() -> None:

@@ -22,6 +22,8 @@ from topformer_jax import config, inference, models
 from topformer_jax.data.augment import normalize
 from topformer_jax.errors import UserError
 from topformer_jax.inference import compiled, geometry
+from topformer_jax.inference.inputs import prepare_input
+from topformer_jax.inference.plan import plan_shapes
 from topformer_jax.metrics import compute_scores, count_confusions
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
@@ -74,9 +76,10 @@ def test_tiles_are_the_resizes_in_a_row(
     evaluation = _evaluation(
         scale=scale, size_divisor=align, mode=mode, crop_size=(96, 72), stride=(64, 29), flip=flip
     )
-    prepared = geometry.prepare_input(np.zeros((*size, 3), np.uint8), None, evaluation, dtype="float64")
+    shapes = plan_shapes([size], evaluation)
+    prepared = prepare_input(np.zeros((*size, 3), np.uint8), None, evaluation, shapes, dtype="float64")
     (network,) = geometry.network_sizes(size, evaluation)
-    assert prepared.images[0].shape == (*network, 3)
+    assert prepared.networks[0].image.shape == (*network, 3)
     (tops, height), (lefts, width) = geometry.window_grid(network, evaluation)
     expected: list[np.ndarray] = []
     seen = []
@@ -92,7 +95,7 @@ def test_tiles_are_the_resizes_in_a_row(
         pad = [(0, extent - side) for extent, side in zip(extents, joined.shape[:2], strict=True)]
         logits = jnp.asarray(np.pad(joined, [*pad, (0, 0)]).swapaxes(1, 2))
         seen.append(ViewLogits(logits, prepared.row_resizes[number], prepared.column_resizes[number]))
-    found = _whole(seen, prepared.tile_counts, size, classes)
+    found = _whole(seen, np.asarray(prepared.tiles.counts), size, classes)
     if flip:
         expected = [torch.softmax(torch.from_numpy(logits.copy()), -1).numpy() for logits in expected]
     assert np.abs(found - np.sum(expected, 0)[0]).max() <= 1e-12
@@ -187,8 +190,8 @@ def test_a_model_is_evaluated_by_its_own_recipe() -> None:
             compute_views.side_effect = RuntimeError
             with pytest.raises(RuntimeError):
                 topformer_jax.segment(model, image)
-        _, _, batch = compute_views.call_args.args
-        sizes[recipe.name] = [seen.shape[1:3] for seen in batch.images]
+        *_, batch = compute_views.call_args.args
+        sizes[recipe.name] = [tuple(map(int, seen.size[0])) for seen in batch.networks]
     # mmsegmentation: (520, 520) without alignment; (2048, 448), up to multiples of 32.
     assert sizes == {"topformer_t_context60": [(371, 520)], "topformer_t_ade448": [(448, 640)]}
 
@@ -205,7 +208,8 @@ def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
     labels = inference.segment(model, image)
     assert labels.shape == (61, 77)
     assert labels.dtype == np.uint8
-    fitted = geometry.prepare_input(image, None, model.config.evaluation).images[0]
+    shapes = plan_shapes([(61, 77)], model.config.evaluation)
+    fitted = np.asarray(prepare_input(image, None, model.config.evaluation, shapes).networks[0].image)
     logits = jnp.asarray(run(model, normalize(fitted[None])))
     plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
     assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
@@ -236,13 +240,12 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     """2048 x 1024 pixels and 150 classes: what follows the network, against the resized logits at once."""
     large = models.build_segmenter(config.load(config.ade20k("tiny"), {"evaluation.scale": (2048, 1024)}))
     programs = inference.compile_inference(large, make_inference_mesh(jax.devices()[:1]))
-    image = geometry.prepare_input(np.zeros((1024, 2048, 3), np.uint8), None, large.config.evaluation)
+    shapes = plan_shapes([(1024, 2048)], large.config.evaluation)
+    image = prepare_input(np.zeros((1024, 2048, 3), np.uint8), None, large.config.evaluation, shapes)
     batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
     logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
     views = [ViewLogits(logits, batch.row_resizes[0], batch.column_resizes[0])]
-    ours = programs.predict_and_count.lower(
-        views, batch.tile_counts, batch.labels, programs.zero_totals()
-    ).compile()
+    ours = programs.predict_and_count.lower(shapes, views, batch.tiles, programs.zero_totals()).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

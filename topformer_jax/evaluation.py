@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int
 from topformer_jax import metrics, models, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.inference import EvalBatch, InferenceInput, compile_inference, make_global_batch
-from topformer_jax.inference.geometry import Size, join_tiles, padding_input, plan_batches, prepare_input
+from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
+from topformer_jax.inference.geometry import Size, join_tiles
+from topformer_jax.inference.inputs import padding_input, prepare_input
+from topformer_jax.inference.plan import EvalBatch
 
 BATCHES_IN_FLIGHT = 2  # dispatched to the devices and not yet fetched
 
@@ -59,7 +61,7 @@ def evaluate_split(
         mesh: all devices of all processes.
         tensors: by official name, to use instead of the model's own.
         on_example: called with each example of this process.
-        on_progress: called with the number of examples started, and the input sizes being compiled ("" if none).
+        on_progress: called with the number of examples started, and the canvases being compiled ("" if none).
 
     Raises:
         UserError: an example cannot be read.
@@ -68,40 +70,42 @@ def evaluate_split(
     programs = compile_inference(model, mesh)
     host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
     device_tensors = jax.device_put(host_tensors, sharding.replicated(mesh))
-    rows = _rows_per_batch(config.evaluation.per_device_batch_size, mesh)
+    rows_per_device = _rows_per_device(config.evaluation.per_device_batch_size)
+    rows = rows_per_device * mesh.size
     local_rows = _local_rows(programs.batch_sharding, rows)
-    batches = plan_batches(_read_sizes(source), config.evaluation, rows)
+    shapes, batches = plan_evaluation(
+        _read_sizes(source), config.evaluation, devices=mesh.size, rows_per_device=rows_per_device
+    )
     dtype = programs.dtype.name
 
     def load(job: tuple[EvalBatch, int]) -> _LoadedExample:
-        batch, row = job
-        index = batch.indices[row]
+        batch, index = job
         example = source[index]
         image, label = loader.decode_example(example, config)
-        inputs = prepare_input(image, label, config.evaluation, batch.bucket, dtype)
+        inputs = prepare_input(image, label, config.evaluation, shapes, batch.grid, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
-    jobs = [(batch, row) for batch in batches for row in local_rows if row < len(batch.indices)]
-    examples = loader.map_in_threads(load, jobs)
+    jobs = [
+        (batch, index) for batch in batches for row in local_rows if (index := batch.rows[row]) is not None
+    ]
+    # Hosts read the next batch while the devices compute this one.
+    examples = loader.map_in_threads(load, jobs, ahead=len(local_rows))
     totals = programs.zero_totals()
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
     in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
     started = 0
-    compiled: set[Size] = set()
+    compiling = ", ".join(f"{h}x{w}" for canvas in shapes.canvases for h, w in canvas)
     for batch in batches:
-        new_sizes = [size for size in batch.bucket.input_sizes if size not in compiled]
-        compiled |= set(new_sizes)
-        on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
-        loaded = {row: next(examples) for row in local_rows if row < len(batch.indices)}
-        padding = padding_input(batch.bucket, config.evaluation, dtype)
+        on_progress(started, compiling)
+        compiling = ""
+        loaded = {row: next(examples) for row in local_rows if batch.rows[row] is not None}
+        padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
         inputs = {row: loaded[row].inputs if row in loaded else padding for row in local_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
-        views = programs.compute_views(device_tensors, global_batch)
-        predictions, pixels, totals = programs.predict_and_count(
-            views, global_batch.tile_counts, global_batch.labels, totals
-        )
+        views = programs.compute_views(device_tensors, shapes, global_batch)
+        predictions, pixels, totals = programs.predict_and_count(shapes, views, global_batch.tiles, totals)
         in_flight.append((loaded, predictions, pixels))
-        started += len(batch.indices)
+        started += sum(index is not None for index in batch.rows)
         while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
             _collect_batch(*in_flight.popleft(), scores, on_example)
     on_progress(started, "")
@@ -121,9 +125,9 @@ class _LoadedExample:
     inputs: InferenceInput
 
 
-def _rows_per_batch(per_device: int, mesh: Mesh) -> int:
-    """Rows of a batch over all devices; 0 images per device means the default of the backend."""
-    return (per_device or (1 if jax.default_backend() == "cpu" else 8)) * mesh.size
+def _rows_per_device(setting: int) -> int:
+    """Images that a device computes at once; 0 means the default of the backend."""
+    return setting or (1 if jax.default_backend() == "cpu" else 8)
 
 
 def _local_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from topformer_jax import checkpoints, cli, files, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image
-from topformer_jax.data.codecs import decode_image
+from topformer_jax.data.codecs import decode_image, read_image_size
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import drawing
 
@@ -167,7 +167,8 @@ def main() -> None:
         print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
     files.make_folder(args.output)
-    predictor = inference.Predictor(model)
+    sizes = [size for image in images if (size := read_image_size(image.path)) is not None]
+    predictor = inference.Predictor(model, image_sizes=sizes)
     data_set = sources.find_data_set(config)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(

@@ -211,6 +211,12 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "evaluation.crop_size": Setting((512, 512), "pixels (height, width) of a window of slide", PIXELS),
         "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows of slide", PIXELS),
+        "evaluation.max_canvases": Setting(
+            4,
+            "input shapes that the network is compiled for, at most; smaller images are padded. More: fewer padded "
+            "pixels, longer compilation",
+            Range(1, 64),
+        ),
         "evaluation.per_device_batch_size": Setting(
             0, "images that a device computes at once; 0: 1 on a CPU, 8 elsewhere", Range(0, 4096)
         ),

@@ -10,6 +10,8 @@ import zlib
 
 import cv2
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
 from PIL.PngImagePlugin import PngImageFile
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
@@ -105,6 +107,22 @@ def read_label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
         raise _not_a_png(name)
     width, height = struct.unpack(">II", data[16:24])
     return height, width
+
+
+def read_image_size(path: str) -> tuple[int, int] | None:
+    """The (height, width) that `decode_image` gives for a file, from its header; None where that cannot be told.
+
+    >>> read_image_size("no such file") is None
+    True
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            # Values from 5 on turn the image by 90 degrees.
+            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
+        return None
+    return (width, height) if is_turned else (height, width)
 
 
 def check_same_size(image: np.ndarray, label: np.ndarray, name: str) -> None:

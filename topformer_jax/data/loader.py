@@ -186,8 +186,8 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yields function(item) of each item in order, computed ahead by threads.
+def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], *, ahead: int = 0) -> Iterator[Any]:
+    """Yields function(item) of each item in order, computed by threads, at least `ahead` items in advance.
 
     >>> list(map_in_threads(abs, [-1, 2, -3]))
     [1, 2, 3]
@@ -196,7 +196,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
         return
     threads = min(os.cpu_count() or 1, 16)
     dataset = grain.MapDataset.source(items).map(function)
-    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(threads, 2 * threads)))
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(threads, max(2 * threads, ahead))))
     try:
         yield from iterator
     finally:

@@ -1,11 +1,11 @@
 """The compiled programs of an evaluation: images to logits, logits to labels, counts and probabilities.
 
-The network is compiled once per input size. What follows it (`ops/tiled.py`) takes the sizes of the original images
-as data and is compiled once for all images in the same bucket.
+The sizes of images are data in all of them: each is compiled once for the static shapes of a plan (`ProgramShapes`),
+with a branch for each of its few canvases, of which every device takes the one that its images lie on.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,15 +15,17 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, UInt8
 from ml_collections import FrozenConfigDict
 
 from topformer_jax import models, sharding
 from topformer_jax.data.augment import normalize
-from topformer_jax.inference.geometry import InferenceInput, padded_logits_size, view_flips, window_grid
+from topformer_jax.data.transforms import Size
+from topformer_jax.inference.geometry import ProgramShapes, ViewSizes, logits_size, view_flips
+from topformer_jax.inference.inputs import InferenceInput, LabelTiles, NetworkInput
 from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles, mean_probabilities
+from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles, mean_probabilities, num_cells
 
 # A data set has more pixels than an int32 can count, and JAX has no wider integers by default. So a count is kept
 # in two int32 parts: count = lower + upper * 2**LOWER_BITS. It overflows at 2**51 pixels.
@@ -38,9 +40,10 @@ class CompiledInference:
 
     Attributes:
         num_classes, evaluation, mesh: what the programs were made for.
-        logits: `(tensors, images, flip) -> [n, h, classes, w]`, the logits of all windows side by side.
-        predict_and_count: `(views, tile_counts, labels, totals) -> (predictions, pixels, totals)`.
-        probabilities: `(views, tile_counts, labels) -> [n, tiles, rows, columns, classes]`.
+        logits: `(shapes, ratio, tensors, input, flip) -> [n, h, classes, w]`, the logits of all windows of one
+            ratio side by side.
+        predict_and_count: `(shapes, views, tiles, totals) -> (predictions, pixels, totals)`.
+        probabilities: `(shapes, views, tiles) -> [n, tiles, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
     """
@@ -61,24 +64,37 @@ class CompiledInference:
         self._graphdef = graphdef
         self._precision = policy.precision
         batch, replicated = P(mesh.axis_names), P()
-        per_device = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-        self.logits = jax.jit(
-            per_device(self._logits, in_specs=(replicated, batch, replicated), out_specs=batch)
-        )
-        self.predict_and_count = jax.jit(
-            per_device(self._predict_and_count, in_specs=(batch, batch, batch, batch), out_specs=batch),
-            donate_argnums=3,
-        )
-        self.probabilities = jax.jit(
-            per_device(self._probabilities, in_specs=(batch, batch, batch), out_specs=batch)
-        )
+        per_device = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=batch)
 
-    def compute_views(self, tensors: Mapping[str, Array], batch: InferenceInput) -> list[ViewLogits]:
+        def logits(shapes: ProgramShapes, ratio: int, *arrays: Any) -> Array:
+            program = functools.partial(self._logits, shapes, ratio)
+            return per_device(program, in_specs=(replicated, batch, replicated))(*arrays)
+
+        def predict_and_count(shapes: ProgramShapes, *arrays: Any) -> Any:
+            program = functools.partial(self._predict_and_count, shapes)
+            return per_device(program, in_specs=(batch, batch, batch))(*arrays)
+
+        def probabilities(shapes: ProgramShapes, *arrays: Any) -> Array:
+            return per_device(functools.partial(self._probabilities, shapes), in_specs=(batch, batch))(
+                *arrays
+            )
+
+        self.logits = jax.jit(logits, static_argnums=(0, 1))
+        self.predict_and_count = jax.jit(predict_and_count, static_argnums=0, donate_argnums=3)
+        self.probabilities = jax.jit(probabilities, static_argnums=0)
+
+    def compute_views(
+        self, tensors: Mapping[str, Array], shapes: ProgramShapes, batch: InferenceInput
+    ) -> list[ViewLogits]:
         """The logits of every view of a batch that lies on the mesh (see `make_global_batch`)."""
-        views = [(image, flip) for image in batch.images for flip in view_flips(self.evaluation)]
+        views = [
+            (ratio, flip) for ratio in range(len(shapes.buffers)) for flip in view_flips(self.evaluation)
+        ]
         return [
-            ViewLogits(self.logits(tensors, image, np.bool_(flip)), rows, columns)
-            for (image, flip), rows, columns in zip(
+            ViewLogits(
+                self.logits(shapes, ratio, tensors, batch.networks[ratio], np.bool_(flip)), rows, columns
+            )
+            for (ratio, flip), rows, columns in zip(
                 views, batch.row_resizes, batch.column_resizes, strict=True
             )
         ]
@@ -94,33 +110,57 @@ class CompiledInference:
         lower, upper = parts.astype(np.int64).sum(0)
         return (lower + (upper << LOWER_BITS)).reshape(self.num_classes, self.num_classes)
 
-    def _logits(self, tensors: Any, images: Array, flip: Array) -> Float[Array, "n h classes w"]:
+    def _logits(
+        self, shapes: ProgramShapes, ratio: int, tensors: Any, inputs: NetworkInput, flip: Array
+    ) -> Float[Array, "n h classes w"]:
         """The logits of all windows side by side, padded to one of few sizes."""
-        n, *sides = images.shape[:3]
-        input_size = (sides[0], sides[1])
-        images = jnp.where(flip, images[:, :, ::-1], images)
-        images = normalize(images, self.dtype)
+        if self.evaluation.flip:
+            mirrored = jax.vmap(_mirror)(jnp.asarray(inputs.image), jnp.asarray(inputs.size)[:, 1])
+            inputs = inputs._replace(image=jnp.where(flip, mirrored, inputs.image))
+        size = logits_size(shapes, ratio)
+        branches = [
+            functools.partial(self._compute_windows, canvas=canvas[ratio], size=size)
+            for canvas in shapes.canvases
+        ]
+
+        def no_images(_: Any, inputs: NetworkInput) -> Array:
+            return jnp.zeros((len(inputs.image), size[0], self.num_classes, size[1]), self.dtype)
+
+        # All images of a device lie on the same canvas.
+        return lax.switch(inputs.canvas[0], [*branches, no_images], tensors, inputs)
+
+    def _compute_windows(
+        self, tensors: Any, inputs: NetworkInput, *, canvas: Size, size: Size
+    ) -> Float[Array, "n h classes w"]:
+        """The logits of images on one canvas; `size` is that of the result."""
+        n, (height, width) = len(inputs.image), canvas
         model = models.merge_state_dict(self._graphdef, tensors)
-        (tops, height), (lefts, width) = window_grid(input_size, self.evaluation)
-        if len(tops) * len(lefts) == 1:
-            logits = model(images)
-        else:
-            corners = jnp.asarray([(top, left) for top in tops for left in lefts], jnp.int32)
+        area = inputs.area.on_canvas(canvas)
+        if self.evaluation.mode == "whole":
+            logits = model(normalize(inputs.image[:, :height, :width], self.dtype), area=area)
+            pad = [(0, padded - side) for padded, side in zip(size, logits.shape[1:3], strict=True)]
+            return jnp.pad(logits, ((0, 0), *pad, (0, 0))).swapaxes(2, 3)
 
-            def window_logits(corner: Array) -> Array:
-                start = (jnp.int32(0), corner[0], corner[1], jnp.int32(0))
-                return model(lax.dynamic_slice(images, start, (n, height, width, 3)))
+        images, tops, lefts = map(jnp.asarray, (inputs.image, inputs.tops, inputs.lefts))
+        down, across = (jnp.max(inputs.counts[:, axis]) for axis in (0, 1))
 
-            logits = lax.map(window_logits, corners)
-            _, _, h, w, classes = logits.shape
-            logits = logits.reshape(len(tops), len(lefts), n, h, w, classes).transpose(2, 0, 3, 1, 4, 5)
-            logits = logits.reshape(n, len(tops) * h, len(lefts) * w, classes)
-        padded_size = padded_logits_size(input_size, self.evaluation)
-        pad = [(0, padded - side) for padded, side in zip(padded_size, logits.shape[1:3], strict=True)]
-        return jnp.pad(logits, ((0, 0), *pad, (0, 0))).swapaxes(2, 3)
+        def add_window(number: Array, logits: Array) -> Array:
+            row, column = number // across, number % across
+
+            def cut(image: Array, top: Array, left: Array) -> Array:
+                return lax.dynamic_slice(image, (top, left, jnp.zeros((), top.dtype)), (height, width, 3))
+
+            windows = jax.vmap(cut)(images, tops[:, row], lefts[:, column])
+            computed = model(normalize(windows, self.dtype), area=area)
+            zero = jnp.zeros((), row.dtype)
+            corner = (zero, row * num_cells(height), column * num_cells(width), zero)
+            return lax.dynamic_update_slice(logits, computed, corner)
+
+        zeros = jnp.zeros((n, *size, self.num_classes), self.dtype)
+        return lax.fori_loop(0, down * across, add_window, zeros).swapaxes(2, 3)
 
     def _predict_and_count(
-        self, views: list[ViewLogits], tile_counts: Array, labels: Array, totals: Array
+        self, shapes: ProgramShapes, views: list[ViewLogits], tiles: LabelTiles, totals: Array
     ) -> tuple[Array, Array, Array]:
         """Predicts and counts a batch.
 
@@ -132,42 +172,68 @@ class CompiledInference:
         classes = self.num_classes
 
         def count_image(totals: Array, image: Any) -> tuple[Array, tuple[Array, Array]]:
-            views, tile_count, labels = image
+            views, tiles = image
 
             def count_tile(carry: Any, scores: Array, tile: Array) -> Any:
                 predictions, counts = carry
                 predicted = argmax_classes(scores)
-                counts = counts + count_confusions(labels[tile], predicted, classes)
+                counts = counts + count_confusions(tiles.labels[tile], predicted, classes)
                 return predictions.at[tile].set(predicted.astype(jnp.uint8)), counts
 
-            init = (jnp.zeros_like(labels), jnp.zeros(classes**2, jnp.int32))
-            predictions, counts = fold_tiles(
-                views, tile_count[0], tile_count[1], init, count_tile, precision=self._precision
-            )
+            init = (jnp.zeros_like(tiles.labels), jnp.zeros(classes**2, jnp.int32))
+            predictions, counts = self._fold_image(shapes, views, tiles, init, count_tile)
             matrix = counts.reshape(classes, classes)
             pixels = jnp.stack([jnp.diagonal(matrix), matrix.sum(1), matrix.sum(0)])
             return _add_counts(totals, counts), (predictions, pixels)
 
-        totals, (predictions, pixels) = lax.scan(count_image, totals, (views, tile_counts, labels))
+        totals, (predictions, pixels) = lax.scan(count_image, totals, (views, tiles))
         return predictions, pixels, totals
 
     def _probabilities(
-        self, views: list[ViewLogits], tile_counts: Array, labels: Array
+        self, shapes: ProgramShapes, views: list[ViewLogits], tiles: LabelTiles
     ) -> Float[Array, "n tiles rows columns classes"]:
         """The softmax at each pixel of the images, averaged over the views."""
 
         def image_probabilities(image: Any) -> Array:
-            views, tile_count, labels = image
+            views, tiles = image
 
             def write_tile(carry: Array, scores: Array, tile: Array) -> Array:
                 return carry.at[tile].set(mean_probabilities(scores, len(views)).swapaxes(1, 2))
 
-            init = jnp.zeros((*labels.shape, self.num_classes), views[0].logits.dtype)
-            return fold_tiles(
-                views, tile_count[0], tile_count[1], init, write_tile, precision=self._precision
-            )
+            init = jnp.zeros((*tiles.labels.shape, self.num_classes), views[0].logits.dtype)
+            return self._fold_image(shapes, views, tiles, init, write_tile)
 
-        return lax.map(image_probabilities, (views, tile_counts, labels))
+        return lax.map(image_probabilities, (views, tiles))
+
+    def _fold_image(
+        self,
+        shapes: ProgramShapes,
+        views: list[ViewLogits],
+        tiles: LabelTiles,
+        init: Any,
+        body: Callable[..., Any],
+    ) -> Any:
+        """`fold_tiles` of one image, with a branch for each of the supports."""
+        flips = len(view_flips(self.evaluation))
+
+        def fold(views: list[ViewLogits], *, choice: ViewSizes) -> Any:
+            narrow = [
+                view._replace(
+                    row_resize=view.row_resize.narrow(choice[number // flips][0]),
+                    column_resize=view.column_resize.narrow(choice[number // flips][1]),
+                )
+                for number, view in enumerate(views)
+            ]
+            count, across = tiles.counts
+            return fold_tiles(narrow, count, across, init, body, precision=self._precision)
+
+        branches = [functools.partial(fold, choice=choice) for choice in shapes.supports]
+        return lax.switch(tiles.support, branches, views)
+
+
+def _mirror(image: UInt8[Array, "h w 3"], width: Int32[Array, ""]) -> UInt8[Array, "h w 3"]:
+    """Mirrors an image of this width, which stays at the left of its buffer."""
+    return jnp.roll(image[:, ::-1], width - image.shape[1], axis=1)
 
 
 def _add_counts(totals: Int32[Array, "1 2 pairs"], counts: Int32[Array, " pairs"]) -> Array:
@@ -194,7 +260,7 @@ _cached_inference = functools.lru_cache(maxsize=8)(CompiledInference)
 def make_global_batch(
     inputs: Mapping[int, InferenceInput], rows: int, batch_sharding: NamedSharding
 ) -> InferenceInput:
-    """One batch on the mesh from this process's rows of it, all prepared for the same bucket.
+    """One batch on the mesh from this process's rows of it, all prepared for the same shapes.
 
     Args:
         inputs: by row, every row that lies on this process's devices.

@@ -1,6 +1,6 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -8,10 +8,15 @@ from jaxtyping import Array, Float
 
 from topformer_jax import models, sharding
 from topformer_jax.data.batch import Image, Labels
+from topformer_jax.data.transforms import Size
 from topformer_jax.errors import UserError
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.geometry import InferenceInput, join_tiles, prepare_input
+from topformer_jax.inference.geometry import ProgramShapes, join_tiles
+from topformer_jax.inference.inputs import LabelTiles, prepare_input
+from topformer_jax.inference.plan import plan_shapes
 from topformer_jax.ops.tiled import ViewLogits
+
+MAX_PADDED = 2  # an image uses another image's program where that computes up to so many times its own pixels
 
 
 class Predictor:
@@ -20,9 +25,13 @@ class Predictor:
     How an image is resized, and whether windows, several scales or mirrored views are used, is the evaluation of
     the config that the model was loaded with (`model.config.evaluation`).
 
+    Images of many sizes share few compiled programs: one that fits an earlier program uses it.
+
     Args:
         model: as `topformer_jax.load` returns it; it is switched to inference mode.
         tensors: by official name, to use instead of the model's own.
+        image_sizes: (height, width) of the images to come, as far as they are known: their programs are made for
+            them, and are fewer.
 
     Raises:
         UserError: the model is a classifier.
@@ -32,6 +41,7 @@ class Predictor:
         self,
         model: models.Segmenter | models.Classifier,
         tensors: Mapping[str, np.ndarray | Array] | None = None,
+        image_sizes: Sequence[Size] = (),
     ):
         if not isinstance(model, models.Segmenter):
             raise UserError(f"{model.config.name} is a classifier: only a segmenter labels pixels")
@@ -39,6 +49,11 @@ class Predictor:
         self._programs = compile_inference(model, mesh)
         tensors = models.state_dict(model) if tensors is None else dict(tensors)
         self._tensors = jax.device_put(tensors, sharding.replicated(mesh))
+        self._shapes: list[ProgramShapes] = []
+        if image_sizes:
+            planned = plan_shapes(image_sizes, self._programs.evaluation, rounded=True)
+            # A program for each canvas, so that those of another folder can be among them.
+            self._shapes = [planned.only(canvas) for canvas in range(len(planned.canvases))]
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
@@ -46,23 +61,35 @@ class Predictor:
 
     def with_probabilities(self, image: Image) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
         """The class of each pixel, and the softmax over classes: 4 bytes per class and pixel."""
-        batch, views = self._compute_views(image)
-        tiles = self._programs.probabilities(views, batch.tile_counts, batch.labels)
-        probabilities = join_tiles(np.asarray(tiles)[0], (image.shape[0], image.shape[1]))
-        return self._predict_labels(image, batch, views), probabilities
+        shapes, tiles, views = self._compute_views(image)
+        found = np.asarray(self._programs.probabilities(shapes, views, tiles))[0]
+        return self._predict_labels(image, shapes, tiles, views), join_tiles(found, image.shape[:2])
 
-    def _compute_views(self, image: Image) -> tuple[InferenceInput, list[ViewLogits]]:
+    def _compute_views(self, image: Image) -> tuple[ProgramShapes, LabelTiles, list[ViewLogits]]:
         programs = self._programs
-        prepared = prepare_input(image, None, programs.evaluation, dtype=programs.dtype.name)
+        size = (image.shape[0], image.shape[1])
+        shapes = self._find_shapes(size)
+        prepared = prepare_input(image, None, programs.evaluation, shapes, dtype=programs.dtype.name)
         batch = make_global_batch({0: prepared}, 1, programs.batch_sharding)
-        return batch, programs.compute_views(self._tensors, batch)
+        return shapes, batch.tiles, programs.compute_views(self._tensors, shapes, batch)
 
-    def _predict_labels(self, image: Image, batch: InferenceInput, views: list[ViewLogits]) -> Labels:
+    def _find_shapes(self, size: Size) -> ProgramShapes:
+        """Those made before that the image fits into with the least padding; new ones where it would be too much."""
+        own = plan_shapes([size], self._programs.evaluation, rounded=True)
+        fitting = [shapes for shapes in self._shapes if shapes.fits(own)]
+        best = min(fitting, key=lambda shapes: shapes.pixels(), default=own)
+        if best.pixels() > MAX_PADDED * own.pixels():
+            best = own
+        if best not in self._shapes:
+            self._shapes.append(best)
+        return best
+
+    def _predict_labels(
+        self, image: Image, shapes: ProgramShapes, tiles: LabelTiles, views: list[ViewLogits]
+    ) -> Labels:
         programs = self._programs
-        predictions, _, _ = programs.predict_and_count(
-            views, batch.tile_counts, batch.labels, programs.zero_totals()
-        )
-        return join_tiles(np.asarray(predictions)[0], (image.shape[0], image.shape[1]))
+        predictions, _, _ = programs.predict_and_count(shapes, views, tiles, programs.zero_totals())
+        return join_tiles(np.asarray(predictions)[0], image.shape[:2])
 
 
 def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:

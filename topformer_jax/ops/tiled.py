@@ -32,6 +32,10 @@ class BandedResize(NamedTuple):
     starts: Int32[np.ndarray | Array, "*n tiles"]
     weights: Float[np.ndarray | Array, "*n tiles pixels support"]
 
+    def narrow(self, support: int) -> "BandedResize":
+        """The same resize where no tile depends on more than `support` cells: without the columns of zeros."""
+        return self._replace(weights=self.weights[..., :support])
+
 
 class ViewLogits(NamedTuple):
     """The logits of one view (a scale, mirrored or not) of an image, classes before columns, and their resize."""

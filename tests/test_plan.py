@@ -1,0 +1,146 @@
+"""Plans of evaluations: every example once, few programs, full batches, little padding."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax.data.transforms import Size
+from topformer_jax.inference import EvalPlan, geometry, plan_evaluation
+from topformer_jax.inference.plan import merge_shapes, plan_shapes
+
+
+def _ade_sizes(count: int = 2000) -> list[Size]:
+    """Sizes distributed as those of ADE20K's validation images: short sides of 512 mostly, some larger."""
+    rng = np.random.default_rng(0)
+    sizes = []
+    for _ in range(count):
+        short = 512 if rng.random() < 0.5 else int(rng.integers(256, 1600))
+        long = round(short * float(rng.choice([4 / 3, 1.5, 1.335, 1, rng.uniform(1, 2.6)])))
+        sizes.append((short, long) if rng.random() < 0.8 else (long, short))
+    return sizes
+
+
+def _check(
+    plan: EvalPlan, sizes: list[Size], evaluation: ConfigDict, devices: int, rows_per_device: int
+) -> None:
+    """Every example once, in a row whose device computes its canvas, with room for its labels."""
+    indices = [index for batch in plan.batches for index in batch.rows if index is not None]
+    assert sorted(indices) == list(range(len(sizes)))
+    for batch in plan.batches:
+        assert len(batch.rows) == devices * rows_per_device
+        for first in range(0, len(batch.rows), rows_per_device):
+            rows = batch.rows[first : first + rows_per_device]
+            on_device = [index for index in rows if index is not None]
+            assert list(rows[: len(on_device)]) == on_device  # padding comes last
+            canvases = {
+                geometry.choose_canvas(plan.shapes, geometry.window_sizes(sizes[index], evaluation))
+                for index in on_device
+            }
+            assert len(canvases) <= 1
+            assert None not in canvases
+        for index in filter(None, batch.rows):
+            assert all(np.array(geometry.tile_grid(sizes[index])) <= batch.grid)
+
+
+@pytest.mark.parametrize(("devices", "rows_per_device"), [(1, 1), (8, 1), (8, 8), (256, 8)])
+def test_ade_is_a_few_full_batches(devices: int, rows_per_device: int) -> None:
+    sizes = _ade_sizes()
+    evaluation = config_lib.ade20k("tiny").evaluation
+    plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
+    _check(plan, sizes, evaluation, devices, rows_per_device)
+    networks, after = plan.num_programs()
+    padding = plan.padding(sizes, evaluation)
+    rows = devices * rows_per_device
+    print(
+        f"batches of {rows}: {len(plan.batches)}; {networks} networks, {after} programs after them; "
+        f"{plan.used_rows():.1%} of the rows used, {padding:.1%} of the pixels padding"
+    )
+    assert networks <= 4
+    assert len(plan.batches) == math.ceil(2000 / rows)
+    assert plan.used_rows() >= 0.9
+    assert padding <= 0.25
+
+
+def test_images_of_one_size_are_not_masked() -> None:
+    shapes = plan_shapes([(1024, 2048)] * 3, config_lib.load("topformer_b_cityscapes").evaluation)
+    assert not shapes.masked
+    assert shapes.canvases == (shapes.buffers,)
+
+
+def test_more_canvases_pad_less() -> None:
+    sizes = _ade_sizes()
+    padding = []
+    for count in (1, 2, 4, 64):
+        config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.max_canvases": count})
+        plan = plan_evaluation(sizes, config.evaluation, devices=1, rows_per_device=1)
+        assert len(plan.shapes.canvases) <= count
+        padding.append(plan.padding(sizes, config.evaluation))
+    print([f"{share:.1%}" for share in padding])
+    assert padding == sorted(padding, reverse=True)
+    assert padding[1] < padding[0] - 0.1
+    assert len(plan.shapes.canvases) < 8  # no more than it takes
+
+
+def test_the_last_batch_is_spread_over_the_devices() -> None:
+    evaluation = config_lib.ade20k("tiny").evaluation
+    plan = plan_evaluation([(512, 683)] * 80, evaluation, devices=8, rows_per_device=8)
+    assert len(plan.batches) == 2
+    rows = np.array([index is not None for index in plan.batches[1].rows]).reshape(8, 8)
+    assert rows.sum(1).tolist() == [2] * 8
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=30),
+    devices=st.integers(1, 5),
+    rows_per_device=st.integers(1, 3),
+    mode=st.sampled_from(["whole", "slide"]),
+    ratios=st.sampled_from([(1.0,), (0.5, 1.5)]),
+    limit=st.integers(1, 4),
+)
+def test_plans_of_any_sizes(
+    sizes: list[Size], devices: int, rows_per_device: int, mode: str, ratios: tuple[float, ...], limit: int
+) -> None:
+    evaluation = config_lib.base_config().evaluation
+    evaluation.update(
+        scale=(300, 90), mode=mode, crop_size=(64, 80), stride=(40, 50), img_ratios=ratios, max_canvases=limit
+    )
+    plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
+    _check(plan, sizes, evaluation, devices, rows_per_device)
+    assert len(plan.shapes.canvases) <= limit
+    assert 0 <= plan.padding(sizes, evaluation) < 1
+
+
+def test_merged_shapes_are_nearly_the_best() -> None:
+    """Against every choice of two shapes among the possible sides."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        shapes = [tuple(int(side) for side in rng.integers(1, 9, 2)) for _ in range(7)]
+        sides = [sorted({shape[axis] for shape in shapes}) for axis in (0, 1)]
+
+        def work(chosen: list[tuple[int, ...]], shapes: list[tuple[int, ...]] = shapes) -> float:
+            return sum(
+                min(
+                    (math.prod(large) for large in chosen if np.all(np.array(shape) <= large)),
+                    default=math.inf,
+                )
+                for shape in shapes
+            )
+
+        found = merge_shapes(shapes, [1] * 7, lambda s: s[..., ::2] * s[..., 1::2], 2, 0.0)
+        best = min(work(list(pair)) for pair in itertools.combinations(itertools.product(*sides), 2))
+        assert len(found) <= 2
+        assert work(found) <= 1.15 * best
+
+
+def test_hundreds_of_shapes_are_merged_quickly() -> None:
+    rng = np.random.default_rng(0)
+    shapes = [tuple(int(side) for side in rng.integers(100, 900, 2)) for _ in range(3000)]
+    found = merge_shapes(shapes, [1] * 3000, lambda s: s[..., ::2] * s[..., 1::2], 4, 0.2)
+    assert len(found) <= 4
+    assert all(any(np.all(np.array(shape) <= large) for large in found) for shape in shapes)
