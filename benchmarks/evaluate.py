@@ -1,6 +1,7 @@
 """How many images a second does the exact evaluation take, from files to the confusion matrix?
 
   python -m benchmarks.evaluate --peer torch --config configs/topformer_t_ade.py
+  python -m benchmarks.evaluate --peer torch --config configs/topformer_t_ade.py --images 64 --sizes 40
 
 On generated files, with random weights, on one device. PyTorch evaluates an image at a time, as officially; its
 labels are ours up to rounding.
@@ -34,7 +35,7 @@ def compare_results(rows: list[timing.Row], programs: dict[str, timing.Program])
 
 def main() -> None:
     """The command."""
-    parser = timing.make_parser(__doc__, images=(32, "generated files"))
+    parser = timing.make_parser(__doc__, images=(32, "generated files"), sizes=(1, "different sizes of them"))
     peers.add_flags(parser)
     args, config = timing.parse(parser)
     settings = config.evaluation
@@ -45,7 +46,9 @@ def main() -> None:
     checkpoints.load_state_dict(model, weights)
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     found = []
-    with samples.written_files(args.images, config) as source:
+    many = sorted(set(samples.data_set_sizes("ade20k", 100 * args.sizes)), key=hash)
+    sizes = many[: args.sizes] if args.sizes > 1 else [samples.SIZE]
+    with samples.written_files(args.images, config, sizes) as source:
         ours = timing.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
         programs = {OURS: ours._replace(result=found[0])}
         torch_weights = samples.torch_weights(weights)

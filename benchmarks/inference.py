@@ -47,12 +47,12 @@ def our_programs(model: models.Segmenter, images: np.ndarray) -> dict[str, Progr
     def label() -> jax.Array:
         nonlocal totals
         views = compiled.compute_views(tensors, shapes, batch)
-        predictions, _, totals = compiled.predict_and_count(shapes, views, batch.tiles, totals)
+        predictions, _, totals = compiled.predict_and_count(shapes.supports, views, batch.tiles, totals)
         return predictions
 
     logits = timing.start(f"{OURS}, logits", lambda: compiled.logits(*network), compiled.logits, *network)
     after = (
-        shapes,
+        shapes.supports,
         compiled.compute_views(tensors, shapes, batch),
         batch.tiles,
         compiled.zero_totals(),

@@ -1,9 +1,10 @@
 """What the benchmarks work on: random images, labels and weights, and generated files."""
 
 import contextlib
+import itertools
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -17,8 +18,16 @@ from topformer_jax import models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.transforms import Size
 
 SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's images
+# By data set: short sides, aspect ratios (if there are several, one image in ten has another), and the share of upright images.
+DATA_SETS: dict[str, tuple[list[int], list[float], float]] = {
+    "ade20k": ([256, 300, 375, 480, 512, 512, 512, 768, 960, 1536], [4 / 3, 4 / 3, 3 / 2, 1.335, 1], 0.2),
+    "cityscapes": ([1024], [2.0], 0),
+    "pascal_context": ([375, 375, 333, 334, 281, 500], [4 / 3, 4 / 3, 3 / 2], 0.25),
+    "cocostuff": ([480, 480, 427, 426, 425, 360], [4 / 3, 4 / 3, 3 / 2, 3 / 2, 1], 0.27),
+}
 QUALITY = 75  # of the JPEG files, which then have about 70 kB
 
 
@@ -52,12 +61,12 @@ def batch(config: ConfigDict) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def written_files(
-    count: int, config: ConfigDict, size: tuple[int, int] = SIZE
+    count: int, config: ConfigDict, sizes: Sequence[Size] = (SIZE,)
 ) -> Iterator[sources.FolderSource]:
-    """Synthetic scenes as JPEG files and PNG labels that fit the config, in a temporary folder."""
+    """Synthetic scenes as JPEG files and PNG labels that fit the config, in a temporary folder; sizes take turns."""
     with tempfile.TemporaryDirectory(prefix="topformer_jax.") as folder:
         names = tuple(f"{index:06d}" for index in range(count))
-        for index, name in enumerate(names):
+        for index, (name, size) in enumerate(zip(names, itertools.cycle(sizes), strict=False)):
             image, label = shapes.draw("train", index, max(size))
             image = cv2.cvtColor(cv2.resize(image, size[::-1]), cv2.COLOR_RGB2BGR)
             label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST).astype(int)
@@ -68,6 +77,24 @@ def written_files(
             Image.fromarray(label.astype(np.uint8)).save(f"{path}.png")
         files = (tuple(f"{name}{suffix}" for name in names) for suffix in (".jpg", ".png"))
         yield sources.FolderSource(folder, names, *files)
+
+
+def data_set_sizes(name: str, count: int) -> list[Size]:
+    """The sizes of images distributed as in a data set: about the aspect ratios and sides that its images have.
+
+    Args:
+        name: a key of `DATA_SETS`.
+        count: of the images.
+    """
+    rng = np.random.default_rng(0)
+    sides, aspects, upright = DATA_SETS[name]
+    sizes = []
+    for short in rng.choice(sides, count).tolist():
+        unusual = len(aspects) > 1 and rng.random() < 0.1
+        aspect = rng.uniform(1, 2.6) if unusual else rng.choice(aspects)
+        size = (short, round(short * float(aspect)))
+        sizes.append(size[::-1] if rng.random() < upright else size)
+    return sizes
 
 
 def weights(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -132,6 +132,12 @@ COLUMNS = {
     "moved_bytes": ("moved GB", 1e-9, 2),
     "collective_bytes": ("collectives MB", 1e-6, 1),
     "compile_seconds": ("compile s", 1, 0),
+    "sizes": ("sizes", 1, 0),
+    "networks": ("networks", 1, 0),
+    "counting": ("counting", 1, 0),
+    "batches": ("batches", 1, 0),
+    "used_rows": ("used rows %", 100, 1),
+    "padding": ("padding %", 100, 1),
 }
 
 

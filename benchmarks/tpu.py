@@ -115,7 +115,7 @@ def evaluation_rows(case: str, config: ConfigDict, devices: Sequence[jax.Device]
             case,
             "evaluation, count",
             programs.predict_and_count,
-            shapes,
+            shapes.supports,
             views,
             batch.tiles,
             totals,

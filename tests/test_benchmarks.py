@@ -95,10 +95,17 @@ def test_loss(run: Run) -> None:
 
 def test_evaluate_counts_as_its_peer(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "SIZE", (64, 85))
-    ours, theirs = run("evaluate", *TINY, "--images", "2", *EAGER)
+    ours, theirs = run("evaluate", *TINY, "--images", "3", "--sizes", "2", *EAGER)
     assert ours["miou"] > 0
     assert abs(ours["miou"] - theirs["miou"]) < 1e-3
-    assert theirs["pixels_apart"] <= 1e-3 * 2 * 64 * 85
+    assert theirs["pixels_apart"] <= 1e-3 * 3 * 512 * 683
+
+
+def test_plan(run: Run) -> None:
+    rows = run("plan", *RECIPE, "--images", "200", "--rows", "8")
+    assert [row["case"] for row in rows] == [f"{name}, 200 images" for name in samples.DATA_SETS]
+    assert all(row["networks"] <= 4 for row in rows)
+    assert all(row["used_rows"] >= 0.95 for row in rows)
 
 
 def test_input(run: Run) -> None:
@@ -177,7 +184,7 @@ def test_the_official_example_is_ours() -> None:
     still = {"ratio_range": (1.0, 1.0), "crop_size": (96, 160), "scale": (160, 96), "cat_max_ratio": 1.0}
     still |= {"flip_prob": 0.0, "photometric_distortion": False}
     config = settings_for("tiny", **{f"data__{key}": value for key, value in still.items()})
-    with samples.written_files(1, config, (80, 112)) as source:  # 96 x 134 pixels when it is fitted
+    with samples.written_files(1, config, [(80, 112)]) as source:  # 96 x 134 pixels when it is fitted
         image, label = loader.decode_example(source[0], config)
         theirs, their_label = official_input.make_example(source[0], config, np.random.default_rng(0))
     keywords: dict[str, Any] = {

@@ -245,7 +245,9 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
     logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
     views = [ViewLogits(logits, batch.row_resizes[0], batch.column_resizes[0])]
-    ours = programs.predict_and_count.lower(shapes, views, batch.tiles, programs.zero_totals()).compile()
+    ours = programs.predict_and_count.lower(
+        shapes.supports, views, batch.tiles, programs.zero_totals()
+    ).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

@@ -30,6 +30,7 @@ from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles, mean
 # A data set has more pixels than an int32 can count, and JAX has no wider integers by default. So a count is kept
 # in two int32 parts: count = lower + upper * 2**LOWER_BITS. It overflows at 2**51 pixels.
 LOWER_BITS = 20
+Supports = tuple[ViewSizes, ...]  # those of `ProgramShapes`
 
 
 class CompiledInference:
@@ -42,8 +43,8 @@ class CompiledInference:
         num_classes, evaluation, mesh: what the programs were made for.
         logits: `(shapes, ratio, tensors, input, flip) -> [n, h, classes, w]`, the logits of all windows of one
             ratio side by side.
-        predict_and_count: `(shapes, views, tiles, totals) -> (predictions, pixels, totals)`.
-        probabilities: `(shapes, views, tiles) -> [n, tiles, rows, columns, classes]`.
+        predict_and_count: `(supports, views, tiles, totals) -> (predictions, pixels, totals)`.
+        probabilities: `(supports, views, tiles) -> [n, tiles, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
     """
@@ -70,14 +71,13 @@ class CompiledInference:
             program = functools.partial(self._logits, shapes, ratio)
             return per_device(program, in_specs=(replicated, batch, replicated))(*arrays)
 
-        def predict_and_count(shapes: ProgramShapes, *arrays: Any) -> Any:
-            program = functools.partial(self._predict_and_count, shapes)
+        def predict_and_count(supports: Supports, *arrays: Any) -> Any:
+            program = functools.partial(self._predict_and_count, supports)
             return per_device(program, in_specs=(batch, batch, batch))(*arrays)
 
-        def probabilities(shapes: ProgramShapes, *arrays: Any) -> Array:
-            return per_device(functools.partial(self._probabilities, shapes), in_specs=(batch, batch))(
-                *arrays
-            )
+        def probabilities(supports: Supports, *arrays: Any) -> Array:
+            program = functools.partial(self._probabilities, supports)
+            return per_device(program, in_specs=(batch, batch))(*arrays)
 
         self.logits = jax.jit(logits, static_argnums=(0, 1))
         self.predict_and_count = jax.jit(predict_and_count, static_argnums=0, donate_argnums=3)
@@ -160,7 +160,7 @@ class CompiledInference:
         return lax.fori_loop(0, down * across, add_window, zeros).swapaxes(2, 3)
 
     def _predict_and_count(
-        self, shapes: ProgramShapes, views: list[ViewLogits], tiles: LabelTiles, totals: Array
+        self, supports: Supports, views: list[ViewLogits], tiles: LabelTiles, totals: Array
     ) -> tuple[Array, Array, Array]:
         """Predicts and counts a batch.
 
@@ -181,7 +181,7 @@ class CompiledInference:
                 return predictions.at[tile].set(predicted.astype(jnp.uint8)), counts
 
             init = (jnp.zeros_like(tiles.labels), jnp.zeros(classes**2, jnp.int32))
-            predictions, counts = self._fold_image(shapes, views, tiles, init, count_tile)
+            predictions, counts = self._fold_image(supports, views, tiles, init, count_tile)
             matrix = counts.reshape(classes, classes)
             pixels = jnp.stack([jnp.diagonal(matrix), matrix.sum(1), matrix.sum(0)])
             return _add_counts(totals, counts), (predictions, pixels)
@@ -190,7 +190,7 @@ class CompiledInference:
         return predictions, pixels, totals
 
     def _probabilities(
-        self, shapes: ProgramShapes, views: list[ViewLogits], tiles: LabelTiles
+        self, supports: Supports, views: list[ViewLogits], tiles: LabelTiles
     ) -> Float[Array, "n tiles rows columns classes"]:
         """The softmax at each pixel of the images, averaged over the views."""
 
@@ -201,13 +201,13 @@ class CompiledInference:
                 return carry.at[tile].set(mean_probabilities(scores, len(views)).swapaxes(1, 2))
 
             init = jnp.zeros((*tiles.labels.shape, self.num_classes), views[0].logits.dtype)
-            return self._fold_image(shapes, views, tiles, init, write_tile)
+            return self._fold_image(supports, views, tiles, init, write_tile)
 
         return lax.map(image_probabilities, (views, tiles))
 
     def _fold_image(
         self,
-        shapes: ProgramShapes,
+        supports: Supports,
         views: list[ViewLogits],
         tiles: LabelTiles,
         init: Any,
@@ -227,7 +227,7 @@ class CompiledInference:
             count, across = tiles.counts
             return fold_tiles(narrow, count, across, init, body, precision=self._precision)
 
-        branches = [functools.partial(fold, choice=choice) for choice in shapes.supports]
+        branches = [functools.partial(fold, choice=choice) for choice in supports]
         return lax.switch(tiles.support, branches, views)
 
 
