@@ -21,7 +21,7 @@ from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.transforms import Size
 
 SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's images
-# By data set: short sides, aspect ratios (if there are several, one image in ten has another), and the share of upright images.
+# By data set: short sides, aspect ratios (of several, one image in ten has another), and the share of upright images.
 DATA_SETS: dict[str, tuple[list[int], list[float], float]] = {
     "ade20k": ([256, 300, 375, 480, 512, 512, 512, 768, 960, 1536], [4 / 3, 4 / 3, 3 / 2, 1.335, 1], 0.2),
     "cityscapes": ([1024], [2.0], 0),

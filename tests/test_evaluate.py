@@ -18,11 +18,15 @@ import pytest
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from benchmarks import samples
 from topformer_jax import config as config_lib
 from topformer_jax import inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.evaluation import evaluate_split
+from topformer_jax.evaluation import ExampleResult, evaluate_split
+from topformer_jax.inference.geometry import join_tiles
+from topformer_jax.inference.inputs import prepare_input
+from topformer_jax.inference.plan import plan_shapes
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHAPES = {
@@ -65,6 +69,48 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
         assert np.array_equal(result.confusion, expected)
         assert np.array_equal(result.accuracy, results[0].accuracy)
         assert np.array_equal(result.miou, results[0].miou)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"evaluation__mode": "slide", "evaluation__crop_size": (40, 48), "evaluation__stride": (28, 30)},
+        {"evaluation__img_ratios": (0.5, 1.5), "evaluation__flip": True},
+    ],
+    ids=["whole", "slide", "multiscale_flip"],
+)
+@pytest.mark.usefixtures("x64")
+def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, Any]) -> None:
+    """Images of many sizes in full batches on 4 devices, against each one alone in a program of its own size."""
+    config = _config(
+        evaluation__per_device_batch_size=2,
+        evaluation__max_canvases=2,
+        model__dtype="float64",
+        model__param_dtype="float64",
+        **changes,
+    )
+    sizes = [(43, 53), (97, 66), (30, 30)]
+    assert plan_shapes(sizes, config.evaluation).masked
+    model = models.build_segmenter(config)
+    predictions, images = {}, {}
+
+    def keep(example: ExampleResult) -> None:
+        predictions[example.index] = example.prediction()
+        images[example.index] = example.image
+
+    with samples.written_files(3, config, sizes) as source:
+        evaluate_split(model, source, _mesh(4), on_example=keep)
+    programs = inference.compile_inference(model, _mesh(1))
+    for index, size in enumerate(sizes):
+        alone = plan_shapes([size], config.evaluation)
+        assert not alone.masked
+        image = images[index]
+        inputs = prepare_input(image, None, config.evaluation, alone, dtype="float64")
+        batch = inference.make_global_batch({0: inputs}, 1, programs.batch_sharding)
+        views = programs.compute_views(models.state_dict(model), alone, batch)
+        tiles, _, _ = programs.predict_and_count(alone.supports, views, batch.tiles, programs.zero_totals())
+        assert np.array_equal(join_tiles(np.asarray(tiles)[0], size), predictions[index])
 
 
 def test_batches_of_a_device_change_rounding_alone() -> None:

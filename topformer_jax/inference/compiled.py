@@ -183,7 +183,8 @@ class CompiledInference:
             init = (jnp.zeros_like(tiles.labels), jnp.zeros(classes**2, jnp.int32))
             predictions, counts = self._fold_image(supports, views, tiles, init, count_tile)
             matrix = counts.reshape(classes, classes)
-            pixels = jnp.stack([jnp.diagonal(matrix), matrix.sum(1), matrix.sum(0)])
+            of_class = functools.partial(jnp.sum, matrix, dtype=jnp.int32)  # 64 bits wide in 64-bit mode
+            pixels = jnp.stack([jnp.diagonal(matrix), of_class(axis=1), of_class(axis=0)])
             return _add_counts(totals, counts), (predictions, pixels)
 
         totals, (predictions, pixels) = lax.scan(count_image, totals, (views, tiles))
