@@ -25,13 +25,16 @@ from benchmarks import samples, timing, traffic
 from benchmarks.timing import Row
 from topformer_jax import cli, models, sharding, step
 from topformer_jax import config as config_lib
+from topformer_jax.data.transforms import Size
 from topformer_jax.errors import UserError
 from topformer_jax.inference import compile_inference
-from topformer_jax.inference.geometry import view_flips
+from topformer_jax.inference.geometry import ProgramShapes, view_flips
 from topformer_jax.inference.inputs import prepare_input
-from topformer_jax.inference.plan import plan_shapes
+from topformer_jax.inference.plan import plan_evaluation, plan_shapes
 from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
 from topformer_jax.ops.tiled import ViewLogits
+
+IMAGES_PER_CHIP = 8  # of an evaluation: evaluation.per_device_batch_size off a CPU
 
 
 def slice_devices(name: str) -> Sequence[jax.Device]:
@@ -88,16 +91,29 @@ def step_row(case: str, config: ConfigDict, devices: Sequence[jax.Device], *, pl
     return compile_row(case, "plain train step" if plain else "train step", train_step, *arguments)
 
 
-def evaluation_rows(case: str, config: ConfigDict, devices: Sequence[jax.Device]) -> list[Row]:
-    """The two programs of an evaluation, an image of `samples.SIZE` a chip."""
+def evaluation_plans(config: ConfigDict, devices: int) -> dict[str, tuple[ProgramShapes, Size]]:
+    """Programs of evaluations by name, and the size of an image: of one size, the same masked, of many sizes."""
+    one = plan_shapes([samples.SIZE], config.evaluation)
+    many = samples.data_set_sizes("ade20k", 2000)
+    planned = plan_evaluation(many, config.evaluation, devices=devices, rows_per_device=IMAGES_PER_CHIP)
+    return {
+        "one size": (one, samples.SIZE),
+        "one size, masked": (one._replace(masked=True), samples.SIZE),
+        f"{len(set(many))} sizes": (planned.shapes, samples.SIZE),
+    }
+
+
+def evaluation_rows(
+    case: str, config: ConfigDict, devices: Sequence[jax.Device], shapes: ProgramShapes, size: Size
+) -> list[Row]:
+    """The two programs of an evaluation, `IMAGES_PER_CHIP` images a chip."""
     mesh = sharding.make_inference_mesh(devices)
     model = models.build_segmenter(config)
     programs = compile_inference(model, mesh)
     divided, replicated = programs.batch_sharding, sharding.replicated(mesh)
-    image = np.zeros((*samples.SIZE, 3), np.uint8)
-    shapes = plan_shapes([samples.SIZE], config.evaluation)
+    image = np.zeros((*size, 3), np.uint8)
     inputs = prepare_input(image, None, config.evaluation, shapes, dtype=programs.dtype.name)
-    batch = jax.tree.map(lambda x: abstract(x, divided, mesh.size), inputs)
+    batch = jax.tree.map(lambda x: abstract(x, divided, IMAGES_PER_CHIP * mesh.size), inputs)
     tensors = jax.tree.map(lambda x: abstract(x, replicated), models.state_dict(model))
     flip = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated)
     totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.num_classes**2), jnp.int32, sharding=divided)
@@ -156,8 +172,8 @@ def main() -> None:
                     form = "plain train step" if plain else "train step"
                     notes.append(f"{case}, {form}: out of memory ({used[0] if used else 'of a chip'})")
         if args.evaluation:
-            height, width = samples.SIZE
-            rows += evaluation_rows(f"{name}, {height} x {width} a chip", config, devices)
+            for plan, (shapes, size) in evaluation_plans(config, len(devices)).items():
+                rows += evaluation_rows(f"{name}, {plan}", config, devices, shapes, size)
     title = f"tpu: {timing.describe(config)}, crops {tuple(config.data.crop_size)}, a chip"
     timing.report(title, rows, args, notes)
 

@@ -26,7 +26,7 @@ def memory_bytes(text: str) -> int:
     """Bytes that are read from and written to the memory of a chip, at most.
 
     Every operand and result of every operation counts whole, unless it lies in fast memory (`S(1)` and the like in
-    its layout); what is done in a loop counts as often as the loop runs. Programs with branches are not ours.
+    its layout); what is done in a loop counts as often as the loop runs, and of branches the one that moves most.
     """
     computations = _computations(text)
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
@@ -70,6 +70,8 @@ def _moved(computations: dict[str, list[str]], name: str) -> int:
         operation = found["operation"]
         if operation == "while":
             total += _rounds(computations, line) * _moved(computations, _named(line, "body"))
+        if operation == "conditional":
+            total += max(_moved(computations, branch) for branch in _branches(line))
         if operation in NOTHING_MOVES or operation.endswith("-done"):
             continue
         total += result
@@ -97,6 +99,13 @@ def _named(line: str, attribute: str) -> str:
     found = re.search(attribute + r"=%?([\w.\-]+)", line)
     assert found is not None, line
     return found[1]
+
+
+def _branches(line: str) -> list[str]:
+    """The computations that a conditional chooses from."""
+    if several := re.search(r"branch_computations=\{([^}]*)\}", line):
+        return re.findall(r"%?([\w.\-]+)", several[1])
+    return [_named(line, f"{value}_computation") for value in ("true", "false")]
 
 
 def _is_fast(shape: re.Match[str]) -> bool:

@@ -132,7 +132,7 @@ def test_start_up(run: Run) -> None:
 def test_tpu(run: Run) -> None:
     pytest.importorskip("libtpu")
     rows = run("tpu", *TINY, "--slices", "v5e:2x4", "--batches", "4", "8", "--evaluation")
-    assert _programs(rows) == ["train step", "evaluation, logits", "evaluation, count"]
+    assert _programs(rows) == ["train step", *["evaluation, logits", "evaluation, count"] * 3]
 
 
 def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

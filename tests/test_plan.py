@@ -43,7 +43,6 @@ def _check(
                 for index in on_device
             }
             assert len(canvases) <= 1
-            assert None not in canvases
         for index in filter(None, batch.rows):
             assert all(np.array(geometry.tile_grid(sizes[index])) <= batch.grid)
 

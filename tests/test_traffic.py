@@ -43,6 +43,14 @@ def test_bytes_of_memory() -> None:
     assert traffic.memory_bytes(PROGRAM) == copy + fusion + reduce + out + 7 * (40 + 2 * 40)
 
 
+def test_of_branches_the_largest_counts() -> None:
+    several = "conditional(%a), branch_computations={%sum, %body}"
+    two = "conditional(%a), true_computation=%body, false_computation=%sum"
+    loop = "while(%all), condition=%condition, body=%body"
+    for choice in (several, two):
+        assert traffic.memory_bytes(PROGRAM.replace(loop, choice)) == 300 + 40 + 2 * 40
+
+
 def test_bytes_of_collectives() -> None:
     assert traffic.sent_bytes(PROGRAM) == 20
 

@@ -73,7 +73,7 @@ def evaluate_split(
     rows_per_device = _rows_per_device(config.evaluation.per_device_batch_size)
     rows = rows_per_device * mesh.size
     local_rows = _local_rows(programs.batch_sharding, rows)
-    shapes, batches = plan_evaluation(
+    _, batches = plan_evaluation(
         _read_sizes(source), config.evaluation, devices=mesh.size, rows_per_device=rows_per_device
     )
     dtype = programs.dtype.name
@@ -82,7 +82,7 @@ def evaluate_split(
         batch, index = job
         example = source[index]
         image, label = loader.decode_example(example, config)
-        inputs = prepare_input(image, label, config.evaluation, shapes, batch.grid, dtype)
+        inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.grid, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
     jobs = [
@@ -94,10 +94,12 @@ def evaluate_split(
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
     in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
     started = 0
-    compiling = ", ".join(f"{h}x{w}" for canvas in shapes.canvases for h, w in canvas)
+    compiled: set[Size] = set()
     for batch in batches:
-        on_progress(started, compiling)
-        compiling = ""
+        shapes = batch.shapes
+        new_sizes = [size for canvas in shapes.canvases for size in canvas if size not in compiled]
+        compiled |= set(new_sizes)
+        on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
         loaded = {row: next(examples) for row in local_rows if batch.rows[row] is not None}
         padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
         inputs = {row: loaded[row].inputs if row in loaded else padding for row in local_rows}

@@ -109,14 +109,18 @@ def needed_support(size: Size, evaluation: ConfigDict) -> ViewSizes:
     return tuple(supports)
 
 
-def choose_canvas(shapes: ProgramShapes, sizes: ViewSizes) -> int | None:
-    """The number of the smallest canvas that windows of these sizes fit into; None if there is none."""
-    return _choose(shapes.canvases, sizes)
+def choose_canvas(shapes: ProgramShapes, sizes: ViewSizes) -> int:
+    """The number of the smallest canvas that windows of these sizes fit into; there is one."""
+    number = _choose(shapes.canvases, sizes)
+    assert number is not None
+    return number
 
 
-def choose_support(shapes: ProgramShapes, support: ViewSizes) -> int | None:
-    """The number of the smallest support that is enough; None if there is none."""
-    return _choose(shapes.supports, support)
+def choose_support(shapes: ProgramShapes, support: ViewSizes) -> int:
+    """The number of the smallest support that is enough; there is one."""
+    number = _choose(shapes.supports, support)
+    assert number is not None
+    return number
 
 
 def _choose(choices: tuple[ViewSizes, ...], needed: ViewSizes) -> int | None:
@@ -129,15 +133,19 @@ def _choose(choices: tuple[ViewSizes, ...], needed: ViewSizes) -> int | None:
 
 
 def logits_size(shapes: ProgramShapes, ratio: int) -> Size:
-    """Height and width of the logits of all windows side by side, padded to one of few sizes."""
+    """Height and width of the logits of all windows side by side.
+
+    Those of a single canvas are padded to one of few sizes, so that few programs follow the network. Where several
+    canvases share them, that would be too much memory.
+    """
     height, width = (
-        _padded_cells(
-            shapes.max_windows[ratio][axis]
-            * max(num_cells(canvas[ratio][axis]) for canvas in shapes.canvases)
-        )
+        shapes.max_windows[ratio][axis] * max(num_cells(canvas[ratio][axis]) for canvas in shapes.canvases)
         for axis in (0, 1)
     )
-    return height, width
+    if len(shapes.canvases) == 1:
+        height, width = (max(32, round_up_to_power(2, cells)) for cells in (height, width))
+    down, across = (max(support[ratio][axis] for support in shapes.supports) for axis in (0, 1))
+    return max(height, down), max(width, across)
 
 
 def join_tiles(tiles: np.ndarray, size: Size) -> np.ndarray:
@@ -165,8 +173,3 @@ def round_up_to_power(base: int, count: int) -> int:
     while power < count:
         power *= base
     return power
-
-
-def _padded_cells(cells: int) -> int:
-    """An axis of the logits, padded to one of few lengths so that few programs follow the network."""
-    return max(32, round_up_to_power(2, cells))

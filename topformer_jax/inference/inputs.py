@@ -80,8 +80,6 @@ def prepare_input(
     grid = label_grid(size) if grid is None else grid
     canvas = choose_canvas(shapes, window_sizes(size, evaluation))
     support = choose_support(shapes, needed_support(size, evaluation))
-    assert canvas is not None
-    assert support is not None
     networks, rows, columns = [], [], []
     for ratio, input_size in enumerate(network_sizes(size, evaluation)):
         scale = multiply_scale(evaluation.scale, evaluation.img_ratios[ratio])

@@ -37,6 +37,7 @@ MAX_MERGED = 200  # different shapes that are merged pair by pair; more are roun
 class EvalBatch(NamedTuple):
     """One batch of an evaluation plan. Row r lies on device `r // rows_per_device`."""
 
+    shapes: ProgramShapes  # of its programs
     rows: tuple[int | None, ...]  # the example in each row; a device's first row has one, or none of its rows
     grid: Size  # tiles that the labels of every example fit into
 
@@ -57,9 +58,7 @@ class EvalPlan(NamedTuple):
         inside = total = 0
         for size in image_sizes:
             views = window_sizes(size, evaluation)
-            number = choose_canvas(self.shapes, views)
-            assert number is not None
-            canvas = self.shapes.canvases[number]
+            canvas = self.shapes.canvases[choose_canvas(self.shapes, views)]
             windows = [down * across for down, across in window_counts(size, evaluation)]
             inside += sum(n * h * w for n, (h, w) in zip(windows, views, strict=True))
             total += sum(n * h * w for n, (h, w) in zip(windows, canvas, strict=True))
@@ -77,7 +76,8 @@ def plan_evaluation(
     """Plans the batches of a data set.
 
     A device computes images of one canvas at a time, other devices those of others, so that a batch is full although
-    few of its images share a canvas. The last batch spreads over all devices, and with them over the hosts that read
+    few of its images share a canvas; its programs then have a branch for each canvas. With a single device each
+    canvas has programs of its own. The last batch spreads over all devices, and with them over the hosts that read
     the images.
 
     Args:
@@ -106,7 +106,8 @@ def plan_evaluation(
             first = number * devices // len(spread) * rows_per_device
             rows[first : first + len(chunk)] = chunk
         largest = np.max([grids[index] for chunk in spread for index in chunk], axis=0)
-        batches.append(EvalBatch(tuple(rows), (int(largest[0]), int(largest[1]))))
+        batch_shapes = shapes.only(canvases[spread[0][0]]) if devices == 1 else shapes
+        batches.append(EvalBatch(batch_shapes, tuple(rows), (int(largest[0]), int(largest[1]))))
     return EvalPlan(shapes, tuple(batches))
 
 
