@@ -32,8 +32,7 @@ import topformer_jax.train
 imported = time.perf_counter() - start
 from benchmarks import start_up
 from topformer_jax import cli
-cli.keep_freed_memory()  # as the command does
-print(json.dumps({{"import": imported, **start_up.time_phases({settings})}}))
+cli.run(lambda: print(json.dumps({{"import": imported, **start_up.time_phases({settings})}})))
 """
 IMPORT = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 

@@ -109,7 +109,7 @@ def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, An
         inputs = prepare_input(image, None, config.evaluation, alone, dtype="float64")
         batch = inference.make_global_batch({0: inputs}, 1, programs.batch_sharding)
         views = programs.compute_views(models.state_dict(model), alone, batch)
-        tiles, _, _ = programs.predict_and_count(alone.supports, views, batch.tiles, programs.zero_totals())
+        tiles, _, _ = programs.predict_and_count(alone.supports)(views, batch.tiles, programs.zero_totals())
         assert np.array_equal(join_tiles(np.asarray(tiles)[0], size), predictions[index])
 
 

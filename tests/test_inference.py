@@ -232,8 +232,13 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
     )
     inference.Predictor(_evaluated_by(again, scale=(64, 64)))(np.ones((49, 59, 3), np.uint8))
     programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
-    for program in (programs.logits, programs.predict_and_count):
-        assert getattr(program, "_cache_size")() == 1  # noqa: B009
+    shapes = plan_shapes([(50, 60)], model.config.evaluation, rounded=True)
+    for function, static in (
+        (programs.logits, (shapes, 0)),
+        (programs.predict_and_count, (shapes.supports,)),
+    ):
+        assert function.cache_info().currsize == 1  # type: ignore[attr-defined]
+        assert function(*static).cache_size() == 1
 
 
 def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
@@ -245,9 +250,8 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
     logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
     views = [ViewLogits(logits, batch.row_resizes[0], batch.column_resizes[0])]
-    ours = programs.predict_and_count.lower(
-        shapes.supports, views, batch.tiles, programs.zero_totals()
-    ).compile()
+    count = programs.predict_and_count(shapes.supports)
+    ours = count.lower(views, batch.tiles, programs.zero_totals()).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

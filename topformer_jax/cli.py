@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import logs
+from topformer_jax import logs, programs
 from topformer_jax.config.settings import as_text
 from topformer_jax.errors import UserError
 
@@ -87,7 +87,7 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
     Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
-    and the process keeps freed memory.
+    and into the folder `programs` in it; the process keeps freed memory.
     """
     try:
         _keep_compiled_programs()
@@ -110,6 +110,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        programs.keep_in(None)
 
 
 def _keep_compiled_programs() -> None:
@@ -122,6 +124,8 @@ def _keep_compiled_programs() -> None:
     ):
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    programs.keep_in(pathlib.Path(folder) / "programs" if folder and "://" not in folder else None)
 
 
 def keep_freed_memory() -> None:

@@ -105,8 +105,8 @@ def evaluate_split(
         inputs = {row: loaded[row].inputs if row in loaded else padding for row in local_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, shapes, global_batch)
-        predictions, pixels, totals = programs.predict_and_count(
-            shapes.supports, views, global_batch.tiles, totals
+        predictions, pixels, totals = programs.predict_and_count(shapes.supports)(
+            views, global_batch.tiles, totals
         )
         in_flight.append((loaded, predictions, pixels))
         started += sum(index is not None for index in batch.rows)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from topformer_jax import models, sharding
+from topformer_jax import models, programs, sharding
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.errors import UserError
@@ -96,7 +96,7 @@ def build_train_step(
     layout: TrainState,
     loss_function: LossFunction = upsampled_cross_entropy,
 ) -> Any:
-    """The `TrainStep` of a model as a jitted function, which has `lower`; the model is switched to training mode.
+    """The `TrainStep` of a model as a function with jit's `lower`; the model is switched to training mode.
 
     Args:
         config: the settings.
@@ -119,12 +119,13 @@ def build_train_step(
         optimizer=build_optimizer(config),
         loss_function=functools.partial(loss_function, devices=mesh.size),
     )
-    return jax.jit(
+    jitted = jax.jit(
         step,
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+    return programs.KeptProgram(jitted, (config.to_json(), graphdef, loss_function, "train step"), mesh)
 
 
 def _apply_step(

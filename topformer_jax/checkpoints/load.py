@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -253,7 +253,9 @@ def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Non
     """
     variables = models.named_variables(model)
     for name, tensor in tensors.items():
-        variables[name].set_value(jnp.asarray(tensor.astype(variables[name].dtype, copy=False)))
+        values = tensor.astype(variables[name].dtype, copy=False)
+        # Not `jnp.asarray`, which compiles a program for each new shape.
+        variables[name].set_value(jax.device_put(values, may_alias=False))
 
 
 def origin_table(model: nnx.Module, part: str, source: object) -> str:

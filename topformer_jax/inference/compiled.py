@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Int32, UInt8
 from ml_collections import FrozenConfigDict
 
-from topformer_jax import models, sharding
+from topformer_jax import models, programs, sharding
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference.geometry import ProgramShapes, ViewSizes, logits_size, view_flips
@@ -41,10 +41,10 @@ class CompiledInference:
 
     Attributes:
         num_classes, evaluation, mesh: what the programs were made for.
-        logits: `(shapes, ratio, tensors, input, flip) -> [n, h, classes, w]`, the logits of all windows of one
-            ratio side by side.
-        predict_and_count: `(supports, views, tiles, totals) -> (predictions, pixels, totals)`.
-        probabilities: `(supports, views, tiles) -> [n, tiles, rows, columns, classes]`.
+        logits: `(shapes, ratio)` to the program `(tensors, input, flip) -> [n, h, classes, w]`, the logits of all
+            windows of one ratio side by side.
+        predict_and_count: `(supports)` to the program `(views, tiles, totals) -> (predictions, pixels, totals)`.
+        probabilities: `(supports)` to the program `(views, tiles) -> [n, tiles, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
     """
@@ -65,23 +65,27 @@ class CompiledInference:
         self._graphdef = graphdef
         self._precision = policy.precision
         batch, replicated = P(mesh.axis_names), P()
-        per_device = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=batch)
 
-        def logits(shapes: ProgramShapes, ratio: int, *arrays: Any) -> Array:
-            program = functools.partial(self._logits, shapes, ratio)
-            return per_device(program, in_specs=(replicated, batch, replicated))(*arrays)
+        def make_program(function: Callable[..., Any], *in_specs: P, **options: Any) -> Callable[..., Any]:
+            """A function from static arguments to the program that they make of `function`, always the same one."""
 
-        def predict_and_count(supports: Supports, *arrays: Any) -> Any:
-            program = functools.partial(self._predict_and_count, supports)
-            return per_device(program, in_specs=(batch, batch, batch))(*arrays)
+            @functools.cache
+            def program(*static: Any) -> programs.KeptProgram:
+                per_device = jax.shard_map(
+                    functools.partial(function, *static),
+                    mesh=mesh,
+                    in_specs=in_specs,
+                    out_specs=batch,
+                    check_vma=False,
+                )
+                made_from = (function.__name__, static, graphdef, num_classes, policy, evaluation.to_json())
+                return programs.KeptProgram(jax.jit(per_device, **options), made_from, mesh)
 
-        def probabilities(supports: Supports, *arrays: Any) -> Array:
-            program = functools.partial(self._probabilities, supports)
-            return per_device(program, in_specs=(batch, batch))(*arrays)
+            return program
 
-        self.logits = jax.jit(logits, static_argnums=(0, 1))
-        self.predict_and_count = jax.jit(predict_and_count, static_argnums=0, donate_argnums=3)
-        self.probabilities = jax.jit(probabilities, static_argnums=0)
+        self.logits = make_program(self._logits, replicated, batch, replicated)
+        self.predict_and_count = make_program(self._predict_and_count, batch, batch, batch, donate_argnums=2)
+        self.probabilities = make_program(self._probabilities, batch, batch)
 
     def compute_views(
         self, tensors: Mapping[str, Array], shapes: ProgramShapes, batch: InferenceInput
@@ -92,7 +96,7 @@ class CompiledInference:
         ]
         return [
             ViewLogits(
-                self.logits(shapes, ratio, tensors, batch.networks[ratio], np.bool_(flip)), rows, columns
+                self.logits(shapes, ratio)(tensors, batch.networks[ratio], np.bool_(flip)), rows, columns
             )
             for (ratio, flip), rows, columns in zip(
                 views, batch.row_resizes, batch.column_resizes, strict=True

@@ -62,7 +62,7 @@ class Predictor:
     def with_probabilities(self, image: Image) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
         """The class of each pixel, and the softmax over classes: 4 bytes per class and pixel."""
         shapes, tiles, views = self._compute_views(image)
-        found = np.asarray(self._programs.probabilities(shapes.supports, views, tiles))[0]
+        found = np.asarray(self._programs.probabilities(shapes.supports)(views, tiles))[0]
         return self._predict_labels(image, shapes, tiles, views), join_tiles(found, image.shape[:2])
 
     def _compute_views(self, image: Image) -> tuple[ProgramShapes, LabelTiles, list[ViewLogits]]:
@@ -88,7 +88,7 @@ class Predictor:
         self, image: Image, shapes: ProgramShapes, tiles: LabelTiles, views: list[ViewLogits]
     ) -> Labels:
         programs = self._programs
-        predictions, _, _ = programs.predict_and_count(shapes.supports, views, tiles, programs.zero_totals())
+        predictions, _, _ = programs.predict_and_count(shapes.supports)(views, tiles, programs.zero_totals())
         return join_tiles(np.asarray(predictions)[0], image.shape[:2])
 
 

@@ -68,9 +68,9 @@ class DTypePolicy:
     def init_param(self, values: np.ndarray) -> Array:
         """A parameter's initial values as a JAX array of `param_dtype`.
 
-        Numpy draws them, because JAX would compile a program for each new shape.
+        Numpy draws them, because JAX would compile a program for each new shape; `jnp.asarray` does that too.
         """
-        return jnp.asarray(values.astype(np.dtype(self.param_dtype)))
+        return jax.device_put(values.astype(np.dtype(self.param_dtype)), may_alias=False)
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -191,7 +191,7 @@ class BatchNorm(nnx.Module):
         self.running_mean = nnx.BatchStat(policy.init_param(np.zeros(features)))
         self.running_var = nnx.BatchStat(policy.init_param(np.ones(features)))
         # Not used in any computation; it is here because the official checkpoints have it.
-        self.num_batches_tracked = nnx.BatchStat(jnp.asarray(np.zeros((), np.int32)))
+        self.num_batches_tracked = nnx.BatchStat(jax.device_put(np.zeros((), np.int32)))
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
         accum_dtype = self.policy.accum_dtype
