@@ -144,6 +144,17 @@ def test_the_value_without_gradient_and_ignored_labels_only(tiling: Tiling) -> N
     assert not np.asarray(gradient).any()
 
 
+def test_large_logits_are_exact() -> None:
+    """Where the largest class changes between two cells by so much that `exp` of all others is 0."""
+    logits = np.zeros((1, 4, 4, 3), np.float32)
+    logits[:, ::2, :, 0] = logits[:, 1::2, :, 1] = 1000
+    labels = np.ones((1, 32, 32), np.int32)
+    ours, gradient = _sums_and_gradient(upsampled_cross_entropy, jnp.asarray(logits), labels)
+    plain, plain_gradient = _sums_and_gradient(plain_cross_entropy, jnp.asarray(logits), labels)
+    assert float(ours.loss) == pytest.approx(float(plain.loss), rel=1e-6)
+    assert distance(gradient, plain_gradient) <= 1e-6
+
+
 def test_large_logits_do_not_overflow() -> None:
     logits = np.zeros((1, 2, 2, 3), np.float32)
     logits[0, 0, 0, 0], logits[0, 1, 1, 1] = 3e4, -3e4
