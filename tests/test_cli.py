@@ -68,3 +68,20 @@ def test_overrides() -> None:
         parser.parse(["--config", "topformer_t_ade", "--config.seed", "--other"])
     with pytest.raises(UserError, match=r"--config\.seed needs --config FILE"):
         cli.Parser("a command", config_required=False).parse(["--config.seed=1"])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "browse"])
+def test_help_imports_neither_jax_nor_what_uses_it(command: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['topformer_jax.{command}', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('topformer_jax.{command}', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "assert not {'jax', 'flax', 'grain', 'torch', 'numpy', 'cv2'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m topformer_jax.{command} --config" in done.stdout
+    assert "--config FILE" in done.stdout

@@ -7,12 +7,29 @@ Takes the batch of training's first step (or of --step), after crop, flip and co
 
 import pathlib
 
+from topformer_jax import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command's flags."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "--output", type=pathlib.Path, metavar="FILE", help="default: runs/<config name>/browse.png"
+    )
+    parser.add_argument(
+        "--count", type=int, default=8, help="number of examples, at most the batch size (default 8)"
+    )
+    parser.add_argument("--step", type=int, default=1, help="training step, from 1 (default 1)")
+    return parser
+
+
+cli.answer_help(__name__, make_parser)
+
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from topformer_jax import cli
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
@@ -69,15 +86,7 @@ def _denormalize(image: Float[np.ndarray, "h w 3"], size: Int[np.ndarray, "2"]) 
 
 def main() -> None:
     """The command."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--output", type=pathlib.Path, metavar="FILE", help="default: runs/<config name>/browse.png"
-    )
-    parser.add_argument(
-        "--count", type=int, default=8, help="number of examples, at most the batch size (default 8)"
-    )
-    parser.add_argument("--step", type=int, default=1, help="training step, from 1 (default 1)")
-    args, config = parser.parse()
+    args, config = make_parser().parse()
     assert config is not None  # --config is required
     if args.count < 1 or args.step < 1:
         raise UserError(f"--count is {args.count}, --step {args.step}: expected 1 or more")

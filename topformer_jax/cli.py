@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import errno
+import gc
 import os
 import pathlib
 import platform
@@ -13,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import logs, programs
+from topformer_jax import logs
 from topformer_jax.config.settings import as_text
 from topformer_jax.errors import UserError
 
@@ -53,6 +54,28 @@ class Parser(argparse.ArgumentParser):
         return args, config_lib.load(args.config, overrides)
 
 
+def answer_help(module: str, make_parser: Callable[[], Parser]) -> None:
+    """Prints the help and exits if `module` is the command being run and is asked for it.
+
+    A command calls it before the imports that take a second: of JAX and of what uses it.
+
+    Args:
+        module: the caller's `__name__`.
+        make_parser: makes the command's parser.
+    """
+    asked = {"-h", "--help", "--help-config"} & set(sys.argv[1:])
+    if module == "__main__" and asked:
+        make_parser().parse_args([asked.pop()])
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that start one of several processes by hand."""
+    group = parser.add_argument_group("several machines (TPU pods and SLURM need none of these)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
+
+
 class _HelpConfig(argparse.Action):
     """Prints the table of settings and exits, before argparse looks for required arguments."""
 
@@ -89,6 +112,7 @@ def run(main: Callable[[], None]) -> None:
     Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
     and into the folder `programs` in it; the process keeps freed memory.
     """
+    gc.enable()  # see topformer_jax/__init__.py
     try:
         _keep_compiled_programs()
         keep_freed_memory()
@@ -110,12 +134,12 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    finally:
-        programs.keep_in(None)
 
 
 def _keep_compiled_programs() -> None:
     import jax
+
+    from topformer_jax import programs
 
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     for name, value in (

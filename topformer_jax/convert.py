@@ -9,21 +9,11 @@ writes a file that the official code loads. Tensors must fit the model exactly, 
 --init-from-classifier and --new-head are the only exceptions, and what they leave fresh is listed.
 """
 
-import pathlib
-import re
-from collections.abc import Mapping
-from typing import Any
-
-from topformer_jax import checkpoints, cli, models
-from topformer_jax.checkpoints.load import check_finite, is_file_path, read_any
-from topformer_jax.data.catalog import CATALOG
-from topformer_jax.errors import UserError
-from topformer_jax.models.summary import summary
-from topformer_jax.version import __version__
+from topformer_jax import cli
 
 
-def main() -> None:
-    """The command."""
+def make_parser() -> cli.Parser:
+    """The command's flags."""
     parser = cli.Parser(__doc__, config_required=False)
     parser.add_argument("--checkpoint", metavar="PATH", help="a .pth file or a checkpoint folder to read")
     parser.add_argument("--output", metavar="PATH", help="FILE.pth or a folder to write")
@@ -43,7 +33,27 @@ def main() -> None:
         default=None,
         help="of --summary's image, pixels (default: the config's crop)",
     )
-    args, config = parser.parse()
+    return parser
+
+
+cli.answer_help(__name__, make_parser)
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from topformer_jax import checkpoints, models
+from topformer_jax.checkpoints.load import check_finite, is_file_path, read_any
+from topformer_jax.data.catalog import CATALOG
+from topformer_jax.errors import UserError
+from topformer_jax.models.summary import summary
+from topformer_jax.version import __version__
+
+
+def main() -> None:
+    """The command."""
+    args, config = make_parser().parse()
     if args.summary:
         if config is None:
             raise UserError("--summary needs --config FILE")

@@ -8,17 +8,42 @@ and writes metrics.json, confusion.csv (a row per label, a column per prediction
 directory. On several hosts, start the same command on each, as for training.
 """
 
+import pathlib
+
+from topformer_jax import cli
+from topformer_jax.data.catalog import SPLITS
+
+
+def make_parser() -> cli.Parser:
+    """The command's flags."""
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=pathlib.Path, required=True, metavar="PATH", help=".pth file or folder")
+    add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
+    add("--flip", action="store_true", help="average with the mirrored images")
+    add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
+    add("--split", choices=SPLITS, default="validation", help="default: validation")
+    add("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>/evaluate")
+    add(
+        "--save-predictions", type=pathlib.Path, metavar="DIR", help="write each prediction as an indexed PNG"
+    )
+    add("--report-images", type=int, default=6, metavar="N", help="best and worst images in the report (6)")
+    cli.add_process_flags(parser)
+    return parser
+
+
+cli.answer_help(__name__, make_parser)
+
 import csv
 import io
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, cli, files, logs, metrics, models, sharding
+from topformer_jax import checkpoints, files, logs, metrics, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
@@ -163,26 +188,9 @@ def _number_or_none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--checkpoint", type=pathlib.Path, required=True, metavar="PATH", help=".pth file or folder")
-    add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
-    add("--flip", action="store_true", help="average with the mirrored images")
-    add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
-    add("--split", choices=sources.SPLITS, default="validation", help="default: validation")
-    add("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>/evaluate")
-    add(
-        "--save-predictions", type=pathlib.Path, metavar="DIR", help="write each prediction as an indexed PNG"
-    )
-    add("--report-images", type=int, default=6, metavar="N", help="best and worst images in the report (6)")
-    sharding.add_process_flags(parser)
-    return parser
-
-
 def main() -> None:
     """The command."""
-    args, config = _parser().parse()
+    args, config = make_parser().parse()
     assert config is not None  # --config is required
     if args.report_images < 0:
         raise UserError(f"--report-images is {args.report_images}: expected 0 or more")

@@ -8,9 +8,25 @@ orientation is applied. For DIR/a.jpg it writes OUTPUT/a_overlay.jpg, OUTPUT/a_m
 numbers) and, with --probabilities, OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
 """
 
+import pathlib
+
+from topformer_jax import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command's flags."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=".pth file or checkpoint folder")
+    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
+    return parser
+
+
+cli.answer_help(__name__, make_parser)
+
 import glob
 import io
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from topformer_jax import checkpoints, cli, files, inference, logs
+from topformer_jax import checkpoints, files, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image
 from topformer_jax.data.codecs import decode_image, read_image_size
@@ -154,12 +170,7 @@ def _write_probabilities(
 
 def main() -> None:
     """The command."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=".pth file or checkpoint folder")
-    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="where results go")
-    parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
-    args, config = parser.parse()
+    args, config = make_parser().parse()
     assert config is not None  # --config is required
     images, others = list_images(args.images)
     if others:

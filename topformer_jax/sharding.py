@@ -1,6 +1,5 @@
 """The mesh of devices, and which array lies where on it."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -107,14 +106,6 @@ def gather_processes(array: np.ndarray | np.generic) -> np.ndarray:
     with jax.transfer_guard("allow"):  # the bytes travel through the devices
         gathered = np.ascontiguousarray(multihost_utils.process_allgather(data))
     return gathered.view(array.dtype).reshape(len(gathered), *array.shape)
-
-
-def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that start one of several processes by hand."""
-    group = parser.add_argument_group("several machines (TPU pods and SLURM need none of these)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
 
 def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:

@@ -7,13 +7,28 @@ Ctrl-C and SIGTERM save before they end it. On several hosts, start the same com
 recognised, elsewhere give --coordinator, --processes and --process-id.
 """
 
-import contextlib
 import pathlib
+
+from topformer_jax import cli
+
+
+def make_parser() -> cli.Parser:
+    """The command's flags."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>")
+    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile")
+    cli.add_process_flags(parser)
+    return parser
+
+
+cli.answer_help(__name__, make_parser)
+
+import contextlib
 
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax import cli, files, logs, sharding
+from topformer_jax import files, logs, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
@@ -120,11 +135,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
 
 def main() -> None:
     """The command."""
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>")
-    parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile")
-    sharding.add_process_flags(parser)
-    args, config = parser.parse()
+    args, config = make_parser().parse()
     assert config is not None  # --config is required
     profile_steps = parse_steps(args.profile)
     sharding.start_processes(args.coordinator, args.processes, args.process_id)

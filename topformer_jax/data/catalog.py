@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+SPLITS = ("train", "validation")
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

@@ -16,11 +16,10 @@ from ml_collections import ConfigDict
 
 from topformer_jax.data import shapes
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CATALOG, DataSet, Layout, custom
+from topformer_jax.data.catalog import CATALOG, SPLITS, DataSet, Layout, custom
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.errors import UserError
 
-SPLITS = ("train", "validation")
 VERSION = "1.0.0"  # of the array_record builders
 _TRY_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
 

@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import importlib.util
 import math
 import pathlib
 from collections.abc import Sequence
@@ -115,7 +116,11 @@ def paste(pieces: Sequence[tuple[int, int, Canvas]], background: Colour = BACKGR
 @functools.cache
 def load_font(size: int) -> FreeTypeFont:
     """A font of `size` pixels with accents, Greek and Cyrillic: matplotlib ships it on every platform."""
-    import matplotlib
+    font = ("fonts", "ttf", "DejaVuSans.ttf")
+    package = importlib.util.find_spec("matplotlib")  # found, not imported: that takes a quarter of a second
+    path = pathlib.Path((package and package.origin) or "").parent.joinpath("mpl-data", *font)
+    if not path.exists():  # some systems keep its data elsewhere
+        import matplotlib
 
-    path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+        path = pathlib.Path(matplotlib.get_data_path(), *font)
     return truetype(str(path), size)
