@@ -28,7 +28,7 @@ def call(x):
     traced.append(x)
     return layers.hsigmoid(x)
 programs.keep_in(pathlib.Path(sys.argv[1]))
-program = programs.KeptProgram(jax.jit(call), "hsigmoid", sharding.make_inference_mesh(jax.devices()))
+program = programs.KeptProgram(call, "hsigmoid", sharding.make_inference_mesh(jax.devices()))
 print(float(program(np.float32(1))), len(traced))
 """
 
@@ -36,12 +36,16 @@ print(float(program(np.float32(1))), len(traced))
 class Doubler:
     """A kept program that donates its argument, and how often it was traced."""
 
-    def __init__(self, made_from: object = "double", factor: float = 2, devices: int = 1):
+    def __init__(
+        self, made_from: object = "double", factor: float = 2, devices: int = 1, compiler: Any = None
+    ):
         self.traces = 0
         mesh = sharding.make_inference_mesh(jax.devices()[:devices])
         self.layout = sharding.batch_sharding(mesh)
-        jitted = jax.jit(self._double, in_shardings=self.layout, out_shardings=self.layout, donate_argnums=0)
-        self.program = programs.KeptProgram(jitted, made_from, mesh)
+        layout = {"in_shardings": self.layout, "out_shardings": self.layout}
+        self.program = programs.KeptProgram(
+            self._double, made_from, mesh, **layout, donate_argnums=0, compiler_options=compiler
+        )
         self.factor = factor
 
     def _double(self, x: jax.Array) -> jax.Array:
@@ -82,6 +86,7 @@ def test_arguments_devices_settings_and_what_it_is_made_from_make_other_programs
         (Doubler(), ("float32", 16)),
         (Doubler(devices=2), ()),
         (Doubler("triple", 3), ()),
+        (Doubler(compiler={"xla_cpu_prefer_vector_width": 128}), ()),
     ):
         other(*arguments)
         assert other.traces == 1

@@ -112,6 +112,8 @@ def run(main: Callable[[], None]) -> None:
     Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
     and into the folder `programs` in it; the process keeps freed memory.
     """
+    from topformer_jax import programs  # not at the top, since it imports JAX: see `answer_help`
+
     gc.enable()  # see topformer_jax/__init__.py
     try:
         _keep_compiled_programs()
@@ -134,6 +136,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        programs.keep_in(None)
 
 
 def _keep_compiled_programs() -> None:

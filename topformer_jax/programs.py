@@ -20,7 +20,7 @@ import platform
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -52,22 +52,24 @@ def keep_in(folder: pathlib.Path | None) -> None:
 
 
 class KeptProgram:
-    """A jitted function whose executables are kept on disk, one for each signature of its arguments.
+    """`jax.jit` of a function, whose executables are kept on disk, one for each signature of its arguments.
 
     A file is found by the source files of this package, the versions of JAX and what it computes with, the devices
     and the processor, JAX's settings, XLA's flags, `made_from` and the arguments' shapes, dtypes and layouts. Where
     one of these changed but the lowered program did not, the executable is found by that.
 
     Args:
-        jitted: what `jax.jit` returned, without static arguments; it may donate arguments.
+        function: what to compile.
         made_from: what the function closes over; different ones need different `repr`s. If code from elsewhere than
             this package and its libraries is in it, of which nobody knows when it changes, nothing is kept.
         mesh: the devices that the program runs on.
+        options: of `jax.jit`, all but static arguments.
     """
 
-    def __init__(self, jitted: Any, made_from: object, mesh: Mesh):
-        self.lower = jitted.lower
-        self._jitted = jitted
+    def __init__(self, function: Callable[..., Any], made_from: object, mesh: Mesh, **options: Any):
+        self._jitted: Any = jax.jit(function, **options)
+        self.lower = self._jitted.lower
+        self._options = options.get("compiler_options")  # which the lowered program does not show
         self._made_from = made_from
         self._code = _list_code(made_from)
         self._devices = list(mesh.devices.flat)
@@ -94,7 +96,7 @@ class KeptProgram:
         folder = _open_folder()
         if folder is None:
             return self._jitted
-        place = _environment(), self._mesh, [device.id for device in self._devices], signature
+        place = _environment(), self._options, self._mesh, [device.id for device in self._devices], signature
         source_path = folder / (_digest(_sources(), self._made_from, self._code, place) + SUFFIX)
         if executable := self._load(source_path):
             return executable

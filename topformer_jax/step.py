@@ -119,13 +119,14 @@ def build_train_step(
         optimizer=build_optimizer(config),
         loss_function=functools.partial(loss_function, devices=mesh.size),
     )
-    jitted = jax.jit(
+    return programs.KeptProgram(
         step,
+        (config.to_json(), graphdef, loss_function, "train step"),
+        mesh,
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-    return programs.KeptProgram(jitted, (config.to_json(), graphdef, loss_function, "train step"), mesh)
 
 
 def _apply_step(

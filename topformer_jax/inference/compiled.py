@@ -79,11 +79,15 @@ class CompiledInference:
                     check_vma=False,
                 )
                 made_from = (function.__name__, static, graphdef, num_classes, policy, evaluation.to_json())
-                return programs.KeptProgram(jax.jit(per_device, **options), made_from, mesh)
+                return programs.KeptProgram(per_device, made_from, mesh, **options)
 
             return program
 
-        self.logits = make_program(self._logits, replicated, batch, replicated)
+        # XLA's CPU backend prefers vectors of 256 bits. With 512 Tiny takes 100 ms instead of 111 ms on a CPU that
+        # has them (8 x 512 x 512, 2 cores of AMD's Zen 4).
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        wide = {"xla_cpu_prefer_vector_width": 512} if on_cpu else None
+        self.logits = make_program(self._logits, replicated, batch, replicated, compiler_options=wide)
         self.predict_and_count = make_program(self._predict_and_count, batch, batch, batch, donate_argnums=2)
         self.probabilities = make_program(self._probabilities, batch, batch)
 

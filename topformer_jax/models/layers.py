@@ -38,7 +38,8 @@ class DTypePolicy:
         param_dtype: that parameters and BatchNorm statistics are stored in.
         precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full
             float32: no TF32 on GPUs, no bfloat16 passes on TPUs.
-        depthwise_impl: `method` of `ops.depthwise.depthwise_conv` and of `ops.stem.stem_conv`.
+        depthwise_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.stem.stem_conv` and of
+            `ops.pointwise.pointwise_conv`.
 
     >>> policy = DTypePolicy(dtype=jnp.bfloat16)
     >>> policy.accum_dtype, policy.matmul_precision
@@ -159,7 +160,7 @@ class Conv(nnx.Module):
             x = zero_outside(x, size)
         precision = policy.matmul_precision
         if kernel == 1 and self.stride == 1 and self.groups == 1:
-            x = pointwise_conv(x, weight[0, 0], precision=precision)
+            x = pointwise_conv(x, weight[0, 0], method=policy.depthwise_impl, precision=precision)
         elif group_inputs == 1 and self.groups == outputs:
             x = depthwise_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
         elif group_inputs <= STEM_MAX_INPUTS and self.groups == 1:
