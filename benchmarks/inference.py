@@ -50,7 +50,7 @@ def our_programs(model: models.Segmenter, images: np.ndarray) -> dict[str, Progr
         predictions, _, totals = compiled.predict_and_count(shapes.supports)(views, batch.tiles, totals)
         return predictions
 
-    program = compiled.logits(shapes, 0)
+    program = compiled.network(shapes, 0)
     logits = timing.start(f"{OURS}, logits", lambda: program(*network), program, *network)
     after = (
         compiled.compute_views(tensors, shapes, batch),

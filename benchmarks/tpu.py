@@ -117,13 +117,15 @@ def evaluation_rows(
     flip = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated)
     totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.num_classes**2), jnp.int32, sharding=divided)
     logits: list[Any] = [
-        abstract(jax.eval_shape(programs.logits(shapes, ratio), tensors, network, flip), divided)
+        abstract(jax.eval_shape(programs.network(shapes, ratio), tensors, network, flip), divided)
         for ratio, network in enumerate(batch.networks)
         for _ in view_flips(config.evaluation)
     ]
     views = [ViewLogits(*view) for view in zip(logits, batch.row_resizes, batch.column_resizes, strict=True)]
     return [
-        compile_row(case, "evaluation, logits", programs.logits(shapes, 0), tensors, batch.networks[0], flip),
+        compile_row(
+            case, "evaluation, logits", programs.network(shapes, 0), tensors, batch.networks[0], flip
+        ),
         compile_row(
             case,
             "evaluation, count",

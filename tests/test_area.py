@@ -15,7 +15,7 @@ from flax import nnx
 from tests.parity import distance, model_from, normalize, run, settings_for, to_nchw, to_nhwc
 from tests.reference import network as reference
 from topformer_jax import config, load, models
-from topformer_jax.models.area import WHOLE, ImageArea, inside, make_image_area, zero_outside
+from topformer_jax.models.area import WHOLE, ImageArea, image_mask, make_image_area, zero_outside
 from topformer_jax.ops.resample import adaptive_avg_pool, resize
 
 CANVAS = (192, 256)
@@ -116,7 +116,7 @@ def test_matrices_as_data_resize_each_image() -> None:
 
 def test_inside_and_outside() -> None:
     size = jnp.array([[2, 1], [1, 3]], jnp.int32)
-    assert inside(size, 2, 3).astype(int).tolist() == [[[1, 0, 0], [1, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
+    assert image_mask(size, 2, 3).astype(int).tolist() == [[[1, 0, 0], [1, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
     maps = jnp.full((2, 2, 3, 1), jnp.nan)
     assert np.isnan(zero_outside(maps, size)[1, 0]).all()
     assert not zero_outside(maps, size)[1, 1].any()

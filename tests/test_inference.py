@@ -232,13 +232,13 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
     )
     inference.Predictor(_evaluated_by(again, scale=(64, 64)))(np.ones((49, 59, 3), np.uint8))
     programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
-    shapes = plan_shapes([(50, 60)], model.config.evaluation, rounded=True)
-    for function, static in (
-        (programs.logits, (shapes, 0)),
-        (programs.predict_and_count, (shapes.supports,)),
+    shapes = plan_shapes([(50, 60)], model.config.evaluation, round_up=True)
+    for function, program in (
+        (programs.logits, programs.network(shapes, 0)),
+        (programs.predict_and_count, programs.predict_and_count(shapes.supports)),
     ):
-        assert function.cache_info().currsize == 1  # type: ignore[attr-defined]
-        assert function(*static).cache_size() == 1
+        assert getattr(function, "cache_info")().currsize == 1  # noqa: B009
+        assert getattr(program, "_jitted")._cache_size() == 1  # noqa: B009
 
 
 def test_memory_of_a_large_picture(small: models.Segmenter) -> None:

@@ -69,7 +69,7 @@ def test_ade_is_a_few_full_batches(devices: int, rows_per_device: int) -> None:
 def test_images_of_one_size_are_not_masked() -> None:
     shapes = plan_shapes([(1024, 2048)] * 3, config_lib.load("topformer_b_cityscapes").evaluation)
     assert not shapes.masked
-    assert shapes.canvases == (shapes.buffers,)
+    assert shapes.canvases == shapes.buffers
 
 
 def test_more_canvases_pad_less() -> None:
@@ -143,3 +143,23 @@ def test_hundreds_of_shapes_are_merged_quickly() -> None:
     found = merge_shapes(shapes, [1] * 3000, lambda s: s[..., ::2] * s[..., 1::2], 4, 0.2)
     assert len(found) <= 4
     assert all(any(np.all(np.array(shape) <= large) for large in found) for shape in shapes)
+
+
+def test_a_data_set_without_images_has_no_batches() -> None:
+    plan = plan_evaluation([], config_lib.base_config().evaluation, devices=2, rows_per_device=2)
+    assert plan.batches == ()
+
+
+def test_tall_images_need_no_more_tiles_than_wide_ones() -> None:
+    assert geometry.label_grid((10_000, 500)) == (512, 8)
+    assert geometry.label_grid((500, 10_000)) == (16, 128)
+
+
+def test_sliding_windows_of_wide_images_do_not_enlarge_those_of_tall_ones() -> None:
+    config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.mode": "slide"})
+    evaluation = config.evaluation
+    shapes = plan_shapes([(512, 1200), (1200, 512), (300, 300)], evaluation)
+    for canvas in range(len(shapes.canvases)):
+        alone = shapes.select_canvas(canvas)
+        assert geometry.logits_size(alone, 0) <= geometry.logits_size(shapes, 0)
+    assert shapes.window_capacity(0) == geometry.largest_size([windows[0] for windows in shapes.max_windows])

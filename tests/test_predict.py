@@ -1,16 +1,19 @@
 """Prediction and browsing from the command line: what they write, and what they say about what they cannot read."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import cv2
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
 import pytest
 
 from topformer_jax import checkpoints, config, inference, load, models, predict
-from topformer_jax.data.codecs import decode_image, decode_label
+from topformer_jax.data.codecs import decode_image, decode_label, read_image_size
 from topformer_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -123,3 +126,23 @@ def test_browse_shows_what_training_sees(tmp_path: pathlib.Path) -> None:
     assert shown.shape[0] > 3 * 256
     assert shown.shape[1] > 3 * 256
     assert len(np.unique(shown.reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_size_of_an_image_is_read_from_its_header(tmp_path: pathlib.Path) -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    for suffix in (".png", ".jpg", ".webp", ".bmp"):
+        path = tmp_path / f"a{suffix}"
+        cv2.imwrite(str(path), image)
+        assert read_image_size(str(path)) == (40, 60)
+    turned = PIL.Image.new("RGB", (60, 40))
+    exif = turned.getexif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    for suffix in (".png", ".jpg"):
+        path = tmp_path / f"turned{suffix}"
+        turned.save(path, exif=exif)
+        assert read_image_size(str(path)) == decode_image(path.read_bytes(), "turned").shape[:2] == (60, 40)
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    assert read_image_size(str(broken)) is None
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    assert read_image_size(str(tmp_path / "pipe")) is None

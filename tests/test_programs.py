@@ -218,3 +218,15 @@ def test_unused_and_too_many_files_are_deleted(folder: pathlib.Path, monkeypatch
 def test_nothing_is_kept_unless_a_command_says_where(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(Doubler()(), 2 * np.arange(8))
     assert programs._folder is None
+
+
+def test_unused_programs_are_deleted_and_nothing_else(folder: pathlib.Path) -> None:
+    folder.mkdir(mode=0o700, parents=True)
+    old = 1e9  # seconds since 1970
+    files = {name: folder / name for name in ("unused.program", "notes.txt")}
+    for file in files.values():
+        file.write_bytes(b"x")
+        os.utime(file, (old, old))
+    Doubler()()
+    assert not files["unused.program"].exists()
+    assert files["notes.txt"].exists()

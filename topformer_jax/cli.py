@@ -63,9 +63,14 @@ def answer_help(module: str, make_parser: Callable[[], Parser]) -> None:
         module: the caller's `__name__`.
         make_parser: makes the command's parser.
     """
-    asked = {"-h", "--help", "--help-config"} & set(sys.argv[1:])
-    if module == "__main__" and asked:
-        make_parser().parse_args([asked.pop()])
+    flags = [word for word in sys.argv[1:] if word in ("-h", "--help", "--help-config")]
+    if module != "__main__" or not flags:
+        return
+    try:
+        make_parser().parse_args(flags[:1])
+    except BrokenPipeError:  # of `--help-config | head`
+        _discard_output()
+        sys.exit(2)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,14 +135,18 @@ def run(main: Callable[[], None]) -> None:
             f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
             file=sys.stderr,
         )
-        # Python flushes stdout as it exits: it would fail again, with a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard_output()
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         programs.keep_in(None)
+
+
+def _discard_output() -> None:
+    """Lets Python exit after an error of stdout: it flushes it then, and would fail again, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _keep_compiled_programs() -> None:

@@ -97,7 +97,9 @@ def evaluate_split(
     compiled: set[Size] = set()
     for batch in batches:
         shapes = batch.shapes
-        new_sizes = [size for canvas in shapes.canvases for size in canvas if size not in compiled]
+        new_sizes = dict.fromkeys(
+            size for canvas in shapes.canvases for size in canvas if size not in compiled
+        )
         compiled |= set(new_sizes)
         on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
         loaded = {row: next(examples) for row in local_rows if batch.rows[row] is not None}

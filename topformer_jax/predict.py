@@ -28,10 +28,12 @@ cli.answer_help(__name__, make_parser)
 import glob
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Float
 
 from topformer_jax import checkpoints, files, inference, logs
@@ -178,8 +180,9 @@ def main() -> None:
         print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
     files.make_folder(args.output)
-    sizes = [size for image in images if (size := read_image_size(image.path)) is not None]
-    predictor = inference.Predictor(model, image_sizes=sizes)
+    with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
+        sizes = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
+    predictor = inference.Predictor(model, image_sizes=[size for size in sizes if size is not None])
     data_set = sources.find_data_set(config)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(

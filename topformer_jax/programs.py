@@ -10,6 +10,7 @@ Commands keep programs (`keep_in`); in other processes a `KeptProgram` is the ji
 with several processes, where JAX is not to cache, and under a transformation.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -18,6 +19,7 @@ import pathlib
 import pickle
 import platform
 import re
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,9 +30,6 @@ import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
-
-from topformer_jax import files
-from topformer_jax.errors import UserError
 
 MAGIC = b"topformer_jax program 1\n"
 SUFFIX = ".program"
@@ -87,10 +86,6 @@ class KeptProgram:
             self._executables[signature] = self._load_or_compile(args, signature)
         return self._executables[signature](*args)
 
-    def cache_size(self) -> int:
-        """How many executables of this program this process has."""
-        return len(self._executables) + self._jitted._cache_size()
-
     def _load_or_compile(self, args: Any, signature: Any) -> Any:
         """An executable for arguments like these, from disk or else compiled and written there."""
         folder = _open_folder()
@@ -103,7 +98,8 @@ class KeptProgram:
         lowered = self._jitted.lower(*args)
         lowered_path = folder / (_digest(lowered.as_text(), lowered.out_tree, place) + SUFFIX)
         if executable := self._load(lowered_path):
-            _write(source_path, lowered_path.read_bytes())
+            with contextlib.suppress(OSError):  # another process may have deleted it since
+                _write(source_path, lowered_path.read_bytes())
             return executable
         executable = _compile_anew(lowered)
         try:
@@ -119,18 +115,20 @@ class KeptProgram:
     def _load(self, path: pathlib.Path) -> Any:
         """The executable of a file, or None if there is none that is whole and that this JAX can load."""
         try:
-            if not _is_private(path):
-                return None
-            checksum, data = _split(path.read_bytes())
+            with path.open("rb") as file:
+                if not _is_private(os.fstat(file.fileno())):
+                    return None
+                checksum, data = _split(file.read())
             if hashlib.sha256(data).digest() != checksum:
                 return None
             program, inputs, results = pickle.loads(zlib.decompress(data))
             executable = serialize_executable.deserialize_and_load(
                 program, inputs, results, execution_devices=self._devices
             )
-            os.utime(path)
         except Exception:  # of many kinds; it is compiled then
             return None
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            os.utime(path)
         return executable
 
 
@@ -168,24 +166,27 @@ def _open_folder() -> pathlib.Path | None:
     assert _folder is not None
     try:
         _folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _folder if _is_private(_folder) else None
+        return _folder if _is_private(_folder.stat(follow_symlinks=False)) else None
     except OSError:
         return None
 
 
-def _is_private(path: pathlib.Path) -> bool:
+def _is_private(status: os.stat_result) -> bool:
     """Whether a file or folder belongs to this user, and nobody else may write it."""
-    status = path.stat(follow_symlinks=False)
     return status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file atomically; a full disk is no reason to end a command."""
-    try:
-        files.write_file(path, content)
-        path.chmod(0o600)
-    except (UserError, OSError):
-        return
+    with contextlib.suppress(OSError):
+        descriptor, name = tempfile.mkstemp(SUFFIX, dir=path.parent)  # nobody else may open it
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
 
 
 def _delete_old(folder: pathlib.Path) -> None:
@@ -194,11 +195,12 @@ def _delete_old(folder: pathlib.Path) -> None:
     for modified, size, path in sorted(_list(folder), reverse=True):
         total += size
         if now - modified > UNUSED_DAYS * 86400 or total > MAX_BYTES:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _list(folder: pathlib.Path) -> Iterator[tuple[float, int, pathlib.Path]]:
-    for path in folder.iterdir():  # what an interrupted write left behind, too
+    for path in folder.glob(f"*{SUFFIX}"):  # with what an interrupted write left behind
         try:
             status = path.stat()
         except OSError:  # another process deleted it

@@ -66,7 +66,7 @@ def load_model(
 
     >>> from topformer_jax import config
     >>> model = load_model(config.ade20k("tiny"))
-    >>> model(jnp.zeros((1, 64, 96, 3))).shape
+    >>> model(np.zeros((1, 64, 96, 3), np.float32)).shape
     (1, 8, 12, 150)
     """
     return _load_weights(models.build(config), checkpoint, part)

@@ -125,7 +125,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "model.depthwise_impl": Setting(
             "auto",
-            "form of the depthwise convolutions and the stem; auto: shifted on a CPU, library elsewhere",
+            "form of the depthwise convolutions, the stem and, in inference, 1x1 convolutions of few channels; auto: "
+            "shifted on a CPU, library elsewhere",
             ("auto", "shifted", "library"),
         ),
     },
@@ -213,8 +214,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows of slide", PIXELS),
         "evaluation.max_canvases": Setting(
             4,
-            "input shapes that the network is compiled for, at most; smaller images are padded. More: fewer padded "
-            "pixels, longer compilation",
+            "input shapes that the network is compiled for, at most, for each ratio; smaller images are padded. "
+            "More: fewer padded pixels, longer compilation",
             Range(1, 64),
         ),
         "evaluation.per_device_batch_size": Setting(

@@ -5,6 +5,7 @@ Every broken file is refused by a UserError with its name, before OpenCV fills w
 
 import functools
 import io
+import os
 import struct
 import zlib
 
@@ -115,11 +116,14 @@ def read_image_size(path: str) -> tuple[int, int] | None:
     >>> read_image_size("no such file") is None
     True
     """
+    if not os.path.isfile(path):  # a pipe can be read once
+        return None
     try:
         with PIL.Image.open(path) as image:
             width, height = image.size
-            # Values from 5 on turn the image by 90 degrees.
-            is_turned = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+            # Pillow decodes a PNG to look for EXIF data at its end. Values from 5 on turn the image by 90 degrees.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            is_turned = has_exif and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
     except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
         return None
     return (width, height) if is_turned else (height, width)

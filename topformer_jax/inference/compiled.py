@@ -36,13 +36,13 @@ Supports = tuple[ViewSizes, ...]  # those of `ProgramShapes`
 class CompiledInference:
     """The jitted programs of one network on one mesh; each device computes its own images independently.
 
-    The number of images a device computes at once is fixed, so the result for an image does not depend on how many
-    devices there are.
+    The number of images a device computes at once is fixed, so that an image is computed by the same operations on
+    the same shapes however many devices there are.
 
     Attributes:
         num_classes, evaluation, mesh: what the programs were made for.
-        logits: `(shapes, ratio)` to the program `(tensors, input, flip) -> [n, h, classes, w]`, the logits of all
-            windows of one ratio side by side.
+        logits: `(canvases, size)` to the program `(tensors, input, flip) -> [n, h, classes, w]`, the logits of all
+            windows of one ratio side by side; `size` is (h, w).
         predict_and_count: `(supports)` to the program `(views, tiles, totals) -> (predictions, pixels, totals)`.
         probabilities: `(supports)` to the program `(views, tiles) -> [n, tiles, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
@@ -96,16 +96,20 @@ class CompiledInference:
     ) -> list[ViewLogits]:
         """The logits of every view of a batch that lies on the mesh (see `make_global_batch`)."""
         views = [
-            (ratio, flip) for ratio in range(len(shapes.buffers)) for flip in view_flips(self.evaluation)
+            (ratio, flip) for ratio in range(len(shapes.canvases[0])) for flip in view_flips(self.evaluation)
         ]
         return [
             ViewLogits(
-                self.logits(shapes, ratio)(tensors, batch.networks[ratio], np.bool_(flip)), rows, columns
+                self.network(shapes, ratio)(tensors, batch.networks[ratio], np.bool_(flip)), rows, columns
             )
             for (ratio, flip), rows, columns in zip(
                 views, batch.row_resizes, batch.column_resizes, strict=True
             )
         ]
+
+    def network(self, shapes: ProgramShapes, ratio: int) -> Callable[..., Any]:
+        """The program of `logits` for images of these shapes at a ratio; of equal canvases it is the same one."""
+        return self.logits(tuple(canvas[ratio] for canvas in shapes.canvases), logits_size(shapes, ratio))
 
     def zero_totals(self) -> Int32[Array, "devices 2 pairs"]:
         """What `predict_and_count` starts from: the two parts of each device's confusion matrix."""
@@ -119,17 +123,13 @@ class CompiledInference:
         return (lower + (upper << LOWER_BITS)).reshape(self.num_classes, self.num_classes)
 
     def _logits(
-        self, shapes: ProgramShapes, ratio: int, tensors: Any, inputs: NetworkInput, flip: Array
+        self, canvases: tuple[Size, ...], size: Size, tensors: Any, inputs: NetworkInput, flip: Array
     ) -> Float[Array, "n h classes w"]:
         """The logits of all windows side by side, padded to one of few sizes."""
         if self.evaluation.flip:
             mirrored = jax.vmap(_mirror)(jnp.asarray(inputs.image), jnp.asarray(inputs.size)[:, 1])
             inputs = inputs._replace(image=jnp.where(flip, mirrored, inputs.image))
-        size = logits_size(shapes, ratio)
-        branches = [
-            functools.partial(self._compute_windows, canvas=canvas[ratio], size=size)
-            for canvas in shapes.canvases
-        ]
+        branches = [functools.partial(self._compute_windows, canvas=canvas, size=size) for canvas in canvases]
 
         def no_images(_: Any, inputs: NetworkInput) -> Array:
             return jnp.zeros((len(inputs.image), size[0], self.num_classes, size[1]), self.dtype)

@@ -4,6 +4,7 @@ As in mmsegmentation, an image is resized to fit `evaluation.scale` (times each 
 up to multiples of `evaluation.size_divisor`. Everything here runs on the host, in numpy.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,30 +18,47 @@ ViewSizes = tuple[Size, ...]  # a (height, width) for each ratio
 Windows = tuple[tuple[tuple[int, ...], int], tuple[tuple[int, ...], int]]
 
 
+def largest_size(sizes: Sequence[Size]) -> Size:
+    """The smallest size that all of them fit into."""
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+
 class ProgramShapes(NamedTuple):
     """What is static in the programs; images of many sizes fit into it (see `plan.plan_shapes`)."""
 
     canvases: tuple[ViewSizes, ...]  # of the network's input; each image takes one of them
-    buffers: ViewSizes  # that the resized images lie in; with sliding windows larger than the canvases
-    max_windows: ViewSizes  # windows, down and across
+    buffers: tuple[
+        ViewSizes, ...
+    ]  # one for each canvas, that resized images lie in; larger with sliding windows
+    max_windows: tuple[ViewSizes, ...]  # one for each canvas: sliding windows, down and across
     supports: tuple[
         ViewSizes, ...
     ]  # cells of the logits that a tile depends on; each image takes one of them
     masked: bool  # False where every image fills its canvas: the plain network
 
-    def only(self, canvas: int) -> "ProgramShapes":
-        """The shapes for the images of one of the canvases, in mode "whole" without the others' buffers."""
-        chosen = self.canvases[canvas]
-        buffers = chosen if set(self.max_windows) == {(1, 1)} else self.buffers
-        return self._replace(canvases=(chosen,), buffers=buffers)
+    def select_canvas(self, canvas: int) -> "ProgramShapes":
+        """The shapes for the images of one of the canvases."""
+        return self._replace(
+            canvases=(self.canvases[canvas],),
+            buffers=(self.buffers[canvas],),
+            max_windows=(self.max_windows[canvas],),
+        )
+
+    def buffer(self, ratio: int) -> Size:
+        """What every image at a ratio fits into."""
+        return largest_size([buffer[ratio] for buffer in self.buffers])
+
+    def window_capacity(self, ratio: int) -> Size:
+        """The most windows, down and across, of any image at a ratio."""
+        return largest_size([windows[ratio] for windows in self.max_windows])
 
     def fits(self, smaller: "ProgramShapes") -> bool:
         """Whether what fits into other shapes of one canvas and support fits into these."""
         pairs = [
             (smaller.canvases, self.canvases),
             (smaller.supports, self.supports),
-            ((smaller.buffers,), (self.buffers,)),
-            ((smaller.max_windows,), (self.max_windows,)),
+            (smaller.buffers, self.buffers),
+            (smaller.max_windows, self.max_windows),
         ]
         return all(_choose(large, small[0]) is not None for small, large in pairs)
 
@@ -139,7 +157,10 @@ def logits_size(shapes: ProgramShapes, ratio: int) -> Size:
     canvases share them, that would be too much memory.
     """
     height, width = (
-        shapes.max_windows[ratio][axis] * max(num_cells(canvas[ratio][axis]) for canvas in shapes.canvases)
+        max(
+            windows[ratio][axis] * num_cells(canvas[ratio][axis])
+            for windows, canvas in zip(shapes.max_windows, shapes.canvases, strict=True)
+        )
         for axis in (0, 1)
     )
     if len(shapes.canvases) == 1:
@@ -161,10 +182,9 @@ def tile_grid(size: Size) -> Size:
 
 
 def label_grid(size: Size) -> Size:
-    """The tiles (down, across) that an image's labels are laid out in: one of few grids, 16 x 8, 32 x 16, ..."""
+    """The tiles (down, across) that an image's labels are laid out in: one of few grids, 16 x 8, 32 x 8, ..."""
     down, across = tile_grid(size)
-    down = max(16, round_up_to_power(2, max(down, 2 * across)))
-    return down, down // 2
+    return max(16, round_up_to_power(2, down)), max(8, round_up_to_power(2, across))
 
 
 def round_up_to_power(base: int, count: int) -> int:

@@ -15,6 +15,7 @@ from topformer_jax.inference.geometry import (
     choose_canvas,
     choose_support,
     label_grid,
+    largest_size,
     logits_size,
     needed_support,
     network_sizes,
@@ -117,7 +118,7 @@ def padding_input(
     rows: list[BandedResize] = []
     columns: list[BandedResize] = []
     pixel = np.zeros((1, 1, 3), np.uint8)  # an image has at least one
-    for ratio in range(len(shapes.buffers)):
+    for ratio in range(len(shapes.canvases[0])):
         windows = (((0,), 1), ((0,), 1))
         networks.append(_make_network_input(pixel, windows, len(shapes.canvases), shapes, ratio, dtype))
         for _ in view_flips(evaluation):
@@ -159,14 +160,14 @@ def _make_network_input(
     area = WHOLE
     if shapes.masked:
         # The matrices of the largest canvas, of which the others take the corner.
-        height, width = np.max([choice[ratio] for choice in shapes.canvases], axis=0)
-        area = make_image_area((windows[0][1], windows[1][1]), (int(height), int(width)), dtype)
+        largest = largest_size([choice[ratio] for choice in shapes.canvases])
+        area = make_image_area((windows[0][1], windows[1][1]), largest, dtype)
     tops, lefts = (
         np.pad(first, (0, most - len(first)))
-        for first, most in zip(starts, shapes.max_windows[ratio], strict=True)
+        for first, most in zip(starts, shapes.window_capacity(ratio), strict=True)
     )
     return NetworkInput(
-        _at_top_left(image, shapes.buffers[ratio]),
+        _at_top_left(image, shapes.buffer(ratio)),
         np.array(image.shape[:2], np.int32),
         np.array(canvas, np.int32),
         area,

@@ -17,6 +17,8 @@ from topformer_jax.inference.geometry import (
     ViewSizes,
     choose_canvas,
     label_grid,
+    largest_size,
+    logits_size,
     needed_support,
     network_sizes,
     round_up_to_power,
@@ -65,9 +67,16 @@ class EvalPlan(NamedTuple):
         return 1 - inside / max(total, 1)
 
     def num_programs(self) -> tuple[int, int]:
-        """How many programs it compiles: networks, and those that resize and count after them."""
-        grids = {batch.grid for batch in self.batches}
-        return len(set(self.shapes.canvases)), len(grids) * len(self.shapes.supports)
+        """How many programs it compiles: networks, and those that resize and count after them.
+
+        A branch counts as a program.
+        """
+        ratios = range(len(self.shapes.canvases[0]))
+        networks = {(ratio, canvas[ratio]) for canvas in self.shapes.canvases for ratio in ratios}
+        counting = {
+            (batch.grid, *(logits_size(batch.shapes, ratio) for ratio in ratios)) for batch in self.batches
+        }
+        return len(networks), len(counting) * len(self.shapes.supports)
 
 
 def plan_evaluation(
@@ -86,6 +95,8 @@ def plan_evaluation(
         devices: of all processes.
         rows_per_device: images that a device computes at once.
     """
+    if not image_sizes:
+        return EvalPlan(plan_shapes([(1, 1)], evaluation), ())
     shapes = plan_shapes(image_sizes, evaluation)
     canvases = [choose_canvas(shapes, window_sizes(size, evaluation)) for size in image_sizes]
     grids = [label_grid(size) for size in image_sizes]
@@ -106,7 +117,7 @@ def plan_evaluation(
             first = number * devices // len(spread) * rows_per_device
             rows[first : first + len(chunk)] = chunk
         largest = np.max([grids[index] for chunk in spread for index in chunk], axis=0)
-        batch_shapes = shapes.only(canvases[spread[0][0]]) if devices == 1 else shapes
+        batch_shapes = shapes.select_canvas(canvases[spread[0][0]]) if devices == 1 else shapes
         batches.append(EvalBatch(batch_shapes, tuple(rows), (int(largest[0]), int(largest[1]))))
     return EvalPlan(shapes, tuple(batches))
 
@@ -122,23 +133,26 @@ def _spread(chunks: list[list[int]], devices: int) -> list[list[int]]:
 
 
 def plan_shapes(
-    image_sizes: Sequence[Size], evaluation: ConfigDict, *, rounded: bool = False
+    image_sizes: Sequence[Size], evaluation: ConfigDict, *, round_up: bool = False
 ) -> ProgramShapes:
     """The static shapes of the programs for images of these sizes.
 
     Args:
         image_sizes: (height, width) of images, in any order.
         evaluation: the settings `config.evaluation`.
-        rounded: whether canvases are rounded up to one of few sizes, so that other images can share the programs.
+        round_up: whether canvases are rounded up to one of few sizes, so that other images can share the programs.
     """
     number_of = collections.Counter(image_sizes)
     sizes, counts = list(number_of), list(number_of.values())
     inputs = [network_sizes(size, evaluation) for size in sizes]
     windows = [window_sizes(size, evaluation) for size in sizes]
-    max_windows = np.max([_flat(window_counts(size, evaluation)) for size in sizes], axis=0)
-    if rounded:
+    num_windows = [window_counts(size, evaluation) for size in sizes]
+    if round_up:
         inputs, windows = ([_round_up(size) for size in sizes] for sizes in (inputs, windows))
-        max_windows = [round_up_to_power(2, int(count)) for count in max_windows]
+        num_windows = [
+            tuple((round_up_to_power(2, down), round_up_to_power(2, across)) for down, across in counts)
+            for counts in num_windows
+        ]
         if evaluation.mode == "slide":
             down, across = evaluation.crop_size
             windows = [tuple((min(h, down), min(w, across)) for h, w in sizes) for sizes in windows]
@@ -157,14 +171,23 @@ def plan_shapes(
         MAX_SUPPORTS,
         MAX_SUPPORT_PADDING,
     )
-    chosen = tuple(_pairs(canvas) for canvas in canvases)
-    buffers = np.max([_flat(shape) for shape in (*inputs, *chosen)], axis=0)
-    return ProgramShapes(
-        chosen,
-        _pairs(buffers),
-        _pairs(max_windows),
+    shapes = ProgramShapes(
+        tuple(_pairs(canvas) for canvas in canvases),
+        (),
+        (),
         tuple(_pairs(support) for support in supports),
-        masked=rounded or any(window not in chosen for window in windows),
+        True,
+    )
+    of_canvas: list[list[int]] = [[] for _ in canvases]
+    for index, window in enumerate(windows):
+        of_canvas[choose_canvas(shapes, window)].append(index)
+    return shapes._replace(
+        buffers=tuple(
+            _largest([canvas, *(inputs[index] for index in group)])
+            for canvas, group in zip(shapes.canvases, of_canvas, strict=True)
+        ),
+        max_windows=tuple(_largest([num_windows[index] for index in group]) for group in of_canvas),
+        masked=round_up or any(window not in shapes.canvases for window in windows),
     )
 
 
@@ -261,6 +284,11 @@ def _round_up(sizes: ViewSizes) -> ViewSizes:
 
 def _flat(sizes: ViewSizes) -> tuple[int, ...]:
     return tuple(side for size in sizes for side in size)
+
+
+def _largest(sizes: Sequence[ViewSizes]) -> ViewSizes:
+    """For each ratio, what all fit into."""
+    return tuple(largest_size(of_ratio) for of_ratio in zip(*sizes, strict=True))
 
 
 def _pairs(numbers: Sequence[int] | np.ndarray) -> ViewSizes:

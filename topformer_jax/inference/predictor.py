@@ -51,9 +51,9 @@ class Predictor:
         self._tensors = jax.device_put(tensors, sharding.replicated(mesh))
         self._shapes: list[ProgramShapes] = []
         if image_sizes:
-            planned = plan_shapes(image_sizes, self._programs.evaluation, rounded=True)
+            planned = plan_shapes(image_sizes, self._programs.evaluation, round_up=True)
             # A program for each canvas, so that those of another folder can be among them.
-            self._shapes = [planned.only(canvas) for canvas in range(len(planned.canvases))]
+            self._shapes = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
@@ -75,7 +75,7 @@ class Predictor:
 
     def _find_shapes(self, size: Size) -> ProgramShapes:
         """Those made before that the image fits into with the least padding; new ones where it would be too much."""
-        own = plan_shapes([size], self._programs.evaluation, rounded=True)
+        own = plan_shapes([size], self._programs.evaluation, round_up=True)
         fitting = [shapes for shapes in self._shapes if shapes.fits(own)]
         best = min(fitting, key=lambda shapes: shapes.pixels(), default=own)
         if best.pixels() > MAX_PADDED * own.pixels():

@@ -97,7 +97,7 @@ def _ceil_divide(pixels: int, stride: int) -> int:
     return -(-pixels // stride)
 
 
-def inside(size: Int32[Array, "n 2"], height: int, width: int) -> Bool[Array, "n height width"]:
+def image_mask(size: Int32[Array, "n 2"], height: int, width: int) -> Bool[Array, "n height width"]:
     """Which positions of feature maps lie inside of the images of these sizes at their stride."""
     rows = jnp.arange(height, dtype=size.dtype) < size[:, :1]
     columns = jnp.arange(width, dtype=size.dtype) < size[:, 1:]
@@ -108,4 +108,4 @@ def zero_outside(x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None) -
     """Feature maps with zeros outside of the images; unchanged where `size` is None."""
     if size is None:
         return x
-    return jnp.where(inside(size, *x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))
+    return jnp.where(image_mask(size, *x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))

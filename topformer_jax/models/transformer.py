@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from topformer_jax.models.area import inside
+from topformer_jax.models.area import image_mask
 from topformer_jax.models.layers import Conv, ConvBN, Dropout, DTypePolicy, relu6, sequential
 
 
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
             preferred_element_type=policy.accum_dtype,
         )
         if size is not None:  # no weight for keys outside of the image
-            keys = inside(size, h, w).reshape(n, 1, 1, h * w)
+            keys = image_mask(size, h, w).reshape(n, 1, 1, h * w)
             scores = jnp.where(keys, scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(policy.dtype)
         y = jnp.matmul(weights, value, precision=policy.matmul_precision)
