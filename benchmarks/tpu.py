@@ -24,7 +24,6 @@ from benchmarks import samples, timing, traffic
 from benchmarks.timing import Row
 from topformer_jax import cli, models, sharding, step
 from topformer_jax import config as config_lib
-from topformer_jax.data.transforms import Size
 from topformer_jax.errors import UserError
 from topformer_jax.inference import compile_inference
 from topformer_jax.inference.geometry import ProgramShapes, view_flips
@@ -90,27 +89,27 @@ def step_row(case: str, config: ConfigDict, devices: Sequence[jax.Device], *, pl
     return compile_row(case, "plain train step" if plain else "train step", train_step, *arguments)
 
 
-def evaluation_plans(config: ConfigDict, devices: int) -> dict[str, tuple[ProgramShapes, Size]]:
-    """Programs of evaluations by name, and the size of an image: of one size, the same masked, of many sizes."""
+def evaluation_plans(config: ConfigDict, devices: int) -> dict[str, ProgramShapes]:
+    """The shapes of evaluations by name: of images of one size, of the same masked, of many sizes."""
     one = plan_shapes([samples.SIZE], config.evaluation)
     many = samples.data_set_sizes("ade20k", 2000)
     planned = plan_evaluation(many, config.evaluation, devices=devices, rows_per_device=IMAGES_PER_CHIP)
     return {
-        "one size": (one, samples.SIZE),
-        "one size, masked": (one._replace(masked=True), samples.SIZE),
-        f"{len(set(many))} sizes": (planned.shapes, samples.SIZE),
+        "one size": one,
+        "one size, masked": one._replace(masked=True),
+        f"{len(set(many))} sizes": planned.shapes,
     }
 
 
 def evaluation_rows(
-    case: str, config: ConfigDict, devices: Sequence[jax.Device], shapes: ProgramShapes, size: Size
+    case: str, config: ConfigDict, devices: Sequence[jax.Device], shapes: ProgramShapes
 ) -> list[Row]:
-    """The two programs of an evaluation, `IMAGES_PER_CHIP` images a chip."""
+    """The two programs of an evaluation, `IMAGES_PER_CHIP` images of `samples.SIZE` a chip."""
     mesh = sharding.make_inference_mesh(devices)
     model = models.build_segmenter(config)
     programs = compile_inference(model, mesh)
     divided, replicated = programs.batch_sharding, sharding.replicated(mesh)
-    image = np.zeros((*size, 3), np.uint8)
+    image = np.zeros((*samples.SIZE, 3), np.uint8)
     inputs = prepare_input(image, None, config.evaluation, shapes, dtype=programs.dtype.name)
     batch = jax.tree.map(lambda x: abstract(x, divided, IMAGES_PER_CHIP * mesh.size), inputs)
     tensors = jax.tree.map(lambda x: abstract(x, replicated), models.state_dict(model))
@@ -170,8 +169,8 @@ def main() -> None:
                     form = "plain train step" if plain else "train step"
                     notes.append(f"{case}, {form}: out of memory ({used[0] if used else 'of a chip'})")
         if args.evaluation:
-            for plan, (shapes, size) in evaluation_plans(config, len(devices)).items():
-                rows += evaluation_rows(f"{name}, {plan}", config, devices, shapes, size)
+            for plan, shapes in evaluation_plans(config, len(devices)).items():
+                rows += evaluation_rows(f"{name}, {plan}", config, devices, shapes)
     title = f"tpu: {timing.describe(config)}, crops {tuple(config.data.crop_size)}, a chip"
     timing.report(title, rows, args, notes)
 

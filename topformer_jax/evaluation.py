@@ -103,8 +103,10 @@ def evaluate_split(
         compiled |= set(new_sizes)
         on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
         loaded = {row: next(examples) for row in local_rows if batch.rows[row] is not None}
-        padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
-        inputs = {row: loaded[row].inputs if row in loaded else padding for row in local_rows}
+        inputs = {row: example.inputs for row, example in loaded.items()}
+        if len(inputs) < len(local_rows):
+            padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
+            inputs = {row: inputs.get(row, padding) for row in local_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, shapes, global_batch)
         predictions, pixels, totals = programs.predict_and_count(shapes.supports)(

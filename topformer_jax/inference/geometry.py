@@ -27,13 +27,9 @@ class ProgramShapes(NamedTuple):
     """What is static in the programs; images of many sizes fit into it (see `plan.plan_shapes`)."""
 
     canvases: tuple[ViewSizes, ...]  # of the network's input; each image takes one of them
-    buffers: tuple[
-        ViewSizes, ...
-    ]  # one for each canvas, that resized images lie in; larger with sliding windows
-    max_windows: tuple[ViewSizes, ...]  # one for each canvas: sliding windows, down and across
-    supports: tuple[
-        ViewSizes, ...
-    ]  # cells of the logits that a tile depends on; each image takes one of them
+    buffers: tuple[ViewSizes, ...]  # one per canvas: what its images lie in; larger with sliding windows
+    max_windows: tuple[ViewSizes, ...]  # one per canvas: sliding windows, down and across
+    supports: tuple[ViewSizes, ...]  # cells of the logits that a tile needs; each image takes one of them
     masked: bool  # False where every image fills its canvas: the plain network
 
     def select_canvas(self, canvas: int) -> "ProgramShapes":
@@ -164,7 +160,7 @@ def logits_size(shapes: ProgramShapes, ratio: int) -> Size:
         for axis in (0, 1)
     )
     if len(shapes.canvases) == 1:
-        height, width = (max(32, round_up_to_power(2, cells)) for cells in (height, width))
+        height, width = (max(32, round_up_to_power(cells)) for cells in (height, width))
     down, across = (max(support[ratio][axis] for support in shapes.supports) for axis in (0, 1))
     return max(height, down), max(width, across)
 
@@ -184,12 +180,9 @@ def tile_grid(size: Size) -> Size:
 def label_grid(size: Size) -> Size:
     """The tiles (down, across) that an image's labels are laid out in: one of few grids, 16 x 8, 32 x 8, ..."""
     down, across = tile_grid(size)
-    return max(16, round_up_to_power(2, down)), max(8, round_up_to_power(2, across))
+    return max(16, round_up_to_power(down)), max(8, round_up_to_power(across))
 
 
-def round_up_to_power(base: int, count: int) -> int:
-    """The smallest power of `base` that is at least `count`."""
-    power = 1
-    while power < count:
-        power *= base
-    return power
+def round_up_to_power(count: int) -> int:
+    """The smallest power of two that is at least `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()

@@ -150,7 +150,7 @@ def plan_shapes(
     if round_up:
         inputs, windows = ([_round_up(size) for size in sizes] for sizes in (inputs, windows))
         num_windows = [
-            tuple((round_up_to_power(2, down), round_up_to_power(2, across)) for down, across in counts)
+            tuple((round_up_to_power(down), round_up_to_power(across)) for down, across in counts)
             for counts in num_windows
         ]
         if evaluation.mode == "slide":
