@@ -112,7 +112,9 @@ def write_shard(
         for index in range(shard.start, shard.stop):
             example = source[index]
             fields = {"name": example.name, "image": example.image, "label": example.label}
-            record = serializer.serialize_example(features.encode_example(fields))
+            record = serializer.get_tf_example(features.encode_example(fields))
+            # A protocol buffer's map has another order in each process, unless asked for this.
+            record = record.SerializeToString(deterministic=True)
             writer.write(record)
             record_bytes += len(record)
             bar.update()

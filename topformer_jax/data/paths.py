@@ -23,12 +23,15 @@ def as_path(text: str) -> epath.Path:
     Raises:
         UserError: it is in a bucket that this installation cannot open.
     """
-    path = epath.Path(text).expanduser()
-    if not is_bucket(text):
+    protocol = text.partition("://")[0] if is_bucket(text) else ""
+    try:
+        path = epath.Path(text).expanduser()
+    except KeyError:
+        raise UserError(
+            f"{text} cannot be opened: there is no {protocol}://, Cloud Storage is gs://"
+        ) from None
+    if not protocol:
         return path
-    protocol = text.partition("://")[0]
-    if not is_bucket(path):
-        raise UserError(f"{text} cannot be opened: there is no {protocol}://, Cloud Storage is gs://")
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
