@@ -28,18 +28,17 @@ TINY = {
     "schedule.steps": 6,
     "schedule.warmup_steps": 2,
 }
+Workdir = pathlib.Path | Any  # or a path in a bucket
 FOLDER = {"data.source": "folder", "data.dataset": "custom"}
 
 
-def arguments(workdir: pathlib.Path, changes: dict[str, Any]) -> list[str]:
+def arguments(workdir: Workdir, changes: dict[str, Any]) -> list[str]:
     """The command's, for the synthetic shapes with tiny settings and some changes to them."""
     settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
     return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
 
 
-def start(
-    workdir: pathlib.Path, changes: dict[str, Any], *flags: str, devices: int = 1
-) -> subprocess.Popen[str]:
+def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 1) -> subprocess.Popen[str]:
     """The command in a process of its own; it finds what this session has compiled."""
     return subprocess.Popen(
         [sys.executable, "-m", "topformer_jax.train", *arguments(workdir, changes), *flags],
@@ -63,7 +62,7 @@ def only_line(err: str) -> str:
     return err
 
 
-def run(workdir: pathlib.Path, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:
+def run(workdir: Workdir, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:
     """The command in a process of its own; workers that outlived it would hold the pipes open."""
     process = start(workdir, changes)
     try:
@@ -74,7 +73,7 @@ def run(workdir: pathlib.Path, changes: dict[str, Any], *, status: int = 0) -> t
     return out, err
 
 
-def refused_run(workdir: pathlib.Path, changes: dict[str, Any]) -> str:
+def refused_run(workdir: Workdir, changes: dict[str, Any]) -> str:
     return only_line(run(workdir, changes, status=2)[1])
 
 
@@ -92,6 +91,6 @@ def refused(*words: str) -> str:
     return only_line(err.getvalue())
 
 
-def refused_here(workdir: pathlib.Path, changes: dict[str, Any]) -> str:
+def refused_here(workdir: Workdir, changes: dict[str, Any]) -> str:
     """`refused` with the settings of `refused_run`, but for a batch that the devices of the tests divide."""
     return refused(*arguments(workdir, {"batch_size": 8} | changes))

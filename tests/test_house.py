@@ -36,13 +36,18 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
     "step": {"data", "models", "ops", "optimizer", "programs", "sharding"},
     "evaluation": {"data", "inference", "metrics", "models", "processes", "sharding"},
-    "run": BASE | DATA | NETWORK | SHARED | SCORING | {"shutdown", "step"},
+    "run_folder": {"files", "processes"},
+    "run": BASE | DATA | NETWORK | SHARED | SCORING | {"run_folder", "shutdown", "step"},
     # Commands, which do not import each other.
     "browse": BASE | DATA | SHARED,
     "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
     "evaluate": BASE | DATA | NETWORK | SHARED | SCORING,
     "predict": BASE | DATA | NETWORK | SHARED | SCORING,
-    "train": BASE | DATA | NETWORK | SHARED | {"profiler", "run", "shutdown", "step"},
+    "train": BASE
+    | DATA
+    | NETWORK
+    | SHARED
+    | {"checkpoints", "profiler", "run", "run_folder", "shutdown", "step"},
     "__init__": {"checkpoints", "config", "data", "inference", "models", "version"},
 }
 # The only files that import PyTorch, when it is needed: the reading and writing of its files.

@@ -17,6 +17,7 @@ from tests.commands import ROOT, TINY, run, start
 from topformer_jax import checkpoints, config, load, logs, profiler, train
 from topformer_jax.data import loader
 from topformer_jax.errors import UserError
+from topformer_jax.run_folder import RunFolder
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -89,8 +90,11 @@ def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch
 
     monkeypatch.setattr(loader, "DeviceBatches", HostBatches)
     settings = config.load(config.shapes(), TINY | {"batch_size": 8})
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        train.train(settings, tmp_path / "run")
+    with (
+        RunFolder(tmp_path / "run", 60) as folder,
+        pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"),
+    ):
+        train.train(settings, folder)
 
 
 def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:

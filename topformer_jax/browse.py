@@ -5,16 +5,14 @@
 Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black.
 """
 
-import pathlib
-
-from topformer_jax import cli
+from topformer_jax import cli, files
 
 
 def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--output", type=pathlib.Path, metavar="FILE", help="default: runs/<config name>/browse.png"
+        "--output", type=files.as_path, metavar="FILE", help="default: runs/<config name>/browse.png"
     )
     parser.add_argument(
         "--count", type=int, default=8, help="number of examples, at most the batch size (default 8)"
@@ -90,7 +88,7 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.count < 1 or args.step < 1:
         raise UserError(f"--count is {args.count}, --step {args.step}: expected 1 or more")
-    output = args.output or pathlib.Path("runs") / config.name / "browse.png"
+    output = args.output or files.as_path("runs") / config.name / "browse.png"
     drawing.write_image(output, browse(config, args.step, args.count))
     print(f"wrote {output}")
 

@@ -38,12 +38,11 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from topformer_jax import checkpoints, models
+from topformer_jax import checkpoints, files, models
 from topformer_jax.checkpoints.load import check_finite, is_file_path, read_any
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
@@ -63,7 +62,7 @@ def main() -> None:
         return
     if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")
-    source = pathlib.Path(args.checkpoint)
+    source = files.as_path(args.checkpoint)
     part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:
         if not source.is_dir() or part != "all":

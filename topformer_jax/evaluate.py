@@ -8,9 +8,7 @@ and writes metrics.json, confusion.csv (a row per label, a column per prediction
 directory. On several hosts, start the same command on each, as for training.
 """
 
-import pathlib
-
-from topformer_jax import cli
+from topformer_jax import cli, files
 from topformer_jax.data.catalog import SPLITS
 
 
@@ -18,14 +16,17 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=pathlib.Path, required=True, metavar="PATH", help=".pth file or folder")
+    add("--checkpoint", type=files.as_path, required=True, metavar="PATH", help=".pth file or folder")
     add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
     add("--flip", action="store_true", help="average with the mirrored images")
     add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
     add("--split", choices=SPLITS, default="validation", help="default: validation")
-    add("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>/evaluate")
+    add("--workdir", type=files.as_path, metavar="DIR", help="default: runs/<config name>/evaluate")
     add(
-        "--save-predictions", type=pathlib.Path, metavar="DIR", help="write each prediction as an indexed PNG"
+        "--save-predictions",
+        type=files.as_path,
+        metavar="DIR",
+        help="write each prediction as an indexed PNG",
     )
     add("--report-images", type=int, default=6, metavar="N", help="best and worst images in the report (6)")
     cli.add_process_flags(parser)
@@ -43,7 +44,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, logs, metrics, models, processes, sharding
+from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
@@ -54,11 +55,11 @@ from topformer_jax.visualize import drawing, report
 
 def evaluate(
     model: models.Segmenter,
-    workdir: pathlib.Path,
+    workdir: files.Path,
     *,
     checkpoint: str,
     split: str = "validation",
-    save_predictions: pathlib.Path | None = None,
+    save_predictions: files.Path | None = None,
     num_report_images: int = 6,
 ) -> EvaluationResult:
     """Scores a model on a split of its config's data set, prints the table and writes the outputs.
@@ -126,7 +127,7 @@ def _describe(config: ConfigDict, result: EvaluationResult) -> dict[str, str]:
 
 
 def _write_scores(
-    workdir: pathlib.Path,
+    workdir: files.Path,
     scores: metrics.Scores,
     result: EvaluationResult,
     classes: Sequence[str],
@@ -153,7 +154,7 @@ def _write_scores(
 
 
 def _write_report(
-    path: pathlib.Path,
+    path: files.Path,
     model: models.Segmenter,
     source: sources.Source,
     result: EvaluationResult,
@@ -205,7 +206,7 @@ def main() -> None:
     config = config_lib.load(config, overrides)
     evaluate(
         checkpoints.load_segmenter(config, args.checkpoint),
-        args.workdir or pathlib.Path("runs") / config.name / "evaluate",
+        args.workdir or files.as_path("runs") / config.name / "evaluate",
         checkpoint=str(args.checkpoint),
         split=args.split,
         save_predictions=args.save_predictions,

@@ -1,14 +1,67 @@
-"""Files and folders of a command's output: atomic writes, and errors of one line."""
+"""Files and folders, local or in a bucket: paths, atomic writes, and errors of one line."""
 
 import contextlib
+import importlib.util
+import logging
 import os
 import pathlib
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from topformer_jax.errors import UserError
 
+# A local path, or epath's of a bucket, which has the same methods.
+if TYPE_CHECKING:
+    Path = pathlib.Path
+else:
+    Path = os.PathLike
 
-def make_folder(path: pathlib.Path, alternative: str = "another folder") -> None:
+RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
+Result = TypeVar("Result")
+
+
+def as_path(text: str | os.PathLike[str]) -> Path:
+    """A path from what a user wrote: a bucket's, such as gs://BUCKET/FOLDER, or a local one.
+
+    >>> as_path("runs/b").name
+    'b'
+
+    Raises:
+        UserError: what reads such buckets is not installed, or is unknown.
+    """
+    text = os.fspath(text)
+    if "://" not in text:
+        return pathlib.Path(text)
+    if text.startswith("gs://"):
+        if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+            raise UserError(
+                f"{text} is in Google Cloud Storage, and gcsfs is not installed: pip install "
+                "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')"
+            )
+        # gcsfs would ask a server of its own for each bucket's kind, and log each repeated request.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    from etils import epath
+
+    path = epath.Path(text)
+    if "://" not in os.fspath(path):
+        raise UserError(f"{text} is in no known storage: expected gs://BUCKET/FOLDER, or a local path")
+    return path
+
+
+def is_in_bucket(path: Path) -> bool:
+    """Whether a path is not a local one."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root: Orbax refuses relative ones."""
+    return path if is_in_bucket(path) else path.absolute()
+
+
+def make_folder(path: Path, alternative: str = "another folder") -> None:
     """Creates a folder and its missing parents, and checks that files can be written into it.
 
     Args:
@@ -18,28 +71,89 @@ def make_folder(path: pathlib.Path, alternative: str = "another folder") -> None
     Raises:
         UserError: the folder cannot be created or written into.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror or error}; name {alternative}") from None
+    with report_errors("write into", path, f"; name {alternative}"):
+        if is_in_bucket(path):
+            probe = path / f".{os.getpid()}.tmp"
+            retry(lambda: probe.write_bytes(b""))
+            retry(probe.unlink)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
 
 
-def write_file(path: pathlib.Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
-    Readers see the old content or the new, never a part; a failed write leaves no file behind.
+    Readers see the old content or the new, never a part; a failed write leaves no file behind. An object in a bucket
+    appears whole by itself.
 
     Raises:
         UserError: writing fails.
     """
     data = content.encode() if isinstance(content, str) else content
+    if is_in_bucket(path):
+        with report_errors("write", path):
+            retry(lambda: path.write_bytes(data))
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with report_errors("write", path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def report_errors(action: str, path: Path, advice: str = "") -> Iterator[None]:
+    """Turns what a file system raises into a UserError: "cannot ACTION PATH: the reason", and the advice."""
+    expected: Any = Exception if is_in_bucket(path) else OSError
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        yield
+    except UserError:
+        raise
+    except expected as error:
+        raise UserError(f"cannot {action} {path}: {explain(error)}{advice}") from None
+
+
+def explain(error: BaseException) -> str:
+    """Why a request failed, in one line."""
+    text = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    if type(error) is FileNotFoundError and error.errno is None:  # as gcsfs raises it
+        return "there is no such bucket or object, or this account may not see it"
+    if "credentials" in text:
+        return "there are no credentials for Google Cloud: gcloud auth application-default login"
+    if _code(error) in (401, 403) or "Forbidden" in text or "does not have" in text:
+        return f"this account has no permission ({text})"
+    if is_transient(error):
+        return f"no connection to the bucket ({text})"
+    return text
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a request to a bucket may succeed when it is repeated: network and server failed, not the request."""
+    if _code(error) in (408, 429, 500, 502, 503, 504):
+        return True
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("aiohttp")
+
+
+def _code(error: BaseException) -> int | None:
+    """The status of the HTTP response behind an error."""
+    code = getattr(error, "code", None)
+    return int(code) if str(code).isdigit() else None
+
+
+def retry(request: Callable[[], Result], seconds: float | None = None) -> Result:
+    """The result of a request to a bucket, repeated with longer and longer pauses while network or server fail."""
+    deadline, pause = time.monotonic() + (RETRY_SECONDS if seconds is None else seconds), 1.0
+    while True:
+        try:
+            return request()
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause *= 2

@@ -230,7 +230,7 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict) and {"step", "kind"} <= record.keys()]
 
 
-def save_curves(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     """Plots loss, pixel accuracy, mIoU and learning rate over the steps into a PNG file.
 
     Raises:

@@ -10,7 +10,7 @@ numbers) and, with --probabilities, OUTPUT/a_probabilities.npz (float16 [h, w, c
 
 import pathlib
 
-from topformer_jax import cli
+from topformer_jax import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -18,7 +18,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help=".pth file or checkpoint folder")
-    parser.add_argument("--output", type=pathlib.Path, required=True, metavar="DIR", help="where results go")
+    parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
     return parser
 
@@ -36,7 +36,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
-from topformer_jax import checkpoints, files, inference, logs
+from topformer_jax import checkpoints, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image
 from topformer_jax.data.codecs import decode_image, read_image_size
@@ -88,7 +88,7 @@ def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
 def segment_files(
     predictor: inference.Predictor,
     images: Sequence[ImageFile],
-    output: pathlib.Path,
+    output: files.Path,
     data_set: sources.DataSet,
     *,
     probabilities: bool,
@@ -163,7 +163,7 @@ def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
 
 
 def _write_probabilities(
-    path: pathlib.Path, values: Float[np.ndarray, "h w classes"], names: Sequence[str]
+    path: files.Path, values: Float[np.ndarray, "h w classes"], names: Sequence[str]
 ) -> None:
     data = io.BytesIO()
     np.savez_compressed(data, probabilities=values.astype(np.float16), classes=np.array(names))

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -80,8 +81,18 @@ def wait_for_preemption() -> bool:
     return False
 
 
+_before_leaving: list[Callable[[], object]] = []
+
+
+def call_before_leaving(function: Callable[[], object]) -> None:
+    """Has `leave` call a function, which must not wait for other processes."""
+    _before_leaving.append(function)
+
+
 def leave(status: int) -> NoReturn:
     """Ends this process at once, without waiting for the others: they are waiting for it and see that it is gone."""
+    for function in _before_leaving:
+        function()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

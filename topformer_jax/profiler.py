@@ -27,10 +27,17 @@ def parse_steps(text: str | None) -> range:
 
 
 class StepProfiler:
-    """Traces the chosen steps into a folder; call `before` and `after` around every step, and `close` at the end."""
+    """Traces the chosen steps into a folder; call `before` and `after` around every step, and `close` at the end.
 
-    def __init__(self, steps: range, folder: pathlib.Path):
+    Args:
+        steps: to trace.
+        folder: a local one.
+        name: of the folder, as the user knows it.
+    """
+
+    def __init__(self, steps: range, folder: pathlib.Path, name: object):
         self._steps = steps
+        self._name = name
         self._folder = folder
         self._is_tracing = False
 
@@ -55,4 +62,4 @@ class StepProfiler:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"cannot write the profile into {self._folder}: {error}") from None
             if jax.process_index() == 0:
-                print(f"wrote the profile into {self._folder}")
+                print(f"wrote the profile into {self._name}")

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, logs, metrics, models, processes, sharding
+from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.errors import UserError
 from topformer_jax.evaluation import ExampleResult, evaluate_split
+from topformer_jax.run_folder import RunFolder
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import TrainState
 from topformer_jax.visualize import drawing
@@ -32,7 +32,7 @@ class Run:
     """What stays the same during a run, for the calls of the loop."""
 
     config: ConfigDict
-    workdir: pathlib.Path
+    folder: RunFolder
     mesh: Mesh
     model: models.Segmenter
     data_set: DataSet
@@ -49,13 +49,6 @@ def load_initial_model(config: ConfigDict) -> models.Segmenter:
     if config.init_from and jax.process_index() == 0:
         print(checkpoints.origin_table(model, config.init_part, config.init_from))
     return model
-
-
-def open_checkpoints(workdir: pathlib.Path, config: ConfigDict) -> checkpoints.CheckpointStore:
-    """Makes the folders of the work directory, and opens its checkpoints."""
-    for folder in ("checkpoints", "predictions", "tensorboard"):
-        files.make_folder(workdir / folder, "another --workdir")
-    return checkpoints.CheckpointStore(workdir / "checkpoints", config.max_to_keep)
 
 
 def restore_state(
@@ -89,7 +82,7 @@ def _to_trees(state: TrainState) -> dict[str, Any]:
 
 def print_banner(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    folder: RunFolder,
     mesh: Mesh,
     state: TrainState,
     splits: tuple[sources.Source, sources.Source],
@@ -107,7 +100,7 @@ def print_banner(
             "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} "
             f"processes, mesh {axes}",
-            "writing to": workdir,
+            "writing to": folder.path,
             "starting": f"from checkpoint {start}"
             if start
             else f"from {config.init_from or 'fresh weights'}",
@@ -209,6 +202,7 @@ def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) 
         return
     # mmcv expects an epoch; a run here counts steps alone.
     metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
+    run.folder.upload()  # the log of what a resumed run will not do again
     run.store.save(step, _to_trees(state), metadata, miou)
 
 
@@ -267,7 +261,7 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
             return None
     if rows:
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
-        drawing.write_image(run.workdir / "predictions" / f"{step:07}.png", grid)
+        drawing.write_image(run.folder.local / "predictions" / f"{step:07}.png", grid)
     scores = metrics.compute_scores(result.confusion)
     run.log.log_evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
     return scores.miou
@@ -297,8 +291,8 @@ def exit_if_stopped(run: Run, step: int) -> None:
 
 def print_results(run: Run) -> None:
     """Draws the curves, and says where everything is."""
-    workdir = run.workdir
-    logs.save_curves(logs.read_records(workdir / "metrics.jsonl"), workdir / "curves.png")
+    workdir, local = run.folder.path, run.folder.local
+    logs.save_curves(logs.read_records(local / "metrics.jsonl"), local / "curves.png")
     print(f"done: curves in {workdir / 'curves.png'}, predictions in {workdir / 'predictions'}")
     best = run.store.best
     if best:

@@ -7,15 +7,13 @@ Ctrl-C and SIGTERM save before they end it. On several hosts, start the same com
 recognised, elsewhere give --coordinator, --processes and --process-id.
 """
 
-import pathlib
-
-from topformer_jax import cli
+from topformer_jax import cli, files
 
 
 def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help="default: runs/<config name>")
+    parser.add_argument("--workdir", type=files.as_path, metavar="DIR", help="default: runs/<config name>")
     parser.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile")
     cli.add_process_flags(parser)
     return parser
@@ -28,7 +26,8 @@ import contextlib
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax import files, logs, processes, sharding
+from topformer_jax import logs, processes, sharding
+from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.data import loader, sources
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
@@ -41,7 +40,6 @@ from topformer_jax.run import (
     is_evaluation_step,
     is_log_step,
     load_initial_model,
-    open_checkpoints,
     print_banner,
     print_results,
     restore_state,
@@ -49,17 +47,18 @@ from topformer_jax.run import (
     save_checkpoint,
     save_on_error,
 )
+from topformer_jax.run_folder import RunFolder
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import init_training
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = range(0)) -> None:
+def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)) -> None:
     """Trains until `schedule.steps`, from the newest checkpoint of the work directory.
 
     Args:
         config: the settings.
-        workdir: for checkpoints, logs and images.
-        profile_steps: to trace with `jax.profiler` into `workdir/profile`.
+        folder: of the run, for checkpoints, logs and images.
+        profile_steps: to trace with `jax.profiler` into `folder.local / "profile"`.
 
     Raises:
         UserError: the data, the devices, the work directory or a checkpoint do not fit the config; the loss
@@ -75,7 +74,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     mesh = sharding.make_train_mesh(config)
     model = load_initial_model(config)
     state, train_step = init_training(config, mesh, model)
-    store = open_checkpoints(workdir, config)
+    store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
     start = store.latest or 0
     if start:
         state = restore_state(store, start, state, config)
@@ -83,11 +82,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     # ---- banner
     is_first = jax.process_index() == 0
     if is_first:
-        files.write_file(workdir / "config.json", config.to_json(indent=2))
-        print_banner(config, workdir, mesh, state, (train_source, validation_source))
-    log = logs.RunLog(workdir, start, config.schedule.steps, active=is_first)
+        files.write_file(folder.local / "config.json", config.to_json(indent=2))
+        print_banner(config, folder, mesh, state, (train_source, validation_source))
+        folder.fetch("metrics.jsonl")
+    log = logs.RunLog(folder.local, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
-    run = Run(config, workdir, mesh, model, data_set, train_source, validation_source, store, log, shutdown)
+    run = Run(config, folder, mesh, model, data_set, train_source, validation_source, store, log, shutdown)
     batches = loader.to_device(
         loader.training_batches(
             train_source,
@@ -98,7 +98,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         ),
         sharding.batch_sharding(mesh),
     )
-    profiler = StepProfiler(profile_steps, workdir / "profile")
+    profiler = StepProfiler(profile_steps, folder.local / "profile", folder.path / "profile")
     monitor = Monitor(run, batches)
     shutdown.allow_leaving(monitor.leave_early)
 
@@ -142,7 +142,8 @@ def main() -> None:
     assert config is not None  # --config is required
     profile_steps = parse_steps(args.profile)
     processes.start_processes(args.coordinator, args.processes, args.process_id)
-    train(config, args.workdir or pathlib.Path("runs") / config.name, profile_steps)
+    with RunFolder(args.workdir or files.as_path("runs") / config.name, config.upload_every) as folder:
+        train(config, folder, profile_steps)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Another format is a module with a reader and a writer like `torch_format`'s, and
 
 import dataclasses
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from topformer_jax import models
+from topformer_jax import files, models
 from topformer_jax.checkpoints import orbax_store, torch_format
 from topformer_jax.errors import UserError
 
@@ -39,8 +38,8 @@ class Format:
     messages.
     """
 
-    read: Callable[[pathlib.Path], tuple[Tensors, Metadata]]
-    write: Callable[[pathlib.Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
+    read: Callable[[files.Path], tuple[Tensors, Metadata]]
+    write: Callable[[files.Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
     shape: Callable[[Shape], Shape] = lambda shape: shape
 
 
@@ -114,7 +113,7 @@ def read_checkpoint(
         raise UserError(
             "only a segmenter can start from a classifier's backbone; the config is a classifier's"
         )
-    path = pathlib.Path(path)
+    path = files.as_path(path)
     file_format = _find_format(path)
     tensors, metadata = file_format.read(path)
     variables = models.named_variables(model)
@@ -145,7 +144,7 @@ def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
     Raises:
         UserError: it does not exist or cannot be read.
     """
-    path = pathlib.Path(path)
+    path = files.as_path(path)
     return _find_format(path).read(path)
 
 
@@ -162,21 +161,23 @@ def write_checkpoint(
     Raises:
         UserError: it exists, or cannot be written.
     """
-    path = pathlib.Path(path)
-    FILE_FORMATS.get(path.suffix.lower(), FOLDER).write(path, tensors, metadata)
+    target = files.as_path(path)
+    FILE_FORMATS.get(target.suffix.lower(), FOLDER).write(target, tensors, metadata)
 
 
 def is_file_path(path: str | os.PathLike[str]) -> bool:
     """Whether `write_checkpoint` would write a file rather than a folder."""
-    return pathlib.Path(path).suffix.lower() in FILE_FORMATS
+    return files.as_path(path).suffix.lower() in FILE_FORMATS
 
 
-def _find_format(path: pathlib.Path) -> Format:
+def _find_format(path: files.Path) -> Format:
     """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
-    if not path.exists():
+    with files.report_errors("read", path):
+        exists, is_folder = path.exists(), path.is_dir()
+    if not exists:
         suffixes = " or ".join(FILE_FORMATS)
         raise UserError(f"there is no checkpoint {path}: expected a {suffixes} file, or a checkpoint folder")
-    return FOLDER if path.is_dir() else FILE_FORMATS.get(path.suffix.lower(), TORCH)
+    return FOLDER if is_folder else FILE_FORMATS.get(path.suffix.lower(), TORCH)
 
 
 def fresh_names(names: Iterable[str], part: str) -> set[str]:

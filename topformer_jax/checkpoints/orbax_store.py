@@ -8,8 +8,6 @@ what a reader of the model gets.
 
 import contextlib
 import os
-import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from topformer_jax import files
 from topformer_jax.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
@@ -41,16 +40,13 @@ def save_model(
         UserError: the step exists, or the folder cannot be written.
     """
     directory = _absolute(directory)
-    if (directory / str(step)).exists():
-        raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
-    try:
-        # Try to write first: Orbax would retry for minutes in the background before it reports an error.
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=directory).cleanup()
+    # Try to write first: Orbax would retry for minutes in the background before it reports an error.
+    files.make_folder(directory)
+    with files.report_errors("write a checkpoint into", directory):
+        if (directory / str(step)).exists():
+            raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
         with _checkpointer(directory) as checkpointer:
             checkpointer.save_checkpointables(step, {"model": dict(tensors)}, custom_metadata=dict(metadata))
-    except OSError as error:
-        raise UserError(f"cannot write a checkpoint into {directory}: {error.strerror or error}") from None
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -63,11 +59,12 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
         UserError: the folder does not exist, holds no checkpoint, or is damaged.
     """
     directory = _absolute(directory)
-    if not directory.is_dir():
-        raise UserError(f"there is no checkpoint folder {directory}")
-    if (directory / "checkpoints").is_dir():  # a training run's work directory
-        directory = directory / "checkpoints"
-    is_step = (directory / "_CHECKPOINT_METADATA").exists() and directory.name.isdigit()
+    with files.report_errors("read", directory):
+        if not directory.is_dir():
+            raise UserError(f"there is no checkpoint folder {directory}")
+        if (directory / "checkpoints").is_dir():  # a training run's work directory
+            directory = directory / "checkpoints"
+        is_step = (directory / "_CHECKPOINT_METADATA").exists() and directory.name.isdigit()
     try:
         with _checkpointer(directory.parent if is_step else directory) as checkpointer:
             steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
@@ -86,7 +83,7 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"cannot read {directory}: {error.strerror or error}") from None
+        raise UserError(f"cannot read {directory}: {files.explain(error)}") from None
     except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
         raise UserError(
             f"{directory} is damaged, or not a checkpoint of this project: {_reason(error)}"
@@ -110,7 +107,7 @@ class CheckpointStore:
         UserError: by every method: the folder cannot be read or written, with what to do.
     """
 
-    def __init__(self, directory: pathlib.Path, max_to_keep: int):
+    def __init__(self, directory: files.Path, max_to_keep: int):
         self.directory = directory
         self.newest_started = 0
         policies = ocp.training.preservation_policies
@@ -221,14 +218,12 @@ class CheckpointStore:
             ) from None
 
 
-def _absolute(directory: str | os.PathLike[str]) -> pathlib.Path:
+def _absolute(directory: str | os.PathLike[str]) -> files.Path:
     """Orbax refuses relative paths."""
-    return pathlib.Path(directory).absolute()
+    return files.absolute(files.as_path(directory))
 
 
-def _checkpointer(
-    directory: pathlib.Path, preservation_policy: Any | None = None
-) -> ocp.training.Checkpointer:
+def _checkpointer(directory: files.Path, preservation_policy: Any | None = None) -> ocp.training.Checkpointer:
     """A reader of a folder; a writer that also removes what a crash left, with a preservation policy."""
     return ocp.training.Checkpointer(
         _absolute(directory),

@@ -5,7 +5,6 @@ PyTorch is imported when a file is read or written, and by nothing else here.
 
 import argparse
 import io
-import pathlib
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -97,7 +96,7 @@ def match_names(tensors: Mapping[str, np.ndarray], model_names: Iterable[str]) -
     return matched
 
 
-def read_pth(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a PyTorch file under its own names, and `{"meta": ...}`; runs none of the file's code.
 
     Tensors come in this package's layout, 16-bit floats as float32. Of the averaged and the plain tensors of a
@@ -127,7 +126,7 @@ def read_pth(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     return tensors, {"meta": _json_part(meta) if isinstance(meta, dict) else {}}
 
 
-def write_pth(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Writes an mmcv file, `{"meta": metadata["meta"], "state_dict": ...}`, whole or not at all.
 
     Args:
@@ -147,13 +146,15 @@ def write_pth(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: M
     files.write_file(path, content.getvalue())
 
 
-def _load(path: pathlib.Path) -> Any:
+def _load(path: files.Path) -> Any:
     """What a file holds, of tensors and plain containers."""
     torch = _import_torch()
+    with files.report_errors("read", path):
+        content = io.BytesIO(files.retry(path.read_bytes))
     try:
         # timm keeps its arguments in a Namespace.
-        with path.open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(content, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked is None:
@@ -162,7 +163,7 @@ def _load(path: pathlib.Path) -> Any:
             f"{path} is refused: it asks for {asked[1]}, and only tensors and plain containers are read; "
             "save the state dict alone with torch.save, where you trust the file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one: {reason}") from None
 

@@ -87,6 +87,11 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "log_every": Setting(50, "steps between log lines", COUNT),
         "checkpoint_every": Setting(2000, "steps between checkpoints", COUNT),
+        "upload_every": Setting(
+            60,
+            "seconds between uploads of logs and pictures to a work directory in a bucket",
+            Range(1, 86_400),
+        ),
         "max_to_keep": Setting(3, "newest checkpoints to keep; the best one is kept too", Range(1, 10_000)),
         "evaluate_every": Setting(16_000, "steps between evaluations", COUNT),
     },

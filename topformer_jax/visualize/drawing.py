@@ -4,7 +4,6 @@ Images are RGB, uint8 `[h, w, 3]`. Labels are uint8 `[h, w]`; a label that is no
 """
 
 import io
-import pathlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -172,7 +171,7 @@ def encode_image(image: Image, format: Format = "jpeg") -> bytes:
     return _encode(PIL.Image.fromarray(image), format)
 
 
-def write_image(path: pathlib.Path, image: Image) -> None:
+def write_image(path: files.Path, image: Image) -> None:
     """Writes an image, uint8 `[h, w, 3]`, as JPEG or PNG by the file's suffix; creates missing folders.
 
     Raises:
@@ -188,7 +187,7 @@ def write_image(path: pathlib.Path, image: Image) -> None:
     files.write_file(path, encode_image(image, format))
 
 
-def write_labels(path: pathlib.Path, labels: Labels, palette: Sequence[Colour]) -> None:
+def write_labels(path: files.Path, labels: Labels, palette: Sequence[Colour]) -> None:
     """Writes labels, uint8 `[h, w]`, as a palette PNG: its values are the labels, viewers show class colours.
 
     Raises:

@@ -5,7 +5,6 @@ The page (`report.html.j2`) needs no other file and no network; this module comp
 
 import base64
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ class ReportExample(NamedTuple):
 
 
 def write_report(
-    path: pathlib.Path,
+    path: files.Path,
     *,
     title: str,
     facts: Mapping[str, str],

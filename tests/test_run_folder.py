@@ -1,0 +1,190 @@
+"""The folder of a run: kept for one run, its files in a bucket as they grow."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.bucket import Bucket, bucket, storage
+from tests.commands import only_line, refused_run, run, start
+from topformer_jax import files, logs, run_folder
+from topformer_jax.errors import UserError
+from topformer_jax.run_folder import LEASE, Lease, RunFolder
+
+__all__ = ["bucket", "storage"]
+
+
+def test_one_run_at_a_time(tmp_path: pathlib.Path) -> None:
+    first = Lease(tmp_path)
+    with pytest.raises(UserError, match=rf"is in use by process {os.getpid()} on .*: give another --workdir"):
+        Lease(tmp_path)
+    first.release()
+    assert not (tmp_path / LEASE).exists()
+    Lease(tmp_path).release()
+
+
+def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import os, pathlib; from topformer_jax.run_folder import Lease; "
+        f"Lease(pathlib.Path({str(tmp_path)!r})); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert json.loads((tmp_path / LEASE).read_text())["pid"]
+    Lease(tmp_path).release()
+
+
+def write_lease_of_another_machine(folder: files.Path) -> dict:
+    record = {"run": "other", "host": "elsewhere", "boot": "x", "namespace": "y", "pid": 1, "renewals": 3}
+    files.write_file(folder / LEASE, json.dumps(record))
+    return record
+
+
+def test_the_lease_of_another_machine_expires(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    write_lease_of_another_machine(tmp_path)
+    Lease(tmp_path, expired_seconds=0.2).release()
+    assert "was used by process 1 on elsewhere: waiting 0 s" in capsys.readouterr().out
+
+
+def test_a_renewed_lease_is_respected(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = write_lease_of_another_machine(tmp_path)
+
+    def renew(_: float) -> None:
+        files.write_file(tmp_path / LEASE, json.dumps(record | {"renewals": 4}))
+
+    monkeypatch.setattr(run_folder.time, "sleep", renew)
+    with pytest.raises(UserError, match="is in use by process 1 on elsewhere"):
+        Lease(tmp_path, expired_seconds=60)
+
+
+def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import time, pathlib; from topformer_jax.run_folder import Lease; "
+        f"Lease(pathlib.Path({str(tmp_path)!r}), renew_seconds=0.1); print('there', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    process.stdout.readline()
+    write_lease_of_another_machine(tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "was taken over by process 1 on elsewhere: this run ends" in only_line(err)
+    assert json.loads((tmp_path / LEASE).read_text())["run"] == "other"
+
+
+def test_logs_grow_in_the_bucket(bucket: Bucket) -> None:
+    with RunFolder(bucket / "run", 3600) as folder:
+        assert folder.local != folder.path
+        log = logs.RunLog(folder.local, 0, 10, active=True)
+        log.log_evaluation(1, {"miou": 0.5})
+        assert folder.upload()
+        assert len((bucket / "run/metrics.jsonl").read_text().splitlines()) == 1
+        log.log_evaluation(2, {"miou": 0.6})
+        log.close()
+        bucket.set_faults()
+        assert folder.upload()
+        assert folder.upload()
+        sent = [line for line in bucket.set_faults() if line.startswith("POST")]
+        assert len(sent) == 2  # what has changed: metrics.jsonl, and TensorBoard's events
+        assert len(list((bucket / "run/tensorboard").iterdir())) == 1
+    assert not folder.local.exists()
+    assert [name.name for name in (bucket / "run").iterdir() if name.name == LEASE] == []
+
+    with RunFolder(bucket / "run", 3600) as folder:
+        folder.fetch("metrics.jsonl")
+        logs.RunLog(folder.local, 1, 10, active=True).close()
+    assert [record["step"] for record in logs.read_records(bucket / "run/metrics.jsonl")] == [1]
+    assert len(list((bucket / "run/tensorboard").iterdir())) == 2
+
+
+def test_a_network_that_fails_makes_files_late(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with RunFolder(bucket / "run", 3600) as folder:
+        (folder.local / "picture.png").write_bytes(b"1")
+        bucket.set_faults(fail=1000, status=400)
+        assert not folder.upload()
+        assert not folder.upload()
+        assert capsys.readouterr().out.count("late: cannot write into gs://") == 1
+        bucket.set_faults()
+        assert folder.upload()
+        assert (bucket / "run/picture.png").read_bytes() == b"1"
+        (folder.local / "picture.png").write_bytes(b"22")
+        bucket.set_faults(fail=1000, status=400)
+        with pytest.raises(UserError, match=r"its newest files are in /.*: copy them"):
+            folder.close(0.0)
+        assert (folder.local / "picture.png").read_bytes() == b"22"
+        bucket.set_faults()
+
+
+@pytest.mark.parametrize(
+    ("path", "faults", "expected"),
+    [
+        ("gs://no-such-bucket/run", {}, "there is no such bucket or object"),
+        ("run", {"fail": 1000, "status": 403}, "this account has no permission"),
+        ("run", {"fail": 1000, "status": 503}, "no connection to the bucket"),
+    ],
+)
+def test_a_bucket_that_cannot_be_written(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, path: str, faults: dict, expected: str
+) -> None:
+    monkeypatch.setattr(files, "RETRY_SECONDS", 0.0)
+    target = files.as_path(path) if "://" in path else bucket / path
+    bucket.set_faults(**faults)
+    with pytest.raises(
+        UserError, match=f"cannot write into {target}: .*{expected}.*; name another --workdir"
+    ):
+        RunFolder(target, 60)
+
+
+def test_a_storage_that_is_unknown() -> None:
+    with pytest.raises(UserError, match="nowhere://x is in no known storage: expected gs://BUCKET/FOLDER"):
+        files.as_path("nowhere://x")
+
+
+def test_a_request_is_repeated_while_the_server_fails(bucket: Bucket) -> None:
+    bucket.set_faults(fail=2, status=503)
+    files.write_file(bucket / "file", "text")
+    assert (bucket / "file").read_text() == "text"
+
+
+def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
+    """Killed after a checkpoint, with a server that fails now and then; the same as on a local disk."""
+    local, remote = tmp_path / "run", bucket / "run"
+    run(local, {})
+    bucket.set_faults(fail=3, status=503, delay=0.01)
+    process = start(remote, {"upload_every": 1})
+    while process.poll() is None and not (remote / "checkpoints/2/_CHECKPOINT_METADATA").exists():
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    out, _ = run(remote, {})
+    assert "from checkpoint" in out
+    assert f"done: curves in {remote}/curves.png" in out
+    assert logs.read_records(remote / "metrics.jsonl") != []
+    expected, found = (
+        {
+            record["step"]: record["loss"]
+            for record in logs.read_records(folder / "metrics.jsonl")
+            if "loss" in record
+        }
+        for folder in (local, remote)
+    )
+    assert found == expected
+    for name in ("config.json", "curves.png", "predictions/0000006.png"):
+        assert (remote / name).exists()
+    from topformer_jax import checkpoints
+
+    for name, tensor in checkpoints.load.read_any(local)[0].items():
+        assert (tensor == checkpoints.load.read_any(remote)[0][name]).all()
+
+
+def test_a_second_run_is_refused(tmp_path: pathlib.Path) -> None:
+    lease = Lease(tmp_path)
+    assert "is in use by process" in refused_run(tmp_path, {})
+    lease.release()

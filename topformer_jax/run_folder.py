@@ -1,0 +1,253 @@
+"""The folder of a training run: one run at a time, written locally and uploaded where it is in a bucket."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from topformer_jax import files, processes
+from topformer_jax.errors import UserError
+
+RENEW_SECONDS = 15.0
+EXPIRED_SECONDS = 60.0  # a run that has not renewed its lease for so long has crashed
+LEASE = "run.lock"
+
+
+class RunFolder:
+    """Where a run writes everything but checkpoints.
+
+    Files in a bucket cannot be appended to. Where the folder is in one, the files are written into a local folder,
+    and those that have changed are uploaded at an interval, at each checkpoint and at the end. A network that fails
+    makes them late, and ends nothing before the end.
+
+    A context manager, which closes it. The first process of a run keeps the folder for the run: see `Lease`.
+
+    Args:
+        path: of the folder; it is made where it does not exist.
+        upload_every: seconds.
+
+    Attributes:
+        path: as the user knows it.
+        local: where the files are written; the same if it is no bucket's.
+
+    Raises:
+        UserError: the folder cannot be written, or another run is using it.
+    """
+
+    def __init__(self, path: files.Path, upload_every: int):
+        files.make_folder(path, "another --workdir")
+        self._lease = Lease(path) if jax.process_index() == 0 else None
+        self.path = path
+        self.local: pathlib.Path = path
+        self._interval = upload_every
+        self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        self._is_late = False
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if files.is_in_bucket(path):
+            self.local = pathlib.Path(tempfile.mkdtemp(prefix="topformer_jax-"))
+            self._thread = threading.Thread(target=self._upload_in_turn, daemon=True)
+            self._thread.start()
+        for part in ("predictions", "tensorboard"):
+            files.make_folder(self.local / part, "another --workdir")
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(files.RETRY_SECONDS if kind is None else 0.0)
+
+    def fetch(self, name: str) -> None:
+        """Copies a file of an earlier start, if there is one, from the bucket into the local folder."""
+        remote = self.path / name
+        if self._thread is not None:
+            with files.report_errors("read", remote):
+                if files.retry(remote.exists):
+                    (self.local / name).write_bytes(files.retry(remote.read_bytes))
+
+    def upload(self) -> bool:
+        """Uploads what has changed, and returns whether all of it arrived; if not, says so once."""
+        if self._thread is None:
+            return True
+        with self._lock:
+            try:
+                for file in sorted(self.local.rglob("*")):
+                    self._upload_file(file)
+            except Exception as error:
+                if not self._is_late:
+                    print(
+                        f"late: cannot write into {self.path}: {files.explain(error)}; trying again",
+                        flush=True,
+                    )
+                self._is_late = True
+                return False
+            self._is_late = False
+            return True
+
+    def _upload_file(self, file: pathlib.Path) -> None:
+        if not file.is_file() or file.name.endswith(".tmp"):
+            return
+        status = file.stat()
+        version = status.st_mtime_ns, status.st_size
+        if self._uploaded.get(file) != version:
+            (self.path / file.relative_to(self.local).as_posix()).write_bytes(file.read_bytes())
+            self._uploaded[file] = version
+
+    def _upload_in_turn(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self.upload()
+
+    def close(self, seconds: float) -> None:
+        """Uploads the rest, deletes the local folder, and leaves the run's folder to the next run.
+
+        Args:
+            seconds: for which it tries to upload.
+
+        Raises:
+            UserError: not all of it could be uploaded; says where it is.
+        """
+        try:
+            if self._thread is not None:
+                self._stopped.set()
+                self._thread.join()
+                self._upload_rest(time.monotonic() + seconds)
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+
+    def _upload_rest(self, deadline: float) -> None:
+        while not self.upload():
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"cannot write into {self.path}: its newest files are in {self.local}: copy them"
+                )
+            time.sleep(5)
+        shutil.rmtree(self.local, ignore_errors=True)
+
+
+class Lease:
+    """Keeps a work directory for one run: a file that it renews, and that a successor takes over after a crash.
+
+    Args:
+        folder: the work directory.
+        renew_seconds: the time between renewals.
+        expired_seconds: the time after which a lease that was not renewed belongs to nobody.
+
+    Raises:
+        UserError: another run is using the folder, or the lease cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: files.Path,
+        renew_seconds: float = RENEW_SECONDS,
+        expired_seconds: float = EXPIRED_SECONDS,
+    ):
+        self._folder = folder
+        self._file = folder / LEASE
+        self._renew_seconds = renew_seconds
+        self._record = {"run": uuid.uuid4().hex, **_this_process(), "renewals": 0}
+        other = self._read()
+        if other is not None:
+            self._wait_until_free(other, renew_seconds, expired_seconds)
+        files.write_file(self._file, json.dumps(self._record))
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew_in_turn, daemon=True)
+        self._thread.start()
+        processes.call_before_leaving(self.release)
+
+    def _read(self) -> dict[str, Any] | None:
+        """The record in the file; None where there is no file or it holds something else."""
+        with files.report_errors("read", self._file):
+            text = files.retry(lambda: self._file.read_text() if self._file.exists() else "")
+        with contextlib.suppress(ValueError):
+            record = json.loads(text)
+            if isinstance(record, dict) and {"run", "host", "pid"} <= record.keys():
+                return record
+        return None
+
+    def _wait_until_free(self, other: dict[str, Any], pause: float, expired: float) -> None:
+        """Returns when the other run is known to be gone."""
+        here = _this_process()
+        who = f"process {other['pid']} on {other['host']}"
+        if all(other.get(key) == here[key] for key in ("host", "boot", "namespace")):
+            if _start_time(int(other["pid"])) != other.get("started"):
+                return
+        else:
+            print(
+                f"{self._folder} was used by {who}: waiting {expired:.0f} s whether it still is", flush=True
+            )
+            deadline = time.monotonic() + expired
+            while (now := self._read()) == other and time.monotonic() < deadline:
+                time.sleep(min(pause, expired) / 3)
+            if now in (other, None):
+                return
+        raise UserError(f"{self._folder} is in use by {who}: give another --workdir, or end that run")
+
+    def _renew_in_turn(self) -> None:
+        pause = 1.0  # the first look is for a run that started at the same moment
+        while not self._released.wait(pause):
+            pause = self._renew_seconds
+            with contextlib.suppress(UserError):  # late, and so may be the next
+                self._renew()
+
+    def _renew(self) -> None:
+        found = self._read()
+        if found is not None and found["run"] != self._record["run"]:
+            self._released.set()
+            print(
+                f"error: {self._folder} was taken over by process {found['pid']} on {found['host']}: this run ends",
+                file=sys.stderr,
+            )
+            processes.leave(2)
+        self._record["renewals"] += 1
+        if not self._released.is_set():
+            files.write_file(self._file, json.dumps(self._record))
+
+    def release(self) -> None:
+        """Leaves the folder to the next run."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        self._thread.join(5)  # it may be waiting for a network
+        with contextlib.suppress(Exception):  # it expires
+            self._file.unlink()
+
+
+def _this_process() -> dict[str, Any]:
+    """What tells a process from all others, also from those in other containers."""
+
+    def read(function: Callable[[], str]) -> str:
+        try:
+            return function().strip()
+        except OSError:  # not a Linux
+            return ""
+
+    return {
+        "host": socket.gethostname(),
+        "boot": read(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text),
+        "namespace": read(lambda: os.readlink("/proc/self/ns/pid")),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+    }
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; None if there is no such process, or the kernel does not say."""
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]
