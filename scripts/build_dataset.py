@@ -29,7 +29,7 @@ from topformer_jax.data import cache, paths, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
 from topformer_jax.errors import UserError
 
-SHARD_BYTES = 64 << 20  # of the examples' files in a shard; the last may hold less
+SHARD_BYTES = 64 << 20  # of the examples' files in a shard, about
 
 
 class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -251,6 +251,7 @@ def _write(path: epath.Path, text: str) -> None:
     if paths.is_bucket(path):
         path.write_text(text)
     else:
+        path.parent.mkdir(exist_ok=True)  # another process may have finished and removed the parts
         paths.replace_file(pathlib.Path(path), text.encode())
 
 

@@ -257,6 +257,6 @@ def _copy_shard(path: epath.Path, folder: pathlib.Path, shard: Shard, count: Cal
 
 
 def _read_piece(path: epath.Path, start: int, end: int) -> bytes:
-    with report_errors(path, "read"):
+    with report_errors(path, "read", "the same command goes on with the missing shards"):
         system, inside = fsspec.core.url_to_fs(os.fspath(path))
         return bytes(system.cat_file(inside, start=start, end=end))
