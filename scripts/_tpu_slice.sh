@@ -40,11 +40,11 @@ on_hosts() {
     fi
 }
 
-# The line of shell for an action of scripts/tpu_host.sh.
+# The line of shell for an action of scripts/_tpu_host.sh.
 host_line() {
     local line
     printf -v line ' %q' "$@"
-    echo "bash $FOLDER/scripts/tpu_host.sh$line"
+    echo "bash $FOLDER/scripts/_tpu_host.sh$line"
 }
 
 # ---- the slice

@@ -103,7 +103,7 @@ setup() {
 
 start() { on_hosts "$(host_line start "$@")"; }
 
-ask_hosts() { on_hosts "if [ -e $FOLDER/scripts/tpu_host.sh ]; then $(host_line status); else echo run: none; fi"; }
+ask_hosts() { on_hosts "if [ -e $FOLDER/scripts/_tpu_host.sh ]; then $(host_line status); else echo run: none; fi"; }
 
 # Prints what the run does on all hosts together: running, none, stopped, or its exit status; fails if they do not
 # answer. When one host was told to end (143), the others' statuses only follow from that.

@@ -1,12 +1,13 @@
-"""A `gcloud` for tests/test_launchers.py: flags as in Google's reference, slices and hosts as folders, preemptions.
+"""A `gcloud` for tests/cloud.py: flags as in Google's reference, slices and hosts as folders, preemptions.
 
-It takes the commands that scripts/tpu_pod.sh and docs/pods.md use, refuses flags that the reference does not list, and
-writes each call into $CLOUD/calls. A host is a home folder in $CLOUD/hosts, in which ssh really runs its command.
+It takes the commands that scripts/tpu_pod.sh and docs/pods.md use, refuses flags that the reference does not list,
+and writes each call into $CLOUD/calls. A host is a home folder in $CLOUD/hosts, in which ssh really runs its command.
 $CLOUD/preempt_at holds the number of the ssh call at which the slice is lost, its processes with it; the fake then
 makes $CLOUD/preempted. $CLOUD/stockouts holds how many creations fail for lack of capacity, of those not queued;
 $CLOUD/stockouts_later, how many after the preemption.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -54,14 +55,15 @@ COMMANDS: dict[str, tuple[int | None, str]] = {
     "compute tpus queued-resources ssh": (1, f"{SSH} {SHELL} {QUEUED}"),
     "compute tpus queued-resources scp": (None, f"{SSH} {COPY} {QUEUED}"),
     "compute tpus accelerator-types list": (0, "!=zone =filter =limit =page-size =sort-by uri"),
+    "auth application-default login": (0, "no-browser no-launch-browser =client-id-file =scopes"),
     "config set": (2, "installation"),
     "services enable": (None, "async"),
     "projects describe": (1, ""),
     "projects create": (1, "enable-cloud-apis =folder =labels =name =organization set-as-default =tags"),
     "storage buckets create": (
         None,
-        "=default-storage-class =location =placement public-access-prevention =retention-period =soft-delete-duration "
-        "uniform-bucket-level-access enable-autoclass enable-hierarchical-namespace",
+        "=default-storage-class =location =placement public-access-prevention =retention-period "
+        "=soft-delete-duration uniform-bucket-level-access enable-autoclass enable-hierarchical-namespace",
     ),
     "storage buckets add-iam-policy-binding": (1, "!=member !=role =condition =condition-from-file"),
     "storage ls": (None, "all-versions buckets etag full json long recursive readable-sizes"),
@@ -155,10 +157,8 @@ def remove_hosts(node: str) -> None:
     for home in homes(node):
         pid = home / "topformer_run/pid"
         if pid.exists():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         shutil.rmtree(home)
 
 
@@ -242,7 +242,9 @@ def ssh(name: str, flags: dict[str, str], queued: bool) -> None:
         preempt(read("slices", {}))
         fail("Could not SSH into the instance.", 255)
     statuses = [
-        subprocess.run(["bash", "-c", flags["command"]], cwd=home, env=os.environ | {"HOME": str(home)}).returncode
+        subprocess.run(
+            ["bash", "-c", flags["command"]], cwd=home, env=os.environ | {"HOME": str(home)}
+        ).returncode
         for home in chosen_homes(name, flags, queued)
     ]
     sys.exit(max(statuses))
@@ -268,7 +270,9 @@ def main() -> None:
         if action == "scp":
             scp(words, flags, queued)
         else:
-            {"create": create, "describe": describe, "delete": delete, "ssh": ssh}[action](words[0], flags, queued)
+            {"create": create, "describe": describe, "delete": delete, "ssh": ssh}[action](
+                words[0], flags, queued
+            )
 
 
 if __name__ == "__main__":

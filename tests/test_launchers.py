@@ -1,102 +1,16 @@
-"""The launchers: TPU slices against a fake gcloud whose hosts run the scripts in earnest, SLURM and GKE; docs/pods.md."""
+"""The launchers: TPU slices against a fake gcloud whose hosts run the scripts in earnest, and SLURM."""
 
-import json
 import os
 import pathlib
 import re
 import shlex
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import yaml
 
+from tests.cloud import LONG, SCRIPT, TRAIN, UNTIL_PREEMPTED, Cloud, wait_until, write_clone, write_program
 from tests.commands import ROOT
-from tests.test_docs import blocks, parser_of, split_program
-from topformer_jax import config
-from topformer_jax.train import make_parser
-
-SCRIPT = str(ROOT / "scripts/tpu_pod.sh")
-TRAIN = ["python", "-m", "topformer_jax.train", "--config", "topformer_t_shapes", "--workdir", "gs://b/it's"]
-PROGRAMS = {
-    "gcloud": f'exec {shlex.quote(sys.executable)} -ES {shlex.quote(str(ROOT / "tests/fake_gcloud.py"))} "$@"',
-    "sudo": 'echo "sudo $*" >>"$HOME/installed"',
-    # Python 3.10, as on Google's images: without uv there is no environment.
-    "python3": """case "$*" in
-        "-c "*) exit 1 ;;
-        "-m pip install"*) touch "$HOME/uv" ;;
-        "-m uv venv"*)
-            [ -e "$HOME/uv" ] || exit 1
-            mkdir -p .venv/bin && echo 'PATH="$PWD/.venv/bin:$PATH"' >.venv/bin/activate
-            cp "$CLOUD/bin/host_python" .venv/bin/python ;;
-        *) exit 1 ;;
-        esac
-        echo "python3 $*" >>"$HOME/installed" """,
-    # What the environment on a host runs as python: pip, or the training that a test has written.
-    "host_python": """case "$*" in
-        "-m pip "*) echo "python $*" >>"$HOME/installed" ;;
-        *) echo "training: $*"; echo "$PWD" >>"$HOME/starts"; exec bash "$CLOUD/train" ;;
-        esac""",
-}
-# A run that goes on until SIGTERM, and then saves.
-LONG = "trap 'kill $!; echo saved; exit 143' TERM; echo step 1; sleep 1000 & wait"
-UNTIL_PREEMPTED = f'if [ ! -e "$CLOUD/preempted" ]; then {LONG}; fi'
-
-
-def write_program(path: pathlib.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-    path.chmod(0o755)
-
-
-class Cloud:
-    """A folder that stands for Google's cloud, and calls of scripts/tpu_pod.sh in it."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        for name, text in PROGRAMS.items():
-            write_program(folder / "bin" / name, text)
-        (folder / "train").write_text("exit 0")
-        self.environment = os.environ | {
-            "CLOUD": str(folder),
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "TPU": "top",
-            "ZONE": "us-west4-a",
-            "ACCELERATOR_TYPE": "v5litepod-8",
-            "POLL_SECONDS": "0",
-        }
-
-    def bash(self, *words: str, cwd: pathlib.Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 60}
-        return subprocess.run(["bash", *words], cwd=cwd, env=self.environment | settings, **options)
-
-    def fail(self, *words: str, **settings: str) -> tuple[int, str]:
-        """The status and the last line of stderr."""
-        done = self.bash(SCRIPT, *words, **settings)
-        return done.returncode, done.stderr.strip().splitlines()[-1]
-
-    def ok(self, *words: str, **settings: str) -> str:
-        done = self.bash(SCRIPT, *words, **settings)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def calls(self, action: str = "") -> list[str]:
-        """The gcloud commands of an action so far."""
-        file = self.folder / "calls"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [" ".join(words) for words in lines if action in words or not action]
-
-    def homes(self) -> list[pathlib.Path]:
-        return sorted((self.folder / "hosts").glob("*/*"))
-
-    def clean(self) -> None:
-        """Ends what still runs on the hosts."""
-        (self.folder / "preempt_at").unlink(missing_ok=True)
-        for slices in json.loads((self.folder / "slices").read_text()) if (self.folder / "slices").exists() else ():
-            self.bash(SCRIPT, "delete", "--tpu", slices)
 
 
 @pytest.fixture
@@ -108,57 +22,46 @@ def cloud(tmp_path: pathlib.Path) -> Iterator[Cloud]:
 
 @pytest.fixture
 def code(tmp_path: pathlib.Path) -> str:
-    """A clone that is small to copy: the launchers and two files more, one of which git ignores."""
-    folder = tmp_path / "code"
-    (folder / "scripts").mkdir(parents=True)
-    for name in ("tpu_pod.sh", "_tpu_slice.sh", "tpu_host.sh"):
-        (folder / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
-    (folder / "pyproject.toml").write_text("[project]\n")
-    (folder / ".gitignore").write_text("runs/\n")
-    (folder / "runs").mkdir()
-    (folder / "runs/big").write_text("x")
-    (folder / "gone.py").write_text("x")
-    for words in ("init -q", "add -A"):
-        subprocess.run(["git", *words.split()], cwd=folder, check=True)
-    (folder / "new file.py").write_text("x")
-    (folder / "gone.py").unlink()
-    return str(folder)
-
-
-def wait_until(holds: Any) -> None:
-    for _ in range(2000):
-        if holds():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it does not come to pass")
+    write_clone(tmp_path / "code")
+    return str(tmp_path / "code")
 
 
 # ---- creation and deletion
 
 
+VM = "gcloud compute tpus tpu-vm create top --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite"
+QUEUED = "gcloud compute tpus queued-resources create top"
+TYPE = "--accelerator-type=v5litepod-8 --runtime-version=v2-alpha-tpuv5-lite"
+END = "--quiet --zone=us-west4-a"
+
+
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "line"),
     [
-        ([], "compute tpus tpu-vm create top --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite"),
-        (["--on-demand"], "compute tpus tpu-vm create top --accelerator-type=v5litepod-8"),
-        (["--spot"], "compute tpus tpu-vm create top --accelerator-type=v5litepod-8 --version=v2-alpha-tpuv5-lite --spot"),
-        (["--queued"], "compute tpus queued-resources create top --node-id=top"),
-        (["--queued", "--spot"], "--runtime-version=v2-alpha-tpuv5-lite --spot --quiet --zone=us-west4-a"),
-        (["--slices", "2"], "compute tpus queued-resources create top --node-count=2 --node-prefix=top"),
-        (["--runtime-version=v2-alpha-tpuv6e", "--project=mine"], "--version=v2-alpha-tpuv6e --quiet --zone=us-west4-a --project=mine"),
+        ([], f"{VM} {END}"),
+        (["--spot", "--on-demand"], f"{VM} {END}"),
+        (["--spot"], f"{VM} --spot {END}"),
+        (["--runtime-version=v2-alpha-tpuv6e"], f"{VM} {END}".replace("tpuv5-lite", "tpuv6e")),
+        (["--project", "mine"], f"{VM} {END} --project=mine"),
+        (["--queued"], f"{QUEUED} --node-id=top {TYPE} {END}"),
+        (["--queued", "--spot"], f"{QUEUED} --node-id=top {TYPE} --spot {END}"),
+        (["--slices", "2"], f"{QUEUED} --node-count=2 --node-prefix=top {TYPE} {END}"),
     ],
-)  # fmt: skip
-def test_a_slice_is_created_seen_and_deleted(cloud: Cloud, words: list[str], expected: str) -> None:
-    dry = cloud.ok("create", "--dry-run", *words)
+)
+def test_a_dry_run_prints_a_line_that_gcloud_takes(cloud: Cloud, words: list[str], line: str) -> None:
+    assert cloud.ok("create", "--dry-run", *words) == f"{line}\n"
     assert not cloud.calls()
-    done = cloud.ok("create", *words)
-    assert expected in cloud.calls("create")[0]
-    assert dry == f"gcloud {cloud.calls('create')[0]}\n"
-    if "--queued" in words:
-        assert re.findall(r"top is (\w+)", done) == ["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    slices = ["--slices=2"] if "--slices" in words else []
-    state = "ACTIVE" if "queued" in expected or "--queued" in words else "READY"
-    assert cloud.ok("status", *slices) == f"top: {state}\n" + "run: none\n" * len(cloud.homes())
+    assert cloud.bash("-c", line).returncode == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--queued"], ["--slices=2"]])
+def test_a_slice_is_created_seen_and_deleted(cloud: Cloud, words: list[str]) -> None:
+    states = re.findall(r"top is (\w+)", cloud.ok("create", *words))
+    assert states == (["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"] if words else ["READY"])
+    assert cloud.calls("create")[0] == cloud.ok("create", "--dry-run", *words).strip().removeprefix("gcloud ")
+    hosts = len(cloud.homes())
+    assert hosts == (2 if "--slices=2" in words else 1)
+    assert cloud.ok("status", *words) == f"top: {states[-1]}\n" + "run: none\n" * hosts
     cloud.ok("delete")
     assert not cloud.homes()
     assert cloud.ok("status") == "top: MISSING\n"
@@ -201,7 +104,7 @@ def test_the_fake_refuses_what_gcloud_would(cloud: Cloud, words: str) -> None:
         (["status", "--zone="], "there is no zone: give --zone ZONE, or set ZONE"),
         (["create", "--slices", "two"], "--slices cannot be 'two': expected a number from 1"),
         (["setup", "--folder", "a b"], "--folder cannot be 'a b': expected letters, digits and _./-"),
-        (["watch", "--accelerator-type=", "ls"], "there is no type: give --accelerator-type TYPE, such as v5litepod-8"),
+        (["create", "--accelerator-type="], "there is no type: give --accelerator-type TYPE, such as v5litepod-8"),
         (["create", "--accelerator-type=v9-8"], "no runtime version is known for v9-8: give --runtime-version"),
         (["setup", "--code", "/tmp"], "/tmp has no pyproject.toml: give --code the folder of a clone, or a git URL"),
     ],
@@ -281,7 +184,7 @@ def test_a_run_needs_an_installation(cloud: Cloud) -> None:
 # ---- watch
 
 
-@pytest.mark.parametrize("words", [["--spot"], ["--queued", "--spot"], ["--slices=2", "--spot"]])
+@pytest.mark.parametrize("words", [["--spot"], ["--slices=2", "--spot"]])
 def test_watch_starts_anew_after_a_preemption(cloud: Cloud, code: str, words: list[str]) -> None:
     (cloud.folder / "train").write_text(UNTIL_PREEMPTED)
     (cloud.folder / "preempt_at").write_text("5")  # after a look, install, start and a look
@@ -323,7 +226,7 @@ def test_watch_waits_out_a_lack_of_capacity_only_after_a_preemption(cloud: Cloud
     [
         ("exit 2", 1, 2, "the run ended with a mistake (status 2): bash scripts/tpu_pod.sh logs"),
         ("exit 7", 3, 7, "the run has crashed 3 times, at last with status 7: bash scripts/tpu_pod.sh logs"),
-        ('[ $(wc -l <"$HOME/starts") -gt 5 ] || exit 143', 6, 0, ""),  # SIGTERM of a maintenance, say
+        ('[ $(wc -l <"$HOME/starts") -gt 3 ] || exit 143', 4, 0, ""),  # SIGTERM of a maintenance, say
     ],
 )
 def test_watch_starts_again_what_may_end_otherwise(
@@ -357,7 +260,9 @@ def test_watch_prints_what_it_would_do(cloud: Cloud) -> None:
     lines = cloud.ok("watch", "--dry-run", "--slices=2", "--spot", *TRAIN).splitlines()
     assert not cloud.calls()
     commands = [shlex.split(line)[3:5] for line in lines if not line.startswith("#")]
-    assert [action for _, action in commands] == "describe describe create scp ssh ssh ssh delete".split()
+    assert [action for _, action in commands] == ["describe"] * 2 + ["create", "scp"] + ["ssh"] * 3 + [
+        "delete"
+    ]
     # As printed, gcloud takes them.
     cloud.ok("create", "--slices=2")
     for line in lines:
@@ -405,47 +310,7 @@ def test_slurm_queues_a_job_again_that_its_time_ended(
 def test_slurm_signals_the_steps_in_time() -> None:
     text = (ROOT / "scripts/slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
-    assert options["signal"] == "TERM@120"  # without "B:", so that it reaches the training and not this shell alone
+    assert (
+        options["signal"] == "TERM@120"
+    )  # without "B:", so that it reaches the training and not this shell alone
     assert {"requeue", "open-mode"} <= options.keys()
-
-
-# ---- GKE
-
-HOST_CHIPS = {"tpu-v5-lite-podslice": 4}
-
-
-def check_jobset(text: str, slices: int) -> None:
-    """Raises if the manifest does not hold together: hosts and chips, one restart for all, the training command."""
-    manifest = yaml.safe_load(text)
-    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert manifest["spec"]["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
-    (group,) = manifest["spec"]["replicatedJobs"]
-    assert group["replicas"] == slices
-    job = group["template"]["spec"]
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    selector = pod["nodeSelector"]
-    chips = container["resources"]["limits"]["google.com/tpu"]
-    assert chips == HOST_CHIPS[selector["cloud.google.com/gke-tpu-accelerator"]]
-    rows, columns = map(int, selector["cloud.google.com/gke-tpu-topology"].split("x"))
-    assert job["parallelism"] * chips == job["completions"] * chips == rows * columns
-    assert job["backoffLimit"] == 0
-    assert job["podFailurePolicy"]["rules"][0]["onPodConditions"] == [{"type": "DisruptionTarget"}]
-    assert pod["restartPolicy"] == "Never"  # which a podFailurePolicy asks for
-
-    install, train = container["command"][-1].replace("\\\n", " ").strip().splitlines()
-    assert "[gcs]" in install
-    assert train.startswith("exec ")  # SIGTERM goes to the training, not to a shell around it
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
-    _, words = split_program(train.replace("$BUCKET", environment["BUCKET"]))
-    args, settings = make_parser().parse(words)
-    assert str(args.workdir).endswith("b_ade")
-    assert settings is not None
-    assert settings.batch_size % (rows * columns * slices) == 0
-
-
-@pytest.mark.parametrize("slices", [1, 2])
-def test_the_jobset_holds_together(slices: int) -> None:
-    text = (ROOT / "scripts/jobset.yaml").read_text()
-    assert text.count("replicas: 1 ") == 1
-    check_jobset(text.replace("replicas: 1 ", f"replicas: {slices} "), slices)

@@ -34,7 +34,7 @@ start() {
     rm -f "$RUN/status" "$RUN/stopped" "$RUN/pid"
     echo "== $(date -u '+%F %T') UTC: $*" >>"$RUN/log"
     # A session of its own, which the end of this one does not end.
-    setsid nohup bash scripts/tpu_host.sh keep "$@" </dev/null >>"$RUN/log" 2>&1 &
+    setsid nohup bash scripts/_tpu_host.sh keep "$@" </dev/null >>"$RUN/log" 2>&1 &
 }
 
 keep() { # in the background, with the lock of start
@@ -77,5 +77,5 @@ logs() { tail -n 50 "$@" "$RUN/log"; }
 
 case ${1:-} in
 install | start | keep | status | stop | logs) "$@" ;;
-*) die "bash scripts/tpu_host.sh is called by scripts/tpu_pod.sh" ;;
+*) die "bash scripts/_tpu_host.sh is called by scripts/tpu_pod.sh" ;;
 esac
