@@ -38,16 +38,17 @@ start() {
 }
 
 keep() { # in the background, with the lock of start
+    status=1
+    trap 'echo $status >"$RUN/status"' EXIT
     source .venv/bin/activate
     trap '' TERM # a shutdown sends it to everything: the command saves, and this waits
     (
-        trap - TERM
+        trap - TERM EXIT
         exec "$@" 9>&-
     ) &
     echo $! >"$RUN/pid"
-    local status=0
+    status=0
     wait $! || status=$?
-    echo $status >"$RUN/status"
 }
 
 status() {
@@ -67,6 +68,7 @@ stop() {
         echo "no run is going on"
         return
     fi
+    until [ -s "$RUN/pid" ]; do sleep 0.1; done # it may just be starting
     touch "$RUN/stopped"
     kill -TERM "$(cat "$RUN/pid")"
     flock -w 900 9 || die "the run has not ended in 15 minutes"

@@ -92,7 +92,8 @@ setup() {
         ;;
     esac
     [ -f "$CODE/pyproject.toml" ] || die "$CODE has no pyproject.toml: give --code the folder of a clone, or a git URL" 2
-    [ -n "$DRY_RUN" ] || (pack "$CODE" "$SCRATCH/$archive") || return
+    # Packed once: what watch starts anew is what it has started.
+    [ -n "$DRY_RUN" ] || [ -f "$SCRATCH/$archive" ] || (pack "$CODE" "$SCRATCH/$archive") || return
     if [ "$SLICES" -eq 1 ]; then
         tpus tpu-vm scp "$SCRATCH/$archive" "$TPU:" --worker=all --quiet || return
     else

@@ -32,7 +32,7 @@ PROGRAMS = {
     # What the environment on a host runs as python: pip, or the training that a test has written.
     "host_python": """case "$*" in
         "-m pip "*) echo "python $*" >>"$HOME/installed" ;;
-        *) echo "training: $*"; echo "$PWD" >>"$HOME/starts"; exec bash "$CLOUD/train" ;;
+        *) echo "training: $*"; echo "$PWD" >>"$HOME/starts"; exec bash "$CLOUD/train" "$@" ;;
         esac""",
 }
 # A run that goes on until SIGTERM, and then saves.
@@ -66,7 +66,7 @@ class Cloud:
     def bash(
         self, *words: str, cwd: str | pathlib.Path = ROOT, **settings: str
     ) -> subprocess.CompletedProcess[str]:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 60}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 300}
         return subprocess.run(["bash", *words], cwd=cwd, env=self.environment | settings, **options)
 
     def fail(self, *words: str, **settings: str) -> tuple[int, str]:

@@ -2,9 +2,10 @@
 
 It takes the commands that scripts/tpu_pod.sh and docs/pods.md use, refuses flags that the reference does not list,
 and writes each call into $CLOUD/calls. A host is a home folder in $CLOUD/hosts, in which ssh really runs its command.
-$CLOUD/preempt_at holds the number of the ssh call at which the slice is lost, its processes with it; the fake then
-makes $CLOUD/preempted. $CLOUD/stockouts holds how many creations fail for lack of capacity, of those not queued;
-$CLOUD/stockouts_later, how many after the preemption.
+Further files there say what happens: preempt_at holds the number of the ssh call at which the slice is lost, its
+processes with it, or the name of a file: the slice is then lost at the first call that finds that. The fake then
+makes the file preempted. stockouts holds how many creations fail for lack of capacity, of those not queued;
+stockouts_later, how many after the preemption.
 """
 
 import contextlib
@@ -238,7 +239,10 @@ def chosen_homes(name: str, flags: dict[str, str], queued: bool) -> list[pathlib
 
 def ssh(name: str, flags: dict[str, str], queued: bool) -> None:
     write("ssh_calls", read("ssh_calls", 0) + 1)
-    if read("preempt_at", 0) == read("ssh_calls", 0):
+    when = read("preempt_at", 0)
+    if when == read("ssh_calls", 0) or (
+        isinstance(when, str) and os.path.exists(when) and not read("preempted", False)
+    ):
         preempt(read("slices", {}))
         fail("Could not SSH into the instance.", 255)
     statuses = [

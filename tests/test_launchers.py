@@ -1,16 +1,19 @@
 """The launchers: TPU slices against a fake gcloud whose hosts run the scripts in earnest, and SLURM."""
 
+import json
 import os
 import pathlib
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.cloud import LONG, SCRIPT, TRAIN, UNTIL_PREEMPTED, Cloud, wait_until, write_clone, write_program
 from tests.commands import ROOT
+from tests.test_docs import SMALL
 
 
 @pytest.fixture
@@ -207,6 +210,34 @@ def test_watch_starts_anew_after_a_preemption(cloud: Cloud, code: str, words: li
     assert all("--spot" in call for call in cloud.calls("create"))
     for home in cloud.homes():
         assert (home / "starts").read_text().count("\n") == 1
+
+
+@pytest.mark.slow
+def test_watch_brings_a_real_training_through_a_preemption(
+    cloud: Cloud, code: str, tmp_path: pathlib.Path
+) -> None:
+    workdir = tmp_path / "run"
+    (cloud.folder / "train").write_text(f'PYTHONPATH={ROOT} exec {sys.executable} "$@"')
+    (cloud.folder / "preempt_at").write_text(json.dumps(str(workdir / "checkpoints/20")))
+    settings = SMALL | {"schedule.steps": 60, "checkpoint_every": 20, "evaluate_every": 60, "log_every": 10}
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    train = [
+        "python",
+        "-m",
+        "topformer_jax.train",
+        "--config",
+        "topformer_t_shapes",
+        "--workdir",
+        str(workdir),
+    ]
+    said = cloud.ok(
+        "watch", "--spot", "--code", code, *train, *overrides, POLL_SECONDS="0.3", CUDA_VISIBLE_DEVICES=""
+    )
+    assert (cloud.folder / "preempted").exists()
+    assert said.endswith("the run is done\n")
+    assert len(cloud.calls("create")) == 2
+    assert re.search(r"from checkpoint (20|40)\n", cloud.ok("logs"))
+    assert '"step": 60' in (workdir / "metrics.jsonl").read_text()
 
 
 def test_watch_waits_out_a_lack_of_capacity_only_after_a_preemption(cloud: Cloud, code: str) -> None:
