@@ -104,11 +104,12 @@ def test_its_commands_have_the_flags_and_settings() -> None:
     commands = [
         command for command in commands_of(Block("bash", walk_through())) if split_program(command)[0]
     ]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         program, words = split_program(command.replace("$BUCKET", "my-bucket"))
         parser = parser_of(program)
-        if isinstance(parser, Parser):
+        if program == "topformer_jax.train":
+            assert isinstance(parser, Parser)
             _, settings = parser.parse(words)
             assert settings is not None
             chips = 512 if "v5litepod-256 --slices=2" in command.replace("accelerator-type=", "") else 8
