@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -179,6 +180,18 @@ def test_a_run_goes_on_in_the_background_until_it_is_stopped(cloud: Cloud, code:
     assert cloud.ok("status", *slices).count("run: running") == 2
 
 
+def test_a_host_that_is_shut_down_lets_the_run_save(cloud: Cloud, code: str) -> None:
+    (cloud.folder / "train").write_text(LONG)
+    cloud.ok("create")
+    cloud.ok("setup", "--code", code)
+    cloud.ok("run", *TRAIN)
+    wait_until(lambda: "step 1" in cloud.ok("logs"))
+    pid = int((cloud.homes()[0] / "topformer_run/pid").read_text())
+    os.killpg(os.getpgid(pid), signal.SIGTERM)  # as a shutdown: to the training and to what waits for it
+    wait_until(lambda: "run: 143" in cloud.ok("status"))
+    assert cloud.ok("logs").endswith("saved\n")
+
+
 def test_a_run_needs_an_installation(cloud: Cloud) -> None:
     cloud.ok("create")
     assert cloud.fail("run", *TRAIN)[0] != 0
@@ -304,7 +317,8 @@ def test_watch_prints_what_it_would_do(cloud: Cloud) -> None:
 # ---- SLURM
 
 SLURM = {
-    "srun": 'echo "srun $*" >>"$CALLS"; exit "$SRUN_STATUS"',
+    # A preemption reaches the shell as well.
+    "srun": 'echo "srun $*" >>"$CALLS"; [ "$SRUN_STATUS" != 143 ] || kill -TERM $PPID; exit "$SRUN_STATUS"',
     "scontrol": """echo "scontrol $*" >>"$CALLS"
         case $1 in
         show) echo "JobId=42 JobName=topformer"; echo "   JobState=$JOB_STATE Reason=None" ;;
