@@ -3,36 +3,43 @@
   python scripts/build_dataset.py --dataset ade20k --source data/ade/ADEChallengeData2016 --output data/records
 
 The shards are in tensorflow-datasets' format, written and read without TensorFlow; they hold the files' bytes
-unchanged. --output may be a bucket (gs://...; that needs the package gcsfs).
+unchanged. --output may be a bucket (gs://...; that needs `pip install 'topformer_jax[gcs]'`). An interrupted command
+goes on where it stopped. Several processes or hosts share the work: give each its --shard I/N and the same --output.
 """
 
 import argparse
 import contextlib
-import io
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
 from topformer_jax import cli
-from topformer_jax.data import sources
+from topformer_jax.data import cache, paths, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
 from topformer_jax.errors import UserError
 
+SHARD_BYTES = 64 << 20  # of the examples' files in a shard; the last may hold less
+
 
 class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the examples of folder sources, in their order."""
+    """Describes the records to tensorflow-datasets, which reads them; this script writes them."""
 
-    VERSION = tfds.core.Version(sources.VERSION)
+    VERSION = tfds.core.Version(records.VERSION)
 
-    def __init__(self, dataset: str, splits: dict[str, sources.Source], output: str):
+    def __init__(self, dataset: str, folder: str):
         self.name = dataset
-        self._splits = splits
-        super().__init__(data_dir=output, file_format="array_record")
+        super().__init__(data_dir=folder, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -40,44 +47,218 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "image": tfds.features.Image(),
             "label": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
         }
-        # TFDS would shuffle the records, but the order of training depends on the folder's order.
+        # The order of training depends on the folder's order.
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
     def _split_generators(self, manager: Any) -> dict[str, Iterator]:
-        return {split: self._generate_examples(split) for split in self._splits}
+        raise NotImplementedError
 
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        source = self._splits[split]
-        for index in tqdm(range(len(source)), desc=split, unit=" examples"):
+    def _generate_examples(self) -> Iterator:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file to write: consecutive examples of a split."""
+
+    name: str
+    split: str
+    start: int
+    stop: int
+    digest: str  # of the names and sizes of its examples' files
+
+    @property
+    def part_name(self) -> str:
+        """Of the file that says that the shard is finished."""
+        return f"{records.PARTS}/{self.name}.json"
+
+
+def plan_shards(dataset: str, splits: dict[str, sources.FolderSource]) -> list[Shard]:
+    """Divides the splits' examples into shards; every process comes to the same."""
+    shards = []
+    for split, source in splits.items():
+        rows = []
+        for name, *files in zip(source.names, source.images, source.labels, strict=True):
+            sizes = [os.path.getsize(os.path.join(source.root, file)) for file in files]
+            rows.append((name, *sizes))
+        total = sum(image + label for _, image, label in rows)
+        count = max(1, min(len(rows), round(total / SHARD_BYTES)))
+        for index, name in enumerate(records.shard_names(dataset, split, count)):
+            start, stop = (len(rows) * edge // count for edge in (index, index + 1))
+            digest = hashlib.sha256(json.dumps([name, start, rows[start:stop]]).encode()).hexdigest()
+            shards.append(Shard(name, split, start, stop, digest))
+    return shards
+
+
+def write_shard(
+    builder: FolderBuilder, source: sources.FolderSource, shard: Shard, folder: epath.Path, bar: tqdm
+) -> None:
+    """Writes a shard, which gets its name when it is whole, and then the file that says so."""
+    from array_record.python import array_record_module
+
+    features: Any = builder.info.features
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    in_bucket, record_bytes = paths.is_bucket(folder), 0
+    with contextlib.ExitStack() as stack:
+        if in_bucket:
+            place = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            place = pathlib.Path(folder)
+        temporary = place / f".{shard.name}.{os.getpid()}.tmp"
+        stack.callback(temporary.unlink, missing_ok=True)
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+        for index in range(shard.start, shard.stop):
             example = source[index]
-            yield index, {"name": example.name, "image": example.image, "label": example.label}
+            fields = {"name": example.name, "image": example.image, "label": example.label}
+            record = serializer.get_tf_example(features.encode_example(fields))
+            # A protocol buffer's map has another order in each process, unless asked for this.
+            record = record.SerializeToString(deterministic=True)
+            writer.write(record)
+            record_bytes += len(record)
+            bar.update()
+        writer.close()
+        content = temporary.read_bytes()
+        if in_bucket:
+            (folder / shard.name).write_bytes(content)
+        else:
+            temporary.replace(place / shard.name)
+    part = {
+        "digest": shard.digest,
+        "size": len(content),
+        "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
+        "record_bytes": record_bytes,
+    }
+    _write(folder / shard.part_name, json.dumps(part))
 
 
-def build(dataset: str, source: str, output: str) -> epath.Path:
-    """Writes both splits and returns their folder.
+def find_part(folder: epath.Path, shard: Shard) -> dict[str, Any] | None:
+    """What is known of a finished shard; None if it is missing, damaged, or of other files."""
+    try:
+        part = json.loads((folder / shard.part_name).read_text())
+        system, inside = fsspec.core.url_to_fs(str(folder / shard.name))
+        facts = system.info(inside)
+    except (FileNotFoundError, ValueError):
+        return None
+    if part.get("digest") != shard.digest or part["size"] != facts["size"]:
+        return None
+    md5 = cache.read_md5(facts)
+    if not paths.is_bucket(folder):
+        with (folder / shard.name).open("rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    return part if md5 in ("", part["md5"]) else None
+
+
+def finish(
+    builder: FolderBuilder, shards: list[Shard], folder: epath.Path, files: dict[str, bytes]
+) -> list[Shard]:
+    """Writes what describes the whole, if all shards are there, and returns those that are missing."""
+    parts = {shard: part for shard in shards if (part := find_part(folder, shard))}
+    if missing := [shard for shard in shards if shard not in parts]:
+        # Unless another process has finished meanwhile and removed the parts.
+        return [] if is_complete(folder, shards) else missing
+    infos = []
+    for split in sources.SPLITS:
+        mine = [shard for shard in shards if shard.split == split]
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[shard.stop - shard.start for shard in mine],
+                num_bytes=sum(parts[shard]["record_bytes"] for shard in mine),
+                filename_template=builder._get_filename_template(split),
+            )
+        )
+    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    sums = {shard.name: {key: part[key] for key in ("size", "md5")} for shard, part in parts.items()}
+    _write(folder / records.CHECKSUMS, json.dumps({"source": _digest(shards), "shards": sums}, indent=1))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with tempfile.TemporaryDirectory() as place:
+        builder.info.write_to_directory(place)
+        for name in (records.FEATURES, records.INFO):
+            _write(folder / name, (pathlib.Path(place) / name).read_text())
+    with contextlib.suppress(FileNotFoundError):  # two processes may finish at once
+        (folder / records.PARTS).rmtree()
+    return []
+
+
+def is_complete(folder: epath.Path, shards: list[Shard]) -> bool:
+    """Whether the folder holds all of these shards.
 
     Raises:
-        UserError: the source is incomplete, or the output exists already.
+        UserError: it holds a whole data set of other files.
+    """
+    if not (folder / records.INFO).exists():
+        return False
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        if json.loads((folder / records.CHECKSUMS).read_text())["source"] == _digest(shards):
+            return True
+    raise UserError(
+        f"{folder} is there already, from other files or an earlier version: remove it, or give another --output"
+    )
+
+
+def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)) -> tuple[epath.Path, str]:
+    """Writes both splits, or a part of their shards.
+
+    Args:
+        dataset: the name of the layout.
+        source: the folder.
+        output: a folder or a bucket.
+        part: (I, N): shards I, I + N, ... of all.
+
+    Returns:
+        Their folder, and what is missing there in one line, "" if it is complete.
+
+    Raises:
+        UserError: the source is incomplete, or the output cannot be written or holds something else.
     """
     layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
     splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
-    root = epath.Path(output).expanduser()
-    folder = root / dataset / sources.VERSION
-    if folder.exists():
-        raise UserError(f"{folder} is there already: remove it, or give another --output")
-    builder: Any = FolderBuilder(dataset, splits, str(root))
-    tfds.disable_progress_bar()  # TFDS's own bars, one a shard
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as empty:
-            builder.download_and_prepare(download_dir=empty)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}") from None
-    classes = epath.Path(source).expanduser() / "classes.txt"
-    if dataset == "custom" and classes.exists():
-        (folder / "classes.txt").write_text(classes.read_text())
-    return folder
+    shards = plan_shards(dataset, splits)
+    folder = paths.as_path(output) / dataset / records.VERSION
+    names = pathlib.Path(source).expanduser() / "classes.txt"
+    files = {names.name: names.read_bytes()} if dataset == "custom" and names.exists() else {}
+    with (
+        paths.report_errors(folder, "written", "the same command goes on from here"),
+        tempfile.TemporaryDirectory() as empty,
+    ):
+        if is_complete(folder, shards):
+            return folder, ""
+        builder = FolderBuilder(dataset, empty)
+        if not paths.is_bucket(folder):
+            (folder / records.PARTS).mkdir(parents=True, exist_ok=True)
+        mine = shards[part[0] - 1 :: part[1]]
+        for split in sources.SPLITS:
+            todo = [shard for shard in mine if shard.split == split and not find_part(folder, shard)]
+            with tqdm(
+                total=sum(shard.stop - shard.start for shard in todo), desc=split, unit=" examples"
+            ) as bar:
+                for shard in todo:
+                    write_shard(builder, splits[split], shard, folder, bar)
+        missing = finish(builder, shards, folder, files)
+    parts = sorted({shards.index(shard) % part[1] + 1 for shard in missing})
+    return folder, ", ".join(f"{index}/{part[1]}" for index in parts)
+
+
+def _digest(shards: list[Shard]) -> str:
+    return hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
+
+
+def _write(path: epath.Path, text: str) -> None:
+    """Writes a file that is there as a whole or not at all."""
+    if paths.is_bucket(path):
+        path.write_text(text)
+    else:
+        paths.replace_file(pathlib.Path(path), text.encode())
+
+
+def _as_part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4")
+    return int(index), int(count)
 
 
 def main() -> None:
@@ -89,10 +270,16 @@ def main() -> None:
     parser.add_argument("--dataset", choices=names, required=True, help="which layout the folder has")
     parser.add_argument("--source", metavar="DIR", required=True, help="the folder, as for data.root")
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder or a bucket for the shards")
+    parser.add_argument(
+        "--shard", metavar="I/N", default="1/1", help="of N processes, this is the I-th, from 1"
+    )
     args = parser.parse_args()
-    folder = build(args.dataset, args.source, args.output)
+    folder, missing = build(args.dataset, args.source, args.output, _as_part(args.shard))
+    if missing:
+        print(f"wrote --shard {args.shard} of {folder}; still missing: --shard {missing}")
+        return
     size = sum(file.stat().length for file in folder.iterdir())
-    print(f"wrote {folder} ({size / 1e6:.0f} MB); use it with any config of {args.dataset}:")
+    print(f"{folder} is complete ({size / 1e6:.0f} MB); use it with any config of {args.dataset}:")
     print(f"  --config.data.source=array_record --config.data.root={args.output}")
 
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "topformer_jax"
 BASE = {"version", "errors", "files"}
 DATA = {"config", "data"}
 NETWORK = {"ops", "models"}
-SHARED = {"cli", "logs", "metrics", "sharding", "visualize"}
+SHARED = {"cli", "logs", "metrics", "processes", "sharding", "visualize"}
 SCORING = {"checkpoints", "evaluation", "inference"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -23,17 +23,19 @@ ALLOWED: dict[str, set[str]] = {
     "profiler": set(),
     "programs": {"files"},
     "sharding": set(),
-    "shutdown": {"sharding"},
+    "native_messages": set(),
+    "processes": {"native_messages"},
+    "shutdown": {"processes"},
     "ops": set(),
     "data": {"ops"},
     "models": {"ops"},
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
-    "cli": {"config", "logs", "programs"},
+    "cli": {"config", "logs", "processes", "programs"},
     "checkpoints": {"files", "models"},
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
     "step": {"data", "models", "ops", "optimizer", "programs", "sharding"},
-    "evaluation": {"data", "inference", "metrics", "models", "sharding"},
+    "evaluation": {"data", "inference", "metrics", "models", "processes", "sharding"},
     "run": BASE | DATA | NETWORK | SHARED | SCORING | {"shutdown", "step"},
     # Commands, which do not import each other.
     "browse": BASE | DATA | SHARED,
@@ -96,7 +98,7 @@ def test_files_and_functions_stay_short(file: pathlib.Path) -> None:
 def test_the_documents_name_every_command_and_script() -> None:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages)
-    commands = [file.stem for file in PACKAGE.glob("*.py") if "\nif __name__ ==" in file.read_text()]
+    commands = [file.stem for file in PACKAGE.glob("*.py") if "    cli.run(main)" in file.read_text()]
     assert "convert" in commands
     for command in commands:
         assert f"python -m topformer_jax.{command}" in text

@@ -234,7 +234,7 @@ def test_records_hold_the_files(
         cv2.imencode(".png", PIXELS.astype(np.uint16) * 1000)[1].tobytes()
     )  # 16 bits stay 16 bits
     output = tmp_path / "records"
-    folder = build_dataset.build(dataset, config.data.root, str(output))
+    folder, _ = build_dataset.build(dataset, config.data.root, str(output))
     assert capsys.readouterr().out == ""
     assert [path.name for path in output.iterdir()] == [dataset]  # nothing of TFDS's own is left behind
     for root in (output, output / dataset / "1.0.0"):
@@ -246,7 +246,10 @@ def test_records_hold_the_files(
             for index in range(len(expected)):
                 assert found[index][:3] == expected[index][:3]
                 assert f"(record {index} of {split} in {folder})" in found[index].where[1]
-    with pytest.raises(UserError, match="is there already: remove it"):
+    label.write_bytes(label.read_bytes() + b"more")
+    with pytest.raises(
+        UserError, match="is there already, from other files or an earlier version: remove it"
+    ):
         build_dataset.build(dataset, config.data.root, str(output))
 
 
@@ -262,7 +265,7 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("left", [0, 0.5])
 def test_records_that_are_damaged(tmp_path: pathlib.Path, build_dataset: ModuleType, left: float) -> None:
     config = write(tmp_path / "files", "ade20k")
-    folder = build_dataset.build("ade20k", config.data.root, str(tmp_path / "records"))
+    folder, _ = build_dataset.build("ade20k", config.data.root, str(tmp_path / "records"))
     overrides = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
     source = sources.open_source(config_lib.load(config, overrides), "train")
     (file,) = pathlib.Path(folder).glob("*train.array_record*")

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -125,23 +126,53 @@ def run(main: Callable[[], None]) -> None:
         keep_freed_memory()
         logs.silence_orbax_threads()
         main()
-    except UserError as error:
-        print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+    except (Exception, KeyboardInterrupt) as error:
+        leave_others_on_error(type(error), error)
+        status = _report(error)
+        if status is None:
             raise
-        print(
-            f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
-            file=sys.stderr,
-        )
-        _discard_output()
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(status)
     finally:
         programs.keep_in(None)
+
+
+def leave_others_on_error(_: object, error: BaseException | None, *rest: object) -> None:
+    """Ends a process of several at once if it fails: what closes it in order would wait for the others.
+
+    Its arguments are those of `__exit__`, so that an ExitStack can call it first.
+    """
+    import jax
+
+    from topformer_jax import processes
+
+    if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
+        return
+    if processes.is_lost_connection(error):
+        processes.report_lost_connection()
+        processes.leave(1)
+    status = _report(error)
+    if status is None:
+        traceback.print_exception(error)
+    processes.leave(status or 1)
+
+
+def _report(error: BaseException) -> int | None:
+    """Prints the line of an error that a user can mend, and returns the status to exit with; None for others."""
+    match error:
+        case UserError():
+            print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
+            return 2
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EPIPE):
+            print(
+                f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
+                file=sys.stderr,
+            )
+            _discard_output()
+            return 2
+        case KeyboardInterrupt():
+            print("interrupted", file=sys.stderr)
+            return 130
+    return None
 
 
 def _discard_output() -> None:

@@ -43,7 +43,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, logs, metrics, models, sharding
+from topformer_jax import checkpoints, files, logs, metrics, models, processes, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
@@ -194,7 +194,7 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.report_images < 0:
         raise UserError(f"--report-images is {args.report_images}: expected 0 or more")
-    sharding.start_processes(args.coordinator, args.processes, args.process_id)
+    processes.start_processes(args.coordinator, args.processes, args.process_id)
     overrides: dict[str, object] = {}
     if args.img_ratios:
         overrides["evaluation.img_ratios"] = cli.numbers("--img-ratios", args.img_ratios)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from topformer_jax import metrics, models, sharding
+from topformer_jax import metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
@@ -117,8 +117,8 @@ def evaluate_split(
         while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
             _collect_batch(*in_flight.popleft(), scores, on_example)
     on_progress(started, "")
-    scores = sharding.sum_over_processes(scores)
-    confusion = sharding.sum_over_processes(programs.read_totals(totals))
+    scores = processes.sum_over_processes(scores)
+    confusion = processes.sum_over_processes(programs.read_totals(totals))
     return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
 
 
@@ -150,7 +150,7 @@ def _read_sizes(source: sources.Source) -> list[Size]:
     sizes = np.zeros((len(source), 2), np.int64)
     for index, size in zip(own, loader.map_in_threads(source.label_size, own), strict=True):
         sizes[index] = size
-    return [(int(height), int(width)) for height, width in sharding.sum_over_processes(sizes)]
+    return [(int(height), int(width)) for height, width in processes.sum_over_processes(sizes)]
 
 
 def _collect_batch(

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, logs, metrics, models, sharding
+from topformer_jax import checkpoints, files, logs, metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
@@ -123,6 +123,7 @@ class Monitor:
         self._batches = batches
         self._pending: list[Mapping[str, Any]] = []  # per-step metrics not yet fetched to host
         self._reported_unreadable: set[int] = set()
+        self._first_loss: Any = None  # an array; mypy does not know its is_ready()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -140,6 +141,14 @@ class Monitor:
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of one more step, without waiting for them."""
         self._pending.append(step_metrics)
+        if self._first_loss is None:
+            self._first_loss = step_metrics["loss"]
+
+    def leave_early(self, number: int) -> None:
+        """Ends the process for a signal, if no step has been computed that could be lost."""
+        if self._first_loss is None or not self._first_loss.is_ready():
+            self._run.log.print_line("stopped before a step was computed; the same command starts again")
+            processes.leave_together(128 + number)
 
     def fetch(self, step: int) -> list[Mapping[str, Any]]:
         """The metrics of the steps up to `step` that were not fetched yet; a UserError if one is not finite."""
@@ -179,11 +188,14 @@ class Monitor:
         self._reported_unreadable = batches.unreadable
 
 
-def should_sync(run: Run, step: int) -> bool:
-    """Whether the host waits for the devices after this step: to log, to save, to evaluate or to stop."""
-    config = run.config
-    is_due = step % config.log_every == 0 or step % config.checkpoint_every == 0
-    return is_due or is_evaluation_step(config, step) or run.shutdown.requested_alone()
+def is_log_step(config: ConfigDict, step: int) -> bool:
+    """Whether the host waits for the devices after this step and logs: then, too, where it saves or evaluates."""
+    return step % config.log_every == 0 or is_checkpoint_step(config, step)
+
+
+def is_checkpoint_step(config: ConfigDict, step: int) -> bool:
+    """Whether the state is saved after this step; it is wherever the validation split is scored."""
+    return step % config.checkpoint_every == 0 or is_evaluation_step(config, step)
 
 
 def is_evaluation_step(config: ConfigDict, step: int) -> bool:
@@ -192,10 +204,21 @@ def is_evaluation_step(config: ConfigDict, step: int) -> bool:
 
 
 def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) -> None:
-    """Starts to save a checkpoint in the background."""
+    """Starts to save a checkpoint in the background; nothing where the step is saved already without new scores."""
+    if miou is None and run.store.newest_started == step:
+        return
     # mmcv expects an epoch; a run here counts steps alone.
     metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
     run.store.save(step, _to_trees(state), metadata, miou)
+
+
+def save_before_compiling(run: Run, state: TrainState, step: int) -> None:
+    """Saves before the first evaluation of this process: on a TPU its programs compile for minutes.
+
+    A preempted machine is gone by then. The same command resumes here, and makes up for the evaluation.
+    """
+    if not run.log.has_evaluated:
+        save_checkpoint(run, state, step, None)
 
 
 @contextlib.contextmanager
@@ -226,7 +249,7 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
             rows.append([example.image, *(drawing.colorize(each, palette) for each in labels)])
 
     def stop_if_requested(*_: object) -> None:
-        if run.shutdown.requested_alone():
+        if run.shutdown.check():
             raise _EvaluationStopped
 
     with jax.transfer_guard("allow"):  # sizes and flags go to the devices with each batch
@@ -261,15 +284,15 @@ def evaluate_if_missing(run: Run, state: TrainState, step: int) -> None:
     miou = evaluate_and_log(run, state, step)
     if miou is not None:
         save_checkpoint(run, state, step, miou)
-    exit_if_stopped(run, step, run.shutdown.agree())
+    exit_if_stopped(run, step)
 
 
-def exit_if_stopped(run: Run, step: int, stop_signal: int) -> None:
+def exit_if_stopped(run: Run, step: int) -> None:
     """Ends the process with 128 + the signal's number if there was one; the step must have been saved."""
-    if stop_signal:
+    if run.shutdown.signal:
         run.store.wait()
         run.log.print_line(f"stopped at step {step} and saved; the same command resumes from here")
-        raise SystemExit(128 + stop_signal)
+        raise SystemExit(128 + run.shutdown.signal)
 
 
 def print_results(run: Run) -> None:

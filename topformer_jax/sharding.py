@@ -1,12 +1,10 @@
 """The mesh of devices, and which array lies where on it."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -88,43 +86,3 @@ def to_host(tree: Any) -> Any:
         return np.asarray(leaf.addressable_data(0))
 
     return jax.tree.map(fetch, tree)
-
-
-def sum_over_processes(array: np.ndarray) -> np.ndarray:
-    """The sum of every process's array; all processes must call it in the same order."""
-    return gather_processes(array).sum(0, dtype=array.dtype)
-
-
-def gather_processes(array: np.ndarray | np.generic) -> np.ndarray:
-    """Every process's array, stacked along a new first axis; all processes must call it in the same order.
-
-    The arrays travel as bytes, since JAX would cut 64-bit numbers down to 32 bits.
-    """
-    if jax.process_count() == 1:
-        return np.asarray(array)[None]
-    data = np.frombuffer(array.tobytes(), np.uint8)
-    with jax.transfer_guard("allow"):  # the bytes travel through the devices
-        gathered = np.ascontiguousarray(multihost_utils.process_allgather(data))
-    return gathered.view(array.dtype).reshape(len(gathered), *array.shape)
-
-
-def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes of this run, if flags or the environment say that there are any.
-
-    Raises:
-        UserError: only some of the flags are given, or the others cannot be reached.
-    """
-    flags = (coordinator, processes, process_id)
-    if any(flag is not None for flag in flags):
-        if any(flag is None for flag in flags):
-            raise UserError("--coordinator, --processes and --process-id go together: give all three")
-        try:
-            jax.distributed.initialize(coordinator, processes, process_id)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"cannot join {coordinator} as process {process_id}: {error}") from None
-    elif (
-        int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    ):
-        jax.distributed.initialize()

@@ -1,40 +1,95 @@
-"""Ending a training run early without losing anything: SIGTERM and Ctrl-C ask for it, the loop decides when."""
+"""Ending a training run early without losing anything: a signal asks for it, all processes end at the same step."""
 
+import os
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from types import FrameType
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
-from topformer_jax.sharding import gather_processes
+from topformer_jax import processes
 
 
 class GracefulShutdown:
-    """Remembers that SIGTERM or SIGINT asked the run to end; a second SIGINT interrupts at once.
+    """Notices SIGTERM and Ctrl-C; a second Ctrl-C interrupts at once.
 
+    With several processes a signal to one of them asks all. JAX catches SIGTERM then and agrees with the other
+    processes on a moment that none of them has reached, without a message at each step (Ctrl-C becomes a SIGTERM).
     Handlers are installed by the constructor and removed by `restore_handlers`.
+
+    Attributes:
+        signal: the number of the signal that the run ends for, 0 while it goes on; the same on all processes.
     """
 
     def __init__(self) -> None:
-        self._signal = 0
-        self._previous = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.signal = 0
+        self._received = 0
+        self._leave_early: Callable[[int], None] | None = None
+        self._moment = 0
+        self._is_alone = jax.process_count() == 1
+        numbers = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
+        # Python calls handlers between two of its own instructions, but writes to this pipe at once.
+        reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._previous_pipe = signal.set_wakeup_fd(self._writing)
+        threading.Thread(target=self._watch_pipe, args=(reading,), daemon=True).start()
+        if not self._is_alone:
+            threading.Thread(target=self._watch_others, daemon=True).start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signal = number
+        """Does nothing: `_watch_pipe` has seen the signal already. Without a handler it would end the process."""
 
-    def requested_alone(self) -> bool:
-        """Whether this process may stop right away: it was asked to, and there is no other that would wait for it."""
-        return bool(self._signal) and jax.process_count() == 1
+    def _watch_pipe(self, reading: int) -> None:
+        with open(reading, "rb", buffering=0) as signals:
+            while number := signals.read(1):
+                self._note(number[0])
 
-    def agree(self) -> int:
-        """The signal that any of the processes received, or 0. All processes must call it at the same step."""
-        return int(gather_processes(np.int32(self._signal)).max())
+    def _note(self, number: int) -> None:
+        if number not in self._previous:
+            return
+        if self._received and number == signal.SIGINT:
+            print("interrupted", file=sys.stderr)
+            processes.leave(128 + number)
+        self._received = number
+        if not self._is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif self._leave_early is not None:
+            self._leave_early(number)
+
+    def _watch_others(self) -> None:
+        if processes.wait_for_preemption():
+            self._received = signal.SIGTERM
+            if self._leave_early is not None:
+                self._leave_early(self._received)
+
+    def allow_leaving(self, leave_early: Callable[[int], None]) -> None:
+        """Gives what is called with a signal's number when one comes, and now if one has come.
+
+        It is called from a thread, so that nobody waits for the minutes in which the main thread compiles, and ends
+        the process if that loses nothing.
+        """
+        self._leave_early = leave_early
+        if self._received:
+            leave_early(self._received)
+
+    def check(self) -> bool:
+        """Whether the run ends here. Every process must call it at the same moments: each step, each batch scored."""
+        if not self.signal:
+            if self._is_alone:
+                self.signal = self._received
+            else:
+                self._moment += 1
+                if multihost_utils.reached_preemption_sync_point(self._moment):
+                    self.signal = signal.SIGTERM
+        return bool(self.signal)
 
     def restore_handlers(self) -> None:
         """Puts the previous signal handlers back."""
+        signal.set_wakeup_fd(self._previous_pipe)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        os.close(self._writing)

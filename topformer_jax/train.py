@@ -28,7 +28,7 @@ import contextlib
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax import files, logs, sharding
+from topformer_jax import files, logs, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
@@ -37,15 +37,17 @@ from topformer_jax.run import (
     evaluate_and_log,
     evaluate_if_missing,
     exit_if_stopped,
+    is_checkpoint_step,
     is_evaluation_step,
+    is_log_step,
     load_initial_model,
     open_checkpoints,
     print_banner,
     print_results,
     restore_state,
+    save_before_compiling,
     save_checkpoint,
     save_on_error,
-    should_sync,
 )
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import init_training
@@ -98,6 +100,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
     )
     profiler = StepProfiler(profile_steps, workdir / "profile")
     monitor = Monitor(run, batches)
+    shutdown.allow_leaving(monitor.leave_early)
 
     # ---- the loop
     # An implicit transfer would make the host wait at every step.
@@ -105,6 +108,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
         # The last one is called first, and all of them are called, whatever one of them raises.
         for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
             cleanup.callback(close)
+        cleanup.push(cli.leave_others_on_error)
         evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with save_on_error(run, state, step - 1, monitor):
@@ -113,19 +117,18 @@ def train(config: ConfigDict, workdir: pathlib.Path, profile_steps: range = rang
             state, step_metrics = train_step(state, batch)
             profiler.after(step, step_metrics)
             monitor.add(step_metrics)
-            if not should_sync(run, step):
+            if not shutdown.check() and not is_log_step(config, step):
                 continue
 
             monitor.log(step)
-            stop_signal = shutdown.agree()
             miou = None
-            if is_evaluation_step(config, step) and not stop_signal:
+            if is_evaluation_step(config, step) and not shutdown.signal:
+                save_before_compiling(run, state, step)
                 with save_on_error(run, state, step, monitor):
                     miou = evaluate_and_log(run, state, step)
-                stop_signal = shutdown.agree()
-            if is_evaluation_step(config, step) or stop_signal or step % config.checkpoint_every == 0:
+            if shutdown.check() or is_checkpoint_step(config, step):
                 save_checkpoint(run, state, step, miou)
-            exit_if_stopped(run, step, stop_signal)
+            exit_if_stopped(run, step)
             monitor.restart_clock()
 
     # ---- the end
@@ -138,7 +141,7 @@ def main() -> None:
     args, config = make_parser().parse()
     assert config is not None  # --config is required
     profile_steps = parse_steps(args.profile)
-    sharding.start_processes(args.coordinator, args.processes, args.process_id)
+    processes.start_processes(args.coordinator, args.processes, args.process_id)
     train(config, args.workdir or pathlib.Path("runs") / config.name, profile_steps)
 
 

@@ -103,12 +103,16 @@ class CheckpointStore:
         directory: the folder of the steps.
         max_to_keep: how many of the newest steps are kept, beside the one of the best mIoU.
 
+    Attributes:
+        newest_started: the step that this process saved last, or 0; it may not be complete yet.
+
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
     """
 
     def __init__(self, directory: pathlib.Path, max_to_keep: int):
         self.directory = directory
+        self.newest_started = 0
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["miou"], n=1, keep_checkpoints_without_metrics=False
@@ -149,6 +153,9 @@ class CheckpointStore:
             miou: of this state's evaluation (0 to 1), where there was one.
         """
         metrics = None if miou is None else {"miou": miou}
+        if step == self.newest_started:  # Orbax would write both into one folder
+            self.wait()
+        self.newest_started = step
         with self._report_write_error():
             self._checkpointer.save_checkpointables_async(
                 step, _non_empty(trees), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata

@@ -137,7 +137,14 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "image and label files, what scripts/build_dataset.py wrote, or images drawn on the fly",
             ("folder", "array_record", "shapes"),
         ),
-        "data.root": Setting("", "the data set's folder, laid out as for mmsegmentation"),
+        "data.root": Setting(
+            "", "the data set's folder, laid out as for mmsegmentation; of array_record, a bucket too"
+        ),
+        "data.cache": Setting(
+            "",
+            "a folder on each host's disk that array_record shards are copied to before they are read; empty: read "
+            "where they are",
+        ),
         "data.class_names": Setting(
             (), "of a custom data set, in label order; empty: the lines of <root>/classes.txt"
         ),

@@ -8,42 +8,20 @@ import functools
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from topformer_jax.data import shapes
+from topformer_jax.data import cache, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, SPLITS, DataSet, Layout, custom
 from topformer_jax.data.codecs import read_label_size
+from topformer_jax.data.example import Example, Source
+from topformer_jax.data.paths import as_path, is_bucket, report_errors
+from topformer_jax.data.records import ArrayRecordSource
 from topformer_jax.errors import UserError
 
-VERSION = "1.0.0"  # of the array_record builders
 _TRY_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
-
-
-class Example(NamedTuple):
-    """One example as it is stored: the bytes of its files, or arrays where there are no files."""
-
-    name: str  # the image's path in its split, without suffix
-    image: bytes | np.ndarray
-    label: bytes | np.ndarray
-    where: tuple[str, str]  # image and label, as error messages name them
-
-
-@runtime_checkable
-class Source(Protocol):
-    """One split of a data set, by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example:
-        """Reads an example; raises a UserError if it cannot be read."""
-
-    def label_size(self, index: int) -> tuple[int, int]:
-        """(height, width) of an example's label in pixels, and so of its image, without decoding either."""
 
 
 def find_data_set(config: ConfigDict) -> DataSet:
@@ -71,8 +49,13 @@ def find_data_set(config: ConfigDict) -> DataSet:
     return found
 
 
-def open_source(config: ConfigDict, split: str) -> Source:
-    """Opens the "train" or "validation" split of the config's data set.
+def open_source(config: ConfigDict, split: str, make_progress: cache.MakeProgress = cache.Silence) -> Source:
+    """Opens the "train" or "validation" split of the config's data set; with data.cache, copies its shards first.
+
+    Args:
+        config: the settings.
+        split: which one.
+        make_progress: makes what shows how much is copied, such as logs.Progress.
 
     >>> from topformer_jax import config
     >>> source = open_source(config.shapes(), "validation")
@@ -85,18 +68,28 @@ def open_source(config: ConfigDict, split: str) -> Source:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {SPLITS}")
     data = config.data
+    _refuse_bucket_of_files(config)
     found = find_data_set(config)
     if (data.source == "shapes") != (data.dataset == "shapes"):
         raise UserError(
             f"data.source={data.source} does not hold data.dataset={data.dataset}: for the synthetic set both "
             "are shapes (configs/topformer_t_shapes.py), for others the source is folder or array_record"
         )
+    if data.cache and data.source != "array_record":
+        raise UserError(
+            f"data.cache={data.cache} holds copies of array_record shards, but data.source={data.source}: leave it "
+            "out, or pack the data set by scripts/build_dataset.py"
+        )
     if data.source == "shapes":
         return ShapesSource(split, data.shapes[split], data.shapes.size)
     if data.source == "folder":
         return open_folder(data.dataset, found.layout, data.root, split)
     if data.source == "array_record":
-        return ArrayRecordSource(str(_find_records(data.root, data.dataset)), split)
+        folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
+        if data.cache:
+            copy = cache.copy_split(folder, data.dataset, split, data.cache, make_progress)
+            return ArrayRecordSource(copy, split)
+        return ArrayRecordSource(str(folder), split)
     raise UserError(f"there is no data.source {data.source}: folder, array_record or shapes")
 
 
@@ -122,53 +115,6 @@ class FolderSource:
     def label_size(self, index: int) -> tuple[int, int]:
         label = os.path.join(self.root, self.labels[index])
         return read_label_size(_read(label, 24), label)
-
-
-@dataclasses.dataclass
-class ArrayRecordSource:
-    """The shards that scripts/build_dataset.py wrote: TFDS records that hold the files' bytes unchanged."""
-
-    folder: str
-    split: str
-
-    def __post_init__(self) -> None:
-        import tensorflow_datasets as tfds  # takes half a second
-
-        skip = tfds.decode.SkipDecoding()
-        try:
-            builder = tfds.builder_from_directory(self.folder)
-            decoders: Any = {"image": skip, "label": skip}
-            self._records: Any = builder.as_data_source(self.split, decoders=decoders)
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"the {self.split} split in {self.folder} cannot be opened ({error}): build it again with "
-                "scripts/build_dataset.py"
-            ) from None
-
-    def __reduce__(self) -> tuple:
-        return ArrayRecordSource, (self.folder, self.split)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Example:
-        try:
-            record = self._records[index]
-            name = record["name"].decode()
-        except IndexError:
-            raise
-        except Exception as error:  # a damaged file raises errors of many types
-            reason = (str(error) or type(error).__name__).split("\n")[0]
-            raise UserError(
-                f"record {index} of {self.split} in {self.folder} cannot be read ({reason}): copy it or build it "
-                "again (scripts/build_dataset.py)"
-            ) from None
-        where = f"{name} (record {index} of {self.split} in {self.folder})"
-        return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
-
-    def label_size(self, index: int) -> tuple[int, int]:
-        example = self[index]
-        return read_label_size(example.label, example.where[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +149,8 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     """
     if layout is None:
         raise UserError(f"data set {dataset} has no folder layout: data.source=folder cannot read it")
+    if is_bucket(root):
+        raise UserError(_pack_first(dataset, root))
     base = pathlib.Path(root).expanduser()
     words = layout.train if split == "train" else layout.validation
     word = next((w for w in words if (base / layout.images.format(split=w)).is_dir()), words[0])
@@ -244,6 +192,20 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         tuple(names),
         tuple(str(image_folder / images[name]) for name in names),
         tuple(str(label_folder / (name + layout.label_suffix)) for name in names),
+    )
+
+
+def _refuse_bucket_of_files(config: ConfigDict) -> None:
+    if config.data.source == "folder" and is_bucket(config.data.root):
+        raise UserError(_pack_first(config.data.dataset, config.data.root))
+
+
+def _pack_first(dataset: str, root: str) -> str:
+    """What to do where the files of a folder layout are in a bucket, slow with small files."""
+    return (
+        f"{root} is in a bucket, whose small files are not read one by one: pack a local copy by python "
+        f"scripts/build_dataset.py --dataset {dataset} --source DIR --output {root}/records and train with "
+        f"--config.data.source=array_record --config.data.root={root}/records"
     )
 
 
@@ -304,14 +266,16 @@ def _read(path: str, count: int = -1) -> bytes:
 def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
     if config.data.class_names:
         return tuple(config.data.class_names)
-    root = epath.Path(config.data.root or ".").expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"data.root={config.data.root} is {'a file' if root.exists() else 'not there'}: give "
-            "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
-        )
-    files = [root / "classes.txt", root / "custom" / VERSION / "classes.txt"]
-    file = next((file for file in files if file.exists()), None)
+    _refuse_bucket_of_files(config)
+    root = as_path(config.data.root or ".")
+    files = [root / "classes.txt", root / "custom" / records.VERSION / "classes.txt"]
+    with report_errors(root, "read"):
+        if not is_bucket(root) and not root.is_dir():
+            raise UserError(
+                f"data.root={config.data.root} is {'a file' if root.exists() else 'not there'}: give "
+                "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
+            )
+        file = next((file for file in files if file.exists()), None)
     names = _read_lines(file) if file else []
     if not names:
         why = f"{file} holds none: write them there" if file else f"write them to {files[0]}"
@@ -325,24 +289,8 @@ def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
 def _read_lines(file: pathlib.Path | epath.Path) -> list[str]:
     """A text file's non-blank lines, stripped."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        with report_errors(file, "read", "expected one name a line"):
+            lines = file.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read: {error.strerror or error}; expected one name a line"
-        ) from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def _find_records(root: str, dataset: str) -> epath.Path:
-    """The folder that scripts/build_dataset.py wrote: the root itself, or below it."""
-    base = epath.Path(root).expanduser()
-    for folder in (base, base / VERSION, base / dataset / VERSION):
-        if root and (folder / "dataset_info.json").exists():
-            return folder
-    raise UserError(
-        f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
-        f"{dataset}/{VERSION}/dataset_info.json; build it with python scripts/build_dataset.py "
-        f"--dataset {dataset} --source DIR --output DIR and give --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
-    )

@@ -1,0 +1,218 @@
+"""scripts/build_dataset.py: its shards in a bucket, written by several processes, and after interruptions."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from tests.bucket import Bucket, bucket, storage
+from tests.test_sources import JPEG, PNG, build_dataset
+from topformer_jax import config as config_lib
+from topformer_jax.data import sources
+from topformer_jax.errors import UserError
+
+__all__ = ["bucket", "build_dataset", "storage"]
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = ("a", "b", "c", "d", "e", "f", "g")
+
+
+@pytest.fixture
+def files(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder of 7 examples and one for validation."""
+    root = tmp_path / "files"
+    for split, names in (("training", NAMES), ("validation", NAMES[:1])):
+        for number, name in enumerate(names):
+            for kind, suffix, content in (("images", ".jpg", JPEG), ("annotations", ".png", PNG)):
+                file = root / kind / split / (name + suffix)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(content + bytes([number]))
+    return root
+
+
+@pytest.fixture
+def small_shards(build_dataset: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with two or three examples in a shard."""
+    monkeypatch.setattr(build_dataset, "SHARD_BYTES", 2 * (len(JPEG) + len(PNG)))
+    return build_dataset
+
+
+def records_config(root: str, **changes: str) -> ConfigDict:
+    overrides = {"data.source": "array_record", "data.root": root} | changes
+    return config_lib.load(config_lib.ade20k("tiny"), overrides)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_parts_make_the_same_files(
+    small_shards: ModuleType, files: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    whole, missing = small_shards.build("ade20k", str(files), str(tmp_path / "whole"))
+    assert missing == ""
+    parts = str(tmp_path / "parts")
+    folder, missing = small_shards.build("ade20k", str(files), parts, (2, 3))
+    assert missing == "1/3, 3/3"
+    with pytest.raises(UserError, match=r"1\.0\.0 is incomplete: run python scripts/build_dataset\.py again"):
+        sources.open_source(records_config(parts), "train")
+    assert small_shards.build("ade20k", str(files), parts, (3, 3))[1] == "1/3"
+    assert small_shards.build("ade20k", str(files), parts, (1, 3))[1] == ""
+    assert small_shards.build("ade20k", str(files), parts, (2, 3))[1] == ""  # again: nothing to do
+    expected = contents(pathlib.Path(whole))
+    assert contents(pathlib.Path(folder)) == expected
+    assert len(expected) == 4 + 1 + 3
+    assert json.loads(expected["dataset_info.json"])["splits"][0]["shardLengths"] == ["1", "2", "2", "2"]
+    source = sources.open_source(records_config(parts), "train")
+    assert [source[index].name for index in range(7)] == list(NAMES)
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_an_interrupted_build_goes_on(
+    small_shards: ModuleType,
+    files: pathlib.Path,
+    tmp_path: pathlib.Path,
+    bucket: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    output = str(bucket) if place == "bucket" else str(tmp_path / "records")
+    expected = contents(pathlib.Path(small_shards.build("ade20k", str(files), str(tmp_path / "whole"))[0]))
+    written: list[Any] = []
+    write_shard = small_shards.write_shard
+
+    def stop_at_third(*arguments: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(arguments[2])
+        write_shard(*arguments)
+
+    def count_shards(*arguments: Any) -> None:
+        written.append(arguments[2])
+        write_shard(*arguments)
+
+    monkeypatch.setattr(small_shards, "write_shard", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        small_shards.build("ade20k", str(files), output)
+    first, second = written
+    folder = small_shards.paths.as_path(output) / "ade20k/1.0.0"
+    damaged = bytearray((folder / first.name).read_bytes())
+    damaged[100] ^= 1
+    (folder / first.name).write_bytes(bytes(damaged))
+
+    written.clear()
+    monkeypatch.setattr(small_shards, "write_shard", count_shards)
+    assert small_shards.build("ade20k", str(files), output) == (folder, "")
+    assert first in written
+    assert second not in written
+    assert len(written) == 4
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+def run(*arguments: str) -> subprocess.Popen[str]:
+    """The command, in a process of its own, with a shard for two examples."""
+    program = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("build_dataset", "{ROOT}/scripts/build_dataset.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+script.SHARD_BYTES = {2 * (len(JPEG) + len(PNG))}
+sys.argv = ["build_dataset.py", "--dataset", "ade20k", *{list(arguments)}]
+script.cli.run(script.main)
+"""
+    return subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def test_two_processes_write_into_a_bucket(
+    files: pathlib.Path, bucket: Bucket, small_shards: ModuleType, tmp_path: pathlib.Path
+) -> None:
+    output = f"{bucket}/records"
+    common = ("--source", str(files), "--output", output)
+    bucket.set_faults(fail=1, cut=1, match="upload")  # gcsfs tries again
+    processes = [run(*common, "--shard", f"{index}/2") for index in (1, 2)]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    done = [out for out, _ in results if "gs://" in out and "is complete" in out]
+    assert done, results
+    assert f"--config.data.source=array_record --config.data.root={output}" in done[0]
+    whole, _ = small_shards.build("ade20k", str(files), str(tmp_path / "whole"))
+    folder = bucket / "records/ade20k/1.0.0"
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(pathlib.Path(whole))
+    source = sources.open_source(records_config(output), "train")
+    assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "line"),
+    [
+        ("gs://{}/ade", "{}", "pack a local copy by python scripts/build_dataset.py"),
+        (
+            "files",
+            "gs://absent-bucket",
+            "1.0.0 cannot be written: it or its bucket does not exist; the same command",
+        ),
+        ("files", "gcs://{}", "there is no gcs://, Cloud Storage is gs://"),
+        ("files", "files/images/training/a.jpg", "cannot be written: Not a directory"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    small_shards: ModuleType,
+    files: pathlib.Path,
+    bucket: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    output: str,
+    line: str,
+) -> None:
+    monkeypatch.chdir(files.parent)
+    with pytest.raises(UserError, match=re.escape(line)) as error:
+        small_shards.build("ade20k", source.format(bucket.root.name), output.format(bucket.root.name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_has_a_number_from_1(small_shards: ModuleType) -> None:
+    assert small_shards._as_part("3/4") == (3, 4)
+    for text in ("0/4", "5/4", "4", "a/b"):
+        with pytest.raises(UserError, match=f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4"):
+            small_shards._as_part(text)
+
+
+def test_a_folder_layout_in_a_bucket_is_refused(bucket: Bucket) -> None:
+    for dataset in ("ade20k", "custom"):
+        config = config_lib.load(
+            config_lib.ade20k("tiny"), {"data.root": f"{bucket}/ade", "data.dataset": dataset}
+        )
+        for read in (sources.find_data_set, lambda config: sources.open_source(config, "train")):
+            if read is sources.find_data_set and dataset == "ade20k":
+                continue
+            with pytest.raises(
+                UserError, match=f"--dataset {dataset} --source DIR --output {bucket}/ade/records"
+            ):
+                read(config)
+
+
+def test_without_gcsfs_the_line_says_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["gcsfs"] = None
+from topformer_jax import config
+from topformer_jax.data import sources
+from topformer_jax.errors import UserError
+settings = {"data.source": "array_record", "data.root": "gs://somewhere/records"}
+try:
+    sources.open_source(config.load(config.ade20k("tiny"), settings), "train")
+except UserError as error:
+    print(error)
+"""
+    out = subprocess.check_output([sys.executable, "-c", program], text=True, env=os.environ)
+    assert out == (
+        "gs://somewhere/records needs gcsfs: pip install 'topformer_jax[gcs]' (in a clone: pip install -e '.[gcs]')\n"
+    )

@@ -1,0 +1,228 @@
+"""data.cache: shards copied from a bucket or a disk once a host, checked, and continued after an interruption."""
+
+import json
+import os
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from types import ModuleType
+
+import numpy as np
+import pytest
+from etils import epath
+from ml_collections import ConfigDict
+
+from tests.bucket import Bucket, bucket, storage
+from tests.test_build_dataset import NAMES, files, records_config, small_shards
+from tests.test_sources import JPEG, build_dataset
+from topformer_jax import config as config_lib
+from topformer_jax import logs
+from topformer_jax.data import cache, loader, sources
+from topformer_jax.errors import UserError
+
+__all__ = ["bucket", "build_dataset", "files", "small_shards", "storage"]
+TRAIN = [f"ade20k-train.array_record-{index:05d}-of-00004" for index in range(4)]
+
+
+@pytest.fixture
+def packed(small_shards: ModuleType, files: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A packed data set on the disk: 7 training examples in 4 shards."""
+    return pathlib.Path(small_shards.build("ade20k", str(files), str(tmp_path / "records"))[0])
+
+
+@pytest.fixture
+def uploaded(packed: pathlib.Path, bucket: Bucket) -> epath.Path:
+    """The same in a bucket."""
+    folder = bucket / "records/ade20k/1.0.0"
+    for file in packed.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def cached(folder: epath.Path | pathlib.Path, place: pathlib.Path | str) -> ConfigDict:
+    return records_config(os.fspath(folder), **{"data.cache": str(place)})
+
+
+def names_in(place: pathlib.Path) -> set[str]:
+    (folder,) = place.iterdir()
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_examples_are_those_of_the_source(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, place: str
+) -> None:
+    folder = request.getfixturevalue("uploaded" if place == "bucket" else "packed")
+    copy = tmp_path / "copy"
+    source = sources.open_source(cached(folder, copy), "train", logs.Progress)
+    assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
+    assert [pickle.loads(pickle.dumps(source))[index].name for index in range(7)] == list(NAMES)
+    assert f"1/1 MB copied from {folder}" in capsys.readouterr().out
+    assert names_in(copy) == {"dataset_info.json", "features.json", *TRAIN}  # of this split alone
+    for name in TRAIN:
+        assert next(copy.iterdir()).joinpath(name).read_bytes() == (folder / name).read_bytes()
+    sources.open_source(cached(folder, copy), "validation")
+    assert "ade20k-validation.array_record-00000-of-00001" in names_in(copy)
+
+
+def test_copies_are_made_once(uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path) -> None:
+    config = cached(uploaded, tmp_path / "copy")
+    sources.open_source(config, "train")
+    (folder,) = (tmp_path / "copy").iterdir()
+    (folder / TRAIN[1]).unlink()
+    (folder / TRAIN[2]).write_bytes(b"cut off")
+    (folder / f".{TRAIN[3]}.tmp").write_bytes(b"of a process that was killed")
+    bucket.set_faults()
+    sources.open_source(config, "train")
+    lines = bucket.set_faults()
+    assert {name for name in TRAIN if any(name in line for line in lines)} == {TRAIN[1], TRAIN[2]}
+    assert names_in(tmp_path / "copy") == {"dataset_info.json", "features.json", *TRAIN}
+    folder.chmod(0o500)
+    sources.open_source(config, "train")
+    folder.chmod(0o700)
+    assert not any("array_record" in line for line in bucket.set_faults())
+
+
+def test_versions_are_not_mixed(
+    small_shards: ModuleType, files: pathlib.Path, packed: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = cached(packed, tmp_path / "copy")
+    old = sources.open_source(config, "train")[0].label
+    label = files / "annotations/training/a.png"
+    label.write_bytes(label.read_bytes()[:-1] + b"\xff")  # of the same size: only its checksum tells
+    shutil.rmtree(packed)
+    small_shards.build("ade20k", str(files), str(tmp_path / "records"))
+    assert sources.open_source(config, "train")[0].label == label.read_bytes() != old
+    assert len(list((tmp_path / "copy").iterdir())) == 2
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_damaged_copy_is_refused(
+    uploaded: epath.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, sums: bool
+) -> None:
+    """By the checksums that were written with the shards, or without them by the bucket's."""
+    if not sums:
+        (uploaded / "checksums.json").unlink()
+    read = cache._read_piece
+
+    def flip_a_bit(path: epath.Path, start: int, end: int) -> bytes:
+        content = bytearray(read(path, start, end))
+        content[10] ^= 1 if path.name == TRAIN[2] else 0
+        return bytes(content)
+
+    config = cached(uploaded, tmp_path / "copy")
+    monkeypatch.setattr(cache, "_read_piece", flip_a_bit)
+    with pytest.raises(
+        UserError, match=rf"{TRAIN[2]} is not what it was when it was written \(131072 bytes, MD5 "
+    ):
+        sources.open_source(config, "train")
+    assert TRAIN[2] not in names_in(tmp_path / "copy")
+    assert not any(name.endswith(".tmp") for name in names_in(tmp_path / "copy"))
+    monkeypatch.setattr(cache, "_read_piece", read)
+    assert len(sources.open_source(config, "train")) == 7
+
+
+def test_a_failing_bucket_is_tried_again_and_then_named(
+    uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "PIECE", 50_000)  # three requests a shard
+    config = cached(uploaded, tmp_path / "copy")
+    bucket.set_faults(fail=1, match=TRAIN[0])
+    sources.open_source(config, "train")
+    assert sum(TRAIN[0] in line for line in bucket.set_faults()) == 4
+    shutil.rmtree(tmp_path / "copy")
+    bucket.set_faults(fail=1, status=403, match=TRAIN[3])
+    with pytest.raises(UserError, match=f"{uploaded}/{TRAIN[3]} cannot be read: Forbidden"):
+        sources.open_source(config, "train")
+    sources.open_source(config, "train")
+
+
+PROGRAM = """
+import sys
+from topformer_jax import config, logs
+from topformer_jax.data import sources
+settings = {"data.source": "array_record", "data.root": sys.argv[1], "data.cache": sys.argv[2]}
+source = sources.open_source(config.load(config.ade20k("tiny"), settings), "train", logs.Progress)
+print(len(source), source[6].name)
+"""
+
+
+def test_processes_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path) -> None:
+    bucket.set_faults(delay=0.5, match="array_record")
+    command = [sys.executable, "-c", PROGRAM, str(uploaded), str(tmp_path / "copy")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    results = [process.communicate(timeout=120)[0] for process in started]
+    assert [result.splitlines()[-1] for result in results] == ["7 g"] * 2
+    requests = bucket.set_faults()
+    assert [sum(name in line for line in requests) for name in TRAIN] == [1] * 4
+
+
+def test_a_process_waits_for_another(
+    packed: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    copying, go_on = threading.Event(), threading.Event()
+    read, waited = cache._read_piece, []
+
+    def read_slowly(path: epath.Path, start: int, end: int) -> bytes:
+        copying.set()
+        assert go_on.wait(60)
+        return read(path, start, end)
+
+    def look_again(seconds: float) -> None:
+        waited.append(seconds)
+        go_on.set()
+        first.join(60)
+
+    monkeypatch.setattr(cache, "_read_piece", read_slowly)
+    monkeypatch.setattr(cache.time, "sleep", look_again)
+    config = cached(packed, tmp_path / "copy")
+    first = threading.Thread(target=sources.open_source, args=(config, "train"))
+    first.start()
+    assert copying.wait(60)
+    assert len(sources.open_source(config, "train", logs.Progress)) == 7
+    assert waited
+    assert "0/1 MB, copied to " in capsys.readouterr().out
+
+
+def test_what_goes_wrong_is_one_line(
+    packed: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusal(config: ConfigDict) -> str:
+        with pytest.raises(UserError) as error:
+            sources.open_source(config, "train")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "is a bucket: give a folder on a local disk" in refusal(cached(packed, "gs://b/x"))
+    (tmp_path / "file").write_text("")
+    line = refusal(cached(packed, tmp_path / "file"))
+    assert "file cannot be written: " in line
+    assert "--config.data.cache=DIR names another folder" in line
+    usage = shutil.disk_usage(tmp_path)._replace(free=400_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        line = refusal(cached(packed, tmp_path / "copy"))
+    assert f"{tmp_path}/copy is too small: ade20k's train shards need 0.5 MB more, 0.4 MB are free" in line
+    config = config_lib.load(config_lib.ade20k("tiny"), {"data.cache": "x"})
+    assert "data.cache=x holds copies of array_record shards, but data.source=folder" in refusal(config)
+    (packed / TRAIN[1]).unlink()
+    assert f"{TRAIN[1]} cannot be read: No such file" in refusal(cached(packed, tmp_path / "copy"))
+    (packed / "checksums.json").write_text(json.dumps({"shards": {}}))
+    assert "checksums.json is damaged: build the data set again" in refusal(cached(packed, tmp_path / "copy"))
+
+
+def test_worker_processes_read_a_bucket_in_place(packed: pathlib.Path, uploaded: epath.Path) -> None:
+    settings = {"data.num_workers": 1, "batch_size": 4, "data.crop_size": (8, 8), "data.scale": (12, 12)}
+    batches = []
+    for root, workers in ((packed, 0), (uploaded, 1)):
+        changes = settings | {"data.root": os.fspath(root), "data.num_workers": workers}
+        config = config_lib.load(records_config(""), changes)
+        batches.append(next(iter(loader.training_batches(sources.open_source(config, "train"), config))))
+    for expected, found in zip(*batches, strict=True):
+        np.testing.assert_array_equal(expected, found)

@@ -1,0 +1,120 @@
+"""Data sets that scripts/build_dataset.py packed: array_record shards in tensorflow-datasets' layout."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from topformer_jax.data.codecs import read_label_size
+from topformer_jax.data.example import Example
+from topformer_jax.data.paths import as_path, first_line, report_errors
+from topformer_jax.errors import UserError
+
+VERSION = "1.0.0"  # of the layout
+INFO = "dataset_info.json"  # written last: without it the data set is incomplete
+FEATURES = "features.json"
+CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
+PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished
+
+
+def shard_names(dataset: str, split: str, count: int) -> list[str]:
+    """The names of a split's files."""
+    return [f"{dataset}-{split}.array_record-{index:05d}-of-{count:05d}" for index in range(count)]
+
+
+@dataclasses.dataclass
+class ArrayRecordSource:
+    """The shards that scripts/build_dataset.py wrote: TFDS records that hold the files' bytes unchanged.
+
+    From a bucket (gs://) array_record reads each record by a request of its own.
+    """
+
+    folder: str
+    split: str
+
+    def __post_init__(self) -> None:
+        import tensorflow_datasets as tfds  # takes half a second
+
+        skip = tfds.decode.SkipDecoding()
+        try:
+            builder = tfds.builder_from_directory(self.folder)
+            decoders: Any = {"image": skip, "label": skip}
+            self._records: Any = builder.as_data_source(self.split, decoders=decoders)
+        except Exception as error:  # of many types, for a damaged file or a bucket
+            raise UserError(
+                f"the {self.split} split in {self.folder} cannot be opened ({first_line(error)}): build it "
+                "again with scripts/build_dataset.py"
+            ) from None
+
+    def __reduce__(self) -> tuple:
+        return ArrayRecordSource, (self.folder, self.split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            record = self._records[index]
+            name = record["name"].decode()
+        except IndexError:
+            raise
+        except Exception as error:  # a damaged file raises errors of many types
+            raise UserError(
+                f"record {index} of {self.split} in {self.folder} cannot be read ({first_line(error)}): copy it or "
+                "build it again (scripts/build_dataset.py)"
+            ) from None
+        where = f"{name} (record {index} of {self.split} in {self.folder})"
+        return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
+
+    def label_size(self, index: int) -> tuple[int, int]:
+        example = self[index]
+        return read_label_size(example.label, example.where[1])
+
+
+def find_records(root: str, dataset: str, hint: str) -> epath.Path:
+    """The folder that scripts/build_dataset.py wrote: the root itself, or below it.
+
+    Args:
+        root: data.root, which may be in a bucket.
+        dataset: the data set's name.
+        hint: the end of the message if there is no such folder.
+
+    Raises:
+        UserError: there is none, it is incomplete, or the bucket does not answer.
+    """
+    base = as_path(root)
+    folders = (base, base / VERSION, base / dataset / VERSION)
+    with report_errors(root, "read"):
+        found = next((folder for folder in folders if root and (folder / INFO).exists()), None)
+        begun = folders[-1] if not found and root and (folders[-1] / PARTS).exists() else None
+    if found:
+        return found
+    if begun:
+        raise UserError(
+            f"{begun} is incomplete: run python scripts/build_dataset.py again as it was started (with --shard I/N, "
+            "for each I); it goes on where it stopped"
+        )
+    raise UserError(
+        f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
+        f"{dataset}/{VERSION}/{INFO}; build it with python scripts/build_dataset.py "
+        f"--dataset {dataset} --source DIR --output DIR and give --config.data.root=DIR; {hint}"
+    )
+
+
+def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]:
+    """The names of a split's files, of what dataset_info.json says.
+
+    Raises:
+        UserError: it is damaged or has no such split.
+    """
+    try:
+        fields = json.loads(info)
+        lengths = {row["name"]: len(row["shardLengths"]) for row in fields["splits"]}
+        return shard_names(fields["name"], split, lengths[split])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{os.fspath(folder)}/{INFO} does not name the {split} split's shards: build it again with "
+            "scripts/build_dataset.py"
+        ) from None

@@ -1,0 +1,131 @@
+"""The processes of one run: how they find each other, agree, and end when one of them is gone."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from topformer_jax.errors import UserError
+from topformer_jax.native_messages import FATAL
+
+HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
+
+
+def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of this run, if flags or the environment say that there are any.
+
+    Raises:
+        UserError: only some of the flags are given, or the others cannot be reached.
+    """
+    flags = (coordinator, processes, process_id)
+    if any(flag is not None for flag in flags):
+        if any(flag is None for flag in flags):
+            raise UserError("--coordinator, --processes and --process-id go together: give all three")
+        try:
+            _initialize(coordinator, processes, process_id)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"cannot join {coordinator} as process {process_id}: {error}") from None
+    elif (
+        int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    ):
+        _initialize()
+
+
+def _initialize(coordinator: str | None = None, count: int | None = None, number: int | None = None) -> None:
+    _explain_native_messages()
+    jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def _explain_native_messages() -> None:
+    """Sends what C++ code prints through native_messages.py; Python's own standard error stays as it is."""
+    errors = os.dup(2)
+    script = pathlib.Path(__file__).with_name("native_messages.py")
+    # Of its own session: a Ctrl-C is for the run.
+    reader = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(script)],
+        stdin=subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+    )
+    assert reader.stdin is not None
+    os.dup2(reader.stdin.fileno(), 2)
+    reader.stdin.close()
+    sys.stderr = os.fdopen(errors, "w", buffering=1, errors="backslashreplace")
+    reader.returncode = 0  # it outlives this process, and nobody waits for it
+
+
+def wait_for_preemption() -> bool:
+    """Returns when one of the processes was asked to end: True, or False where JAX does not tell.
+
+    JAX agrees on it in the background; `reached_preemption_sync_point` says only at which step it has.
+    """
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    while client is not None:
+        try:
+            client.blocking_key_value_get("RECEIVED_PREEMPTION_NOTICE", 3_600_000)  # milliseconds
+            return True
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                break
+    return False
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process at once, without waiting for the others: they are waiting for it and see that it is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_together(status: int) -> NoReturn:
+    """`leave` where all processes do, each for itself: the first one waits, since it serves the others."""
+    if jax.process_count() > 1 and jax.process_index() == 0:
+        time.sleep(2)
+    leave(status)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    words = (
+        "Gloo",
+        "NCCL",
+        "Connection reset",
+        "Connection closed",
+        "Socket closed",
+        "UNAVAILABLE",
+        "heartbeat",
+    )
+    return jax.process_count() > 1 and any(word in str(error) for word in words)
+
+
+def report_lost_connection() -> None:
+    """Prints the line that the coordination service's message becomes; once, if that comes too."""
+    os.write(2, f"{FATAL}\n".encode())
+
+
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+    """The sum of every process's array; all processes must call it in the same order."""
+    return gather_processes(array).sum(0, dtype=array.dtype)
+
+
+def gather_processes(array: np.ndarray | np.generic) -> np.ndarray:
+    """Every process's array, stacked along a new first axis; all processes must call it in the same order.
+
+    The arrays travel as bytes, since JAX would cut 64-bit numbers down to 32 bits.
+    """
+    if jax.process_count() == 1:
+        return np.asarray(array)[None]
+    data = np.frombuffer(array.tobytes(), np.uint8)
+    with jax.transfer_guard("allow"):  # the bytes travel through the devices
+        gathered = np.ascontiguousarray(multihost_utils.process_allgather(data))
+    return gathered.view(array.dtype).reshape(len(gathered), *array.shape)
