@@ -57,7 +57,7 @@ def test_a_renewed_lease_is_respected(tmp_path: pathlib.Path, monkeypatch: pytes
 
     monkeypatch.setattr(run_folder.time, "sleep", renew)
     with pytest.raises(UserError, match="is in use by process 1 on elsewhere"):
-        Lease(tmp_path, expired_seconds=60)
+        Lease(tmp_path, expired_seconds=60.0)
 
 
 def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
@@ -89,8 +89,9 @@ def test_logs_grow_in_the_bucket(bucket: Bucket) -> None:
         bucket.set_faults()
         assert folder.upload()
         assert folder.upload()
+        # What has changed: metrics.jsonl, and TensorBoard's events; a request begins an upload, another one is it.
         sent = [line for line in bucket.set_faults() if line.startswith("POST")]
-        assert len(sent) == 2  # what has changed: metrics.jsonl, and TensorBoard's events
+        assert len(sent) == 4
         assert len(list((bucket / "run/tensorboard").iterdir())) == 1
     assert not folder.local.exists()
     assert [name.name for name in (bucket / "run").iterdir() if name.name == LEASE] == []
@@ -158,8 +159,8 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
     local, remote = tmp_path / "run", bucket / "run"
     run(local, {})
     bucket.set_faults(fail=3, status=503, delay=0.01)
-    process = start(remote, {"upload_every": 1})
-    while process.poll() is None and not (remote / "checkpoints/2/_CHECKPOINT_METADATA").exists():
+    process = start(remote, {"upload_every": 1, "schedule.steps": 6})
+    while process.poll() is None and not (remote / "checkpoints/2/commit_success.txt").exists():
         time.sleep(0.05)
     process.kill()
     process.communicate()

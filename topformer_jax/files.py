@@ -45,10 +45,12 @@ def as_path(text: str | os.PathLike[str]) -> Path:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     from etils import epath
 
-    path = epath.Path(text)
-    if "://" not in os.fspath(path):
-        raise UserError(f"{text} is in no known storage: expected gs://BUCKET/FOLDER, or a local path")
-    return path
+    try:
+        return epath.Path(text)
+    except KeyError:
+        raise UserError(
+            f"{text} is in no known storage: expected gs://BUCKET/FOLDER, or a local path"
+        ) from None
 
 
 def is_in_bucket(path: Path) -> bool:
@@ -142,8 +144,8 @@ def is_transient(error: BaseException) -> bool:
 
 def _code(error: BaseException) -> int | None:
     """The status of the HTTP response behind an error."""
-    code = getattr(error, "code", None)
-    return int(code) if str(code).isdigit() else None
+    code = str(getattr(error, "code", ""))
+    return int(code) if code.isdigit() else None
 
 
 def retry(request: Callable[[], Result], seconds: float | None = None) -> Result:

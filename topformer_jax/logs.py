@@ -213,14 +213,14 @@ class Progress:
         self._bar.close()
 
 
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_records(path: files.Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, none if there is no file; a line cut off by a crash is skipped.
 
     Raises:
         UserError: the file exists but cannot be read.
     """
     try:
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}; move it away") from None
     records = []

@@ -32,12 +32,24 @@ def start_processes(coordinator: str | None, processes: int | None, process_id: 
             _initialize(coordinator, processes, process_id)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"cannot join {coordinator} as process {process_id}: {error}") from None
-    elif (
+    elif _knows_others():
+        _initialize()
+
+
+def _knows_others() -> bool:
+    """Whether SLURM, Kubernetes or Google's TPU machines say that this process has others beside it.
+
+    A TPU machine knows of the others in its slice, and of other slices, from its metadata server alone.
+    """
+    from jax._src.clusters import cloud_tpu_cluster
+
+    machine = cloud_tpu_cluster.GceTpuCluster
+    return (
         int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
         or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
         or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-    ):
-        _initialize()
+        or (machine.is_env_present() and machine.get_process_count() > 1)
+    )
 
 
 def _initialize(coordinator: str | None = None, count: int | None = None, number: int | None = None) -> None:
