@@ -146,7 +146,7 @@ class _EventWriter:
         from tensorboardX.proto.event_pb2 import SessionLog
         from tensorboardX.record_writer import RecordWriter
 
-        self._path = folder / f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         with _report_write_error(self._path):
             folder.mkdir(exist_ok=True)
             self._writer = RecordWriter(str(self._path))
