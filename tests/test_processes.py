@@ -1,0 +1,187 @@
+"""Several processes: a signal to one ends all at one step, a dead one ends the others; how they find each other."""
+
+import http.server
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, ClassVar
+
+import pytest
+
+from tests.commands import only_line, start
+from topformer_jax import native_messages, processes
+from topformer_jax.checkpoints import CheckpointStore
+from topformer_jax.errors import UserError
+
+# Nothing is logged, saved or scored before the end: only the signal asks for it.
+CHANGES: dict[str, Any] = {
+    "batch_size": 8,
+    "schedule.steps": 100_000,
+    "log_every": 100_000,
+    "checkpoint_every": 100_000,
+    "evaluate_every": 100_000,
+}
+FATAL = """\
+E1125 03:51:59.332888   29433 coordination_service.cc:1549] [18216366] Use error polling to propagate the following \
+error to all tasks: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
+1
+The tasks have crashed. Check the task logs for an earlier error to debug further. [type='']
+F1125 03:51:59.335121   29444 client.h:80] Terminating process because the JAX distributed service detected fatal \
+errors. This most likely indicates that another task died; see the other task logs for more details.
+1
+*** Check failure stack trace: ***
+    @     0x7f1dbbf20634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
+"""
+LOST = (
+    "of this run ended or stopped answering; see its output, and start the same command again on every host"
+)
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start_pair(workdir: Any, changes: dict[str, Any], devices: int = 1) -> list[subprocess.Popen[str]]:
+    """Two processes of one training, which write a profile of their first two steps."""
+    flags = ["--coordinator", f"127.0.0.1:{port()}", "--processes", "2", "--profile", "1:2"]
+    return [
+        start(workdir, changes, *flags, "--process-id", str(number), devices=devices) for number in range(2)
+    ]
+
+
+def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> None:
+    """Returns when both have trained for some steps: the profile of the first two is written."""
+    while all(process.poll() is None for process in pair):
+        if len(list(workdir.glob("profile/**/*.xplane.pb"))) == 2:
+            return
+        time.sleep(0.05)
+
+
+def filtered(text: str) -> str:
+    done = subprocess.run(
+        [sys.executable, native_messages.__file__], input=text, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_native_messages_become_one_line() -> None:
+    assert filtered(FATAL) == f"error: process 1 {LOST}\n"
+    assert filtered(f"{processes.FATAL}\n") == f"error: another process {LOST}\n"
+    assert filtered(f"{processes.FATAL}\n" + FATAL).count("error: ") == 1
+
+
+def test_other_native_messages_pass() -> None:
+    others = (
+        "W1125 03:51:32.991310   29362 slow.cc:90] Very slow compile\n  of a program\nSegmentation fault\n"
+    )
+    assert filtered(others) == others
+    notice = "W1125 03:51:32.991310   29362 preemption_notifier.cc:90] SIGTERM caught at 2026-11-25\n"
+    assert filtered(notice + others) == others
+
+
+def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
+    """Within seconds, though nothing is logged; the newest checkpoint is of that step."""
+    pair = start_pair(tmp_path, CHANGES)
+    wait_for_steps(pair, tmp_path)
+    pair[1].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    outputs = [process.communicate(timeout=100) for process in pair]
+    print(f"SIGTERM to process 1: both ended after {time.monotonic() - began:.1f} s")
+    assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
+    assert [err for _, err in outputs] == ["", ""]
+    store = CheckpointStore(tmp_path / "checkpoints", 1)
+    step = store.latest
+    store.close()
+    assert step is not None
+    assert f"stopped at step {step} and saved; the same command resumes from here" in outputs[0][0]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == step
+
+
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> None:
+    pair = start_pair(tmp_path, CHANGES)
+    wait_for_steps(pair, tmp_path)
+    pair[number].kill()
+    began = time.monotonic()
+    outputs = [process.communicate(timeout=200) for process in pair]
+    print(f"SIGKILL to process {number}: the other ended after {time.monotonic() - began:.1f} s")
+    other = pair[1 - number]
+    assert other.returncode not in (0, None)
+    assert LOST in only_line(outputs[1 - number][1])
+
+
+def catches(process: subprocess.Popen[str], number: int) -> bool:
+    """Whether the process has a handler for a signal."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nobody_waits_for_a_compilation(
+    tmp_path: pathlib.Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal before the first step ends the run at once, whatever the main thread does."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    process = start(tmp_path, CHANGES)
+    while process.poll() is None and not catches(process, signal.SIGTERM):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (128 + number, "")
+    assert out.endswith("stopped before a step was computed; the same command starts again\n")
+    assert not (tmp_path / "run.lock").exists()
+
+
+class _Metadata(http.server.BaseHTTPRequestHandler):
+    """The part of a TPU machine's metadata server that says who is in its slice."""
+
+    values: ClassVar = {
+        "agent-worker-number": "1",
+        "worker-network-endpoints": "a:b:10.0.0.1,c:d:10.0.0.2",
+        "tpu-env": "",
+    }
+
+    def do_GET(self) -> None:
+        value = self.values.get(self.path.rpartition("/")[2])
+        self.send_response(404 if value is None else 200)
+        self.end_headers()
+        self.wfile.write((value or "").encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"), [("a:b:10.0.0.1,c:d:10.0.0.2", True), ("a:b:10.0.0.1", False)]
+)
+def test_a_tpu_machine_asks_for_its_slice(
+    monkeypatch: pytest.MonkeyPatch, hosts: str, expected: bool
+) -> None:
+    from jax._src.clusters import cloud_tpu_cluster
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setitem(_Metadata.values, "worker-network-endpoints", hosts)
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    try:
+        assert processes._knows_others() == expected
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_half_an_address_is_refused() -> None:
+    with pytest.raises(UserError, match="--coordinator, --processes and --process-id go together"):
+        processes.start_processes("127.0.0.1:1", None, None)
