@@ -24,11 +24,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from topformer_jax import cli
-from topformer_jax.data import cache, paths, records, sources
+from topformer_jax import cli, files
+from topformer_jax.data import cache, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
 from topformer_jax.errors import UserError
 
+ADVICE = "; the same command goes on from here"
 SHARD_BYTES = 64 << 20  # of the examples' files in a shard, about
 
 
@@ -80,8 +81,8 @@ def plan_shards(dataset: str, splits: dict[str, sources.FolderSource]) -> list[S
     shards = []
     for split, source in splits.items():
         rows = []
-        for name, *files in zip(source.names, source.images, source.labels, strict=True):
-            sizes = [os.path.getsize(os.path.join(source.root, file)) for file in files]
+        for name, *pair in zip(source.names, source.images, source.labels, strict=True):
+            sizes = [os.path.getsize(os.path.join(source.root, file)) for file in pair]
             rows.append((name, *sizes))
         total = sum(image + label for _, image, label in rows)
         count = max(1, min(len(rows), round(total / SHARD_BYTES)))
@@ -93,14 +94,14 @@ def plan_shards(dataset: str, splits: dict[str, sources.FolderSource]) -> list[S
 
 
 def write_shard(
-    builder: FolderBuilder, source: sources.FolderSource, shard: Shard, folder: epath.Path, bar: tqdm
+    builder: FolderBuilder, source: sources.FolderSource, shard: Shard, folder: files.Path, bar: tqdm
 ) -> None:
     """Writes a shard, which gets its name when it is whole, and then the file that says so."""
     from array_record.python import array_record_module
 
     features: Any = builder.info.features
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    in_bucket, record_bytes = paths.is_bucket(folder), 0
+    in_bucket, record_bytes = files.is_in_bucket(folder), 0
     with contextlib.ExitStack() as stack:
         if in_bucket:
             place = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -121,7 +122,7 @@ def write_shard(
         writer.close()
         content = temporary.read_bytes()
         if in_bucket:
-            (folder / shard.name).write_bytes(content)
+            _write(folder / shard.name, content)
         else:
             temporary.replace(place / shard.name)
     part = {
@@ -130,10 +131,10 @@ def write_shard(
         "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
         "record_bytes": record_bytes,
     }
-    _write(folder / shard.part_name, json.dumps(part))
+    _write(folder / shard.part_name, json.dumps(part).encode())
 
 
-def find_part(folder: epath.Path, shard: Shard) -> dict[str, Any] | None:
+def find_part(folder: files.Path, shard: Shard) -> dict[str, Any] | None:
     """What is known of a finished shard; None if it is missing, damaged, or of other files."""
     try:
         part = json.loads((folder / shard.part_name).read_text())
@@ -144,14 +145,14 @@ def find_part(folder: epath.Path, shard: Shard) -> dict[str, Any] | None:
     if part.get("digest") != shard.digest or part["size"] != facts["size"]:
         return None
     md5 = cache.read_md5(facts)
-    if not paths.is_bucket(folder):
+    if not files.is_in_bucket(folder):
         with (folder / shard.name).open("rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return part if md5 in ("", part["md5"]) else None
 
 
 def finish(
-    builder: FolderBuilder, shards: list[Shard], folder: epath.Path, files: dict[str, bytes]
+    builder: FolderBuilder, shards: list[Shard], folder: files.Path, others: dict[str, bytes]
 ) -> list[Shard]:
     """Writes what describes the whole, if all shards are there, and returns those that are missing."""
     parts = {shard: part for shard in shards if (part := find_part(folder, shard))}
@@ -171,19 +172,21 @@ def finish(
         )
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
     sums = {shard.name: {key: part[key] for key in ("size", "md5")} for shard, part in parts.items()}
-    _write(folder / records.CHECKSUMS, json.dumps({"source": _digest(shards), "shards": sums}, indent=1))
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    _write(
+        folder / records.CHECKSUMS, json.dumps({"source": _digest(shards), "shards": sums}, indent=1).encode()
+    )
+    for name, content in others.items():
+        _write(folder / name, content)
     with tempfile.TemporaryDirectory() as place:
         builder.info.write_to_directory(place)
         for name in (records.FEATURES, records.INFO):
-            _write(folder / name, (pathlib.Path(place) / name).read_text())
+            _write(folder / name, (pathlib.Path(place) / name).read_bytes())
     with contextlib.suppress(FileNotFoundError):  # two processes may finish at once
-        (folder / records.PARTS).rmtree()
+        epath.Path(folder / records.PARTS).rmtree()
     return []
 
 
-def is_complete(folder: epath.Path, shards: list[Shard]) -> bool:
+def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
     """Whether the folder holds all of these shards.
 
     Raises:
@@ -199,7 +202,7 @@ def is_complete(folder: epath.Path, shards: list[Shard]) -> bool:
     )
 
 
-def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)) -> tuple[epath.Path, str]:
+def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)) -> tuple[files.Path, str]:
     """Writes both splits, or a part of their shards.
 
     Args:
@@ -217,17 +220,17 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
     layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
     splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
     shards = plan_shards(dataset, splits)
-    folder = paths.as_path(output) / dataset / records.VERSION
+    folder = files.as_path(output) / dataset / records.VERSION
     names = pathlib.Path(source).expanduser() / "classes.txt"
-    files = {names.name: names.read_bytes()} if dataset == "custom" and names.exists() else {}
+    others = {names.name: names.read_bytes()} if dataset == "custom" and names.exists() else {}
     with (
-        paths.report_errors(folder, "written", "the same command goes on from here"),
+        files.report_errors("write", folder, ADVICE),
         tempfile.TemporaryDirectory() as empty,
     ):
         if is_complete(folder, shards):
             return folder, ""
         builder = FolderBuilder(dataset, empty)
-        if not paths.is_bucket(folder):
+        if not files.is_in_bucket(folder):
             (folder / records.PARTS).mkdir(parents=True, exist_ok=True)
         mine = shards[part[0] - 1 :: part[1]]
         for split in sources.SPLITS:
@@ -237,7 +240,7 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
             ) as bar:
                 for shard in todo:
                     write_shard(builder, splits[split], shard, folder, bar)
-        missing = finish(builder, shards, folder, files)
+        missing = finish(builder, shards, folder, others)
     parts = sorted({shards.index(shard) % part[1] + 1 for shard in missing})
     return folder, ", ".join(f"{index}/{part[1]}" for index in parts)
 
@@ -246,13 +249,9 @@ def _digest(shards: list[Shard]) -> str:
     return hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
 
 
-def _write(path: epath.Path, text: str) -> None:
-    """Writes a file that is there as a whole or not at all."""
-    if paths.is_bucket(path):
-        path.write_text(text)
-    else:
-        path.parent.mkdir(exist_ok=True)  # another process may have finished and removed the parts
-        paths.replace_file(pathlib.Path(path), text.encode())
+def _write(path: files.Path, content: bytes) -> None:
+    """Writes a file that is there as a whole or not at all, and its folder: another process may have removed it."""
+    files.write_file(path, content, ADVICE)
 
 
 def _as_part(text: str) -> tuple[int, int]:
@@ -279,7 +278,7 @@ def main() -> None:
     if missing:
         print(f"wrote --shard {args.shard} of {folder}; still missing: --shard {missing}")
         return
-    size = sum(file.stat().length for file in folder.iterdir())
+    size = sum(file.stat().length for file in epath.Path(folder).iterdir())
     print(f"{folder} is complete ({size / 1e6:.0f} MB); use it with any config of {args.dataset}:")
     print(f"  --config.data.source=array_record --config.data.root={args.output}")
 

@@ -101,7 +101,7 @@ def test_an_interrupted_build_goes_on(
     with pytest.raises(KeyboardInterrupt):
         small_shards.build("ade20k", str(files), output)
     first, second = written
-    folder = small_shards.paths.as_path(output) / "ade20k/1.0.0"
+    folder = small_shards.files.as_path(output) / "ade20k/1.0.0"
     damaged = bytearray((folder / first.name).read_bytes())
     damaged[100] ^= 1
     (folder / first.name).write_bytes(bytes(damaged))
@@ -157,10 +157,14 @@ def test_two_processes_write_into_a_bucket(
         (
             "files",
             "gs://absent-bucket",
-            "1.0.0 cannot be written: it or its bucket does not exist; the same command",
+            "-of-00004: there is no such bucket or object, or this account may not see it; the same command",
         ),
-        ("files", "gcs://{}", "there is no gcs://, Cloud Storage is gs://"),
-        ("files", "files/images/training/a.jpg", "cannot be written: Not a directory"),
+        ("files", "gcs://{}", "is in no known storage: expected gs://BUCKET/FOLDER, or a local path"),
+        (
+            "files",
+            "files/images/training/a.jpg",
+            "1.0.0: Not a directory; the same command goes on from here",
+        ),
     ],
 )
 def test_what_goes_wrong_is_one_line(
@@ -214,5 +218,6 @@ except UserError as error:
 """
     out = subprocess.check_output([sys.executable, "-c", program], text=True, env=os.environ)
     assert out == (
-        "gs://somewhere/records needs gcsfs: pip install 'topformer_jax[gcs]' (in a clone: pip install -e '.[gcs]')\n"
+        "gs://somewhere/records is in Google Cloud Storage, and gcsfs is not installed: pip install "
+        "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')\n"
     )

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes": {"native_messages"},
     "shutdown": {"processes"},
     "ops": set(),
-    "data": {"ops"},
+    "data": {"files", "ops"},
     "models": {"ops"},
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},

@@ -1,7 +1,6 @@
 """Files and folders, local or in a bucket: paths, atomic writes, and errors of one line."""
 
 import contextlib
-import importlib.util
 import logging
 import os
 import pathlib
@@ -23,7 +22,7 @@ Result = TypeVar("Result")
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """A path from what a user wrote: a bucket's, such as gs://BUCKET/FOLDER, or a local one.
+    """A path from what a user wrote: a bucket's, such as gs://BUCKET/FOLDER, or a local one, where ~ is the home.
 
     >>> as_path("runs/b").name
     'b'
@@ -32,28 +31,33 @@ def as_path(text: str | os.PathLike[str]) -> Path:
         UserError: what reads such buckets is not installed, or is unknown.
     """
     text = os.fspath(text)
-    if "://" not in text:
-        return pathlib.Path(text)
-    if text.startswith("gs://"):
-        if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
-            raise UserError(
-                f"{text} is in Google Cloud Storage, and gcsfs is not installed: pip install "
-                "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')"
-            )
-        # gcsfs would ask a server of its own for each bucket's kind, and log each repeated request.
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    if not is_in_bucket(text):
+        return pathlib.Path(os.path.expanduser(text))
+    import fsspec  # these take a tenth of a second, and gcsfs half of one
     from etils import epath
 
+    protocol = text.partition("://")[0]
+    # gcsfs would ask a server of its own for each bucket's kind, and log each repeated request.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
-        return epath.Path(text)
+        path: Path = epath.Path(text)
+        fsspec.get_filesystem_class(protocol)
     except KeyError:
         raise UserError(
             f"{text} is in no known storage: expected gs://BUCKET/FOLDER, or a local path"
         ) from None
+    except ImportError as error:
+        if protocol != "gs":
+            raise UserError(f"cannot open {text}: {explain(error)}") from None
+        raise UserError(
+            f"{text} is in Google Cloud Storage, and gcsfs is not installed: pip install "
+            "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')"
+        ) from None
+    return path
 
 
-def is_in_bucket(path: Path) -> bool:
+def is_in_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether a path is not a local one."""
     return "://" in os.fspath(path)
 
@@ -83,22 +87,22 @@ def make_folder(path: Path, alternative: str = "another folder") -> None:
             tempfile.TemporaryFile(dir=path).close()
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
     Readers see the old content or the new, never a part; a failed write leaves no file behind. An object in a bucket
     appears whole by itself.
 
     Raises:
-        UserError: writing fails.
+        UserError: writing fails; its line ends with the advice.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_in_bucket(path):
-        with report_errors("write", path):
+        with report_errors("write", path, advice):
             retry(lambda: path.write_bytes(data))
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with report_errors("write", path):
+    with report_errors("write", path, advice):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
@@ -110,7 +114,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def report_errors(action: str, path: Path, advice: str = "") -> Iterator[None]:
+def report_errors(action: str, path: str | os.PathLike[str], advice: str = "") -> Iterator[None]:
     """Turns what a file system raises into a UserError: "cannot ACTION PATH: the reason", and the advice."""
     expected: Any = Exception if is_in_bucket(path) else OSError
     try:
@@ -118,7 +122,7 @@ def report_errors(action: str, path: Path, advice: str = "") -> Iterator[None]:
     except UserError:
         raise
     except expected as error:
-        raise UserError(f"cannot {action} {path}: {explain(error)}{advice}") from None
+        raise UserError(f"cannot {action} {os.fspath(path)}: {explain(error)}{advice}") from None
 
 
 def explain(error: BaseException) -> str:

@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import fsspec
-from etils import epath
 
+from topformer_jax import files
 from topformer_jax.data import records
-from topformer_jax.data.paths import is_bucket, replace_file, report_errors
 from topformer_jax.errors import UserError
 
 THREADS = 8  # shards copied at once
 PIECE = 16 << 20  # bytes that one request asks for
 MEGABYTE = 1_000_000
+ADVICE = "; --config.data.cache=DIR names another folder"
 WAIT = 0.5  # seconds between looks at what another process has copied
 
 
@@ -67,7 +67,7 @@ class Shard:
 
 
 def copy_split(
-    source: epath.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = Silence
+    source: files.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = Silence
 ) -> str:
     """Copies one split's shards to a local disk, if they are not there, and returns their folder.
 
@@ -85,11 +85,11 @@ def copy_split(
     Raises:
         UserError: the disk is too small, the source cannot be read or a copy differs from its checksum.
     """
-    if is_bucket(cache):
+    if files.is_in_bucket(cache):
         raise UserError(
             f"data.cache={cache} is a bucket: give a folder on a local disk, --config.data.cache=DIR"
         )
-    with report_errors(source, "read"):
+    with files.report_errors("read", source):
         info, features = ((source / name).read_bytes() for name in (records.INFO, records.FEATURES))
         sums = (source / records.CHECKSUMS).read_bytes() if (source / records.CHECKSUMS).exists() else b""
     digest = hashlib.sha256(b"\n".join([os.fspath(source).encode(), info, sums])).hexdigest()
@@ -98,7 +98,7 @@ def copy_split(
     shards = _describe(source, records.list_shards(info, split, source), sums)
     if all(_is_there(folder, shard) for shard in shards) and (folder / records.INFO).exists():
         return str(folder)
-    with report_errors(base, "written", "--config.data.cache=DIR names another folder"):
+    with files.report_errors("write", base, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, shards, make_progress):
             missing = [shard for shard in shards if not _is_there(folder, shard)]
@@ -106,12 +106,12 @@ def copy_split(
                 left.unlink()
             _check_space(folder, missing, f"{dataset}'s {split} shards")
             _copy(source, folder, shards, missing, make_progress)
-            replace_file(folder / records.FEATURES, features)
-            replace_file(folder / records.INFO, info)
+            files.write_file(folder / records.FEATURES, features, ADVICE)
+            files.write_file(folder / records.INFO, info, ADVICE)
     return str(folder)
 
 
-def _describe(source: epath.Path, names: list[str], sums: bytes) -> list[Shard]:
+def _describe(source: files.Path, names: list[str], sums: bytes) -> list[Shard]:
     """Sizes and checksums: those that scripts/build_dataset.py wrote, else what the bucket or the disk says."""
     try:
         known = json.loads(sums)["shards"] if sums else {}
@@ -122,11 +122,11 @@ def _describe(source: epath.Path, names: list[str], sums: bytes) -> list[Shard]:
             f"{os.fspath(source)}/{records.CHECKSUMS} is damaged: build the data set again with "
             "scripts/build_dataset.py"
         ) from None
-    with report_errors(source, "read"), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    with files.report_errors("read", source), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda name: _look_up(source / name), names))
 
 
-def _look_up(path: epath.Path) -> Shard:
+def _look_up(path: files.Path) -> Shard:
     """Asks for a file's size and, of Cloud Storage, its checksum."""
     system, inside = fsspec.core.url_to_fs(os.fspath(path))
     facts = system.info(inside)
@@ -192,7 +192,7 @@ def _megabytes(count: int) -> str:
 
 
 def _copy(
-    source: epath.Path,
+    source: files.Path,
     folder: pathlib.Path,
     shards: list[Shard],
     missing: list[Shard],
@@ -228,7 +228,7 @@ def _copy(
             pool.shutdown(cancel_futures=True)
 
 
-def _copy_shard(path: epath.Path, folder: pathlib.Path, shard: Shard, count: Callable[[int], bool]) -> None:
+def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Shard, count: Callable[[int], bool]) -> None:
     """Copies one file, a piece a request; it gets its name when it is whole and right."""
     temporary = folder / f".{shard.name}.tmp"
     found, done = hashlib.md5(usedforsecurity=False), 0
@@ -256,7 +256,7 @@ def _copy_shard(path: epath.Path, folder: pathlib.Path, shard: Shard, count: Cal
         temporary.unlink(missing_ok=True)
 
 
-def _read_piece(path: epath.Path, start: int, end: int) -> bytes:
-    with report_errors(path, "read", "the same command goes on with the missing shards"):
+def _read_piece(path: files.Path, start: int, end: int) -> bytes:
+    with files.report_errors("read", path, "; the same command goes on with the missing shards"):
         system, inside = fsspec.core.url_to_fs(os.fspath(path))
         return bytes(system.cat_file(inside, start=start, end=end))

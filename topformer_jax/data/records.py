@@ -5,11 +5,9 @@ import json
 import os
 from typing import Any
 
-from etils import epath
-
+from topformer_jax import files
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.data.example import Example
-from topformer_jax.data.paths import as_path, first_line, report_errors
 from topformer_jax.errors import UserError
 
 VERSION = "1.0.0"  # of the layout
@@ -39,12 +37,12 @@ class ArrayRecordSource:
 
         skip = tfds.decode.SkipDecoding()
         try:
-            builder = tfds.builder_from_directory(self.folder)
+            builder = tfds.builder_from_directory(files.as_path(self.folder))
             decoders: Any = {"image": skip, "label": skip}
             self._records: Any = builder.as_data_source(self.split, decoders=decoders)
         except Exception as error:  # of many types, for a damaged file or a bucket
             raise UserError(
-                f"the {self.split} split in {self.folder} cannot be opened ({first_line(error)}): build it "
+                f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}): build it "
                 "again with scripts/build_dataset.py"
             ) from None
 
@@ -62,8 +60,8 @@ class ArrayRecordSource:
             raise
         except Exception as error:  # a damaged file raises errors of many types
             raise UserError(
-                f"record {index} of {self.split} in {self.folder} cannot be read ({first_line(error)}): copy it or "
-                "build it again (scripts/build_dataset.py)"
+                f"record {index} of {self.split} in {self.folder} cannot be read ({files.explain(error)}): copy it "
+                "or build it again (scripts/build_dataset.py)"
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
@@ -73,7 +71,7 @@ class ArrayRecordSource:
         return read_label_size(example.label, example.where[1])
 
 
-def find_records(root: str, dataset: str, hint: str) -> epath.Path:
+def find_records(root: str, dataset: str, hint: str) -> files.Path:
     """The folder that scripts/build_dataset.py wrote: the root itself, or below it.
 
     Args:
@@ -84,9 +82,9 @@ def find_records(root: str, dataset: str, hint: str) -> epath.Path:
     Raises:
         UserError: there is none, it is incomplete, or the bucket does not answer.
     """
-    base = as_path(root)
+    base = files.as_path(root)
     folders = (base, base / VERSION, base / dataset / VERSION)
-    with report_errors(root, "read"):
+    with files.report_errors("read", root):
         found = next((folder for folder in folders if root and (folder / INFO).exists()), None)
         begun = folders[-1] if not found and root and (folders[-1] / PARTS).exists() else None
     if found:

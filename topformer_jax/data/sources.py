@@ -9,15 +9,14 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from etils import epath
 from ml_collections import ConfigDict
 
+from topformer_jax import files
 from topformer_jax.data import cache, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, SPLITS, DataSet, Layout, custom
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.data.example import Example, Source
-from topformer_jax.data.paths import as_path, is_bucket, report_errors
 from topformer_jax.data.records import ArrayRecordSource
 from topformer_jax.errors import UserError
 
@@ -149,7 +148,7 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     """
     if layout is None:
         raise UserError(f"data set {dataset} has no folder layout: data.source=folder cannot read it")
-    if is_bucket(root):
+    if files.is_in_bucket(root):
         raise UserError(_pack_first(dataset, root))
     base = pathlib.Path(root).expanduser()
     words = layout.train if split == "train" else layout.validation
@@ -196,7 +195,7 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
-    if config.data.source == "folder" and is_bucket(config.data.root):
+    if config.data.source == "folder" and files.is_in_bucket(config.data.root):
         raise UserError(_pack_first(config.data.dataset, config.data.root))
 
 
@@ -256,29 +255,26 @@ def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> Us
 
 def _read(path: str, count: int = -1) -> bytes:
     """A file's bytes, or the first `count` of them."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(count)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    with files.report_errors("read", path), open(path, "rb") as file:
+        return file.read(count)
 
 
 def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
     if config.data.class_names:
         return tuple(config.data.class_names)
     _refuse_bucket_of_files(config)
-    root = as_path(config.data.root or ".")
-    files = [root / "classes.txt", root / "custom" / records.VERSION / "classes.txt"]
-    with report_errors(root, "read"):
-        if not is_bucket(root) and not root.is_dir():
+    root = files.as_path(config.data.root or ".")
+    places = [root / "classes.txt", root / "custom" / records.VERSION / "classes.txt"]
+    with files.report_errors("read", root):
+        if not files.is_in_bucket(root) and not root.is_dir():
             raise UserError(
                 f"data.root={config.data.root} is {'a file' if root.exists() else 'not there'}: give "
                 "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
             )
-        file = next((file for file in files if file.exists()), None)
+        file = next((file for file in places if file.exists()), None)
     names = _read_lines(file) if file else []
     if not names:
-        why = f"{file} holds none: write them there" if file else f"write them to {files[0]}"
+        why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
         raise UserError(
             f"the custom data set's classes are unknown: {why}, one name a line in the order of the labels, or give "
             '--config.data.class_names=\'("name","name")\''
@@ -286,10 +282,10 @@ def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read_lines(file: pathlib.Path | epath.Path) -> list[str]:
+def _read_lines(file: files.Path) -> list[str]:
     """A text file's non-blank lines, stripped."""
     try:
-        with report_errors(file, "read", "expected one name a line"):
+        with files.report_errors("read", file, "; expected one name a line"):
             lines = file.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
