@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="the step with the plainly written loss too")
     args, config = timing.parse(parser)
     if args.table:
-        tpu_table.write_table(args.table, table_rows)
+        tpu_table.write_table(args.table, table_rows, tpu_table.find_commit())
         return
     rows: list[Row] = []
     notes: list[str] = []

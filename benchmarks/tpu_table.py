@@ -15,6 +15,7 @@ from topformer_jax import files
 from topformer_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "pods.md"
 BEGIN, END = "<!-- benchmarks.tpu writes from here -->", "<!-- to here -->"
 # By kind of chip: its memory's bytes a second, and bfloat16 operations a second.
 CHIPS = {
@@ -68,27 +69,32 @@ PROGRAMS = [
 
 
 def write_table(
-    folder: pathlib.Path, compile_rows: Callable[[Program], list[Row]], programs: Sequence[Program] = PROGRAMS
+    folder: pathlib.Path,
+    compile_rows: Callable[[Program], list[Row]],
+    commit: str,
+    *,
+    page: pathlib.Path = PAGE,
+    programs: Sequence[Program] = PROGRAMS,
 ) -> None:
-    """Compiles what the folder does not have yet, and writes the table into docs/pods.md after each program.
+    """Compiles what the folder does not have yet, and writes the table into the page after each program.
 
     Args:
         folder: of the rows, made if missing.
         compile_rows: the rows of a program, see `benchmarks.tpu.compile_row`.
+        commit: whose rows they are.
+        page: has `BEGIN` and `END`, between which the table goes.
         programs: in the order in which they are compiled and listed.
 
     Raises:
-        UserError: the package differs from its last commit.
+        UserError: the page lacks `BEGIN` or `END`.
     """
-    commit = _find_commit()
     rows: list[tuple[Program, list[Row]]] = []
     for program in programs:
         path = folder / commit / program.file_name
         if not path.exists():
             files.write_file(path, json.dumps(compile_rows(program), indent=2) + "\n")
         rows.append((program, json.loads(path.read_text())))
-        missing = [program for program in programs if program not in dict(rows)]
-        _replace_block(ROOT / "docs" / "pods.md", format_block(commit, rows, missing))
+        _replace_block(page, format_block(commit, rows, programs[len(rows) :]))
 
 
 def format_block(
@@ -134,8 +140,12 @@ def bound_speed(slices: str, row: Row) -> float:
     return float(row["images"] / seconds)
 
 
-def _find_commit() -> str:
-    """The last commit that changed the package."""
+def find_commit() -> str:
+    """The last commit that changed the package.
+
+    Raises:
+        UserError: the package differs from it.
+    """
     run = ["git", "-C", str(ROOT)]
     changed = subprocess.run(
         [*run, "status", "--porcelain", "topformer_jax"], capture_output=True, text=True, check=True
