@@ -131,6 +131,7 @@ COLUMNS = {
     "accessed_bytes": ("accessed GB", 1e-9, 2),
     "moved_bytes": ("moved GB", 1e-9, 2),
     "collective_bytes": ("collectives MB", 1e-6, 1),
+    "other_bytes": ("of them no sums B", 1, 0),
     "compile_seconds": ("compile s", 1, 0),
     "sizes": ("sizes", 1, 0),
     "networks": ("networks", 1, 0),

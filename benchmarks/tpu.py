@@ -1,13 +1,16 @@
 """What do the training step and the evaluation ask of a TPU chip? Compiled for slices that are not here.
 
   python -m benchmarks.tpu --config configs/topformer_b_ade.py --config.model.dtype=bfloat16 --plain --evaluation
+  python -m benchmarks.tpu --table FOLDER     # the table of docs/pods.md, from rows that FOLDER keeps
 
 Figures of one chip: memory for a program's arguments and for its temporary arrays; what it computes; what it reads
-and writes in its memory at most (`traffic.memory_bytes`) and by XLA's own count, which takes loops once; and what
-collectives move between the chips. It needs the TPU compiler: pip install -e '.[tpu-compile]'.
+and writes in its memory at most (`traffic.memory_bytes`) and by XLA's own count, which takes loops once; what
+collectives move between the chips, and how much of that is neither gradients nor sums. It needs the TPU compiler:
+pip install -e '.[tpu-compile]'.
 """
 
 import os
+import pathlib
 import re
 import sys
 import time
@@ -20,7 +23,7 @@ import numpy as np
 from jax.experimental.topologies import get_topology_desc
 from ml_collections import ConfigDict
 
-from benchmarks import samples, timing, traffic
+from benchmarks import samples, timing, tpu_table, traffic
 from benchmarks.timing import Row
 from topformer_jax import cli, models, sharding, step
 from topformer_jax import config as config_lib
@@ -36,7 +39,7 @@ IMAGES_PER_CHIP = 8  # of an evaluation: evaluation.per_device_batch_size off a 
 
 
 def slice_devices(name: str) -> Sequence[jax.Device]:
-    """The devices of a slice such as v5e:2x4, to compile for.
+    """The devices of a slice such as v5e:2x4, or of several as in v5e:16x16*2, to compile for.
 
     Raises:
         UserError: the TPU compiler is not installed, or there is no such slice.
@@ -48,8 +51,10 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
         raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu-compile]'") from None
     # A chip of two cores is one device, as on a pod.
     chip = {"chip_config_name": "megacore"} if name.startswith(("v4:", "v5p:")) else {}
+    topology, _, count = name.partition("*")
+    several = {"num_slices": int(count)} if count.isdecimal() else {}
     try:
-        return get_topology_desc(platform="tpu", topology_name=name, **chip).devices
+        return get_topology_desc(platform="tpu", topology_name=topology, **several, **chip).devices
     except (RuntimeError, ValueError) as error:
         raise UserError(f"there is no TPU slice {name}: {str(error).splitlines()[0]}") from None
 
@@ -86,7 +91,26 @@ def step_row(case: str, config: ConfigDict, devices: Sequence[jax.Device], *, pl
         jax.tree.map(abstract, state, layout),
         {name: abstract(x, sharding.batch_sharding(mesh)) for name, x in samples.batch(config).items()},
     )
-    return compile_row(case, "plain train step" if plain else "train step", train_step, *arguments)
+    row = compile_row(case, "plain train step" if plain else "train step", train_step, *arguments)
+    row["images"], row["chips"] = config.batch_size / len(devices), len(devices)
+    row["other_bytes"] = row["collective_bytes"] - summed_bytes(state, config)
+    return row
+
+
+def summed_bytes(state: step.TrainState, config: ConfigDict) -> int:
+    """Bytes that the chips of a step with whole parameters must add up: the least that collectives can send.
+
+    Gradients, in the dtype that the layer computes in; of each BatchNorm mean and variance, and in the backward pass
+    the sum that both depend on; the loss and the counts of correct and of labelled pixels.
+    """
+    itemsize = jnp.dtype(models.DTYPES[config.model.dtype]).itemsize
+    wide = max(itemsize, 4)  # BatchNorm and logits
+    total = 3 * wide
+    for name, value in state.params.items():
+        is_wide = ".bn." in name or name.startswith("decode_head.conv_seg.")
+        total += value.size * (wide if is_wide else itemsize)
+    channels = sum(value.size for name, value in state.stats.items() if name.endswith(".running_mean"))
+    return total + 3 * wide * channels
 
 
 def evaluation_plans(config: ConfigDict, devices: int) -> dict[str, ProgramShapes]:
@@ -136,6 +160,24 @@ def evaluation_rows(
     ]
 
 
+def table_rows(program: tpu_table.Program) -> list[Row]:
+    """The rows of a program of the table."""
+    changes = {"model.dtype": "bfloat16", "batch_size": max(program.batch, 1)}
+    config = config_lib.load(config_lib.ade20k(program.variant), changes)
+    devices = slice_devices(program.slices)
+    case = f"{program.variant}, {program.slices}, {program.batch or 'evaluation'}"
+    if not program.batch:
+        shapes = plan_shapes([samples.SIZE], config.evaluation)
+        place = {"images": IMAGES_PER_CHIP, "chips": len(devices)}
+        return [row | place for row in evaluation_rows(case, config, devices, shapes)]
+    try:
+        return [step_row(case, config, devices, plain=False)]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return [{"program": "train step", "failed": "out of memory"}]
+
+
 def abstract(array: Any, sharding: jax.sharding.Sharding, *leading: int) -> jax.ShapeDtypeStruct:
     """Shape, dtype and layout of an array, with further leading axes."""
     return jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
@@ -145,10 +187,16 @@ def main() -> None:
     """The command."""
     parser = timing.make_parser(__doc__)
     parser.add_argument("--slices", nargs="+", default=["v5e:2x4", "v5e:16x16", "v4:2x2x2"])
+    parser.add_argument(
+        "--table", type=pathlib.Path, metavar="FOLDER", help="write the table of docs/pods.md; keep its rows"
+    )
     parser.add_argument("--batches", nargs="+", type=timing.positive, default=[32, 256, 2048], help="images")
     parser.add_argument("--evaluation", action="store_true", help="an evaluation's programs too")
     parser.add_argument("--plain", action="store_true", help="the step with the plainly written loss too")
     args, config = timing.parse(parser)
+    if args.table:
+        tpu_table.write_table(args.table, table_rows, tpu_table.find_commit())
+        return
     rows: list[Row] = []
     notes: list[str] = []
     for name in args.slices:

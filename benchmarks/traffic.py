@@ -37,12 +37,17 @@ def memory_bytes(text: str) -> int:
 
 def sent_bytes(text: str) -> int:
     """Bytes of the results of all collectives, each loop taken once."""
-    total = 0
+    return sum(sent_by_kind(text).values())
+
+
+def sent_by_kind(text: str) -> dict[str, int]:
+    """Bytes of the results of the collectives of each kind, each loop taken once."""
+    totals: dict[str, int] = {}
     for line in text.splitlines():
         found = _INSTRUCTION.match(line)
-        if found and found["operation"].removesuffix("-start") in COLLECTIVES:
-            total += sum(_size(shape) for shape in _SHAPE.finditer(found["result"]))
-    return total
+        if found and (kind := found["operation"].removesuffix("-start")) in COLLECTIVES:
+            totals[kind] = totals.get(kind, 0) + sum(_size(s) for s in _SHAPE.finditer(found["result"]))
+    return totals
 
 
 def _computations(text: str) -> dict[str, list[str]]:

@@ -265,3 +265,13 @@ def test_dtype_changes_no_draw(x64: None, dtype: Any) -> None:
         theirs = _run(batch)
     np.testing.assert_array_equal(labels, theirs[1])
     np.testing.assert_allclose(images.astype(np.float64), theirs[0], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "cuts"), [("cpu", 0), ("tpu", 3)])
+def test_the_colour_steps_are_cut_apart_on_a_tpu(platform: str, cuts: int) -> None:
+    """Where they are cut the planes are packed into bytes and unpacked, which every whole number 0..255 survives."""
+    planes = tuple(jnp.arange(256, dtype=jnp.float32) for _ in range(3))
+    for plane, back in zip(planes, module._unpack(module._pack(planes)), strict=True):
+        np.testing.assert_array_equal(plane, back)
+    traced = jax.jit(module._distort).trace(planes, jax.random.key(0))
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier") == cuts

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import official_input, peers, samples, timing
-from benchmarks.timing import Program
+from benchmarks import official_input, peers, samples, timing, tpu_table
+from benchmarks.timing import Program, Row
 from tests.parity import settings_for
 from topformer_jax import checkpoints, models
 from topformer_jax.data import loader, transforms
@@ -133,6 +133,36 @@ def test_tpu(run: Run) -> None:
     pytest.importorskip("libtpu")
     rows = run("tpu", *TINY, "--slices", "v5e:2x4", "--batches", "4", "8", "--evaluation")
     assert _programs(rows) == ["train step", *["evaluation, logits", "evaluation, count"] * 3]
+    assert rows[0]["other_bytes"] == 0  # the chips send each other gradients and sums alone
+
+
+def test_rows_of_the_tpu_table_are_kept(tmp_path: pathlib.Path) -> None:
+    """A program is compiled once a commit; what a page says around the table stays."""
+    compiled = []
+    figures = {"arguments_bytes": 2e6, "temporary_bytes": 3e6, "collective_bytes": 4e6, "compile_seconds": 5}
+
+    def compile_rows(program: tpu_table.Program) -> list[Row]:
+        compiled.append(program)
+        if program.batch == 64:
+            return [{"program": "train step", "failed": "out of memory"}]
+        work = {"moved_bytes": 819e6, "operations": 197e9}  # both take a millisecond
+        return [{"program": "train step", "images": 4, "chips": 8, **figures, **work}]
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tpu_table.BEGIN}\nold\n{tpu_table.END}\nafter\n")
+    programs = [tpu_table.Program("tiny", "v5e:2x4", batch) for batch in (32, 64)]
+    for commit in ("a", "a", "b"):
+        tpu_table.write_table(tmp_path, compile_rows, commit, page=page, programs=programs)
+    assert compiled == programs * 2
+    text = page.read_text()
+    assert text.startswith(f"before\n{tpu_table.BEGIN}\n\nCommit b;")
+    assert text.endswith(f"|\n\n{tpu_table.END}\nafter\n")
+    assert "| tiny, train step, v5e:2x4, 32 | 8 | 4 | 2 | 3 | 0.82 | 0.197 | 4.00 | 4000 | 5 |\n" in text
+    assert "| tiny, train step, v5e:2x4, 64 | out of memory | |" in text
+    assert "Not compiled at this commit: tiny v5e:2x4 64." in tpu_table.format_block("a", [], programs[1:])
+    page.write_text("no markers")
+    with pytest.raises(UserError, match="to write the table between"):
+        tpu_table.write_table(tmp_path, compile_rows, "a", page=page, programs=programs)
 
 
 def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

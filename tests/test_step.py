@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from benchmarks import traffic
+from benchmarks.tpu import summed_bytes
 from tests.parity import distance
 from topformer_jax import config, load, models, sharding
 from topformer_jax.checkpoints.torch_format import to_torch
@@ -118,13 +120,18 @@ def test_golden_gradients(golden: Find, x64: None) -> None:
     assert max(errors.values()) <= 1e-6
 
 
-def _run(settings: ConfigDict, mesh: jax.sharding.Mesh, steps: int = 3) -> tuple[TrainState, list[float]]:
+def _run(
+    settings: ConfigDict, mesh: jax.sharding.Mesh, steps: int = 3
+) -> tuple[TrainState, list[float], str]:
+    """The state after some steps, their losses, and the text of the compiled program."""
     state, train_step = init_training(settings, mesh)
     losses = []
     for step in range(steps):
-        state, metrics = train_step(state, _random_batch(settings.batch_size, 64, step))
+        batch = _random_batch(settings.batch_size, 64, step)
+        state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
-    return state, losses
+    text = train_step.lower(state, batch).compile().as_text()  # type: ignore[attr-defined]
+    return state, losses, text
 
 
 def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
@@ -138,9 +145,10 @@ def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
         model__dropout_ratio=0.3,
         ema_decay=0.9,
     )
-    one, losses = _run(settings, _mesh(1))
+    one, losses, _ = _run(settings, _mesh(1))
     for fsdp in (1, 4):
-        many, other = _run(settings, _mesh(8, fsdp))
+        many, other, text = _run(settings, _mesh(8, fsdp))
+        _check_collectives(text, many, settings, fsdp)
         np.testing.assert_allclose(other, losses, rtol=1e-9)
         for name, value in one.average.items():
             np.testing.assert_allclose(
@@ -148,6 +156,18 @@ def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
             )
         weight = many.params["backbone.trans.transformer_blocks.0.mlp.fc1.c.weight"]
         assert len({str(shard.index) for shard in weight.addressable_shards}) == fsdp
+
+
+def _check_collectives(text: str, state: TrainState, settings: ConfigDict, fsdp: int) -> None:
+    """Devices send each other gradients and sums, and parameters inside a group of `fsdp`; no feature maps."""
+    sent = traffic.sent_by_kind(text)
+    if fsdp == 1:
+        # On a CPU the loss also asks for the extremes of the logits; counts of pixels are int64 here.
+        assert sent == {"all-reduce": summed_bytes(state, settings) + 2 * 8}
+        return
+    divided = [value for value in state.params.values() if not value.is_fully_replicated]
+    assert set(sent) <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert sent["all-gather"] == sum(value.nbytes for value in divided)
 
 
 def test_accumulation_adds_up(x64: None) -> None:

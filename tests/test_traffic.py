@@ -52,7 +52,8 @@ def test_of_branches_the_largest_counts() -> None:
 
 
 def test_bytes_of_collectives() -> None:
-    assert traffic.sent_bytes(PROGRAM) == 20
+    assert traffic.sent_by_kind(PROGRAM) == {"all-reduce": 20}
+    assert traffic.sent_bytes(PROGRAM.replace("= f32[5]{0} all-", "= (f32[5]{0}, s8[3]{0}) all-")) == 23
 
 
 def test_a_loop_of_unknown_length_counts_once() -> None:

@@ -17,11 +17,15 @@ FSDP_MIN_SIZE = 4096  # numbers; a smaller array stays whole on every device, si
 def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `config.mesh` with axes `data` and `fsdp`, over all devices or those given.
 
+    `data` is the outer axis and devices of a slice follow each other, so the devices of an `fsdp` group, which gather
+    parameters, lie in one slice. Between slices travel sums alone: gradients and BatchNorm statistics.
+
     Raises:
-        UserError: the axes do not multiply to the number of devices, or do not divide the batch.
+        UserError: the axes do not multiply to the number of devices, do not divide the batch, or a group of `fsdp`
+            devices would lie in two slices; or the devices lie in other slices than `config.mesh.slices`.
     """
-    chosen = jax.devices() if devices is None else list(devices)
-    count = len(chosen)
+    slices = _split_into_slices(jax.devices() if devices is None else devices, config.mesh.slices)
+    count = sum(map(len, slices))
     fsdp = config.mesh.fsdp
     data = count // max(fsdp, 1) if config.mesh.data == -1 else config.mesh.data
     if fsdp < 1 or data < 1 or data * fsdp != count:
@@ -29,23 +33,59 @@ def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = N
             f"a mesh of data {config.mesh.data} x fsdp {fsdp} does not cover the {count} devices: "
             "set mesh.data=-1 and mesh.fsdp to a divisor of their number"
         )
+    if len(slices[0]) % fsdp:
+        raise UserError(
+            f"mesh.fsdp={fsdp} would gather parameters across slices of {len(slices[0])} devices: "
+            "set mesh.fsdp to a divisor of that number"
+        )
     micro_batch, rest = divmod(config.batch_size, config.grad_accum_steps)
     if rest or micro_batch % count:
         raise UserError(
             f"a batch of {config.batch_size} images in {config.grad_accum_steps} micro-batches cannot be divided "
             f"evenly over {count} devices: set batch_size to a multiple of {config.grad_accum_steps * count}"
         )
-    return _make_mesh((data, fsdp), ("data", "fsdp"), chosen)
+    return _make_mesh((data, fsdp), ("data", "fsdp"), slices)
 
 
 def make_inference_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh with the one axis `data`, over which an evaluation divides its images."""
-    return _make_mesh((len(devices),), ("data",), devices)
+    """A mesh with the one axis `data`, over which an evaluation divides its images; slice after slice."""
+    return _make_mesh((len(devices),), ("data",), _split_into_slices(devices, 0))
 
 
-def _make_mesh(shape: tuple[int, ...], axes: tuple[str, ...], devices: Sequence[jax.Device]) -> Mesh:
+def _split_into_slices(devices: Sequence[jax.Device], expected: int) -> list[list[jax.Device]]:
+    """The devices of each slice, in the order of their processes.
+
+    A process's devices follow each other, since the loader of process p makes the p-th part of a batch: so the order
+    of the batch does not depend on the slices. Devices of one host are neighbours on a TPU too.
+
+    Args:
+        devices: at least one.
+        expected: number of slices; 0: as many as the devices say. Only TPUs say it; others are cut into equal parts.
+
+    Raises:
+        UserError: the devices lie in another number of slices, or slices differ in size.
+    """
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    slices: dict[int, list[jax.Device]] = {}
+    for index, device in enumerate(ordered):
+        part = index * max(expected, 1) // len(ordered)
+        name = getattr(device, "slice_index", 0) if device.platform == "tpu" else part
+        slices.setdefault(name, []).append(device)
+    sizes = [len(members) for members in slices.values()]
+    if expected and len(sizes) != expected:
+        raise UserError(
+            f"mesh.slices={expected}, but the {len(ordered)} devices lie in {len(sizes)}: "
+            "set mesh.slices=0 to take what the devices say"
+        )
+    if len(set(sizes)) > 1:
+        raise UserError(f"slices of {' and '.join(map(str, sizes))} devices: all must have equally many")
+    return list(slices.values())
+
+
+def _make_mesh(shape: tuple[int, ...], axes: tuple[str, ...], slices: list[list[jax.Device]]) -> Mesh:
     # Automatic axes: JAX's default, explicit ones, would need a sharding at each reshape of the attention.
-    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
+    devices = np.array([device for members in slices for device in members]).reshape(shape)
+    return Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -116,8 +116,8 @@ def build_train_step(
         _apply_step,
         config=config,
         graphdef=graphdef,
-        optimizer=build_optimizer(config),
         loss_function=functools.partial(loss_function, devices=mesh.size),
+        layout=layout,
     )
     return programs.KeptProgram(
         step,
@@ -135,12 +135,13 @@ def _apply_step(
     *,
     config: ConfigDict,
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
     loss_function: LossFunction,
+    layout: TrainState,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
+    optimizer = build_optimizer(config)
     gradients, stats, (loss, correct, valid) = _accumulate_gradients(
-        state, batch, config, graphdef, loss_function
+        state, batch, config, graphdef, loss_function, layout
     )
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
@@ -159,9 +160,17 @@ def _apply_step(
 
 
 def _accumulate_gradients(
-    state: TrainState, batch: Batch, config: ConfigDict, graphdef: nnx.GraphDef, loss_function: LossFunction
+    state: TrainState,
+    batch: Batch,
+    config: ConfigDict,
+    graphdef: nnx.GraphDef,
+    loss_function: LossFunction,
+    layout: TrainState,
 ) -> tuple[Tensors, Tensors, list[Array]]:
     """Gradients and loss of a batch, summed over its micro-batches, and the BatchNorm statistics after it.
+
+    Parameters that are divided over devices are gathered once, at the start, and their gradients divided again as
+    soon as they are there. Left to itself XLA would divide feature maps by channels too, and move them for it.
 
     Returns:
         The gradients by parameter name, the statistics by name, and [loss, correct pixels, labelled pixels].
@@ -174,6 +183,8 @@ def _accumulate_gradients(
     valid_pixels = jnp.sum(batch["label"] != IGNORE_LABEL)
     divisor = jnp.maximum(valid_pixels, 1) if config.ignore_void_in_mean else pixels
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
+
+    whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
 
     def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, tuple]:
         images, labels = augment(
@@ -192,7 +203,8 @@ def _accumulate_gradients(
     def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
         stats, gradients, sums = carry
         micro_batch, key = inputs
-        grads, (stats, *terms) = jax.grad(compute_loss, has_aux=True)(state.params, stats, micro_batch, key)
+        grads, (stats, *terms) = jax.grad(compute_loss, has_aux=True)(whole, stats, micro_batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, layout.params)
         return (stats, jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, sums, terms)), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)

@@ -205,7 +205,12 @@ GROUPS: dict[str, dict[str, Setting]] = {
             -1, "devices that share a batch; -1: all that mesh.fsdp leaves", Range(-1, 10**6)
         ),
         "mesh.fsdp": Setting(
-            1, "devices that share parameters and optimizer state, and the batch too", Range(1, 10**6)
+            1,
+            "devices of a slice that share parameters and optimizer state, and the batch too",
+            Range(1, 10**6),
+        ),
+        "mesh.slices": Setting(
+            0, "TPU slices that the devices lie in; 0: found from the devices", Range(0, 10**4)
         ),
     },
     "Evaluation": {

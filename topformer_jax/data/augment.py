@@ -160,11 +160,23 @@ def _distort(planes: Planes, key: Array) -> Planes:
     early = coins[2]
     # Brightness by 0 and contrast by 1 change no byte, so a coin may choose the amount.
     planes = _brightness(planes, jnp.where(coins[0], delta, 0.0))
-    planes = _contrast(planes, jnp.where(early, gain, 1.0))
+    planes = _cut(_contrast(planes, jnp.where(early, gain, 1.0)))
     # The way through 8-bit HSV changes bytes even then, so a coin chooses the whole step.
-    planes = _choose(coins[3], _saturation(planes, factor), planes)
-    planes = _choose(coins[4], _hue(planes, turn), planes)
+    planes = _cut(_choose(coins[3], _saturation(planes, factor), planes))
+    planes = _cut(_choose(coins[4], _hue(planes, turn), planes))
     return _contrast(planes, jnp.where(early, 1.0, gain))
+
+
+def _cut(planes: Planes) -> Planes:
+    """The same planes; on a TPU they are computed before anything that uses them.
+
+    XLA for TPUs would otherwise fuse all steps into one kernel, and compute it for minutes.
+    """
+
+    def cut(*planes: Array) -> Planes:
+        return _unpack(lax.optimization_barrier(_pack(planes)))
+
+    return lax.platform_dependent(*planes, tpu=cut, default=lambda *planes: planes)
 
 
 def _choose(coin: Array, if_true: Planes, if_false: Planes) -> Planes:

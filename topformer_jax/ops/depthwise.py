@@ -49,8 +49,9 @@ def depthwise_conv(
     [[4.0, 6.0, 6.0], [6.0, 9.0, 9.0], [4.0, 6.0, 6.0]]
     """
     library = functools.partial(library_conv, stride=stride, groups=images.shape[-1], precision=precision)
+    blocks, whole = (functools.partial(_shifted, stride=stride, in_blocks=choice) for choice in (True, False))
     with jax.named_scope("depthwise"):
-        return dispatch(method, functools.partial(_shifted, stride=stride), library, images, kernel)
+        return dispatch(method, blocks, library, images, kernel, tpu=whole)
 
 
 def dispatch(
@@ -59,15 +60,19 @@ def dispatch(
     library: Callable[[Array, Array], Array],
     images: Array,
     kernel: Array,
+    tpu: Callable[[Array, Array], Array] | None = None,
 ) -> Array:
-    """Runs the implementation that `method` names (see `depthwise_conv`); "auto" is decided when XLA compiles."""
+    """Runs the implementation that `method` names (see `depthwise_conv`); "auto" is decided when XLA compiles.
+
+    `tpu` is what "auto" takes on a TPU, the library's if None.
+    """
     match method:
         case "library":
             return library(images, kernel)
         case "shifted":
             return shifted(images, kernel)
         case "auto":
-            return lax.platform_dependent(images, kernel, cpu=shifted, default=library)
+            return lax.platform_dependent(images, kernel, cpu=shifted, tpu=tpu or library, default=library)
     raise ValueError(f"depthwise method {method!r}: expected one of {', '.join(METHODS)}")
 
 
@@ -92,19 +97,24 @@ def library_conv(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _shifted(images: Array, kernel: Array, stride: int) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _shifted(images: Array, kernel: Array, stride: int, in_blocks: bool) -> Array:
+    """The multiply-adds. `in_blocks`: the filter's gradient is `sum_over_pixels`, for CPUs; or plain sums."""
     k = kernel.shape[0]
     return _sum_products(
         shifted_slices(images, k, stride), lambda row, column: kernel[row, column, 0], k
     ).astype(images.dtype)
 
 
-def _shifted_forward(images: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return _shifted(images, kernel, stride), (images, kernel)
+def _shifted_forward(
+    images: Array, kernel: Array, stride: int, in_blocks: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    return _shifted(images, kernel, stride, in_blocks), (images, kernel)
 
 
-def _shifted_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+def _shifted_backward(
+    stride: int, in_blocks: bool, saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array]:
     images, kernel = saved
     k = kernel.shape[0]
     pad = k // 2
@@ -130,7 +140,8 @@ def _shifted_backward(stride: int, saved: tuple[Array, Array], grad: Array) -> t
     # Of the filter: k*k sums over the batch and the pixels.
     accum_dtype = at_least_float32(images.dtype)
     slices = shifted_slices(images, k, stride)
-    sums = sum_over_pixels([view.astype(accum_dtype) * grad.astype(accum_dtype) for view in slices])
+    products = [view.astype(accum_dtype) * grad.astype(accum_dtype) for view in slices]
+    sums = sum_over_pixels(products) if in_blocks else [jnp.sum(x, (0, 1, 2)) for x in products]
     kernel_grad = jnp.stack(sums).reshape(k, k, 1, c)
     return image_grad.astype(images.dtype), kernel_grad.astype(kernel.dtype)
 
