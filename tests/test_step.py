@@ -102,8 +102,9 @@ def test_golden_gradients(golden: Find, x64: None) -> None:
     """Every gradient of the first step, read off Adam's first moment."""
     settings = _settings("float64")
     with np.load(golden("train_trace/trace.npz")) as trace:
+        # On four devices, as above, where this program is compiled.
         state, train_step = init_training(
-            settings, _mesh(1), load(settings, golden("checkpoints/tiny_init.pth"))
+            settings, _mesh(4), load(settings, golden("checkpoints/tiny_init.pth"))
         )
         state, _ = train_step(state, _batch(trace["images"][0], trace["labels"][0]))
         moments = state.optimizer[1].mu
@@ -134,9 +135,8 @@ def _run(
     return state, losses, text
 
 
-def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
-    """Augmentation, drop path, dropout and averages: all draws and BatchNorm see the global batch."""
-    settings = _settings(
+def _everything_on() -> ConfigDict:
+    return _settings(
         "float64",
         batch_size=8,
         data__flip_prob=0.5,
@@ -145,17 +145,20 @@ def test_eight_devices_equal_one_with_everything_on(x64: None) -> None:
         model__dropout_ratio=0.3,
         ema_decay=0.9,
     )
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_eight_devices_equal_one_with_everything_on(x64: None, fsdp: int) -> None:
+    """Augmentation, drop path, dropout and averages: all draws and BatchNorm see the global batch."""
+    settings = _everything_on()
     one, losses, _ = _run(settings, _mesh(1))
-    for fsdp in (1, 4):
-        many, other, text = _run(settings, _mesh(8, fsdp))
-        _check_collectives(text, many, settings, fsdp)
-        np.testing.assert_allclose(other, losses, rtol=1e-9)
-        for name, value in one.average.items():
-            np.testing.assert_allclose(
-                np.asarray(many.average[name]), np.asarray(value), rtol=1e-5, atol=1e-7
-            )
-        weight = many.params["backbone.trans.transformer_blocks.0.mlp.fc1.c.weight"]
-        assert len({str(shard.index) for shard in weight.addressable_shards}) == fsdp
+    many, other, text = _run(settings, _mesh(8, fsdp))
+    _check_collectives(text, many, settings, fsdp)
+    np.testing.assert_allclose(other, losses, rtol=1e-9)
+    for name, value in one.average.items():
+        np.testing.assert_allclose(np.asarray(many.average[name]), np.asarray(value), rtol=1e-5, atol=1e-7)
+    weight = many.params["backbone.trans.transformer_blocks.0.mlp.fc1.c.weight"]
+    assert len({str(shard.index) for shard in weight.addressable_shards}) == fsdp
 
 
 def _check_collectives(text: str, state: TrainState, settings: ConfigDict, fsdp: int) -> None:
@@ -192,8 +195,7 @@ def test_loss_means() -> None:
     share = float((batch["label"] != 255).mean())
     losses = []
     for ignore in (False, True):
-        _, train_step = init_training(_settings(ignore_void_in_mean=ignore), _mesh(1))
-        state, _ = init_training(_settings(ignore_void_in_mean=ignore), _mesh(1))
+        state, train_step = init_training(_settings(ignore_void_in_mean=ignore), _mesh(1))
         losses.append(float(train_step(state, batch)[1]["loss"]))
     assert losses[0] == pytest.approx(losses[1] * share, rel=1e-5)
     assert share == pytest.approx(7 / 8)
@@ -213,10 +215,10 @@ def test_loss_counts_and_ignores() -> None:
 
 
 def test_averages_follow(x64: None) -> None:
-    state, train_step = init_training(_settings("float64", ema_decay=0.9), _mesh(1))
+    state, train_step = init_training(_everything_on(), _mesh(1))  # compiled above
     name = "decode_head.conv_seg.weight"
-    old = np.asarray(state.average[name])
-    state, _ = train_step(state, _random_batch(4, 64))
+    old = np.array(state.average[name])  # its memory is the step's
+    state, _ = train_step(state, _random_batch(8, 64))
     expected = 0.9 * old + 0.1 * np.asarray(state.params[name])
     np.testing.assert_allclose(np.asarray(state.average[name]), expected, rtol=1e-12)
     assert set(state.average) == set(state.params) | set(state.stats)
