@@ -57,11 +57,15 @@ def start_pair(workdir: Any, changes: dict[str, Any], devices: int = 1) -> list[
 
 
 def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> None:
-    """Returns when both have trained for some steps: the profile of the first two is written."""
-    while all(process.poll() is None for process in pair):
-        if len(list(workdir.glob("profile/**/*.xplane.pb"))) == 2:
+    """Returns when they have trained for some steps: the profile of the first two is written."""
+    deadline = time.monotonic() + 300
+    while all(process.poll() is None for process in pair) and time.monotonic() < deadline:
+        if list(workdir.glob("profile/**/*.xplane.pb")):
             return
         time.sleep(0.05)
+    for process in pair:
+        process.kill()
+    pytest.fail(f"they did not train: {[process.communicate() for process in pair]}")
 
 
 def filtered(text: str) -> str:

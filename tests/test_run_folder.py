@@ -161,7 +161,7 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
     bucket.set_faults(fail=3, status=503, delay=0.01)
     process = start(remote, {"upload_every": 1, "schedule.steps": 6})
     while process.poll() is None and not (remote / "checkpoints/2/commit_success.txt").exists():
-        time.sleep(0.05)
+        time.sleep(0.5)
     process.kill()
     process.communicate()
     out, _ = run(remote, {})
