@@ -79,6 +79,7 @@ def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
 
 def test_logs_grow_in_the_bucket(bucket: Bucket) -> None:
     with RunFolder(bucket / "run", 3600) as folder:
+        folder.open()
         assert folder.local != folder.path
         log = logs.RunLog(folder.local, 0, 10, active=True)
         log.log_evaluation(1, {"miou": 0.5})
@@ -97,6 +98,7 @@ def test_logs_grow_in_the_bucket(bucket: Bucket) -> None:
     assert [name.name for name in (bucket / "run").iterdir() if name.name == LEASE] == []
 
     with RunFolder(bucket / "run", 3600) as folder:
+        folder.open()
         folder.fetch("metrics.jsonl")
         logs.RunLog(folder.local, 1, 10, active=True).close()
     assert [record["step"] for record in logs.read_records(bucket / "run/metrics.jsonl")] == [1]
@@ -107,6 +109,7 @@ def test_a_network_that_fails_makes_files_late(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     with RunFolder(bucket / "run", 3600) as folder:
+        folder.open()
         (folder.local / "picture.png").write_bytes(b"1")
         bucket.set_faults(fail=1000, status=400)
         assert not folder.upload()
@@ -140,7 +143,7 @@ def test_a_bucket_that_cannot_be_written(
     with pytest.raises(
         UserError, match=f"cannot write into {target}: .*{expected}.*; name another --workdir"
     ):
-        RunFolder(target, 60)
+        RunFolder(target, 60).open()
 
 
 def test_a_storage_that_is_unknown() -> None:

@@ -31,7 +31,7 @@ class RunFolder:
     and those that have changed are uploaded at an interval, at each checkpoint and at the end. A network that fails
     makes them late, and ends nothing before the end.
 
-    A context manager, which closes it. The first process of a run keeps the folder for the run: see `Lease`.
+    A context manager, which closes what `open` opened.
 
     Args:
         path: of the folder; it is made where it does not exist.
@@ -40,23 +40,30 @@ class RunFolder:
     Attributes:
         path: as the user knows it.
         local: where the files are written; the same if it is no bucket's.
-
-    Raises:
-        UserError: the folder cannot be written, or another run is using it.
     """
 
     def __init__(self, path: files.Path, upload_every: int):
-        files.make_folder(path, "another --workdir")
-        self._lease = Lease(path) if jax.process_index() == 0 else None
         self.path = path
         self.local: pathlib.Path = path
         self._interval = upload_every
+        self._lease: Lease | None = None
         self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._is_late = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
-        if files.is_in_bucket(path):
+
+    def open(self) -> None:
+        """Makes the folder, and has the first process keep it for this run: see `Lease`.
+
+        Raises:
+            UserError: the folder cannot be written, or another run is using it.
+        """
+        is_remote = files.is_in_bucket(self.path)
+        files.make_folder(self.path if is_remote else self.path / "checkpoints", "another --workdir")
+        if jax.process_index() == 0:
+            self._lease = Lease(self.path)
+        if is_remote:
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="topformer_jax-"))
             self._thread = threading.Thread(target=self._upload_in_turn, daemon=True)
             self._thread.start()

@@ -74,6 +74,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     mesh = sharding.make_train_mesh(config)
     model = load_initial_model(config)
     state, train_step = init_training(config, mesh, model)
+    folder.open()
     store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
     start = store.latest or 0
     if start:
