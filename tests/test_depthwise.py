@@ -11,6 +11,10 @@ from tests.parity import distance
 from topformer_jax.ops.depthwise import _shifted, depthwise_conv
 
 
+def _library(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    raise AssertionError("where a gradient is taken, it is not called")
+
+
 def _results(method: str, images: np.ndarray, kernel: np.ndarray, stride: int) -> list[jax.Array]:
     """The output, and its gradients with respect to image and kernel for a fixed random cotangent.
 
@@ -19,7 +23,7 @@ def _results(method: str, images: np.ndarray, kernel: np.ndarray, stride: int) -
 
     def convolve(images: jax.Array, kernel: jax.Array) -> jax.Array:
         if method == "plain sums":
-            return _shifted(images, kernel, stride, False)
+            return _shifted(images, kernel, stride, _library)
         return depthwise_conv(images, kernel, stride, method=method)
 
     @jax.jit
@@ -69,11 +73,17 @@ def test_which_form_runs_on_a_cpu(method: str, convolutions: int) -> None:
     assert text.count("stablehlo.convolution") == convolutions
 
 
-@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 1), ("tpu", 0)])
-def test_which_form_auto_chooses(platform: str, convolutions: int) -> None:
-    program = jax.jit(depthwise_conv).trace(jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4)))
-    text = program.lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("stablehlo.convolution") == convolutions
+@pytest.mark.parametrize(
+    ("platform", "inference", "training"), [("cpu", 0, 0), ("cuda", 1, 2), ("tpu", 1, 0)]
+)
+def test_which_form_auto_chooses(platform: str, inference: int, training: int) -> None:
+    def differentiate(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.grad(lambda kernel: jnp.sum(depthwise_conv(images, kernel) ** 2))(kernel)
+
+    for function, convolutions in ((depthwise_conv, inference), (differentiate, training)):
+        program = jax.jit(function).trace(jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4)))
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("stablehlo.convolution") == convolutions
 
 
 def test_unknown_method() -> None:

@@ -1,8 +1,8 @@
 """Depthwise convolution: one k x k filter for each channel.
 
 On a CPU, XLA's grouped convolution is 10 to 25 times slower than k*k multiply-adds of shifted slices, and its
-gradients are slower still. So there are two implementations, "shifted" for CPUs and "library" (XLA's) for
-accelerators; `dispatch` chooses between them.
+gradients are slower still. So there are two implementations, "shifted" for CPUs, and for training on
+TPUs, and "library" (XLA's); `dispatch` chooses between them.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from topformer_jax.ops import at_least_float32
 
+Form = Callable[[Array, Array], Array]
 METHODS = ("auto", "shifted", "library")
 # `sum_over_pixels` adds up blocks of this many pixels, of this many arrays together. XLA's CPU backend then keeps the
 # sums in registers and reads each value once; with larger blocks it takes 2 to 5 times as long.
@@ -38,8 +39,9 @@ def depthwise_conv(
         images: any feature maps.
         kernel: k is odd.
         stride: of both axes; the result has `(h - 1) // stride + 1` rows, and columns likewise.
-        method: "shifted", "library", or "auto": "shifted" where the program runs on a CPU, "library" elsewhere. A
-            program to be exported needs one of the first two, since with "auto" it contains both.
+        method: "shifted", "library", or "auto": "shifted" where the program runs on a CPU, or on a TPU and gradients
+            are taken, "library" elsewhere. A program to be exported needs one of the first two, since with "auto"
+            it contains both.
         precision: of the products in the library's convolution.
 
     Raises:
@@ -49,7 +51,7 @@ def depthwise_conv(
     [[4.0, 6.0, 6.0], [6.0, 9.0, 9.0], [4.0, 6.0, 6.0]]
     """
     library = functools.partial(library_conv, stride=stride, groups=images.shape[-1], precision=precision)
-    blocks, whole = (functools.partial(_shifted, stride=stride, in_blocks=choice) for choice in (True, False))
+    blocks, whole = (functools.partial(_shifted, stride=stride, inference=form) for form in (None, library))
     with jax.named_scope("depthwise"):
         return dispatch(method, blocks, library, images, kernel, tpu=whole)
 
@@ -98,8 +100,16 @@ def library_conv(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _shifted(images: Array, kernel: Array, stride: int, in_blocks: bool) -> Array:
-    """The multiply-adds. `in_blocks`: the filter's gradient is `sum_over_pixels`, for CPUs; or plain sums."""
+def _shifted(images: Array, kernel: Array, stride: int, inference: Form | None) -> Array:
+    """The multiply-adds.
+
+    For CPUs without `inference`: the filter's gradient is `sum_over_pixels`. For TPUs it is plain sums, and where no
+    gradient is taken `inference` computes the images: it moves a quarter of the bytes there.
+    """
+    return _multiply_add(images, kernel, stride) if inference is None else inference(images, kernel)
+
+
+def _multiply_add(images: Array, kernel: Array, stride: int) -> Array:
     k = kernel.shape[0]
     return _sum_products(
         shifted_slices(images, k, stride), lambda row, column: kernel[row, column, 0], k
@@ -107,13 +117,13 @@ def _shifted(images: Array, kernel: Array, stride: int, in_blocks: bool) -> Arra
 
 
 def _shifted_forward(
-    images: Array, kernel: Array, stride: int, in_blocks: bool
+    images: Array, kernel: Array, stride: int, inference: Form | None
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _shifted(images, kernel, stride, in_blocks), (images, kernel)
+    return _multiply_add(images, kernel, stride), (images, kernel)
 
 
 def _shifted_backward(
-    stride: int, in_blocks: bool, saved: tuple[Array, Array], grad: Array
+    stride: int, inference: Form | None, saved: tuple[Array, Array], grad: Array
 ) -> tuple[Array, Array]:
     images, kernel = saved
     k = kernel.shape[0]
@@ -141,7 +151,7 @@ def _shifted_backward(
     accum_dtype = at_least_float32(images.dtype)
     slices = shifted_slices(images, k, stride)
     products = [view.astype(accum_dtype) * grad.astype(accum_dtype) for view in slices]
-    sums = sum_over_pixels(products) if in_blocks else [jnp.sum(x, (0, 1, 2)) for x in products]
+    sums = sum_over_pixels(products) if inference is None else [jnp.sum(x, (0, 1, 2)) for x in products]
     kernel_grad = jnp.stack(sums).reshape(k, k, 1, c)
     return image_grad.astype(images.dtype), kernel_grad.astype(kernel.dtype)
 
