@@ -184,8 +184,9 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
         assert (remote / name).exists()
     from topformer_jax import checkpoints
 
-    for name, tensor in checkpoints.load.read_any(local)[0].items():
-        assert (tensor == checkpoints.load.read_any(remote)[0][name]).all()
+    weights, same = (checkpoints.load.read_any(folder)[0] for folder in (local, remote))
+    assert weights.keys() == same.keys()
+    assert all((weights[name] == same[name]).all() for name in weights)
 
 
 def test_a_second_run_is_refused(tmp_path: pathlib.Path) -> None:
