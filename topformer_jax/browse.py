@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
+from topformer_jax import logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
 from topformer_jax.data.batch import Batch, Image
@@ -51,7 +52,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
         UserError: the data does not fit the config or cannot be read.
     """
     data_set = sources.find_data_set(config)
-    source = sources.open_source(config, "train")
+    source = sources.open_source(config, "train", logs.Progress)
     batches = loader.training_batches(
         source, config_lib.load(config, {"data.num_workers": 0}), start_step=step - 1
     )

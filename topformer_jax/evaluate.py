@@ -36,6 +36,7 @@ def make_parser() -> cli.Parser:
 cli.answer_help(__name__, make_parser)
 
 import csv
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -76,19 +77,19 @@ def evaluate(
         UserError: the data cannot be read, or an output cannot be written.
     """
     config = model.config
-    source = sources.open_source(config, split)
-    data_set = sources.find_data_set(config)
     is_first = jax.process_index() == 0
+    source = sources.open_source(config, split, functools.partial(logs.Progress, active=is_first))
+    data_set = sources.find_data_set(config)
     if is_first:
         files.make_folder(workdir)
 
     def save_prediction(example: ExampleResult) -> None:
         if save_predictions:
-            path = save_predictions / f"{example.name}.png"
-            drawing.write_labels(path, example.prediction(), data_set.palette)
+            path, labels = save_predictions / f"{example.name}.png", example.prediction()
+            writes.add(lambda: drawing.write_labels(path, labels, data_set.palette))
 
     mesh = sharding.make_inference_mesh(jax.devices())
-    with logs.Progress(len(source), "images", active=is_first) as progress:
+    with files.WriteQueue() as writes, logs.Progress(len(source), "images", active=is_first) as progress:
         result = evaluate_split(model, source, mesh, on_example=save_prediction, on_progress=progress.update)
     if is_first:
         scores = metrics.compute_scores(result.confusion)

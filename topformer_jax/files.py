@@ -1,5 +1,7 @@
 """Files and folders, local or in a bucket: paths, atomic writes, and errors of one line."""
 
+import collections
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -18,6 +20,7 @@ else:
     Path = os.PathLike
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
+WRITERS = 16  # threads of a WriteQueue
 Result = TypeVar("Result")
 
 
@@ -111,6 +114,37 @@ def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+class WriteQueue:
+    """Writes many files by threads, since a bucket answers each request late.
+
+    A context manager, whose end waits for all of them.
+    """
+
+    def __init__(self) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(WRITERS)
+        self._waiting: collections.deque[concurrent.futures.Future[None]] = collections.deque()
+
+    def add(self, write: Callable[[], None]) -> None:
+        """Has a thread call `write`, and waits while too many others are due.
+
+        Raises:
+            Exception: what an earlier one raised.
+        """
+        while len(self._waiting) >= 2 * WRITERS:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(write))
+
+    def __enter__(self) -> "WriteQueue":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
+import functools
 import glob
 import io
 import sys
@@ -38,7 +39,7 @@ from jaxtyping import Float
 
 from topformer_jax import checkpoints, inference, logs
 from topformer_jax.data import loader, sources
-from topformer_jax.data.batch import Image
+from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.codecs import decode_image, read_image_size
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import drawing
@@ -111,22 +112,18 @@ def segment_files(
         UserError: a result cannot be written.
     """
     errors = []
-    for number, (file, image) in enumerate(loader.map_in_threads(_read_image, images)):
-        progress.update(number)
-        if isinstance(image, UserError):
-            progress.print_line(f"skipped: {image.line}")
-            errors.append(image.line)
-            continue
-        base = output / file.output
-        if probabilities:
-            labels, values = predictor.with_probabilities(image)
-            _write_probabilities(base.with_name(f"{base.name}_probabilities.npz"), values, data_set.classes)
-        else:
-            labels = predictor(image)
-        overlay = drawing.overlay(image, labels, data_set)
-        suffix = "jpg" if max(overlay.shape) <= drawing.MAX_JPEG_SIDE else "png"
-        drawing.write_image(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)
-        drawing.write_labels(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
+    with files.WriteQueue() as writes:
+        for number, (file, image) in enumerate(loader.map_in_threads(_read_image, images)):
+            progress.update(number)
+            if isinstance(image, UserError):
+                progress.print_line(f"skipped: {image.line}")
+                errors.append(image.line)
+                continue
+            labels, values = (
+                predictor.with_probabilities(image) if probabilities else (predictor(image), None)
+            )
+            write = functools.partial(_write_results, output / file.output, image, labels, values, data_set)
+            writes.add(write)
     progress.update(len(images))
     return errors
 
@@ -160,6 +157,23 @@ def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
         return file, UserError(f"{file.path} cannot be read: {error.strerror or error}")
     except UserError as error:
         return file, error
+
+
+def _write_results(
+    base: files.Path,
+    image: Image,
+    labels: Labels,
+    probabilities: Float[np.ndarray, "h w classes"] | None,
+    data_set: sources.DataSet,
+) -> None:
+    """Writes an image's overlay, mask and, if there are any, probabilities."""
+    if probabilities is not None:
+        path = base.with_name(f"{base.name}_probabilities.npz")
+        _write_probabilities(path, probabilities, data_set.classes)
+    overlay = drawing.overlay(image, labels, data_set)
+    suffix = "jpg" if max(overlay.shape) <= drawing.MAX_JPEG_SIDE else "png"
+    drawing.write_image(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)
+    drawing.write_labels(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
 
 
 def _write_probabilities(

@@ -22,6 +22,7 @@ def make_parser() -> cli.Parser:
 cli.answer_help(__name__, make_parser)
 
 import contextlib
+import functools
 
 import jax
 from ml_collections import ConfigDict
@@ -67,8 +68,10 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     """
     # ---- data
     data_set = sources.find_data_set(config)
-    train_source = sources.open_source(config, "train")
-    validation_source = sources.open_source(config, "validation")
+    is_first = jax.process_index() == 0
+    make_progress = functools.partial(logs.Progress, active=is_first)
+    train_source = sources.open_source(config, "train", make_progress)
+    validation_source = sources.open_source(config, "validation", make_progress)
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
@@ -81,7 +84,6 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         state = restore_state(store, start, state, config)
 
     # ---- banner
-    is_first = jax.process_index() == 0
     if is_first:
         files.write_file(folder.local / "config.json", config.to_json(indent=2))
         print_banner(config, folder, mesh, state, (train_source, validation_source))

@@ -173,7 +173,7 @@ def is_file_path(path: str | os.PathLike[str]) -> bool:
 def _find_format(path: files.Path) -> Format:
     """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
     with files.report_errors("read", path):
-        exists, is_folder = path.exists(), path.is_dir()
+        exists, is_folder = files.retry(path.exists), files.retry(path.is_dir)
     if not exists:
         suffixes = " or ".join(FILE_FORMATS)
         raise UserError(f"there is no checkpoint {path}: expected a {suffixes} file, or a checkpoint folder")

@@ -259,4 +259,4 @@ def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Shard, count: Cal
 def _read_piece(path: files.Path, start: int, end: int) -> bytes:
     with files.report_errors("read", path, "; the same command goes on with the missing shards"):
         system, inside = fsspec.core.url_to_fs(os.fspath(path))
-        return bytes(system.cat_file(inside, start=start, end=end))
+        return files.retry(lambda: bytes(system.cat_file(inside, start=start, end=end)))

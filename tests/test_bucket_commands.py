@@ -1,0 +1,183 @@
+"""Every command with paths in a bucket does what it does on a local disk; a slice's run from bucket to bucket."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.bucket import Bucket, bucket, storage
+from tests.commands import ROOT, arguments, start
+from tests.test_processes import port
+from topformer_jax import checkpoints, logs, models
+from topformer_jax import config as config_lib
+from topformer_jax.data import shapes
+
+__all__ = ["bucket", "storage"]
+
+STEPS = 8
+
+
+def command(module: str, *words: Any, count: int = 1, devices: int = 1) -> list[str]:
+    """Runs a command of the package, or a script, in `count` processes that find each other; what each printed."""
+    group = ["--coordinator", f"127.0.0.1:{port()}", "--processes", str(count)] if count > 1 else []
+    program = [module] if module.endswith(".py") else ["-m", f"topformer_jax.{module}"]
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                *program,
+                *map(str, words),
+                *group,
+                *(["--process-id", str(n)] if group else []),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        )
+        for n in range(count)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    report = "\n".join(text for pair in outputs for text in pair)
+    assert all(process.returncode == 0 for process in started), report
+    return [out for out, _ in outputs]
+
+
+def settings(workdir: Any, changes: dict[str, Any]) -> list[str]:
+    """The configuration alone of the training's words."""
+    words = arguments(workdir, changes)
+    return words[:2] + words[4:]
+
+
+def contents(folder: Any) -> dict[str, bytes]:
+    """The pictures and tables below a folder, by their path in it."""
+    found: dict[str, bytes] = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            found |= {f"{path.name}/{name}": data for name, data in contents(path).items()}
+        elif path.suffix in (".png", ".jpg", ".csv"):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def weights(path: Any) -> dict[str, bytes]:
+    return {name: np.asarray(value).tobytes() for name, value in checkpoints.load.read_any(path)[0].items()}
+
+
+def scores(folder: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    del found["checkpoint"], found["devices"]
+    return found
+
+
+@pytest.fixture
+def picture(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "picture.png"
+    cv2.imwrite(str(path), shapes.draw("validation", 0, 72)[0][..., ::-1])
+    return path
+
+
+def test_outputs_in_a_bucket_are_those_on_a_disk(
+    bucket: Bucket, tmp_path: pathlib.Path, picture: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convert, predict and evaluate, with the cache of compiled programs in the bucket as well."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/programs")
+    config = config_lib.shapes()
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(config)).items()}
+    checkpoints.save_model(tmp_path / "fresh", tensors, {"config": json.loads(config.to_json()), "meta": {}})
+    words = settings(None, {})
+    # Each place reads what was written into the same place.
+    for source, place in ((tmp_path / "fresh", tmp_path), (tmp_path / "fresh", bucket)):
+        command("convert", *words, "--checkpoint", source, "--output", f"{place}/model.pth")
+        command("convert", *words, "--checkpoint", f"{place}/model.pth", "--output", f"{place}/model")
+        command("predict", *words, "--checkpoint", f"{place}/model", "--output", f"{place}/out", picture)
+        command(
+            "evaluate", *words, "--checkpoint", f"{place}/model.pth", "--workdir", f"{place}/scores",
+            "--save-predictions", f"{place}/predictions",
+        )  # fmt: skip
+    for name in ("model", "model.pth"):
+        assert weights(bucket / name) == weights(tmp_path / name) == weights(tmp_path / "fresh")
+    for name in ("out", "scores", "predictions"):
+        assert contents(bucket / name) == contents(tmp_path / name) != {}
+    assert scores(bucket / "scores") == scores(tmp_path / "scores")
+    assert (bucket / "scores/report.html").exists()
+    assert list((bucket / "programs").iterdir())
+
+
+def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any]) -> None:
+    """Starts two processes of 4 devices, on a server that fails meanwhile; kills both after the second checkpoint."""
+    pair = [
+        start(
+            workdir,
+            changes | {"schedule.steps": STEPS},
+            *("--coordinator", address, "--processes", "2", "--process-id", str(number)),
+            devices=4,
+        )
+        for address in [f"127.0.0.1:{port()}"]
+        for number in range(2)
+    ]
+    try:
+        deadline = time.monotonic() + 300
+        while not (workdir / "checkpoints/2/commit_success.txt").exists():
+            assert [process.poll() for process in pair] == [None, None], [p.communicate() for p in pair]
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        bucket.set_faults(cut=2, fail=3, status=503, delay=0.02)  # it is writing the next one, or soon will
+        time.sleep(1)
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_a_slice_trains_from_a_bucket_into_a_bucket(
+    bucket: Bucket, tmp_path: pathlib.Path, drawn: pathlib.Path, picture: pathlib.Path
+) -> None:
+    """Records, two killed starts and a third, scores, a prediction and a .pth file, as if all had been local."""
+    changes: dict[str, Any] = {
+        "data.source": "array_record",
+        "data.dataset": "custom",
+        "batch_size": 8,
+        "schedule.steps": STEPS,
+        "checkpoint_every": 1,
+        "upload_every": 1,
+    }
+    places: dict[Any, dict[str, Any]] = {}
+    for place in (tmp_path, bucket):
+        command(
+            "scripts/build_dataset.py", "--dataset", "custom", "--source", drawn, "--output", f"{place}/data"
+        )
+        places[place] = changes | {"data.root": f"{place}/data"}
+    bucket.set_faults(fail=3, status=503, delay=0.01)
+    for _ in range(2):
+        kill_after_a_checkpoint(bucket, bucket / "run", places[bucket])
+    for place, change in places.items():
+        out = command("train", *arguments(f"{place}/run", change), count=2, devices=4)
+        assert ("from checkpoint" in out[0]) == (place is bucket), out
+        assert "done: curves in" in out[0]
+        words = [*settings(None, change), "--checkpoint", f"{place}/run"]
+        command("evaluate", *words, "--workdir", f"{place}/scores", count=2, devices=4)
+        command("predict", *words, "--output", f"{place}/out", picture)
+        command("convert", *words, "--output", f"{place}/model.pth")
+    local, remote = (
+        [(r["step"], r.get("loss")) for r in logs.read_records(p / "run/metrics.jsonl")] for p in places
+    )
+    assert remote == local
+    for name in ("run", "model.pth"):
+        assert weights(bucket / name) == weights(tmp_path / name)
+    for name in ("out", "scores"):
+        assert contents(bucket / name) == contents(tmp_path / name) != {}
+    assert scores(bucket / "scores") | {"data": ""} == scores(tmp_path / "scores") | {"data": ""}
