@@ -66,6 +66,12 @@ def _programs(rows: list[dict[str, Any]]) -> list[str]:
     return [row["program"] for row in rows]
 
 
+def test_checkpoints(run: Run, tmp_path: pathlib.Path) -> None:
+    rows = run("checkpoints", *TINY, "--steps", "3", "--folder", str(tmp_path / "trial"))
+    assert _programs(rows)[0] == "a save holds up the loop"
+    assert not list((tmp_path / "trial").iterdir())
+
+
 def test_train_step(run: Run) -> None:
     ours, theirs = run("train_step", *TINY, "--peer", "torch", "--variants", "eager+kept_memory")
     assert (ours["case"], theirs["program"]) == ("2 x 64 x 64", "torch eager+kept_memory")
