@@ -56,8 +56,8 @@ def load(
 
     Args:
         config: the name of a recipe, the path of a config file, or a config.
-        checkpoint: a `.pth` file, a checkpoint folder or one of its steps, or a run's work directory. Without
-            one, the weights are drawn from `config.seed`.
+        checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or one of its steps, or a run's work
+            directory. Without one, the weights are drawn from `config.seed`.
         overrides: settings by dotted key, e.g. `**{"model.dtype": "bfloat16"}`.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Converts checkpoints between PyTorch files and checkpoint folders, in both directions and without loss.
+"""Converts checkpoints between .pth files, .safetensors files and checkpoint folders, without loss.
 
   python -m topformer_jax.convert --config configs/topformer_b_ade.py --checkpoint FILE.pth --output DIR
-  python -m topformer_jax.convert --checkpoint DIR --output FILE.pth
+  python -m topformer_jax.convert --checkpoint DIR --output FILE.pth (or FILE.safetensors)
   python -m topformer_jax.convert --config configs/topformer_b_ade.py --summary
 
 The first reads an official (mmcv or timm) file into a folder that every command here takes; the second
@@ -15,8 +15,8 @@ from topformer_jax import cli
 def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__, config_required=False)
-    parser.add_argument("--checkpoint", metavar="PATH", help="a .pth file or a checkpoint folder to read")
-    parser.add_argument("--output", metavar="PATH", help="FILE.pth or a folder to write")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a file or a checkpoint folder to read")
+    parser.add_argument("--output", metavar="PATH", help="FILE.pth, FILE.safetensors or a folder to write")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--init-from-classifier",
@@ -43,7 +43,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from topformer_jax import checkpoints, files, models
-from topformer_jax.checkpoints.load import check_finite, is_file_path, read_any
+from topformer_jax.checkpoints.load import check_finite, find_format, is_file_path, read_any
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.models.summary import summary
@@ -65,9 +65,10 @@ def main() -> None:
     source = files.as_path(args.checkpoint)
     part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:
-        if not source.is_dir() or part != "all":
+        is_possible = part == "all" and find_format(source).holds_config
+        tensors, metadata = read_any(source) if is_possible else ({}, {})
+        if "config" not in metadata:
             raise UserError(f"reading {source} needs --config FILE: the model that its tensors must fit")
-        tensors, metadata = read_any(source)
         check_finite(tensors, str(source))
     else:
         model = models.build(config)

@@ -3,7 +3,7 @@
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint TopFormer-B.pth
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint runs/b --img-ratios 0.5,1 --flip
 
-The checkpoint is a .pth file, a checkpoint folder or a training run's work directory. Prints the table of classes
+The checkpoint is a file, a checkpoint folder or a training run's work directory. Prints the table of classes
 and writes metrics.json, confusion.csv (a row per label, a column per prediction) and report.html into the work
 directory. On several hosts, start the same command on each, as for training.
 """
@@ -16,7 +16,7 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=files.as_path, required=True, metavar="PATH", help=".pth file or folder")
+    add("--checkpoint", type=files.as_path, required=True, metavar="PATH", help="a file or a folder")
     add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
     add("--flip", action="store_true", help="average with the mirrored images")
     add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")

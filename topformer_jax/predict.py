@@ -17,7 +17,7 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help=".pth file or checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a file or a checkpoint folder")
     parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
     return parser

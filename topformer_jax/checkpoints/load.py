@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from topformer_jax import files, models
-from topformer_jax.checkpoints import orbax_store, torch_format
+from topformer_jax.checkpoints import orbax_store, safetensors_format, torch_format
 from topformer_jax.errors import UserError
 
 Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter | models.Classifier)
@@ -35,17 +35,22 @@ class Format:
 
     Readers return tensors in this package's layout, by the names that they have in the file, and metadata (`meta`,
     and `config` where it is known). Writers take the same. `shape` gives a tensor's shape as the file has it, for
-    messages.
+    messages; `holds_config` says whether a file of this project says whose it is.
     """
 
     read: Callable[[files.Path], tuple[Tensors, Metadata]]
     write: Callable[[files.Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
     shape: Callable[[Shape], Shape] = lambda shape: shape
+    holds_config: bool = True
 
 
 FOLDER = Format(orbax_store.read_model, orbax_store.save_model)
-TORCH = Format(torch_format.read_pth, torch_format.write_pth, torch_format.torch_shape)
-FILE_FORMATS: dict[str, Format] = dict.fromkeys(torch_format.SUFFIXES, TORCH)  # by suffix
+TORCH = Format(torch_format.read_pth, torch_format.write_pth, torch_format.torch_shape, holds_config=False)
+SAFETENSORS = Format(
+    safetensors_format.read_safetensors, safetensors_format.write_safetensors, torch_format.torch_shape
+)
+# By suffix.
+FILE_FORMATS = {**dict.fromkeys(torch_format.SUFFIXES, TORCH), safetensors_format.SUFFIX: SAFETENSORS}
 
 
 def load_model(
@@ -55,8 +60,8 @@ def load_model(
 
     Args:
         config: all settings; they are the model's `config` too.
-        checkpoint: a `.pth` file, a checkpoint folder or a step of it, or a training run's work directory. Without
-            one the weights are drawn from `config.seed`.
+        checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or a step of it, or a training run's work
+            directory. Without one the weights are drawn from `config.seed`.
         part: what to take of the checkpoint: "all"; "all_but_classes", where the last layer stays fresh;
             "backbone", from an ImageNet classifier, where injections and head stay fresh.
 
@@ -114,7 +119,7 @@ def read_checkpoint(
             "only a segmenter can start from a classifier's backbone; the config is a classifier's"
         )
     path = files.as_path(path)
-    file_format = _find_format(path)
+    file_format = find_format(path)
     tensors, metadata = file_format.read(path)
     variables = models.named_variables(model)
     tensors = torch_format.match_names(tensors, variables)
@@ -145,7 +150,7 @@ def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
         UserError: it does not exist or cannot be read.
     """
     path = files.as_path(path)
-    return _find_format(path).read(path)
+    return find_format(path).read(path)
 
 
 def write_checkpoint(
@@ -170,7 +175,7 @@ def is_file_path(path: str | os.PathLike[str]) -> bool:
     return files.as_path(path).suffix.lower() in FILE_FORMATS
 
 
-def _find_format(path: files.Path) -> Format:
+def find_format(path: files.Path) -> Format:
     """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
     with files.report_errors("read", path):
         exists, is_folder = files.retry(path.exists), files.retry(path.is_dir)

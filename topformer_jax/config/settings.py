@@ -79,7 +79,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "ema_decay": Setting(
             0.0, "decay a step of the averaged weights, e.g. 0.9999; 0: no averages", BELOW_ONE
         ),
-        "init_from": Setting("", "a .pth file or checkpoint folder to start from; empty: fresh weights"),
+        "init_from": Setting("", "a checkpoint to start from, a file or a folder; empty: fresh weights"),
         "init_part": Setting(
             "all",
             "what is read from init_from; all_but_classes is for another number of classes",

@@ -1,0 +1,110 @@
+"""safetensors files: official names and layout, without PyTorch in either direction.
+
+The header's strings hold `meta` and `config` as JSON. The library is imported when a file is read or written.
+"""
+
+import json
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from topformer_jax import files
+from topformer_jax.checkpoints.torch_format import from_torch, to_torch
+from topformer_jax.errors import UserError
+
+SUFFIX = ".safetensors"
+# By the format's names.
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a file under its own names, in this package's layout, and `meta` and `config` if it has them.
+
+    16-bit floats are read as float32, all integers as 32-bit ones.
+
+    Raises:
+        UserError: safetensors is not installed, or the file is damaged or none.
+    """
+    library = _import_safetensors()
+    with files.report_errors("read", path):
+        data = files.retry(path.read_bytes)
+    try:
+        stored = library.deserialize(data)
+    except library.SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
+    if not stored:
+        raise UserError(f"{path} holds no tensors")
+    return {name: _to_array(name, tensor) for name, tensor in stored}, {"meta": {}} | _read_metadata(data)
+
+
+def write_safetensors(
+    path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> None:
+    """Writes a file whole or not at all.
+
+    Args:
+        path: of the file, which must not exist.
+        tensors: by official name, in this package's layout.
+        metadata: `meta` and `config`, what JSON can hold.
+
+    Raises:
+        UserError: safetensors is not installed, the file exists, or it cannot be written.
+    """
+    library = _import_safetensors()
+    if path.exists():
+        raise UserError(f"{path} is there already: name another file")
+    # Only contiguous arrays: of others the library writes the memory as it lies, and says nothing.
+    contiguous = {name: to_torch(tensor) for name, tensor in tensors.items()}
+    header = {"format": "pt", **{key: json.dumps(value) for key, value in metadata.items()}}
+    files.write_file(path, library.numpy.save(contiguous, header))
+
+
+def _read_metadata(data: bytes) -> dict[str, Any]:
+    """What `write_safetensors` put into the header; other programs' strings are left out."""
+    length = int.from_bytes(data[:8], "little")
+    strings = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    found = {}
+    for key in {"meta", "config"} & strings.keys():
+        try:
+            value = json.loads(strings[key])
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found[key] = value
+    return found
+
+
+def _to_array(name: str, stored: Mapping[str, Any]) -> np.ndarray:
+    """A tensor without loss: 16-bit floats as float32, integers as int32."""
+    if stored["dtype"] not in DTYPES:
+        raise UserError(f"{name} has dtype {stored['dtype']}: expected one of {', '.join(DTYPES)}")
+    array = np.frombuffer(stored["data"], DTYPES[stored["dtype"]]).reshape(stored["shape"])
+    if array.dtype.kind in "iub":
+        return from_torch(array.astype(np.int64))
+    return from_torch(array if array.dtype == np.float64 else array.astype(np.float32))
+
+
+def _import_safetensors() -> ModuleType:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise UserError(
+            "reading and writing .safetensors files needs safetensors, which is not installed: "
+            "pip install 'topformer_jax[export]' (from a clone: pip install -e '.[export]')"
+        ) from None
+    return safetensors
