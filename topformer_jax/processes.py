@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -75,20 +76,21 @@ def _explain_native_messages() -> None:
     reader.returncode = 0  # it outlives this process, and nobody waits for it
 
 
-def wait_for_preemption() -> bool:
-    """Returns when one of the processes was asked to end: True, or False where JAX does not tell.
+def wait_for_preemption(stopped: threading.Event) -> bool:
+    """Returns when one of the processes was asked to end: True, or False where JAX does not tell, or once `stopped`.
 
-    JAX agrees on it in the background; `reached_preemption_sync_point` says only at which step it has.
+    JAX agrees on it in the background; `reached_preemption_sync_point` says only at which step it has. It is asked
+    once a second: a thread that waited inside of JAX would crash the process when Python ends.
     """
     from jax._src import distributed
 
     client: Any = distributed.global_state.client
-    while client is not None:
+    while client is not None and not stopped.wait(1):
         try:
-            client.blocking_key_value_get("RECEIVED_PREEMPTION_NOTICE", 3_600_000)  # milliseconds
+            client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE")
             return True
         except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
+            if "NOT_FOUND" not in str(error):
                 break
     return False
 

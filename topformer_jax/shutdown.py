@@ -29,6 +29,7 @@ class GracefulShutdown:
         self._received = 0
         self._leave_early: Callable[[int], None] | None = None
         self._moment = 0
+        self._stopped = threading.Event()
         self._is_alone = jax.process_count() == 1
         numbers = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
         self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
@@ -38,7 +39,8 @@ class GracefulShutdown:
         self._previous_pipe = signal.set_wakeup_fd(self._writing)
         threading.Thread(target=self._watch_pipe, args=(reading,), daemon=True).start()
         if not self._is_alone:
-            threading.Thread(target=self._watch_others, daemon=True).start()
+            self._watcher = threading.Thread(target=self._watch_others, daemon=True)
+            self._watcher.start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """Does nothing: `_watch_pipe` has seen the signal already. Without a handler it would end the process."""
@@ -61,7 +63,7 @@ class GracefulShutdown:
             self._leave_early(number)
 
     def _watch_others(self) -> None:
-        if processes.wait_for_preemption():
+        if processes.wait_for_preemption(self._stopped):
             self._received = signal.SIGTERM
             if self._leave_early is not None:
                 self._leave_early(self._received)
@@ -93,3 +95,6 @@ class GracefulShutdown:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.close(self._writing)
+        self._stopped.set()
+        if not self._is_alone:
+            self._watcher.join()
