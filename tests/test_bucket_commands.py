@@ -116,8 +116,8 @@ def test_outputs_in_a_bucket_are_those_on_a_disk(
     assert list((bucket / "programs").iterdir())
 
 
-def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any]) -> None:
-    """Starts two processes of 4 devices, on a server that fails meanwhile; kills both after the second checkpoint."""
+def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any], step: int) -> None:
+    """Starts two processes of 4 devices, on a server that fails meanwhile; kills both after a step's checkpoint."""
     pair = [
         start(
             workdir,
@@ -130,7 +130,7 @@ def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any
     ]
     try:
         deadline = time.monotonic() + 300
-        while not (workdir / "checkpoints/2/commit_success.txt").exists():
+        while not (workdir / f"checkpoints/{step}/commit_success.txt").exists():
             assert [process.poll() for process in pair] == [None, None], [p.communicate() for p in pair]
             assert time.monotonic() < deadline
             time.sleep(0.3)
@@ -162,8 +162,8 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
         )
         places[place] = changes | {"data.root": f"{place}/data"}
     bucket.set_faults(fail=3, status=503, delay=0.01)
-    for _ in range(2):
-        kill_after_a_checkpoint(bucket, bucket / "run", places[bucket])
+    for step in (2, 5):
+        kill_after_a_checkpoint(bucket, bucket / "run", places[bucket], step)
     for place, change in places.items():
         out = command("train", *arguments(f"{place}/run", change), count=2, devices=4)
         assert ("from checkpoint" in out[0]) == (place is bucket), out

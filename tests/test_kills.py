@@ -1,6 +1,6 @@
 """Trainings of two processes, killed again and again at any moment, end with the weights of an undisturbed one.
 
-TOPFORMER_KILLS=25 pytest --all -n0 -s tests/test_kills.py kills 100 trainings on a disk and 50 in a bucket.
+TOPFORMER_KILLS=25 pytest --all -n0 -s tests/test_kills.py kills 100 trainings on a disk and as many in a bucket.
 """
 
 import os
@@ -22,7 +22,7 @@ from topformer_jax import checkpoints, logs
 __all__ = ["bucket", "storage"]
 
 KILLS = int(os.environ.get("TOPFORMER_KILLS", "3"))
-LATEST_KILL = 30.0  # seconds after the start; a whole run takes longer
+LATEST_KILL = 30.0  # seconds after the start
 ALONE_SECONDS = 100  # after which a process whose partner was killed has ended by itself
 
 
@@ -52,10 +52,14 @@ def kill(pair: list[subprocess.Popen[str]], victims: list[int]) -> float:
     for number in victims:
         pair[number].kill()
     began = time.monotonic()
-    outputs = [process.communicate(timeout=ALONE_SECONDS) for process in pair]
+    try:
+        outputs = [process.communicate(timeout=ALONE_SECONDS) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
     for survivor in {0, 1} - {*victims}:
-        assert pair[survivor].returncode != 0, outputs
-        assert LOST in outputs[survivor][1], outputs[survivor]
+        # The last step may have been behind it.
+        assert LOST in outputs[survivor][1] or pair[survivor].returncode == 0, outputs[survivor]
     return time.monotonic() - began
 
 

@@ -1,5 +1,6 @@
 """safetensors files: official names and layout bitwise, without PyTorch; what is not one is refused."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -49,8 +50,7 @@ def test_round_trip(path: pathlib.Path, states: States, tmp_path: pathlib.Path) 
     again, found = safetensors_format.read_safetensors(tmp_path / "back.safetensors")
     assert all((again[name] == tensors[name]).all() for name in tensors)
     assert found["meta"] == metadata["meta"]
-    assert config.load(settings, {}).to_json() == settings.to_json()
-    assert found["config"]["model"]["variant"] == "tiny"
+    assert found["config"] == json.loads(settings.to_json())
     with pytest.raises(UserError, match="safetensors is there already: name another file"):
         checkpoints.write_checkpoint(tmp_path / "back.safetensors", tensors, {})
 
@@ -92,7 +92,10 @@ def test_dtypes(dtype: type, tmp_path: pathlib.Path) -> None:
         (b"PK" * 50, "is not a safetensors file, or a damaged one"),
         (None, "is not a safetensors file, or a damaged one"),
         ((2).to_bytes(8, "little") + b"{}", "holds no tensors"),
-        (safetensors.numpy.save({"x": np.zeros(2, np.complex64)}), "x has dtype C64: expected one of F64, "),
+        (
+            safetensors.numpy.save({"x": np.zeros(2, np.complex64)}),
+            "safetensors: x has dtype C64: expected one of F64, ",
+        ),
     ],
 )
 def test_what_is_refused(

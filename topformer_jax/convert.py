@@ -65,8 +65,8 @@ def main() -> None:
     source = files.as_path(args.checkpoint)
     part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:
-        is_possible = part == "all" and find_format(source).holds_config
-        tensors, metadata = read_any(source) if is_possible else ({}, {})
+        may_hold_config = part == "all" and find_format(source).holds_config
+        tensors, metadata = read_any(source) if may_hold_config else ({}, {})
         if "config" not in metadata:
             raise UserError(f"reading {source} needs --config FILE: the model that its tensors must fit")
         check_finite(tensors, str(source))

@@ -20,7 +20,7 @@ else:
     Path = os.PathLike
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
-WRITERS = 16  # threads of a WriteQueue
+WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
 Result = TypeVar("Result")
 
 
@@ -90,6 +90,13 @@ def make_folder(path: Path, alternative: str = "another folder") -> None:
             tempfile.TemporaryFile(dir=path).close()
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises a UserError where a file is there already, or nobody can tell."""
+    with report_errors("write", path):
+        if retry(path.exists):
+            raise UserError(f"{path} is there already: name another file")
+
+
 def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
@@ -132,7 +139,7 @@ class WriteQueue:
         Raises:
             Exception: what an earlier one raised.
         """
-        while len(self._waiting) >= 2 * WRITERS:
+        while len(self._waiting) >= WRITERS:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(write))
 

@@ -70,6 +70,8 @@ def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
         if argument == STDIN:
             outputs[argument] = pathlib.PurePath("stdin")
             continue
+        if files.is_in_bucket(argument):
+            raise UserError(f"{argument} is in a bucket: copy it to a local disk, or pipe it to the image -")
         paths = [argument] if pathlib.Path(argument).exists() else sorted(glob.glob(argument, recursive=True))
         if not paths:
             raise UserError(f"there is no image {argument}: give files, folders, patterns, or - for stdin")
@@ -119,11 +121,15 @@ def segment_files(
                 progress.print_line(f"skipped: {image.line}")
                 errors.append(image.line)
                 continue
-            labels, values = (
-                predictor.with_probabilities(image) if probabilities else (predictor(image), None)
-            )
-            write = functools.partial(_write_results, output / file.output, image, labels, values, data_set)
-            writes.add(write)
+            base = output / file.output
+            if probabilities:
+                labels, values = predictor.with_probabilities(image)
+                # At once: hundreds of megabytes an image are too many to wait for a thread.
+                path = base.with_name(f"{base.name}_probabilities.npz")
+                _write_probabilities(path, values, data_set.classes)
+            else:
+                labels = predictor(image)
+            writes.add(functools.partial(_write_pictures, base, image, labels, data_set))
     progress.update(len(images))
     return errors
 
@@ -159,17 +165,8 @@ def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
         return file, error
 
 
-def _write_results(
-    base: files.Path,
-    image: Image,
-    labels: Labels,
-    probabilities: Float[np.ndarray, "h w classes"] | None,
-    data_set: sources.DataSet,
-) -> None:
-    """Writes an image's overlay, mask and, if there are any, probabilities."""
-    if probabilities is not None:
-        path = base.with_name(f"{base.name}_probabilities.npz")
-        _write_probabilities(path, probabilities, data_set.classes)
+def _write_pictures(base: files.Path, image: Image, labels: Labels, data_set: sources.DataSet) -> None:
+    """Writes an image's overlay and mask."""
     overlay = drawing.overlay(image, labels, data_set)
     suffix = "jpg" if max(overlay.shape) <= drawing.MAX_JPEG_SIDE else "png"
     drawing.write_image(base.with_name(f"{base.name}_overlay.{suffix}"), overlay)

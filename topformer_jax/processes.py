@@ -89,9 +89,8 @@ def wait_for_preemption(stopped: threading.Event) -> bool:
         try:
             client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE")
             return True
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" not in str(error):
-                break
+        except jax.errors.JaxRuntimeError:  # not yet, or there is no answer now
+            continue
     return False
 
 

@@ -1,8 +1,9 @@
 """Checkpoints: a file or a folder of some format on one side, a model on the other.
 
-    torch_format   .pth files of the official code: names, layouts, reading and writing
-    orbax_store    checkpoint folders: of one model, and of a training run
-    load           which format a path has, and "this checkpoint into that model", strictly
+    torch_format         .pth files of the official code: names, layouts, reading and writing
+    safetensors_format   .safetensors files
+    orbax_store          checkpoint folders: of one model, and of a training run
+    load                 which format a path has, and "this checkpoint into that model", strictly
 
 Every format reads and writes the same: a model's tensors by official name in this package's layout, and metadata.
 A model's variables have the official names themselves, so what a reader returns needs no further mapping.

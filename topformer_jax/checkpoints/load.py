@@ -35,7 +35,7 @@ class Format:
 
     Readers return tensors in this package's layout, by the names that they have in the file, and metadata (`meta`,
     and `config` where it is known). Writers take the same. `shape` gives a tensor's shape as the file has it, for
-    messages; `holds_config` says whether a file of this project says whose it is.
+    messages; `holds_config`: whether what this project writes contains its config.
     """
 
     read: Callable[[files.Path], tuple[Tensors, Metadata]]

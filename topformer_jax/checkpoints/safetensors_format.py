@@ -1,6 +1,7 @@
 """safetensors files: official names and layout, without PyTorch in either direction.
 
-The header's strings hold `meta` and `config` as JSON. The library is imported when a file is read or written.
+A string in the header, `topformer_jax`, holds `meta` and `config` as JSON. The library is imported when a file is
+read or written.
 """
 
 import json
@@ -16,6 +17,7 @@ from topformer_jax.checkpoints.torch_format import from_torch, to_torch
 from topformer_jax.errors import UserError
 
 SUFFIX = ".safetensors"
+KEY = "topformer_jax"  # of the header
 # By the format's names.
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -44,11 +46,13 @@ def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str,
         data = files.retry(path.read_bytes)
     try:
         stored = library.deserialize(data)
-    except library.SafetensorError as error:
+        metadata = _read_metadata(data)
+    except (library.SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
     if not stored:
         raise UserError(f"{path} holds no tensors")
-    return {name: _to_array(name, tensor) for name, tensor in stored}, {"meta": {}} | _read_metadata(data)
+    tensors = {name: _to_array(f"{path}: {name}", tensor) for name, tensor in stored}
+    return tensors, {"meta": {}} | metadata
 
 
 def write_safetensors(
@@ -65,33 +69,24 @@ def write_safetensors(
         UserError: safetensors is not installed, the file exists, or it cannot be written.
     """
     library = _import_safetensors()
-    if path.exists():
-        raise UserError(f"{path} is there already: name another file")
+    files.refuse_existing(path)
     # Only contiguous arrays: of others the library writes the memory as it lies, and says nothing.
     contiguous = {name: to_torch(tensor) for name, tensor in tensors.items()}
-    header = {"format": "pt", **{key: json.dumps(value) for key, value in metadata.items()}}
+    header = {"format": "pt", KEY: json.dumps(dict(metadata))}
     files.write_file(path, library.numpy.save(contiguous, header))
 
 
 def _read_metadata(data: bytes) -> dict[str, Any]:
     """What `write_safetensors` put into the header; other programs' strings are left out."""
     length = int.from_bytes(data[:8], "little")
-    strings = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    found = {}
-    for key in {"meta", "config"} & strings.keys():
-        try:
-            value = json.loads(strings[key])
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found[key] = value
-    return found
+    strings = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    return dict(json.loads(strings.get(KEY, "{}")))
 
 
-def _to_array(name: str, stored: Mapping[str, Any]) -> np.ndarray:
+def _to_array(what: str, stored: Mapping[str, Any]) -> np.ndarray:
     """A tensor without loss: 16-bit floats as float32, integers as int32."""
     if stored["dtype"] not in DTYPES:
-        raise UserError(f"{name} has dtype {stored['dtype']}: expected one of {', '.join(DTYPES)}")
+        raise UserError(f"{what} has dtype {stored['dtype']}: expected one of {', '.join(DTYPES)}")
     array = np.frombuffer(stored["data"], DTYPES[stored["dtype"]]).reshape(stored["shape"])
     if array.dtype.kind in "iub":
         return from_torch(array.astype(np.int64))

@@ -138,8 +138,7 @@ def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Map
         UserError: PyTorch is not installed, the file exists, or it cannot be written.
     """
     torch = _import_torch()
-    if path.exists():
-        raise UserError(f"{path} is there already: name another file")
+    files.refuse_existing(path)
     states = {name: torch.from_numpy(to_torch(tensor)) for name, tensor in tensors.items()}
     content = io.BytesIO()
     torch.save({"meta": dict(metadata.get("meta", {})), "state_dict": states}, content)

@@ -103,8 +103,8 @@ def library_conv(
 def _shifted(images: Array, kernel: Array, stride: int, inference: Form | None) -> Array:
     """The multiply-adds.
 
-    For CPUs without `inference`: the filter's gradient is `sum_over_pixels`. For TPUs it is plain sums, and where no
-    gradient is taken `inference` computes the images: it moves a quarter of the bytes there.
+    `inference` computes the output where no gradient is taken, for TPUs: it moves a quarter of the bytes there, and
+    the filter's gradient is plain sums. None is for CPUs, where that gradient is `sum_over_pixels`.
     """
     return _multiply_add(images, kernel, stride) if inference is None else inference(images, kernel)
 
