@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -52,6 +53,21 @@ def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int =
             "JAX_NUM_CPU_DEVICES": str(devices),
         },
     )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start_pair(
+    workdir: Workdir, changes: dict[str, Any], *flags: str, port: int | None = None, devices: int = 1
+) -> list[subprocess.Popen[str]]:
+    """Two processes of one training, which meet at a port."""
+    flags = (*flags, "--coordinator", f"127.0.0.1:{port or free_port()}", "--processes", "2", "--process-id")
+    return [start(workdir, changes, *flags, str(number), devices=devices) for number in range(2)]
 
 
 def only_line(err: str) -> str:

@@ -13,20 +13,17 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import ROOT, arguments, start
-from tests.test_processes import port
+from tests.commands import ROOT, arguments, free_port, start_pair
 from topformer_jax import checkpoints, logs, models
 from topformer_jax import config as config_lib
 from topformer_jax.data import shapes
 
 __all__ = ["bucket", "storage"]
 
-STEPS = 8
-
 
 def command(module: str, *words: Any, count: int = 1, devices: int = 1) -> list[str]:
     """Runs a command of the package, or a script, in `count` processes that find each other; what each printed."""
-    group = ["--coordinator", f"127.0.0.1:{port()}", "--processes", str(count)] if count > 1 else []
+    group = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)] if count > 1 else []
     program = [module] if module.endswith(".py") else ["-m", f"topformer_jax.{module}"]
     started = [
         subprocess.Popen(
@@ -99,8 +96,8 @@ def test_outputs_in_a_bucket_are_those_on_a_disk(
     checkpoints.save_model(tmp_path / "fresh", tensors, {"config": json.loads(config.to_json()), "meta": {}})
     words = settings(None, {})
     # Each place reads what was written into the same place.
-    for source, place in ((tmp_path / "fresh", tmp_path), (tmp_path / "fresh", bucket)):
-        command("convert", *words, "--checkpoint", source, "--output", f"{place}/model.pth")
+    for place in (tmp_path, bucket):
+        command("convert", *words, "--checkpoint", tmp_path / "fresh", "--output", f"{place}/model.pth")
         command("convert", *words, "--checkpoint", f"{place}/model.pth", "--output", f"{place}/model")
         command("predict", *words, "--checkpoint", f"{place}/model", "--output", f"{place}/out", picture)
         command(
@@ -118,16 +115,7 @@ def test_outputs_in_a_bucket_are_those_on_a_disk(
 
 def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any], step: int) -> None:
     """Starts two processes of 4 devices, on a server that fails meanwhile; kills both after a step's checkpoint."""
-    pair = [
-        start(
-            workdir,
-            changes | {"schedule.steps": STEPS},
-            *("--coordinator", address, "--processes", "2", "--process-id", str(number)),
-            devices=4,
-        )
-        for address in [f"127.0.0.1:{port()}"]
-        for number in range(2)
-    ]
+    pair = start_pair(workdir, changes, devices=4)
     try:
         deadline = time.monotonic() + 300
         while not (workdir / f"checkpoints/{step}/commit_success.txt").exists():
@@ -151,7 +139,7 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
         "data.source": "array_record",
         "data.dataset": "custom",
         "batch_size": 8,
-        "schedule.steps": STEPS,
+        "schedule.steps": 8,
         "checkpoint_every": 1,
         "upload_every": 1,
     }

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import FOLDER, start
-from tests.test_processes import LOST, port
+from tests.commands import FOLDER, free_port, start_pair
+from tests.test_processes import LOST
 from topformer_jax import checkpoints, logs
 
 __all__ = ["bucket", "storage"]
@@ -24,13 +24,6 @@ __all__ = ["bucket", "storage"]
 KILLS = int(os.environ.get("TOPFORMER_KILLS", "3"))
 LATEST_KILL = 30.0  # seconds after the start
 ALONE_SECONDS = 100  # after which a process whose partner was killed has ended by itself
-
-
-def start_two(workdir: Any, changes: dict[str, Any]) -> tuple[list[subprocess.Popen[str]], int]:
-    """The processes, and the port at which they meet."""
-    number = port()
-    flags = ("--coordinator", f"127.0.0.1:{number}", "--processes", "2", "--process-id")
-    return [start(workdir, changes, *flags, str(process)) for process in range(2)], number
 
 
 def have_met(number: int) -> bool:
@@ -77,16 +70,15 @@ def test_kills(
         "upload_every": 1,
         **(FOLDER | {"data.root": drawn} if source == "folder" else {}),
     }
-    outputs = [
-        process.communicate(timeout=500) for process in start_two(tmp_path / "undisturbed", changes)[0]
-    ]
+    outputs = [process.communicate(timeout=500) for process in start_pair(tmp_path / "undisturbed", changes)]
     assert "done: " in outputs[0][0], outputs
     expected = outcome(tmp_path / "undisturbed")
     dice = random.Random(f"{place} {source} {workers}")
     kills, finished, alone = 0, 0, [0.0]
     while kills < KILLS or not finished:
         workdir: Any = (bucket.root if place == "bucket" else tmp_path) / f"run{finished}"
-        pair, meeting = start_two(workdir, changes)
+        meeting = free_port()
+        pair = start_pair(workdir, changes, port=meeting)
         moment = time.monotonic() + (dice.uniform(0, LATEST_KILL) if kills < KILLS else 1000)
         while time.monotonic() < moment and None in [process.poll() for process in pair]:
             time.sleep(0.02)

@@ -4,7 +4,6 @@ import http.server
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.commands import only_line, start
+from tests.commands import only_line, start, start_pair
 from topformer_jax import native_messages, processes
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.errors import UserError
@@ -26,6 +25,7 @@ CHANGES: dict[str, Any] = {
     "checkpoint_every": 100_000,
     "evaluate_every": 100_000,
 }
+PROFILE = ("--profile", "1:2")  # its file says that they train
 FATAL = """\
 E1125 03:51:59.332888   29433 coordination_service.cc:1549] [18216366] Use error polling to propagate the following \
 error to all tasks: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
@@ -40,20 +40,6 @@ errors. This most likely indicates that another task died; see the other task lo
 LOST = (
     "of this run ended or stopped answering; see its output, and start the same command again on every host"
 )
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def start_pair(workdir: Any, changes: dict[str, Any], devices: int = 1) -> list[subprocess.Popen[str]]:
-    """Two processes of one training, which write a profile of their first two steps."""
-    flags = ["--coordinator", f"127.0.0.1:{port()}", "--processes", "2", "--profile", "1:2"]
-    return [
-        start(workdir, changes, *flags, "--process-id", str(number), devices=devices) for number in range(2)
-    ]
 
 
 def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> None:
@@ -93,7 +79,7 @@ def test_other_native_messages_pass() -> None:
 
 def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
     """Within seconds, though nothing is logged; the newest checkpoint is of that step."""
-    pair = start_pair(tmp_path, CHANGES)
+    pair = start_pair(tmp_path, CHANGES, *PROFILE)
     wait_for_steps(pair, tmp_path)
     pair[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
@@ -111,7 +97,7 @@ def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> None:
-    pair = start_pair(tmp_path, CHANGES)
+    pair = start_pair(tmp_path, CHANGES, *PROFILE)
     wait_for_steps(pair, tmp_path)
     pair[number].kill()
     began = time.monotonic()

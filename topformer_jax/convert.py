@@ -43,7 +43,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from topformer_jax import checkpoints, files, models
-from topformer_jax.checkpoints.load import check_finite, find_format, is_file_path, read_any
+from topformer_jax.checkpoints.load import check_finite, find_format, is_file_path
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.models.summary import summary
@@ -65,8 +65,9 @@ def main() -> None:
     source = files.as_path(args.checkpoint)
     part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:
-        may_hold_config = part == "all" and find_format(source).holds_config
-        tensors, metadata = read_any(source) if may_hold_config else ({}, {})
+        file_format = find_format(source)
+        may_hold_config = part == "all" and file_format.holds_config
+        tensors, metadata = file_format.read(source) if may_hold_config else ({}, {})
         if "config" not in metadata:
             raise UserError(f"reading {source} needs --config FILE: the model that its tensors must fit")
         check_finite(tensors, str(source))
