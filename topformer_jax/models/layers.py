@@ -228,7 +228,10 @@ class BatchNorm(nnx.Module):
 
 
 class ConvBN(nnx.Module):
-    """Convolution without bias, then BatchNorm. Keys `c` and `bn`, as in the official backbone."""
+    """Convolution without bias, then BatchNorm. Keys `c` and `bn`, as in the official backbone.
+
+    `folding.fold_batch_norms` makes the BatchNorm a part of the convolution, and `bn` None.
+    """
 
     def __init__(
         self,
@@ -242,12 +245,13 @@ class ConvBN(nnx.Module):
         rng: np.random.Generator,
     ):
         self.c = Conv(inputs, outputs, kernel, stride, groups, policy=policy, rng=rng)
-        self.bn = BatchNorm(outputs, policy=policy)
+        self.bn: BatchNorm | None = BatchNorm(outputs, policy=policy)
 
     def __call__(
         self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
     ) -> Float[Array, "n height width outputs"]:
-        return self.bn(self.c(x, size))
+        x = self.c(x, size)
+        return x if self.bn is None else self.bn(x)
 
 
 class ConvModule(nnx.Module):
