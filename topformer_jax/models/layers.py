@@ -74,14 +74,20 @@ class DTypePolicy:
         return jax.device_put(values.astype(np.dtype(self.param_dtype)), may_alias=False)
 
 
+@jax.custom_jvp
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """`min(max(x, 0), 6)`. As in PyTorch the gradient at exactly 0 and 6 is 0, and NaN stays NaN.
 
     >>> relu6(jnp.array([-1.0, 2.0, 7.0])).tolist()
     [0.0, 2.0, 6.0]
     """
-    zero, six = jnp.zeros((), x.dtype), jnp.full((), 6, x.dtype)
-    return jnp.where(x <= zero, zero, jnp.where(x >= six, six, x))
+    return lax.clamp(jnp.zeros((), x.dtype), x, jnp.full((), 6, x.dtype))
+
+
+@relu6.defjvp
+def _relu6_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    return relu6(x), jnp.where((x <= 0) | (x >= 6), jnp.zeros((), x.dtype), tangent)
 
 
 def hsigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:

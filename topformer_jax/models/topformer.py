@@ -123,6 +123,7 @@ class PyramidPool(nnx.Module):
                 x,
                 size,
                 matrices=area.matrices_between(stride, STRIDES[-1] * self.stride),
+                method=self.policy.depthwise_impl,
                 precision=self.policy.matmul_precision,
             )
             for stride, x in zip(STRIDES, tokens, strict=True)
@@ -275,11 +276,11 @@ class DecodeHead(nnx.Module):
         finest, *others = feature_maps
         _, h, w, _ = finest.shape
         _, finest_stride, *strides = STRIDES
-        precision = self.policy.matmul_precision
+        method, precision = self.policy.depthwise_impl, self.policy.matmul_precision
         x = finest
         for stride, other in zip(strides, others, strict=True):
             matrices = area.matrices_between(stride, finest_stride)
-            x = x + resize(other, (h, w), matrices=matrices, precision=precision)
+            x = x + resize(other, (h, w), matrices=matrices, method=method, precision=precision)
         x = self.dropout(self.linear_fuse(x), rngs)
         return self.conv_seg(x.astype(self.policy.accum_dtype))
 

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.depthwise import dispatch
+from topformer_jax.ops.depthwise import dispatch, library_conv
 
 # Up to this many input channels are multiplied and added one by one. A whole Tiny (1 x 512 x 512) takes 16.5 ms
 # with products alone, 15.5 ms with a limit of 16, and 18.7 ms with one of 64.
@@ -33,8 +33,8 @@ def pointwise_conv(
 ) -> Float[Array, "n h w outputs"]:
     """Multiplies the channels of each pixel by a matrix; `precision` is that of this product and of its gradients'.
 
-    `method` is that of `depthwise_conv`. It decides about few input channels in programs without gradients; all else
-    is a matrix product.
+    `method` is that of `depthwise_conv`, and decides about programs without gradients: "shifted" are multiply-adds of
+    few input channels, "library" is XLA's convolution, in which exporters see the layer. All else is a product.
 
     >>> pointwise_conv(jnp.ones((1, 2, 2, 3)), jnp.ones((3, 5))).shape
     (1, 2, 2, 5)
@@ -45,6 +45,8 @@ def pointwise_conv(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _pointwise(images: Array, weight: Array, method: str, precision: str | None) -> Array:
     """What runs where no gradient is taken; with gradients `_forward` does."""
+    if method == "library":
+        return library_conv(images, weight[None, None], stride=1, groups=1, precision=precision)
     matmul = functools.partial(jnp.matmul, precision=precision)
     if len(weight) > MAX_TERMS:
         return matmul(images, weight)

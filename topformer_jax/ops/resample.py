@@ -6,14 +6,17 @@ the matrix units of TPUs and GPUs, their gradients are products again, and every
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from topformer_jax.ops import at_least_float32
 
+Extent = Any  # pixels: a number, or a symbol of `jax.export`
 # The matrices of a resize's rows and columns, `[after, before]`; where every image has its own, `[n, after, before]`.
 Matrix = Float[np.ndarray | Array, "*_n _after _before"]
 Matrices = tuple[Matrix, Matrix]
@@ -21,9 +24,10 @@ Matrices = tuple[Matrix, Matrix]
 
 def resize(
     images: Float[Array, "n h w c"],
-    size: tuple[int, int],
+    size: tuple[Extent, Extent],
     *,
     matrices: Matrices | None = None,
+    method: str = "auto",
     precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
     """Resizes bilinearly, as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` does.
@@ -34,20 +38,23 @@ def resize(
         images: any feature maps; the result has their dtype, sums are computed in at least float32.
         size: (height, width) of the result, pixels.
         matrices: of every image, instead of those that `size` asks for: images on a canvas have sizes of their own.
+        method: "library" for two plain products with one matrix for all images: what exporters take, also of sizes
+            that only the file's user knows. Others: a product for each image and row, which training needs.
         precision: of the two matrix products.
 
     >>> resize(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1), (1, 4)).ravel().tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
     with jax.named_scope("resize"):
-        return _resample(images, size, matrices, bilinear_matrix, precision)
+        return _resample(images, size, matrices, bilinear_matrix, method, precision)
 
 
 def adaptive_avg_pool(
     images: Float[Array, "n h w c"],
-    size: tuple[int, int],
+    size: tuple[Extent, Extent],
     *,
     matrices: Matrices | None = None,
+    method: str = "auto",
     precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
     """Averages over windows as `torch.nn.functional.adaptive_avg_pool2d` does.
@@ -58,7 +65,7 @@ def adaptive_avg_pool(
     Args:
         images: any feature maps; the result has their dtype, sums are computed in at least float32.
         size: (height, width) of the result: the number of windows in each axis.
-        matrices, precision: as for `resize`.
+        matrices, method, precision: as for `resize`.
 
     >>> adaptive_avg_pool(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 2)).ravel().tolist()
     [0.5, 2.5]
@@ -66,7 +73,7 @@ def adaptive_avg_pool(
     [0.5, 1.5, 2.5]
     """
     with jax.named_scope("pool"):
-        return _resample(images, size, matrices, pooling_matrix, precision)
+        return _resample(images, size, matrices, pooling_matrix, method, precision)
 
 
 @functools.lru_cache(maxsize=512)
@@ -124,9 +131,10 @@ def pooling_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarr
 
 def _resample(
     images: Array,
-    size: tuple[int, int],
+    size: tuple[Extent, Extent],
     matrices: Matrices | None,
     axis_matrix: Callable[[int, int, str], np.ndarray],
+    method: str,
     precision: str | None,
 ) -> Array:
     """Multiplies each axis by its matrix, the width first: the larger of the two products then has contiguous rows.
@@ -138,6 +146,14 @@ def _resample(
     dtype = images.dtype
     accum_dtype = at_least_float32(dtype)
     precision = precision if dtype == accum_dtype else None
+    if method == "library" and matrices is None:
+        for axis, new in ((2, width), (1, height)):
+            if images.shape[axis] != new:
+                matrix = axis_matrix_of(axis_matrix, images.shape[axis], new, accum_dtype.name)
+                over = (((axis,), (1,)), ((), ()))
+                product = lax.dot_general(images, jnp.asarray(matrix, dtype), over, precision, accum_dtype)
+                images = jnp.moveaxis(product, -1, axis).astype(dtype)
+        return images
     matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=accum_dtype)
     rows, columns = (None, None) if matrices is None else matrices
     if columns is not None or w != width:
@@ -149,3 +165,28 @@ def _resample(
         matrix = jnp.broadcast_to(rows.astype(dtype), (n, height, h))
         images = matmul(matrix, images.reshape(n, h, width * c)).astype(dtype).reshape(n, height, width, c)
     return images
+
+
+def axis_matrix_of(
+    make: Callable[[int, int, str], np.ndarray], size: Extent, new_size: Extent, dtype: str = "float32"
+) -> Float[np.ndarray | Array, "_after _before"]:
+    """The matrix of `bilinear_matrix` or `pooling_matrix`; where a size is a symbol, the program makes it.
+
+    Args:
+        make: one of the two.
+        size, new_size: pixels.
+        dtype: of the matrix.
+    """
+    if isinstance(size, int) and isinstance(new_size, int):
+        return make(size, new_size, dtype)
+    before, after = jnp.arange(size), jnp.arange(new_size)[:, None]
+    length, new_length = jnp.asarray(size), jnp.asarray(new_size)
+    if make is pooling_matrix:
+        divisor = jnp.broadcast_to(new_length, after.shape)
+        start = lax.div(after * length, divisor)
+        stop = lax.div((after + 1) * length + new_length - 1, divisor)  # rounded up
+        inside = (before >= start) & (before < stop)
+        return jnp.where(inside, 1 / (stop - start).astype(dtype), jnp.zeros((), dtype))
+    scale = length.astype(dtype) / new_length.astype(dtype)
+    position = jnp.clip(scale * (after.astype(dtype) + 0.5) - 0.5, 0, (length - 1).astype(dtype))
+    return jnp.maximum(1 - jnp.abs(position - before.astype(dtype)), 0)
