@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source scripts/_venv.sh
-install_into_venv '.[convert,dev]'
+install_into_venv '.[convert,export,dev]'
 
 ruff check .
 ruff format --check .

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"config", "logs", "processes", "programs"},
     "checkpoints": {"files", "models"},
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
+    "exporters": {"config", "data", "files", "inference", "models", "ops"},
     "step": {"data", "models", "ops", "optimizer", "programs", "sharding"},
     "evaluation": {"data", "inference", "metrics", "models", "processes", "sharding"},
     "run_folder": {"files", "processes"},
@@ -41,14 +42,15 @@ ALLOWED: dict[str, set[str]] = {
     # Commands, which do not import each other.
     "browse": BASE | DATA | SHARED,
     "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
-    "evaluate": BASE | DATA | NETWORK | SHARED | SCORING,
-    "predict": BASE | DATA | NETWORK | SHARED | SCORING,
+    "evaluate": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
+    "export": BASE | DATA | NETWORK | SHARED | {"checkpoints", "exporters"},
+    "predict": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
     "train": BASE
     | DATA
     | NETWORK
     | SHARED
     | {"checkpoints", "profiler", "run", "run_folder", "shutdown", "step"},
-    "__init__": {"checkpoints", "config", "data", "inference", "models", "version"},
+    "__init__": {"checkpoints", "config", "data", "exporters", "inference", "models", "version"},
 }
 # The only files that import PyTorch, when it is needed: the reading and writing of its files.
 TORCH_FILES = {"checkpoints/torch_format.py"}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from topformer_jax.data.augment import normalize as normalize
+    from topformer_jax.exporters import Exported
     from topformer_jax.inference import segment as segment
     from topformer_jax.models import Classifier, Segmenter
 
@@ -67,3 +68,20 @@ def load(
     from topformer_jax import config as config_lib
 
     return checkpoints.load_model(config_lib.load(config, overrides), checkpoint)
+
+
+def exported(path: "str | os.PathLike[str]") -> "Exported":
+    """Opens a file of `python -m topformer_jax.export` in its own runtime: a function of images.
+
+    It takes images, uint8 `[n, h, w, 3]`, RGB, and returns what the file gives, in numpy: labels, uint8
+    `[n, h, w]`, or logits, probabilities or scores, float32. Its `description` says which, and names the classes.
+
+    Args:
+        path: a `.onnx`, `.tflite` or `.stablehlo` file.
+
+    Raises:
+        UserError: the file does not exist, is damaged or of another origin, or its runtime is not installed.
+    """
+    from topformer_jax.exporters import open_exported
+
+    return open_exported(path)

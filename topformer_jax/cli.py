@@ -112,6 +112,20 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
         raise UserError(f"{flag} cannot be {text!r}: expected numbers separated by commas") from None
 
 
+def size(flag: str, text: str) -> tuple[int, int]:
+    """(height, width) of a flag's value "512x1024".
+
+    Raises:
+        UserError: the text is no size.
+    """
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise UserError(f"{flag} {text}: expected HEIGHTxWIDTH, e.g. 512x512")
+    if min(int(height), int(width)) < 1:
+        raise UserError(f"{flag} {text}: expected at least 1x1")
+    return int(height), int(width)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 

@@ -38,7 +38,6 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +55,7 @@ def main() -> None:
     if args.summary:
         if config is None:
             raise UserError("--summary needs --config FILE")
-        size = _size(args.size) if args.size else tuple(config.data.crop_size)
+        size = cli.size("--size", args.size) if args.size else tuple(config.data.crop_size)
         print(f"TopFormer {config.model.variant}, {config.model.num_classes} classes, {size[0]} x {size[1]}")
         print(cli.table(summary(config, size)))
         return
@@ -92,16 +91,6 @@ def _mmcv_meta(metadata: Mapping[str, Any]) -> dict[str, Any]:
         meta["CLASSES"] = list(data_set.classes)
         meta["PALETTE"] = [list(colour) for colour in data_set.palette]
     return meta
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise UserError(f"--size {text}: expected HEIGHTxWIDTH, e.g. 512x512")
-    size = int(match[1]), int(match[2])
-    if min(size) < 1:
-        raise UserError(f"--size {text}: expected at least 1x1")
-    return size
 
 
 if __name__ == "__main__":

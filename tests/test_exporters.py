@@ -1,0 +1,223 @@
+"""Exported files of every format against the model: all injections, outputs and sizes, and their descriptions."""
+
+import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import pytest
+from ml_collections import ConfigDict
+
+from tests.parity import distance, settings_for
+from tests.test_folding import INJECTIONS, randomized
+from topformer_jax import config, models
+from topformer_jax.errors import UserError
+from topformer_jax.exporters import exported, litert_file, network, onnx_file, onnx_rules, stablehlo_file
+from topformer_jax.exporters.exported import Exported
+from topformer_jax.exporters.onnx_graph import Graph
+from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, pooling_matrix
+
+FORMATS: dict[str, Any] = {"onnx": onnx_file, "tflite": litert_file, "stablehlo": stablehlo_file}
+SIZE = (70, 99)
+
+
+@dataclasses.dataclass
+class Pair:
+    """A model as it is evaluated, and what files compute, with the same weights.
+
+    `prepare` is done to both: random BatchNorms, or fresh ones, with which labels differ from pixel to pixel.
+    """
+
+    settings: ConfigDict
+    prepare: Callable[[Any], Any] = randomized
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        return self.prepare(models.build(self.settings))
+
+    @functools.cached_property
+    def for_export(self) -> Any:
+        return self.prepare(models.build(network.export_config(self.settings)))
+
+    def expected(self, images: np.ndarray, output: str, stride: int = 1) -> np.ndarray:
+        return np.asarray(jax.jit(network.make_function(self.plain, output, stride, fold=False))(images))
+
+    def export(self, format: str, output: str = "logits", stride: int = 1, **changes: Any) -> bytes:
+        function = network.make_function(
+            self.for_export, output, stride, by_rows=FORMATS[format].BY_ROWS and output == "labels"
+        )
+        return bytes(FORMATS[format].write(function, describe(output=output, stride=stride, **changes)))
+
+
+def describe(**changes: Any) -> dict[str, Any]:
+    facts = {"size": SIZE, "target": "cpu", "precision": "float32", "versions": {"topformer_jax": "0"}}
+    return facts | changes
+
+
+def open_data(format: str, data: bytes, **changes: Any) -> Exported:
+    holds = FORMATS[format].HOLDS_DESCRIPTION
+    return exported.open_bytes("FILE", data, FORMATS[format], None if holds else describe(**changes))
+
+
+def pictures(count: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Smooth ones: a random network makes much of little in noise."""
+    random = np.random.default_rng(0)
+    rows, columns = np.arange(size[0])[:, None, None] / 40, np.arange(size[1])[:, None] / 40
+    waves = np.sin(rows * random.normal(size=3) + columns * random.normal(size=3) + random.normal(size=3))
+    shift = random.integers(0, 20, (count, 1, 1, 1))
+    return (120 + 90 * waves + shift).clip(0, 255).astype(np.uint8)
+
+
+def fresh(model: Any) -> Any:
+    model.eval()
+    return model
+
+
+@functools.cache
+def pair(
+    variant: str = "tiny", injection: str = "multi_sum", prepare: Callable[[Any], Any] = randomized
+) -> Pair:
+    return Pair(settings_for(variant, model__injection=injection), prepare)
+
+
+@pytest.mark.parametrize(
+    ("format", "variant", "injection"),
+    [
+        *(("onnx", "tiny", kind) for kind in INJECTIONS),
+        *((format, variant, "multi_sum") for format in FORMATS for variant in ("small", "base")),
+        ("tflite", "tiny", "fuse_multi"),
+    ],
+)
+def test_logits(format: str, variant: str, injection: str) -> None:
+    network_pair = pair(variant, injection)
+    file = open_data(format, network_pair.export(format), output="logits")
+    for count in (1, 2):
+        assert distance(file(pictures(count)), network_pair.expected(pictures(count), "logits")) < 1e-5
+
+
+@pytest.mark.parametrize("format", ["onnx", "stablehlo"])
+def test_any_size(format: str) -> None:
+    file = open_data(format, pair().export(format, size=None), size=None)
+    for size in [(1, 1), (33, 64), SIZE]:
+        assert distance(file(pictures(2, size)), pair().expected(pictures(2, size), "logits")) < 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("output", "stride"), [("labels", 1), ("labels", 2), ("labels", 8), ("probabilities", 4)]
+)
+def test_outputs(format: str, output: str, stride: int) -> None:
+    drawn = pair(prepare=fresh)
+    file = open_data(format, drawn.export(format, output, stride))
+    found, expected = file(pictures(2)), drawn.expected(pictures(2), output, stride)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert found.shape[1:3] == tuple(-(-side // stride) for side in SIZE)
+    if output == "labels":
+        assert len(np.unique(expected)) > 2
+        assert (found != expected).mean() < 1e-4
+    else:
+        assert distance(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_classifier(format: str) -> None:
+    classifier = Pair(config.imagenet("tiny"))
+    file = open_data(format, classifier.export(format, "scores", size=(64, 64)), size=(64, 64))
+    found = file(pictures(2, (64, 64)))
+    assert found.shape == (2, 1000)
+    assert distance(found, classifier.expected(pictures(2, (64, 64)), "scores")) < 1e-5
+
+
+def test_the_target_web_has_no_resize() -> None:
+    """WebGPU computes it wrongly."""
+    drawn = pair(prepare=fresh)
+    data = {target: drawn.export("onnx", "labels", size=None, target=target) for target in ("cpu", "web")}
+    operations = {
+        target: Counter(node.op_type for node in onnx.load_from_string(file).graph.node)
+        for target, file in data.items()
+    }
+    assert operations["cpu"]["Resize"] == 1
+    assert operations["web"]["Resize"] == 0
+    labels = [open_data("onnx", file)(pictures(2, (96, 64))) for file in data.values()]
+    assert (labels[0] != labels[1]).mean() < 1e-4
+
+
+def test_an_onnx_graph_is_as_small_as_one_that_was_written_for_onnx() -> None:
+    model = onnx.load_from_string(pair().export("onnx"))
+    operations = Counter(node.op_type for node in model.graph.node)
+    assert operations["Conv"] == 66
+    assert operations["Transpose"] <= 42  # 8 a block of attention, the input, the resizes, the output
+    assert sum(operations.values()) < 260
+    assert [dimension.dim_param for dimension in model.graph.input[0].type.tensor_type.shape.dim][:1] == ["n"]
+
+
+@pytest.mark.parametrize("format", ["onnx", "tflite"])
+def test_equal_exports_have_equal_bytes(format: str) -> None:
+    assert pair().export(format) == pair().export(format)
+
+
+@pytest.mark.parametrize("format", ["onnx", "tflite"])
+def test_a_file_describes_itself(format: str) -> None:
+    facts = describe(output="logits", stride=1, classes=["wall", "sky"], config={"model": {"num_classes": 2}})
+    data = FORMATS[format].write(network.make_function(pair().for_export, "logits"), facts)
+    assert open_data(format, data).description == json.loads(json.dumps(facts))
+
+
+def test_weights_of_16_bits() -> None:
+    data = {name: pair().export("tflite", precision=name) for name in ("float32", "float16")}
+    assert len(data["float16"]) < 0.56 * len(data["float32"])
+    found = open_data("tflite", data["float16"])(pictures(2))
+    assert 1e-6 < distance(found, pair().expected(pictures(2), "logits")) < 2e-2
+
+
+def test_integers_of_8_bits() -> None:
+    function = network.make_function(pair().for_export, "logits")
+    facts = describe(output="logits", stride=1, precision="int8")
+    data = litert_file.write(function, facts, list(pictures(4)))
+    assert len(data) < 0.35 * len(pair().export("tflite"))
+    found = open_data("tflite", data)(pictures(2))
+    assert 1e-4 < distance(found, pair().expected(pictures(2), "logits")) < 0.3
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_file_is_one_line(format: str) -> None:
+    data = pair().export(format)
+    for broken in (data[: len(data) // 2], data[:100], b"", b"no such file" * 100):
+        with pytest.raises(UserError, match=r"^FILE (is not an? \w+ file|was not written by)") as error:
+            open_data(format, broken, output="logits")
+        assert "\n" not in error.value.line
+
+
+def test_a_file_for_a_newer_runtime_is_one_line() -> None:
+    model = onnx.load_from_string(pair().export("onnx"))
+    model.opset_import[0].version = 999
+    with pytest.raises(UserError, match=r"^FILE needs a newer onnxruntime than"):
+        open_data("onnx", model.SerializeToString())
+
+
+def test_an_unknown_primitive_is_named() -> None:
+    program = jax.make_jaxpr(lambda x: jnp.sinh(x))(jnp.ones(3))
+    graph = Graph()
+    with pytest.raises(NotImplementedError, match="no ONNX rule for JAX's sinh"):
+        onnx_rules.translate(graph, program, [graph.add_input("x", (3,), "float32")], {})
+
+
+@pytest.mark.parametrize("make", [bilinear_matrix, pooling_matrix])
+def test_matrices_of_sizes_that_are_symbols(make: Callable[..., np.ndarray]) -> None:
+    before, after = jax.export.symbolic_shape("before, after")
+
+    def matrix(x: jax.Array, y: jax.Array) -> Any:
+        return axis_matrix_of(make, x.shape[0], y.shape[0])
+
+    shapes = [jax.ShapeDtypeStruct((extent,), np.float32) for extent in (before, after)]
+    program = jax.export.export(jax.jit(matrix))(*shapes)
+    for size, new_size in [(1, 1), (1, 5), (5, 1), (6, 42), (11, 6), (125, 8), (63, 63), (8, 512)]:
+        found = program.call(np.zeros(size, np.float32), np.zeros(new_size, np.float32))
+        assert np.abs(found - make(size, new_size)).max() < 1e-6

@@ -1,0 +1,218 @@
+"""Exports a checkpoint for other runtimes: a file that was run and compared with the model before it got its name.
+
+  python -m topformer_jax.export --config configs/topformer_t_ade.py --checkpoint T.pth --output t.onnx --size any
+  python -m topformer_jax.export --config configs/topformer_t_ade.py --checkpoint T.pth --output t.tflite --logits
+
+OUTPUT's suffix is the format: .onnx (onnxruntime, browsers), .tflite (LiteRT, phones), .stablehlo (jax.export: CPUs,
+GPUs and TPUs), .safetensors (the weights alone). A file takes images, uint8 [n, h, w, 3], RGB, and gives labels,
+uint8 [n, h, w]; a classifier's gives scores [n, classes]. It describes itself: classes, colours, config, origin.
+"""
+
+from topformer_jax import cli, files
+
+
+def make_parser() -> cli.Parser:
+    """The command's flags."""
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="PATH", help="a file or a checkpoint folder")
+    add("--output", type=files.as_path, required=True, metavar="FILE", help="what to write")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
+        "--logits", action="store_true", help="float32 [n, h/8, w/8, classes] in place of labels"
+    )
+    output.add_argument("--probabilities", action="store_true", help="float32 [n, h, w, classes]")
+    add(
+        "--scale-labels",
+        metavar="1/N",
+        default="1",
+        help="labels or probabilities at 1/2, 1/4 or 1/8 of height and width",
+    )
+    add("--size", metavar="HxW", help="of the images, or any (default: the config's crop)")
+    add(
+        "--target",
+        choices=["cpu", "web"],
+        default="cpu",
+        help=".onnx: web is right on WebGPU, and slower on CPUs",
+    )
+    add(
+        "--precision",
+        choices=["float32", "float16", "int8"],
+        default="float32",
+        help=".tflite: float16 halves the file; int8, with --logits, quarters it",
+    )
+    add(
+        "--images",
+        metavar="DIR",
+        help="pictures: every second one gives int8 its ranges, the labels of the others are compared",
+    )
+    return parser
+
+
+cli.answer_help(__name__, make_parser)
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from topformer_jax import checkpoints, models
+from topformer_jax.checkpoints import safetensors_format
+from topformer_jax.data import sources
+from topformer_jax.data.augment import MEAN, STD
+from topformer_jax.data.batch import Image
+from topformer_jax.data.codecs import decode_image
+from topformer_jax.errors import UserError
+from topformer_jax.exporters import exported, network, verification
+from topformer_jax.version import __version__
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
+
+
+def export_model(
+    config: ConfigDict,
+    checkpoint: str,
+    output: files.Path,
+    *,
+    kind: str = "labels",
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
+    target: str = "cpu",
+    precision: str = "float32",
+    pictures: Sequence[Image] = (),
+) -> str:
+    """Writes an exported file, after it was run and compared with the model.
+
+    Args:
+        config, checkpoint: the model.
+        output: the file, whose suffix is the format.
+        kind: "labels", "logits" or "probabilities"; a classifier's file has "scores" whatever this is.
+        stride: of labels and probabilities.
+        size: (height, width) of the images; None for any.
+        target: of ONNX files, "cpu" or "web".
+        precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of everything, for logits alone.
+        pictures: of any size: every second one gives int8 its ranges, on the others labels are compared.
+
+    Returns:
+        What the comparison found, in one line.
+
+    Raises:
+        UserError: the checkpoint does not fit, the file cannot be written, or it differs from the model.
+    """
+    module = exported.import_format(output)
+    if precision != "float32" and output.suffix != ".tflite":
+        raise UserError(f"--precision {precision} is for .tflite files alone, and the output is {output}")
+    if precision == "int8" and kind != "logits":
+        raise UserError(
+            "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
+        )
+    if precision == "int8" and len(pictures) < 2:
+        raise UserError(
+            "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
+        )
+    files.refuse_existing(output)
+    config = network.export_config(config)
+    model = checkpoints.load_model(config, checkpoint)
+    is_classifier = isinstance(model, models.Classifier)
+    description = {
+        "output": "scores" if is_classifier else kind,
+        "stride": 8 if kind == "logits" else stride,
+        "size": size,
+        "target": target,
+        "precision": precision,
+        "mean": MEAN.tolist(),
+        "std": STD.tolist(),
+        **describe_origin(config, checkpoint, model),
+    }
+    function = network.make_function(
+        model, description["output"], stride, by_rows=module.BY_ROWS and not is_classifier
+    )
+    if size is not None:
+        pictures = [cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA) for picture in pictures]
+    data = module.write(function, description, *([pictures[::2]] if precision == "int8" else []))
+    file = exported.open_bytes(str(output), data, module, None if module.HOLDS_DESCRIPTION else description)
+    plain = checkpoints.load_model(config_for_comparison(config), checkpoint)
+    found = verification.verify(file, plain, model)
+    if pictures:
+        mean, worst = verification.compare_labels(file, plain, pictures[1::2] or pictures)
+        found += f"\n{len(pictures[1::2])} pictures: {mean:.2%} of the labels equal the model's, {worst:.2%} at worst"
+    if not module.HOLDS_DESCRIPTION:
+        files.write_file(exported.description_path(output), json.dumps(description, indent=1) + "\n")
+    files.write_file(output, data)
+    return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"
+
+
+def read_pictures(folder: files.Path) -> list[Image]:
+    """The pictures in a folder and the folders below it.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"--images {folder} holds no picture: looked for {', '.join(SUFFIXES)}")
+    with files.report_errors("read", folder):
+        return [decode_image(path.read_bytes(), str(path)) for path in paths]
+
+
+def describe_origin(
+    config: ConfigDict, checkpoint: str, model: models.Segmenter | models.Classifier
+) -> dict[str, Any]:
+    """Where a file's weights come from, and what its numbers mean."""
+    names: dict[str, Any] = {}
+    if config.task == "segmentation":
+        data_set = sources.find_data_set(config)
+        names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
+    return names | {
+        "config": json.loads(config.to_json()),
+        "checkpoint": {"path": str(checkpoint), "sha256": verification.checksum(tensors)},
+        "versions": {"topformer_jax": __version__, "jax": jax.__version__},
+    }
+
+
+def config_for_comparison(config: ConfigDict) -> ConfigDict:
+    """The config with the layers as they are evaluated, not as they are exported."""
+    changed = config.copy_and_resolve_references()
+    changed.model.depthwise_impl = "auto"
+    return changed
+
+
+def main() -> None:
+    """The command."""
+    args, config = make_parser().parse()
+    assert config is not None  # --config is required
+    kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
+    if args.scale_labels not in SCALES:
+        raise UserError(f"--scale-labels is {args.scale_labels}: expected one of {', '.join(SCALES)}")
+    if args.output.suffix == safetensors_format.SUFFIX:
+        model = checkpoints.load_model(config, args.checkpoint)
+        tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
+        checkpoints.write_checkpoint(args.output, tensors, describe_origin(config, args.checkpoint, model))
+        print(f"wrote {args.output}: {len(tensors)} tensors")
+        return
+    size = (
+        None if args.size == "any" else cli.size("--size", args.size) if args.size else config.data.crop_size
+    )
+    print(
+        export_model(
+            config,
+            args.checkpoint,
+            args.output,
+            kind=kind,
+            stride=SCALES[args.scale_labels],
+            size=None if size is None else (int(size[0]), int(size[1])),
+            target=args.target,
+            precision=args.precision,
+            pictures=read_pictures(files.as_path(args.images)) if args.images else (),
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

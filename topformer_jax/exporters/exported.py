@@ -1,0 +1,104 @@
+"""An exported file in Python: `open_exported(FILE)` is a function of images that carries its description."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+
+from topformer_jax import files
+from topformer_jax.errors import UserError
+
+# By suffix: the module of a format in this package, and the packages that it needs.
+FORMATS = {
+    ".onnx": ("onnx_file", "onnx and onnxruntime"),
+    ".tflite": ("litert_file", "ai-edge-litert"),
+    ".stablehlo": ("stablehlo_file", "flatbuffers"),
+}
+KEY = "topformer_jax"  # of the description in files that have a place for it
+Run = Callable[[UInt8[np.ndarray, "n h w 3"]], Shaped[np.ndarray, "n ..."]]
+
+
+class Exported:
+    """What an exported file computes: images uint8 `[n, h, w, 3]`, RGB, to its output.
+
+    Attributes:
+        description: the file's own, what JSON can hold: `output` ("labels", "logits", "probabilities" or "scores"),
+            `stride` (of labels and probabilities; of logits 8), `size` ([h, w], or None for any), `classes`,
+            `palette`, `mean`, `std`, `precision`, `config`, `checkpoint`, `versions`.
+    """
+
+    def __init__(self, name: str, run: Run, description: Mapping[str, Any]):
+        self.name, self._run, self.description = name, run, dict(description)
+
+    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Shaped[np.ndarray, "n ..."]:
+        """The output for some images of one size.
+
+        Raises:
+            UserError: the file was made for images of another size.
+        """
+        size = self.description["size"]
+        found = images.shape[1:3]
+        if size is not None and tuple(size) != found:
+            raise UserError(
+                f"{self.name} takes images of {size[0]}x{size[1]} pixels (height x width), and one has "
+                f"{found[0]}x{found[1]}: resize it, or export with --size {found[0]}x{found[1]} or --size any"
+            )
+        return self._run(images)
+
+
+def open_exported(path: str | os.PathLike[str]) -> Exported:
+    """Opens an exported file in its runtime.
+
+    Raises:
+        UserError: it does not exist, is damaged or of another origin, or its runtime is not installed.
+    """
+    target = files.as_path(path)
+    module = import_format(target)
+    with files.report_errors("read", target):
+        data = files.retry(target.read_bytes)
+        beside = description_path(target)
+        description = json.loads(beside.read_text()) if not module.HOLDS_DESCRIPTION else None
+    return open_bytes(str(path), data, module, description)
+
+
+def open_bytes(
+    name: str, data: bytes, module: ModuleType, description: Mapping[str, Any] | None = None
+) -> Exported:
+    """`open_exported` of a file's content; formats without a place for the description get it from beside them."""
+    try:
+        run, found = module.open_bytes(data)
+    except UserError as error:
+        raise UserError(f"{name} {error.line}") from None
+    description = found if description is None else description
+    if not description:
+        raise UserError(f"{name} was not written by python -m topformer_jax.export: it has no description")
+    return Exported(name, run, description)
+
+
+def description_path(path: files.Path) -> files.Path:
+    """The file beside an exported one that describes it, for formats that have no place for it."""
+    return path.with_name(f"{path.name}.json")
+
+
+def import_format(path: files.Path) -> ModuleType:
+    """The module of a path's format.
+
+    Raises:
+        UserError: the suffix is of no format, or a package that it needs is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise UserError(f"{path} is no exported file: its name ends in {', '.join(FORMATS)}")
+    name, packages = FORMATS[suffix]
+    try:
+        return importlib.import_module(f"topformer_jax.exporters.{name}")
+    except ImportError as error:
+        raise UserError(
+            f"{suffix} files need {packages} ({error.name} is not installed): pip install "
+            "'topformer_jax[export]' (from a clone: pip install -e '.[export]')"
+        ) from None

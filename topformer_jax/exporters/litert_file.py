@@ -1,0 +1,146 @@
+"""LiteRT (TensorFlow Lite) files: from StableHLO by litert-converter, without TensorFlow; one image at a time."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter
+from jaxtyping import UInt8
+
+from topformer_jax.errors import UserError
+from topformer_jax.exporters.exported import Run
+from topformer_jax.exporters.network import Function
+
+HOLDS_DESCRIPTION = True
+BY_ROWS = False
+INPUT, SIGNATURE = "images", "serving_default"
+NOTE = (
+    "topformer_jax.json"  # in the zip archive at the end of the file, where LiteRT's tools look for metadata
+)
+
+
+def write(
+    function: Function, description: Mapping[str, Any], images: Sequence[UInt8[np.ndarray, "h w 3"]] = ()
+) -> bytes:
+    """A function of images as a LiteRT file for one image.
+
+    Args:
+        function: from `network.make_function`.
+        description: of the file.
+        images: of its size, whose activations give the ranges of 8-bit integers, for precision int8.
+
+    Raises:
+        UserError: the size is open.
+    """
+    from litert_converter import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager
+
+    if description["size"] is None:
+        raise UserError("a .tflite file is for images of one size: give --size HxW")
+    shape = jax.ShapeDtypeStruct((1, *description["size"], 3), np.uint8)
+    exported = jax.export.export(jax.jit(function), platforms=["cpu"])(shape)
+    with ir.Context() as context, ir.Location.unknown():
+        converter.prepare_mlir_context(context)
+        module = ir.Module.parse(exported.mlir_module())
+        passes, config = passmanager.PassManager(), converter.ConvertToTFLConfig()
+        converter.run_convert_to_tfl_passes(module, passes, config)
+        converter.set_signature(module.operation, SIGNATURE, [INPUT], [description["output"]])
+        data = converter.export_flatbuffer_to_bytes(module.operation)
+    if description["precision"] == "float16":
+        data = _with_float16_weights(data)
+    if description["precision"] == "int8":
+        data = _with_integers(data, images)
+    return _append_note(data, description)
+
+
+def _with_float16_weights(data: bytes) -> bytes:
+    """Weights as 16-bit floats; the computation stays in 32 bits where the device has no others."""
+    from ai_edge_quantizer import quantizer
+
+    weights = {"num_bits": 16, "symmetric": True, "granularity": "TENSORWISE", "dtype": "FLOAT"}
+    options = {"weight_tensor_config": weights, "compute_precision": "FLOAT", "explicit_dequantize": True}
+    recipe = [
+        {"regex": ".*", "operation": operation, "algorithm_key": "float_casting", "op_config": options}
+        for operation in ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+    ]
+    with _quiet():
+        return bytes(quantizer.Quantizer(bytearray(data), recipe).quantize().quantized_model)
+
+
+def _with_integers(data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> bytes:
+    """Weights (a scale for each channel) and activations as 8-bit integers."""
+    from ai_edge_quantizer import quantizer, recipe
+
+    with _quiet():
+        job = quantizer.Quantizer(bytearray(data), recipe.static_wi8_ai8())
+        ranges = job.calibrate({SIGNATURE: [{INPUT: image[None]} for image in images]})
+        return bytes(job.quantize(ranges).quantized_model)
+
+
+def _append_note(data: bytes, description: Mapping[str, Any]) -> bytes:
+    """A zip archive with the description after the model, as LiteRT's metadata has its files."""
+    stream = io.BytesIO()
+    stream.write(data)
+    with zipfile.ZipFile(stream, "a") as archive:
+        note = zipfile.ZipInfo(NOTE, date_time=(1980, 1, 1, 0, 0, 0))  # equal exports have equal bytes
+        archive.writestr(note, json.dumps(dict(description), indent=1))
+    return stream.getvalue()
+
+
+def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
+    """What runs a file, and its description.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        description: dict[str, Any] = {}
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                description = json.loads(archive.read(NOTE)) if NOTE in archive.namelist() else {}
+        with _quiet():
+            interpreter = Interpreter(model_content=data, num_threads=os.cpu_count())
+            interpreter.allocate_tensors()
+        (images_at,), (output_at,) = (
+            [tensor["index"] for tensor in tensors]
+            for tensors in (interpreter.get_input_details(), interpreter.get_output_details())
+        )
+    except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"is not a LiteRT file, or a damaged one: {reason}") from None
+
+    def run(images: np.ndarray) -> np.ndarray:
+        outputs = []
+        for image in images:
+            interpreter.set_tensor(images_at, image[None])
+            interpreter.invoke()
+            outputs.append(interpreter.get_tensor(output_at))
+        return np.concatenate(outputs)
+
+    return run, description
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the lines and bars that LiteRT's libraries print from C++ and Python."""
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as sink:
+        saved = os.dup(1), os.dup(2)
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            for number, copy in enumerate(saved, 1):
+                os.dup2(copy, number)
+                os.close(copy)

@@ -1,0 +1,98 @@
+"""The network as exported files compute it: pictures in, labels (or logits, or probabilities) out.
+
+It is the model's own modules with BatchNorms folded and each layer as one plain operation
+(`model.depthwise_impl=library`), so that a new block or injection needs nothing here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax import models
+from topformer_jax.data.augment import normalize
+from topformer_jax.models.folding import fold_batch_norms
+from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize
+
+Function = Callable[[UInt8[Array, "n h w 3"]], Array]
+OUTPUTS = ("labels", "logits", "probabilities", "scores")
+EXPORT_SETTINGS = {
+    "model.depthwise_impl": "library",
+    "model.dtype": "float32",
+    "model.param_dtype": "float32",
+}
+
+
+def export_config(config: ConfigDict) -> ConfigDict:
+    """A config whose model exporters can read: plain operations in float32."""
+    return config_lib.load(config, EXPORT_SETTINGS)
+
+
+def input_shape(size: Sequence[int] | None) -> tuple[Any, ...]:
+    """The shape of a file's input: any number of images, of one size or, if None, of any."""
+    n, h, w = jax.export.symbolic_shape("n, h, w")
+    return (n, *((h, w) if size is None else size), 3)
+
+
+def make_function(
+    model: models.Segmenter | models.Classifier,
+    output: str,
+    stride: int = 1,
+    *,
+    fold: bool = True,
+    by_rows: bool = False,
+) -> Function:
+    """The function that a file computes.
+
+    Args:
+        model: of a config from `export_config`, in inference mode.
+        output: "labels", uint8 `[n, h, w]`; "probabilities", float32 `[n, h, w, classes]`; "logits", at stride 8;
+            "scores" of a classifier, `[n, classes]`.
+        stride: of labels and probabilities: 2 is for half of the height and width, rounded up.
+        fold: whether BatchNorms become a part of the convolutions; a model as it is, is what files are compared with.
+        by_rows: whether labels are found a row at a time, for XLA, which is slow at the whole.
+
+    Returns:
+        A function of images, uint8 `[n, h, w, 3]`, RGB.
+    """
+    network: Callable[..., Array] = fold_batch_norms(model) if fold else model
+
+    def compute(images: UInt8[Array, "n h w 3"]) -> Array:
+        logits = network(normalize(images))
+        if output in ("logits", "scores"):
+            return logits
+        size = tuple((side - 1) // stride + 1 for side in images.shape[1:3])
+        if output == "labels" and by_rows:
+            return _labels_by_rows(logits, size)
+        values = enlarge(logits, size=size)
+        if output == "probabilities":
+            return jax.nn.softmax(values, axis=-1)
+        return jnp.argmax(values, axis=-1).astype(jnp.uint8)
+
+    return compute
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def enlarge(logits: Float[Array, "n h w classes"], size: Any) -> Float[Array, "n height width classes"]:
+    """The resize of the logits; by its name exporters know it, and may take an operation of their own."""
+    return resize(logits, size, method="library")
+
+
+def _labels_by_rows(logits: Float[Array, "n h w classes"], size: Any) -> UInt8[Array, "n height width"]:
+    height, width = size
+    rows = jnp.asarray(axis_matrix_of(bilinear_matrix, logits.shape[1], height))
+    columns = jnp.asarray(axis_matrix_of(bilinear_matrix, logits.shape[2], width))
+
+    def label_row(weights: Float[Array, " h"]) -> UInt8[Array, "n width"]:
+        row = lax.dot_general(logits, weights, (((1,), (0,)), ((), ())), "highest")  # [n, w, classes]
+        values = lax.dot_general(row, columns, (((1,), (1,)), ((), ())), "highest")  # [n, classes, width]
+        return jnp.argmax(values, axis=1).astype(jnp.uint8)
+
+    return jnp.moveaxis(lax.map(label_row, rows), 0, 1)

@@ -1,0 +1,68 @@
+"""ONNX files: written from the traced program, run by onnxruntime."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import onnx
+import onnxruntime
+
+from topformer_jax.errors import UserError
+from topformer_jax.exporters import onnx_rules
+from topformer_jax.exporters.exported import KEY, Run
+from topformer_jax.exporters.network import Function, input_shape
+from topformer_jax.exporters.onnx_graph import Graph, Value
+
+HOLDS_DESCRIPTION = True
+BY_ROWS = False
+INPUT = "images"
+
+
+def write(function: Function, description: Mapping[str, Any]) -> bytes:
+    """A function of images as an ONNX file, with any number of images."""
+    shape = input_shape(description["size"])
+    program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
+    graph = Graph()
+    images = graph.add_input(INPUT, shape, "uint8")
+    # WebGPU computes Resize of these axes wrongly and says nothing; a product is right there, and slower on a CPU.
+    overrides = {} if description["target"] == "web" else {"enlarge": _resize}
+    outputs = onnx_rules.translate(graph, program, [images], overrides)
+    model = graph.model([images], [(description["output"], outputs[0])])
+    model.producer_name, model.producer_version = KEY, description["versions"][KEY]
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in description.items()})
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
+
+
+def _resize(graph: Graph, operands: list[Value], equation: Any) -> list[Value]:
+    """ONNX's own resize, on the program's order of axes: classes last, where ArgMax is fastest."""
+    shape = tuple(equation.outvars[0].aval.shape)
+    inputs = graph.stored(operands[0]), "", "", graph.shape_name(shape)
+    name = graph.add("Resize", *inputs, mode="linear", coordinate_transformation_mode="half_pixel")
+    return [Value(shape, operands[0].dtype, tuple(range(len(shape))), name)]
+
+
+def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
+    """What runs a file, and its description.
+
+    Raises:
+        UserError: it is damaged, or asks for a newer onnxruntime.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # pybind's own classes
+        reason = str(error).splitlines()[0]
+        if "opset" in reason or "IR version" in reason:
+            raise UserError(f"needs a newer onnxruntime than {onnxruntime.__version__}: {reason}") from None
+        raise UserError(f"is not an ONNX file, or a damaged one: {reason}") from None
+    properties = session.get_modelmeta().custom_metadata_map
+
+    def run(images: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {INPUT: np.ascontiguousarray(images)})[0])
+
+    is_ours = "versions" in properties and "output" in properties
+    return run, {key: json.loads(value) for key, value in properties.items()} if is_ours else {}
