@@ -16,7 +16,11 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", type=files.as_path, required=True, metavar="PATH", help="a file or a folder")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", type=files.as_path, metavar="PATH", help="a file or a folder")
+    weights.add_argument(
+        "--exported", metavar="FILE", help="of topformer_jax.export, to score in its runtime"
+    )
     add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
     add("--flip", action="store_true", help="average with the mirrored images")
     add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
@@ -39,7 +43,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -48,8 +52,10 @@ from ml_collections import ConfigDict
 from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
+from topformer_jax.data.batch import Image, Labels
 from topformer_jax.errors import UserError
-from topformer_jax.evaluation import EvaluationResult, ExampleResult, evaluate_split
+from topformer_jax.evaluation import EvaluationResult, ExampleResult, evaluate_images, evaluate_split
+from topformer_jax.exporters.prediction import ExportedPredictor
 from topformer_jax.inference import Predictor
 from topformer_jax.visualize import drawing, report
 
@@ -62,6 +68,7 @@ def evaluate(
     split: str = "validation",
     save_predictions: files.Path | None = None,
     num_report_images: int = 6,
+    predict: Callable[[Image], Labels] | None = None,
 ) -> EvaluationResult:
     """Scores a model on a split of its config's data set, prints the table and writes the outputs.
 
@@ -72,6 +79,7 @@ def evaluate(
         split: "train" or "validation".
         save_predictions: a folder for each example's prediction as an indexed PNG.
         num_report_images: in the report, so many with the most correct pixels and so many with the fewest.
+        predict: what labels an image instead of the model, of which the config alone is used.
 
     Raises:
         UserError: the data cannot be read, or an output cannot be written.
@@ -90,13 +98,19 @@ def evaluate(
 
     mesh = sharding.make_inference_mesh(jax.devices())
     with files.WriteQueue() as writes, logs.Progress(len(source), "images", active=is_first) as progress:
-        result = evaluate_split(model, source, mesh, on_example=save_prediction, on_progress=progress.update)
+        score = (
+            functools.partial(evaluate_split, model, source, mesh)
+            if predict is None
+            else functools.partial(evaluate_images, predict, source, config)
+        )
+        result = score(on_example=save_prediction, on_progress=progress.update)
     if is_first:
         scores = metrics.compute_scores(result.confusion)
         print(format_table(scores, data_set.classes))
         facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
         _write_scores(workdir, scores, result, data_set.classes, facts)
-        _write_report(workdir / "report.html", model, source, result, facts, num_report_images)
+        predict = Predictor(model) if predict is None else predict
+        _write_report(workdir / "report.html", config, predict, source, result, facts, num_report_images)
         print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
     return result
 
@@ -156,15 +170,14 @@ def _write_scores(
 
 def _write_report(
     path: files.Path,
-    model: models.Segmenter,
+    config: ConfigDict,
+    predict: Callable[[Image], Labels],
     source: sources.Source,
     result: EvaluationResult,
     facts: Mapping[str, str],
     num_images: int,
 ) -> None:
     """Writes the HTML report, with the images that have the largest and the smallest share of correct pixels."""
-    config = model.config
-    predict = Predictor(model)
 
     def load_example(index: int) -> report.ReportExample:
         example = source[index]
@@ -205,13 +218,16 @@ def main() -> None:
     if args.slide:
         overrides["evaluation.mode"] = "slide"
     config = config_lib.load(config, overrides)
+    if args.exported and jax.process_count() > 1:
+        raise UserError("--exported runs in one process: start one")
     evaluate(
         checkpoints.load_segmenter(config, args.checkpoint),
         args.workdir or files.as_path("runs") / config.name / "evaluate",
-        checkpoint=str(args.checkpoint),
+        checkpoint=str(args.checkpoint or args.exported),
         split=args.split,
         save_predictions=args.save_predictions,
         num_report_images=args.report_images,
+        predict=ExportedPredictor(args.exported, config) if args.exported else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from topformer_jax import metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
@@ -119,6 +121,46 @@ def evaluate_split(
     on_progress(started, "")
     scores = processes.sum_over_processes(scores)
     confusion = processes.sum_over_processes(programs.read_totals(totals))
+    return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
+
+
+def evaluate_images(
+    predict: Callable[[Image], Labels],
+    source: sources.Source,
+    config: ConfigDict,
+    *,
+    on_example: Callable[[ExampleResult], None] = lambda _: None,
+    on_progress: Callable[[int, str], None] = lambda *_: None,
+) -> EvaluationResult:
+    """Counts as `evaluate_split` does what a function makes of each image, in this process alone.
+
+    Args:
+        predict: an image, uint8 `[h, w, 3]`, to labels of its size.
+        source: the examples.
+        config: of the data set.
+        on_example, on_progress: see `evaluate_split`.
+
+    Raises:
+        UserError: an example cannot be read.
+    """
+    classes = config.model.num_classes
+    confusion = np.zeros((classes, classes), np.int64)
+    scores = np.zeros((len(source), 2), np.float32)
+
+    def load(index: int) -> tuple[str, Image, Labels]:
+        example = source[index]
+        return (example.name, *loader.decode_example(example, config))
+
+    for index, (name, image, label) in enumerate(loader.map_in_threads(load, range(len(source)))):
+        on_progress(index, "")
+        prediction = predict(image)
+        counted = label < classes
+        pairs = label[counted].astype(np.int64) * classes + prediction[counted]
+        counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        confusion += counts
+        scores[index] = metrics.compute_image_scores(np.diagonal(counts), counts.sum(1), counts.sum(0))
+        on_example(ExampleResult(index, name, image, label, functools.partial(np.copy, prediction)))
+    on_progress(len(source), "")
     return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
 
 

@@ -17,7 +17,9 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a file or a checkpoint folder")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", metavar="PATH", help="a file or a checkpoint folder")
+    weights.add_argument("--exported", metavar="FILE", help="of topformer_jax.export, to run in its runtime")
     parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
     return parser
@@ -42,6 +44,7 @@ from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.codecs import decode_image, read_image_size
 from topformer_jax.errors import UserError
+from topformer_jax.exporters.prediction import ExportedPredictor
 from topformer_jax.visualize import drawing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of the images in folders
@@ -89,7 +92,7 @@ def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
 
 
 def segment_files(
-    predictor: inference.Predictor,
+    predictor: inference.Predictor | ExportedPredictor,
     images: Sequence[ImageFile],
     output: files.Path,
     data_set: sources.DataSet,
@@ -100,7 +103,7 @@ def segment_files(
     """Segments each image and writes its results.
 
     Args:
-        predictor: of the trained model.
+        predictor: of the trained model, or of an exported file.
         images: what to segment.
         output: an existing folder.
         data_set: names and colours of the classes.
@@ -190,10 +193,12 @@ def main() -> None:
         more = ", ..." if len(others) > 3 else ""
         print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
+    exported = ExportedPredictor(args.exported, config) if args.exported else None
     files.make_folder(args.output)
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
         sizes = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
-    predictor = inference.Predictor(model, image_sizes=[size for size in sizes if size is not None])
+    known_sizes = [size for size in sizes if size is not None]
+    predictor = exported or inference.Predictor(model, image_sizes=known_sizes)
     data_set = sources.find_data_set(config)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(

@@ -1,21 +1,23 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from topformer_jax import models, sharding
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
 from topformer_jax.errors import UserError
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.geometry import ProgramShapes, join_tiles
-from topformer_jax.inference.inputs import LabelTiles, prepare_input
+from topformer_jax.inference.geometry import ProgramShapes, join_tiles, logits_size, view_flips
+from topformer_jax.inference.inputs import InferenceInput, LabelTiles, prepare_input
 from topformer_jax.inference.plan import plan_shapes
 from topformer_jax.ops.tiled import ViewLogits
 
+# Images as the network sees them but for the normalisation, to logits.
+Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]
 MAX_PADDED = 2  # an image uses another image's program where that computes up to so many times its own pixels
 
 
@@ -32,6 +34,7 @@ class Predictor:
         tensors: by official name, to use instead of the model's own.
         image_sizes: (height, width) of the images to come, as far as they are known: their programs are made for
             them, and are fewer.
+        network: what computes the logits instead of the model, an exported file for one; not in mode "slide".
 
     Raises:
         UserError: the model is a classifier.
@@ -42,6 +45,7 @@ class Predictor:
         model: models.Segmenter | models.Classifier,
         tensors: Mapping[str, np.ndarray | Array] | None = None,
         image_sizes: Sequence[Size] = (),
+        network: Network | None = None,
     ):
         if not isinstance(model, models.Segmenter):
             raise UserError(f"{model.config.name} is a classifier: only a segmenter labels pixels")
@@ -49,6 +53,7 @@ class Predictor:
         self._programs = compile_inference(model, mesh)
         tensors = models.state_dict(model) if tensors is None else dict(tensors)
         self._tensors = jax.device_put(tensors, sharding.replicated(mesh))
+        self._network = network
         self._shapes: list[ProgramShapes] = []
         if image_sizes:
             planned = plan_shapes(image_sizes, self._programs.evaluation, round_up=True)
@@ -71,7 +76,27 @@ class Predictor:
         shapes = self._find_shapes(size)
         prepared = prepare_input(image, None, programs.evaluation, shapes, dtype=programs.dtype.name)
         batch = make_global_batch({0: prepared}, 1, programs.batch_sharding)
+        if self._network is not None:
+            return shapes, batch.tiles, self._run_network(self._network, shapes, prepared, batch)
         return shapes, batch.tiles, programs.compute_views(self._tensors, shapes, batch)
+
+    def _run_network(
+        self, network: Network, shapes: ProgramShapes, prepared: InferenceInput, batch: InferenceInput
+    ) -> list[ViewLogits]:
+        """The views' logits from another network, padded like the model's own."""
+        views = []
+        for ratio, inputs in enumerate(prepared.networks):
+            height, width = inputs.size
+            for flip in view_flips(self._programs.evaluation):
+                image = np.asarray(inputs.image)[None, :height, :width]
+                logits = network(np.ascontiguousarray(image[:, :, ::-1] if flip else image))
+                down, across = logits_size(shapes, ratio)
+                pad = ((0, 0), (0, down - logits.shape[1]), (0, across - logits.shape[2]), (0, 0))
+                padded = np.pad(logits, pad).swapaxes(2, 3)
+                views.append(jax.device_put(padded, self._programs.batch_sharding))
+        return [
+            ViewLogits(*parts) for parts in zip(views, batch.row_resizes, batch.column_resizes, strict=True)
+        ]
 
     def _find_shapes(self, size: Size) -> ProgramShapes:
         """Those made before that the image fits into with the least padding; new ones where it would be too much."""

@@ -1,0 +1,215 @@
+"""The export command, files in predict and evaluate, and what they say about mistakes."""
+
+import contextlib
+import io
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import cv2
+import numpy as np
+import onnx
+import PIL.Image
+import pytest
+
+import topformer_jax
+from tests.commands import only_line
+from topformer_jax import checkpoints, cli, config, evaluate, export, models, predict
+from topformer_jax.exporters import exported, verification
+
+SETTINGS = {"data.shapes.validation": 3, "data.shapes.size": 64, "evaluation.scale": "(96,96)"}
+FLAGS = ["--config", "topformer_t_shapes", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
+
+
+def command(main: Callable[[], None], *words: object) -> str:
+    """What a command prints."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", ["command", *map(str, words)]), contextlib.redirect_stdout(out):
+        cli.run(main)
+    return out.getvalue()
+
+
+def run_command(name: str, *words: object) -> None:
+    """A command in a process of its own."""
+    subprocess.run([sys.executable, "-m", f"topformer_jax.{name}", *map(str, words)], check=True, timeout=300)
+
+
+def refused(main: Callable[[], None], *words: object) -> str:
+    """The line that a command ends with."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        command(main, *words)
+    assert end.value.code == 2
+    return only_line(err.getvalue().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint folder of random weights."""
+    folder = tmp_path_factory.mktemp("weights") / "shapes"
+    settings = config.shapes()
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
+    # A last layer with a clear winner at most pixels.
+    tensors["decode_head.conv_seg.weight"] = tensors["decode_head.conv_seg.weight"] * 30
+    checkpoints.save_model(folder, tensors, {"config": json.loads(settings.to_json()), "meta": {}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(weights: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with logits.onnx for any size, and labels.tflite for 64x64."""
+    folder = tmp_path_factory.mktemp("files")
+    start = [*FLAGS, "--checkpoint", weights]
+    said = command(export.main, *start, "--output", folder / "logits.onnx", "--size", "any", "--logits")
+    assert "verified in its runtime at 256x256, 181x250, 1 and 2 images" in said
+    command(export.main, *start, "--output", folder / "labels.tflite", "--size", "64x64")
+    assert sorted(path.name for path in folder.iterdir()) == ["labels.tflite", "logits.onnx"]
+    return folder
+
+
+def test_a_file_in_python(files: pathlib.Path) -> None:
+    file = topformer_jax.exported(files / "labels.tflite")
+    labels = file(np.zeros((2, 64, 64, 3), np.uint8))
+    assert labels.shape == (2, 64, 64)
+    facts = file.description
+    assert (facts["output"], facts["size"], facts["stride"]) == ("labels", [64, 64], 1)
+    assert len(facts["classes"]) == len(facts["palette"]) == 10
+    assert facts["config"]["name"] == "topformer_t_shapes"
+    assert len(facts["checkpoint"]["sha256"]) == 64
+
+
+def test_evaluate_and_predict_give_the_checkpoints_labels(
+    weights: pathlib.Path, files: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (48, 80, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), cv2.GaussianBlur(image, (9, 9), 0))
+    masks, scores = [], []
+    for number, origin in enumerate((["--checkpoint", weights], ["--exported", files / "logits.onnx"])):
+        out = tmp_path / str(number)
+        flags = [*FLAGS, *origin, "--workdir", out, "--save-predictions", out / "labels", "--flip"]
+        run_command("evaluate", *flags)
+        scores.append(json.loads((out / "metrics.json").read_text()))
+        run_command("predict", *FLAGS, *origin, "--output", out, "--probabilities", tmp_path / "a.png")
+        masks.append([np.asarray(PIL.Image.open(path)) for path in sorted(out.rglob("*.png"))])
+        assert (out / "a_probabilities.npz").exists()
+    assert scores[0]["mIoU"] == pytest.approx(scores[1]["mIoU"], abs=1e-3)
+    assert scores[1]["checkpoint"].endswith("logits.onnx")
+    assert len(masks[0]) == 4
+    assert np.mean([(ours != theirs).mean() for ours, theirs in zip(*masks, strict=True)]) < 1e-3
+
+
+@pytest.mark.slow
+def test_the_official_label_maps(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
+    start = ["--config", "topformer_t_ade", f"--config.data.root={golden('mini_ade')}"]
+    checkpoint, file = golden("checkpoints/tiny.pth"), tmp_path / "t.onnx"
+    command(export.main, *start, "--checkpoint", checkpoint, "--output", file, "--logits", "--size", "any")
+    flags = [*start, "--exported", file, "--workdir", tmp_path, "--save-predictions", tmp_path / "labels"]
+    run_command("evaluate", *flags)
+    official = json.loads(golden("eval/single.json").read_text())
+    assert json.loads((tmp_path / "metrics.json").read_text())["mIoU"] == pytest.approx(
+        official["metrics"]["mIoU"], abs=1e-4
+    )
+    pairs = [
+        (np.asarray(PIL.Image.open(path)), np.asarray(PIL.Image.open(tmp_path / "labels" / path.name)))
+        for path in sorted(golden("eval/single").glob("*.png"))
+    ]
+    assert len(pairs) == 12
+    assert sum((ours != theirs).sum() for theirs, ours in pairs) <= 1e-5 * sum(a.size for a, _ in pairs)
+
+
+def test_weights_alone(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "w.safetensors"
+    assert "wrote" in command(export.main, *FLAGS, "--checkpoint", weights, "--output", path)
+    tensors, metadata = checkpoints.load.read_any(path)
+    expected, _ = checkpoints.load.read_any(weights)
+    assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
+    assert metadata["config"]["name"] == "topformer_t_shapes"
+
+
+def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    start = [*FLAGS, "--checkpoint", weights, "--output"]
+
+    def line(*words: object) -> str:
+        return refused(export.main, *start, *words)
+
+    assert "its name ends in .onnx, .tflite, .stablehlo" in line(tmp_path / "t.pb")
+    assert "is there already: name another file" in line(files / "logits.onnx")
+    assert "--size 5: expected HEIGHTxWIDTH" in line(tmp_path / "t.onnx", "--size", "5")
+    assert "is for images of one size: give --size HxW" in line(tmp_path / "t.tflite", "--size", "any")
+    assert "--scale-labels is 1/3: expected one of" in line(tmp_path / "t.onnx", "--scale-labels", "1/3")
+    assert "float16 is for .tflite files alone" in line(tmp_path / "t.onnx", "--precision", "float16")
+    assert "int8 is for --logits" in line(tmp_path / "t.tflite", "--precision", "int8")
+    integers = ["--precision", "int8", "--logits", "--size", "64x64"]
+    assert "int8 needs --images DIR" in line(tmp_path / "t.tflite", *integers)
+    assert "holds no picture" in line(tmp_path / "t.tflite", *integers, "--images", tmp_path)
+    other = [f"--config.model.variant={variant}" for variant in ["base"]]
+    assert "it is of variant tiny, the config of base" in line(tmp_path / "t.onnx", *other)
+    with mock.patch.multiple(verification, MOST_LABELS=-1.0, ROUNDINGS=-1):
+        assert "differs from the model" in line(tmp_path / "t.onnx", "--size", "64x64")
+    (tmp_path / "file").write_text("")
+    with mock.patch.object(verification, "MOST_LABELS", 1.0):
+        assert "cannot write" in line(tmp_path / "file" / "t.onnx", "--size", "64x64")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_int8(weights: pathlib.Path, drawn: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    flags = [
+        *FLAGS,
+        "--checkpoint",
+        weights,
+        "--output",
+        tmp_path / "t.tflite",
+        "--size",
+        "64x64",
+        "--logits",
+    ]
+    said = command(export.main, *flags, "--precision", "int8", "--images", drawn / "images")
+    assert "5 pictures: " in said
+    assert "of the labels equal the model's" in said
+    assert topformer_jax.exported(tmp_path / "t.tflite").description["precision"] == "int8"
+
+
+def test_an_interrupted_export_leaves_nothing(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    flags = [*FLAGS, "--checkpoint", weights, "--output", tmp_path / "t.stablehlo", "--size", "64x64"]
+    with (
+        mock.patch.object(verification, "verify", side_effect=KeyboardInterrupt),
+        pytest.raises(SystemExit) as end,
+    ):
+        command(export.main, *flags)
+    assert end.value.code == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    def line(file: pathlib.Path, *words: object, main: Any = evaluate.main) -> str:
+        output = ["--workdir", tmp_path / "out"] if main is evaluate.main else ["--output", tmp_path / "out"]
+        return refused(main, *FLAGS, "--exported", file, *output, *words)
+
+    labels, logits = files / "labels.tflite", files / "logits.onnx"
+    assert "takes images of 64x64 pixels (height x width), and one has" in line(labels)
+    assert "views are averaged before there are any: export --logits" in line(labels, "--flip")
+    assert "sees whole images" in line(logits, "--slide")
+    assert "has 10 classes, the config 150" in line(logits, "--config.model.num_classes=150")
+    assert "is no exported file" in line(tmp_path / "a.txt")
+    assert "cannot read" in line(tmp_path / "none.onnx")
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    square = "--config.evaluation.scale=(64,64)"
+    probabilities = ["--probabilities", square, tmp_path / "a.png"]
+    assert "--probabilities needs logits" in line(labels, *probabilities, main=predict.main)
+    foreign = onnx.load(logits)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    assert "was not written by python -m topformer_jax.export" in line(tmp_path / "foreign.onnx")
+
+
+def test_a_missing_package_is_one_line(tmp_path: pathlib.Path) -> None:
+    for suffix, (module, packages) in exported.FORMATS.items():
+        name = f"topformer_jax.exporters.{module}"
+        with mock.patch.dict(sys.modules, {name: None}):
+            said = refused(evaluate.main, *FLAGS, "--exported", tmp_path / f"a{suffix}")
+        assert f"{suffix} files need {packages}" in said
+        assert "pip install 'topformer_jax[export]'" in said
