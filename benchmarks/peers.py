@@ -30,6 +30,8 @@ BEST = {
     "loss": "eager+kept_memory",
     "logits": "channels_last+compile",
     "labels": "channels_last+kept_memory",
+    "onnx_logits": "eager",
+    "onnx_labels": "eager",
     "evaluate": "eager",
 }
 # kept_memory: glibc keeps freed memory, as in our commands (`cli.keep_freed_memory`); by default it does not.

@@ -137,6 +137,36 @@ def labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
     return torch.no_grad()(lambda: forward())
 
 
+def onnx_logits(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
+    """The logits of images from PyTorch's own ONNX export of the network, in onnxruntime."""
+    network = variant.network(weights).eval()
+    return _onnx_call(lambda pixels: network(variant.normalize(pixels)), variant.images(images))
+
+
+def onnx_labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
+    """The labels of images, likewise."""
+    network = variant.network(weights).eval()
+
+    def label(pixels: Tensor) -> Tensor:
+        return resize(network(variant.normalize(pixels)), pixels).argmax(1)
+
+    return _onnx_call(label, variant.images(images))
+
+
+def _onnx_call(function: Callable[[Tensor], Tensor], images: Tensor) -> Call:
+    import onnxruntime
+
+    class Module(torch.nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return function(pixels)
+
+    program = torch.onnx.export(Module(), (images,), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, feed)
+
+
 def evaluate(variant: Variant, weights: Arrays, source: sources.Source) -> Call:
     """The confusion matrix of a source, an image at a time, as officially; files are read ahead as by ours."""
     network, config = variant.network(weights).eval(), variant.config

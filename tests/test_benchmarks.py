@@ -87,6 +87,14 @@ def test_train_step_from_files(run: Run) -> None:
     assert 0 <= rows[1]["data_wait"] <= 1
 
 
+def test_exported(run: Run) -> None:
+    rows = run("exported", *TINY, "--size", "64", *EAGER)
+    programs = ["ours", "our .onnx", "our .tflite", TORCH, "torch's ONNX eager"]
+    assert [(row["case"], row["program"]) for row in rows] == [
+        (f"to {question}", program) for question in ("logits", "labels") for program in programs
+    ]
+
+
 def test_inference(run: Run) -> None:
     rows = run("inference", *TINY, "--size", "64", "--batch", "2", *EAGER)
     assert [row["case"] for row in rows] == ["to logits"] * 2 + ["to labels"] * 2
