@@ -30,6 +30,7 @@ BEST = {
     "loss": "eager+kept_memory",
     "logits": "channels_last+compile",
     "labels": "channels_last+kept_memory",
+    "exported_file": "eager",
     "onnx_logits": "eager",
     "onnx_labels": "eager",
     "evaluate": "eager",

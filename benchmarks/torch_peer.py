@@ -27,6 +27,7 @@ from tests.reference.network import OFFICIAL_NAMES, Segmenter
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.exporters import exported
 
 Call = Callable[[], Any]
 Arrays = Mapping[str, np.ndarray]
@@ -135,6 +136,13 @@ def labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
         lambda: predict(variant.logits(network, variant.normalize(placed)), placed, placed)
     )
     return torch.no_grad()(lambda: forward())
+
+
+def exported_file(variant: Variant, suffix: str, data: bytes, images: np.ndarray) -> Call:
+    """What one of our exported files gives for images."""
+    module = exported.import_format(pathlib.Path(f"file{suffix}"))
+    file = exported.open_bytes("the file", data, module)
+    return lambda: file(images)
 
 
 def onnx_logits(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:

@@ -89,7 +89,7 @@ def test_train_step_from_files(run: Run) -> None:
 
 def test_exported(run: Run) -> None:
     rows = run("exported", *TINY, "--size", "64", *EAGER)
-    programs = ["ours", "our .onnx", "our .tflite", TORCH, "torch's ONNX eager"]
+    programs = ["ours", "our .onnx", "our .tflite", TORCH, "torch's ONNX"]
     assert [(row["case"], row["program"]) for row in rows] == [
         (f"to {question}", program) for question in ("logits", "labels") for program in programs
     ]

@@ -18,7 +18,15 @@ from tests.parity import distance, settings_for
 from tests.test_folding import INJECTIONS, randomized
 from topformer_jax import config, models
 from topformer_jax.errors import UserError
-from topformer_jax.exporters import exported, litert_file, network, onnx_file, onnx_rules, stablehlo_file
+from topformer_jax.exporters import (
+    exported,
+    litert_file,
+    network,
+    onnx_file,
+    onnx_rules,
+    stablehlo_file,
+    verification,
+)
 from topformer_jax.exporters.exported import Exported
 from topformer_jax.exporters.onnx_graph import Graph
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, pooling_matrix
@@ -57,7 +65,7 @@ class Pair:
 
 def describe(**changes: Any) -> dict[str, Any]:
     facts = {"size": SIZE, "target": "cpu", "precision": "float32", "versions": {"topformer_jax": "0"}}
-    return facts | changes
+    return {"output": "logits", "stride": 1, "config": {}} | facts | changes
 
 
 def open_data(format: str, data: bytes, **changes: Any) -> Exported:
@@ -189,7 +197,7 @@ def test_integers_of_8_bits() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_damaged_file_is_one_line(format: str) -> None:
     data = pair().export(format)
-    for broken in (data[: len(data) // 2], data[:100], b"", b"no such file" * 100):
+    for broken in (data[: len(data) // 2], data[:100], b"", b"no such file" * 100, data[1000:]):
         with pytest.raises(UserError, match=r"^FILE (is not an? \w+ file|was not written by)") as error:
             open_data(format, broken, output="logits")
         assert "\n" not in error.value.line
@@ -207,6 +215,30 @@ def test_an_unknown_primitive_is_named() -> None:
     graph = Graph()
     with pytest.raises(NotImplementedError, match="no ONNX rule for JAX's sinh"):
         onnx_rules.translate(graph, program, [graph.add_input("x", (3,), "float32")], {})
+
+
+@pytest.mark.parametrize("output", ["logits", "labels"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_a_wrong_file_is_refused(precision: str, output: str) -> None:
+    drawn = pair(prepare=fresh)
+    right = jax.jit(network.make_function(drawn.plain, output))
+    facts = describe(output=output, stride=1, precision=precision)
+
+    def check(change: Callable[[np.ndarray], np.ndarray]) -> None:
+        file = Exported("FILE", lambda images: change(np.array(right(images))), facts)
+        assert "compared in its runtime at 70x99" in verification.verify(file, drawn.plain, drawn.for_export)
+
+    def other_class(values: np.ndarray) -> np.ndarray:
+        return values + 1 if output == "labels" else values[..., ::-1]
+
+    check(lambda values: values)
+    with pytest.raises(UserError, match=r"the exported file differs from the model: .* nothing was written"):
+        check(other_class)
+    if output == "logits":
+        with pytest.raises(UserError, match="differs from the model: nan largest difference"):
+            check(lambda values: values * np.nan)
+    with pytest.raises(UserError, match=r"gives \w+ \(1, .*, 1\) where the model gives"):
+        check(lambda values: values[..., None])
 
 
 @pytest.mark.parametrize("make", [bilinear_matrix, pooling_matrix])

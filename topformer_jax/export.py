@@ -105,8 +105,17 @@ def export_model(
         UserError: the checkpoint does not fit, the file cannot be written, or it differs from the model.
     """
     module = exported.import_format(output)
-    if precision != "float32" and output.suffix != ".tflite":
+    suffix = output.suffix.lower()
+    if precision != "float32" and suffix != ".tflite":
         raise UserError(f"--precision {precision} is for .tflite files alone, and the output is {output}")
+    if target != "cpu" and suffix != ".onnx":
+        raise UserError(f"--target {target} is for .onnx files alone, and the output is {output}")
+    if config.task == "classification" and (kind != "labels" or stride != 1):
+        raise UserError(
+            f"{config.name} is a classifier, whose file gives scores: leave out the flags of labels"
+        )
+    if kind == "logits" and stride != 1:
+        raise UserError("--scale-labels is for labels and probabilities: logits are at an eighth of the size")
     if precision == "int8" and kind != "logits":
         raise UserError(
             "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
@@ -116,7 +125,9 @@ def export_model(
             "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
         )
     files.refuse_existing(output)
-    config = network.export_config(config)
+    if not module.HOLDS_DESCRIPTION:
+        files.refuse_existing(exported.description_path(output))
+    own_config, config = config, network.export_config(config)
     model = checkpoints.load_model(config, checkpoint)
     is_classifier = isinstance(model, models.Classifier)
     description = {
@@ -127,7 +138,7 @@ def export_model(
         "precision": precision,
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
-        **describe_origin(config, checkpoint, model),
+        **describe_origin(own_config, checkpoint, model),
     }
     function = network.make_function(
         model, description["output"], stride, by_rows=module.BY_ROWS and not is_classifier
@@ -139,11 +150,16 @@ def export_model(
     plain = checkpoints.load_model(config_for_comparison(config), checkpoint)
     found = verification.verify(file, plain, model)
     if pictures:
-        mean, worst = verification.compare_labels(file, plain, pictures[1::2] or pictures)
-        found += f"\n{len(pictures[1::2])} pictures: {mean:.2%} of the labels equal the model's, {worst:.2%} at worst"
-    if not module.HOLDS_DESCRIPTION:
-        files.write_file(exported.description_path(output), json.dumps(description, indent=1) + "\n")
+        others = pictures[1::2] or pictures
+        mean, worst = verification.compare_labels(file, plain, others)
+        found += f"\n{len(others)} pictures: {mean:.2%} of the labels equal the model's, {worst:.2%} at worst"
     files.write_file(output, data)
+    if not module.HOLDS_DESCRIPTION:
+        try:
+            files.write_file(exported.description_path(output), json.dumps(description, indent=1) + "\n")
+        except BaseException:
+            output.unlink()
+            raise
     return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"
 
 
@@ -190,7 +206,7 @@ def main() -> None:
     kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
     if args.scale_labels not in SCALES:
         raise UserError(f"--scale-labels is {args.scale_labels}: expected one of {', '.join(SCALES)}")
-    if args.output.suffix == safetensors_format.SUFFIX:
+    if args.output.suffix.lower() == safetensors_format.SUFFIX:
         model = checkpoints.load_model(config, args.checkpoint)
         tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
         checkpoints.write_checkpoint(args.output, tensors, describe_origin(config, args.checkpoint, model))

@@ -4,6 +4,7 @@
     onnx_graph       an ONNX graph while it is written; `onnx_rules` translates a traced JAX program into one
     onnx_file, litert_file, stablehlo_file    one format each: `write` gives a file's bytes, `open_bytes` runs them
     exported         what any exported file is in Python: a function of images that carries its description
+    prediction       labels of pictures of any size from a file, for `predict` and `evaluate`
     verification     a file in its own runtime against the model
 
 The packages of a format are imported when it is used; a missing one is one line.

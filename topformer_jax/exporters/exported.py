@@ -1,9 +1,10 @@
 """An exported file in Python: `open_exported(FILE)` is a function of images that carries its description."""
 
+import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ FORMATS = {
     ".tflite": ("litert_file", "ai-edge-litert"),
     ".stablehlo": ("stablehlo_file", "flatbuffers"),
 }
+NEEDED = {"output", "stride", "size", "precision", "config"}  # in every description
 KEY = "topformer_jax"  # of the description in files that have a place for it
 Run = Callable[[UInt8[np.ndarray, "n h w 3"]], Shaped[np.ndarray, "n ..."]]
 
@@ -46,7 +48,7 @@ class Exported:
         if size is not None and tuple(size) != found:
             raise UserError(
                 f"{self.name} takes images of {size[0]}x{size[1]} pixels (height x width), and one has "
-                f"{found[0]}x{found[1]}: resize it, or export with --size {found[0]}x{found[1]} or --size any"
+                f"{found[0]}x{found[1]}: resize it, or export with --size {found[0]}x{found[1]}"
             )
         return self._run(images)
 
@@ -61,9 +63,17 @@ def open_exported(path: str | os.PathLike[str]) -> Exported:
     module = import_format(target)
     with files.report_errors("read", target):
         data = files.retry(target.read_bytes)
-        beside = description_path(target)
-        description = json.loads(beside.read_text()) if not module.HOLDS_DESCRIPTION else None
-    return open_bytes(str(path), data, module, description)
+    if module.HOLDS_DESCRIPTION:
+        return open_bytes(str(path), data, module)
+    beside = description_path(target)
+    with files.report_errors("read", beside, "; export writes it beside the file, and they belong together"):
+        text = files.retry(beside.read_bytes)
+    try:
+        return open_bytes(str(path), data, module, json.loads(text))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{beside} is damaged: {error}") from None
 
 
 def open_bytes(
@@ -75,7 +85,7 @@ def open_bytes(
     except UserError as error:
         raise UserError(f"{name} {error.line}") from None
     description = found if description is None else description
-    if not description:
+    if not isinstance(description, Mapping) or not description.keys() >= NEEDED:
         raise UserError(f"{name} was not written by python -m topformer_jax.export: it has no description")
     return Exported(name, run, description)
 
@@ -93,12 +103,18 @@ def import_format(path: files.Path) -> ModuleType:
     """
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
-        raise UserError(f"{path} is no exported file: its name ends in {', '.join(FORMATS)}")
+        raise UserError(f"{path} is no exported file: expected a name that ends in {', '.join(FORMATS)}")
     name, packages = FORMATS[suffix]
-    try:
+    with need_packages(f"{suffix} files need {packages}"):
         return importlib.import_module(f"topformer_jax.exporters.{name}")
+
+
+@contextlib.contextmanager
+def need_packages(what: str) -> Iterator[None]:
+    """Turns a failed import into a UserError: what needs which packages, and how to install them."""
+    try:
+        yield
     except ImportError as error:
         raise UserError(
-            f"{suffix} files need {packages} ({error.name} is not installed): pip install "
-            "'topformer_jax[export]' (from a clone: pip install -e '.[export]')"
+            f"{what}: {error}; pip install 'topformer_jax[export]' (from a clone: pip install -e '.[export]')"
         ) from None

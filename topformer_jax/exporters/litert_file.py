@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ai_edge_litert.interpreter import Interpreter
 from jaxtyping import UInt8
 
 from topformer_jax.errors import UserError
-from topformer_jax.exporters.exported import Run
+from topformer_jax.exporters.exported import Run, need_packages
 from topformer_jax.exporters.network import Function
 
 HOLDS_DESCRIPTION = True
@@ -41,8 +42,9 @@ def write(
     Raises:
         UserError: the size is open.
     """
-    from litert_converter import converter_api_ext as converter
-    from litert_converter.mlir import ir, passmanager
+    with need_packages("writing .tflite files needs litert-converter"):
+        from litert_converter import converter_api_ext as converter
+        from litert_converter.mlir import ir, passmanager
 
     if description["size"] is None:
         raise UserError("a .tflite file is for images of one size: give --size HxW")
@@ -64,7 +66,8 @@ def write(
 
 def _with_float16_weights(data: bytes) -> bytes:
     """Weights as 16-bit floats; the computation stays in 32 bits where the device has no others."""
-    from ai_edge_quantizer import quantizer
+    with need_packages("16-bit weights need ai-edge-quantizer"):
+        from ai_edge_quantizer import quantizer
 
     weights = {"num_bits": 16, "symmetric": True, "granularity": "TENSORWISE", "dtype": "FLOAT"}
     options = {"weight_tensor_config": weights, "compute_precision": "FLOAT", "explicit_dequantize": True}
@@ -78,10 +81,13 @@ def _with_float16_weights(data: bytes) -> bytes:
 
 def _with_integers(data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> bytes:
     """Weights (a scale for each channel) and activations as 8-bit integers."""
-    from ai_edge_quantizer import quantizer, recipe
+    with need_packages("8-bit integers need ai-edge-quantizer"):
+        from ai_edge_quantizer import quantizer, recipe
 
     with _quiet():
-        job = quantizer.Quantizer(bytearray(data), recipe.static_wi8_ai8())
+        # The output stays float32, so that files of any precision give the same.
+        output = {"regex": ".*", "operation": "OUTPUT", "algorithm_key": "no_quantize"}
+        job = quantizer.Quantizer(bytearray(data), [*recipe.static_wi8_ai8(), output])
         ranges = job.calibrate({SIGNATURE: [{INPUT: image[None]} for image in images]})
         return bytes(job.quantize(ranges).quantized_model)
 
@@ -138,7 +144,8 @@ def _quiet() -> Iterator[None]:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
         try:
-            yield
+            with warnings.catch_warnings(action="ignore"):
+                yield
         finally:
             sys.stdout.flush()
             for number, copy in enumerate(saved, 1):

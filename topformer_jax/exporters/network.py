@@ -22,7 +22,6 @@ from topformer_jax.models.folding import fold_batch_norms
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize
 
 Function = Callable[[UInt8[Array, "n h w 3"]], Array]
-OUTPUTS = ("labels", "logits", "probabilities", "scores")
 EXPORT_SETTINGS = {
     "model.depthwise_impl": "library",
     "model.dtype": "float32",
@@ -52,7 +51,7 @@ def make_function(
     """The function that a file computes.
 
     Args:
-        model: of a config from `export_config`, in inference mode.
+        model: in inference mode; to be written, of a config from `export_config`.
         output: "labels", uint8 `[n, h, w]`; "probabilities", float32 `[n, h, w, classes]`; "logits", at stride 8;
             "scores" of a classifier, `[n, classes]`.
         stride: of labels and probabilities: 2 is for half of the height and width, rounded up.

@@ -46,6 +46,11 @@ class Value:
     constant: np.ndarray | None = None
     unit_axes: frozenset[int] = frozenset()
 
+    def whole_constant(self) -> np.ndarray:
+        """A constant's values in the program's order of axes, broadcast to its shape."""
+        assert self.constant is not None
+        return np.broadcast_to(self.constant.transpose(np.argsort(self.order)), self.shape)
+
 
 def constant(array: Any) -> Value:
     """A constant of the program."""
@@ -75,7 +80,7 @@ class Graph:
 
     def constant_name(self, array: Any) -> str:
         """The name of a constant tensor."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")  # not ascontiguousarray, which makes rows of scalars
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"

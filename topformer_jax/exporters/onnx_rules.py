@@ -14,6 +14,8 @@ from topformer_jax.exporters.onnx_graph import ELEMENT_TYPES, Graph, Value, cons
 
 Rule = Callable[[Graph, list[Value], Any], list[Value]]
 RULES: dict[str, Rule] = {}
+# Primitives that call a program, and the parameter that holds it.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 def translate(
@@ -57,24 +59,16 @@ def _translate_equation(
     name, params = equation.primitive.name, equation.params
     if params.get("name") in overrides:
         return overrides[params["name"]](graph, operands, equation)
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in params:
-            inner = params[key]
-            closed = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-            return translate(graph, closed, operands, overrides)
+    if name in CALLS:
+        inner = params[CALLS[name]]
+        return translate(graph, inner, operands, overrides)
     if name != "broadcast_in_dim" and all(value.constant is not None for value in operands) and operands:
-        arrays = [_whole_constant(value) for value in operands]
+        arrays = [value.whole_constant() for value in operands]
         found = equation.primitive.bind(*map(jnp.asarray, arrays), **params)
         return [constant(array) for array in (found if equation.primitive.multiple_results else [found])]
     if name not in RULES:
         raise NotImplementedError(f"there is no ONNX rule for JAX's {name}: add one to onnx_rules.py")
     return RULES[name](graph, operands, equation)
-
-
-def _whole_constant(value: Value) -> np.ndarray:
-    """A constant's values in the program's order of axes."""
-    assert value.constant is not None
-    return np.broadcast_to(value.constant.transpose(np.argsort(value.order)), value.shape)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -99,14 +93,12 @@ def _is_unit(value: Value, axis: int) -> bool:
     return not value.shape or value.shape[axis] == 1 or axis in value.unit_axes
 
 
-def _units(value: Value) -> int:
-    return sum(_is_unit(value, axis) for axis in range(len(value.shape)))
-
-
 def _elementwise(op: str) -> Rule:
     def apply(graph: Graph, operands: list[Value], equation: Any) -> list[Value]:
         # The order of the largest operand; constants take any.
-        first = max(operands, key=lambda value: (len(value.shape), value.constant is None, -_units(value)))
+        first = max(
+            operands, key=lambda value: (len(value.shape), value.constant is None, -len(value.unit_axes))
+        )
         names = [
             graph.stored(value, first.order if value.shape else (), broadcast=False) for value in operands
         ]
@@ -139,6 +131,9 @@ def _add(graph: Graph, operands: list[Value], equation: Any) -> list[Value]:
         and node.op_type == "Conv"
         and len(node.input) == 2
         and bias.constant is not None
+        and len(bias.shape) > 2
+        and other.order[1] == len(bias.shape) - 1  # channels are last in the program
+        and bias.constant.size == other.shape[-1]
         and all(_is_unit(bias, axis) for axis in range(len(bias.shape) - 1))
     ):
         # A bias of the channels is the convolution's own. Another use of it without the bias stays as it is.
@@ -306,7 +301,8 @@ def _transpose(graph: Graph, operands: list[Value], equation: Any) -> list[Value
 def _squeeze(graph: Graph, operands: list[Value], equation: Any) -> list[Value]:
     (value,), axes = operands, equation.params["dimensions"]
     stored = graph.constant_name(np.array([value.order.index(axis) for axis in axes], np.int64))
-    return _output(equation, graph.add("Squeeze", value.name, stored), _without(value.order, axes))
+    name = graph.add("Squeeze", graph.stored(value, value.order), stored)
+    return _output(equation, name, _without(value.order, axes))
 
 
 @rule("concatenate")

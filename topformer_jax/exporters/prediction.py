@@ -18,9 +18,9 @@ from topformer_jax.inference import Predictor
 class ExportedPredictor:
     """Labels images of any size by an exported file, one at a time.
 
-    An image is resized as in an evaluation of the checkpoint. A file of logits then gives exactly what the
-    evaluation gives: logits are resized to the image, views averaged. Labels are repeated or left out where the
-    image has another size than the network's input.
+    An image is resized as in an evaluation of the checkpoint. A file of logits then gives what the evaluation
+    gives, but for ties of two classes: logits are resized to the image, views averaged. Labels are repeated or
+    left out where the image has another size than the network's input.
 
     Args:
         path: of the file.

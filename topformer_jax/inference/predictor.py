@@ -53,6 +53,8 @@ class Predictor:
         self._programs = compile_inference(model, mesh)
         tensors = models.state_dict(model) if tensors is None else dict(tensors)
         self._tensors = jax.device_put(tensors, sharding.replicated(mesh))
+        if network is not None and self._programs.evaluation.mode != "whole":
+            raise UserError("another network sees whole images: set evaluation.mode=whole")
         self._network = network
         self._shapes: list[ProgramShapes] = []
         if image_sizes:

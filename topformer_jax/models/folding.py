@@ -16,7 +16,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def fold_batch_norms(model: Model) -> Model:
-    """A copy of a model, or of a part of one, without BatchNorms; for inference alone.
+    """A copy of a model, or of a part of one, without the BatchNorms that follow a convolution; for inference alone.
 
     Args:
         model: stays as it is.
@@ -46,6 +46,7 @@ def _fold(conv: Conv, norm: BatchNorm) -> None:
         np.asarray(value[...], np.float64)
         for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
+    assert conv.bias is None, "the convolution before a BatchNorm has no bias"
     scale = weight / np.sqrt(variance + norm.eps)
     dtype = conv.weight[...].dtype
     conv.bias = nnx.data(nnx.Param(jax.device_put((shift - mean * scale).astype(dtype))))

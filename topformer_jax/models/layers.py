@@ -38,8 +38,8 @@ class DTypePolicy:
         param_dtype: that parameters and BatchNorm statistics are stored in.
         precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full
             float32: no TF32 on GPUs, no bfloat16 passes on TPUs.
-        depthwise_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.stem.stem_conv` and of
-            `ops.pointwise.pointwise_conv`.
+        depthwise_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.stem.stem_conv`, of
+            `ops.pointwise.pointwise_conv`, and of the functions in `ops.resample`.
 
     >>> policy = DTypePolicy(dtype=jnp.bfloat16)
     >>> policy.accum_dtype, policy.matmul_precision
