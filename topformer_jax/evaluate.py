@@ -220,14 +220,15 @@ def main() -> None:
     config = config_lib.load(config, overrides)
     if args.exported and jax.process_count() > 1:
         raise UserError("--exported runs in one process: start one")
+    model = checkpoints.load_segmenter(config, args.checkpoint)
     evaluate(
-        checkpoints.load_segmenter(config, args.checkpoint),
+        model,
         args.workdir or files.as_path("runs") / config.name / "evaluate",
         checkpoint=str(args.checkpoint or args.exported),
         split=args.split,
         save_predictions=args.save_predictions,
         num_report_images=args.report_images,
-        predict=ExportedPredictor(args.exported, config) if args.exported else None,
+        predict=ExportedPredictor(args.exported, model) if args.exported else None,
     )
 
 

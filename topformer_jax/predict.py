@@ -193,7 +193,7 @@ def main() -> None:
         more = ", ..." if len(others) > 3 else ""
         print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
-    exported = ExportedPredictor(args.exported, config) if args.exported else None
+    exported = ExportedPredictor(args.exported, model) if args.exported else None
     files.make_folder(args.output)
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
         sizes = list(loader.map_in_threads(read_image_size, [image.path for image in images]))

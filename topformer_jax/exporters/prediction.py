@@ -5,7 +5,6 @@ import os
 import cv2
 import numpy as np
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
 from topformer_jax import models
 from topformer_jax.data.batch import Image, Labels
@@ -24,13 +23,14 @@ class ExportedPredictor:
 
     Args:
         path: of the file.
-        config: whose `evaluation` and classes are used.
+        model: whose config says how to evaluate; its weights are not used.
 
     Raises:
         UserError: the file cannot be read, or does not fit the config.
     """
 
-    def __init__(self, path: str | os.PathLike[str], config: ConfigDict):
+    def __init__(self, path: str | os.PathLike[str], model: models.Segmenter):
+        config = model.config
         self._exported = open_exported(path)
         self._evaluation = evaluation = config.evaluation
         output = self._exported.description["output"]
@@ -48,9 +48,7 @@ class ExportedPredictor:
             raise UserError(
                 f"{path} gives labels, and views are averaged before there are any: export --logits"
             )
-        self._predictor = (
-            Predictor(models.build_segmenter(config), network=self._exported) if output == "logits" else None
-        )
+        self._predictor = Predictor(model, network=self._exported) if output == "logits" else None
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`.
