@@ -51,16 +51,19 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import jax
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, models
+from topformer_jax import config as config_lib
 from topformer_jax.checkpoints import safetensors_format
 from topformer_jax.data import sources
 from topformer_jax.data.augment import MEAN, STD
@@ -74,80 +77,73 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
 
 
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a file computes, and how.
+
+    Attributes:
+        kind: "labels", "logits" or "probabilities"; a classifier's file has "scores", and "labels" here.
+        stride: of labels and probabilities.
+        size: (height, width) of the images; None for any.
+        target: of ONNX files, "cpu" or "web".
+        precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of everything, for logits alone.
+    """
+
+    kind: str = "labels"
+    stride: int = 1
+    size: tuple[int, int] | None = None
+    target: str = "cpu"
+    precision: str = "float32"
+
+
 def export_model(
-    config: ConfigDict,
-    checkpoint: str,
-    output: files.Path,
-    *,
-    kind: str = "labels",
-    stride: int = 1,
-    size: tuple[int, int] | None = None,
-    target: str = "cpu",
-    precision: str = "float32",
-    pictures: Sequence[Image] = (),
+    config: ConfigDict, checkpoint: str, output: files.Path, choices: Choices, pictures: Sequence[Image] = ()
 ) -> str:
     """Writes an exported file, after it was run and compared with the model.
 
     Args:
         config, checkpoint: the model.
         output: the file, whose suffix is the format.
-        kind: "labels", "logits" or "probabilities"; a classifier's file has "scores" whatever this is.
-        stride: of labels and probabilities.
-        size: (height, width) of the images; None for any.
-        target: of ONNX files, "cpu" or "web".
-        precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of everything, for logits alone.
+        choices: what the file computes.
         pictures: of any size: every second one gives int8 its ranges, on the others labels are compared.
 
     Returns:
         What the comparison found, in one line.
 
     Raises:
-        UserError: the checkpoint does not fit, the file cannot be written, or it differs from the model.
+        UserError: the choices contradict each other, the checkpoint does not fit, the file cannot be written, or it
+            differs from the model.
     """
     module = exported.import_format(output)
-    suffix = output.suffix.lower()
-    if precision != "float32" and suffix != ".tflite":
-        raise UserError(f"--precision {precision} is for .tflite files alone, and the output is {output}")
-    if target != "cpu" and suffix != ".onnx":
-        raise UserError(f"--target {target} is for .onnx files alone, and the output is {output}")
-    if config.task == "classification" and (kind != "labels" or stride != 1):
-        raise UserError(
-            f"{config.name} is a classifier, whose file gives scores: leave out the flags of labels"
-        )
-    if kind == "logits" and stride != 1:
-        raise UserError("--scale-labels is for labels and probabilities: logits are at an eighth of the size")
-    if precision == "int8" and kind != "logits":
-        raise UserError(
-            "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
-        )
-    if precision == "int8" and len(pictures) < 2:
-        raise UserError(
-            "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
-        )
+    _check_choices(config, output, choices, len(pictures))
     files.refuse_existing(output)
     if not module.HOLDS_DESCRIPTION:
         files.refuse_existing(exported.description_path(output))
-    own_config, config = config, network.export_config(config)
-    model = checkpoints.load_model(config, checkpoint)
+    model = checkpoints.load_model(network.export_config(config), checkpoint)
+    tensors = models.state_dict(model)
     is_classifier = isinstance(model, models.Classifier)
     description = {
-        "output": "scores" if is_classifier else kind,
-        "stride": 8 if kind == "logits" else stride,
-        "size": size,
-        "target": target,
-        "precision": precision,
+        "output": "scores" if is_classifier else choices.kind,
+        "stride": 8 if choices.kind == "logits" else choices.stride,
+        "size": choices.size,
+        "target": choices.target,
+        "precision": choices.precision,
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
-        **describe_origin(own_config, checkpoint, model),
+        **describe_origin(config, checkpoint, tensors),
     }
     function = network.make_function(
-        model, description["output"], stride, by_rows=module.BY_ROWS and not is_classifier
+        model, description["output"], choices.stride, by_rows=module.BY_ROWS and not is_classifier
     )
-    if size is not None:
-        pictures = [cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA) for picture in pictures]
-    data = module.write(function, description, *([pictures[::2]] if precision == "int8" else []))
+    if choices.size is not None:
+        size = choices.size[::-1]
+        pictures = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
+    data = module.write(function, description, *([pictures[::2]] if choices.precision == "int8" else []))
     file = exported.open_bytes(str(output), data, module, None if module.HOLDS_DESCRIPTION else description)
-    plain = checkpoints.load_model(config_for_comparison(config), checkpoint)
+    # The layers as they are evaluated, not as they are exported.
+    plain = models.build(config_lib.load(model.config, {"model.depthwise_impl": "auto"}))
+    checkpoints.load_state_dict(plain, {name: np.asarray(value) for name, value in tensors.items()})
+    plain.eval()
     found = verification.verify(file, plain, model)
     if pictures:
         others = pictures[1::2] or pictures
@@ -163,6 +159,31 @@ def export_model(
     return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"
 
 
+def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num_pictures: int) -> None:
+    """Raises a UserError where a choice does not go with the format, the model or another choice."""
+    suffix = output.suffix.lower()
+    if choices.precision != "float32" and suffix != ".tflite":
+        raise UserError(
+            f"--precision {choices.precision} is for .tflite files alone, and the output is {output}"
+        )
+    if choices.target != "cpu" and suffix != ".onnx":
+        raise UserError(f"--target {choices.target} is for .onnx files alone, and the output is {output}")
+    if config.task == "classification" and (choices.kind != "labels" or choices.stride != 1):
+        raise UserError(
+            f"{config.name} is a classifier, whose file gives scores: leave out the flags of labels"
+        )
+    if choices.kind == "logits" and choices.stride != 1:
+        raise UserError("--scale-labels is for labels and probabilities: logits are at an eighth of the size")
+    if choices.precision == "int8" and choices.kind != "logits":
+        raise UserError(
+            "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
+        )
+    if choices.precision == "int8" and num_pictures < 2:
+        raise UserError(
+            "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
+        )
+
+
 def read_pictures(folder: files.Path) -> list[Image]:
     """The pictures in a folder and the folders below it.
 
@@ -176,27 +197,17 @@ def read_pictures(folder: files.Path) -> list[Image]:
         return [decode_image(path.read_bytes(), str(path)) for path in paths]
 
 
-def describe_origin(
-    config: ConfigDict, checkpoint: str, model: models.Segmenter | models.Classifier
-) -> dict[str, Any]:
+def describe_origin(config: ConfigDict, checkpoint: str, tensors: Mapping[str, Array]) -> dict[str, Any]:
     """Where a file's weights come from, and what its numbers mean."""
     names: dict[str, Any] = {}
     if config.task == "segmentation":
         data_set = sources.find_data_set(config)
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
-    tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
     return names | {
         "config": json.loads(config.to_json()),
         "checkpoint": {"path": str(checkpoint), "sha256": verification.checksum(tensors)},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
-
-
-def config_for_comparison(config: ConfigDict) -> ConfigDict:
-    """The config with the layers as they are evaluated, not as they are exported."""
-    changed = config.copy_and_resolve_references()
-    changed.model.depthwise_impl = "auto"
-    return changed
 
 
 def main() -> None:
@@ -208,26 +219,23 @@ def main() -> None:
         raise UserError(f"--scale-labels is {args.scale_labels}: expected one of {', '.join(SCALES)}")
     if args.output.suffix.lower() == safetensors_format.SUFFIX:
         model = checkpoints.load_model(config, args.checkpoint)
-        tensors = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
-        checkpoints.write_checkpoint(args.output, tensors, describe_origin(config, args.checkpoint, model))
+        tensors = models.state_dict(model)
+        arrays = {name: np.asarray(value) for name, value in tensors.items()}
+        checkpoints.write_checkpoint(args.output, arrays, describe_origin(config, args.checkpoint, tensors))
         print(f"wrote {args.output}: {len(tensors)} tensors")
         return
     size = (
         None if args.size == "any" else cli.size("--size", args.size) if args.size else config.data.crop_size
     )
-    print(
-        export_model(
-            config,
-            args.checkpoint,
-            args.output,
-            kind=kind,
-            stride=SCALES[args.scale_labels],
-            size=None if size is None else (int(size[0]), int(size[1])),
-            target=args.target,
-            precision=args.precision,
-            pictures=read_pictures(files.as_path(args.images)) if args.images else (),
-        )
+    choices = Choices(
+        kind,
+        SCALES[args.scale_labels],
+        None if size is None else (int(size[0]), int(size[1])),
+        args.target,
+        args.precision,
     )
+    pictures = read_pictures(files.as_path(args.images)) if args.images else ()
+    print(export_model(config, args.checkpoint, args.output, choices, pictures))
 
 
 if __name__ == "__main__":

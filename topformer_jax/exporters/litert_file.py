@@ -24,9 +24,8 @@ from topformer_jax.exporters.network import Function
 HOLDS_DESCRIPTION = True
 BY_ROWS = False
 INPUT, SIGNATURE = "images", "serving_default"
-NOTE = (
-    "topformer_jax.json"  # in the zip archive at the end of the file, where LiteRT's tools look for metadata
-)
+# In the zip archive at the end of the file, where LiteRT's tools look for metadata.
+NOTE = "topformer_jax.json"
 
 
 def write(

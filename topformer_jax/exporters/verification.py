@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import cv2
 import jax
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Array, Shaped, UInt8
 
 from topformer_jax import models
 from topformer_jax.data import shapes
@@ -109,7 +109,7 @@ def _test_images(size: tuple[int, ...]) -> Iterator[UInt8[np.ndarray, "n h w 3"]
     yield np.stack([scene[:, ::-1], noise])
 
 
-def checksum(tensors: Mapping[str, np.ndarray]) -> str:
+def checksum(tensors: Mapping[str, np.ndarray | Array]) -> str:
     """SHA-256 of tensors by name: the same weights have the same one, in whatever file they are."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
