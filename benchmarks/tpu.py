@@ -82,11 +82,11 @@ def compile_row(case: str, name: str, jitted: Any, *arguments: Any) -> Row:
 def step_row(case: str, config: ConfigDict, devices: Sequence[jax.Device], *, plain: bool) -> Row:
     """The training step, with our loss or with the plain one."""
     mesh = sharding.make_train_mesh(config, devices)
-    loss_function = plain_cross_entropy if plain else upsampled_cross_entropy
+    cross_entropy = plain_cross_entropy if plain else upsampled_cross_entropy
     model = models.build(config)
     state = step.init_state(config, model)
     layout = sharding.state_sharding(state, mesh)
-    train_step = step.build_train_step(config, model, mesh, layout, loss_function)
+    train_step = step.build_train_step(config, model, mesh, layout, cross_entropy)
     arguments = (
         jax.tree.map(abstract, state, layout),
         {name: abstract(x, sharding.batch_sharding(mesh)) for name, x in samples.batch(config).items()},

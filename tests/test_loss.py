@@ -16,15 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import traffic
 from tests.parity import distance, to_nchw, to_nhwc
-from topformer_jax.ops import loss as loss_lib
+from topformer_jax.ops import IGNORE_LABEL, loss_tiles
 from topformer_jax.ops.loss import (
-    ACCELERATOR,
-    CPU,
-    IGNORE_LABEL,
-    Tiling,
+    PixelLoss,
     plain_cross_entropy,
+    plain_dice,
     upsampled_cross_entropy,
+    upsampled_dice,
 )
+from topformer_jax.ops.loss_tiles import ACCELERATOR, CPU, Tiling
 
 SIDE = st.integers(1, 9)
 TILINGS = (
@@ -62,7 +62,7 @@ def _sums_and_gradient(function: Any, logits: Any, labels: Any, **options: Any) 
 def _on_cpu(tiling: Tiling) -> Iterator[None]:
     """Uses this tiling on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_lib, "CPU", tiling)
+        patch.setattr(loss_tiles, "CPU", tiling)
         yield
 
 
@@ -89,6 +89,125 @@ def test_the_tiled_loss_is_the_plain_one(
     assert int(ours.correct) == int(plain.correct)
     assert int(ours.valid) == int(plain.valid) == int((labels != IGNORE_LABEL).sum())
     assert np.abs(our_gradient - gradient).max() <= 1e-12 * max(np.abs(gradient).max(), 1)
+
+
+PIXEL_LOSSES = {
+    "class weights": PixelLoss(class_weight=(0.5, 2.0, 0.0, 1.0, 3.0)),
+    "hard pixels": PixelLoss(ohem_threshold=0.4),
+    "soft distillation": PixelLoss(distillation_weight=0.7, temperature=3.0),
+    "sharp distillation": PixelLoss(distillation_weight=0.7, temperature=0.5),
+    "everything": PixelLoss((0.5, 2.0, 0.0, 1.0, 3.0), 0.1, 0.6, 0.7, 2.0),
+}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("tiling", TILINGS[2:])
+@pytest.mark.parametrize("name", PIXEL_LOSSES)
+def test_losses_of_pixels_are_the_plain_ones(name: str, tiling: Tiling, dtype: str, limit: float) -> None:
+    pixel_loss = PIXEL_LOSSES[name]
+    logits, labels = _inputs(3, 3, (5, 6), (37, 45), 5)
+    with jax.enable_x64(dtype == "float64"), _on_cpu(tiling):
+        teacher = None
+        if pixel_loss.distillation_weight:
+            teacher = jnp.asarray(_inputs(4, 3, (5, 6), (1, 1), 5)[0], dtype)
+        arguments = jnp.asarray(logits, dtype), labels
+        options: dict[str, Any] = {"pixel_loss": pixel_loss, "teacher": teacher}
+        ours, gradient = _sums_and_gradient(upsampled_cross_entropy, *arguments, **options)
+        value = jax.jit(lambda logits, labels: upsampled_cross_entropy(logits, labels, **options).loss)(
+            *arguments
+        )
+        plain, plain_gradient = _sums_and_gradient(plain_cross_entropy, *arguments, **options)
+        default, _ = _sums_and_gradient(plain_cross_entropy, *arguments)
+    assert abs(float(ours.loss) / float(plain.loss) - 1) <= limit
+    assert abs(float(value) / float(plain.loss) - 1) <= limit
+    assert distance(gradient, plain_gradient) <= limit
+    assert (int(ours.correct), int(ours.valid)) == (int(plain.correct), int(plain.valid))
+    assert abs(float(default.loss) / float(plain.loss) - 1) > 1e-3  # the option does something
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [(), (0.5, 2.0, 0.0, 1.0, 3.0)])
+@pytest.mark.usefixtures("x64")
+def test_weights_and_smoothing_against_pytorch(weights: tuple[float, ...], smoothing: float) -> None:
+    logits, labels = _inputs(5, 2, (5, 6), (37, 45), 5)
+    pixel_loss = PixelLoss(class_weight=weights, label_smoothing=smoothing)
+    ours, gradient = _sums_and_gradient(
+        upsampled_cross_entropy, jnp.asarray(logits), labels, pixel_loss=pixel_loss
+    )
+    tensor = to_nchw(logits).requires_grad_()
+    resized = torch.nn.functional.interpolate(tensor, labels.shape[1:], mode="bilinear", align_corners=False)
+    loss = torch.nn.functional.cross_entropy(
+        resized,
+        torch.from_numpy(labels).long(),
+        weight=torch.tensor(weights, dtype=torch.float64) if weights else None,
+        ignore_index=IGNORE_LABEL,
+        reduction="none",
+        label_smoothing=smoothing,
+    ).sum()
+    (3 * loss).backward()
+    assert tensor.grad is not None
+    assert abs(float(ours.loss) / loss.item() - 1) <= 1e-12
+    assert distance(gradient, to_nhwc(tensor.grad)) <= 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+def test_distillation_against_pytorch() -> None:
+    """Hinton's loss of PyTorch's `kl_div`, at the labelled pixels."""
+    logits, labels = _inputs(6, 2, (5, 6), (37, 45), 5)
+    teacher = _inputs(7, 2, (5, 6), (1, 1), 5)[0]
+    pixel_loss = PixelLoss(distillation_weight=0.7, temperature=3.0)
+    ours, gradient = _sums_and_gradient(
+        upsampled_cross_entropy,
+        jnp.asarray(logits),
+        labels,
+        teacher=jnp.asarray(teacher),
+        pixel_loss=pixel_loss,
+    )
+    tensor = to_nchw(logits).requires_grad_()
+    student, goal = (
+        torch.nn.functional.interpolate(x, labels.shape[1:], mode="bilinear", align_corners=False)
+        for x in (tensor, to_nchw(teacher))
+    )
+    target = torch.from_numpy(labels).long()
+    divergence = torch.nn.functional.kl_div(
+        torch.log_softmax(student / 3, 1), torch.softmax(goal / 3, 1), reduction="none"
+    ).sum(1)
+    loss = torch.nn.functional.cross_entropy(student, target, ignore_index=IGNORE_LABEL, reduction="sum")
+    loss = loss + 0.7 * 9 * divergence[target != IGNORE_LABEL].sum()
+    (3 * loss).backward()
+    assert tensor.grad is not None
+    assert abs(float(ours.loss) / loss.item() - 1) <= 1e-12
+    assert distance(gradient, to_nhwc(tensor.grad)) <= 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_the_tiled_dice_is_the_plain_one(tiling: Tiling, dtype: str, limit: float) -> None:
+    logits, labels = _inputs(8, 3, (5, 6), (37, 45), 5)
+    labels[labels == 3] = 2  # a class that does not occur
+    factors = np.array((1.0, 2.0, -0.5), dtype)
+    with jax.enable_x64(dtype == "float64"), _on_cpu(tiling):
+
+        def run(function: Any) -> Any:
+            def total(logits: Any) -> Any:
+                losses = function(logits, jnp.asarray(labels))
+                return jnp.sum(losses * factors), losses
+
+            return jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(logits, dtype))
+
+        (gradient, ours), (plain_gradient, plain) = run(upsampled_dice), run(plain_dice)
+    assert ours.shape == (3,)
+    assert distance(ours, plain) <= limit
+    assert distance(gradient, plain_gradient) <= limit
+
+
+@pytest.mark.usefixtures("x64")
+def test_dice_of_numbers_by_hand() -> None:
+    """Two classes, one of which the network is sure of: p = (1, 0) everywhere, half of the pixels are of class 0."""
+    logits = jnp.zeros((1, 2, 2, 2)).at[..., 0].set(100.0)
+    labels = jnp.zeros((1, 16, 16), jnp.int32).at[0, :, :8].set(1)
+    expected = (1 - (2 * 128 + 1) / (256 + 128 + 1) + 1 - 1 / (128 + 1)) / 2
+    assert float(upsampled_dice(logits, labels)[0]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])

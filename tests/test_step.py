@@ -16,9 +16,10 @@ from benchmarks.tpu import summed_bytes
 from tests.parity import distance
 from topformer_jax import config, load, models, sharding
 from topformer_jax.checkpoints.torch_format import to_torch
+from topformer_jax.data import augment
 from topformer_jax.data.batch import Batch
 from topformer_jax.errors import UserError
-from topformer_jax.ops.loss import upsampled_cross_entropy
+from topformer_jax.ops.loss import PixelLoss, plain_cross_entropy, plain_dice, upsampled_cross_entropy
 from topformer_jax.step import TrainState, init_training
 
 Find = Callable[[str], pathlib.Path]
@@ -199,6 +200,60 @@ def test_loss_means() -> None:
         losses.append(float(train_step(state, batch)[1]["loss"]))
     assert losses[0] == pytest.approx(losses[1] * share, rel=1e-5)
     assert share == pytest.approx(7 / 8)
+
+
+def _with_all_losses(**changes: Any) -> ConfigDict:
+    return _settings(
+        "float64",
+        batch_size=8,
+        loss__class_weight=tuple(1 + 0.01 * i for i in range(150)),
+        loss__label_smoothing=0.1,
+        loss__ohem_threshold=0.9,
+        loss__dice_weight=0.5,
+        distillation__weight=0.7,
+        distillation__temperature=2.0,
+        **changes,
+    )
+
+
+def test_all_losses_on_one_and_on_eight_devices(x64: None) -> None:
+    """The first loss is the textbook's, of the network's own outputs, and devices send each other sums alone."""
+    settings = _with_all_losses()
+    teacher = load(
+        config.load(
+            config.ade20k("tiny"), {"seed": 7, "model.param_dtype": "float64", "model.dtype": "float64"}
+        )
+    )
+    batch = _random_batch(8, 64)
+    found = []
+    for devices in (1, 8):
+        model = load(settings)
+        state, train_step = init_training(settings, _mesh(devices), model, teacher)
+        losses = []
+        for _ in range(2):
+            state, metrics = train_step(state, batch)
+            losses.append(float(metrics["loss"]))
+        found.append(losses)
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-9)
+
+    images = augment.normalize(batch["image"], jnp.float64)
+    labels = jnp.asarray(batch["label"], jnp.int32)
+    model = load(settings)
+    model.train()
+    logits = model(images)
+    pixel_loss = PixelLoss(tuple(settings.loss.class_weight), 0.1, 0.9, 0.7, 2.0)
+    sums = plain_cross_entropy(logits, labels, teacher(images), pixel_loss=pixel_loss)
+    expected = sums.loss / labels.size + 0.5 * jnp.mean(plain_dice(logits, labels))
+    assert found[0][0] == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_micro_batches_add_up_all_losses(x64: None) -> None:
+    batch = jax.tree.map(lambda values: np.repeat(values, 2, axis=0), _random_batch(4, 256))
+    losses = []
+    for count in (1, 2):
+        state, train_step = init_training(_with_all_losses(grad_accum_steps=count), _mesh(1))
+        losses.append(float(train_step(state, batch)[1]["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_loss_counts_and_ignores() -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
+from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
@@ -49,6 +50,20 @@ def load_initial_model(config: ConfigDict) -> models.Segmenter:
     if config.init_from and jax.process_index() == 0:
         print(checkpoints.origin_table(model, config.init_part, config.init_from))
     return model
+
+
+def load_teacher(config: ConfigDict) -> models.Segmenter | None:
+    """The network to distil from, which computes with the dtypes of this run; None without distillation."""
+    if not config.distillation.config:
+        return None
+    same = {f"model.{key}": config.model[key] for key in ("dtype", "precision", "depthwise_impl")}
+    teacher = config_lib.load(config.distillation.config, same)
+    if teacher.model.num_classes != config.model.num_classes:
+        raise UserError(
+            f"the teacher {config.distillation.config} has {teacher.model.num_classes} classes, this run "
+            f"{config.model.num_classes}: distillation needs the same ones"
+        )
+    return checkpoints.load_segmenter(teacher, config.distillation.checkpoint)
 
 
 def restore_state(

@@ -18,7 +18,7 @@ from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.errors import UserError
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import LossSums, upsampled_cross_entropy
+from topformer_jax.ops.loss import LossSums, PixelLoss, upsampled_cross_entropy, upsampled_dice
 from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Tensors = dict[str, Array]
@@ -49,11 +49,15 @@ class TrainState:
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-LossFunction = Callable[..., LossSums]
+CrossEntropy = Callable[..., LossSums]
+LossFunction = Callable[..., tuple[LossSums, Array]]
 
 
 def init_training(
-    config: ConfigDict, mesh: Mesh | None = None, model: nnx.Module | None = None
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    model: nnx.Module | None = None,
+    teacher: nnx.Module | None = None,
 ) -> tuple[TrainState, TrainStep]:
     """The state at step 0, laid out on the mesh, and the compiled training step.
 
@@ -69,6 +73,7 @@ def init_training(
         config: the settings.
         mesh: the devices; all of them if None.
         model: whose weights to start from; fresh ones from `config.seed` if None.
+        teacher: to distil from, with the classes of `model`; None: without distillation.
 
     Raises:
         UserError: the config's task is not segmentation, or the mesh does not divide the batch.
@@ -77,7 +82,11 @@ def init_training(
     model = models.build(config) if model is None else model
     state = init_state(config, model)
     layout = sharding.state_sharding(state, mesh)
-    return jax.device_put(state, layout), build_train_step(config, model, mesh, layout)
+    train_step = build_train_step(config, model, mesh, layout, teacher=teacher)
+    if teacher is not None:
+        tensors = jax.device_put(models.state_dict(teacher), sharding.replicated(mesh))
+        return jax.device_put(state, layout), lambda state, batch: train_step(state, batch, tensors)
+    return jax.device_put(state, layout), train_step
 
 
 def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
@@ -94,16 +103,20 @@ def build_train_step(
     model: nnx.Module,
     mesh: Mesh,
     layout: TrainState,
-    loss_function: LossFunction = upsampled_cross_entropy,
+    cross_entropy: CrossEntropy = upsampled_cross_entropy,
+    teacher: nnx.Module | None = None,
 ) -> Any:
     """The `TrainStep` of a model as a function with jit's `lower`; the model is switched to training mode.
+
+    With a teacher, its tensors by name are a third argument of the step.
 
     Args:
         config: the settings.
         model: the network; its weights are not used.
         mesh: the devices.
         layout: the sharding of every array of the state, see `sharding.state_sharding`.
-        loss_function: takes the arguments of `upsampled_cross_entropy`.
+        cross_entropy: takes the arguments of `upsampled_cross_entropy`.
+        teacher: the network to distil from; its weights are not used.
 
     Raises:
         UserError: the config's task is not segmentation.
@@ -112,18 +125,26 @@ def build_train_step(
         raise UserError(f"training supports task=segmentation; {config.name} has task={config.task}")
     model.train()
     graphdef, *_ = nnx.split(model)
+    teacher_graphdef = None
+    in_shardings: Any = (layout, sharding.batch_sharding(mesh))
+    if teacher is not None:
+        teacher.eval()
+        teacher_graphdef = nnx.graphdef(teacher)
+        in_shardings += (sharding.replicated(mesh),)
     step = functools.partial(
         _apply_step,
         config=config,
-        graphdef=graphdef,
-        loss_function=functools.partial(loss_function, devices=mesh.size),
+        graphdefs=(graphdef, teacher_graphdef),
+        loss_function=functools.partial(
+            _sum_losses, config=config, cross_entropy=cross_entropy, devices=mesh.size
+        ),
         layout=layout,
     )
     return programs.KeptProgram(
         step,
-        (config.to_json(), graphdef, loss_function, "train step"),
+        (config.to_json(), graphdef, teacher_graphdef, cross_entropy, "train step"),
         mesh,
-        in_shardings=(layout, sharding.batch_sharding(mesh)),
+        in_shardings=in_shardings,
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -132,14 +153,23 @@ def build_train_step(
 def _apply_step(
     state: TrainState,
     batch: Batch,
+    teacher_tensors: Tensors | None = None,
     *,
     config: ConfigDict,
-    graphdef: nnx.GraphDef,
+    graphdefs: tuple[nnx.GraphDef, nnx.GraphDef | None],
     loss_function: LossFunction,
     layout: TrainState,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
+    """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics.
+
+    `graphdefs` are the network's and the teacher's.
+    """
     optimizer = build_optimizer(config)
+    graphdef, teacher_graphdef = graphdefs
+    if teacher_graphdef is not None and teacher_tensors is not None:
+        loss_function = functools.partial(
+            loss_function, teacher=models.merge_state_dict(teacher_graphdef, teacher_tensors)
+        )
     gradients, stats, (loss, correct, valid) = _accumulate_gradients(
         state, batch, config, graphdef, loss_function, layout
     )
@@ -196,8 +226,8 @@ def _accumulate_gradients(
         )
         model = models.merge_state_dict(graphdef, params | stats)
         logits = model(images, rngs=nnx.Rngs(dropout=key))
-        sums = loss_function(logits, labels, precision=config.model.precision)
-        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype)
+        sums, dice = loss_function(logits, labels, images)
+        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + dice / len(batch["label"])
         return loss, (models.state_dict(model, nnx.BatchStat), loss, sums.correct, sums.valid)
 
     def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -216,6 +246,34 @@ def _accumulate_gradients(
     else:
         (stats, gradients, sums), _ = jax.lax.scan(add_micro_batch, init, inputs)
     return gradients, stats, sums
+
+
+def _sum_losses(
+    logits: Array,
+    labels: Array,
+    images: Array,
+    teacher: Callable[[Array], Array] | None = None,
+    *,
+    config: ConfigDict,
+    cross_entropy: CrossEntropy,
+    devices: int,
+) -> tuple[LossSums, Array]:
+    """The sums over the pixels of a batch, and the sum of the weighted Dice losses of its images."""
+    pixel_loss = PixelLoss(
+        tuple(config.loss.class_weight),
+        config.loss.label_smoothing,
+        config.loss.ohem_threshold,
+        config.distillation.weight,
+        config.distillation.temperature,
+    )
+    teacher_logits = None if teacher is None else jax.lax.stop_gradient(teacher(images))
+    options: Any = {"precision": config.model.precision, "devices": devices}
+    sums = cross_entropy(logits, labels, teacher_logits, pixel_loss=pixel_loss, **options)
+    weight = config.loss.dice_weight
+    dice = (
+        weight * jnp.sum(upsampled_dice(logits, labels, **options)) if weight else jnp.zeros((), logits.dtype)
+    )
+    return sums, dice
 
 
 def _move_average(old: Array, new: Array, decay: float) -> Array:

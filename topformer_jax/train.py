@@ -41,6 +41,7 @@ from topformer_jax.run import (
     is_evaluation_step,
     is_log_step,
     load_initial_model,
+    load_teacher,
     print_banner,
     print_results,
     restore_state,
@@ -76,7 +77,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     # ---- state
     mesh = sharding.make_train_mesh(config)
     model = load_initial_model(config)
-    state, train_step = init_training(config, mesh, model)
+    state, train_step = init_training(config, mesh, model, load_teacher(config))
     folder.open()
     store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
     start = store.latest or 0

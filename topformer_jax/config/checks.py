@@ -35,8 +35,7 @@ def parse(key: str, value: Any) -> Any:
         return _parse_one(key, value, int if default is None else type(default), value)
     if not isinstance(value, (list, tuple)) or (default and not value) or len(default) == 2 != len(value):
         raise _wrong_type(key, value)
-    kind = type(default[0]) if default else str
-    return tuple(_parse_one(key, part, kind, value) for part in value)
+    return tuple(_parse_one(key, part, _part_type(key), value) for part in value)
 
 
 def check_together(values: Mapping[str, Any]) -> None:
@@ -53,6 +52,15 @@ def check_together(values: Mapping[str, Any]) -> None:
     if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
         raise UserError(
             f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
+        )
+    weights, classes = len(values["loss.class_weight"]), values["model.num_classes"]
+    if weights not in (0, classes):
+        raise UserError(
+            f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
+        )
+    if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):
+        raise UserError(
+            "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
         )
     low, high = values["data.ratio_range"]
     if low > high:
@@ -91,9 +99,17 @@ def _parse_one(key: str, value: Any, kind: type, whole: Any) -> Any:
     return kind(value)
 
 
+def _part_type(key: str) -> type:
+    """Of each value of a setting that is a tuple; one that is empty by default holds numbers if it has a range."""
+    setting = SETTINGS[key]
+    return type(setting.default[0]) if setting.default else str if setting.legal is None else float
+
+
 def _wrong_type(key: str, value: Any) -> UserError:
     default = SETTINGS[key].default
-    example = ("name", "name") if default == () else default
+    example = default
+    if default == ():
+        example = ("name", "name") if _part_type(key) is str else (1.0, 2.5)
     kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
     return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
 

@@ -182,6 +182,32 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.shapes.validation": Setting(64, "their validation examples", Range(1, 10**6)),
         "data.shapes.size": Setting(160, "pixels, their mean height and width", Range(16, 4096)),
     },
+    "Loss": {
+        "loss.class_weight": Setting(
+            (), "factor on the loss of each class's pixels, as many as classes; empty: all 1", Range(0, 10**6)
+        ),
+        "loss.label_smoothing": Setting(
+            0.0, "share of the target that is spread over all classes", BELOW_ONE
+        ),
+        "loss.ohem_threshold": Setting(
+            0.0,
+            "pixels whose class has this probability or more do not count, e.g. 0.7; 0: all count",
+            PROBABILITY,
+        ),
+        "loss.dice_weight": Setting(0.0, "factor on the Dice loss, which is added", Range(0, 10**6)),
+    },
+    "Distillation": {
+        "distillation.config": Setting("", "the teacher's recipe or config file; empty: no distillation"),
+        "distillation.checkpoint": Setting("", "the teacher's checkpoint, a file or a folder"),
+        "distillation.weight": Setting(
+            1.0,
+            "factor on temperature**2 * KL(teacher, student), added at each labelled pixel",
+            Range(0, 10**6),
+        ),
+        "distillation.temperature": Setting(
+            1.0, "that the logits of both are divided by before the softmax", Range(0, 1000, open_low=True)
+        ),
+    },
     "Optimizer": {
         "optimizer.beta1": Setting(0.9, "decay of AdamW's mean gradient", BELOW_ONE),
         "optimizer.beta2": Setting(0.999, "decay of AdamW's mean squared gradient", BELOW_ONE),

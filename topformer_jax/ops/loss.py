@@ -1,57 +1,58 @@
-"""Cross-entropy of logits resized to the labels' size, without ever storing the resized logits.
+"""The loss of logits resized to the labels' size, without ever storing the resized logits.
 
 For 150 classes and 512 x 512 pixels the resized logits are 157 MB an image, and their gradient as much again: in the
 official code, writing and reading them is most of a training step. Here the labels are cut into tiles. For each tile
 the logits are resized, and its part of the loss and of the gradient is computed at once; only these are stored.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from topformer_jax.ops import IGNORE_LABEL
-from topformer_jax.ops.resample import bilinear_matrix, resize
-from topformer_jax.ops.tiled import split_into_bands
+from topformer_jax.ops.loss_tiles import Softmax, Tile, sum_tiles
+from topformer_jax.ops.resample import resize
+
+Logits = Float[Array, "n h w classes"]
+Labels = Int[Array, "n height width"]
 
 
-class Tiling(NamedTuple):
-    """How a batch of labels is cut into tiles.
+@dataclasses.dataclass(frozen=True)
+class PixelLoss:
+    """What the loss of a pixel is; by default the cross-entropy.
+
+    With weights, smoothing or both it is `torch.nn.functional.cross_entropy(reduction="none")` of the same arguments.
 
     Attributes:
-        height, width: of a tile at most, pixels.
-        images: that a device computes together at most.
-        lookups: whether the label's score is looked up, and the softmax's shift bounded, or else both are reductions
-            over the classes.
+        class_weight: factor on the loss of the pixels of each class; all 1 if empty.
+        label_smoothing: share of the target that is spread evenly over all classes.
+        ohem_threshold: pixels whose class has this probability or more do not count (online hard example mining by
+            threshold); 0: all count.
+        distillation_weight: factor on `temperature**2 * KL(teacher, student)`, the divergence of the softmaxes of
+            logits divided by the temperature, added at each labelled pixel (Hinton et al. 2015).
+        temperature: see there.
     """
 
-    height: int
-    width: int
-    images: int
-    lookups: bool
+    class_weight: tuple[float, ...] = ()
+    label_smoothing: float = 0.0
+    ohem_threshold: float = 0.0
+    distillation_weight: float = 0.0
+    temperature: float = 1.0
 
 
-# Small tiles: one array of the scores of all their classes fits the cores' caches. XLA writes and reads such an array
-# for each reduction, so the fewer of them the better: 4 x 64 x 64 x 150 logits take 130 ms, and 240 ms with
-# reductions for the label's score and the maximum and with matrix products for the rows (2 cores).
-CPU = Tiling(8, 128, 2**31, lookups=True)
-# Tiles of whole rows. XLA fuses all reductions over the classes with the scores' computation, so the scores are never
-# written to memory. By the estimates of XLA's compiler for TPUs the loss takes a sixth of the time that it takes with
-# smaller tiles, and the arrays of 8 images fit a fast memory of 128 MB.
-ACCELERATOR = Tiling(8, 2**31, 8, lookups=False)
-# With all logits this close to each other, `exp` of the distance to a bound of the maximum is above 0.
-SAFE_RANGE = 80
+CROSS_ENTROPY = PixelLoss()
 
 
 class LossSums(NamedTuple):
     """Sums over the pixels of a batch, to be divided by the caller after adding up devices and micro-batches.
 
     Attributes:
-        loss: the sum of the cross-entropies of the pixels whose label is not `IGNORE_LABEL`.
+        loss: the sum of the losses of the pixels whose label is not `IGNORE_LABEL`.
         correct: the number of these pixels where no class has a larger logit than the label's.
         valid: the number of these pixels.
     """
@@ -62,20 +63,24 @@ class LossSums(NamedTuple):
 
 
 def upsampled_cross_entropy(
-    logits: Float[Array, "n h w classes"],
-    labels: Int[Array, "n height width"],
+    logits: Logits,
+    labels: Labels,
+    teacher: Logits | None = None,
     *,
+    pixel_loss: PixelLoss = CROSS_ENTROPY,
     precision: str | None = "highest",
     devices: int = 1,
 ) -> LossSums:
-    """Resizes the logits bilinearly to the labels' size and sums the softmax cross-entropy over the pixels.
+    """Resizes the logits bilinearly to the labels' size and sums the losses of the pixels.
 
     Values and gradients are those of `plain_cross_entropy` up to rounding. The forward pass computes the gradient
-    together with the loss, and the backward pass only scales it. Only `loss` has a gradient.
+    together with the loss, and the backward pass only scales it. Only `loss` has a gradient, in `logits` alone.
 
     Args:
         logits: float32 or float64.
         labels: classes, or `IGNORE_LABEL` for pixels that do not count.
+        teacher: logits to distil from; None: without distillation.
+        pixel_loss: the loss of a pixel.
         precision: of matrix products.
         devices: that the batch is sharded over. The sums do not depend on it; with the right number no images move
             between devices.
@@ -87,207 +92,250 @@ def upsampled_cross_entropy(
     (0.0, 224, 224)
     """
     with jax.named_scope("loss"):
-        loss, correct = _image_sums(logits, labels, precision, devices)
+        loss, correct = _cross_entropy_sums(logits, labels, teacher, pixel_loss, precision, devices)
         return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != IGNORE_LABEL))
 
 
 def plain_cross_entropy(
-    logits: Float[Array, "n h w classes"],
-    labels: Int[Array, "n height width"],
+    logits: Logits,
+    labels: Labels,
+    teacher: Logits | None = None,
     *,
+    pixel_loss: PixelLoss = CROSS_ENTROPY,
     precision: str | None = "highest",
     devices: int = 1,
 ) -> LossSums:
     """The textbook formulation of `upsampled_cross_entropy`, for tests and benchmarks. `devices` is not used."""
-    logits = resize(logits, (labels.shape[1], labels.shape[2]), precision=precision)
+    size = labels.shape[1], labels.shape[2]
+    logits = resize(logits, size, precision=precision)
     valid = labels != IGNORE_LABEL
-    label_logit = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)[..., 0]
-    loss = jax.nn.logsumexp(logits, -1) - label_logit
+    one_hot = jax.nn.one_hot(jnp.where(valid, labels, 0), logits.shape[-1], dtype=logits.dtype)
+    smoothing = pixel_loss.label_smoothing
+    weights = jnp.asarray(pixel_loss.class_weight or (1.0,), logits.dtype)
+    target = weights * ((1 - smoothing) * one_hot + smoothing / logits.shape[-1])
+    label_logit = jnp.sum(one_hot * logits, -1)
+    loss = -jnp.sum(target * jax.nn.log_softmax(logits), -1)
+    if pixel_loss.ohem_threshold:
+        probability = jnp.sum(one_hot * jax.nn.softmax(logits), -1)
+        loss = jnp.where(probability < pixel_loss.ohem_threshold, loss, 0)
+    if teacher is not None:
+        temperature = pixel_loss.temperature
+        goal = jax.nn.log_softmax(resize(teacher, size, precision=precision) / temperature)
+        divergence = jnp.sum(jnp.exp(goal) * (goal - jax.nn.log_softmax(logits / temperature)), -1)
+        loss = loss + pixel_loss.distillation_weight * temperature**2 * divergence
     correct = (label_logit >= logits.max(-1)) & valid
     return LossSums(jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(correct), jnp.sum(valid))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _image_sums(logits: Array, labels: Array, precision: str | None, devices: int) -> tuple[Array, Array]:
-    """The loss and the number of correct pixels of each image, `[n]` each."""
-    return _dispatch(logits, labels, precision, devices, with_gradient=False)[:2]
+def upsampled_dice(
+    logits: Logits, labels: Labels, *, precision: str | None = "highest", devices: int = 1
+) -> Float[Array, " n"]:
+    """The Dice loss of each image, of logits resized bilinearly to the labels' size.
+
+    The mean over all classes of `1 - (2 sum(p t) + 1) / (sum(p**2) + sum(t) + 1)`: sums over the image's labelled
+    pixels, p the softmax, t whether the class is the label. mmsegmentation's DiceLoss of exponent 2 and smooth 1, but
+    that counts the squares of unlabelled pixels too. Arguments as for `upsampled_cross_entropy`; the backward pass
+    goes over the tiles once more.
+    """
+    with jax.named_scope("dice"):
+        return _dice(logits, labels, precision, devices)
 
 
-def _forward(
-    logits: Array, labels: Array, precision: str | None, devices: int
-) -> tuple[tuple[Array, Array], Array]:
-    loss, correct, gradient = _dispatch(logits, labels, precision, devices, with_gradient=True)
-    return (loss, correct), gradient
+def plain_dice(
+    logits: Logits, labels: Labels, *, precision: str | None = "highest", devices: int = 1
+) -> Float[Array, " n"]:
+    """The textbook formulation of `upsampled_dice`, for tests and benchmarks. `devices` is not used."""
+    logits = resize(logits, (labels.shape[1], labels.shape[2]), precision=precision)
+    valid = labels != IGNORE_LABEL
+    target = jax.nn.one_hot(jnp.where(valid, labels, 0), logits.shape[-1], dtype=logits.dtype)
+    target = jnp.where(valid[..., None], target, 0)
+    softmax = jnp.where(valid[..., None], jax.nn.softmax(logits), 0)
+    shared, squares, pixels = (jnp.sum(x, (1, 2)) for x in (softmax * target, softmax**2, target))
+    return jnp.mean(1 - (2 * shared + 1) / (squares + pixels + 1), -1)
 
 
-def _backward(
-    precision: str | None, devices: int, gradient: Array, cotangents: tuple[Array, Array]
-) -> tuple[Array, None]:
-    return gradient * cotangents[0][:, None, None, None], None
-
-
-_image_sums.defvjp(_forward, _backward)
-
-
-def _dispatch(logits: Array, labels: Array, precision: str | None, devices: int, with_gradient: bool) -> Any:
-    """Runs `_sum_groups` with the tiling of the platform that the program is compiled for."""
-    run = functools.partial(_sum_groups, precision=precision, devices=devices, with_gradient=with_gradient)
-    return lax.platform_dependent(
-        logits,
-        labels,
-        cpu=functools.partial(run, tiling=CPU),
-        default=functools.partial(run, tiling=ACCELERATOR),
-    )
-
-
-def _sum_groups(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _cross_entropy_sums(
     logits: Array,
     labels: Array,
-    *,
+    teacher: Array | None,
+    pixel_loss: PixelLoss,
     precision: str | None,
     devices: int,
-    with_gradient: bool,
-    tiling: Tiling,
-) -> Any:
-    """Runs `_sum_tiles` on groups of at most `tiling.images` images a device, one group after the other."""
-
-    def run(pair: Any) -> Any:
-        return _sum_tiles(*pair, precision=precision, with_gradient=with_gradient, tiling=tiling)
-
-    # A group has equally many images from each device. Where devices hold unequal numbers, all images are one group.
-    per_device = len(labels) // devices if len(labels) % devices == 0 else 1
-    divisors = (count for count in range(1, per_device + 1) if per_device % count == 0)
-    groups = next(count for count in divisors if per_device // count <= tiling.images)
-    if groups == 1:
-        return run((logits, labels))
-    # Groups interleave, so that no image moves to another device.
-    split = [x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1) for x in (logits, labels)]
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(run, split))
+) -> tuple[Array, Array]:
+    """The loss and the number of correct pixels of each image, `[n]` each."""
+    return _sum_cross_entropy(logits, labels, teacher, pixel_loss, precision, devices, False)[0]
 
 
-def _sum_tiles(
-    logits: Array, labels: Array, *, precision: str | None, with_gradient: bool, tiling: Tiling
-) -> tuple[Array, Array, Array]:
-    """The loss and the number of correct pixels of each image, and the gradient of the loss.
+def _sum_cross_entropy(
+    logits: Array,
+    labels: Array,
+    teacher: Array | None,
+    pixel_loss: PixelLoss,
+    precision: str | None,
+    devices: int,
+    with_gradient: bool = True,
+) -> tuple[tuple[Array, Array], Any]:
+    maps = (logits,) if teacher is None else (logits, teacher)
+    visit = functools.partial(_visit_cross_entropy, pixel_loss=pixel_loss, distil=teacher is not None)
+    zeros = jnp.zeros((), logits.dtype), jnp.zeros((), jnp.int32)
+    return sum_tiles(
+        visit,
+        zeros,
+        (maps, labels, None),
+        precision=precision,
+        devices=devices,
+        with_gradient=with_gradient,
+    )
 
-    Without `with_gradient` the gradient is a placeholder, one zero an image. The loop keeps separate sums for each
-    image: summing over a sharded batch would need communication at every tile.
+
+def _scale_gradient(
+    pixel_loss: PixelLoss,
+    precision: str | None,
+    devices: int,
+    gradient: Array,
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, None, None]:
+    return gradient * cotangents[0][:, None, None, None], None, None
+
+
+_cross_entropy_sums.defvjp(_sum_cross_entropy, _scale_gradient)
+
+
+def _visit_cross_entropy(
+    tile: Tile, _: None, *, pixel_loss: PixelLoss, distil: bool
+) -> tuple[tuple[Array, Array], Callable[[Any], Array]]:
+    """The loss and the number of correct pixels of each image in a tile, and the gradient of the scores.
+
+    With the target's weights a (of the label's class, and of all of them where labels are smoothed), the loss is
+    `sum(a) * log_total - sum(a * scores)` and its gradient `sum(a) * softmax - a`.
     """
-    n, height, width = labels.shape
-    _, h, w, classes = logits.shape
-    (down, pad_rows), (across, pad_columns) = (
-        _cut_axis(cells, pixels, side, between, logits.dtype.name)
-        for cells, pixels, side, between in (
-            (h, height, tiling.height, True),
-            (w, width, tiling.width, False),
+    scores, exponentials, total, shift = softmax = tile.compute_softmax(0)
+    dtype, classes = scores.dtype, scores.shape[2]
+    weights = jnp.asarray(pixel_loss.class_weight, dtype)[:, None] if pixel_loss.class_weight else None
+    label_score = tile.look_up(scores)
+    if tile.lookups:
+        label_exponential = tile.look_up(exponentials)
+        is_largest = label_exponential >= jnp.max(exponentials, 2)
+    else:
+        is_largest = label_score >= shift
+    counts = tile.valid
+    if pixel_loss.ohem_threshold:
+        counts &= tile.look_up(exponentials) < pixel_loss.ohem_threshold * total
+    label_weight = counts.astype(dtype)
+    if weights is not None:
+        label_weight *= tile.weigh_label(weights[:, 0])
+    each_weight = jnp.zeros((), dtype)  # [classes, 1] or a scalar
+    all_weight = label_weight
+    pixels = jnp.where(counts, label_weight * (softmax.log_total - label_score), 0)
+    if smoothing := pixel_loss.label_smoothing:
+        each_weight = smoothing / classes * (jnp.ones((classes, 1), dtype) if weights is None else weights)
+        label_weight = (1 - smoothing) * label_weight
+        all_weight = label_weight + jnp.sum(each_weight) * counts.astype(dtype)
+        others = jnp.sum(each_weight) * softmax.log_total - jnp.sum(each_weight * scores, 2)
+        pixels = (1 - smoothing) * pixels + jnp.where(counts, others, 0)
+    factor = (all_weight / total)[:, :, None]
+
+    def score_grad(rows: Any) -> Array:
+        grad = exponentials[:, rows] * factor[:, rows] - jnp.where(
+            tile.is_label[:, rows], label_weight[:, rows, ..., None, :], 0
         )
+        if not smoothing:
+            return grad
+        return grad - jnp.where(counts[:, rows, ..., None, :], each_weight, 0)
+
+    sums = jnp.sum(pixels, (1, 2)), jnp.sum(is_largest & tile.valid, (1, 2), dtype=jnp.int32)
+    if not distil:
+        return sums, score_grad
+    divergence, divergence_grad = _visit_divergence(tile, pixel_loss, softmax)
+    return (sums[0] + divergence, sums[1]), lambda rows: score_grad(rows) + divergence_grad(rows)
+
+
+def _visit_divergence(
+    tile: Tile, pixel_loss: PixelLoss, softmax: Softmax
+) -> tuple[Array, Callable[[Any], Array]]:
+    """The distillation of each image in a tile, and the gradient of the scores.
+
+    `KL = sum(q (log q - log p))` with q, p the softmaxes of teacher and student; its gradient in the student's scores
+    divided by the temperature is `p - q`.
+    """
+    temperature = pixel_loss.temperature
+    if temperature != 1:
+        softmax = tile.compute_softmax(0, temperature)
+    goal = tile.compute_softmax(1, temperature)
+    q = goal.exponentials / goal.total[:, :, None]
+    divergence = jnp.sum(q * (goal.scores - softmax.scores), 2) - goal.log_total + softmax.log_total
+    factor = pixel_loss.distillation_weight * tile.valid.astype(divergence.dtype)
+    by_score = factor * temperature
+
+    def score_grad(rows: Any) -> Array:
+        p = softmax.exponentials[:, rows] / softmax.total[:, rows, ..., None, :]
+        return by_score[:, rows, ..., None, :] * (p - q[:, rows])
+
+    return temperature**2 * jnp.sum(factor * divergence, (1, 2)), score_grad
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dice(logits: Array, labels: Array, precision: str | None, devices: int) -> Array:
+    return _forward_dice(logits, labels, precision, devices)[0]
+
+
+def _forward_dice(logits: Array, labels: Array, precision: str | None, devices: int) -> tuple[Array, Any]:
+    zeros = [jnp.zeros(logits.shape[-1], logits.dtype)] * 3
+    (shared, squares, pixels), _ = sum_tiles(
+        _visit_overlap,
+        zeros,
+        ((logits,), labels, None),
+        precision=precision,
+        devices=devices,
+        with_gradient=False,
     )
-    rows, columns = down.weights.shape[1], across.weights.shape[1]
-    patch_rows, patch_columns = down.weights.shape[2], across.weights.shape[2]
-    tiles_down, tiles_across = len(down.starts), len(across.starts)
-    labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), pad_rows, pad_columns), constant_values=IGNORE_LABEL)
-    down, across = jax.tree.map(jnp.asarray, (down, across))
-    logits = logits.swapaxes(2, 3)  # columns last: they fill vector lanes, the number of classes may not
-    is_safe = jnp.max(logits) - jnp.min(logits) < SAFE_RANGE
-    class_index = lax.broadcasted_iota(jnp.int32, (1, 1, classes, 1), 2)
-    zero = jnp.int32(0)
-
-    def add_tile(tile: Array, carry: Any) -> Any:
-        loss, correct, gradient = carry
-        tile = tile.astype(jnp.int32)  # with x64 enabled the loop counts in int64
-        row, column = tile // tiles_across, tile % tiles_across
-        vertical, horizontal = down.weights[row], across.weights[column]
-        weights = vertical[:, :, None, None]
-        corner = (zero, down.starts[row], zero, across.starts[column])
-        patch = lax.dynamic_slice(logits, corner, (n, patch_rows, classes, patch_columns))
-        stretched = jnp.matmul(patch.reshape(-1, patch_columns), horizontal.T, precision=precision)
-        stretched = stretched.reshape(n, patch_rows, classes, columns)
-        scores = _weigh_rows(vertical, stretched)  # [n, rows, classes, columns]
-        label = lax.dynamic_slice(labels, (zero, row * rows, column * columns), (n, rows, columns))
-        valid, is_label = label != IGNORE_LABEL, class_index == label[:, :, None]
-        shift = _bound_scores(vertical, stretched, is_safe) if tiling.lookups else jnp.max(scores, 2)
-        exponentials = jnp.exp(scores - shift[:, :, None])
-        total = jnp.sum(exponentials, 2)
-        if tiling.lookups:
-            index = jnp.where(valid, label, 0)[:, :, None]
-            label_score = jnp.take_along_axis(scores, index, 2)[:, :, 0]
-            label_exponential = jnp.take_along_axis(exponentials, index, 2)[:, :, 0]
-            is_largest = label_exponential >= jnp.max(exponentials, 2)
-        else:
-            label_score = jnp.sum(jnp.where(is_label, scores, 0), 2)
-            is_largest = label_score >= shift
-        loss += jnp.sum(jnp.where(valid, jnp.log(total) + shift - label_score, 0), (1, 2))
-        correct += jnp.sum(is_largest & valid, (1, 2), dtype=jnp.int32)
-        if with_gradient:
-            # softmax - onehot, where the pixel is valid; then the transpose of the resize
-            mask = valid[:, :, None].astype(scores.dtype)
-            factor = mask / total[:, :, None]
-            if tiling.lookups:
-                # Row by row: XLA's CPU backend would write an array that a reduction reads to memory.
-                score_grads = (
-                    exponentials[:, i] * factor[:, i] - jnp.where(is_label[:, i], mask[:, i], 0)
-                    for i in range(rows)
-                )
-                terms = (weight * grad[:, None] for weight, grad in zip(weights, score_grads, strict=True))
-                x = functools.reduce(jnp.add, terms)
-            else:
-                score_grad = exponentials * factor - jnp.where(is_label, mask, 0)
-                x = jnp.stack([jnp.sum(weights[:, i] * score_grad, 1) for i in range(patch_rows)], 1)
-            x = x.reshape(-1, columns)
-            patch_grad = jnp.matmul(x, horizontal, precision=precision).reshape(patch.shape)
-            old = lax.dynamic_slice(gradient, corner, patch.shape)
-            gradient = lax.dynamic_update_slice(gradient, old + patch_grad, corner)
-        return loss, correct, gradient
-
-    no_gradient = jnp.zeros_like(logits) if with_gradient else jnp.zeros(n, logits.dtype)
-    start = (jnp.zeros(n, logits.dtype), jnp.zeros(n, jnp.int32), no_gradient)
-    loss, correct, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
-    return loss, correct, gradient.swapaxes(2, 3) if with_gradient else gradient
+    above, below = 2 * shared + 1, squares + pixels + 1
+    return jnp.mean(1 - above / below, -1), (logits, labels, above, below)
 
 
-def _weigh_rows(vertical: Array, patch: Array) -> Array:
-    """Resizes the second axis of a patch to the rows of a tile: multiply-adds, which XLA fuses with what follows.
-
-    Args:
-        vertical: the weights of the rows, `[rows, patch_rows]`.
-        patch: `[n, patch_rows, ...]`.
-
-    Returns:
-        `[n, rows, ...]`.
-    """
-    weights = vertical.reshape(*vertical.shape, *(1,) * (patch.ndim - 2))
-    terms = (weights[:, row] * patch[:, row, None] for row in range(patch.shape[1]))
-    return functools.reduce(jnp.add, terms)
-
-
-def _bound_scores(vertical: Array, stretched: Array, is_safe: Array) -> Array:
-    """What to subtract from the scores of a tile's pixels before `exp`, `[n, rows, columns]`.
-
-    The resized maximum is at least the maximum of the resized scores, which takes a pass over a tile several times as
-    large. Where it is not safe, because the exponentials of all classes might vanish, it is the maximum itself.
-    """
-    return lax.cond(
-        is_safe,
-        lambda: _weigh_rows(vertical, jnp.max(stretched, 2)),
-        lambda: jnp.max(_weigh_rows(vertical, stretched), 2),
+def _backward_dice(
+    precision: str | None, devices: int, residuals: Any, cotangent: Array
+) -> tuple[Array | None, None]:
+    logits, labels, above, below = residuals
+    scale = cotangent[:, None] / logits.shape[-1]
+    by_sums = -2 * scale / below, scale * above / below**2
+    _, gradient = sum_tiles(
+        _visit_overlap_grad,
+        [],
+        ((logits,), labels, by_sums),
+        precision=precision,
+        devices=devices,
+        with_gradient=True,
     )
+    return gradient, None
 
 
-def _cut_axis(cells: int, pixels: int, tile: int, between: bool, dtype: str) -> tuple[Any, tuple[int, int]]:
-    """Cuts one axis of the labels into tiles.
+_dice.defvjp(_forward_dice, _backward_dice)
 
-    Args:
-        cells: logits along the axis.
-        pixels: labels along the axis.
-        tile: pixels of a tile at most.
-        between: whether the first of several tiles begins half a tile before the axis. At stride 8 each tile of 8
-            pixels then lies between the centres of two neighbouring logits, and is interpolated from these two only.
-        dtype: of the weights.
 
-    Returns:
-        The resize of each tile (see `ops.tiled`), and the padding (before, after) of the labels, pixels.
-    """
-    tile = min(tile, pixels)
-    before = tile // 2 if between and tile < pixels else 0
-    matrix = np.pad(bilinear_matrix(cells, pixels, dtype), ((before, 0), (0, 0)))
-    return split_into_bands(matrix, tile), (before, -len(matrix) % tile)
+def _visit_overlap(tile: Tile, _: None) -> tuple[list[Array], Callable[[Any], Array]]:
+    """What the Dice loss is made from, `[n, classes]` each: sums of p t, p**2 and t."""
+    softmax, target = _mask_softmax(tile)
+    sums = [jnp.sum(x, (1, 3)) for x in (softmax * target, softmax**2, target)]
+    return sums, lambda rows: jnp.zeros_like(softmax[:, rows])
+
+
+def _visit_overlap_grad(
+    tile: Tile, by_sums: tuple[Array, Array]
+) -> tuple[list[Array], Callable[[Any], Array]]:
+    """The gradient of the scores, given the loss's gradient in the sums of p t and of p**2, `[n, classes]` each."""
+    softmax, target = _mask_softmax(tile)
+    by_shared, by_squares = (x[:, None, :, None] for x in by_sums)
+    by_softmax = by_shared * target + 2 * by_squares * softmax
+    score_grad = softmax * (by_softmax - jnp.sum(by_softmax * softmax, 2, keepdims=True))
+    return [], lambda rows: score_grad[:, rows]
+
+
+def _mask_softmax(tile: Tile) -> tuple[Array, Array]:
+    """The softmax and the one-hot labels `[n, rows, classes, columns]`, 0 where a pixel has no label."""
+    _, exponentials, total, _ = tile.compute_softmax(0)
+    valid = tile.valid[:, :, None]
+    return jnp.where(valid, exponentials / total[:, :, None], 0), (tile.is_label & valid).astype(
+        exponentials.dtype
+    )
