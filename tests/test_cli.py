@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from topformer_jax import browse, cli, convert, evaluate, predict, train
+from topformer_jax import browse, check, cli, convert, evaluate, predict, train
 from topformer_jax.config.settings import SETTINGS
 from topformer_jax.errors import UserError
 
@@ -42,7 +42,9 @@ def test_freed_memory_is_kept_unless_the_environment_says_how(
     assert (third < first / 10) == kept
 
 
-@pytest.mark.parametrize("command", [train, evaluate, predict, convert, browse], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "command", [train, evaluate, predict, convert, browse, check], ids=lambda m: m.__name__
+)
 def test_help_config_lists_all_settings(
     command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,7 +72,7 @@ def test_overrides() -> None:
         cli.Parser("a command", config_required=False).parse(["--config.seed=1"])
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "browse"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "browse", "check"])
 def test_help_imports_neither_jax_nor_what_uses_it(command: str) -> None:
     code = (
         "import runpy, sys\n"

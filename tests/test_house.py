@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": BASE | DATA | NETWORK | SHARED | SCORING | {"run_folder", "shutdown", "step"},
     # Commands, which do not import each other.
     "browse": BASE | DATA | SHARED,
+    "check": BASE | DATA | SHARED,
     "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
     "evaluate": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
     "export": BASE | DATA | NETWORK | SHARED | {"checkpoints", "exporters"},

@@ -65,8 +65,8 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
     Raises:
         UserError: the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
     """
-    values = _read_label_values(data, name)
-    table, allowed = _label_table(classes, reduce_zero_label)
+    values = read_label_values(data, name)
+    table, allowed = label_table(classes, reduce_zero_label)
     largest = int(values.max(initial=0))
     # With values below both limits there is nothing to look up.
     all_classes = largest < min(classes + reduce_zero_label, IGNORE_LABEL)
@@ -87,7 +87,7 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
 
 
 @functools.lru_cache(maxsize=8)
-def _label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
     """The class index of each of 256 values, uint8; and whether the value is allowed."""
     table = np.arange(256, dtype=np.uint8)
     if reduce_zero_label:
@@ -140,8 +140,12 @@ def check_same_size(image: np.ndarray, label: np.ndarray, name: str) -> None:
         )
 
 
-def _read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
-    """The values in a label file, uint8 or uint16 `[h, w]`, as they are stored."""
+def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
+    """The values in a label file, uint8 or uint16 `[h, w]`, as they are stored.
+
+    Raises:
+        UserError: the file is not a complete PNG of one channel, or the array not uint8 or uint16 `[h, w]`.
+    """
     if isinstance(data, np.ndarray):
         values = data[..., 0] if data.ndim == 3 and data.shape[2] == 1 else data
         if values.dtype not in (np.uint8, np.uint16) or values.ndim != 2:

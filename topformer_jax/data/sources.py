@@ -140,11 +140,33 @@ class ShapesSource:
         return read_label_size(self[index].label, self.split)
 
 
+@dataclasses.dataclass(frozen=True)
+class FolderListing:
+    """A split's files: the pairs, and what has no partner."""
+
+    pairs: FolderSource
+    unlabelled: str  # what is said of images without a label; empty: there are none
+    unused: tuple[str, ...]  # labels without an image, paths below the folder of labels
+    label_files: frozenset[str]  # all files in the folder of labels, paths below it
+
+
 def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
     """Lists a split's files and checks that each image has a label.
 
     Raises:
         UserError: a folder is missing or holds no image, or an image has no label.
+    """
+    listing = list_folder(dataset, layout, root, split)
+    if listing.unlabelled:
+        raise UserError(listing.unlabelled)
+    return listing.pairs
+
+
+def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderListing:
+    """Lists a split's files, and pairs each image with its label.
+
+    Raises:
+        UserError: a folder is missing or holds no image.
     """
     if layout is None:
         raise UserError(f"data set {dataset} has no folder layout: data.source=folder cannot read it")
@@ -164,34 +186,36 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         why = "it is a file" if base.is_file() else f"{missing[0]} does not exist" if missing else ""
         raise _not_found(dataset, layout, base, why if root else "data.root is empty")
 
-    images = _find_images(base / image_folder, layout.image_suffixes)
+    found = _find_images(base / image_folder, layout.image_suffixes)
+    images = found
     if layout.names:
         wanted = set(_read_lines(needed[2]))
-        absent = sorted(wanted - images.keys())
+        absent = sorted(wanted - found.keys())
         if absent:
             raise UserError(
                 f"{_count_images(absent)} in {needed[2]} without an image in {base / image_folder}"
             )
-        images = {name: images[name] for name in wanted}
+        images = {name: found[name] for name in wanted}
     if not images:
         kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
         raise _not_found(dataset, layout, base, f"{base / image_folder} holds no {kinds}")
 
-    labels = set(_list_files(base / label_folder))
-    names = sorted(images)
-    unlabelled = [images[name] for name in names if name + layout.label_suffix not in labels]
-    if unlabelled:
-        hint = f" ({layout.label_hint})" if layout.label_hint else ""
-        raise UserError(
-            f"{_count_images(unlabelled)} in {base / image_folder} without a label: each needs a file "
-            f"*{layout.label_suffix} in {base / label_folder}{hint}"
-        )
-    return FolderSource(
+    suffix, labels = layout.label_suffix, frozenset(_list_files(base / label_folder))
+    names = [name for name in sorted(images) if name + suffix in labels]
+    without = [images[name] for name in sorted(images) if name + suffix not in labels]
+    hint = f" ({layout.label_hint})" if layout.label_hint else ""
+    pairs = FolderSource(
         str(base),
         tuple(names),
         tuple(str(image_folder / images[name]) for name in names),
-        tuple(str(label_folder / (name + layout.label_suffix)) for name in names),
+        tuple(str(label_folder / (name + suffix)) for name in names),
     )
+    unlabelled = (
+        f"{_count_images(without)} in {base / image_folder} without a label: each needs a file *{suffix} in "
+        f"{base / label_folder}{hint}"
+    )
+    unused = (path for path in labels if path.endswith(suffix) and path.removesuffix(suffix) not in found)
+    return FolderListing(pairs, unlabelled if without else "", tuple(sorted(unused)), labels)
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
