@@ -74,7 +74,7 @@ def _split_rows(inspection: Inspection) -> list[list[str]]:
         rows.append([f"  {kind}", *(f"{split.kinds[kind]:,}" for split in splits)])
     rows.append(["values", *(_format_values(split) for split in splits)])
     rows.append(
-        ["void pixels", *(_format_share(inspection.void_pixels(s.name), s.pixels.sum()) for s in splits)]
+        ["void pixels", *(_format_share(inspection.void_pixels(s.name), int(s.pixels.sum())) for s in splits)]
     )
     return rows
 
@@ -85,7 +85,7 @@ def _class_rows(inspection: Inspection) -> list[list[str]]:
     columns: list[list[str]] = []
     for name in inspection.splits:
         pixels, labels = inspection.class_pixels(name), inspection.class_labels(name)
-        columns.append([_format_share(count, pixels.sum()) for count in pixels])
+        columns.append([_format_share(count, sum(pixels.tolist())) for count in pixels.tolist()])
         columns.append([f"{count:,}" for count in labels])
     for label, cells in enumerate(zip(*columns, strict=True)):
         rows.append([f"{label:3} {inspection.data_set.classes[label]}", *cells])

@@ -26,6 +26,10 @@ GREY, PALETTE = 0, 3  # colour types in a PNG's header
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
 
 
+class ColourLabelError(UserError):
+    """A label file is whole, but has more than one channel."""
+
+
 def decode_image(data: bytes | np.ndarray, name: str) -> Image:
     """Decodes an image file (JPEG, PNG, or another format that OpenCV reads) to RGB, uint8 `[h, w, 3]`.
 
@@ -157,7 +161,7 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         raise _not_a_png(name)
     colour_type = data[25]
     if colour_type not in (GREY, PALETTE):
-        raise UserError(
+        raise ColourLabelError(
             f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
         )
     if colour_type == GREY:

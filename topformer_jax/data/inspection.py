@@ -269,10 +269,11 @@ def inspect_example(
         faults.append(("unreadable-image", image_name, _without_name(error.line, image_name)))
     try:
         values = codecs.read_label_values(label, label_name)
+    except codecs.ColourLabelError:
+        faults.append(("colour-label", label_name, _describe_channels(label)))
+        return facts._replace(faults=tuple(faults))
     except UserError as error:
-        words = _describe_channels(label)
-        rule = "colour-label" if words else "unreadable-label"
-        faults.append((rule, label_name, words or _without_name(error.line, label_name)))
+        faults.append(("unreadable-label", label_name, _without_name(error.line, label_name)))
         return facts._replace(faults=tuple(faults))
     if size and size != values.shape:
         faults.append(("size", label_name, _describe_sizes(image, size, values.shape)))
@@ -297,13 +298,9 @@ def _without_name(line: str, name: str) -> str:
 
 
 def _describe_channels(label: bytes | np.ndarray) -> str:
-    """What a PNG of several channels holds; empty if it is none, or damaged."""
-    if isinstance(label, np.ndarray) or not label.startswith(codecs.PNG):
-        return ""
+    """What is said of a PNG of several channels."""
     pixels = cv2.imdecode(np.frombuffer(label, np.uint8), cv2.IMREAD_UNCHANGED)
-    if pixels is None or len(label) < 26 or label[25] in (codecs.GREY, codecs.PALETTE):
-        return ""
-    if (pixels[..., :3] == pixels[..., :1]).all():
+    if pixels is not None and (pixels[..., :3] == pixels[..., :1]).all():
         return "repeats one value in all channels: save one of them"
     return "is a mask of colours: write the number of each colour's class instead, as one channel"
 

@@ -58,7 +58,7 @@ def image_without_label(inspection: Inspection) -> Iterator[Finding]:
         if raw:
             names = Names(len(raw), raw[:SHOWN_NAMES])
             text = (
-                f"{split.name}: {split.listing.unlabelled}; {names.of('file')} hold raw ids, not the classes"
+                f"{split.name}: {split.listing.unlabelled}; raw ids, not classes, are in {names.of('file')}"
             )
             yield Finding("problem", "raw-cityscapes-ids", text)
         else:
@@ -105,9 +105,7 @@ def copies_between_the_splits(inspection: Inspection) -> Iterator[Finding]:
         if digest in train:
             names.add(f"{name} = {train[digest]}")
     if names.count:
-        text = (
-            f"{names.of('image')} of validation are in train too: scores will be too high; remove one of each"
-        )
+        text = f"{names.of('image')} in both splits: scores will be too high; remove one of each"
         yield Finding("warning", "duplicates-between-splits", text)
 
 
@@ -127,8 +125,8 @@ def interpolated_labels(inspection: Inspection) -> Iterator[Finding]:
     between = set().union(*(split.ramp_values for split in splits))
     if names.count and names.count >= RAMPED_LABELS * bordered and len(pairs) >= 3 and len(between) >= 2:
         text = (
-            f"{names.of('label')} of {bordered} change from class to class over single pixels of the values in "
-            "between: they were resized with interpolation or saved as JPEG; make them again with nearest neighbour"
+            f"single pixels of the values in between where classes meet, in {names.of('label')} of {bordered}: "
+            "resized with interpolation, or saved as JPEG; make them again with nearest neighbour"
         )
         yield Finding("problem", "interpolated-labels", text)
 
@@ -142,8 +140,8 @@ def raw_cityscapes_ids(inspection: Inspection) -> Iterator[Finding]:
         and beyond[-1] <= LARGEST_CITYSCAPES_ID
     ):
         text = (
-            f"{_wrong(inspection).of('label')} hold {beyond[0]} to {beyond[-1]}, where the classes are "
-            "0 to 18: raw Cityscapes ids; use the *_labelTrainIds.png files, which csCreateTrainIdLabelImgs makes"
+            f"{beyond[0]} to {beyond[-1]} in {_wrong(inspection).of('label')}, where the classes are 0 to 18: raw "
+            "Cityscapes ids; use the *_labelTrainIds.png files, which csCreateTrainIdLabelImgs makes"
         )
         yield Finding("problem", "raw-cityscapes-ids", text)
 
@@ -157,8 +155,8 @@ def zero_label_reduced_twice(inspection: Inspection) -> Iterator[Finding]:
     classes = config.model.num_classes
     if beyond == [254]:
         text = (
-            f"{_wrong(inspection).of('label')} hold 254, which is void reduced once more: zero-label "
-            "reduction was applied twice; make the labels again from the originals"
+            f"254 in {_wrong(inspection).of('label')}, which is void reduced once more: zero-label reduction was "
+            "applied twice; make the labels again from the originals"
         )
         yield Finding("problem", "zero-label-reduced-twice", text)
     elif (
@@ -172,8 +170,8 @@ def zero_label_reduced_twice(inspection: Inspection) -> Iterator[Finding]:
         splits = inspection.splits.values()
         names = sum((split.holders.get(IGNORE_LABEL, Names()) for split in splits), Names())
         text = (
-            f"{names.of('label')} hold 255 and none holds {classes}, the last class with reduction: "
-            "they seem to be reduced already; --config.data.reduce_zero_label=false"
+            f"255 in {names.of('label')}, and {classes}, the last class with reduction, in none: they seem to be "
+            "reduced already; --config.data.reduce_zero_label=false"
         )
         yield Finding(level, "zero-label-reduced-twice", text)
 
@@ -185,14 +183,11 @@ def zero_label_not_reduced(inspection: Inspection) -> Iterator[Finding]:
     if config.data.reduce_zero_label:
         return
     if beyond == [classes]:
-        other = (
-            f" and 0 is void; or there is one more class: --config.model.num_classes={classes + 1}"
-            if pixels[0]
-            else ""
-        )
+        void = " and 0 is void" if pixels[0] else ""
+        other = f"; or there is a class more: --config.model.num_classes={classes + 1}" if pixels[0] else ""
         text = (
-            f"{_wrong(inspection).of('label')} hold {classes}, where the classes are 0 to "
-            f"{classes - 1}: perhaps they count from 1: --config.data.reduce_zero_label=true{other}"
+            f"{classes} in {_wrong(inspection).of('label')}, where the classes are 0 to {classes - 1}: perhaps they "
+            f"count from 1{void}: --config.data.reduce_zero_label=true{other}"
         )
         yield Finding("problem", "zero-label-not-reduced", text)
     elif config.data.dataset in ZERO_LABEL_IS_VOID and not beyond and pixels.any() and not pixels[255]:
@@ -218,9 +213,8 @@ def values_beyond_the_classes(inspection: Inspection) -> Iterator[Finding]:
     else:
         advice = "check data.dataset, model.num_classes and data.reduce_zero_label"
     text = (
-        f"{_wrong(inspection).of('label')} hold {_describe_values(beyond, largest)} "
-        f"({count:,} pixels, {count / pixels.sum():.2%}), where the classes are {first} to {classes - 1 + first} "
-        f"and void is 255: {advice}"
+        f"{_describe_values(beyond, largest)} in {_wrong(inspection).of('label')}, {count:,} of "
+        f"{pixels.sum():,} pixels, where the classes are {first} to {classes - 1 + first} and void is 255: {advice}"
     )
     yield Finding("problem", "values-beyond-classes", text)
 
@@ -234,7 +228,7 @@ def void_labels(inspection: Inspection) -> Iterator[Finding]:
         names = split.void
         if names.count:
             level: Level = "problem" if names.count == split.labels else "warning"
-            text = f"{split.name}: {names.of('label')} of {split.labels} hold no class, only void: "
+            text = f"{split.name}: no class, only void, in {names.of('label')} of {split.labels}: "
             yield Finding(level, "void-labels", text + "label them, or remove them")
 
 
@@ -265,12 +259,12 @@ def classes_that_never_occur(inspection: Inspection) -> Iterator[Finding]:
             "if labels count from 1, --config.data.reduce_zero_label=true" if from_one else "check the labels"
         )
         if absent:
-            text = f"train: {_list_classes(absent)} of {len(names)} never occur: not learned; {advice}"
+            text = f"train: no pixel of {_list_classes(absent)} of {len(names)}: not learned; {advice}"
             yield Finding("warning", "classes-never-occur", text)
     if measured.any() and trained.sum() > 1 and validation.examples == validation.available:
         absent = [names[label] for label in np.flatnonzero(trained & ~measured)]
         if absent:
-            text = f"validation: {_list_classes(absent)} of train never occur: mIoU leaves them out unless predicted"
+            text = f"validation: no pixel of {_list_classes(absent)} of train: mIoU leaves them out unless predicted"
             yield Finding("warning", "classes-never-occur", text)
 
 

@@ -1,0 +1,297 @@
+"""Data sets to check: a healthy one, and what spoils it."""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from tests.test_bad_input import cut, resave, rewrite
+from topformer_jax.data import shapes
+
+CLASSES = 19  # as many as Cityscapes has
+# Cityscapes' own ids of its classes, in the order of the classes (labels.py of cityscapesscripts).
+RAW_IDS = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33], np.uint8)
+COUNTS = {"train": 10, "val": 6}
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+def write(root: pathlib.Path) -> None:
+    """Writes a custom data set of 19 classes: scenes, whose right halves have classes of their own, and void."""
+    for folder, split in (("train", "train"), ("val", "validation")):
+        for number in range(COUNTS[folder]):
+            image, label = shapes.draw(split, number, 96)
+            label[:, label.shape[1] // 2 :] += 9
+            label[:3] = 255
+            for kind, suffix, array in (("images", "jpg", image[..., ::-1]), ("annotations", "png", label)):
+                (root / kind / folder).mkdir(parents=True, exist_ok=True)
+                assert cv2.imwrite(str(root / kind / folder / f"{number}.{suffix}"), array)
+    (root / "classes.txt").write_text("".join(f"class {number}\n" for number in range(CLASSES)))
+
+
+def labels(root: pathlib.Path, folder: str = "*") -> list[pathlib.Path]:
+    return sorted(root.glob(f"annotations/{folder}/*.png"))
+
+
+def every(change: Change, folder: str = "*") -> Callable[[pathlib.Path], None]:
+    """Changes all labels."""
+
+    def spoil(root: pathlib.Path) -> None:
+        for path in labels(root, folder):
+            rewrite(path, change)
+
+    return spoil
+
+
+def one(file: str, spoil: Callable[[pathlib.Path], object]) -> Callable[[pathlib.Path], object]:
+    """Spoils one file."""
+    return lambda root: spoil(root / file)
+
+
+def put(value: int, dtype: type = np.uint8) -> Change:
+    """Writes a value into 5 pixels."""
+
+    def change(label: np.ndarray) -> np.ndarray:
+        label = label.astype(dtype)
+        label[50, :5] = value
+        return label
+
+    return change
+
+
+def where_class(change: Change) -> Change:
+    """Changes all pixels but void ones."""
+    return lambda label: np.where(label == 255, label, change(label)).astype(label.dtype)
+
+
+def flip_a_byte(path: pathlib.Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def colour(label: np.ndarray) -> np.ndarray:
+    """A mask of colours, by PASCAL VOC's rule or any other."""
+    return np.stack([label * 37, label * 91, label * 53], -1)
+
+
+def soften(method: int, factor: float) -> Change:
+    """What a resize and one back leave of a label; void stays where it was."""
+
+    def change(label: np.ndarray) -> np.ndarray:
+        small = cv2.resize(label, None, fx=factor, fy=factor, interpolation=method)
+        return cv2.resize(small, label.shape[::-1], interpolation=cv2.INTER_LINEAR)
+
+    return where_class(change)
+
+
+def copy(source: str, target: str) -> Callable[[pathlib.Path], object]:
+    return lambda root: shutil.copy(root / source, root / target)
+
+
+def take_away(folder: str) -> Callable[[pathlib.Path], object]:
+    return lambda root: shutil.rmtree(root / folder)
+
+
+def empty_the_split(root: pathlib.Path) -> None:
+    for path in root.glob("*/val/*"):
+        path.unlink()
+
+
+def name_as_cityscapes(root: pathlib.Path) -> None:
+    for path in labels(root):
+        path.rename(path.with_name(f"{path.stem}_gtFine_labelIds.png"))
+
+
+def drop(lost: int) -> Change:
+    """A class becomes another."""
+    return lambda label: np.where(label == lost, (lost + 1) % CLASSES, label).astype(np.uint8)
+
+
+def save_alpha(path: pathlib.Path) -> None:
+    Image.open(path).convert("LA").save(path)
+
+
+IMAGE, LABEL = "images/train/3.jpg", "annotations/train/3.png"
+PROBLEM, WARNING = "problem", "warning"
+# Of each: what spoils the set, changed settings, the level and the rule of the one finding, and words of its line.
+BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, str, str]] = {
+    "empty image": (
+        one(IMAGE, lambda path: path.write_bytes(b"")),
+        {},
+        *(PROBLEM, "unreadable-image", f"train: {IMAGE} is empty"),
+    ),
+    "cut-off image": (one(IMAGE, cut), {}, PROBLEM, "unreadable-image", f"train: {IMAGE} is cut off"),
+    "text instead of an image": (
+        one("images/val/1.jpg", lambda path: path.write_text("no image")),
+        {},
+        *(PROBLEM, "unreadable-image", "validation: images/val/1.jpg cannot be decoded"),
+    ),
+    "cut-off label": (
+        one(LABEL, lambda path: path.write_bytes(path.read_bytes()[:-30])),
+        {},
+        *(PROBLEM, "unreadable-label", f"{LABEL} is cut off"),
+    ),
+    "damaged label": (one(LABEL, flip_a_byte), {}, PROBLEM, "unreadable-label", f"{LABEL} is a damaged PNG"),
+    "JPEG as label": (
+        lambda root: shutil.copy(root / IMAGE, root / LABEL),
+        {},
+        *(PROBLEM, "unreadable-label", f"{LABEL} is not a PNG"),
+    ),
+    "skipped image": (
+        one(IMAGE, cut),
+        {"data.skip_unreadable": True},
+        *(WARNING, "unreadable-image", f"train: {IMAGE} is cut off"),
+    ),
+    "image without label": (
+        one(LABEL, pathlib.Path.unlink),
+        {},
+        *(PROBLEM, "image-without-label", "1 image (3.jpg) in "),
+    ),
+    "label without image": (
+        copy(LABEL, "annotations/train/x.png"),
+        {},
+        *(WARNING, "label-without-image", "train: 1 label (x.png) without an image"),
+    ),
+    "another size": (
+        one(LABEL, lambda path: rewrite(path, lambda label: label[:-1])),
+        {},
+        *(PROBLEM, "size", f"{LABEL} has another size than its image"),
+    ),
+    "EXIF": (
+        one("images/train/4.jpg", lambda path: resave(path, orientation=8)),
+        {},
+        *(PROBLEM, "size", "annotations/train/4.png has the size of its image without the EXIF rotation"),
+    ),
+    "a value too many": (
+        one(LABEL, lambda path: rewrite(path, put(25))),
+        {},
+        *(PROBLEM, "values-beyond-classes", f"25 in 1 label ({LABEL}), 5 of 146,256 pixels"),
+    ),
+    "16 bits": (
+        one(LABEL, lambda path: rewrite(path, put(2570, np.uint16))),
+        {},
+        *(
+            PROBLEM,
+            "values-beyond-classes",
+            f"up to 2570 in 1 label ({LABEL}), 5 of ",
+        ),
+    ),
+    "grey levels": (
+        every(where_class(lambda label: label * 13)),
+        {},
+        *(PROBLEM, "values-beyond-classes", "if they are grey levels of a mask of colours"),
+    ),
+    "raw Cityscapes ids": (
+        every(where_class(lambda label: RAW_IDS[np.minimum(label, 18)])),
+        {},
+        *(PROBLEM, "raw-cityscapes-ids", "19 to 33 in 16 labels (annotations/train/0.png, "),
+    ),
+    "names of raw Cityscapes labels": (
+        name_as_cityscapes,
+        {},
+        *(PROBLEM, "raw-cityscapes-ids", "(0_gtFine_labelIds.png, "),
+    ),
+    "labels that count from 1": (
+        every(where_class(lambda label: label + 1)),
+        {},
+        *(
+            PROBLEM,
+            "zero-label-not-reduced",
+            ", where the classes are 0 to 18: perhaps they count from 1: --config",
+        ),
+    ),
+    "a class more": (
+        every(put(19)),
+        {},
+        *(
+            PROBLEM,
+            "zero-label-not-reduced",
+            "--config.data.reduce_zero_label=true; or there is a class more: ",
+        ),
+    ),
+    "254": (
+        every(lambda label: np.where(label == 255, 254, label).astype(np.uint8)),
+        {},
+        *(PROBLEM, "zero-label-reduced-twice", "254 in 16 labels (annotations/train/0.png, "),
+    ),
+    "reduced on disk and again": (
+        lambda _: None,
+        {"data.reduce_zero_label": True},
+        *(WARNING, "zero-label-reduced-twice", ", and 19, the last class with reduction, in none"),
+    ),
+    "colours": (every(colour), {}, PROBLEM, "colour-label", "is a mask of colours: write the number"),
+    "one colour mask": (
+        one(LABEL, lambda path: rewrite(path, colour)),
+        {},
+        *(PROBLEM, "colour-label", f"train: {LABEL} is a mask of colours"),
+    ),
+    "three equal channels": (
+        one(LABEL, lambda path: rewrite(path, lambda label: np.stack([label] * 3, -1))),
+        {},
+        *(PROBLEM, "colour-label", f"{LABEL} repeats one value in all channels"),
+    ),
+    "alpha": (one(LABEL, save_alpha), {}, PROBLEM, "colour-label", f"{LABEL} repeats one value"),
+    **{
+        f"interpolated {name} {factor}": (
+            every(soften(method, factor)),
+            {},
+            *(
+                PROBLEM,
+                "interpolated-labels",
+                "values in between where classes meet, in 16 labels (",
+            ),
+        )
+        for name, method, factor in [
+            ("bilinear", cv2.INTER_LINEAR, 0.7),
+            ("bilinear", cv2.INTER_LINEAR, 1.5),
+            ("area", cv2.INTER_AREA, 0.5),
+            ("cubic", cv2.INTER_CUBIC, 0.8),
+        ]
+    },
+    "a class that is not trained": (
+        every(drop(7), "train"),
+        {},
+        *(WARNING, "classes-never-occur", "train: no pixel of 1 class (class 7) of 19: not"),
+    ),
+    "a class that is not measured": (
+        every(drop(7), "val"),
+        {},
+        *(WARNING, "classes-never-occur", "validation: no pixel of 1 class (class 7) of train"),
+    ),
+    "a void label": (
+        one(LABEL, lambda path: rewrite(path, lambda label: np.full_like(label, 255))),
+        {},
+        *(WARNING, "void-labels", f"train: no class, only void, in 1 label ({LABEL}) of 10"),
+    ),
+    "nothing but void": (
+        every(lambda label: np.full_like(label, 255), "train"),
+        {},
+        *(PROBLEM, "void-labels", "train: no class, only void, in 10 labels ("),
+    ),
+    "one class": (
+        every(where_class(lambda label: np.full_like(label, 4))),
+        {},
+        *(PROBLEM, "one-class", "train: class 4 is the only class in the labels: check the labels"),
+    ),
+    "masks of 0 and 255": (
+        every(lambda label: np.where(label < 9, 0, 255).astype(np.uint8)),
+        {},
+        *(PROBLEM, "one-class", "if 255 is meant as a class, write its number instead"),
+    ),
+    "copies in a split": (
+        lambda root: [shutil.copy(root / name, root / name.replace("3", "x")) for name in (IMAGE, LABEL)],
+        {},
+        *(WARNING, "duplicates", f"train: 1 copy (images/train/x.jpg = {IMAGE})"),
+    ),
+    "copies between the splits": (
+        lambda root: [shutil.copy(root / f, root / f.replace("train/3", "val/x")) for f in (IMAGE, LABEL)],
+        {},
+        *(WARNING, "duplicates-between-splits", f"1 image (images/val/x.jpg = {IMAGE}) in both splits"),
+    ),
+    "no validation": (take_away("images/val"), {}, PROBLEM, "missing-split", "images/val does not exist"),
+    "an empty split": (empty_the_split, {}, PROBLEM, "missing-split", "images/val holds no *.jpg"),
+}
