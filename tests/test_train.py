@@ -17,6 +17,7 @@ from tests.commands import ROOT, TINY, run, start
 from topformer_jax import checkpoints, config, load, logs, profiler, train
 from topformer_jax.data import loader
 from topformer_jax.errors import UserError
+from topformer_jax.run import load_teacher
 from topformer_jax.run_folder import RunFolder
 
 
@@ -65,6 +66,33 @@ def test_a_finished_run_has_nothing_to_do(whole: tuple[pathlib.Path, str]) -> No
     out, _ = run(workdir, {})
     assert "from checkpoint 6" in out
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_distillation(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
+    """A run that learns from another one's checkpoint: its first loss is higher by the divergence, and it resumes."""
+    teacher, _ = whole
+    changes = {
+        "schedule.steps": 4,
+        "distillation.config": "topformer_t_shapes",
+        "distillation.checkpoint": teacher,
+    }
+    out, _ = run(tmp_path / "whole", changes)
+    assert f"topformer_t_shapes, {teacher}" in out
+    assert _losses(tmp_path / "whole")[1] > _losses(teacher)[1]  # of the same weights and images
+    process = start(tmp_path / "stopped", changes)
+    _wait_for_step(process, tmp_path / "stopped", 2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    run(tmp_path / "stopped", changes)
+    assert _same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_teacher_that_does_not_fit() -> None:
+    teacher = {"distillation.config": "topformer_b_ade", "distillation.checkpoint": "b.pth"}
+    with pytest.raises(UserError, match="topformer_b_ade has 150 classes, this run 10"):
+        load_teacher(config.load(config.shapes(), teacher))
+    with pytest.raises(UserError, match="needs both"):
+        config.load(config.shapes(), {"distillation.checkpoint": "b.pth"})
 
 
 def test_profile(tmp_path: pathlib.Path) -> None:

@@ -106,6 +106,8 @@ def print_banner(
     steps, start = config.schedule.steps, int(state.step)
     epochs = steps * config.batch_size / len(splits[0])
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    distillation = config.distillation
+    teacher = {"teacher": f"{distillation.config}, {distillation.checkpoint}"} if distillation.config else {}
     logs.print_banner(
         {
             "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
@@ -120,6 +122,7 @@ def print_banner(
             if start
             else f"from {config.init_from or 'fresh weights'}",
         }
+        | teacher
     )
 
 
