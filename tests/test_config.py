@@ -12,7 +12,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config, models
 from topformer_jax.config import checks
-from topformer_jax.config.settings import RENAMED, SETTINGS, as_markdown, as_typed
+from topformer_jax.config.checks import RENAMED
+from topformer_jax.config.listing import as_markdown, as_typed
+from topformer_jax.config.settings import SETTINGS
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.models.injection import INJECTIONS

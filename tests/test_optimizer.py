@@ -1,6 +1,7 @@
-"""Learning rates and parameter groups against the official ones, AdamW against PyTorch's."""
+"""Learning rates and parameter groups against the official ones, AdamW and RMSprop against other code."""
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -107,3 +108,64 @@ def test_no_decay_norm_and_clipping() -> None:
         _, state = transform.update(large, transform.init(params), params)
     moments = jnp.concatenate(list(optax.tree.get(state, "mu").values()))
     assert float(jnp.linalg.norm(moments)) == pytest.approx(0.1, rel=1e-5)
+    smoothed = {"head.l.bias": jnp.ones(3), "head.l.weight": jnp.ones((3, 3))}
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = transform.update(
+            jax.tree.map(jnp.zeros_like, smoothed), transform.init(smoothed), smoothed
+        )
+    assert not updates["head.l.bias"].any()
+    assert updates["head.l.weight"].all()
+
+
+def test_rmsprop_against_its_formula(x64: None) -> None:
+    """The lines of timm's RMSpropTF in NumPy, over a warm-up and two decays of the learning rate."""
+    settings = config.load(
+        config.imagenet("tiny"),
+        {"schedule.decay_steps": 8, "schedule.warmup_steps": 3, "optimizer.weight_decay": 0.1},
+    )
+    assert (settings.optimizer.name, settings.optimizer.eps) == ("rmsprop_tf", 1e-3)
+    rng = np.random.default_rng(0)
+    names = {"a.c.weight": 0.1, "a.bn.weight": 0.0, "head.l.bias": 0.0}  # the decay of each
+    expected = {name: rng.normal(size=(4, 3)) for name in names}
+    params: optax.Params = {name: jnp.asarray(value) for name, value in expected.items()}
+    transform = build_optimizer(settings)
+    state = transform.init(params)
+    squares = {name: np.ones((4, 3)) for name in names}
+    buffers = {name: np.zeros((4, 3)) for name in names}
+    for step in range(20):
+        gradient = {name: rng.normal(size=(4, 3)) * 10.0 ** rng.integers(-4, 2) for name in names}
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = transform.update({k: jnp.asarray(v) for k, v in gradient.items()}, state, params)
+            params = optax.apply_updates(params, updates)
+        rate = float(learning_rate(step, settings.schedule))
+        for name, decay in names.items():
+            slope = gradient[name] + decay * expected[name]
+            squares[name] += (slope**2 - squares[name]) * (1 - 0.9)
+            buffers[name] = 0.9 * buffers[name] + rate * slope / np.sqrt(squares[name] + 1e-3)
+            expected[name] = expected[name] - buffers[name]
+            np.testing.assert_allclose(params[name], expected[name], rtol=1e-10)
+
+
+@pytest.mark.parametrize("policy", ["step", "cosine"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_other_schedules(policy: str, wide: bool) -> None:
+    """timm's formulas, in Python's floats, at every border."""
+    settings = config.load(
+        config.imagenet("tiny"), {"schedule.policy": policy, "schedule.min_lr": 1e-5}
+    ).schedule
+    steps, every, warmup = settings.steps, settings.decay_steps, settings.warmup_steps
+    assert (steps, every, warmup, settings.lr, settings.decay_rate) == (750_600, 3002, 12_510, 0.064, 0.973)
+    places = [0, 1, warmup - 1, warmup, every * 5 - 1, every * 5, every * 100, steps // 3, steps - 1, steps]
+    worst = 0.0
+    for step in places:
+        if step < warmup:
+            expected = 1e-6 + step * (0.064 - 1e-6) / warmup
+        elif policy == "step":
+            expected = 0.064 * 0.973 ** (step // every)
+        else:
+            expected = 1e-5 + 0.5 * (0.064 - 1e-5) * (1 + math.cos(math.pi * step / steps))
+        with jax.enable_x64(wide):
+            found = float(jax.jit(lambda step: learning_rate(step, settings))(step))
+        worst = max(worst, abs(found / expected - 1))
+    print(f"{policy}: {worst:.1e} relative")
+    assert worst <= (1e-10 if wide else 1e-5)

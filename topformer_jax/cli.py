@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
 from topformer_jax import logs
-from topformer_jax.config.settings import as_text
+from topformer_jax.config.listing import as_text
 from topformer_jax.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""AdamW with mmcv's poly learning rate: linear warm-up, a faster head, weight decay on every parameter."""
+"""AdamW or RMSprop, and the learning rate: mmcv's poly, or timm's step and cosine, after a linear warm-up."""
 
 import jax.numpy as jnp
 import optax
@@ -10,10 +10,15 @@ HEAD_PREFIX = "decode_head."
 
 
 def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
-    """The backbone's learning rate at a step (counted from 0): mmcv's `poly` policy with linear warm-up.
+    """The backbone's learning rate at a step (counted from 0), by `schedule.policy`.
 
         poly(i) = (lr - min_lr) * ((steps - i) / steps) ** power + min_lr
-        warm-up, i < w: poly(i) * (1 - (1 - i / w) * (1 - ratio))
+        cosine(i) = (lr - min_lr) * (1 + cos(pi * i / steps)) / 2 + min_lr
+        step(i) = lr * decay_rate ** floor(i / decay_steps)
+        warm-up, i < w: start * (1 - (1 - i / w) * (1 - ratio))
+
+    `start` is poly(i) in mmcv's poly, and lr in the other two, which are timm's schedulers (`CosineLRScheduler`,
+    `StepLRScheduler`, without prefix). timm's step changes at the first epoch after the time, here it is exact.
 
     The computation subtracts integers only, since float32 would lose digits: the warm-up's factor is
     `(i + ratio * (w - i)) / w`.
@@ -29,22 +34,36 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
     """
     dtype = jnp.zeros(()).dtype  # float32, or float64 with x64 enabled
     step = jnp.asarray(step)
-    remaining = jnp.maximum(schedule.steps - step, 0).astype(dtype) / schedule.steps
-    poly = (schedule.lr - schedule.min_lr) * remaining**schedule.power
-    poly = poly + schedule.min_lr
+    if schedule.policy == "step":
+        rate = schedule.lr * jnp.asarray(schedule.decay_rate, dtype) ** (step // schedule.decay_steps)
+    else:
+        remaining = jnp.maximum(schedule.steps - step, 0).astype(dtype) / schedule.steps
+        share = (
+            remaining**schedule.power
+            if schedule.policy == "poly"
+            else (1 - jnp.cos(jnp.pi * remaining)) / 2  # the angle is pi minus the formula's
+        )
+        rate = (schedule.lr - schedule.min_lr) * share
+        rate = rate + schedule.min_lr
     warmup = schedule.warmup_steps
     if warmup == 0:
-        return poly
+        return rate
     done, rest = step.astype(dtype), jnp.maximum(warmup - step, 0).astype(dtype)
-    return jnp.where(step < warmup, poly * ((done + schedule.warmup_ratio * rest) / warmup), poly)
+    start = rate if schedule.policy == "poly" else jnp.asarray(schedule.lr, dtype)
+    return jnp.where(step < warmup, start * ((done + schedule.warmup_ratio * rest) / warmup), rate)
 
 
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW in PyTorch's form (decay decoupled, times the learning rate) for parameters by official name.
+    """The rule `optimizer.name` for parameters by official name.
 
-    The learning rate of the head (`decode_head.*`), and with it its weight decay, is multiplied by `head_lr_mult`.
-    Every parameter decays: the official config exempts names with `norm` in them, but BatchNorm is called `bn` there.
-    `no_decay_norm` exempts BatchNorm's scales and biases. `clip_norm` > 0 clips the gradient's global norm.
+    `adamw` has PyTorch's form: the decay is decoupled, times the learning rate. `rmsprop_tf` has TensorFlow's, as
+    timm's `RMSpropTF`: g + weight_decay * p is divided by sqrt(mean square + eps), whose mean square starts at 1, and
+    the learning rate is applied before the momentum, so that old updates keep the rate of their step.
+
+    The learning rate of the head (`decode_head.*`), and with it AdamW's weight decay, is multiplied by
+    `head_lr_mult`. Every parameter decays: the official config exempts names with `norm` in them, but BatchNorm is
+    called `bn` there. `no_decay_norm` exempts BatchNorm's scales and biases and other biases, as timm does.
+    `clip_norm` > 0 clips the gradient's global norm.
 
     Args:
         config: all settings; `config.optimizer` and `config.schedule` are read.
@@ -62,12 +81,17 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
         }
 
     def decay_mask(params: optax.Params) -> dict[str, bool]:
-        return {name: not (settings.no_decay_norm and ".bn." in name) for name in params}
+        return {
+            name: not (settings.no_decay_norm and (".bn." in name or name.endswith(".bias")))
+            for name in params
+        }
 
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm > 0 else optax.identity(),
-        optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps),
-        optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
-        optax.stateless(scale_head),
-        optax.scale_by_learning_rate(lambda step: learning_rate(step, config.schedule)),
-    )
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm > 0 else optax.identity()
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=decay_mask)
+    head = optax.stateless(scale_head)
+    rate = optax.scale_by_learning_rate(lambda step: learning_rate(step, config.schedule))
+    if settings.name == "rmsprop_tf":
+        rms = optax.scale_by_rms(settings.rms_decay, settings.eps, initial_scale=1.0)
+        return optax.chain(clip, decay, rms, head, rate, optax.trace(settings.momentum))
+    adam = optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps)
+    return optax.chain(clip, adam, decay, head, rate)

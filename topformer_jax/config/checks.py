@@ -5,8 +5,35 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from topformer_jax.config.settings import LONGEST_SIDE, RENAMED, SETTINGS
+from topformer_jax.config.settings import LONGEST_SIDE, SETTINGS
 from topformer_jax.errors import UserError
+
+# Names that settings had before they took mmsegmentation's.
+RENAMED = {
+    "model.classes": "model.num_classes",
+    "model.width": "model.head_channels",
+    "model.drop_path": "model.drop_path_rate",
+    "model.dropout": "model.dropout_ratio",
+    "model.depthwise": "model.depthwise_impl",
+    "data.zero_label_void": "data.reduce_zero_label",
+    "data.crop": "data.crop_size",
+    "data.ratio": "data.ratio_range",
+    "data.category_share": "data.cat_max_ratio",
+    "data.flip": "data.flip_prob",
+    "data.photometric": "data.photometric_distortion",
+    "data.workers": "data.num_workers",
+    "optimizer.head_multiplier": "optimizer.head_lr_mult",
+    "schedule.learning_rate": "schedule.lr",
+    "schedule.least_learning_rate": "schedule.min_lr",
+    "evaluation.align": "evaluation.size_divisor",
+    "evaluation.batch_size": "evaluation.per_device_batch_size",
+    "evaluation.crop": "evaluation.crop_size",
+    "evaluation.scales": "evaluation.img_ratios",
+    "accumulation": "grad_accum_steps",
+    "checkpoints_kept": "max_to_keep",
+    "loss_mean": "ignore_void_in_mean",
+    "ema": "ema_decay",
+}
 
 
 def unknown(key: str) -> UserError:
@@ -62,9 +89,16 @@ def check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
         )
-    low, high = values["data.ratio_range"]
-    if low > high:
-        raise UserError(f"data.ratio_range is {(low, high)}: expected the smaller factor first")
+    for key in ("data.ratio_range", "data.crop_area"):
+        low, high = values[key]
+        if low > high or high == 0:
+            raise UserError(f"{key} is {(low, high)}: expected the smaller number first, and one above 0")
+    rows = values["batch_size"] // values["grad_accum_steps"]
+    if values["task"] == "classification" and values["data.mixup_alpha"] and rows % 2:
+        raise UserError(
+            f"data.mixup_alpha mixes pairs, and a micro-batch has {rows} images: set batch_size to an even multiple "
+            "of grad_accum_steps, or data.mixup_alpha=0"
+        )
     for ratios, scale in (("data.ratio_range", "data.scale"), ("evaluation.img_ratios", "evaluation.scale")):
         longest = max(values[ratios]) * max(values[scale])
         if longest > LONGEST_SIDE:

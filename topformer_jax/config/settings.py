@@ -114,7 +114,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "probability of stochastic depth at the last block; rises linearly from 0 at the first",
             BELOW_ONE,
         ),
-        "model.dropout_ratio": Setting(0.1, "probability to drop a channel before the classifier", BELOW_ONE),
+        "model.dropout_ratio": Setting(0.1, "probability to drop a channel before the last layer", BELOW_ONE),
         "model.dtype": Setting(
             "float32",
             "of activations; BatchNorm, softmax and logits are computed in at least float32",
@@ -144,7 +144,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
             ("folder", "array_record", "shapes"),
         ),
         "data.root": Setting(
-            "", "the data set's folder, laid out as for mmsegmentation; of array_record, a bucket too"
+            "",
+            "the data set's folder, laid out as for mmsegmentation or torchvision; of array_record, a bucket too",
         ),
         "data.cache": Setting(
             "",
@@ -155,7 +156,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
             (), "of a custom data set, in label order; empty: the lines of <root>/classes.txt"
         ),
         "data.reduce_zero_label": Setting(False, "label 0 becomes void (255), all others go down by one"),
-        "data.crop_size": Setting((512, 512), "pixels (height, width) of a training crop", PIXELS),
+        "data.crop_size": Setting(
+            (512, 512), "pixels (height, width) of a training crop; a classifier's input", PIXELS
+        ),
         "data.scale": Setting(
             (2048, 512), "pixels (long, short) that a training image's sides are fitted into", PIXELS
         ),
@@ -168,6 +171,21 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
             True, "change brightness, contrast, saturation and hue, each with probability 0.5"
+        ),
+        "data.crop_area": Setting(
+            (0.08, 1.0), "of classification: range of a random crop's share of its image", PROBABILITY
+        ),
+        "data.rand_augment": Setting(
+            0.0, "of classification: magnitude of RandAugment, 9 as published; 0: off", Range(0, 10)
+        ),
+        "data.rand_augment_std": Setting(0.5, "standard deviation of that magnitude", Range(0, 100)),
+        "data.erasing_prob": Setting(
+            0.0, "of classification: probability that a rectangle becomes noise", PROBABILITY
+        ),
+        "data.mixup_alpha": Setting(
+            0.0,
+            "of classification: images are mixed in pairs by a share of Beta(a, a); 0: off",
+            Range(0, 100),
         ),
         "data.skip_unreadable": Setting(
             False, "true: train on the next example instead of a damaged one and count it; false: stop"
@@ -209,11 +227,26 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
     },
     "Optimizer": {
+        "optimizer.name": Setting(
+            "adamw",
+            "the rule of the update; rmsprop_tf: RMSprop in TensorFlow's form, for ImageNet",
+            ("adamw", "rmsprop_tf"),
+        ),
         "optimizer.beta1": Setting(0.9, "decay of AdamW's mean gradient", BELOW_ONE),
         "optimizer.beta2": Setting(0.999, "decay of AdamW's mean squared gradient", BELOW_ONE),
-        "optimizer.eps": Setting(1e-8, "added to AdamW's denominator", PROBABILITY),
-        "optimizer.weight_decay": Setting(0.01, "decoupled: times the learning rate", Range(0, 1000)),
-        "optimizer.no_decay_norm": Setting(False, "true: no weight decay on BatchNorm's scales and biases"),
+        "optimizer.rms_decay": Setting(0.9, "decay of RMSprop's mean squared gradient", BELOW_ONE),
+        "optimizer.momentum": Setting(0.9, "of RMSprop's updates", BELOW_ONE),
+        "optimizer.eps": Setting(
+            1e-8, "added to AdamW's denominator, or inside the root of RMSprop's", PROBABILITY
+        ),
+        "optimizer.weight_decay": Setting(
+            0.01,
+            "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient",
+            Range(0, 1000),
+        ),
+        "optimizer.no_decay_norm": Setting(
+            False, "true: no weight decay on BatchNorm's scales and biases, nor on other biases"
+        ),
         "optimizer.head_lr_mult": Setting(10.0, "factor on decode_head's learning rate", Range(0, 10**6)),
         "optimizer.clip_norm": Setting(
             0.0, "largest global norm of the gradient; 0: no limit", Range(0, 10**9)
@@ -222,8 +255,15 @@ GROUPS: dict[str, dict[str, Setting]] = {
     "Schedule": {
         "schedule.steps": Setting(160_000, "steps of the whole training", COUNT),
         "schedule.lr": Setting(1.2e-4, "the backbone's highest learning rate", Range(0, 1e30)),
-        "schedule.min_lr": Setting(0.0, "learning rate that the decay ends at", Range(0, 1e30)),
+        "schedule.min_lr": Setting(0.0, "learning rate that poly and cosine end at", Range(0, 1e30)),
+        "schedule.policy": Setting(
+            "poly",
+            "how the learning rate falls: poly as officially; step: by a factor now and then; cosine",
+            ("poly", "step", "cosine"),
+        ),
         "schedule.power": Setting(1.0, "exponent of the polynomial decay; 1: linear", Range(0, 100)),
+        "schedule.decay_steps": Setting(3002, "steps of step between two decays", COUNT),
+        "schedule.decay_rate": Setting(0.973, "factor of each decay of step", PROBABILITY),
         "schedule.warmup_steps": Setting(1500, "steps of linear warm-up", Range(0, 10**9)),
         "schedule.warmup_ratio": Setting(1e-6, "factor on the learning rate at step 0", PROBABILITY),
     },
@@ -244,6 +284,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "evaluation.scale": Setting(
             (2048, 512), "pixels (long, short) that an image's sides are fitted into", PIXELS
         ),
+        "evaluation.short_side": Setting(
+            256, "of classification: pixels of an image's short side before the centre is cropped", PIXELS
+        ),
         "evaluation.size_divisor": Setting(
             1, "pixels; a fitted image is resized up to multiples of it, 32 for ADE20K", Range(1, 1024)
         ),
@@ -263,80 +306,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
             Range(1, 64),
         ),
         "evaluation.per_device_batch_size": Setting(
-            0, "images that a device computes at once; 0: 1 on a CPU, 8 elsewhere", Range(0, 4096)
+            0,
+            "images that a device computes at once; 0: 1 on a CPU, 8 elsewhere; of classification, 16 and 128",
+            Range(0, 4096),
         ),
     },
 }
 SETTINGS: dict[str, Setting] = {key: row for group in GROUPS.values() for key, row in group.items()}
-
-# Names that settings had before they took mmsegmentation's.
-RENAMED = {
-    "model.classes": "model.num_classes",
-    "model.width": "model.head_channels",
-    "model.drop_path": "model.drop_path_rate",
-    "model.dropout": "model.dropout_ratio",
-    "model.depthwise": "model.depthwise_impl",
-    "data.zero_label_void": "data.reduce_zero_label",
-    "data.crop": "data.crop_size",
-    "data.ratio": "data.ratio_range",
-    "data.category_share": "data.cat_max_ratio",
-    "data.flip": "data.flip_prob",
-    "data.photometric": "data.photometric_distortion",
-    "data.workers": "data.num_workers",
-    "optimizer.head_multiplier": "optimizer.head_lr_mult",
-    "schedule.learning_rate": "schedule.lr",
-    "schedule.least_learning_rate": "schedule.min_lr",
-    "evaluation.align": "evaluation.size_divisor",
-    "evaluation.batch_size": "evaluation.per_device_batch_size",
-    "evaluation.crop": "evaluation.crop_size",
-    "evaluation.scales": "evaluation.img_ratios",
-    "accumulation": "grad_accum_steps",
-    "checkpoints_kept": "max_to_keep",
-    "loss_mean": "ignore_void_in_mean",
-    "ema": "ema_decay",
-}
-
-
-def as_typed(value: Any) -> str:
-    """A value as one writes it on the command line."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace(", ", ",") if isinstance(value, tuple) else str(value)
-
-
-def as_text() -> str:
-    """The table for a terminal."""
-    lines = ["Every setting with its default; change one by --config.KEY=VALUE."]
-    for title, group in GROUPS.items():
-        lines += ["", title]
-        for key, row in group.items():
-            lines += [f"  {key}={as_typed(row.default)}", f"      {row.meaning} [{row.expected}]"]
-    return "\n".join(lines)
-
-
-def as_markdown() -> str:
-    """The table as docs/settings.md."""
-    lines = [
-        "# Settings",
-        "",
-        "`python -m topformer_jax.config > docs/settings.md` makes this page from the table in",
-        "`topformer_jax/config/settings.py`; `--help-config` of any command prints it too. The defaults are those of",
-        "`config.base_config()`; recipes change some of them. To change one, add `--config.KEY=VALUE` to a command,",
-        '`load(..., **{"KEY": VALUE})` in Python, or an assignment in a config file.',
-    ]
-    for title, group in GROUPS.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| setting | default | legal values | meaning |",
-            "|---|---|---|---|",
-        ]
-        lines += [_markdown_row(key, row) for key, row in group.items()]
-    return "\n".join(lines)
-
-
-def _markdown_row(key: str, row: Setting) -> str:
-    default = as_typed(row.default)
-    cells = (f"`{key}`", f"`{default}`" if default else "", row.expected, row.meaning)
-    return f"| {' | '.join(cells)} |".replace("<", "&lt;")
