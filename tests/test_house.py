@@ -12,7 +12,7 @@ BASE = {"version", "errors", "files"}
 DATA = {"config", "data"}
 NETWORK = {"ops", "models"}
 SHARED = {"cli", "logs", "metrics", "processes", "sharding", "visualize"}
-SCORING = {"checkpoints", "evaluation", "inference"}
+SCORING = {"checkpoints", "classifier_evaluation", "evaluation", "inference"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "version": set(),
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},
     "step": {"data", "models", "ops", "optimizer", "programs", "sharding"},
+    "classifier_evaluation": {"data", "evaluation", "models", "processes", "programs", "sharding"},
     "evaluation": {"data", "inference", "metrics", "models", "processes", "sharding"},
     "run_folder": {"files", "processes"},
     "run": BASE | DATA | NETWORK | SHARED | SCORING | {"run_folder", "shutdown", "step"},

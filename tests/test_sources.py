@@ -204,7 +204,7 @@ def test_wrong_settings() -> None:
     for key, value in (("dataset", "ade"), ("source", "tar")):
         with pytest.raises(UserError, match=rf"data\.{key} is '{value}': .*expected one of "):
             config_lib.load(config, {f"data.{key}": value})
-    with pytest.raises(UserError, match="no data set imagenet"):
+    with pytest.raises(UserError, match=r"no images by class: .* does not exist; the layout must be train/"):
         sources.open_source(config_lib.imagenet("tiny"), "train")
     with pytest.raises(ValueError, match="none of"):
         sources.open_source(config, "test")

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from topformer_jax import metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
+from topformer_jax.data.example import SegmentationSource
 from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
 from topformer_jax.inference.geometry import Size, join_tiles
 from topformer_jax.inference.inputs import padding_input, prepare_input
@@ -74,7 +75,7 @@ def evaluate_split(
     device_tensors = jax.device_put(host_tensors, sharding.replicated(mesh))
     rows_per_device = _rows_per_device(config.evaluation.per_device_batch_size)
     rows = rows_per_device * mesh.size
-    local_rows = _local_rows(programs.batch_sharding, rows)
+    own_rows = local_rows(programs.batch_sharding, rows)
     _, batches = plan_evaluation(
         _read_sizes(source), config.evaluation, devices=mesh.size, rows_per_device=rows_per_device
     )
@@ -87,11 +88,9 @@ def evaluate_split(
         inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.grid, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
-    jobs = [
-        (batch, index) for batch in batches for row in local_rows if (index := batch.rows[row]) is not None
-    ]
+    jobs = [(batch, index) for batch in batches for row in own_rows if (index := batch.rows[row]) is not None]
     # Hosts read the next batch while the devices compute this one.
-    examples = loader.map_in_threads(load, jobs, ahead=len(local_rows))
+    examples = loader.map_in_threads(load, jobs, ahead=len(own_rows))
     totals = programs.zero_totals()
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
     in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
@@ -104,11 +103,11 @@ def evaluate_split(
         )
         compiled |= set(new_sizes)
         on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
-        loaded = {row: next(examples) for row in local_rows if batch.rows[row] is not None}
+        loaded = {row: next(examples) for row in own_rows if batch.rows[row] is not None}
         inputs = {row: example.inputs for row, example in loaded.items()}
-        if len(inputs) < len(local_rows):
+        if len(inputs) < len(own_rows):
             padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
-            inputs = {row: inputs.get(row, padding) for row in local_rows}
+            inputs = {row: inputs.get(row, padding) for row in own_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, shapes, global_batch)
         predictions, pixels, totals = programs.predict_and_count(shapes.supports)(
@@ -180,7 +179,7 @@ def _rows_per_device(setting: int) -> int:
     return setting or (1 if jax.default_backend() == "cpu" else 8)
 
 
-def _local_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:
+def local_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:
     """The rows of a batch that lie on this process's devices, in order."""
     indices: Any = batch_sharding.addressable_devices_indices_map((rows,)).values()
     return sorted(row for index in indices for row in range(*index[0].indices(rows)))
@@ -190,7 +189,8 @@ def _read_sizes(source: sources.Source) -> list[Size]:
     """The size of every example; each process reads its share of the label files' headers."""
     own = range(jax.process_index(), len(source), jax.process_count())
     sizes = np.zeros((len(source), 2), np.int64)
-    for index, size in zip(own, loader.map_in_threads(source.label_size, own), strict=True):
+    label_size = cast(SegmentationSource, source).label_size
+    for index, size in zip(own, loader.map_in_threads(label_size, own), strict=True):
         sizes[index] = size
     return [(int(height), int(width)) for height, width in processes.sum_over_processes(sizes)]
 

@@ -180,6 +180,20 @@ def explain(error: BaseException) -> str:
     return text
 
 
+def read_lines(file: Path) -> list[str]:
+    """A text file's non-blank lines, stripped.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with report_errors("read", file, "; expected one name a line"):
+            lines = file.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether a request to a bucket may succeed when it is repeated: network and server failed, not the request."""
     if _code(error) in (408, 429, 500, 502, 503, 504):

@@ -88,15 +88,21 @@ class RunLog:
 
         Args:
             step: its number, from 1.
-            values: at least loss, pixel_accuracy, learning_rate, images_per_second, data_wait (the share of the
-                time in which the devices waited for data) and skipped (unreadable examples).
+            values: at least loss, pixel_accuracy (of a classifier: accuracy), learning_rate, images_per_second,
+                data_wait (the share of the time in which the devices waited for data) and skipped (unreadable
+                examples).
         """
         if not self.active:
             return
         self._record(step, "train", values)
+        accuracy = (
+            f"pixels {values['pixel_accuracy']:.1%}"
+            if "pixel_accuracy" in values
+            else f"correct {values['accuracy']:.1%}"
+        )
         seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start)
         line = (
-            f"step {step}/{self.steps}  loss {values['loss']:.4f}  pixels {values['pixel_accuracy']:.1%}  "
+            f"step {step}/{self.steps}  loss {values['loss']:.4f}  {accuracy}  "
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
             f"waiting {values['data_wait']:.0%}  left {_format_duration(seconds_per_step * (self.steps - step))}"
         )
@@ -231,7 +237,7 @@ def read_records(path: files.Path) -> list[dict[str, Any]]:
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
-    """Plots loss, pixel accuracy, mIoU and learning rate over the steps into a PNG file.
+    """Plots loss, accuracy, the main score and learning rate over the steps into a PNG file.
 
     Raises:
         UserError: the file cannot be written.
@@ -239,12 +245,9 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [
-        ("train", "loss"),
-        ("train", "pixel_accuracy"),
-        ("evaluation", "miou"),
-        ("train", "learning_rate"),
-    ]
+    is_classifier = any("accuracy" in record for record in records)
+    accuracy, score = ("accuracy", "top1") if is_classifier else ("pixel_accuracy", "miou")
+    panels = [("train", "loss"), ("train", accuracy), ("evaluation", score), ("train", "learning_rate")]
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (kind, name) in zip(figure.subplots(2, 2).flat, panels, strict=True):

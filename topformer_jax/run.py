@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
 from topformer_jax import config as config_lib
+from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
@@ -25,6 +26,7 @@ from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import TrainState
 from topformer_jax.visualize import drawing
 
+SCORES = {"segmentation": "miou", "classification": "top1"}  # by which the best checkpoint is chosen
 GRID_ROWS = 6  # validation images in the grid that each evaluation writes
 
 
@@ -35,7 +37,7 @@ class Run:
     config: ConfigDict
     folder: RunFolder
     mesh: Mesh
-    model: models.Segmenter
+    model: models.Segmenter | models.Classifier
     data_set: DataSet
     train_source: sources.Source
     validation_source: sources.Source
@@ -44,9 +46,9 @@ class Run:
     shutdown: GracefulShutdown
 
 
-def load_initial_model(config: ConfigDict) -> models.Segmenter:
+def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifier:
     """The network with its initial weights: fresh ones, or those of `config.init_from`."""
-    model = checkpoints.load_segmenter(config, config.init_from or None, part=config.init_part)
+    model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
     if config.init_from and jax.process_index() == 0:
         print(checkpoints.origin_table(model, config.init_part, config.init_from))
     return model
@@ -214,14 +216,14 @@ def is_evaluation_step(config: ConfigDict, step: int) -> bool:
     return step == config.schedule.steps or step % config.evaluate_every == 0
 
 
-def save_checkpoint(run: Run, state: TrainState, step: int, miou: float | None) -> None:
+def save_checkpoint(run: Run, state: TrainState, step: int, score: float | None) -> None:
     """Starts to save a checkpoint in the background; nothing where the step is saved already without new scores."""
-    if miou is None and run.store.newest_started == step:
+    if score is None and run.store.newest_started == step:
         return
     # mmcv expects an epoch; a run here counts steps alone.
     metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
     run.folder.upload()  # the log of what a resumed run will not do again
-    run.store.save(step, _to_trees(state), metadata, miou)
+    run.store.save(step, _to_trees(state), metadata, score)
 
 
 def save_before_compiling(run: Run, state: TrainState, step: int) -> None:
@@ -251,7 +253,27 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
 
 
 def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
-    """Scores the validation split and writes a grid of predictions; returns the mIoU, or None if a signal came."""
+    """Scores the validation split and logs it; returns the score in `SCORES`, or None if a signal came."""
+
+    def stop_if_requested(*_: object) -> None:
+        if run.shutdown.check():
+            raise _EvaluationStopped
+
+    evaluate = _score_classifier if run.config.task == "classification" else _score_segmenter
+    with jax.transfer_guard("allow"):  # sizes and flags go to the devices with each batch
+        tensors = sharding.to_host(state.average or state.params | state.stats)
+        try:
+            scores = evaluate(run, tensors, step, stop_if_requested)
+        except _EvaluationStopped:
+            return None
+    run.log.log_evaluation(step, scores)
+    return scores[SCORES[run.config.task]]
+
+
+def _score_segmenter(
+    run: Run, tensors: Mapping[str, Any], step: int, on_progress: Callable[..., None]
+) -> dict[str, float]:
+    """The scores; writes a grid of predictions."""
     palette = run.data_set.palette
     rows: list[list[np.ndarray]] = []
 
@@ -260,29 +282,30 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
             labels = example.label, example.prediction()
             rows.append([example.image, *(drawing.colorize(each, palette) for each in labels)])
 
-    def stop_if_requested(*_: object) -> None:
-        if run.shutdown.check():
-            raise _EvaluationStopped
-
-    with jax.transfer_guard("allow"):  # sizes and flags go to the devices with each batch
-        tensors = sharding.to_host(state.average or state.params | state.stats)
-        try:
-            result = evaluate_split(
-                run.model,
-                run.validation_source,
-                run.mesh,
-                tensors=tensors,
-                on_example=add_to_grid,
-                on_progress=stop_if_requested,
-            )
-        except _EvaluationStopped:
-            return None
+    assert isinstance(run.model, models.Segmenter)
+    result = evaluate_split(
+        run.model,
+        run.validation_source,
+        run.mesh,
+        tensors=tensors,
+        on_example=add_to_grid,
+        on_progress=on_progress,
+    )
     if rows:
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
         drawing.write_image(run.folder.local / "predictions" / f"{step:07}.png", grid)
     scores = metrics.compute_scores(result.confusion)
-    run.log.log_evaluation(step, {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc})
-    return scores.miou
+    return {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+
+
+def _score_classifier(
+    run: Run, tensors: Mapping[str, Any], _: int, on_progress: Callable[..., None]
+) -> dict[str, float]:
+    assert isinstance(run.model, models.Classifier)
+    result = evaluate_classifier(
+        run.model, run.validation_source, run.mesh, tensors=tensors, on_progress=on_progress
+    )
+    return {"top1": result.top(1), "top5": result.top(5)}
 
 
 class _EvaluationStopped(Exception):
@@ -293,9 +316,9 @@ def evaluate_if_missing(run: Run, state: TrainState, step: int) -> None:
     """Makes up for the evaluation of the resumed step, if a signal came before it was done."""
     if not step or not is_evaluation_step(run.config, step) or run.store.is_evaluated(step):
         return
-    miou = evaluate_and_log(run, state, step)
-    if miou is not None:
-        save_checkpoint(run, state, step, miou)
+    score = evaluate_and_log(run, state, step)
+    if score is not None:
+        save_checkpoint(run, state, step, score)
     exit_if_stopped(run, step)
 
 
@@ -311,7 +334,9 @@ def print_results(run: Run) -> None:
     """Draws the curves, and says where everything is."""
     workdir, local = run.folder.path, run.folder.local
     logs.save_curves(logs.read_records(local / "metrics.jsonl"), local / "curves.png")
-    print(f"done: curves in {workdir / 'curves.png'}, predictions in {workdir / 'predictions'}")
+    grids = f", predictions in {workdir / 'predictions'}" if run.config.task == "segmentation" else ""
+    print(f"done: curves in {workdir / 'curves.png'}{grids}")
     best = run.store.best
     if best:
-        print(f"best: mIoU {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")
+        name = "mIoU" if run.config.task == "segmentation" else "top-1"
+        print(f"best: {name} {best[1]:.4f} at step {best[0]}, {workdir / 'checkpoints' / str(best[0])}")

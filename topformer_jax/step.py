@@ -16,14 +16,16 @@ from ml_collections import ConfigDict
 from topformer_jax import models, programs, sharding
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
-from topformer_jax.errors import UserError
+from topformer_jax.data.class_augment import augment_classes
 from topformer_jax.ops import at_least_float32
+from topformer_jax.ops.class_loss import class_cross_entropy
 from topformer_jax.ops.loss import LossSums, PixelLoss, upsampled_cross_entropy, upsampled_dice
 from topformer_jax.optimizer import build_optimizer, learning_rate
 
 Tensors = dict[str, Array]
 # Folded into the seed's key, so that dropout draws other numbers than the augmentation of the same seed.
 DROPOUT_STREAM = 0x64726F70
+ACCURACY = {"segmentation": "pixel_accuracy", "classification": "accuracy"}  # its name among the metrics
 
 
 @jax.tree_util.register_dataclass
@@ -65,9 +67,9 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: `loss` (mean cross-entropy), `pixel_accuracy` (of the labelled pixels of the augmented crops),
-    `learning_rate` (the backbone's), `gradient_norm` (before clipping). The state that goes in is
-    donated: use the one that comes out.
+    device: `loss` (mean cross-entropy), `pixel_accuracy` (of the labelled pixels of the augmented crops; in
+    classification `accuracy`, of the augmented images), `learning_rate` (the backbone's), `gradient_norm` (before
+    clipping). The state that goes in is donated: use the one that comes out.
 
     Args:
         config: the settings.
@@ -76,7 +78,7 @@ def init_training(
         teacher: to distil from, with the classes of `model`; None: without distillation.
 
     Raises:
-        UserError: the config's task is not segmentation, or the mesh does not divide the batch.
+        UserError: the mesh does not divide the batch.
     """
     mesh = sharding.make_train_mesh(config) if mesh is None else mesh
     model = models.build(config) if model is None else model
@@ -115,14 +117,9 @@ def build_train_step(
         model: the network; its weights are not used.
         mesh: the devices.
         layout: the sharding of every array of the state, see `sharding.state_sharding`.
-        cross_entropy: takes the arguments of `upsampled_cross_entropy`.
+        cross_entropy: of segmentation; takes the arguments of `upsampled_cross_entropy`.
         teacher: the network to distil from; its weights are not used.
-
-    Raises:
-        UserError: the config's task is not segmentation.
     """
-    if config.task != "segmentation":
-        raise UserError(f"training supports task=segmentation; {config.name} has task={config.task}")
     model.train()
     graphdef, *_ = nnx.split(model)
     teacher_graphdef = None
@@ -182,7 +179,7 @@ def _apply_step(
     }
     metrics = {
         "loss": loss,
-        "pixel_accuracy": correct / jnp.maximum(valid, 1),
+        ACCURACY[config.task]: correct / jnp.maximum(valid, 1),
         "learning_rate": learning_rate(state.step, config.schedule),
         "gradient_norm": optax.tree.norm(gradients),
     }
@@ -211,22 +208,29 @@ def _accumulate_gradients(
     accum_dtype = at_least_float32(models.DTYPES[config.model.dtype])
     pixels = batch["label"].size
     valid_pixels = jnp.sum(batch["label"] != IGNORE_LABEL)
-    divisor = jnp.maximum(valid_pixels, 1) if config.ignore_void_in_mean else pixels
+    has_void = config.task == "segmentation"
+    divisor = jnp.maximum(valid_pixels, 1) if has_void and config.ignore_void_in_mean else pixels
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
 
     whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
 
     def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, tuple]:
-        images, labels = augment(
-            micro_batch,
-            config.seed,
-            flip=config.data.flip_prob,
-            photometric=config.data.photometric_distortion,
-            dtype=accum_dtype,
-        )
         model = models.merge_state_dict(graphdef, params | stats)
-        logits = model(images, rngs=nnx.Rngs(dropout=key))
-        sums, dice = loss_function(logits, labels, images)
+        rngs = nnx.Rngs(dropout=key)
+        if config.task == "classification":
+            images, classes = augment_classes(micro_batch, config, accum_dtype)
+            smoothing = config.loss.label_smoothing
+            sums = class_cross_entropy(model(images, rngs=rngs), *classes, smoothing=smoothing)
+            dice = jnp.zeros_like(sums.loss)
+        else:
+            images, labels = augment(
+                micro_batch,
+                config.seed,
+                flip=config.data.flip_prob,
+                photometric=config.data.photometric_distortion,
+                dtype=accum_dtype,
+            )
+            sums, dice = loss_function(model(images, rngs=rngs), labels, images)
         loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + dice / len(batch["label"])
         return loss, (models.state_dict(model, nnx.BatchStat), loss, sums.correct, sums.valid)
 

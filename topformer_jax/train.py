@@ -1,4 +1,4 @@
-"""Trains a segmenter, from images to checkpoints, on whatever devices there are.
+"""Trains a segmenter or a classifier, from images to checkpoints, on whatever devices there are.
 
   python -m topformer_jax.train --config configs/topformer_b_ade.py --config.data.root=DIR
 
@@ -32,6 +32,7 @@ from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.data import loader, sources
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
+    SCORES,
     Monitor,
     Run,
     evaluate_and_log,
@@ -79,7 +80,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     model = load_initial_model(config)
     state, train_step = init_training(config, mesh, model, load_teacher(config))
     folder.open()
-    store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
+    store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep, SCORES[config.task])
     start = store.latest or 0
     if start:
         state = restore_state(store, start, state, config)
@@ -125,13 +126,13 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
                 continue
 
             monitor.log(step)
-            miou = None
+            score = None
             if is_evaluation_step(config, step) and not shutdown.signal:
                 save_before_compiling(run, state, step)
                 with save_on_error(run, state, step, monitor):
-                    miou = evaluate_and_log(run, state, step)
+                    score = evaluate_and_log(run, state, step)
             if shutdown.check() or is_checkpoint_step(config, step):
-                save_checkpoint(run, state, step, miou)
+                save_checkpoint(run, state, step, score)
             exit_if_stopped(run, step)
             monitor.restart_clock()
 

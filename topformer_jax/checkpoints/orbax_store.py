@@ -98,7 +98,8 @@ class CheckpointStore:
 
     Args:
         directory: the folder of the steps.
-        max_to_keep: how many of the newest steps are kept, beside the one of the best mIoU.
+        max_to_keep: how many of the newest steps are kept, beside the one of the best score.
+        metric: the name of the score in a checkpoint.
 
     Attributes:
         newest_started: the step that this process saved last, or 0; it may not be complete yet.
@@ -107,12 +108,13 @@ class CheckpointStore:
         UserError: by every method: the folder cannot be read or written, with what to do.
     """
 
-    def __init__(self, directory: files.Path, max_to_keep: int):
+    def __init__(self, directory: files.Path, max_to_keep: int, metric: str = "miou"):
         self.directory = directory
+        self._metric = metric
         self.newest_started = 0
         policies = ocp.training.preservation_policies
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["miou"], n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: metrics[metric], n=1, keep_checkpoints_without_metrics=False
         )
         policy = policies.AnyPreservationPolicy([policies.LatestN(max_to_keep), best])
         try:
@@ -130,16 +132,16 @@ class CheckpointStore:
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and mIoU (0 to 1) of the best checkpoint that was evaluated."""
-        evaluated = [(c.metrics["miou"], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        """Step and score (0 to 1) of the best checkpoint that was evaluated."""
+        evaluated = [(c.metrics[self._metric], c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return (max(evaluated)[1], max(evaluated)[0]) if evaluated else None
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the checkpoint of a step holds the mIoU of its evaluation."""
+        """Whether the checkpoint of a step holds the score of its evaluation."""
         return any(c.step == step and bool(c.metrics) for c in self._checkpointer.checkpoints)
 
     def save(
-        self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any], miou: float | None = None
+        self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any], score: float | None = None
     ) -> None:
         """Starts to write one step; the arrays are copied before this returns, so they may be donated.
 
@@ -147,9 +149,9 @@ class CheckpointStore:
             step: an existing checkpoint of it is replaced.
             trees: of arrays, by what they are: `model`, `optimizer`, `average`; empty ones are skipped.
             metadata: what JSON can hold: `config` and `meta`.
-            miou: of this state's evaluation (0 to 1), where there was one.
+            score: of this state's evaluation (0 to 1), where there was one.
         """
-        metrics = None if miou is None else {"miou": miou}
+        metrics = None if score is None else {self._metric: score}
         if step == self.newest_started:  # Orbax would write both into one folder
             self.wait()
         self.newest_started = step

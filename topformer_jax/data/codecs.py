@@ -8,6 +8,7 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -20,6 +21,7 @@ from topformer_jax.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
+REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 GREY, PALETTE = 0, 3  # colour types in a PNG's header
 
 # OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.
@@ -30,7 +32,7 @@ class ColourLabelError(UserError):
     """A label file is whole, but has more than one channel."""
 
 
-def decode_image(data: bytes | np.ndarray, name: str) -> Image:
+def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, orient: bool = True) -> Image:
     """Decodes an image file (JPEG, PNG, or another format that OpenCV reads) to RGB, uint8 `[h, w, 3]`.
 
     As `cv2.IMREAD_COLOR` does: rotated by its EXIF orientation; grey, CMYK, 16-bit and alpha become 8-bit RGB.
@@ -43,6 +45,8 @@ def decode_image(data: bytes | np.ndarray, name: str) -> Image:
     Args:
         data: the file's bytes; or an array, which is checked and returned.
         name: of the file, for the error.
+        reduction: 2, 4 or 8: the sides are divided by it, rounded up; a JPEG then takes fewer transforms.
+        orient: whether to rotate by the EXIF orientation.
 
     Raises:
         UserError: the file is empty, cut off, damaged or not an image; or the array is not uint8 `[h, w, 3]`.
@@ -54,7 +58,23 @@ def decode_image(data: bytes | np.ndarray, name: str) -> Image:
             )
         return data
     _check_complete(data, name)
-    return _decode(data, cv2.IMREAD_COLOR_RGB, name)
+    flags = 0 if orient else cv2.IMREAD_IGNORE_ORIENTATION
+    if reduction == 1:
+        return _decode(data, flags | cv2.IMREAD_COLOR_RGB, name)
+    image = _decode(data, flags | REDUCED[reduction], name)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
+    """The (height, width) in a JPEG file's header, as it is stored; None for what is no JPEG, or cut off."""
+    if isinstance(data, np.ndarray) or not data.startswith(JPEG):
+        return None
+    for marker, start in _jpeg_segments(data):
+        # Start of frame; c4, c8 and cc are Huffman tables, an extension and arithmetic coding's conditions.
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(data) >= start + 9:
+            height, width = struct.unpack(">HH", data[start + 5 : start + 9])
+            return (height, width) if height and width else None
+    return None
 
 
 def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_zero_label: bool) -> Labels:
@@ -201,16 +221,20 @@ def _has_jpeg_end(data: bytes) -> bool:
     cameras and tools add bytes after the end. Compressed data never holds the marker by chance: an ff in it is
     followed by 00.
     """
-    position = 2
-    while data[position : position + 1] == b"\xff":
-        marker = data[position + 1 : position + 2]
-        if marker == b"\xda":
-            return data.find(b"\xff\xd9", position) >= 0
-        if marker == b"\xff":  # a fill byte
+    scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
+    return any(data.find(b"\xff\xd9", start) >= 0 for start in scans)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG's header and where they start, up to the first scan."""
+    position, marker = 2, 0
+    while marker != 0xDA and data[position : position + 1] == b"\xff" and position + 1 < len(data):
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
             position += 1
         else:
+            yield marker, position
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
 
 
 def _check_png(data: bytes, name: str) -> None:

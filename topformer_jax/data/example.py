@@ -6,7 +6,10 @@ import numpy as np
 
 
 class Example(NamedTuple):
-    """One example as it is stored: the bytes of its files, or arrays where there are no files."""
+    """One example as it is stored: the bytes of its files, or arrays where there are no files.
+
+    A classifier's label is the number of a class, an array of no axes.
+    """
 
     name: str  # the image's path in its split, without suffix
     image: bytes | np.ndarray
@@ -22,6 +25,11 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """Reads an example; raises a UserError if it cannot be read."""
+
+
+@runtime_checkable
+class SegmentationSource(Source, Protocol):
+    """A source whose labels are maps."""
 
     def label_size(self, index: int) -> tuple[int, int]:
         """(height, width) of an example's label in pixels, and so of its image, without decoding either."""

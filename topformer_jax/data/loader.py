@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from topformer_jax.data import codecs, transforms
+from topformer_jax.data import class_images, codecs, transforms
 from topformer_jax.data.batch import Batch, Image, Labels
 from topformer_jax.data.sources import Example, Source
 from topformer_jax.errors import UserError
@@ -220,13 +220,18 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
     return image, label
 
 
-def crop_example(example: Example, config: ConfigDict, index: int, epoch: int) -> transforms.CroppedExample:
+def crop_example(
+    example: Example, config: ConfigDict, index: int, epoch: int
+) -> transforms.CroppedExample | class_images.ClassExample:
     """Decodes an example and takes the random crop that the seed, its index and the epoch decide.
 
     Raises:
         UserError: as `decode_example` does.
     """
     data = config.data
+    rng = np.random.default_rng([config.seed, epoch, index])
+    if config.task == "classification":
+        return class_images.make_training_example(example, config, rng)
     image, label = decode_example(example, config)
     return transforms.random_resize_crop(
         image,
@@ -235,14 +240,14 @@ def crop_example(example: Example, config: ConfigDict, index: int, epoch: int) -
         scale=data.scale,
         ratio_range=data.ratio_range,
         cat_max_ratio=data.cat_max_ratio,
-        rng=np.random.default_rng([config.seed, epoch, index]),
+        rng=rng,
     )
 
 
 def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
     """The error's line for which an example was skipped; reads it again."""
     try:
-        decode_example(source[index], config)
+        crop_example(source[index], config, index, epoch=0)
     except UserError as error:
         return error.line
     return f"example {index} could not be read, and can be now"

@@ -13,6 +13,7 @@ from topformer_jax.errors import UserError
 VERSION = "1.0.0"  # of the layout
 INFO = "dataset_info.json"  # written last: without it the data set is incomplete
 FEATURES = "features.json"
+CLASS_NAMES = "label.labels.txt"  # of a classifier's data set, a line a class
 CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
 PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished
 
@@ -25,6 +26,8 @@ def shard_names(dataset: str, split: str, count: int) -> list[str]:
 @dataclasses.dataclass
 class ArrayRecordSource:
     """The shards that scripts/build_dataset.py wrote: TFDS records that hold the files' bytes unchanged.
+
+    A classifier's label is a number. tensorflow-datasets' own imagenet2012, prepared as array_record, is read too.
 
     From a bucket (gs://) array_record reads each record by a request of its own.
     """
@@ -55,7 +58,7 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Example:
         try:
             record = self._records[index]
-            name = record["name"].decode()
+            name = record["name" if "name" in record else "file_name"].decode()
         except IndexError:
             raise
         except Exception as error:  # a damaged file raises errors of many types

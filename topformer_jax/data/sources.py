@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from topformer_jax import files
-from topformer_jax.data import cache, records, shapes
+from topformer_jax.data import cache, class_folders, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, SPLITS, DataSet, Layout, custom
 from topformer_jax.data.codecs import read_label_size
@@ -30,13 +30,21 @@ def find_data_set(config: ConfigDict) -> DataSet:
         UserError: there is no such data set, or it has another number of classes than `model.num_classes`.
     """
     name = config.data.dataset
-    if name == "custom":
+    is_classification = config.task == "classification"
+    if name != "custom" and is_classification != (name == "imagenet"):
+        raise UserError(
+            f"task={config.task} cannot use data.dataset={name}: classification takes imagenet, or custom with the "
+            "same layout; segmentation takes the others"
+        )
+    if is_classification:
+        found = DataSet(_read_class_names(config), ())
+    elif name == "custom":
         found = custom(_read_custom_classes(config))
     elif name in CATALOG:
         found = CATALOG[name]
     else:
         raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
-    if len(found.classes) > IGNORE_LABEL:
+    if len(found.classes) > IGNORE_LABEL and not is_classification:
         raise UserError(
             f"{name} has {len(found.classes)} classes: at most 255 fit, as labels are bytes and 255 is void"
         )
@@ -82,6 +90,8 @@ def open_source(config: ConfigDict, split: str, make_progress: cache.MakeProgres
     if data.source == "shapes":
         return ShapesSource(split, data.shapes[split], data.shapes.size)
     if data.source == "folder":
+        if config.task == "classification":
+            return class_folders.open_class_folder(data.root, split)
         return open_folder(data.dataset, found.layout, data.root, split)
     if data.source == "array_record":
         folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
@@ -189,7 +199,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     found = _find_images(base / image_folder, layout.image_suffixes)
     images = found
     if layout.names:
-        wanted = set(_read_lines(needed[2]))
+        wanted = set(files.read_lines(needed[2]))
         absent = sorted(wanted - found.keys())
         if absent:
             raise UserError(
@@ -216,6 +226,16 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     )
     unused = (path for path in labels if path.endswith(suffix) and path.removesuffix(suffix) not in found)
     return FolderListing(pairs, unlabelled if without else "", tuple(sorted(unused)), labels)
+
+
+def _read_class_names(config: ConfigDict) -> tuple[str, ...]:
+    """The names of a classifier's classes: of its folders, or as tensorflow-datasets has written them."""
+    data = config.data
+    if data.source == "folder":
+        _refuse_bucket_of_files(config)
+        return class_folders.read_class_names(data.root)
+    folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
+    return tuple(files.read_lines(folder / records.CLASS_NAMES))
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
@@ -296,7 +316,7 @@ def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
                 "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
             )
         file = next((file for file in places if file.exists()), None)
-    names = _read_lines(file) if file else []
+    names = files.read_lines(file) if file else []
     if not names:
         why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
         raise UserError(
@@ -304,13 +324,3 @@ def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
             '--config.data.class_names=\'("name","name")\''
         )
     return tuple(names)
-
-
-def _read_lines(file: files.Path) -> list[str]:
-    """A text file's non-blank lines, stripped."""
-    try:
-        with files.report_errors("read", file, "; expected one name a line"):
-            lines = file.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -74,7 +74,12 @@ def _build(config: ConfigDict) -> Segmenter | Classifier:
     rng = np.random.default_rng(config.seed)
     if config.task == "classification":
         return Classifier(
-            variant, settings.num_classes, drop_path_rate=settings.drop_path_rate, policy=policy, rng=rng
+            variant,
+            settings.num_classes,
+            drop_path_rate=settings.drop_path_rate,
+            dropout_ratio=settings.dropout_ratio,
+            policy=policy,
+            rng=rng,
         )
     _check_choice("task", config.task, ("segmentation", "classification"))
     return Segmenter(

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import FrozenConfigDict
 
-from topformer_jax.models.layers import BatchNorm, DTypePolicy
+from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy
 from topformer_jax.models.topformer import Backbone, Images, Variant
 
 
@@ -26,14 +26,24 @@ class Linear(nnx.Module):
 
 
 class ClassifierHead(nnx.Module):
-    """BatchNorm, then a linear layer, with the official keys `bn` and `l`; both in `policy.accum_dtype`."""
+    """BatchNorm, dropout, and a linear layer, with the official keys `bn` and `l`; all in `policy.accum_dtype`."""
 
-    def __init__(self, features: int, num_classes: int, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(
+        self,
+        features: int,
+        num_classes: int,
+        dropout_ratio: float,
+        *,
+        policy: DTypePolicy,
+        rng: np.random.Generator,
+    ):
         self.bn = BatchNorm(features, policy=policy.accum_policy)
+        self.dropout = Dropout(dropout_ratio, broadcast_dims=())
         self.l = Linear(features, num_classes, policy=policy.accum_policy, rng=rng)
 
-    def __call__(self, x: Float[Array, "n c"]) -> Float[Array, "n classes"]:
-        return self.l(self.bn(x))
+    def __call__(self, x: Float[Array, "n c"], rngs: nnx.Rngs | None) -> Float[Array, "n classes"]:
+        # After BatchNorm, which would otherwise learn the variance of values that dropout has scaled.
+        return self.l(self.dropout(self.bn(x), rngs))
 
 
 class Classifier(Backbone):
@@ -52,15 +62,16 @@ class Classifier(Backbone):
         num_classes: int,
         *,
         drop_path_rate: float = 0.1,
+        dropout_ratio: float = 0.0,
         policy: DTypePolicy,
         rng: np.random.Generator,
     ):
         super().__init__(variant, 1, drop_path_rate, policy=policy, rng=rng)
-        self.head = ClassifierHead(sum(self.channels), num_classes, policy=policy, rng=rng)
+        self.head = ClassifierHead(sum(self.channels), num_classes, dropout_ratio, policy=policy, rng=rng)
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "n classes"]:
         _, semantics = self.extract_features(images, rngs)
         with jax.named_scope("head"):
-            return self.head(semantics.astype(self.policy.accum_dtype).mean((1, 2)))
+            return self.head(semantics.astype(self.policy.accum_dtype).mean((1, 2)), rngs)

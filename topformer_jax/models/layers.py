@@ -306,7 +306,7 @@ class Dropout(nnx.Module):
         self.broadcast_dims = broadcast_dims
         self.deterministic = False
 
-    def __call__(self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "..."], rngs: nnx.Rngs | None) -> Float[Array, "..."]:
         if self.deterministic or self.rate == 0:
             return x
         if rngs is None:
