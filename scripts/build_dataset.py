@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -25,10 +25,11 @@ from etils import epath
 from tqdm import tqdm
 
 from topformer_jax import cli, files
-from topformer_jax.data import cache, records, sources
+from topformer_jax.data import cache, class_folders, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
 from topformer_jax.errors import UserError
 
+Source = sources.FolderSource | class_folders.ClassFolderSource
 ADVICE = "; the same command goes on from here"
 SHARD_BYTES = 64 << 20  # of the examples' files in a shard, about
 
@@ -38,15 +39,17 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     VERSION = tfds.core.Version(records.VERSION)
 
-    def __init__(self, dataset: str, folder: str):
+    def __init__(self, dataset: str, folder: str, classes: Sequence[str] = ()):
         self.name = dataset
+        self.classes = list(classes)  # of a classifier's data set
         super().__init__(data_dir=folder, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
+        label_map = tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")
         features = {
             "name": tfds.features.Text(),
             "image": tfds.features.Image(),
-            "label": tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=self.classes) if self.classes else label_map,
         }
         # The order of training depends on the folder's order.
         return tfds.core.DatasetInfo(
@@ -76,15 +79,12 @@ class Shard:
         return f"{records.PARTS}/{self.name}.json"
 
 
-def plan_shards(dataset: str, splits: dict[str, sources.FolderSource]) -> list[Shard]:
+def plan_shards(dataset: str, splits: Mapping[str, Source]) -> list[Shard]:
     """Divides the splits' examples into shards; every process comes to the same."""
     shards = []
     for split, source in splits.items():
-        rows = []
-        for name, *pair in zip(source.names, source.images, source.labels, strict=True):
-            sizes = [os.path.getsize(os.path.join(source.root, file)) for file in pair]
-            rows.append((name, *sizes))
-        total = sum(image + label for _, image, label in rows)
+        rows = [source.describe(index) for index in range(len(source))]
+        total = sum(part for row in rows for part in row if isinstance(part, int))
         count = max(1, min(len(rows), round(total / SHARD_BYTES)))
         for index, name in enumerate(records.shard_names(dataset, split, count)):
             start, stop = (len(rows) * edge // count for edge in (index, index + 1))
@@ -93,9 +93,7 @@ def plan_shards(dataset: str, splits: dict[str, sources.FolderSource]) -> list[S
     return shards
 
 
-def write_shard(
-    builder: FolderBuilder, source: sources.FolderSource, shard: Shard, folder: files.Path, bar: tqdm
-) -> None:
+def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: files.Path, bar: tqdm) -> None:
     """Writes a shard, which gets its name when it is whole, and then the file that says so."""
     from array_record.python import array_record_module
 
@@ -179,7 +177,8 @@ def finish(
         _write(folder / name, content)
     with tempfile.TemporaryDirectory() as place:
         builder.info.write_to_directory(place)
-        for name in (records.FEATURES, records.INFO):
+        names = [records.CLASS_NAMES] if builder.classes else []
+        for name in (*names, records.FEATURES, records.INFO):
             _write(folder / name, (pathlib.Path(place) / name).read_bytes())
     with contextlib.suppress(FileNotFoundError):  # two processes may finish at once
         epath.Path(folder / records.PARTS).rmtree()
@@ -217,19 +216,25 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
     Raises:
         UserError: the source is incomplete, or the output cannot be written or holds something else.
     """
-    layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
-    splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
+    splits: dict[str, Source]
+    classes: list[str] = []
+    if dataset == "imagenet":
+        splits = {split: class_folders.open_class_folder(source, split) for split in sources.SPLITS}
+        classes = class_folders.read_class_folders(source)
+    else:
+        layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
+        splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
     shards = plan_shards(dataset, splits)
     folder = files.as_path(output) / dataset / records.VERSION
     names = pathlib.Path(source).expanduser() / "classes.txt"
-    others = {names.name: names.read_bytes()} if dataset == "custom" and names.exists() else {}
+    others = {names.name: names.read_bytes()} if dataset in ("custom", "imagenet") and names.exists() else {}
     with (
         files.report_errors("write", folder, ADVICE),
         tempfile.TemporaryDirectory() as empty,
     ):
         if is_complete(folder, shards):
             return folder, ""
-        builder = FolderBuilder(dataset, empty)
+        builder = FolderBuilder(dataset, empty, classes)
         if not files.is_in_bucket(folder):
             (folder / records.PARTS).mkdir(parents=True, exist_ok=True)
         mine = shards[part[0] - 1 :: part[1]]
@@ -266,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    names = [name for name, data_set in CATALOG.items() if data_set.layout] + ["custom"]
+    names = [name for name, data_set in CATALOG.items() if data_set.layout] + ["imagenet", "custom"]
     parser.add_argument("--dataset", choices=names, required=True, help="which layout the folder has")
     parser.add_argument("--source", metavar="DIR", required=True, help="the folder, as for data.root")
     parser.add_argument("--output", metavar="DIR", required=True, help="a folder or a bucket for the shards")

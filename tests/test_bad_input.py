@@ -86,7 +86,7 @@ HUGE = "9" * 21
         ("evaluation.per_device_batch_size=-1", "evaluation.per_device_batch_size is -1"),
         ("log_evry=3", "did you mean log_every"),
         ("model.num_classes=11", "shapes has 10 classes, the config's model 11"),
-        ("task=classification", "knows segmentation alone"),
+        ("task=classification", "task=classification cannot use data.dataset=shapes"),
         ("init_from=/no/where.pth", "no checkpoint /no/where.pth"),
         ("data.dataset=shpes", "data.dataset is 'shpes': did you mean 'shapes'? expected one of ade20k, "),
         ("data.source=folder", "for the synthetic set both are shapes"),

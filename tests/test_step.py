@@ -303,11 +303,6 @@ def test_meshes_that_do_not_fit(changes: dict[str, int], message: str) -> None:
         sharding.make_train_mesh(config.load(config.ade20k("tiny"), changes))
 
 
-def test_the_classifier_is_refused() -> None:
-    with pytest.raises(UserError, match="segmentation"):
-        init_training(config.imagenet("tiny"), _mesh(1))
-
-
 def test_names_make_the_model_again() -> None:
     model = load(config.ade20k("tiny"))
     from flax import nnx

@@ -2,7 +2,8 @@
 
   python -m topformer_jax.browse --config configs/topformer_b_ade.py --config.data.root=DIR --output browse.png
 
-Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black.
+Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black. Of a
+classifier it shows images with the names of their classes, after RandAugment, erasing and mixup.
 """
 
 from topformer_jax import cli, files
@@ -33,6 +34,7 @@ from topformer_jax import logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
 from topformer_jax.data.batch import Batch, Image
+from topformer_jax.data.class_augment import augment_classes
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import drawing
 
@@ -57,22 +59,39 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
         source, config_lib.load(config, {"data.num_workers": 0}), start_step=step - 1
     )
     try:
-        batch: Batch = jax.tree.map(lambda values: values[:count], next(batches))
+        batch: Batch = jax.tree.map(
+            lambda values: values[: count + count % 2], next(batches)
+        )  # mixup takes pairs
     finally:
         batches.close()
+    captions = [
+        f"example {index}, epoch {epoch}" for index, epoch in zip(batch["index"], batch["epoch"], strict=True)
+    ]
+    if config.task == "classification":
+        mixed, classes = jax.jit(lambda batch: augment_classes(batch, config))(batch)
+        pictures = [
+            _denormalize(image, size) for image, size in zip(np.asarray(mixed), batch["size"], strict=True)
+        ]
+        names = [data_set.classes[label] for label in np.asarray(classes.first)]
+        captions = [f"{name}, {caption}" for name, caption in zip(names, captions, strict=True)]
+        return drawing.image_grid(
+            [[picture] for picture in pictures[:count]],
+            titles=("image",),
+            captions=captions[:count],
+            height=256,
+        )
     augment_batch = jax.jit(
         lambda batch: augment(
             batch, config.seed, flip=config.data.flip_prob, photometric=config.data.photometric_distortion
         )
     )
-    images, labels = (np.asarray(array) for array in augment_batch(batch))
-    rows, captions = [], []
-    for number, (normalized, size) in enumerate(zip(images, batch["size"], strict=True)):
+    images, labels = (np.asarray(array)[:count] for array in augment_batch(batch))
+    rows = []
+    for number, (normalized, size) in enumerate(zip(images, batch["size"][:count], strict=True)):
         image, label = _denormalize(normalized, size), labels[number].astype(np.uint8)
         colours = drawing.colorize(label, data_set.palette)
         rows.append([image, colours, drawing.blend(image, label, data_set.palette)])
-        captions.append(f"example {batch['index'][number]}, epoch {batch['epoch'][number]}")
-    return drawing.image_grid(rows, titles=("image", "label", "both"), captions=captions, height=256)
+    return drawing.image_grid(rows, titles=("image", "label", "both"), captions=captions[:count], height=256)
 
 
 def _denormalize(image: Float[np.ndarray, "h w 3"], size: Int[np.ndarray, "2"]) -> Image:

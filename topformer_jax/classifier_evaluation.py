@@ -37,6 +37,10 @@ class ClassifierResult(NamedTuple):
         """
         return int((self.ranks < count).sum()) / len(self.ranks)
 
+    def of_class(self, label: int) -> "ClassifierResult":
+        """The images of one class."""
+        return ClassifierResult(self.ranks[self.labels == label], self.labels[self.labels == label])
+
 
 def evaluate_classifier(
     model: models.Classifier,

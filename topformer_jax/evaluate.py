@@ -1,11 +1,12 @@
-"""Scores a checkpoint on a data set's validation split, as mmsegmentation does, pixel for pixel.
+"""Scores a checkpoint on a data set's validation split, as mmsegmentation does, pixel for pixel; or a classifier.
 
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint TopFormer-B.pth
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint runs/b --img-ratios 0.5,1 --flip
 
 The checkpoint is a file, a checkpoint folder or a training run's work directory. Prints the table of classes
 and writes metrics.json, confusion.csv (a row per label, a column per prediction) and report.html into the work
-directory. On several hosts, start the same command on each, as for training.
+directory; of a classifier it prints top-1 and top-5, and writes metrics.json. On several hosts, start the same
+command on each, as for training.
 """
 
 from topformer_jax import cli, files
@@ -51,6 +52,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
 from topformer_jax import config as config_lib
+from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.errors import UserError
@@ -113,6 +115,49 @@ def evaluate(
         _write_report(workdir / "report.html", config, predict, source, result, facts, num_report_images)
         print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
     return result
+
+
+def score_classifier(
+    model: models.Classifier, workdir: files.Path, *, checkpoint: str, split: str = "validation"
+) -> dict[str, float]:
+    """Scores a classifier on a split of its config's data set, prints top-1 and top-5, and writes metrics.json.
+
+    Args:
+        model, workdir, checkpoint, split: see `evaluate`.
+
+    Returns:
+        The scores as shares of 1, and those of every class.
+
+    Raises:
+        UserError: the data cannot be read, or the output cannot be written.
+    """
+    config = model.config
+    is_first = jax.process_index() == 0
+    source = sources.open_source(config, split, functools.partial(logs.Progress, active=is_first))
+    names = sources.find_data_set(config).classes
+    mesh = sharding.make_inference_mesh(jax.devices())
+    with logs.Progress(len(source), "images", active=is_first) as progress:
+        result = evaluate_classifier(model, source, mesh, on_progress=progress.update)
+    scores = {"top1": result.top(1), "top5": result.top(5)}
+    if is_first:
+        print(
+            f"top-1 {100 * scores['top1']:.2f}  top-5 {100 * scores['top5']:.2f}  of {len(source):,} images"
+        )
+        settings = {"crop_size": config.data.crop_size, "short_side": config.evaluation.short_side}
+        values = scores | {
+            "images": len(source),
+            "classes": {names[label]: result.of_class(label).top(1) for label in np.unique(result.labels)},
+            "config": config.name,
+            "data": f"{config.data.dataset}, {config.data.root}",
+            "evaluation": ", ".join(f"{key} {value}" for key, value in settings.items()),
+            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "checkpoint": checkpoint,
+            "split": split,
+        }
+        files.make_folder(workdir)
+        files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
+        print(f"wrote {workdir / 'metrics.json'}")
+    return scores
 
 
 def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
@@ -218,12 +263,23 @@ def main() -> None:
     if args.slide:
         overrides["evaluation.mode"] = "slide"
     config = config_lib.load(config, overrides)
+    workdir = args.workdir or files.as_path("runs") / config.name / "evaluate"
+    if config.task == "classification":
+        if overrides or args.exported or args.save_predictions:
+            raise UserError(
+                f"{config.name} is a classifier: --exported, --img-ratios, --flip, --slide and --save-predictions "
+                "are for segmentation"
+            )
+        classifier = checkpoints.load_model(config, args.checkpoint)
+        assert isinstance(classifier, models.Classifier)
+        score_classifier(classifier, workdir, checkpoint=str(args.checkpoint), split=args.split)
+        return
     if args.exported and jax.process_count() > 1:
         raise UserError("--exported runs in one process: start one")
     model = checkpoints.load_segmenter(config, args.checkpoint)
     evaluate(
         model,
-        args.workdir or files.as_path("runs") / config.name / "evaluate",
+        workdir,
         checkpoint=str(args.checkpoint or args.exported),
         split=args.split,
         save_predictions=args.save_predictions,

@@ -17,6 +17,7 @@ from topformer_jax import files
 from topformer_jax.data.example import Example
 from topformer_jax.errors import UserError
 
+NAMES = "classes.txt"
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in lower case
 LAYOUT = (
     "the layout must be train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG with val.txt; point at it with "
@@ -41,8 +42,13 @@ class ClassFolderSource:
         path = os.path.join(self.root, name)
         with files.report_errors("read", path), open(path, "rb") as file:
             data = file.read()
-        stem = name.partition("/")[2].rpartition(".")[0]
-        return Example(stem, data, np.asarray(self.labels[index]), (path, f"the class of {path}"))
+        return Example(_stem(name), data, np.asarray(self.labels[index]), (path, f"the class of {path}"))
+
+    def describe(self, index: int) -> tuple[str, int, str]:
+        """An example's name, how many bytes its image has, and its class."""
+        name = self.images[index].decode()
+        size = os.path.getsize(os.path.join(self.root, name))
+        return _stem(name), size, f"class {self.labels[index]}"
 
 
 def open_class_folder(root: str, split: str) -> ClassFolderSource:
@@ -91,7 +97,7 @@ def read_class_names(root: str) -> tuple[str, ...]:
         UserError: there are no folders, or another number of names.
     """
     folders = read_class_folders(root)
-    file = _find_base(root) / "classes.txt"
+    file = _find_base(root) / NAMES
     if not file.exists():
         return tuple(folders)
     names = tuple(files.read_lines(file))
@@ -101,6 +107,11 @@ def read_class_names(root: str) -> tuple[str, ...]:
             "one name a line, in the order of the sorted folders"
         )
     return names
+
+
+def _stem(path: str) -> str:
+    """An image's path in its split, without suffix."""
+    return path.partition("/")[2].rpartition(".")[0]
 
 
 def _find_base(root: str) -> pathlib.Path:

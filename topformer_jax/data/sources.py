@@ -121,6 +121,12 @@ class FolderSource:
         )
         return Example(self.names[index], _read(image), _read(label), (image, label))
 
+    def describe(self, index: int) -> tuple[str, int, int]:
+        """An example's name, and how many bytes its image and its label have."""
+        pair = (os.path.join(self.root, paths[index]) for paths in (self.images, self.labels))
+        image, label = map(os.path.getsize, pair)
+        return self.names[index], image, label
+
     def label_size(self, index: int) -> tuple[int, int]:
         label = os.path.join(self.root, self.labels[index])
         return read_label_size(_read(label, 24), label)
@@ -235,7 +241,8 @@ def _read_class_names(config: ConfigDict) -> tuple[str, ...]:
         _refuse_bucket_of_files(config)
         return class_folders.read_class_names(data.root)
     folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
-    return tuple(files.read_lines(folder / records.CLASS_NAMES))
+    shown = folder / class_folders.NAMES
+    return tuple(files.read_lines(shown if shown.exists() else folder / records.CLASS_NAMES))
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
