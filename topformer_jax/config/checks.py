@@ -99,6 +99,11 @@ def check_together(values: Mapping[str, Any]) -> None:
             f"data.mixup_alpha mixes pairs, and a micro-batch has {rows} images: set batch_size to an even multiple "
             "of grad_accum_steps, or data.mixup_alpha=0"
         )
+    side, crop = values["evaluation.short_side"], max(values["data.crop_size"])
+    if values["task"] == "classification" and side < crop:
+        raise UserError(
+            f"evaluation.short_side is {side}: expected at least {crop}, the longer side of data.crop_size"
+        )
     for ratios, scale in (("data.ratio_range", "data.scale"), ("evaluation.img_ratios", "evaluation.scale")):
         longest = max(values[ratios]) * max(values[scale])
         if longest > LONGEST_SIDE:

@@ -105,21 +105,18 @@ def choose_reduction(size: Size, target: Size) -> int:
 def make_evaluation_image(example: Example, config: ConfigDict) -> Image:
     """The centre, `data.crop_size`, of an image whose short side is resized to `evaluation.short_side`.
 
-    The bytes of torchvision's `Resize` (Pillow's bicubic) and `CenterCrop`, without computing the pixels around.
+    The bytes of torchvision's `Resize` (Pillow's bicubic) and `CenterCrop`.
 
     Raises:
         UserError: the file is damaged.
     """
     image = codecs.decode_image(example.image, example.where[0], orient=False)
     height, width = image.shape[:2]
-    short = config.evaluation.short_side
-    resized = [int(short * side / min(height, width)) for side in (height, width)]
-    crop = config.data.crop_size
-    top, left = (round((side - part) / 2) for side, part in zip(resized, crop, strict=True))
-    down, across = height / resized[0], width / resized[1]
-    box = (left * across, top * down, (left + crop[1]) * across, (top + crop[0]) * down)
-    picture = PIL.Image.fromarray(image)
-    return np.array(picture.resize(crop[::-1], PIL.Image.Resampling.BICUBIC, box))
+    down, across = (int(config.evaluation.short_side * side / min(height, width)) for side in (height, width))
+    picture = PIL.Image.fromarray(image).resize((across, down), PIL.Image.Resampling.BICUBIC)
+    rows, columns = config.data.crop_size
+    top, left = round((down - rows) / 2), round((across - columns) / 2)
+    return np.array(picture)[top : top + rows, left : left + columns]
 
 
 def read_label(example: Example, config: ConfigDict) -> np.int32:

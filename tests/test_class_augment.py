@@ -1,0 +1,149 @@
+"""Flip, random erasing and mixup of a batch, and the loss, against published formulas in NumPy and PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import traffic
+from topformer_jax import config
+from topformer_jax.data import class_augment
+from topformer_jax.data.augment import MEAN, STD
+from topformer_jax.data.batch import Batch
+from topformer_jax.ops.class_loss import class_cross_entropy
+
+SIDE = 32
+
+
+def _batch(count: int) -> Batch:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8),
+        "label": rng.integers(0, 9, count).astype(np.int32),
+        "size": np.full((count, 2), SIDE, np.int32),
+        "index": np.arange(count, dtype=np.int32) * 7,
+        "epoch": np.arange(count, dtype=np.int32) // 3,
+    }
+
+
+def _settings(**changes: float) -> config.ConfigDict:  # type: ignore[name-defined]
+    base = {"data.flip_prob": 0.0, "data.erasing_prob": 0.0, "data.mixup_alpha": 0.0}
+    return config.load(
+        config.imagenet("tiny"), base | {f"data.{key}": value for key, value in changes.items()}
+    )
+
+
+def test_nothing_but_normalisation() -> None:
+    batch = _batch(4)
+    images, classes = class_augment.augment_classes(batch, _settings())
+    np.testing.assert_allclose(images, (batch["image"] - MEAN) / STD, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(classes.first, batch["label"])
+    assert (classes.share == 1).all()
+
+
+def test_flips() -> None:
+    batch = _batch(200)
+    plain, _ = class_augment.augment_classes(batch, _settings())
+    flipped, _ = class_augment.augment_classes(batch, _settings(flip_prob=0.5))
+    same = np.array([np.array_equal(a, b) for a, b in zip(plain, flipped, strict=True)])
+    turned = np.array([np.array_equal(a[:, ::-1], b) for a, b in zip(plain, flipped, strict=True)])
+    assert (same ^ turned).all()
+    assert 0.4 < turned.mean() < 0.6
+
+
+def test_erasing() -> None:
+    """Rectangles of timm's areas and aspect ratios, as often as asked, filled with standard normal noise."""
+    count, side = 3000, 96
+    image = jnp.full((side, side, 3), 100.0)
+    keys = jax.random.split(jax.random.key(0), 2 * count).reshape(2, count)
+    erase = jax.jit(jax.vmap(lambda key, noise: class_augment.erase(image, key, noise, 0.2)))
+    results = np.asarray(erase(*keys))
+    changed = (results != 100).all(-1)
+    assert ((results != 100).any(-1) == changed).all()
+    hit = changed.any((1, 2))
+    assert abs(hit.mean() - 0.2) < 0.025
+    heights, widths = changed.any(2).sum(1)[hit], changed.any(1).sum(1)[hit]
+    np.testing.assert_array_equal(changed.sum((1, 2))[hit], heights * widths)  # full rectangles
+    share = heights * widths / side**2
+    assert share.min() > 0.018  # 0.02 but for the rounding of the sides
+    assert share.max() < 1 / 3 + 0.01
+    assert abs(share.mean() - (0.02 + 1 / 3) / 2) < 0.015
+    logs = np.log(heights / widths)
+    assert abs(logs.mean()) < 0.1
+    assert 0.95 * np.log(1 / 0.3) < np.abs(logs).max() < 1.1 * np.log(1 / 0.3)
+    noise = results[hit][changed[hit]]
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    tops = np.array([np.flatnonzero(rows)[0] for rows in changed[hit].any(2)])
+    assert abs((tops / (side - heights + 1e-9)).mean() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_mixup(alpha: float) -> None:
+    """Images and targets of the paper's formula, and shares whose moments are those of Beta(alpha, alpha)."""
+    batch = _batch(2000)
+    plain, _ = class_augment.augment_classes(batch, _settings())
+    images, classes = class_augment.augment_classes(batch, _settings(mixup_alpha=alpha))
+    share = np.asarray(classes.share)
+    partner = np.arange(2000) ^ 1
+    np.testing.assert_array_equal(classes.first, batch["label"])
+    np.testing.assert_array_equal(classes.second, np.asarray(batch["label"])[partner])
+    weight = share[:, None, None, None]
+    expected = weight * np.asarray(plain) + (1 - weight) * np.asarray(plain)[partner]
+    np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
+    assert abs(share.mean() - 0.5) < 0.03
+    assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_any_mesh_gives_the_same_and_sends_nothing(devices: int) -> None:
+    batch, given = _batch(16), _settings(flip_prob=0.5, erasing_prob=0.5, mixup_alpha=0.4)
+    expected = jax.jit(lambda batch: class_augment.augment_classes(batch, given))(batch)
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    layout = NamedSharding(mesh, P("data"))
+    placed = jax.device_put(batch, layout)
+    program = jax.jit(lambda batch: class_augment.augment_classes(batch, given), out_shardings=layout)
+    jax.tree.map(np.testing.assert_array_equal, program(placed), expected)
+    text = program.lower(placed).compile().as_text()
+    assert text is not None
+    assert traffic.sent_by_kind(text) == {}
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone() -> None:
+    batch, given = _batch(8), _settings(flip_prob=0.5, erasing_prob=0.5)
+    images, _ = class_augment.augment_classes(batch, given)
+    part: Batch = jax.tree.map(lambda values: values[5:], batch)
+    np.testing.assert_array_equal(class_augment.augment_classes(part, given)[0], images[5:])
+    later: Batch = {**batch, "epoch": batch["epoch"] + 1}
+    assert not np.array_equal(class_augment.augment_classes(later, given)[0], images)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_against_pytorch(x64: None, smoothing: float) -> None:
+    """Value and gradient of torch's cross-entropy with mixed targets and label smoothing."""
+    rng = np.random.default_rng(0)
+    logits, first, second = rng.normal(size=(12, 7)) * 4, rng.integers(0, 7, 12), rng.integers(0, 7, 12)
+    share = rng.random(12)
+
+    def ours(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sums = class_cross_entropy(
+            logits, jnp.asarray(first), jnp.asarray(second), jnp.asarray(share), smoothing=smoothing
+        )
+        assert sums.valid.dtype == sums.correct.dtype
+        return sums.loss, sums.correct
+
+    (loss, correct), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(logits))
+    theirs = torch.tensor(logits, requires_grad=True)
+    targets = torch.zeros(12, 7, dtype=torch.float64)
+    for row in range(12):
+        targets[row, first[row]] += share[row]
+        targets[row, second[row]] += 1 - share[row]
+    expected = torch.nn.functional.cross_entropy(theirs, targets, label_smoothing=smoothing, reduction="sum")
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-9, atol=1e-12)
+    larger = np.where(share >= 0.5, first, second)
+    assert int(correct) == (logits.argmax(1) == larger).sum()

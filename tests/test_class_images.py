@@ -1,0 +1,356 @@
+"""A classifier's examples: folders, lists, records; crops and centres against torchvision's formulas and Pillow."""
+
+import io
+import math
+import pathlib
+import pickle
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL.Image
+import pytest
+from ml_collections import ConfigDict
+
+from tests.test_sources import build_dataset
+from topformer_jax import config
+from topformer_jax.data import cache, class_folders, class_images, codecs, loader, shapes, sources
+from topformer_jax.data.example import Example
+from topformer_jax.errors import UserError
+
+__all__ = ["build_dataset"]
+FOLDERS = ("n01440764", "n02102040", "n03000684")
+
+
+def write_images(root: pathlib.Path, train: int = 4, validation: int = 3) -> pathlib.Path:
+    """A data set of three classes in ImageNet's layout; one file is a PNG, one a CMYK JPEG, one is grey."""
+    number = 0
+    for word, count in (("train", train), ("val", validation)):
+        for folder in FOLDERS:
+            for index in range(count):
+                image = PIL.Image.fromarray(shapes.draw("train", number, 90 + 3 * number)[0])
+                kind = "PNG" if number == 1 else "JPEG"
+                image = image.convert({2: "CMYK", 3: "L"}.get(number, "RGB"))
+                path = root / word / folder / f"{folder}_{index}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path, kind)
+                number += 1
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_images(tmp_path_factory.mktemp("imagenet"))
+
+
+def settings(root: pathlib.Path, **changes: Any) -> ConfigDict:
+    small = {"data.root": str(root), "model.num_classes": 3, "batch_size": 8, "data.crop_size": (64, 48)}
+    return config.load(
+        "topformer_t_imagenet", small | {key.replace("__", "."): value for key, value in changes.items()}
+    )
+
+
+def test_folders(images: pathlib.Path) -> None:
+    """torchvision's order: classes by their folders' names, files by theirs."""
+    source = sources.open_source(settings(images), "train")
+    expected = sorted(str(path.relative_to(images)) for path in (images / "train").rglob("*.JPEG"))
+    assert [f"{source[index].name}.JPEG" for index in range(12)] == [path[6:] for path in expected]
+    assert [int(source[index].label) for index in range(12)] == [0] * 4 + [1] * 4 + [2] * 4  # type: ignore[arg-type]
+    assert source[5].image == (images / expected[5]).read_bytes()
+    assert len(pickle.loads(pickle.dumps(source))) == 12
+    assert sources.find_data_set(settings(images)).classes == FOLDERS
+
+
+def test_every_kind_of_file_is_decoded(images: pathlib.Path) -> None:
+    source, given = sources.open_source(settings(images), "train"), settings(images)
+    kinds = {PIL.Image.open(io.BytesIO(source[index].image)).format for index in range(4)}  # type: ignore[arg-type]
+    modes = {PIL.Image.open(io.BytesIO(source[index].image)).mode for index in range(4)}  # type: ignore[arg-type]
+    assert kinds == {"PNG", "JPEG"}
+    assert modes == {"RGB", "CMYK", "L"}
+    for index in range(12):
+        example = loader.crop_example(source[index], given, index, epoch=0)
+        assert example["image"].shape == (64, 48, 3)
+        assert class_images.make_evaluation_image(source[index], given).shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("label", ["number", "folder"])
+@pytest.mark.parametrize("suffix", [".JPEG", ""])
+def test_a_flat_folder_with_a_list(tmp_path: pathlib.Path, label: str, suffix: str) -> None:
+    root = write_images(tmp_path)
+    expected, lines = {}, []
+    for number, folder in enumerate(FOLDERS):
+        for path in (root / "val" / folder).iterdir():
+            path.rename(root / "val" / path.name)
+            expected[path.stem] = number
+            lines.append(f"{path.stem}{suffix} {number if label == 'number' else folder}")
+        (root / "val" / folder).rmdir()
+    (root / "val.txt").write_text("\n".join(reversed(lines)))
+    (root / "classes.txt").write_text("a fish\na dog\na saw\n")
+    source = sources.open_source(settings(root), "validation")
+    found = {source[index].name: int(source[index].label) for index in range(len(source))}  # type: ignore[arg-type]
+    assert found == expected
+    assert list(found) == sorted(found)
+    assert sources.find_data_set(settings(root)).classes == ("a fish", "a dog", "a saw")
+
+
+def _refusal(given: ConfigDict, split: str = "validation") -> str:
+    with pytest.raises(UserError) as error:
+        sources.open_source(given, split)
+    print(error.value.line)
+    return error.value.line
+
+
+def test_mistakes_in_folders(tmp_path: pathlib.Path) -> None:
+    root = write_images(tmp_path)
+    assert "imagenet has 3 classes, the config's model 1000: --config.model.num_classes=3" in _refusal(
+        settings(root, model__num_classes=1000)
+    )
+    assert "task=classification cannot use data.dataset=ade20k" in _refusal(
+        settings(root, data__dataset="ade20k")
+    )
+    assert "task=segmentation cannot use data.dataset=imagenet" in _refusal(
+        settings(root, task="segmentation")
+    )
+    assert "nowhere does not exist; the layout must be train/<class>" in _refusal(settings(root / "nowhere"))
+    (root / "val" / "n09999999").mkdir()
+    assert "is a class that" in _refusal(settings(root))
+    (root / "val").rename(root / "elsewhere")
+    assert "val does not exist: expected the validation split's images there" in _refusal(settings(root))
+    (root / "val").mkdir()
+    (root / "val" / "a.JPEG").write_bytes(b"")
+    assert "there is no" in _refusal(settings(root))
+    (root / "val.txt").write_text("b.JPEG 0\n")
+    assert "has no line for a.JPEG (1 of 1 images)" in _refusal(settings(root))
+    (root / "val.txt").write_text("a.JPEG 3\n")
+    assert "expected a file and its class, a number below 3" in _refusal(settings(root))
+    (root / "classes.txt").write_text("one\n")
+    assert "names 1 classes" in _refusal(settings(root))
+    (root / "classes.txt").unlink()
+    (root / "val.txt").write_text("a.JPEG 1\n")
+    source = sources.open_source(settings(root), "validation")
+    with pytest.raises(UserError, match=r"a\.JPEG is empty"):
+        class_images.make_evaluation_image(source[0], settings(root))
+
+
+def test_records(build_dataset: ModuleType, images: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """What scripts/build_dataset.py packs, read in place and from a cache: the same batches."""
+    folder, missing = build_dataset.build("imagenet", str(images), str(tmp_path / "records"))
+    assert not missing
+    packed = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
+    given = settings(images)
+    for more in ({}, {"data.cache": str(tmp_path / "cache")}):
+        other = config.load(given, packed | more)
+        for split in sources.SPLITS:
+            one, two = sources.open_source(given, split), sources.open_source(other, split)
+            assert len(one) == len(two)
+            for index in range(len(one)):
+                assert one[index][:2] == two[index][:2]
+                assert int(one[index].label) == int(two[index].label)  # type: ignore[arg-type]
+    assert sources.find_data_set(config.load(given, packed)).classes == FOLDERS
+    assert cache.copy_split(folder, "imagenet", "train", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="imagenet has 3 classes"):
+        sources.open_source(config.load(given, packed | {"model.num_classes": 4}), "train")
+
+
+def test_records_of_tensorflow_datasets(images: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A folder as `tfds build imagenet2012 --file_format=array_record` leaves it: other fields, another version."""
+    import tensorflow_datasets as tfds
+    from array_record.python import array_record_module
+
+    class Imagenet2012(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("5.1.0")
+
+        def _info(self) -> Any:
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(names=FOLDERS),
+                "file_name": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _: Any) -> Any: ...
+
+        def _generate_examples(self, _: Any) -> Any: ...
+
+    builder = Imagenet2012(data_dir=tmp_path, file_format="array_record")
+    folder = pathlib.Path(builder.data_dir)
+    folder.mkdir(parents=True)
+    features = builder.info.features
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    infos = []
+    for split, word in (("train", "train"), ("validation", "val")):
+        paths = sorted((images / word).rglob("*.JPEG"), key=lambda path: path.name[::-1])
+        name = f"imagenet2012-{split}.array_record-00000-of-00001"
+        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1")
+        for path in paths:
+            fields = {"image": path.read_bytes(), "label": path.parent.name, "file_name": path.name}
+            writer.write(serializer.serialize_example(features.encode_example(fields)))
+        writer.close()
+        template = builder._get_filename_template(split)
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[len(paths)], num_bytes=1, filename_template=template
+            )
+        )
+    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    builder.info.write_to_directory(folder)
+    given = settings(folder, data__source="array_record")
+    source = sources.open_source(given, "train")
+    found = {source[index].name: int(source[index].label) for index in range(len(source))}  # type: ignore[arg-type]
+    assert len(found) == 12
+    for name, label in found.items():
+        assert name.startswith(FOLDERS[label])
+    assert sources.find_data_set(given).classes == FOLDERS
+    assert loader.crop_example(source[0], given, 0, epoch=0)["image"].shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (100, 1000), (900, 90), (1, 1), (3, 200)])
+def test_random_boxes(size: tuple[int, int]) -> None:
+    """Boxes lie in the image; area and aspect ratio have torchvision's ranges, or the fallback's."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([class_images.random_box(size, (0.08, 1.0), rng) for _ in range(2000)])
+    top, left, height, width = boxes.T
+    assert (np.minimum(top, left) >= 0).all()
+    assert ((top + height <= size[0]) & (left + width <= size[1]) & (height > 0) & (width > 0)).all()
+    aspect, area = width / height, width * height / (size[0] * size[1])
+    if max(size) / min(size) > 8:
+        # No box fits often enough: the centre with the nearest allowed aspect ratio.
+        wide = size[1] > size[0]
+        expected = (size[0], min(size[1], round(size[0] * 4 / 3))) if wide else None
+        if expected is not None:
+            centre = ((size[0] - expected[0]) // 2, (size[1] - expected[1]) // 2)
+            assert (centre + expected) in {tuple(box) for box in boxes.tolist()}
+        return
+    if min(size) > 50:
+        assert aspect.min() > 0.74
+        assert aspect.max() < 1.35
+        assert area.min() > 0.079
+        # Uniform areas of 0.08..1, of which the large ones fit less often.
+        assert 0.3 < np.median(area) < 0.55
+        assert abs(np.mean(np.log(aspect))) < 0.15
+
+
+def test_boxes_of_every_draw_against_torchvisions_code() -> None:
+    """The lines of `RandomResizedCrop.get_params` with the same draws."""
+    for seed in range(200):
+        height, width = 375, 500
+        found = class_images.random_box((height, width), (0.08, 1.0), np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        expected = None
+        for _ in range(10):
+            target_area = height * width * rng.uniform(0.08, 1.0)
+            aspect_ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w = round(math.sqrt(target_area * aspect_ratio))
+            h = round(math.sqrt(target_area / aspect_ratio))
+            if 0 < w <= width and 0 < h <= height:
+                expected = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+                break
+        assert found == (expected or (0, 0, 375, 500))
+
+
+@pytest.mark.parametrize(
+    ("size", "short"), [((375, 500), 72), ((640, 427), 80), ((64, 64), 72), ((50, 333), 65)]
+)
+def test_centre_against_pillow(size: tuple[int, int], short: int) -> None:
+    """`Resize(short)` and `CenterCrop` as torchvision computes them, on the whole image."""
+    image = cv2.resize(shapes.draw("train", 0, 200)[0], size[::-1])
+    given = settings(pathlib.Path(), evaluation__short_side=short)
+    found = class_images.make_evaluation_image(Example("x", image, np.zeros(()), ("x", "y")), given)
+    h, w = size
+    new = (short, int(short * w / h)) if h < w else (int(short * h / w), short)
+    whole = PIL.Image.fromarray(image).resize(new[::-1], PIL.Image.Resampling.BICUBIC)
+    top, left = round((new[0] - 64) / 2), round((new[1] - 48) / 2)
+    np.testing.assert_array_equal(found, np.asarray(whole)[top : top + 64, left : left + 48])
+
+
+def test_only_what_is_needed_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large JPEG is decoded at a fraction, and gives nearly what shrinking the whole image gives."""
+    image = cv2.GaussianBlur(cv2.resize(shapes.draw("train", 1, 300)[0], (1600, 1200)), (0, 0), 3)
+    data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+    given = settings(pathlib.Path(), data__rand_augment=0.0)
+    reductions, decode = [], codecs.decode_image
+
+    def record(*args: Any, **flags: Any) -> np.ndarray:
+        reductions.append(flags["reduction"])
+        return decode(*args, **flags)
+
+    monkeypatch.setattr(codecs, "decode_image", record)
+    differences = []
+    for seed in range(30):
+        example = class_images.make_training_example(
+            Example("x", data, np.zeros((), int), ("x", "y")), given, np.random.default_rng(seed)
+        )
+        top, left, height, width = class_images.random_box(
+            (1200, 1600), (0.08, 1.0), np.random.default_rng(seed)
+        )
+        assert min(height / reductions[-1] / 64, width / reductions[-1] / 48) >= 1
+        expected = cv2.resize(
+            image[top : top + height, left : left + width], (48, 64), interpolation=cv2.INTER_AREA
+        )
+        differences.append(np.abs(example["image"].astype(int) - expected).mean())
+    assert set(reductions) == {4, 8}
+    print(f"mean difference to area-averaging the crop: {np.mean(differences):.2f} levels of 255")
+    assert np.mean(differences) < 4
+
+
+def test_reduced_and_unrotated_decoding() -> None:
+    image = shapes.draw("train", 2, 200)[0]
+    picture, file = PIL.Image.fromarray(image), io.BytesIO()
+    exif = picture.getexif()
+    exif[PIL.ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
+    picture.save(file, "JPEG", quality=95, exif=exif)
+    data, (height, width) = file.getvalue(), image.shape[:2]
+    assert codecs.read_jpeg_size(data) == (height, width)
+    assert codecs.decode_image(data, "x").shape == (width, height, 3)
+    whole = codecs.decode_image(data, "x", orient=False)
+    np.testing.assert_array_equal(whole, np.asarray(PIL.Image.open(io.BytesIO(data)).convert("RGB")))
+    for reduction in (2, 4, 8):
+        small = codecs.decode_image(data, "x", orient=False, reduction=reduction)
+        assert small.shape == (-(-height // reduction), -(-width // reduction), 3)
+        expected = cv2.resize(whole, small.shape[1::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(small.astype(int) - expected).mean() < 6
+    assert codecs.read_jpeg_size(data[:40]) is None
+    assert codecs.read_jpeg_size(image) is None
+    assert codecs.read_jpeg_size(cv2.imencode(".png", image)[1].tobytes()) is None
+
+
+def test_draws_depend_on_seed_epoch_and_index_alone(images: pathlib.Path) -> None:
+    """The same batches by two processes of one row each and by workers as by one process."""
+    given = settings(images, data__num_workers=0)
+    source = sources.open_source(given, "train")
+    batches = loader.training_batches(source, given)
+    expected = [next(batches) for _ in range(3)]
+    batches.close()
+    assert expected[0]["label"].dtype == np.int32
+    for workers, count in ((2, 1), (0, 2)):
+        other = config.load(given, {"data.num_workers": workers})
+        parts = [
+            loader.training_batches(source, other, start_step=1, process_index=p, process_count=count)
+            for p in range(count)
+        ]
+        for batch in expected[1:]:
+            rows = [next(part) for part in parts]
+            for name, values in batch.items():
+                np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), values)  # type: ignore[literal-required]
+        for part in parts:
+            part.close()
+
+
+def test_a_class_that_the_model_lacks() -> None:
+    example = Example("x", np.zeros((80, 80, 3), np.uint8), np.asarray(7), ("image x", "the class of x"))
+    with pytest.raises(UserError, match="the class of x is 7: expected 0 to 2; check"):
+        class_images.read_label(example, settings(pathlib.Path()))
+
+
+def test_settings_that_do_not_fit(images: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"data\.mixup_alpha mixes pairs, and a micro-batch has 3 images"):
+        settings(images, data__mixup_alpha=0.2, batch_size=6, grad_accum_steps=2)
+    with pytest.raises(UserError, match=r"data\.crop_area is .*expected the smaller number first"):
+        settings(images, data__crop_area=(0.9, 0.1))
+    with pytest.raises(UserError, match=r"evaluation\.short_side is 32: expected at least 64"):
+        settings(images, evaluation__short_side=32)
+
+
+def test_class_folders_is_what_the_script_reads(images: pathlib.Path) -> None:
+    assert class_folders.read_class_folders(str(images)) == list(FOLDERS)
