@@ -199,7 +199,7 @@ def _without_pictures(folder: str) -> Spoil:
         ),
         (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is not UTF-8 text"),
         (lambda _: None, {"data.source": "foldr"}, "expected one of folder, array_record, shapes"),
-        (lambda _: None, {"data.source": "array_record"}, "build it with python scripts/build_dataset.py"),
+        (lambda _: None, {"data.source": "array_record"}, "build it with python -m topformer_jax.prepare"),
     ],
 )
 def test_incomplete_data(

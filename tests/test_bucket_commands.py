@@ -22,14 +22,14 @@ __all__ = ["bucket", "storage"]
 
 
 def command(module: str, *words: Any, count: int = 1, devices: int = 1) -> list[str]:
-    """Runs a command of the package, or a script, in `count` processes that find each other; what each printed."""
+    """Runs a command of the package in `count` processes that find each other; what each printed."""
     group = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)] if count > 1 else []
-    program = [module] if module.endswith(".py") else ["-m", f"topformer_jax.{module}"]
     started = [
         subprocess.Popen(
             [
                 sys.executable,
-                *program,
+                "-m",
+                f"topformer_jax.{module}",
                 *map(str, words),
                 *group,
                 *(["--process-id", str(n)] if group else []),
@@ -146,7 +146,7 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
     places: dict[Any, dict[str, Any]] = {}
     for place in (tmp_path, bucket):
         command(
-            "scripts/build_dataset.py", "--dataset", "custom", "--source", drawn, "--output", f"{place}/data"
+            "prepare", "custom", "--source", drawn, "--output", f"{place}/data", "--format", "array_record"
         )
         places[place] = changes | {"data.root": f"{place}/data"}
     bucket.set_faults(fail=3, status=503, delay=0.01)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,21 +15,22 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tests.bucket import Bucket, bucket, storage
-from tests.test_build_dataset import NAMES, files, records_config, small_shards
-from tests.test_sources import JPEG, build_dataset
+from tests.test_packing import NAMES, files, records_config, small_shards
+from tests.test_sources import JPEG
 from topformer_jax import config as config_lib
 from topformer_jax import logs
 from topformer_jax.data import cache, loader, sources
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 
-__all__ = ["bucket", "build_dataset", "files", "small_shards", "storage"]
+__all__ = ["bucket", "files", "small_shards", "storage"]
 TRAIN = [f"ade20k-train.array_record-{index:05d}-of-00004" for index in range(4)]
 
 
 @pytest.fixture
-def packed(small_shards: ModuleType, files: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+def packed(small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A packed data set on the disk: 7 training examples in 4 shards."""
-    return pathlib.Path(small_shards.build("ade20k", str(files), str(tmp_path / "records"))[0])
+    return pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "records"))[0])
 
 
 @pytest.fixture
@@ -87,14 +87,14 @@ def test_copies_are_made_once(uploaded: epath.Path, bucket: Bucket, tmp_path: pa
 
 
 def test_versions_are_not_mixed(
-    small_shards: ModuleType, files: pathlib.Path, packed: pathlib.Path, tmp_path: pathlib.Path
+    small_shards: None, files: pathlib.Path, packed: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = cached(packed, tmp_path / "copy")
     old = sources.open_source(config, "train")[0].label
     label = files / "annotations/training/a.png"
     label.write_bytes(label.read_bytes()[:-1] + b"\xff")  # of the same size: only its checksum tells
     shutil.rmtree(packed)
-    small_shards.build("ade20k", str(files), str(tmp_path / "records"))
+    packing.build("ade20k", str(files), str(tmp_path / "records"))
     assert sources.open_source(config, "train")[0].label == label.read_bytes() != old
     assert len(list((tmp_path / "copy").iterdir())) == 2
 

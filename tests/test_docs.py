@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -28,7 +29,6 @@ from topformer_jax.config.settings import SETTINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN_BY_THE_READER = {"configs/streets.py"}
-IN_MMSEGMENTATION = {"pascal_context.py", "coco_stuff10k.py"}
 # Commands that no test can run as they stand, by what they contain, and why. Their flags are checked all the same.
 NOT_RUN = {
     "git clone": "downloads",
@@ -38,6 +38,7 @@ NOT_RUN = {
     "bash scripts/tpu_pod.sh": "needs a TPU pod",
     "sbatch": "needs SLURM",
     "--coordinator": "needs several hosts",
+    "gs://": "needs a bucket: tests/test_packing.py and tests/test_cache.py have one",
     "python -m benchmarks.": "tests/test_benchmarks.py runs the benchmarks with small sizes",
 }
 OTHER_PROGRAMS = {"--all", "--nodes"}  # flags of scripts/test.sh and sbatch
@@ -154,7 +155,7 @@ def test_named_files_and_functions_exist(page: pathlib.Path) -> None:
         assert (ROOT / name).exists() or name in WRITTEN_BY_THE_READER, f"{page.name} names {name}"
     for name, function in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", prose(page)):
         files = [file for file in (ROOT / name, ROOT / "topformer_jax" / name) if file.exists()]
-        assert files or name in WRITTEN_BY_THE_READER | IN_MMSEGMENTATION, f"{page.name} names {name}"
+        assert files or name in WRITTEN_BY_THE_READER, f"{page.name} names {name}"
         if function:
             tree = ast.parse(files[0].read_text())
             defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -248,6 +249,17 @@ def write_cityscapes(drawn: pathlib.Path, folder: pathlib.Path) -> None:
         shutil.copy(label, labels / f"{image.stem}_gtFine_labelTrainIds.png")
 
 
+def write_labelme(drawn: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the drawn images with a polygon each, as labelme does, divided into train and val."""
+    for image in drawn.glob("images/*/*.jpg"):
+        place = folder / image.parent.name / image.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, place)
+        shape = {"label": "road", "points": [[1, 1], [30, 5], [9, 40]], "shape_type": "polygon"}
+        content = {"imagePath": image.name, "imageData": None, "shapes": [shape]}
+        place.with_suffix(".json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def sandbox(drawn: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[pathlib.Path], pathlib.Path]:
     """Makes a folder that looks like a clone to the commands of a page, with stand-ins for what they read."""
@@ -261,10 +273,15 @@ def sandbox(drawn: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[pathlib.Pa
         write_data(drawn, tmp_path / "data/streets", {"train": "train", "val": "val"}, classes=3)
         (tmp_path / "data/streets/classes.txt").write_text("road\nhouse\ntree\n")
         write_cityscapes(drawn, tmp_path / "data/cityscapes")
+        write_labelme(drawn, tmp_path / "drawn")
         for number, name in enumerate(("holiday/a.jpg", "more/b.jpg", "new_images/c.jpg", "street.jpg")):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             shutil.copy(drawn / f"images/train/{number}.jpg", tmp_path / name)
         read = "".join(block.text for block in blocks(page))
+        if "prepare ade20k --source downloads" in read:  # which makes the folder
+            archive = tmp_path / "downloads/ADEChallengeData2016"
+            shutil.make_archive(str(archive), "zip", tmp_path / "data/ade", archive.name)
+            shutil.rmtree(tmp_path / "data/ade")
         for name, recipe in PTH_FILES.items():
             if name in read:
                 write_weights(tmp_path / name, recipe)

@@ -46,6 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
     "evaluate": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
     "export": BASE | DATA | NETWORK | SHARED | {"checkpoints", "exporters"},
+    "preparation": {"data", "files", "logs"},
+    "prepare": BASE | DATA | {"cli", "preparation"},
     "predict": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
     "train": BASE
     | DATA

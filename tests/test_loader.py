@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 
 EXAMPLES = 10
 Arrays = dict[str, np.ndarray]  # a batch, to be looked through by name
@@ -129,16 +130,11 @@ def test_workers_make_the_same_batches_and_resume() -> None:
 
 @pytest.mark.parametrize("source", ["folder", "array_record"])
 def test_files(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path, source: str) -> None:
-    from tests.test_sources import ROOT
-
     overrides: dict[str, Any] = {"data.num_workers": 0, "batch_size": 8, "data.crop_size": (64, 96)}
     files = config_lib.load(config_lib.ade20k("tiny"), overrides | {"data.root": str(golden("mini_ade"))})
     config = files
     if source == "array_record":
-        import runpy
-
-        build = runpy.run_path(str(ROOT / "scripts/build_dataset.py"))["build"]
-        build("ade20k", files.data.root, str(tmp_path))
+        packing.build("ade20k", files.data.root, str(tmp_path))
         config = config_lib.load(
             files, {"data.source": source, "data.root": str(tmp_path), "data.num_workers": 1}
         )

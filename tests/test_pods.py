@@ -57,7 +57,6 @@ PAGE = ROOT / "docs/pods.md"
 OTHERS = {
     "python": 'echo "python $*" >>"$CLOUD/others"',
     "curl": 'echo "curl $*" >>"$CLOUD/others"',
-    "unzip": 'echo "unzip $*" >>"$CLOUD/others"',
     # Of what is applied from here, a copy for the test.
     "kubectl": """echo "kubectl $*" >>"$CLOUD/others"
         case "$*" in
@@ -77,8 +76,7 @@ def test_the_walk_through_goes_through(tmp_path: pathlib.Path) -> None:
     write_clone(code)
     for name, text in OTHERS.items():
         write_program(cloud.folder / "bin" / name, text)
-    for name in ("jobset.yaml", "build_dataset.py"):
-        shutil.copy(ROOT / "scripts" / name, code / "scripts")
+    shutil.copy(ROOT / "scripts/jobset.yaml", code / "scripts")
     (cloud.folder / "train").write_text(UNTIL_PREEMPTED)
     (cloud.folder / "preempt_at").write_text("5")
     done = cloud.bash("-euo", "pipefail", "-c", walk_through(), cwd=code)
@@ -104,7 +102,7 @@ def test_its_commands_have_the_flags_and_settings() -> None:
     commands = [
         command for command in commands_of(Block("bash", walk_through())) if split_program(command)[0]
     ]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         program, words = split_program(command.replace("$BUCKET", "my-bucket"))
         parser = parser_of(program)

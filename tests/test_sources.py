@@ -1,13 +1,11 @@
 """Sources: each data set's layout on disk, what is said where it is wrong, records without TensorFlow, shapes."""
 
 import hashlib
-import importlib.util
 import pathlib
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -19,6 +17,7 @@ from topformer_jax import config as config_lib
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 
 ROOT = pathlib.Path(__file__).parents[1]
 PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6)
@@ -150,7 +149,7 @@ def test_incomplete_data(tmp_path: pathlib.Path, dataset: str) -> None:
     assert "1 image (" in line
     assert f"{pathlib.PurePath(paths[0]).name}) in " in line
     if dataset == "cityscapes":
-        assert "csCreateTrainIdLabelImgs" in line
+        assert "(python -m topformer_jax.prepare cityscapes makes them)" in line
     (tmp_path / paths[3]).unlink()
     line = refusal(config)
     assert "2 images (" in line
@@ -210,21 +209,8 @@ def test_wrong_settings() -> None:
         sources.open_source(config, "test")
 
 
-@pytest.fixture(scope="module")
-def build_dataset() -> ModuleType:
-    """scripts/build_dataset.py as a module."""
-    spec = importlib.util.spec_from_file_location("build_dataset", ROOT / "scripts/build_dataset.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("dataset", LAYOUTS)
-def test_records_hold_the_files(
-    tmp_path: pathlib.Path, dataset: str, build_dataset: ModuleType, capsys: pytest.CaptureFixture
-) -> None:
+def test_records_hold_the_files(tmp_path: pathlib.Path, dataset: str, capsys: pytest.CaptureFixture) -> None:
     config = write(tmp_path / "files", dataset)
     if dataset == "custom":
         config.data.class_names = ()
@@ -234,7 +220,7 @@ def test_records_hold_the_files(
         cv2.imencode(".png", PIXELS.astype(np.uint16) * 1000)[1].tobytes()
     )  # 16 bits stay 16 bits
     output = tmp_path / "records"
-    folder, _ = build_dataset.build(dataset, config.data.root, str(output))
+    folder, _ = packing.build(dataset, config.data.root, str(output))
     assert capsys.readouterr().out == ""
     assert [path.name for path in output.iterdir()] == [dataset]  # nothing of TFDS's own is left behind
     for root in (output, output / dataset / "1.0.0"):
@@ -250,22 +236,22 @@ def test_records_hold_the_files(
     with pytest.raises(
         UserError, match="is there already, from other files or an earlier version: remove it"
     ):
-        build_dataset.build(dataset, config.data.root, str(output))
+        packing.build(dataset, config.data.root, str(output))
 
 
 def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
     overrides = {"data.source": "array_record", "data.root": str(tmp_path)}
     line = refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
-    assert "python scripts/build_dataset.py --dataset ade20k" in line
+    assert "python -m topformer_jax.prepare ade20k --source DIR --output DIR --format array_record" in line
     assert "bash scripts/quickstart.sh" in line
     (tmp_path / "dataset_info.json").write_text("{}")
     assert "cannot be opened" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
 
 
 @pytest.mark.parametrize("left", [0, 0.5])
-def test_records_that_are_damaged(tmp_path: pathlib.Path, build_dataset: ModuleType, left: float) -> None:
+def test_records_that_are_damaged(tmp_path: pathlib.Path, left: float) -> None:
     config = write(tmp_path / "files", "ade20k")
-    folder, _ = build_dataset.build("ade20k", config.data.root, str(tmp_path / "records"))
+    folder, _ = packing.build("ade20k", config.data.root, str(tmp_path / "records"))
     overrides = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
     source = sources.open_source(config_lib.load(config, overrides), "train")
     (file,) = pathlib.Path(folder).glob("*train.array_record*")
@@ -280,8 +266,8 @@ def test_the_command_and_records_need_no_tensorflow(tmp_path: pathlib.Path) -> N
     write(tmp_path / "files", "ade20k")
     program = f"""
 import runpy, sys
-sys.argv = ["build_dataset.py", "--dataset", "ade20k", "--source", "{tmp_path}/files", "--output", "{tmp_path}/out"]
-runpy.run_path("{ROOT}/scripts/build_dataset.py", run_name="__main__")
+sys.argv = ["", "ade20k", "--source", "{tmp_path}/files", "--output", "{tmp_path}/out", "--format", "array_record"]
+runpy.run_module("topformer_jax.prepare", run_name="__main__")
 from topformer_jax import config
 from topformer_jax.data import sources
 settings = {{"data.source": "array_record", "data.root": "{tmp_path}/out"}}
@@ -293,8 +279,10 @@ assert "tensorflow" not in sys.modules
     assert f"--config.data.source=array_record --config.data.root={tmp_path}/out" in run.stdout
     assert run.stdout.splitlines()[-1] == str(len(JPEG) + 1)
     assert "train: 100%" in run.stderr
-    again = [sys.executable, "scripts/build_dataset.py", "--dataset", "ade20k", "--source", "nowhere"]
-    run = subprocess.run([*again, "--output", "x"], capture_output=True, text=True, check=False, cwd=ROOT)
+    (tmp_path / "files/annotations").rename(tmp_path / "files/labels")
+    again = [sys.executable, "-m", "topformer_jax.prepare", "ade20k", "--source", f"{tmp_path}/files"]
+    again += ["--output", "x", "--format", "array_record"]
+    run = subprocess.run(again, capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 2
     assert run.stderr.startswith("error: no ade20k in ")
     assert len(run.stderr.splitlines()) == 1

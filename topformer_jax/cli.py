@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return args, config_lib.load(args.config, overrides)
 
 
-def answer_help(module: str, make_parser: Callable[[], Parser]) -> None:
+def answer_help(module: str, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
     """Prints the help and exits if `module` is the command being run and is asked for it.
 
     A command calls it before the imports that take a second: of JAX and of what uses it.

@@ -60,7 +60,10 @@ PIXELS = Range(1, 16_384)
 RATIO = Range(0, 100, open_low=True)
 # Pixels of the longest side that an image is resized to; a square one of that size takes 3 GB.
 LONGEST_SIDE = 32_768
-DATASETS = ("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "imagenet", "shapes", "custom")
+DATASETS = (
+    *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
+    *("imagenet", "shapes", "custom"),
+)
 
 GROUPS: dict[str, dict[str, Setting]] = {
     "Run": {
@@ -140,7 +143,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.dataset": Setting("ade20k", "the data set; custom: your own", DATASETS),
         "data.source": Setting(
             "folder",
-            "image and label files, what scripts/build_dataset.py wrote, or images drawn on the fly",
+            "image and label files, what prepare --format array_record wrote, or images drawn on the fly",
             ("folder", "array_record", "shapes"),
         ),
         "data.root": Setting(

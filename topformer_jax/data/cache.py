@@ -76,7 +76,7 @@ def copy_split(
     interrupted goes on with the others.
 
     Args:
-        source: the folder that scripts/build_dataset.py wrote, often in a bucket.
+        source: the folder that preparation/packing.py wrote, often in a bucket.
         dataset: its name.
         split: "train" or "validation".
         cache: the folder for all copies (data.cache).
@@ -112,7 +112,7 @@ def copy_split(
 
 
 def _describe(source: files.Path, names: list[str], sums: bytes) -> list[Shard]:
-    """Sizes and checksums: those that scripts/build_dataset.py wrote, else what the bucket or the disk says."""
+    """Sizes and checksums: those that preparation/packing.py wrote, else what the bucket or the disk says."""
     try:
         known = json.loads(sums)["shards"] if sums else {}
         if sums:
@@ -120,7 +120,7 @@ def _describe(source: files.Path, names: list[str], sums: bytes) -> list[Shard]:
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{os.fspath(source)}/{records.CHECKSUMS} is damaged: build the data set again with "
-            "scripts/build_dataset.py"
+            "python -m topformer_jax.prepare"
         ) from None
     with files.report_errors("read", source), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda name: _look_up(source / name), names))
@@ -249,7 +249,7 @@ def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Shard, count: Cal
             raise UserError(
                 f"{os.fspath(path)} is not what it was when it was written ({done} bytes, MD5 {found.hexdigest()}; "
                 f"expected {shard.size}, {shard.md5 or 'any'}): copy it or build it again "
-                "(scripts/build_dataset.py)"
+                "(python -m topformer_jax.prepare)"
             )
         temporary.replace(folder / shard.name)
     finally:

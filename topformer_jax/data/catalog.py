@@ -1,7 +1,7 @@
 """Data sets as plain tables: their classes in label order, a colour for each, and where the files are."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 SPLITS = ("train", "validation")
 
@@ -21,7 +21,6 @@ class Layout:
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("val",)
     names: str = ""  # a file that lists the split's images, one name without suffix a line; empty: all images
-    label_hint: str = ""  # how to make the label files, if the download does not contain them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +117,42 @@ wall-other #c0c0c0, wall-panel #0040a0, wall-stone #c0a0c0, wall-tile #c0c000, w
 water-other #c02040, waterdrops #c04080, window-blind #40c060, window-other #40a040, wood #404000
 """
 
+_VOC2012 = """
+background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike,
+person, pottedplant, sheep, sofa, train, tvmonitor
+"""
+
+_CAMVID = """
+sky #808080, building #800000, pole #c0c080, road #804080, pavement #3c28de, tree #808000, sign symbol #c08080,
+fence #404080, car #400080, pedestrian #404000, bicyclist #0080c0
+"""
+
 _SHAPES = """
 gradient #46608c, clouds #b4c8dc, stripes #d2b464, bricks #a0503c, disc #e63c3c, triangle #aa46dc, ball #ff9628,
 target #28c8d2, board #f0e646, dice #3cb44b
 """
 
 
+def _split(table: str) -> tuple[str, ...]:
+    """The entries between commas; line breaks count as spaces."""
+    return tuple(" ".join(table.split()).split(", "))
+
+
 def _parse_table(table: str, layout: Layout | None) -> DataSet:
-    """Reads `name #rrggbb, name #rrggbb, ...`; line breaks count as spaces."""
-    names, colours = zip(*(entry.split(" #") for entry in " ".join(table.split()).split(", ")), strict=True)
+    """Reads `name #rrggbb, name #rrggbb, ...`."""
+    names, colours = zip(*(entry.split(" #") for entry in _split(table)), strict=True)
     return DataSet(names, tuple((int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16)) for c in colours), layout)
+
+
+def _voc_colours(numbers: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+    """PASCAL VOC's colours: the bits of a number in turns for red, green and blue, the highest bit of each first."""
+    palette = []
+    for number in numbers:
+        channels = [0, 0, 0]
+        for bit in range(8 * 3):
+            channels[bit % 3] |= (number >> bit & 1) << (7 - bit // 3)
+        palette.append((channels[0], channels[1], channels[2]))
+    return tuple(palette)
 
 
 _ade_layout = Layout(
@@ -143,7 +168,6 @@ _cityscapes_layout = Layout(
     labels="gtFine/{split}",
     image_suffixes=("_leftimg8bit.png",),
     label_suffix="_gtFine_labelTrainIds.png",
-    label_hint="csCreateTrainIdLabelImgs of the package cityscapesscripts makes them from the polygons",
 )
 _context_layout = Layout(
     images="JPEGImages",
@@ -151,7 +175,6 @@ _context_layout = Layout(
     image_suffixes=(".jpg",),
     label_suffix=".png",
     names="ImageSets/SegmentationContext/{split}.txt",
-    label_hint="tools/convert_datasets/pascal_context.py of mmsegmentation makes labels and lists",
 )
 _coco_stuff_layout = Layout(
     images="images/{split}",
@@ -160,7 +183,24 @@ _coco_stuff_layout = Layout(
     label_suffix="_labelTrainIds.png",
     train=("train2014",),
     validation=("test2014",),
-    label_hint="tools/convert_datasets/coco_stuff10k.py of mmsegmentation makes them",
+)
+_coco_stuff164k_layout = dataclasses.replace(
+    _coco_stuff_layout, train=("train2017",), validation=("val2017",)
+)
+_voc2012_layout = Layout(
+    images="JPEGImages",
+    labels="SegmentationClassAug",
+    image_suffixes=(".jpg",),
+    label_suffix=".png",
+    train=("trainaug",),
+    names="ImageSets/Segmentation/{split}.txt",
+)
+_camvid_layout = Layout(
+    images="images/{split}",
+    labels="annotations/{split}",
+    image_suffixes=(".png",),
+    label_suffix=".png",
+    validation=("test",),  # the split whose scores are published
 )
 CUSTOM_LAYOUT = Layout(
     images="images/{split}",
@@ -179,22 +219,17 @@ CATALOG = {
     "context60": _context,
     "context59": DataSet(_context.classes[1:], _context.palette[1:], _context_layout),
     "cocostuff10k": _parse_table(_COCO_STUFF, _coco_stuff_layout),
+    "cocostuff164k": _parse_table(_COCO_STUFF, _coco_stuff164k_layout),
+    "voc2012": DataSet(_split(_VOC2012), _voc_colours(range(21)), _voc2012_layout),
+    "camvid": _parse_table(_CAMVID, _camvid_layout),
     "shapes": _parse_table(_SHAPES, None),
 }
 
 
 def custom(classes: Sequence[str]) -> DataSet:
-    """A user's own data set: images/ and annotations/ folders, with PASCAL VOC's colours.
-
-    VOC's colours take the bits of label + 1 in turns for red, green and blue, the highest bit of each first.
+    """A user's own data set: images/ and annotations/ folders, with PASCAL VOC's colours from the second on.
 
     >>> custom(["sky", "sea"]).palette
     ((128, 0, 0), (0, 128, 0))
     """
-    palette = []
-    for label in range(1, len(classes) + 1):
-        channels = [0, 0, 0]
-        for bit in range(8 * 3):
-            channels[bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
-        palette.append((channels[0], channels[1], channels[2]))
-    return DataSet(tuple(classes), tuple(palette), CUSTOM_LAYOUT)
+    return DataSet(tuple(classes), _voc_colours(range(1, len(classes) + 1)), CUSTOM_LAYOUT)

@@ -1,4 +1,4 @@
-"""Data sets that scripts/build_dataset.py packed: array_record shards in tensorflow-datasets' layout."""
+"""Data sets that `prepare --format array_record` packed: array_record shards in tensorflow-datasets' layout."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def shard_names(dataset: str, split: str, count: int) -> list[str]:
 
 @dataclasses.dataclass
 class ArrayRecordSource:
-    """The shards that scripts/build_dataset.py wrote: TFDS records that hold the files' bytes unchanged.
+    """The shards that preparation/packing.py wrote: TFDS records that hold the files' bytes unchanged.
 
     A classifier's label is a number. tensorflow-datasets' own imagenet2012, prepared as array_record, is read too.
 
@@ -46,7 +46,7 @@ class ArrayRecordSource:
         except Exception as error:  # of many types, for a damaged file or a bucket
             raise UserError(
                 f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}): build it "
-                "again with scripts/build_dataset.py"
+                "again with python -m topformer_jax.prepare"
             ) from None
 
     def __reduce__(self) -> tuple:
@@ -64,7 +64,7 @@ class ArrayRecordSource:
         except Exception as error:  # a damaged file raises errors of many types
             raise UserError(
                 f"record {index} of {self.split} in {self.folder} cannot be read ({files.explain(error)}): copy it "
-                "or build it again (scripts/build_dataset.py)"
+                "or build it again (python -m topformer_jax.prepare)"
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
@@ -75,7 +75,7 @@ class ArrayRecordSource:
 
 
 def find_records(root: str, dataset: str, hint: str) -> files.Path:
-    """The folder that scripts/build_dataset.py wrote: the root itself, or below it.
+    """The folder that preparation/packing.py wrote: the root itself, or below it.
 
     Args:
         root: data.root, which may be in a bucket.
@@ -94,13 +94,13 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
         return found
     if begun:
         raise UserError(
-            f"{begun} is incomplete: run python scripts/build_dataset.py again as it was started (with --shard I/N, "
+            f"{begun} is incomplete: run python -m topformer_jax.prepare again as it was started (with --shard I/N, "
             "for each I); it goes on where it stopped"
         )
     raise UserError(
         f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
-        f"{dataset}/{VERSION}/{INFO}; build it with python scripts/build_dataset.py "
-        f"--dataset {dataset} --source DIR --output DIR and give --config.data.root=DIR; {hint}"
+        f"{dataset}/{VERSION}/{INFO}; build it with python -m topformer_jax.prepare "
+        f"{dataset} --source DIR --output DIR --format array_record and give --config.data.root=DIR; {hint}"
     )
 
 
@@ -117,5 +117,5 @@ def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{os.fspath(folder)}/{INFO} does not name the {split} split's shards: build it again with "
-            "scripts/build_dataset.py"
+            "python -m topformer_jax.prepare"
         ) from None

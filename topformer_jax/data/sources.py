@@ -85,7 +85,7 @@ def open_source(config: ConfigDict, split: str, make_progress: cache.MakeProgres
     if data.cache and data.source != "array_record":
         raise UserError(
             f"data.cache={data.cache} holds copies of array_record shards, but data.source={data.source}: leave it "
-            "out, or pack the data set by scripts/build_dataset.py"
+            "out, or pack the data set by python -m topformer_jax.prepare"
         )
     if data.source == "shapes":
         return ShapesSource(split, data.shapes[split], data.shapes.size)
@@ -219,7 +219,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     suffix, labels = layout.label_suffix, frozenset(_list_files(base / label_folder))
     names = [name for name in sorted(images) if name + suffix in labels]
     without = [images[name] for name in sorted(images) if name + suffix not in labels]
-    hint = f" ({layout.label_hint})" if layout.label_hint else ""
+    hint = f" (python -m topformer_jax.prepare {dataset} makes them)"
     pairs = FolderSource(
         str(base),
         tuple(names),
@@ -254,8 +254,8 @@ def _pack_first(dataset: str, root: str) -> str:
     """What to do where the files of a folder layout are in a bucket, slow with small files."""
     return (
         f"{root} is in a bucket, whose small files are not read one by one: pack a local copy by python "
-        f"scripts/build_dataset.py --dataset {dataset} --source DIR --output {root}/records and train with "
-        f"--config.data.source=array_record --config.data.root={root}/records"
+        f"-m topformer_jax.prepare {dataset} --source DIR --output {root}/records --format array_record and train "
+        f"with --config.data.source=array_record --config.data.root={root}/records"
     )
 
 
@@ -297,10 +297,9 @@ def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> Us
         folders.append(f"{text.format(split=words)}/**/*{suffix}")
     if layout.names:
         folders.append(layout.names.format(split=f"{{{layout.train[0]},{layout.validation[0]}}}"))
-    hint = f" ({layout.label_hint})" if layout.label_hint else ""
     return UserError(
-        f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(folders)}{hint}; point at it "
-        f"with --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
+        f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(folders)} (python -m "
+        f"topformer_jax.prepare {dataset} makes it); point at it with --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
     )
 
 

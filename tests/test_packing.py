@@ -1,4 +1,4 @@
-"""scripts/build_dataset.py: its shards in a bucket, written by several processes, and after interruptions."""
+"""Packing: shards in a bucket, written by several processes, and after interruptions."""
 
 import json
 import os
@@ -6,19 +6,21 @@ import pathlib
 import re
 import subprocess
 import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
 
 from tests.bucket import Bucket, bucket, storage
-from tests.test_sources import JPEG, PNG, build_dataset
+from tests.test_sources import JPEG, PNG
 from topformer_jax import config as config_lib
+from topformer_jax import files as files_lib
+from topformer_jax import prepare
 from topformer_jax.data import sources
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 
-__all__ = ["bucket", "build_dataset", "storage"]
+__all__ = ["bucket", "storage"]
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 
@@ -37,10 +39,9 @@ def files(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def small_shards(build_dataset: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, with two or three examples in a shard."""
-    monkeypatch.setattr(build_dataset, "SHARD_BYTES", 2 * (len(JPEG) + len(PNG)))
-    return build_dataset
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three examples in a shard."""
+    monkeypatch.setattr(packing, "SHARD_BYTES", 2 * (len(JPEG) + len(PNG)))
 
 
 def records_config(root: str, **changes: str) -> ConfigDict:
@@ -52,19 +53,17 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_parts_make_the_same_files(
-    small_shards: ModuleType, files: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    whole, missing = small_shards.build("ade20k", str(files), str(tmp_path / "whole"))
+def test_parts_make_the_same_files(small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole, missing = packing.build("ade20k", str(files), str(tmp_path / "whole"))
     assert missing == ""
     parts = str(tmp_path / "parts")
-    folder, missing = small_shards.build("ade20k", str(files), parts, (2, 3))
+    folder, missing = packing.build("ade20k", str(files), parts, (2, 3))
     assert missing == "1/3, 3/3"
-    with pytest.raises(UserError, match=r"1\.0\.0 is incomplete: run python scripts/build_dataset\.py again"):
+    with pytest.raises(UserError, match=r"1\.0\.0 is incomplete: run python -m topformer_jax\.prepare again"):
         sources.open_source(records_config(parts), "train")
-    assert small_shards.build("ade20k", str(files), parts, (3, 3))[1] == "1/3"
-    assert small_shards.build("ade20k", str(files), parts, (1, 3))[1] == ""
-    assert small_shards.build("ade20k", str(files), parts, (2, 3))[1] == ""  # again: nothing to do
+    assert packing.build("ade20k", str(files), parts, (3, 3))[1] == "1/3"
+    assert packing.build("ade20k", str(files), parts, (1, 3))[1] == ""
+    assert packing.build("ade20k", str(files), parts, (2, 3))[1] == ""  # again: nothing to do
     expected = contents(pathlib.Path(whole))
     assert contents(pathlib.Path(folder)) == expected
     assert len(expected) == 4 + 1 + 3
@@ -75,7 +74,7 @@ def test_parts_make_the_same_files(
 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_an_interrupted_build_goes_on(
-    small_shards: ModuleType,
+    small_shards: None,
     files: pathlib.Path,
     tmp_path: pathlib.Path,
     bucket: Bucket,
@@ -83,9 +82,9 @@ def test_an_interrupted_build_goes_on(
     place: str,
 ) -> None:
     output = str(bucket) if place == "bucket" else str(tmp_path / "records")
-    expected = contents(pathlib.Path(small_shards.build("ade20k", str(files), str(tmp_path / "whole"))[0]))
+    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))[0]))
     written: list[Any] = []
-    write_shard = small_shards.write_shard
+    write_shard = packing.write_shard
 
     def stop_at_third(*arguments: Any) -> None:
         if len(written) == 2:
@@ -97,18 +96,18 @@ def test_an_interrupted_build_goes_on(
         written.append(arguments[2])
         write_shard(*arguments)
 
-    monkeypatch.setattr(small_shards, "write_shard", stop_at_third)
+    monkeypatch.setattr(packing, "write_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        small_shards.build("ade20k", str(files), output)
+        packing.build("ade20k", str(files), output)
     first, second = written
-    folder = small_shards.files.as_path(output) / "ade20k/1.0.0"
+    folder = files_lib.as_path(output) / "ade20k/1.0.0"
     damaged = bytearray((folder / first.name).read_bytes())
     damaged[100] ^= 1
     (folder / first.name).write_bytes(bytes(damaged))
 
     written.clear()
-    monkeypatch.setattr(small_shards, "write_shard", count_shards)
-    assert small_shards.build("ade20k", str(files), output) == (folder, "")
+    monkeypatch.setattr(packing, "write_shard", count_shards)
+    assert packing.build("ade20k", str(files), output) == (folder, "")
     assert first in written
     assert second not in written
     assert len(written) == 4
@@ -118,13 +117,12 @@ def test_an_interrupted_build_goes_on(
 def run(*arguments: str) -> subprocess.Popen[str]:
     """The command, in a process of its own, with a shard for two examples."""
     program = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("build_dataset", "{ROOT}/scripts/build_dataset.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
-script.SHARD_BYTES = {2 * (len(JPEG) + len(PNG))}
-sys.argv = ["build_dataset.py", "--dataset", "ade20k", *{list(arguments)}]
-script.cli.run(script.main)
+import sys
+from topformer_jax import cli, prepare
+from topformer_jax.preparation import packing
+packing.SHARD_BYTES = {2 * (len(JPEG) + len(PNG))}
+sys.argv = ["prepare", "ade20k", "--format", "array_record", *{list(arguments)}]
+cli.run(prepare.main)
 """
     return subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -132,7 +130,7 @@ script.cli.run(script.main)
 
 
 def test_two_processes_write_into_a_bucket(
-    files: pathlib.Path, bucket: Bucket, small_shards: ModuleType, tmp_path: pathlib.Path
+    files: pathlib.Path, bucket: Bucket, small_shards: None, tmp_path: pathlib.Path
 ) -> None:
     output = f"{bucket}/records"
     common = ("--source", str(files), "--output", output)
@@ -143,7 +141,7 @@ def test_two_processes_write_into_a_bucket(
     done = [out for out, _ in results if "gs://" in out and "is complete" in out]
     assert done, results
     assert f"--config.data.source=array_record --config.data.root={output}" in done[0]
-    whole, _ = small_shards.build("ade20k", str(files), str(tmp_path / "whole"))
+    whole, _ = packing.build("ade20k", str(files), str(tmp_path / "whole"))
     folder = bucket / "records/ade20k/1.0.0"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(pathlib.Path(whole))
     source = sources.open_source(records_config(output), "train")
@@ -153,7 +151,7 @@ def test_two_processes_write_into_a_bucket(
 @pytest.mark.parametrize(
     ("source", "output", "line"),
     [
-        ("gs://{}/ade", "{}", "pack a local copy by python scripts/build_dataset.py"),
+        ("gs://{}/ade", "{}", "pack a local copy by python -m topformer_jax.prepare ade20k"),
         (
             "files",
             "gs://absent-bucket",
@@ -168,7 +166,7 @@ def test_two_processes_write_into_a_bucket(
     ],
 )
 def test_what_goes_wrong_is_one_line(
-    small_shards: ModuleType,
+    small_shards: None,
     files: pathlib.Path,
     bucket: Bucket,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,15 +176,15 @@ def test_what_goes_wrong_is_one_line(
 ) -> None:
     monkeypatch.chdir(files.parent)
     with pytest.raises(UserError, match=re.escape(line)) as error:
-        small_shards.build("ade20k", source.format(bucket.root.name), output.format(bucket.root.name))
+        packing.build("ade20k", source.format(bucket.root.name), output.format(bucket.root.name))
     assert "\n" not in str(error.value)
 
 
-def test_a_part_has_a_number_from_1(small_shards: ModuleType) -> None:
-    assert small_shards._as_part("3/4") == (3, 4)
+def test_a_part_has_a_number_from_1(small_shards: None) -> None:
+    assert prepare._parse_part("3/4") == (3, 4)
     for text in ("0/4", "5/4", "4", "a/b"):
         with pytest.raises(UserError, match=f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4"):
-            small_shards._as_part(text)
+            prepare._parse_part(text)
 
 
 def test_a_folder_layout_in_a_bucket_is_refused(bucket: Bucket) -> None:
@@ -198,7 +196,7 @@ def test_a_folder_layout_in_a_bucket_is_refused(bucket: Bucket) -> None:
             if read is sources.find_data_set and dataset == "ade20k":
                 continue
             with pytest.raises(
-                UserError, match=f"--dataset {dataset} --source DIR --output {bucket}/ade/records"
+                UserError, match=f"prepare {dataset} --source DIR --output {bucket}/ade/records"
             ):
                 read(config)
 

@@ -1,13 +1,9 @@
 """Packs a data set's folder into array_record shards: few large files, for disks and buckets slow with small ones.
 
-  python scripts/build_dataset.py --dataset ade20k --source data/ade/ADEChallengeData2016 --output data/records
-
 The shards are in tensorflow-datasets' format, written and read without TensorFlow; they hold the files' bytes
-unchanged. --output may be a bucket (gs://...; that needs `pip install 'topformer_jax[gcs]'`). An interrupted command
-goes on where it stopped. Several processes or hosts share the work: give each its --shard I/N and the same --output.
+unchanged. An interrupted process goes on where it stopped, and several share the work.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -24,7 +20,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from topformer_jax import cli, files
+from topformer_jax import files
 from topformer_jax.data import cache, class_folders, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
 from topformer_jax.errors import UserError
@@ -34,8 +30,8 @@ ADVICE = "; the same command goes on from here"
 SHARD_BYTES = 64 << 20  # of the examples' files in a shard, about
 
 
-class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Describes the records to tensorflow-datasets, which reads them; this script writes them."""
+class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Describes the records to tensorflow-datasets, which reads them; this file writes them."""
 
     VERSION = tfds.core.Version(records.VERSION)
 
@@ -257,36 +253,3 @@ def _digest(shards: list[Shard]) -> str:
 def _write(path: files.Path, content: bytes) -> None:
     """Writes a file that is there as a whole or not at all, and its folder: another process may have removed it."""
     files.write_file(path, content, ADVICE)
-
-
-def _as_part(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise UserError(f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4")
-    return int(index), int(count)
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    names = [name for name, data_set in CATALOG.items() if data_set.layout] + ["imagenet", "custom"]
-    parser.add_argument("--dataset", choices=names, required=True, help="which layout the folder has")
-    parser.add_argument("--source", metavar="DIR", required=True, help="the folder, as for data.root")
-    parser.add_argument("--output", metavar="DIR", required=True, help="a folder or a bucket for the shards")
-    parser.add_argument(
-        "--shard", metavar="I/N", default="1/1", help="of N processes, this is the I-th, from 1"
-    )
-    args = parser.parse_args()
-    folder, missing = build(args.dataset, args.source, args.output, _as_part(args.shard))
-    if missing:
-        print(f"wrote --shard {args.shard} of {folder}; still missing: --shard {missing}")
-        return
-    size = sum(file.stat().length for file in epath.Path(folder).iterdir())
-    print(f"{folder} is complete ({size / 1e6:.0f} MB); use it with any config of {args.dataset}:")
-    print(f"  --config.data.source=array_record --config.data.root={args.output}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

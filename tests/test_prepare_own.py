@@ -1,0 +1,333 @@
+"""`prepare custom --from`: labelme, COCO panoptic and colour masks become a custom data set."""
+
+import base64
+import io
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.miniatures import HEIGHT, WIDTH, grid, jpeg, png
+from tests.test_prepare import refusal, run, tree
+from topformer_jax import config as config_lib
+from topformer_jax.data import sources
+from topformer_jax.data.codecs import decode_label
+from topformer_jax.preparation import own
+
+SQUARE = [[2, 1], [5, 1], [5, 4], [2, 4]]
+
+
+def write(root: pathlib.Path, files: dict[str, Any]) -> pathlib.Path:
+    """Writes files: bytes as they are, text, or anything else as JSON."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, bytes | str) else json.dumps(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root
+
+
+def shape(label: str, points: Sequence[Sequence[float]], kind: str = "polygon") -> dict[str, Any]:
+    return {"label": label, "points": points, "shape_type": kind, "group_id": None, "flags": {}}
+
+
+def labelme(image: str, *shapes: dict[str, Any], data: bytes | None = None) -> dict[str, Any]:
+    inside = base64.b64encode(data).decode() if data else None
+    size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
+    return {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": shapes,
+        "imagePath": image,
+        "imageData": inside,
+        **size,
+    }
+
+
+def read(root: pathlib.Path, split: str) -> dict[str, tuple[bytes | np.ndarray, np.ndarray]]:
+    """Image bytes and decoded labels of a made data set, by its config."""
+    classes = len((root / "classes.txt").read_text().splitlines())
+    changes = {"data.dataset": "custom", "data.root": str(root), "model.num_classes": classes}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"data.reduce_zero_label": False})
+    source = sources.open_source(config, split)
+    examples = (source[index] for index in range(len(source)))
+    return {
+        example.name: (
+            example.image,
+            decode_label(example.label, example.name, classes=classes, reduce_zero_label=False),
+        )
+        for example in examples
+    }
+
+
+def test_labelme(tmp_path: pathlib.Path) -> None:
+    inner = png(np.zeros((HEIGHT, WIDTH, 3)))
+    made = write(
+        tmp_path / "drawn",
+        {
+            "train/a.jpg": jpeg(1),
+            "train/a.json": labelme(
+                "a.jpg",
+                shape("road", [[0, 0], [7, 0], [7, 5], [0, 5]]),
+                shape("car", SQUARE),
+                shape("tree", [[7, 5], [6, 3]], "rectangle"),
+            ),
+            "train/town/b.json": labelme("..\\b.png", shape("car", [[3, 3], [4, 3]], "circle"), data=inner),
+            "val/c.jpg": jpeg(3),
+            "val/c.json": labelme("c.jpg"),
+        },
+    )
+    run("custom", made, tmp_path / "made", "--from", "labelme")
+    assert (tmp_path / "made/classes.txt").read_text() == "car\nroad\ntree\n"
+    train = read(tmp_path / "made", "train")
+    expected = np.full((HEIGHT, WIDTH), 1)
+    expected[1:5, 2:6] = 0  # the outline belongs to a shape
+    expected[3:6, 6:8] = 2
+    np.testing.assert_array_equal(train["a"][1], expected)
+    assert train["a"][0] == jpeg(1)
+    assert train["town/b"][0] == inner
+    circle = np.full((HEIGHT, WIDTH), 255)
+    circle[3, 2:5] = circle[2:5, 3] = 0
+    corners = train["town/b"][1][[2, 2, 4, 4], [2, 4, 2, 4]]
+    assert set(corners.tolist()) <= {0, 255}  # a circle of radius 1 may fill the square around it
+    circle[[2, 2, 4, 4], [2, 4, 2, 4]] = corners
+    np.testing.assert_array_equal(train["town/b"][1], circle)
+    assert (read(tmp_path / "made", "validation")["c"][1] == 255).all()
+
+    write(made, {"classes.txt": "tree\nroad\ncar\n"})
+    run("custom", made, tmp_path / "other", "--from", "labelme", "--background", "nothing")
+    assert (tmp_path / "other/classes.txt").read_text() == "nothing\ntree\nroad\ncar\n"
+    assert read(tmp_path / "other", "train")["a"][1][0, 0] == 2
+    assert (read(tmp_path / "other", "validation")["c"][1] == 0).all()
+
+
+def test_polygons_are_those_of_opencv(tmp_path: pathlib.Path) -> None:
+    """Integer corners: what OpenCV fills, within a pixel of the outline, which differs between renderers."""
+    generator = np.random.default_rng(0)
+    files: dict[str, Any] = {}
+    polygons = {}
+    for number in range(8):
+        points = generator.integers(0, 100, (3, 2)).tolist()
+        polygons[f"{number}"] = points
+        split = "val" if number == 0 else "train"
+        files[f"{split}/{number}.png"] = png(np.zeros((100, 100, 3)))
+        files[f"{split}/{number}.json"] = labelme(f"{number}.png", shape("x", points))
+    run(
+        "custom",
+        write(tmp_path / "drawn", files),
+        tmp_path / "made",
+        "--from",
+        "labelme",
+        "--background",
+        "no",
+    )
+    found = read(tmp_path / "made", "train") | read(tmp_path / "made", "validation")
+    for name, points in polygons.items():
+        canvas = np.zeros((100, 100), np.uint8)
+        cv2.fillPoly(canvas, [np.array(points)], 1)
+        edge = np.zeros_like(canvas)
+        cv2.polylines(edge, [np.array(points)], True, 1, 3)
+        wrong = (found[name][1] != canvas) & (edge == 0)
+        assert not wrong.any()
+        assert canvas.sum() > 20
+
+
+def ids(*values: int) -> bytes:
+    """A panoptic mask of stripes: red + 256 green + 65536 blue."""
+    stripes = grid(*values)
+    return png(np.stack([stripes & 255, stripes >> 8 & 255, stripes >> 16], -1))
+
+
+def panoptic(file: str, segments: dict[int, int]) -> dict[str, Any]:
+    rows = [{"id": number, "category_id": category, "iscrowd": 0} for number, category in segments.items()]
+    return {
+        "images": [{"id": 5, "file_name": file, "height": HEIGHT, "width": WIDTH}],
+        "annotations": [{"image_id": 5, "file_name": file.replace(".jpg", ".png"), "segments_info": rows}],
+        "categories": [{"id": 9, "name": "sky", "isthing": 0}, {"id": 2, "name": "cat", "isthing": 1}],
+    }
+
+
+def test_coco(tmp_path: pathlib.Path) -> None:
+    files = {
+        "train2017/000000000007.jpg": jpeg(1),
+        "val2017/000000000008.jpg": jpeg(2),
+        "annotations/panoptic_train2017.json": panoptic("000000000007.jpg", {3000000: 9, 256: 2, 7: 2}),
+        "annotations/panoptic_train2017/000000000007.png": ids(3000000, 256, 7, 0),
+        "annotations/panoptic_val2017.json": panoptic("000000000008.jpg", {1: 2}),
+        "annotations/panoptic_val2017/000000000008.png": ids(1),
+    }
+    source = write(tmp_path / "coco", files)
+    run("custom", source, tmp_path / "made", "--from", "coco")
+    assert (tmp_path / "made/classes.txt").read_text() == "cat\nsky\n"  # in the order of their ids
+    image, found = read(tmp_path / "made", "train")["000000000007"]
+    assert image == jpeg(1)
+    np.testing.assert_array_equal(found, grid(1, 0, 0, 255))
+    np.testing.assert_array_equal(read(tmp_path / "made", "validation")["000000000008"][1], grid(0))
+    write(source, {"annotations/panoptic_train2017/000000000007.png": ids(3000000, 11)})
+    line = refusal("custom", source, tmp_path / "b", "--from", "coco")
+    assert "000000000007.png holds 11, which stands for no class" in line
+    (source / "train2017/000000000007.jpg").unlink()
+    assert "names 000000000007.jpg, which is not below" in refusal(
+        "custom", source, tmp_path / "c", "--from", "coco"
+    )
+
+
+def test_colours(tmp_path: pathlib.Path) -> None:
+    mask = np.resize(np.array([(10, 20, 30), (0, 0, 0), (255, 0, 1)]), (HEIGHT, WIDTH, 3))
+    files: dict[str, Any] = {"classes.txt": "red roof 255 0 1\nwater 10 20 30\nvoid 0 0 0\n"}
+    files |= {f"images/{n:02}.JPG": jpeg(n) for n in range(40)} | {
+        f"masks/{n:02}.png": png(mask) for n in range(40)
+    }
+    run(
+        "custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours", "--validation", "0.25"
+    )
+    assert (tmp_path / "made/classes.txt").read_text() == "red roof\nwater\n"
+    train, validation = (read(tmp_path / "made", split) for split in ("train", "validation"))
+    assert len(train) + len(validation) == 40
+    assert 3 < len(validation) < 20
+    for name, (image, found) in (train | validation).items():
+        assert image == jpeg(int(name))
+        np.testing.assert_array_equal(found, grid(1, 255, 0))
+    # A picture stays in its split when others are added.
+    more = {f"images/y/{n}.jpg": jpeg(n) for n in range(9)} | {
+        f"masks/y/{n}.png": png(mask) for n in range(9)
+    }
+    run("custom", write(tmp_path / "x", more), tmp_path / "more", "--from", "colours", "--validation", "0.25")
+    assert set(validation) <= set(read(tmp_path / "more", "validation"))
+    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "colours", "--validation", "0.25")
+    assert "was made of something else (other archives)" in line
+
+    mask[0, 0] = (10, 20, 31)
+    write(tmp_path / "x", {"masks/03.png": png(mask)})
+    line = refusal("custom", tmp_path / "x", tmp_path / "new", "--from", "colours")
+    assert "masks/03.png: 2.08% of the pixels have colours that no class has, such as (10, 20, 31)" in line
+    assert not list((tmp_path / "new").rglob("03.png"))
+
+
+def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
+    files = {"classes.txt": "a 1 1 1\n", **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val")}}
+    files |= {f"masks/{s}/x.png": png(np.ones((HEIGHT, WIDTH, 3))) for s in ("train", "val")}
+    run(
+        "custom",
+        write(tmp_path / "x", files),
+        tmp_path / "m",
+        "--from",
+        "colours",
+        "--format",
+        "array_record",
+    )
+    assert {path.name for path in (tmp_path / "m/custom/1.0.0").iterdir()} >= {"classes.txt", "manifest.json"}
+    changes = {"data.dataset": "custom", "data.source": "array_record", "data.root": str(tmp_path / "m")}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 1})
+    example = sources.open_source(config, "train")[0]
+    assert (example.name, example.image) == ("x", jpeg(1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "line"),
+    [
+        (
+            "labelme",
+            {"a.json": labelme("a.jpg", shape("x", SQUARE))},
+            "a.json is of a.jpg, which is not beside it",
+        ),
+        ("labelme", {"a.json": "[]"}, "a.json is not the JSON file that was expected (it holds no object)"),
+        (
+            "labelme",
+            {"a.json": {"shapes": [{}]}},
+            "a.json has not the fields that were expected (KeyError: 'label')",
+        ),
+        ("labelme", {"a.json": labelme("a.jpg"), "a.jpg": b"text"}, "a.jpg is no picture, or damaged"),
+        (
+            "labelme",
+            {"a.json": labelme("a.bmp"), "a.bmp": png(grid(1))},
+            "is of a picture .bmp: expected .jpg, .jpeg",
+        ),
+        (
+            "labelme",
+            {
+                **{f"{s}/a.json": labelme("a.jpg", shape("x", [[1, 1]], "point")) for s in ("train", "val")},
+                **{f"{s}/a.jpg": jpeg(1) for s in ("train", "val")},
+            },
+            "a.json: a point of 1 points covers no area: draw x as a polygon",
+        ),
+        (
+            "labelme",
+            {
+                "classes.txt": "y\n",
+                "train/a.json": labelme("a.jpg", shape("x", SQUARE)),
+                "train/a.jpg": jpeg(1),
+            },
+            "gives no picture for validation (of 1): put pictures into folders named train and val",
+        ),
+        (
+            "labelme",
+            {
+                "classes.txt": "y\n",
+                **{f"{s}/a.json": labelme("a.jpg", shape("x", SQUARE)) for s in ("train", "val")},
+                **{f"{s}/a.jpg": jpeg(1) for s in ("train", "val")},
+            },
+            "a.json: x is not in classes.txt: add it there",
+        ),
+        ("colours", {"images/a.jpg": jpeg(1)}, "holds no classes.txt"),
+        (
+            "colours",
+            {"classes.txt": "road 1 2\n"},
+            "expected NAME RED GREEN BLUE (0 to 255), found 'road 1 2'",
+        ),
+        (
+            "colours",
+            {"classes.txt": "road 1 2 3\n", "images/a.jpg": jpeg(1)},
+            "images/a.jpg has no mask masks/a.png",
+        ),
+        ("coco", {"images/a.jpg": jpeg(1)}, "gives no picture for train (of 0)"),
+        (
+            "colours",
+            {
+                "classes.txt": "road 1 2 3\n",
+                **{f"images/train/a.{suffix}": jpeg(1) for suffix in ("jpg", "jpeg")},
+                "masks/train/a.png": ids(1),
+                "images/val/a.jpg": jpeg(1),
+                "masks/val/a.png": ids(1),
+            },
+            "two files would become annotations/train/a.png: rename one of them",
+        ),
+    ],
+)
+def test_bad_annotations_are_one_line(
+    kind: str, files: dict[str, Any], line: str, tmp_path: pathlib.Path
+) -> None:
+    write(tmp_path / "x", files)
+    assert line in refusal("custom", tmp_path / "x", tmp_path / "made", "--from", kind)
+
+
+def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert "--from labelme, --from coco or --from colours" in refusal(
+        "custom", tmp_path / "x", tmp_path / "made"
+    )
+    assert not tree(tmp_path).keys()
+
+
+def test_shares_are_even() -> None:
+    """Of 2000 names a tenth, within 5 standard deviations (13.4)."""
+    found = [own._find_split(f"town/{number:04}", 0.1) for number in range(2000)]
+    assert abs(found.count("validation") - 200) < 67
+    assert own._find_split("VAL2017/x", 0.0) == "validation"
+    assert own._find_split("a/Training/x", 0.9) == "train"
+
+
+def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> None:
+    """labelme turns pictures by their EXIF orientation, and so does the decoder."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (WIDTH, HEIGHT)).save(file, "JPEG", exif=exif)
+    files = {f"{s}/a.json": labelme("a.jpg", shape("x", SQUARE)) for s in ("train", "val")}
+    pictures = {f"{s}/a.jpg": file.getvalue() for s in ("train", "val")}
+    run("custom", write(tmp_path / "x", files | pictures), tmp_path / "made", "--from", "labelme")
+    assert read(tmp_path / "made", "train")["a"][1].shape == (WIDTH, HEIGHT)

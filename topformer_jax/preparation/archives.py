@@ -1,0 +1,235 @@
+"""Files inside zip and tar archives and folders, read in place; what is wrong with an archive is one line."""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import os
+import pathlib
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from topformer_jax import files
+from topformer_jax.errors import UserError
+
+IN_ZIP, IN_FOLDER, IN_GZIP = -1, -2, -3  # instead of a position in a tar file
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file inside an archive or a folder. Worker processes get it and read it by themselves."""
+
+    archive: str
+    name: str
+    size: int  # bytes
+    offset: int  # of its content in a tar file
+
+    @property
+    def where(self) -> str:
+        """The file, as an error names it."""
+        return f"{self.archive}:{self.name}" if self.offset != IN_FOLDER else self.path
+
+    @property
+    def path(self) -> str:
+        """Of a file in a folder."""
+        return os.path.join(self.archive, self.name)
+
+    def read(self) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            UserError: the archive is damaged or cut off here.
+        """
+        with _report_damage(self.archive, self.name):
+            if self.offset == IN_ZIP:
+                return _open_zip(self.archive).read(self.name)
+            if self.offset == IN_GZIP:
+                return next(_stream(self.archive, {self.name}))[1]
+            with open(self.path if self.offset == IN_FOLDER else self.archive, "rb") as file:
+                file.seek(max(self.offset, 0))
+                data = file.read(self.size)
+            if len(data) != self.size:
+                raise EOFError("its end is missing")
+            return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """What an archive or a folder holds: its files by their names below `root`, in the archive's order."""
+
+    path: pathlib.Path
+    root: str
+    members: dict[str, Member]
+
+    def __getitem__(self, name: str) -> Member:
+        if name not in self.members:
+            raise UserError(f"{self.path} holds no {self.root}{name}: download it again")
+        return self.members[name]
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of a text file, without those that are blank."""
+        return [line.strip() for line in self[name].read().decode("utf-8-sig").splitlines() if line.strip()]
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """The sorted names of the files below a folder ("images/") that have a suffix, without both."""
+        found = (name for name in self.members if name.startswith(folder) and name.endswith(suffix))
+        return sorted(name[len(folder) : len(name) - len(suffix)] for name in found)
+
+    def read_all(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Names and bytes of several files: a tar file that is compressed is read once, from its start."""
+        wanted = {self[name].name: name for name in names}
+        if any(self[name].offset == IN_GZIP for name in names[:1]):
+            for name, data in _stream(str(self.path), set(wanted)):
+                yield wanted[name], data
+        else:
+            yield from ((name, self[name].read()) for name in names)
+
+
+def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
+    """Lists a zip file, a tar file (plain or compressed by gzip) or a folder.
+
+    Args:
+        path: of the archive.
+        holds: a file or a folder ("images/training/") in it; names are taken below the folder that holds this.
+
+    Raises:
+        UserError: it is cut off, damaged, or another archive.
+    """
+    with _report_damage(path):
+        if path.is_dir():
+            found = list(_list_folder(path))
+        elif path.suffix == ".json":
+            found = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
+        elif path.suffix == ".zip":
+            found = _list_zip(path)
+        else:
+            with path.open("rb") as file:
+                is_compressed = file.read(2) == b"\x1f\x8b"
+            found = _list_gzip(path) if is_compressed else _list_tar(path)
+    inside = (member.name.find(holds) for member in found)
+    for member, position in zip(found, inside, strict=True):
+        if position == 0 or (position > 0 and member.name[position - 1] == "/"):
+            root = member.name[:position]
+            break
+    else:
+        raise UserError(f"{path} holds no {holds}: it is another archive than the one of that name")
+    return Archive(
+        path,
+        root,
+        {m.name[len(root) :]: m for m in found if m.name.startswith(root) and not _is_hidden(m.name)},
+    )
+
+
+def open_nested(member: Member) -> list[Member]:
+    """Lists a tar file that is a member of a tar file."""
+    with _report_damage(member.archive, member.name), open(member.archive, "rb") as file:
+        file.seek(member.offset)
+        found = _list_members(file, member.archive)
+        if any(inner.offset + inner.size > member.offset + member.size for inner in found):
+            raise EOFError("its end is missing")
+    return found
+
+
+def fingerprint(path: pathlib.Path) -> list[int]:
+    """What tells an archive from another of its name: its bytes; of a folder, also how many files."""
+    if not path.is_dir():
+        return [path.stat().st_size]
+    sizes = [member.size for member in _list_folder(path)]
+    return [sum(sizes), len(sizes)]
+
+
+@functools.lru_cache(maxsize=4)  # a worker reads many files of one archive, and its list may be long
+def _open_zip(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def _list_zip(path: pathlib.Path) -> list[Member]:
+    infos = _open_zip(str(path)).infolist()
+    return [Member(str(path), info.filename, info.file_size, IN_ZIP) for info in infos if not info.is_dir()]
+
+
+def _list_tar(path: pathlib.Path) -> list[Member]:
+    with path.open("rb") as file:
+        return _list_members(file, str(path))
+
+
+def _list_members(file: IO[bytes], path: str) -> list[Member]:
+    with tarfile.TarFile(fileobj=file) as tar:
+        found = [
+            Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
+            for info in tar
+            if info.isfile()
+        ]
+        # A tar file ends with blocks of zeros. Where they are missing, its end is.
+        file.seek(tar.offset)
+        if not file.read(1):
+            raise tarfile.ReadError("its end is missing")
+    return found
+
+
+def _list_gzip(path: pathlib.Path) -> list[Member]:
+    """Reads the whole file, and so checks its length and checksum."""
+    with gzip.open(path) as file:
+        with tarfile.open(fileobj=file, mode="r|") as tar:
+            found = [
+                Member(str(path), info.name.removeprefix("./"), info.size, IN_GZIP)
+                for info in tar
+                if info.isfile()
+            ]
+        while file.read(1 << 20):
+            pass
+    return found
+
+
+def _stream(path: str, names: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of files in a tar file that is compressed by gzip, in one pass."""
+    missing = set(names)
+    with _report_damage(path), gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for info in tar:
+            name = info.name.removeprefix("./")
+            if name in missing:
+                content: Any = tar.extractfile(info)
+                missing.remove(name)
+                yield name, content.read()
+            if not missing:
+                return
+
+
+def _list_folder(path: pathlib.Path) -> Iterator[Member]:
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = pathlib.Path(folder).relative_to(path)
+        for name in sorted(names):
+            if not name.startswith("."):
+                size = os.path.getsize(os.path.join(folder, name))
+                yield Member(str(path), (inside / name).as_posix(), size, IN_FOLDER)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether some system left the file in the archive beside the real ones."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+@contextlib.contextmanager
+def _report_damage(path: str | os.PathLike[str], name: str = "") -> Iterator[None]:
+    """Turns what reading a damaged archive raises into a UserError that names it, and its member if there is one."""
+    with files.report_errors("read", path):
+        try:
+            yield
+        except (
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            zlib.error,
+            EOFError,
+            gzip.BadGzipFile,
+            RuntimeError,
+        ) as error:
+            why = f"at {name}: {error}" if name else f"{error}"
+            size = os.path.getsize(path)
+            raise UserError(
+                f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): download it "
+                "again"
+            ) from None
