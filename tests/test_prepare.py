@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_imagenet(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_processes_of_a_killed_command_end_and_their_work_goes_on(tmp_path: pathlib.Path) -> None:
     members = {}
-    for number in range(4000):
+    for number in range(1500):
         word = "validation" if number % 10 == 0 else "training"
         members[f"ADEChallengeData2016/images/{word}/{number:05}.jpg"] = miniatures.jpeg(number % 7)
         members[f"ADEChallengeData2016/annotations/{word}/{number:05}.png"] = miniatures.png(
@@ -231,6 +232,12 @@ def cut(path: pathlib.Path, part: float) -> None:
     path.write_bytes(path.read_bytes()[: int(len(path.read_bytes()) * part)])
 
 
+def strip_end(path: pathlib.Path) -> None:
+    """Cuts a tar file off between two members, where its format alone does not show it."""
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data + bytes(-len(data) % 512))
+
+
 @pytest.mark.parametrize(
     ("dataset", "name", "damage", "line"),
     [
@@ -243,6 +250,7 @@ def cut(path: pathlib.Path, part: float) -> None:
         ),
         ("cocostuff164k", "val2017.zip", lambda p: p.write_bytes(b""), "val2017.zip (0 bytes) is cut off"),
         ("voc2012", "VOCtrainval_11-May-2012.tar", lambda p: cut(p, 0.5), "VOCtrainval_11-May-2012.tar ("),
+        ("imagenet", "ILSVRC2012_img_val.tar", strip_end, "its end is missing"),
         ("voc2012", "benchmark.tgz", lambda p: cut(p, 0.9), "benchmark.tgz ("),
         ("context59", "trainval.tar.gz", lambda p: cut(p, 0.3), "trainval.tar.gz ("),
         (
@@ -291,6 +299,65 @@ def test_other_archives_are_one_line(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_pascal_context_has_59_classes(tmp_path: pathlib.Path) -> None:
+    miniatures.context60(tmp_path)
+    file = tmp_path / "trainval_merged.json"
+    content = json.loads(file.read_text())
+    content["annos_segmentation"][0]["segmentation"]["counts"] = [0, 5, 43]  # without compression
+    file.write_text(json.dumps(content))
+    run("context60", tmp_path, tmp_path / "made")
+    label = (tmp_path / "made/SegmentationClassContext/2008_000002.png").read_bytes()
+    found = decode_label(label, "", classes=60, reduce_zero_label=False)
+    assert [CATALOG["context60"].classes[value] for value in found[1:5, 0]] == ["person"] * 4
+    assert (found[1:, 1:] == 0).all()
+    content["annos_segmentation"][0]["segmentation"]["counts"] = [5]
+    file.write_text(json.dumps(content))
+    assert "a mask has 5 pixels, its image 48" in refusal("context60", tmp_path, tmp_path / "other")
+    content["annos_segmentation"][0]["category_id"] = 3
+    file.write_text(json.dumps(content))
+    assert "holds category 3, which is none of" in refusal("context60", tmp_path, tmp_path / "another")
+    del content["images"]
+    file.write_text(json.dumps(content))
+    assert "has not the fields that were expected (KeyError: 'images')" in refusal(
+        "context60", tmp_path, tmp_path / "x"
+    )
+
+
+def test_values_that_stand_for_no_class_are_named(tmp_path: pathlib.Path) -> None:
+    """The last label of each archive gets a value that its data set does not have."""
+    miniatures.cocostuff164k(tmp_path)
+    miniatures.write_zip(tmp_path / "val2017.zip", {"val2017/1.jpg": miniatures.jpeg(1)})
+    with zipfile.ZipFile(tmp_path / "stuffthingmaps_trainval2017.zip", "a") as archive:
+        archive.writestr("val2017/1.png", miniatures.png(miniatures.grid(0, 182, 254)))
+    line = refusal("cocostuff164k", tmp_path, tmp_path / "made")
+    assert "stuffthingmaps_trainval2017.zip:val2017/1.png holds 182, 254, which stands for no class" in line
+
+
+def test_colours_of_no_class_are_void_where_they_are_few(tmp_path: pathlib.Path) -> None:
+    colours = {(0, 0, 0): 255, (128, 128, 128): 0}
+    mask = np.full((20, 20, 3), 128)
+    mask[0, :4] = 7
+    found = decode_label(
+        labels.map_colours(colours, 255, miniatures.png(mask), "m"), "m", classes=1, reduce_zero_label=False
+    )
+    assert (found == 255).sum() == 4
+    mask[1, 0] = 8
+    with pytest.raises(
+        UserError, match=r"m: 1\.25% of the pixels have colours that no class has, such as \(7, 7, 7\)"
+    ):
+        labels.map_colours(colours, 255, miniatures.png(mask), "m")
+
+
+def test_hidden_files_of_other_systems_are_left_out(tmp_path: pathlib.Path) -> None:
+    expected = miniatures.ade20k(tmp_path / "downloads")
+    with zipfile.ZipFile(tmp_path / "downloads/ADEChallengeData2016.zip") as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+    strange = "__MACOSX/ADEChallengeData2016/images/training/._ADE_train_00000001.jpg"
+    miniatures.write_zip(tmp_path / "downloads/ADEChallengeData2016.zip", {strange: b"", **members})
+    run("ade20k", tmp_path / "downloads", tmp_path / "made")
+    check(expected, root=str(tmp_path / "made"))
+
+
 def test_a_damaged_member_is_named(tmp_path: pathlib.Path) -> None:
     miniatures.ade20k(tmp_path)
     archive = tmp_path / "ADEChallengeData2016.zip"
@@ -315,6 +382,8 @@ def test_a_folder_is_of_one_thing(tmp_path: pathlib.Path) -> None:
         "ade20k", tmp_path, tmp_path / "full"
     )
     assert "has the layout of ade20k already" in refusal("ade20k", tmp_path / "made", tmp_path / "new")
+    (tmp_path / "made/annotations/validation/ADE_val_00000004.png").unlink()
+    assert "1 image (ADE_val_00000004.jpg) in " in refusal("ade20k", tmp_path / "made", tmp_path / "new")
     assert "--shard 1/2 and --output" in refusal("ade20k", tmp_path, tmp_path / "new", "--shard", "1/2")
     assert "--from coco is for your own data" in refusal(
         "ade20k", tmp_path, tmp_path / "new", "--from", "coco"

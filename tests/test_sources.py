@@ -149,7 +149,7 @@ def test_incomplete_data(tmp_path: pathlib.Path, dataset: str) -> None:
     assert "1 image (" in line
     assert f"{pathlib.PurePath(paths[0]).name}) in " in line
     if dataset == "cityscapes":
-        assert "(python -m topformer_jax.prepare cityscapes makes them)" in line
+        assert "(python -m topformer_jax.prepare cityscapes makes it of the downloads)" in line
     (tmp_path / paths[3]).unlink()
     line = refusal(config)
     assert "2 images (" in line

@@ -97,6 +97,7 @@ def prepare(args: argparse.Namespace) -> None:
     source = pathlib.Path(args.source).expanduser()
     if not args.kind and downloads.has_layout(args.dataset, args.source):
         if args.format == "folder":
+            _check_folder(args.dataset, args.source)
             raise UserError(
                 f"{source} has the layout of {args.dataset} already: use it with --config.data.root={source}"
             )
@@ -145,9 +146,14 @@ def _make_folder(found: downloads.Found, output: pathlib.Path, workers: int, ver
             f"{name}: {split['images']:,} images{note}, {split['labels']:,} labels, {split['bytes'] / 1e6:,.0f} MB, "
             f"sha256 {split['sha256']}"
         )
-    if layout := downloads.find_layout(found.dataset):
-        for word in SPLITS:
-            sources.open_folder(found.dataset, layout, str(output), word)
+    _check_folder(found.dataset, str(output))
+
+
+def _check_folder(dataset: str, folder: str) -> None:
+    """Raises a UserError where a folder is incomplete: a picture without a label, say."""
+    if layout := downloads.find_layout(dataset):
+        for split in SPLITS:
+            sources.open_folder(dataset, layout, folder, split)
 
 
 def _pack(dataset: str, source: str, output: str, part: tuple[int, int]) -> None:

@@ -219,7 +219,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     suffix, labels = layout.label_suffix, frozenset(_list_files(base / label_folder))
     names = [name for name in sorted(images) if name + suffix in labels]
     without = [images[name] for name in sorted(images) if name + suffix not in labels]
-    hint = f" (python -m topformer_jax.prepare {dataset} makes them)"
+    hint = f" ({_name_maker(dataset)})"
     pairs = FolderSource(
         str(base),
         tuple(names),
@@ -298,9 +298,15 @@ def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> Us
     if layout.names:
         folders.append(layout.names.format(split=f"{{{layout.train[0]},{layout.validation[0]}}}"))
     return UserError(
-        f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(folders)} (python -m "
-        f"topformer_jax.prepare {dataset} makes it); point at it with --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
+        f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(folders)} "
+        f"({_name_maker(dataset)}); point at it with --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
     )
+
+
+def _name_maker(dataset: str) -> str:
+    """What makes a data set's folder."""
+    origin = "annotations of other forms" if dataset == "custom" else "the downloads"
+    return f"python -m topformer_jax.prepare {dataset} makes it of {origin}"
 
 
 def _read(path: str, count: int = -1) -> bytes:

@@ -109,18 +109,13 @@ def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
             with path.open("rb") as file:
                 is_compressed = file.read(2) == b"\x1f\x8b"
             found = _list_gzip(path) if is_compressed else _list_tar(path)
-    inside = (member.name.find(holds) for member in found)
-    for member, position in zip(found, inside, strict=True):
-        if position == 0 or (position > 0 and member.name[position - 1] == "/"):
-            root = member.name[:position]
-            break
-    else:
-        raise UserError(f"{path} holds no {holds}: it is another archive than the one of that name")
-    return Archive(
-        path,
-        root,
-        {m.name[len(root) :]: m for m in found if m.name.startswith(root) and not _is_hidden(m.name)},
-    )
+    found = [member for member in found if not _is_hidden(member.name)]
+    for name in (member.name for member in found):
+        position = name.find(holds)
+        if position == 0 or (position > 0 and name[position - 1] == "/"):
+            root = name[:position]
+            return Archive(path, root, {m.name[len(root) :]: m for m in found if m.name.startswith(root)})
+    raise UserError(f"{path} holds no {holds}: it is another archive than the one of that name")
 
 
 def open_nested(member: Member) -> list[Member]:

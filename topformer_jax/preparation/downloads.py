@@ -133,8 +133,8 @@ RELEASES: dict[str, tuple[Release, ...]] = {
         Release(
             "image-net.org (after registration)",
             (
-                Download(("ILSVRC2012_img_train.tar",)),
-                Download(("ILSVRC2012_img_val.tar",)),
+                Download(("ILSVRC2012_img_train.tar",), "n01440764.tar"),
+                Download(("ILSVRC2012_img_val.tar",), "ILSVRC2012_val_00000001.JPEG"),
                 Download(("ILSVRC2012_devkit_t12.tar.gz",), "data/meta.mat"),
             ),
             imagenet.plan_imagenet,
