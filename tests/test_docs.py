@@ -39,6 +39,7 @@ NOT_RUN = {
     "sbatch": "needs SLURM",
     "--coordinator": "needs several hosts",
     "gs://": "needs a bucket: tests/test_packing.py and tests/test_cache.py have one",
+    "--port 8000": "serves until it is interrupted",
     "python -m benchmarks.": "tests/test_benchmarks.py runs the benchmarks with small sizes",
 }
 OTHER_PROGRAMS = {"--all", "--nodes"}  # flags of scripts/test.sh and sbatch

@@ -194,14 +194,18 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def cache_folder() -> pathlib.Path:
+    """Where files are kept that can be made or fetched again: ~/.cache/topformer_jax, or as XDG_CACHE_HOME says."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "topformer_jax"
+
+
 def _keep_compiled_programs() -> None:
     import jax
 
     from topformer_jax import programs
 
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     for name, value in (
-        ("jax_compilation_cache_dir", str(cache / "topformer_jax")),
+        ("jax_compilation_cache_dir", str(cache_folder())),
         ("jax_persistent_cache_min_compile_time_secs", 0.5),
     ):
         if name.upper() not in os.environ:
