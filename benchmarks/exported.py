@@ -22,21 +22,31 @@ from topformer_jax.version import __version__
 SUFFIXES = (".onnx", ".tflite")
 
 
-def write_file(config: ConfigDict, output: str, size: tuple[int, int], suffix: str) -> bytes:
+def write_file(
+    config: ConfigDict,
+    output: str,
+    size: tuple[int, int],
+    suffix: str,
+    *,
+    target: str = "cpu",
+    stride: int = 1,
+) -> bytes:
     """An exported file with the config's fresh weights."""
     model = models.build_segmenter(network.export_config(config))
     model.eval()
     description = {
         "output": output,
-        "stride": 1,
+        "stride": stride,
         "size": size,
-        "target": "cpu",
+        "target": target,
         "precision": "float32",
+        "classes": [f"class {number}" for number in range(config.model.num_classes)],
+        "palette": [[number, 0, 0] for number in range(config.model.num_classes)],
         "config": config.to_dict(),
         "versions": {"topformer_jax": __version__},
     }
     module = exported.import_format(pathlib.Path(f"file{suffix}"))
-    return bytes(module.write(network.make_function(model, output), description))
+    return bytes(module.write(network.make_function(model, output, stride), description))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The page: what it is made of, how it is served, what it refuses; and all that it does in Chromium."""
 
+import contextlib
 import functools
 import http.client
 import http.server
@@ -22,7 +23,9 @@ import torch
 
 import topformer_jax
 from benchmarks import chromium
+from benchmarks import page as page_lib
 from benchmarks.chromium import Browser
+from benchmarks.page import choose_device, open_page, read_bytes, read_shown, show, text_of
 from tests.commands import free_port
 from tests.test_export import command, refused
 from topformer_jax import checkpoints, config, demo, export
@@ -43,13 +46,19 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
     command(export.main, "--config", "topformer_t_ade", *flags, "--output", folder / "web.onnx")
     written = exported.open_exported(folder / "web.onnx").description
     for output in ("logits", "scores"):
-        model = onnx.load(folder / "web.onnx")
-        onnx.helper.set_model_props(model, {exported.KEY: json.dumps(written | {"output": output})})
-        onnx.save(model, folder / f"{output}.onnx")
+        graph = onnx.load(folder / "web.onnx")
+        onnx.helper.set_model_props(graph, {exported.KEY: json.dumps(written | {"output": output})})
+        onnx.save(graph, folder / f"{output}.onnx")
     settings = network.export_config(config.load("topformer_t_ade"))
-    function = network.make_function(checkpoints.load_model(settings, folder / "weights.pth"), "labels", 2)
+    model = checkpoints.load_model(settings, folder / "weights.pth")
     description = written | {"stride": 2, "size": None, "target": "cpu"}
-    (folder / "any.onnx").write_bytes(onnx_file.write(function, description))
+    data = onnx_file.write(network.make_function(model, "labels", 2), description)
+    (folder / "any.onnx").write_bytes(data)
+    # The axes of the resize for processors are wrong on WebGPU.
+    data = onnx_file.write(network.make_function(model, "labels"), written | {"target": "cpu"})
+    wrong = onnx.load_from_string(data)
+    onnx.helper.set_model_props(wrong, {exported.KEY: json.dumps(written)})
+    onnx.save(wrong, folder / "wrong.onnx")
     (folder / "noise.onnx").write_bytes(bytes(range(256)))
     (folder / "cut.onnx").write_bytes((folder / "web.onnx").read_bytes()[:-100_000])
     return folder
@@ -81,20 +90,9 @@ def build(path: pathlib.Path, runtime: pathlib.Path) -> demo.Page:
 
 @pytest.fixture
 def serve() -> Iterator[Any]:
-    """Serves a page in a thread, and returns the server."""
-    servers = []
-
-    def start(page: demo.Page, port: int = 0) -> demo.Server:
-        servers.append(demo.Server(page, port))
-        threading.Thread(
-            target=servers[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        ).start()
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    """Serves pages until the test's end, or until a server is closed."""
+    with contextlib.ExitStack() as stack:
+        yield lambda page, port=0: stack.enter_context(page_lib.serve(page, port))
 
 
 # What it is made of
@@ -256,41 +254,17 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def text_of(browser: Browser, name: str) -> str:
-    return str(browser.evaluate(f"document.getElementById('{name}').textContent"))
-
-
-def go(browser: Browser, address: str) -> None:
-    """Opens the page, and waits until it has loaded the network."""
-    browser.open(address)
-    browser.wait_for(
-        "document.body.dataset.ready === 'yes' || document.getElementById('problem').textContent"
-    )
-    assert text_of(browser, "problem") == ""
-
-
 def segment(browser: Browser, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """The pixels that the network saw of a picture, and its labels."""
-    browser.evaluate("window.shown = undefined; document.getElementById('problem').textContent = ''")
-    browser.choose_file("#file", path)
-    browser.wait_for(
-        f"window.shown?.name === '{path.name}' || document.getElementById('problem').textContent"
-    )
-    assert text_of(browser, "problem") == ""
-    found = browser.evaluate(
-        "({pixels: [...shown.pixels.data], size: [shown.pixels.height, shown.pixels.width],"
-        "labels: [...shown.labels], shape: [shown.height, shown.width]})"
-    )
-    pixels = np.array(found["pixels"], np.uint8).reshape(*found["size"], 4)
-    assert (pixels[..., 3] == 255).all()
-    return pixels[..., :3], np.array(found["labels"], np.uint8).reshape(found["shape"])
+    show(browser, path)
+    return read_shown(browser)
 
 
 def overlay_of(browser: Browser) -> np.ndarray:
     """The pixels of the classes' colours, RGBA."""
     overlay = "document.getElementById('overlay').getContext('2d')"
-    data = browser.evaluate(f"[...{overlay}.getImageData(0, 0, {SIZE[1]}, {SIZE[0]}).data]")
-    return np.array(data, np.uint8).reshape(*SIZE, 4)
+    data = read_bytes(browser, f"{overlay}.getImageData(0, 0, {SIZE[1]}, {SIZE[0]}).data")
+    return np.frombuffer(data, np.uint8).reshape(*SIZE, 4)
 
 
 def expected_labels(folder: pathlib.Path, pixels: np.ndarray, stride: int = 1) -> np.ndarray:
@@ -312,7 +286,7 @@ def different(labels: np.ndarray, others: np.ndarray) -> float:
 def test_labels_equal_those_of_onnxruntime_and_jax(
     folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
-    go(browser, serve(build(folder / "web.onnx", runtime)).address)
+    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
     assert browser.evaluate("crossOriginIsolated")
     pixels, labels = segment(browser, picture)
     assert pixels.shape == (*SIZE, 3)
@@ -327,8 +301,9 @@ def test_labels_equal_those_of_onnxruntime_and_jax(
     )
     names = exported.open_exported(folder / "web.onnx").description["classes"]
     counts = np.bincount(labels.ravel(), minlength=len(names))
-    for name, share in rows:
-        assert share == f"{100 * counts[names.index(name)] / labels.size:.1f} %" or share == "< 0.1 %"
+    for name, text in rows:
+        share = counts[names.index(name)] / labels.size
+        assert text == ("< 0.1 %" if share < 0.001 else f"{100 * share:.1f} %")
     assert [name for name, _ in rows] == [
         names[label] for label in np.argsort(-counts, kind="stable") if counts[label]
     ]
@@ -338,7 +313,7 @@ def test_labels_equal_those_of_onnxruntime_and_jax(
 def test_a_file_of_any_size_keeps_the_shape_of_a_picture(
     folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
-    go(browser, serve(build(folder / "any.onnx", runtime)).address)
+    open_page(browser, serve(build(folder / "any.onnx", runtime)).address)
     assert "No WebGPU: the file was exported for processors." in text_of(browser, "hint")
     scene, tall = np.asarray(PIL.Image.open(picture)), folder / "tall.png"
     tall.write_bytes(cv2.imencode(".png", scene[:, :90, ::-1])[1].tobytes())
@@ -353,19 +328,19 @@ def test_it_works_without_a_network_after_the_first_load(
     folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
     server = serve(build(folder / "web.onnx", runtime))
-    go(browser, server.address)
+    open_page(browser, server.address)
     browser.wait_for("document.getElementById('offline').textContent")
     _, labels = segment(browser, picture)
     server.shutdown()
     server.server_close()
     with pytest.raises(RuntimeError, match="fetch"):
         browser.evaluate("fetch('nothing')")
-    go(browser, server.address)
+    open_page(browser, server.address)
     assert browser.evaluate("crossOriginIsolated")
     assert different(segment(browser, picture)[1], labels) == 0
     # The next file at the same address takes its place at once.
     serve(build(folder / "any.onnx", runtime), server.server_port)
-    go(browser, server.address)
+    open_page(browser, server.address)
     assert "any size" in text_of(browser, "facts")
     assert segment(browser, picture)[1].shape != labels.shape
     browser.wait_for(
@@ -392,13 +367,13 @@ def test_a_plain_server_gives_one_thread_at_first(
     ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/page/"
-        go(browser, address)
+        open_page(browser, address)
         assert not browser.evaluate("crossOriginIsolated")
         assert browser.evaluate("document.querySelectorAll('#device option').length") == 1
         assert "One thread: reload the page" in text_of(browser, "hint")
         assert segment(browser, picture)[1].shape == SIZE
         browser.wait_for("document.getElementById('offline').textContent")
-        go(browser, address)
+        open_page(browser, address)
         assert browser.evaluate("crossOriginIsolated")
         assert "One thread" not in text_of(browser, "hint")
         server.shutdown()
@@ -407,7 +382,7 @@ def test_a_plain_server_gives_one_thread_at_first(
 def test_the_camera_and_what_is_no_picture(
     folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
-    go(browser, serve(build(folder / "web.onnx", runtime)).address)
+    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
     browser.evaluate("document.getElementById('camera').click()")
     browser.wait_for("window.shown")
     browser.evaluate("window.first = window.shown")
@@ -424,7 +399,7 @@ def test_the_camera_and_what_is_no_picture(
 def test_a_device_without_a_camera(
     folder: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
-    go(browser, serve(build(folder / "web.onnx", runtime)).address)
+    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
     for code, sentence in (
         (
             "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotFoundError') }",
@@ -444,7 +419,7 @@ def test_a_device_without_a_camera(
 def test_the_keyboard_reaches_everything(
     folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
-    go(browser, serve(build(folder / "web.onnx", runtime)).address)
+    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
     segment(browser, picture)
 
     def press(key: str, text: str = "") -> str:
@@ -461,9 +436,33 @@ def test_the_keyboard_reaches_everything(
     reached = [press("Tab") for _ in range(5)]
     assert reached[:4] == ["choose", "camera", "opacity", "device"]
     press("Enter", "\r")
-    labels = np.array(browser.evaluate("[...shown.labels]")).reshape(SIZE)
+    labels = read_shown(browser)[1]
     assert ((overlay_of(browser)[..., 3] == 255) == (labels == int(reached[4]))).all()
     browser.evaluate("document.getElementById('opacity').focus()")
     press("ArrowRight")
     assert text_of(browser, "percent") == "61 %"
     assert browser.evaluate("document.getElementById('overlay').style.opacity") == "0.61"
+
+
+@pytest.mark.slow
+def test_webgpu_is_compared_with_the_processor(
+    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, serve: Any
+) -> None:
+    """On SwiftShader, a GPU in software, as Chromium has it for tests."""
+    if chromium.find() is None:
+        pytest.skip("no Chromium is installed")
+    with Browser("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as browser:
+        open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
+        _, labels = segment(browser, picture)
+        choose_device(browser, "webgpu")
+        found = re.match(r"WebGPU compared with the processor: (\d+) of (\d+)", text_of(browser, "hint"))
+        assert found is not None
+        different_labels = read_shown(browser)[1] != labels
+        assert (int(found[1]), int(found[2])) == (different_labels.sum(), labels.size)
+        assert different_labels.mean() <= 1e-4
+        open_page(browser, serve(build(folder / "wrong.onnx", runtime)).address)
+        segment(browser, picture)
+        with pytest.raises(RuntimeError, match=r"WebGPU is wrong here: \d+\.\d % of its labels differ"):
+            choose_device(browser, "webgpu")
+        assert browser.evaluate("document.getElementById('device').value").startswith("wasm")
+        assert different(read_shown(browser)[1], labels) <= 1e-4

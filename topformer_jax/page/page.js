@@ -136,12 +136,17 @@ async function startCamera() {
   stream.getVideoTracks()[0].onended = stopCamera;
   showCamera(true);
   again = null;
-  await video.play();
   const next = async () => {
     if (stream !== current) return;
-    await segment(video, video.videoHeight, video.videoWidth, "Camera");
+    try {
+      await segment(video, video.videoHeight, video.videoWidth, "Camera");
+    } catch (error) {
+      stopCamera();
+      throw error;
+    }
     requestAnimationFrame(() => enqueue(next)); // frames that came meanwhile are left out
   };
+  await video.play();
   await next();
 }
 

@@ -11,7 +11,7 @@ async function open({ provider, threads, model, runtime, height, width }) {
   const response = await fetch(model);
   if (!response.ok) throw new Error(`cannot load ${model}: the server answers ${response.status}`);
   const bytes = new Uint8Array(await response.arrayBuffer());
-  session = await ort.InferenceSession.create(bytes, { executionProviders: [provider] });
+  session = await ort.InferenceSession.create(bytes, { executionProviders: [provider], logSeverityLevel: 3 });
   await segment({ pixels: new Uint8ClampedArray(4 * height * width), height, width });
 }
 
