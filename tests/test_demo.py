@@ -45,10 +45,14 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
     flags = ["--checkpoint", folder / "weights.pth", "--size", "x".join(map(str, SIZE)), "--target", "web"]
     command(export.main, "--config", "topformer_t_ade", *flags, "--output", folder / "web.onnx")
     written = exported.open_exported(folder / "web.onnx").description
-    for output in ("logits", "scores"):
+    for name, change in (
+        ("logits", {"output": "logits"}),
+        ("scores", {"output": "scores"}),
+        ("other", {"checkpoint": {"sha256": "0"}}),
+    ):
         graph = onnx.load(folder / "web.onnx")
-        onnx.helper.set_model_props(graph, {exported.KEY: json.dumps(written | {"output": output})})
-        onnx.save(graph, folder / f"{output}.onnx")
+        onnx.helper.set_model_props(graph, {exported.KEY: json.dumps(written | change)})
+        onnx.save(graph, folder / f"{name}.onnx")
     settings = network.export_config(config.load("topformer_t_ade"))
     model = checkpoints.load_model(settings, folder / "weights.pth")
     description = written | {"stride": 2, "size": None, "target": "cpu"}
@@ -56,6 +60,7 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
     (folder / "any.onnx").write_bytes(data)
     # The axes of the resize for processors are wrong on WebGPU.
     data = onnx_file.write(network.make_function(model, "labels"), written | {"target": "cpu"})
+    (folder / "cpu.onnx").write_bytes(data)
     wrong = onnx.load_from_string(data)
     onnx.helper.set_model_props(wrong, {exported.KEY: json.dumps(written)})
     onnx.save(wrong, folder / "wrong.onnx")
@@ -84,8 +89,8 @@ def make_runtime(
     return folder
 
 
-def build(path: pathlib.Path, runtime: pathlib.Path) -> demo.Page:
-    return demo.build_page(path, demo.read_description(path), runtime)
+def build(path: pathlib.Path, runtime: pathlib.Path, webgpu: pathlib.Path | None = None) -> demo.Page:
+    return demo.build_page(demo.find_files(path, webgpu), runtime)
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def serve() -> Iterator[Any]:
 
 def test_the_page_holds_what_it_names(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     page = build(folder / "web.onnx", make_runtime(tmp_path / "package"))
-    small = {name for name in page if "/" not in name and name != "model.onnx"}
+    small = {name for name in page if "/" not in name and not name.endswith(".onnx")}
     assert list(page)[-1] == "index.html"
     assert {pathlib.PurePath(name).suffix for name in page} <= demo.KINDS.keys()
     text = "".join(page[name].decode() for name in small if not name.endswith(".json"))
@@ -112,20 +117,31 @@ def test_the_page_holds_what_it_names(folder: pathlib.Path, tmp_path: pathlib.Pa
     assert {"index.html" if name == "./" else name for name in kept} == small - {"offline.js"}
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
     facts = json.loads(page["model.json"])
-    assert facts["model"].partition("?")[0] in page
-    assert (facts["size"], facts["stride"], facts["classes"][0]) == ([96, 128], 1, "wall")
+    assert (facts["size"], facts["classes"][0]) == ([96, 128], "wall")
     for provider in facts["providers"].values():
-        assert set(provider["files"]) <= page.keys()
-        assert provider["bytes"] == len(page["model.onnx"]) + sum(
-            len(page[name]) for name in provider["files"]
-        )
+        assert provider["bytes"] == sum(len(page[name.partition("?")[0]]) for name in provider["files"])
 
 
 def test_a_file_for_processors_offers_no_webgpu(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     page = build(folder / "any.onnx", make_runtime(tmp_path / "package"))
     facts = json.loads(page["model.json"])
-    assert (list(facts["providers"]), facts["size"], facts["stride"]) == (["wasm"], None, 2)
+    assert (list(facts["providers"]), facts["size"]) == (["wasm"], None)
     assert not any("webgpu" in name or "asyncify" in name for name in page)
+
+
+def test_a_second_file_is_for_webgpu(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    page = build(folder / "cpu.onnx", make_runtime(tmp_path / "package"), folder / "web.onnx")
+    assert page["model.onnx"] == (folder / "cpu.onnx").read_bytes()
+    assert page["model_webgpu.onnx"] == (folder / "web.onnx").read_bytes()
+    for file, words in (
+        ("cpu.onnx", "would be wrong on WebGPU: export it with --target web"),
+        ("other.onnx", "has another checkpoint than"),
+        ("logits.onnx", "--webgpu .* gives logits"),
+    ):
+        with pytest.raises(UserError, match=words):
+            demo.find_files(folder / "cpu.onnx", folder / file)
+    with pytest.raises(UserError, match=r"has another size than .*: \[96, 128\] and None"):
+        demo.find_files(folder / "any.onnx", folder / "web.onnx")
 
 
 def test_the_folder_is_written_and_written_over(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -177,7 +193,7 @@ def test_it_is_served_isolated_and_with_its_types(
     ("name", "words"),
     [
         ("none.onnx", "cannot read"),
-        ("weights.pth", "the page runs .onnx files; export one with --target web"),
+        ("weights.pth", "expected an .onnx file, which the page runs"),
         ("logits.onnx", "gives logits: the page shows labels"),
         ("noise.onnx", "is not an ONNX file, or a damaged one"),
         ("cut.onnx", "is not an ONNX file, or a damaged one"),
@@ -314,7 +330,7 @@ def test_a_file_of_any_size_keeps_the_shape_of_a_picture(
     folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
 ) -> None:
     open_page(browser, serve(build(folder / "any.onnx", runtime)).address)
-    assert "No WebGPU: the file was exported for processors." in text_of(browser, "hint")
+    assert "No WebGPU: the page was made for processors." in text_of(browser, "hint")
     scene, tall = np.asarray(PIL.Image.open(picture)), folder / "tall.png"
     tall.write_bytes(cv2.imencode(".png", scene[:, :90, ::-1])[1].tobytes())
     height, width = scene.shape[0], 90
@@ -440,8 +456,8 @@ def test_the_keyboard_reaches_everything(
     assert ((overlay_of(browser)[..., 3] == 255) == (labels == int(reached[4]))).all()
     browser.evaluate("document.getElementById('opacity').focus()")
     press("ArrowRight")
-    assert text_of(browser, "percent") == "61 %"
-    assert browser.evaluate("document.getElementById('overlay').style.opacity") == "0.61"
+    assert text_of(browser, "percent") == "51 %"
+    assert browser.evaluate("document.getElementById('overlay').style.opacity") == "0.51"
 
 
 @pytest.mark.slow
@@ -452,7 +468,8 @@ def test_webgpu_is_compared_with_the_processor(
     if chromium.find() is None:
         pytest.skip("no Chromium is installed")
     with Browser("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as browser:
-        open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
+        page = build(folder / "cpu.onnx", runtime, folder / "web.onnx")
+        open_page(browser, serve(page).address)
         _, labels = segment(browser, picture)
         choose_device(browser, "webgpu")
         found = re.match(r"WebGPU compared with the processor: (\d+) of (\d+)", text_of(browser, "hint"))

@@ -1,10 +1,11 @@
-"""A page that segments pictures and the camera in the browser, by an exported file; nothing leaves the device.
+"""A page that segments pictures and the camera in the browser, by exported files; nothing leaves the device.
 
-  python -m topformer_jax.demo --exported t_web.onnx                 serves it at http://127.0.0.1:8000/
-  python -m topformer_jax.demo --exported t_web.onnx --output page   writes a folder for any web server
+  python -m topformer_jax.demo --exported t.onnx                 serves it at http://127.0.0.1:8000/
+  python -m topformer_jax.demo --exported t.onnx --output page   writes a folder for any web server
 
-The file is one of labels: `python -m topformer_jax.export --output t_web.onnx --target web` (WebGPU and wasm) or
-without --target (wasm alone). Its runtime, onnxruntime-web, comes from npm the first time, into the cache folder.
+FILE is one of labels, as export writes it without further flags. --webgpu adds WebGPU: the same checkpoint exported
+with --target web. Such a file may also stand alone, as --exported: one download, slower on processors. The runtime,
+onnxruntime-web, comes from npm the first time, into the cache folder.
 """
 
 import argparse
@@ -19,6 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--exported", type=files.as_path, required=True, metavar="FILE", help="an .onnx file of labels")
+    add("--webgpu", type=files.as_path, metavar="FILE", help="another for WebGPU, exported with --target web")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--output", type=files.as_path, metavar="DIR", help="write the page, and serve nothing"
@@ -80,30 +82,72 @@ ISOLATION = {
 Page = dict[str, bytes]  # files by their paths below the page's address
 
 
-def build_page(path: files.Path, description: Mapping[str, Any], runtime: files.Path) -> Page:
-    """The page of an exported file: its sources, the file, its description for the page, and the runtime.
+def find_files(path: files.Path, webgpu: files.Path | None) -> dict[str, files.Path]:
+    """The exported files by what computes them, "wasm" and perhaps "webgpu".
+
+    Raises:
+        UserError: one cannot be read, is damaged or no ONNX file of labels, or they do not belong together.
+    """
+    description = read_description("--exported", path)
+    if webgpu is None:
+        return {"wasm": path} | ({"webgpu": path} if description.get("target") == "web" else {})
+    other = read_description("--webgpu", webgpu)
+    if other.get("target") != "web":
+        raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
+    for key in ("checkpoint", "size", "stride"):
+        found = [
+            each["checkpoint"]["sha256"] if key == "checkpoint" else each[key]
+            for each in (description, other)
+        ]
+        if found[0] != found[1]:
+            raise UserError(f"--webgpu {webgpu} has another {key} than {path}: {found[1]} and {found[0]}")
+    return {"wasm": path, "webgpu": webgpu}
+
+
+def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
+    """What an exported file says of itself.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or is no ONNX file of labels, which the page shows.
+    """
+    if path.suffix.lower() != ".onnx":
+        raise UserError(f"{flag} {path}: expected an .onnx file, which the page runs")
+    description = open_exported(path).description
+    if description["output"] != "labels":
+        raise UserError(
+            f"{flag} {path} gives {description['output']}: the page shows labels, which a segmenter's file gives "
+            "that is exported without --logits and --probabilities"
+        )
+    return description
+
+
+def build_page(paths: Mapping[str, files.Path], runtime: files.Path) -> Page:
+    """The page: its sources, the exported files, what they say of themselves, and the runtime.
 
     Args:
-        path: of the exported file.
-        description: its own.
+        paths: of the exported files, from `find_files`.
         runtime: the folder of npm's onnxruntime-web.
 
     Raises:
-        UserError: the file cannot be read, or the folder is not the runtime's.
+        UserError: a file cannot be read, or the folder is not the runtime's.
     """
-    with files.report_errors("read", path):
-        data = files.retry(path.read_bytes)
-    providers = ["wasm", "webgpu"] if description.get("target") == "web" else ["wasm"]
-    version = _runtime_version(runtime)
-    folder = f"{RUNTIME}-{version}"
+    description = read_description("--exported", paths["wasm"])
+    folder = f"{RUNTIME}-{_runtime_version(runtime)}"
     page: Page = {}
-    with files.report_errors("read", runtime, f": expected npm's {RUNTIME} {VERSION}, unpacked"):
-        for provider in providers:
+    providers = {}
+    for provider, path in paths.items():
+        with files.report_errors("read", path):
+            data = files.retry(path.read_bytes)
+        model = "model.onnx" if path == paths["wasm"] else f"model_{provider}.onnx"
+        page[model] = data
+        names = [model, *(f"{folder}/{name}" for name in RUNTIME_FILES[provider])]
+        with files.report_errors("read", runtime, f": expected npm's {RUNTIME} {VERSION}, unpacked"):
             for name in RUNTIME_FILES[provider]:
                 page[f"{folder}/{name}"] = (runtime / "dist" / name).read_bytes()
-    page["model.onnx"] = data
-    # A name for each content: what a browser has kept of another file is never mistaken for this one.
-    model = f"model.onnx?{hashlib.sha256(data).hexdigest()[:16]}"
+        # A name for each content: what a browser has kept of another file is never mistaken for this one.
+        address = f"{model}?{hashlib.sha256(data).hexdigest()[:16]}"
+        size = sum(len(page[name]) for name in names)
+        providers[provider] = {"model": address, "files": [address, *names[1:]], "bytes": size}
     config = description["config"]
     facts = {
         "name": config["name"],
@@ -112,16 +156,8 @@ def build_page(path: files.Path, description: Mapping[str, Any], runtime: files.
         "size": description["size"],
         # Pixels of a picture for a file of any size: as many as the network was trained on.
         "area": config["data"]["crop_size"][0] * config["data"]["crop_size"][1],
-        "stride": description["stride"],
-        "model": model,
         "runtime": folder,
-        "providers": {
-            provider: {
-                "files": [f"{folder}/{name}" for name in RUNTIME_FILES[provider]],
-                "bytes": len(data) + sum(len(page[f"{folder}/{name}"]) for name in RUNTIME_FILES[provider]),
-            }
-            for provider in providers
-        },
+        "providers": providers,
     }
     page["model.json"] = json.dumps(facts).encode()
     # The address of the page last: where it is there, all others are.
@@ -129,23 +165,6 @@ def build_page(path: files.Path, description: Mapping[str, Any], runtime: files.
         if source.suffix in KINDS:
             page[source.name] = source.read_bytes()
     return page
-
-
-def read_description(path: files.Path) -> Mapping[str, Any]:
-    """What an exported file says of itself.
-
-    Raises:
-        UserError: it cannot be read, is damaged, or is no ONNX file of labels, which the page shows.
-    """
-    if path.suffix.lower() != ".onnx":
-        raise UserError(f"--exported {path}: the page runs .onnx files; export one with --target web")
-    description = open_exported(path).description
-    if description["output"] != "labels":
-        raise UserError(
-            f"--exported {path} gives {description['output']}: the page shows labels, which a segmenter's file "
-            "gives that is exported without --logits and --probabilities"
-        )
-    return description
 
 
 def _runtime_version(runtime: files.Path) -> str:
@@ -217,7 +236,7 @@ def write_page(page: Page, folder: files.Path) -> None:
     """
     with files.report_errors("write into", folder):
         found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    own = {name.split("/")[0] for name in page}
+    own = {name.split("/")[0] for name in page} | {"model_webgpu.onnx"}
     other = [name for name in found if name not in own and not name.startswith(f"{RUNTIME}-")]
     if other:
         raise UserError(f"--output {folder} holds {other[0]}, which is of no page: name a new folder")
@@ -227,26 +246,17 @@ def write_page(page: Page, folder: files.Path) -> None:
 
 def sizes(page: Page) -> str:
     """A table of what a browser loads: for the first picture, and for WebGPU if it is chosen; raw and compressed."""
-    facts = json.loads(page["model.json"])
-    shared = [name for name in page if "/" not in name and name != "model.onnx"]
+    providers = json.loads(page["model.json"])["providers"]
+    wasm = [name.partition("?")[0] for name in providers["wasm"]["files"]]
+    small = [name for name in page if "/" not in name and not name.endswith(".onnx")]
+    parts = {"page": small, "model": wasm[:1], "wasm": wasm[1:], "all": small + wasm}
+    if "webgpu" in providers:
+        names = (name.partition("?")[0] for name in providers["webgpu"]["files"])
+        parts["WebGPU, when chosen"] = [name for name in names if name not in wasm]
     rows = [["first load, bytes", "raw", "gzip"]]
-
-    def add(title: str, names: list[str]) -> list[int]:
-        found = [
-            sum(len(page[name]) for name in names),
-            sum(len(gzip.compress(page[name])) for name in names),
-        ]
-        rows.append([title, *(f"{number:,}" for number in found)])
-        return found
-
-    parts = [
-        add("page", shared),
-        add("model.onnx", ["model.onnx"]),
-        add("wasm", facts["providers"]["wasm"]["files"]),
-    ]
-    rows.append(["all", *(f"{sum(part[column] for part in parts):,}" for column in (0, 1))])
-    if "webgpu" in facts["providers"]:
-        add("when WebGPU is chosen", facts["providers"]["webgpu"]["files"])
+    for title, part in parts.items():
+        raw = sum(len(page[name]) for name in part)
+        rows.append([title, f"{raw:,}", f"{sum(len(gzip.compress(page[name])) for name in part):,}"])
     return cli.table(rows)
 
 
@@ -305,8 +315,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def main() -> None:
     """The command."""
     args = make_parser().parse_args()
-    description = read_description(args.exported)  # before anything is fetched
-    page = build_page(args.exported, description, args.runtime or fetch_runtime())
+    paths = find_files(args.exported, args.webgpu)  # before anything is fetched
+    page = build_page(paths, args.runtime or fetch_runtime())
     if args.output is not None:
         write_page(page, args.output)
         print(

@@ -21,7 +21,7 @@ export class Engine {
       for (const { reject } of engine.#waiting.values()) reject(new Error(event.message || "a file is missing"));
       engine.#waiting.clear();
     };
-    const values = { provider, threads, model: model.model, runtime: model.runtime, height, width };
+    const values = { provider, threads, model: model.providers[provider].model, runtime: model.runtime, height, width };
     try {
       await engine.#ask("open", values);
     } catch (error) {

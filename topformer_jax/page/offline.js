@@ -9,17 +9,16 @@ const ISOLATION = {
   "Cross-Origin-Resource-Policy": "same-origin",
 };
 
-/** Addresses of the model and the runtime, whose names say their version: what is kept of them stays right. */
+/** Addresses of models and the runtime, whose names say their version: what is kept of them stays right. */
 const fixed = (model) =>
-  [model.model, ...Object.values(model.providers).flatMap((provider) => provider.files)].map(
-    (name) => new URL(name, registration.scope).href,
-  );
+  Object.values(model.providers)
+    .flatMap((provider) => provider.files)
+    .map((name) => new URL(name, registration.scope).href);
 
 async function install() {
   const model = await (await fetch("model.json")).json();
   const cache = await caches.open(KEPT);
-  const large = [model.model, ...model.providers.wasm.files];
-  for (const name of large) if (!(await cache.match(name))) await cache.add(name);
+  for (const name of model.providers.wasm.files) if (!(await cache.match(name))) await cache.add(name);
   await cache.addAll(PAGE);
 }
 

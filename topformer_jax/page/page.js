@@ -263,7 +263,7 @@ async function listDevices() {
   const threads = self.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 4) : 1;
   const choices = Array.from({ length: threads }, (_, index) => index + 1)
     .filter((count) => [1, 2, 4, threads].includes(count))
-    .map((count) => [`wasm ${count}`, `Processor, ${count} ${count === 1 ? "thread" : "threads"}`]);
+    .map((count) => [`wasm ${count}`, `Processor (wasm), ${count} ${count === 1 ? "thread" : "threads"}`]);
   const hints = [];
   if (!self.crossOriginIsolated) {
     hints.push(
@@ -273,7 +273,7 @@ async function listDevices() {
     );
   }
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
-  if (!model.providers.webgpu) hints.push("No WebGPU: the file was exported for processors.");
+  if (!model.providers.webgpu) hints.push("No WebGPU: the page was made for processors.");
   else if (adapter) choices.push(["webgpu", "WebGPU"]);
   else hints.push("No WebGPU: this browser or device has none.");
   find("device").replaceChildren(...choices.map(([value, text]) => new Option(text, value)));
