@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from ml_collections import ConfigDict
 
 from tests.parity import distance, settings_for
@@ -164,6 +165,15 @@ def test_an_onnx_graph_is_as_small_as_one_that_was_written_for_onnx() -> None:
     assert operations["Transpose"] <= 42  # 8 a block of attention, the input, the resizes, the output
     assert sum(operations.values()) < 260
     assert [dimension.dim_param for dimension in model.graph.input[0].type.tensor_type.shape.dim][:1] == ["n"]
+
+
+@pytest.mark.parametrize(("size", "pools"), [((128, 64), 4), ((70, 99), 0)])
+def test_a_litert_file_has_operations_of_its_own(size: tuple[int, int], pools: int) -> None:
+    """No product with a matrix where LiteRT has an operation: poolings of windows that overlap stay products."""
+    file = Interpreter(model_content=pair().export("tflite", "labels", size=size))
+    operations = Counter(operation["op_name"] for operation in file._get_ops_details())
+    assert (operations["RESIZE_BILINEAR"], operations["AVERAGE_POOL_2D"]) == (9, pools)
+    assert operations["FULLY_CONNECTED"] == 2 * (4 - pools)
 
 
 @pytest.mark.parametrize("format", ["onnx", "tflite"])

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Run, need_packages
+from topformer_jax.exporters.litert_operations import use_own_operations
 from topformer_jax.exporters.network import Function
 
 HOLDS_DESCRIPTION = True
@@ -52,6 +53,7 @@ def write(
     with ir.Context() as context, ir.Location.unknown():
         converter.prepare_mlir_context(context)
         module = ir.Module.parse(exported.mlir_module())
+        use_own_operations(module, ir)
         passes, config = passmanager.PassManager(), converter.ConvertToTFLConfig()
         converter.run_convert_to_tfl_passes(module, passes, config)
         converter.set_signature(module.operation, SIGNATURE, [INPUT], [description["output"]])

@@ -46,7 +46,9 @@ def resize(
     [0.0, 0.25, 0.75, 1.0]
     """
     with jax.named_scope("resize"):
-        return _resample(images, size, matrices, bilinear_matrix, method, precision)
+        if method == "library" and matrices is None:
+            return library_resize(images, size=tuple(size), precision=precision)
+        return _resample(images, size, matrices, bilinear_matrix, precision)
 
 
 def adaptive_avg_pool(
@@ -73,7 +75,42 @@ def adaptive_avg_pool(
     [0.5, 1.5, 2.5]
     """
     with jax.named_scope("pool"):
-        return _resample(images, size, matrices, pooling_matrix, method, precision)
+        if method == "library" and matrices is None:
+            return library_pool(images, size=tuple(size), precision=precision)
+        return _resample(images, size, matrices, pooling_matrix, precision)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "precision"))
+def library_resize(
+    images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
+) -> Float[Array, "n height width c"]:
+    """`resize` by method "library"; by its name exporters know it, and may take an operation of their own."""
+    return _multiply_axes(images, size, bilinear_matrix, precision)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "precision"))
+def library_pool(
+    images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
+) -> Float[Array, "n height width c"]:
+    """`adaptive_avg_pool` by method "library"; see `library_resize`."""
+    return _multiply_axes(images, size, pooling_matrix, precision)
+
+
+def _multiply_axes(
+    images: Array,
+    size: tuple[Extent, Extent],
+    axis_matrix: Callable[[int, int, str], np.ndarray],
+    precision: str | None,
+) -> Array:
+    dtype = images.dtype
+    accum_dtype = at_least_float32(dtype)
+    for axis, new in ((2, size[1]), (1, size[0])):
+        if images.shape[axis] != new:
+            matrix = axis_matrix_of(axis_matrix, images.shape[axis], new, accum_dtype.name)
+            over = (((axis,), (1,)), ((), ()))
+            product = lax.dot_general(images, jnp.asarray(matrix, dtype), over, precision, accum_dtype)
+            images = jnp.moveaxis(product, -1, axis).astype(dtype)
+    return images
 
 
 @functools.lru_cache(maxsize=512)
@@ -134,7 +171,6 @@ def _resample(
     size: tuple[Extent, Extent],
     matrices: Matrices | None,
     axis_matrix: Callable[[int, int, str], np.ndarray],
-    method: str,
     precision: str | None,
 ) -> Array:
     """Multiplies each axis by its matrix, the width first: the larger of the two products then has contiguous rows.
@@ -146,14 +182,6 @@ def _resample(
     dtype = images.dtype
     accum_dtype = at_least_float32(dtype)
     precision = precision if dtype == accum_dtype else None
-    if method == "library" and matrices is None:
-        for axis, new in ((2, width), (1, height)):
-            if images.shape[axis] != new:
-                matrix = axis_matrix_of(axis_matrix, images.shape[axis], new, accum_dtype.name)
-                over = (((axis,), (1,)), ((), ()))
-                product = lax.dot_general(images, jnp.asarray(matrix, dtype), over, precision, accum_dtype)
-                images = jnp.moveaxis(product, -1, axis).astype(dtype)
-        return images
     matmul = functools.partial(jnp.matmul, precision=precision, preferred_element_type=accum_dtype)
     rows, columns = (None, None) if matrices is None else matrices
     if columns is not None or w != width:
