@@ -1,6 +1,7 @@
 """The examples for devices, compiled and run: labels from logits in C++ and Kotlin, the C++ program as a whole."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -11,17 +12,18 @@ import cv2
 import jax
 import numpy as np
 import onnxruntime
+import PIL.Image
 import pytest
 
 from tests.test_export import FLAGS, command, weights  # noqa: F401  weights is a fixture
 from topformer_jax import checkpoints, config, export, models
 from topformer_jax.data import shapes
-from topformer_jax.exporters import network
+from topformer_jax.exporters import litert_file, network
 
 ROOT = pathlib.Path(__file__).parents[1]
 NATIVE = ROOT / "tests" / "native"
 CPP = ROOT / "examples" / "cpp"
-LABELS_KT = ROOT / "examples/android/app/src/main/java/topformer/example/Labels.kt"
+KOTLIN = ROOT / "examples/android/app/src/main/java/topformer/example"
 FindLabels = Callable[[np.ndarray, tuple[int, int], int], np.ndarray]
 
 
@@ -36,12 +38,12 @@ def compile_cpp(source: pathlib.Path, program: pathlib.Path, *flags: object) -> 
 
 
 def compile_kotlin(folder: pathlib.Path) -> list[str]:
-    """Labels.kt as a command: by kotlinc, or by the compiler in the package kotlin-jupyter-kernel."""
+    """Main.kt as a command: by kotlinc, or by the compiler in the package kotlin-jupyter-kernel."""
     java, kotlinc = shutil.which("java"), shutil.which("kotlinc")
     spec = importlib.util.find_spec("run_kotlin_kernel")
     if java is None or (kotlinc is None and spec is None):
         pytest.skip("there is no Kotlin compiler: pip install kotlin-jupyter-kernel brings one, for Java")
-    sources = [str(LABELS_KT), str(NATIVE / "Main.kt")]
+    sources = [str(KOTLIN / "Labels.kt"), str(KOTLIN / "Description.kt"), str(NATIVE / "Main.kt")]
     if kotlinc is not None:
         subprocess.run(
             [kotlinc, *sources, "-include-runtime", "-d", f"{folder}/labels.jar"], check=True, timeout=600
@@ -57,14 +59,19 @@ def compile_kotlin(folder: pathlib.Path) -> list[str]:
     return [java, "-cp", os.pathsep.join([str(folder), library]), "MainKt"]
 
 
-@pytest.fixture(scope="module", params=["c++", "kotlin"])
-def find_labels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FindLabels:
-    folder = tmp_path_factory.mktemp("labels")
-    program = (
-        [str(compile_cpp(NATIVE / "labels.cpp", folder / "labels"))]
-        if request.param == "c++"
-        else compile_kotlin(folder)
-    )
+@pytest.fixture(scope="module")
+def kotlin(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return compile_kotlin(tmp_path_factory.mktemp("kotlin"))
+
+
+@pytest.fixture(scope="module")
+def cpp(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [str(compile_cpp(NATIVE / "labels.cpp", tmp_path_factory.mktemp("cpp") / "labels"))]
+
+
+@pytest.fixture(params=["cpp", "kotlin"])
+def find_labels(request: pytest.FixtureRequest) -> FindLabels:
+    program: list[str] = request.getfixturevalue(request.param)
 
     def run(logits: np.ndarray, size: tuple[int, int], threads: int) -> np.ndarray:
         numbers = map(str, (*logits.shape, *size, threads))
@@ -136,6 +143,13 @@ def test_ties_go_to_the_first_class(find_labels: FindLabels) -> None:
     assert (found[20:] == 2).all()
 
 
+def test_the_description_of_a_litert_file(kotlin: list[str]) -> None:
+    facts = {"output": "logits", "palette": [[1, 2, 3], [255, 0, 9]]}
+    data = litert_file._append_note(b"TFL3" * 1000, facts)
+    done = subprocess.run(kotlin, input=data, stdout=subprocess.PIPE, check=True, timeout=300)
+    assert json.loads(done.stdout) == facts
+
+
 def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:  # noqa: F811
     libraries = list((pathlib.Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
     if not libraries:
@@ -156,11 +170,12 @@ def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert said.stdout.startswith("203 x 150, 2 threads: network ")
     model = checkpoints.load_model(config.shapes(), str(weights))
     expected = np.asarray(jax.jit(network.make_function(model, "labels", fold=False))(picture[None]))[0]
-    labels = cv2.imread(str(tmp_path / "a_labels.pgm"), cv2.IMREAD_UNCHANGED)
+    labels, overlay = (
+        np.asarray(PIL.Image.open(tmp_path / f"a_{name}")) for name in ("labels.pgm", "overlay.ppm")
+    )
     assert len(np.unique(expected)) > 1
     assert (labels != expected).mean() <= 1e-4
     palette = np.array(export.describe_origin(config.shapes(), "", models.state_dict(model))["palette"])
-    overlay = cv2.imread(str(tmp_path / "a_overlay.ppm"))[..., ::-1]
     assert np.array_equal(overlay, (picture + palette[labels] + 1) // 2)
 
     missing = run(tmp_path / "none.onnx", tmp_path / "a.ppm", tmp_path / "b")
