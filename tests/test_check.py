@@ -25,6 +25,7 @@ from topformer_jax import check
 from topformer_jax import config as config_lib
 from topformer_jax.data import inspection, ramps, rules
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +236,7 @@ def test_records(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """array_record files, healthy and packed with what is wrong."""
 
     def pack(name: str) -> ConfigDict:
-        words = ["--dataset", "custom", "--source", str(spoilt), "--output", str(tmp_path / name)]
-        subprocess.run(
-            [sys.executable, "scripts/build_dataset.py", *words], cwd=ROOT, check=True, capture_output=True
-        )
+        packing.build("custom", str(spoilt), str(tmp_path / name))
         return configure(tmp_path / name, **{"data.source": "array_record"})
 
     config = pack("records")

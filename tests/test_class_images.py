@@ -4,7 +4,6 @@ import io
 import math
 import pathlib
 import pickle
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -13,13 +12,12 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
-from tests.test_sources import build_dataset
 from topformer_jax import config
 from topformer_jax.data import cache, class_folders, class_images, codecs, loader, shapes, sources
 from topformer_jax.data.example import Example
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 
-__all__ = ["build_dataset"]
 FOLDERS = ("n01440764", "n02102040", "n03000684")
 
 
@@ -133,9 +131,9 @@ def test_mistakes_in_folders(tmp_path: pathlib.Path) -> None:
         class_images.make_evaluation_image(source[0], settings(root))
 
 
-def test_records(build_dataset: ModuleType, images: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """What scripts/build_dataset.py packs, read in place and from a cache: the same batches."""
-    folder, missing = build_dataset.build("imagenet", str(images), str(tmp_path / "records"))
+def test_records(images: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """What `prepare` packs, read in place and from a cache: the same batches."""
+    folder, missing = packing.build("imagenet", str(images), str(tmp_path / "records"))
     assert not missing
     packed = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
     given = settings(images)

@@ -42,7 +42,11 @@ for _short, _variant in (("t", "tiny"), ("s", "small"), ("b", "base")):
     _coco = ((512, 512), (2048, 512), (2048, 512), 1)
     RECIPES[f"{_short}_cocostuff10k"] = (_variant, 171, *_coco, True, 16, 80_000, 1.2e-4, None, _dw)
 # Recipes without an official segmentation recipe.
-OTHERS = ("s_cityscapes", "t_imagenet", "s_imagenet", "b_imagenet", "t_shapes")
+OTHERS = (
+    "s_cityscapes",
+    "t_shapes",
+    *(f"{variant}_{name}" for variant in "tsb" for name in ("imagenet", "imagenet_adamw", "camvid")),
+)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -77,7 +81,7 @@ def test_recipe(configs: pathlib.Path, name: str) -> None:
 
 def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Path) -> None:
     names = [f"topformer_{name}" for name in (*RECIPES, *OTHERS)]
-    assert len(names) == 20
+    assert len(names) == 26
     for name in names:
         settings = config.load(configs / f"{name}.py")
         assert settings.name == name

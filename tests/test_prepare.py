@@ -174,7 +174,11 @@ def test_imagenet(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     del found["manifest.json"], found["files.tsv"]
     assert found == expected
     assert "train: 4 images (published are 1,281,167), 0 labels" in capsys.readouterr().out
-    assert "no array_record form" in refusal("imagenet", tmp_path, tmp_path / "x", "--format", "array_record")
+    run("imagenet", tmp_path, tmp_path / "packed", "--format", "array_record")
+    changes = {"data.source": "array_record", "data.root": str(tmp_path / "packed"), "model.num_classes": 2}
+    source = sources.open_source(config_lib.load(config_lib.imagenet("tiny"), changes), "validation")
+    images = {source[index].image for index in range(len(source))}
+    assert images == {data for path, data in expected.items() if path.startswith("val/")}
 
 
 def test_processes_of_a_killed_command_end_and_their_work_goes_on(tmp_path: pathlib.Path) -> None:

@@ -93,6 +93,22 @@ def refusal(config: ConfigDict, split: str = "train") -> str:
     return str(error.value)
 
 
+def test_other_splits(tmp_path: pathlib.Path) -> None:
+    config = write(tmp_path, "custom")
+    (tmp_path / "images/val").rename(tmp_path / "images/test")
+    (tmp_path / "annotations/val").rename(tmp_path / "annotations/test")
+    with pytest.raises(UserError, match="images/val does not exist"):
+        sources.open_source(config, "validation")
+    chosen = config_lib.load(config, {"data.validation_split": "test"})
+    assert sources.open_source(chosen, "validation")[0].name == "c"
+    assert len(sources.open_source(chosen, "train")) == 2
+    swapped = config_lib.load(config, {"data.train_split": "test", "data.validation_split": "train"})
+    assert [len(sources.open_source(swapped, split)) for split in sources.SPLITS] == [1, 2]
+    packed = config_lib.load(chosen, {"data.source": "array_record"})
+    with pytest.raises(UserError, match=r"data\.validation_split=test"):
+        sources.open_source(packed, "validation")
+
+
 @pytest.mark.parametrize("dataset", LAYOUTS)
 def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
     config = write(tmp_path, dataset)

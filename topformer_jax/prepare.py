@@ -117,8 +117,6 @@ def prepare(args: argparse.Namespace) -> None:
         _make_folder(found, output, workers, args.verify)
         print(f"{output} is complete; use it with --config.data.root={output}")
         return
-    if args.dataset == "imagenet":
-        raise UserError("imagenet has no array_record form: leave --format out")
     folder, packed = output / args.dataset / "files", output / args.dataset / records.VERSION
     if writer.is_made_of(packed, found.origin):
         _print_complete(args.dataset, packed, args.output)

@@ -13,6 +13,7 @@ from topformer_jax.config.loading import load, recipe_names
 from topformer_jax.config.recipes import (
     ade20k,
     base_config,
+    camvid,
     cityscapes,
     coco_stuff10k,
     imagenet,
@@ -23,6 +24,7 @@ from topformer_jax.config.recipes import (
 __all__ = [
     "ade20k",
     "base_config",
+    "camvid",
     "cityscapes",
     "coco_stuff10k",
     "imagenet",

@@ -85,6 +85,9 @@ def check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
         )
+    alone = ("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config")
+    if values["task"] == "classification" and (used := [key for key in alone if values[key]]):
+        raise UserError(f"{used[0]} is {_show(values[used[0]])}: it is for task=segmentation alone")
     if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):
         raise UserError(
             "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"

@@ -107,6 +107,32 @@ def imagenet(variant: str, *, optimizer: str = "rmsprop_tf") -> ConfigDict:
     return config.lock()
 
 
+# Of CamVid's training split: 1 / log(1.02 + share of the labelled pixels), scaled to a mean of 1 over the pixels.
+CAMVID_WEIGHTS = (0.8, 0.61, 4.79, 0.48, 2.21, 1.25, 4.5, 4.57, 1.83, 5.43, 6.27)
+
+
+def camvid(variant: str, *, epochs: int = 218) -> ConfigDict:
+    """CamVid, 11 classes, 480 x 360 images, from fresh weights: batch 8, by default 10,000 steps."""
+    config = _recipe("camvid", variant, 11, "camvid", "data/camvid")
+    config.batch_size = 8
+    config.ema_decay = 0.999
+    config.ignore_void_in_mean = True
+    config.loss.class_weight = CAMVID_WEIGHTS
+    config.model.drop_path_rate = 0.0
+    config.data.crop_size = (360, 480)
+    config.data.scale = config.evaluation.scale = (480, 360)
+    config.data.ratio_range = (0.75, 2.0)
+    config.data.cat_max_ratio = 1.0
+    config.optimizer.head_lr_mult = 1.0
+    config.optimizer.weight_decay = 0.02
+    config.schedule.lr = 3e-3
+    config.schedule.warmup_steps = 150
+    config.schedule.steps = -(-epochs * 367 // 8)
+    config.log_every = 100
+    config.checkpoint_every = config.evaluate_every = 1000
+    return config.lock()
+
+
 def shapes() -> ConfigDict:
     """TopFormer-T on the synthetic shapes (data/shapes.py): shows the whole thing in minutes, without data."""
     config = _recipe("shapes", "tiny", 10, "shapes", "")

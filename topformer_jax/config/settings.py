@@ -158,6 +158,12 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.class_names": Setting(
             (), "of a custom data set, in label order; empty: the lines of <root>/classes.txt"
         ),
+        "data.train_split": Setting(
+            "", "name of the folder or list that is trained on, e.g. trainval; empty: the data set's own"
+        ),
+        "data.validation_split": Setting(
+            "", "name of the folder or list that is scored, e.g. test; empty: the data set's own"
+        ),
         "data.reduce_zero_label": Setting(False, "label 0 becomes void (255), all others go down by one"),
         "data.crop_size": Setting(
             (512, 512), "pixels (height, width) of a training crop; a classifier's input", PIXELS

@@ -200,7 +200,6 @@ _camvid_layout = Layout(
     labels="annotations/{split}",
     image_suffixes=(".png",),
     label_suffix=".png",
-    validation=("test",),  # the split whose scores are published
 )
 CUSTOM_LAYOUT = Layout(
     images="images/{split}",

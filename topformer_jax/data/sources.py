@@ -29,7 +29,7 @@ def find_data_set(config: ConfigDict) -> DataSet:
     Raises:
         UserError: there is no such data set, or it has another number of classes than `model.num_classes`.
     """
-    name = config.data.dataset
+    data, name = config.data, config.data.dataset
     is_classification = config.task == "classification"
     if name != "custom" and is_classification != (name == "imagenet"):
         raise UserError(
@@ -53,7 +53,16 @@ def find_data_set(config: ConfigDict) -> DataSet:
             f"{name} has {len(found.classes)} classes, the config's model {config.model.num_classes}: "
             f"--config.model.num_classes={len(found.classes)}"
         )
-    return found
+    chosen = {"train": data.train_split, "validation": data.validation_split}
+    chosen = {split: (folder,) for split, folder in chosen.items() if folder}
+    if not chosen:
+        return found
+    if found.layout is None or data.source != "folder":
+        raise UserError(
+            f"data.train_split={data.train_split}, data.validation_split={data.validation_split}: these choose among "
+            "the folders of a segmentation data set (data.source=folder)"
+        )
+    return dataclasses.replace(found, layout=dataclasses.replace(found.layout, **chosen))
 
 
 def open_source(config: ConfigDict, split: str, make_progress: cache.MakeProgress = cache.Silence) -> Source:

@@ -180,9 +180,11 @@ def find_layout(dataset: str) -> Layout | None:
 def has_layout(dataset: str, source: str) -> bool:
     """Whether a folder has a data set's layout already."""
     layout = find_layout(dataset)
-    if layout is None or files.is_in_bucket(source):
-        return layout is not None
+    if files.is_in_bucket(source):
+        return True
     base = pathlib.Path(source).expanduser()
+    if layout is None:
+        return (base / "train").is_dir()
     return any((base / layout.images.format(split=word)).is_dir() for word in layout.train)
 
 
