@@ -35,6 +35,7 @@ NOT_RUN = {
     "python3 -m venv": "makes an environment",
     "pip install": "downloads",
     "bash scripts/quickstart.sh": "makes an environment and trains for minutes",
+    "bash scripts/reproduce.sh": "tests/test_reproduce.py runs it on miniatures",
     "bash scripts/tpu_pod.sh": "needs a TPU pod",
     "sbatch": "needs SLURM",
     "--coordinator": "needs several hosts",
@@ -42,7 +43,12 @@ NOT_RUN = {
     "--port 8000": "serves until it is interrupted",
     "python -m benchmarks.": "tests/test_benchmarks.py runs the benchmarks with small sizes",
 }
-OTHER_PROGRAMS = {"--all", "--nodes"}  # flags of scripts/test.sh and sbatch
+OTHER_PROGRAMS = {
+    "--all",
+    "--nodes",
+    "--backbone",
+    "--work",
+}  # flags of scripts/test.sh, sbatch, reproduce.sh
 # The published files that commands read, as files of random weights of these recipes.
 PTH_FILES = {
     "TopFormer-T.pth": "topformer_t_ade",

@@ -53,6 +53,18 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
     return jnp.where(step < warmup, start * ((done + schedule.warmup_ratio * rest) / warmup), rate)
 
 
+def scaled_learning_rate(step: ArrayLike, config: ConfigDict) -> Float[Array, ""]:
+    """`learning_rate`, times `batch_size / schedule.base_batch_size` where that is not 0 (Goyal et al. 2017).
+
+    >>> from topformer_jax import config
+    >>> changes = {"batch_size": 64, "schedule.base_batch_size": 16}
+    >>> f"{scaled_learning_rate(80_000, config.load(config.ade20k('tiny'), changes)):.1e}"
+    '6.0e-04'
+    """
+    rate, base = learning_rate(step, config.schedule), config.schedule.base_batch_size
+    return rate * (config.batch_size / base) if base else rate
+
+
 def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """The rule `optimizer.name` for parameters by official name.
 
@@ -89,7 +101,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(settings.weight_decay, mask=decay_mask)
     head = optax.stateless(scale_head)
-    rate = optax.scale_by_learning_rate(lambda step: learning_rate(step, config.schedule))
+    rate = optax.scale_by_learning_rate(lambda step: scaled_learning_rate(step, config))
     if settings.name == "rmsprop_tf":
         rms = optax.scale_by_rms(settings.rms_decay, settings.eps, initial_scale=1.0)
         return optax.chain(clip, decay, rms, head, rate, optax.trace(settings.momentum))

@@ -20,7 +20,7 @@ from topformer_jax.data.class_augment import augment_classes
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.class_loss import class_cross_entropy
 from topformer_jax.ops.loss import LossSums, PixelLoss, upsampled_cross_entropy, upsampled_dice
-from topformer_jax.optimizer import build_optimizer, learning_rate
+from topformer_jax.optimizer import build_optimizer, scaled_learning_rate
 
 Tensors = dict[str, Array]
 # Folded into the seed's key, so that dropout draws other numbers than the augmentation of the same seed.
@@ -180,7 +180,7 @@ def _apply_step(
     metrics = {
         "loss": loss,
         ACCURACY[config.task]: correct / jnp.maximum(valid, 1),
-        "learning_rate": learning_rate(state.step, config.schedule),
+        "learning_rate": scaled_learning_rate(state.step, config),
         "gradient_norm": optax.tree.norm(gradients),
     }
     return TrainState(state.step + 1, params, stats, optimizer_state, average), metrics

@@ -264,6 +264,11 @@ GROUPS: dict[str, dict[str, Setting]] = {
     "Schedule": {
         "schedule.steps": Setting(160_000, "steps of the whole training", COUNT),
         "schedule.lr": Setting(1.2e-4, "the backbone's highest learning rate", Range(0, 1e30)),
+        "schedule.base_batch_size": Setting(
+            0,
+            "batch that schedule.lr is for: with another batch_size it is scaled linearly; 0: never",
+            Range(0, 65_536),
+        ),
         "schedule.min_lr": Setting(0.0, "learning rate that poly and cosine end at", Range(0, 1e30)),
         "schedule.policy": Setting(
             "poly",
