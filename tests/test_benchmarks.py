@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import official_input, peers, samples, timing, tpu_table
+from benchmarks import chromium, official_input, peers, samples, timing, tpu_table
 from benchmarks.timing import Program, Row
 from tests.parity import settings_for
 from topformer_jax import checkpoints, models
@@ -93,6 +94,14 @@ def test_exported(run: Run) -> None:
     assert [(row["case"], row["program"]) for row in rows] == [
         (f"to {question}", program) for question in ("logits", "labels") for program in programs
     ]
+
+
+@pytest.mark.slow
+def test_page(run: Run) -> None:
+    if not (chromium.find() and shutil.which("npm")):
+        pytest.skip("needs chromium and npm")
+    rows = run("page", *TINY, "--size", "64")
+    assert _programs(rows) == ["wasm 1", "wasm 2"] * 4
 
 
 def test_inference(run: Run) -> None:

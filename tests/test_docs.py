@@ -49,6 +49,8 @@ OTHER_PROGRAMS = {
     "--backbone",
     "--work",
 }  # flags of scripts/test.sh, sbatch, reproduce.sh
+if shutil.which("npm") is None:
+    NOT_RUN["python -m topformer_jax.demo"] = "needs npm"
 # The published files that commands read, as files of random weights of these recipes.
 PTH_FILES = {
     "TopFormer-T.pth": "topformer_t_ade",

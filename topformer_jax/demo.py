@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 cli.answer_help(__name__, make_parser)
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -287,6 +288,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Answers requests for a page's files, and no others."""
 
     server: Server
+    protocol_version = "HTTP/1.1"  # browsers revalidate nothing by its ETag that came with 1.0
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].removeprefix("/") or "index.html"
@@ -296,15 +298,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         fresh = self.headers.get("If-None-Match") == tag
+        headers = ISOLATION | {"Cache-Control": "no-cache", "ETag": tag, "Connection": "close"}
+        if not fresh:
+            headers |= {
+                "Content-Type": KINDS[pathlib.PurePath(path).suffix],
+                "Content-Length": str(len(content)),
+            }
         self.send_response(304 if fresh else 200)
-        headers = {"Content-Type": KINDS[pathlib.PurePath(path).suffix], "Content-Length": str(len(content))}
-        for name, value in (
-            ISOLATION | {"Cache-Control": "no-cache", "ETag": tag} | ({} if fresh else headers)
-        ).items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if not fresh and self.command == "GET":
-            self.wfile.write(content)
+            with contextlib.suppress(ConnectionError):  # of a browser that left
+                self.wfile.write(content)
 
     do_HEAD = do_GET
 

@@ -158,8 +158,8 @@ function stopCamera() {
 }
 
 function showCamera(on) {
-  find("camera").setAttribute("aria-pressed", on);
-  find("camera").textContent = on ? "Stop the camera" : "Camera";
+  find("camera").classList.toggle("on", on);
+  find("camera").textContent = on ? "Stop camera" : "Camera";
   find("status").setAttribute("aria-live", on ? "off" : "polite");
 }
 
