@@ -143,6 +143,7 @@ def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp
     assert "is for images of one size: give --size HxW" in line(tmp_path / "t.tflite", "--size", "any")
     assert "--scale-labels is 1/3: expected one of" in line(tmp_path / "t.onnx", "--scale-labels", "1/3")
     assert "float16 is for .tflite files alone" in line(tmp_path / "t.onnx", "--precision", "float16")
+    assert "--keep-float is for --precision int8" in line(tmp_path / "t.tflite", "--keep-float", "stem")
     assert "int8 is for --logits" in line(tmp_path / "t.tflite", "--precision", "int8")
     integers = ["--precision", "int8", "--logits", "--size", "64x64"]
     assert "int8 needs --images DIR" in line(tmp_path / "t.tflite", *integers)
@@ -167,10 +168,12 @@ def test_int8(weights: pathlib.Path, drawn: pathlib.Path, tmp_path: pathlib.Path
         "64x64",
         "--logits",
     ]
-    said = command(export.main, *flags, "--precision", "int8", "--images", drawn / "images")
+    integers = ["--precision", "int8", "--images", drawn / "images", "--keep-float", "stem", "decode_head"]
+    said = command(export.main, *flags, *integers)
     assert "5 pictures: " in said
     assert "of the labels equal the model's" in said
-    assert topformer_jax.exported(tmp_path / "t.tflite").description["precision"] == "int8"
+    facts = topformer_jax.exported(tmp_path / "t.tflite").description
+    assert (facts["precision"], facts["keep_float"]) == ("int8", ["stem", "decode_head"])
 
 
 def test_an_interrupted_export_leaves_nothing(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -204,6 +204,29 @@ def test_integers_of_8_bits() -> None:
     assert 1e-4 < distance(found, pair().expected(pictures(2), "logits")) < 0.3
 
 
+def test_parts_that_stay_float() -> None:
+    """Their results are closer to the model's; the others stay integers."""
+    function = network.make_function(pair().for_export, "logits")
+
+    def convolutions(*parts: str) -> tuple[Counter[str], float]:
+        facts = describe(precision="int8", keep_float=parts)
+        data = litert_file.write(function, facts, list(pictures(4)))
+        tensors = Interpreter(model_content=data).get_tensor_details()
+        kinds = Counter(
+            tensor["dtype"].__name__ for tensor in tensors if "conv_general_dilated" in tensor["name"]
+        )
+        found = open_data("tflite", data)(pictures(2))
+        return kinds, distance(found, pair().expected(pictures(2), "logits"))
+
+    (all_kinds, all_distance), (kinds, found) = convolutions(), convolutions("pixels", "tpm", "decode_head")
+    assert all_kinds["float32"] == 0
+    assert kinds["float32"] > 15
+    assert kinds["int8"] > 15
+    assert found < 0.8 * all_distance
+    with pytest.raises(UserError, match=r"^--keep-float layer99: expected .*SIM.*layer1.*pixels.*tpm.*trans"):
+        convolutions("layer99")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_damaged_file_is_one_line(format: str) -> None:
     data = pair().export(format)

@@ -42,6 +42,13 @@ def make_parser() -> cli.Parser:
         help=".tflite: float16 halves the file; int8, with --logits, quarters it",
     )
     add(
+        "--keep-float",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="of int8: parts that keep float32: pixels, stem, layer1, ..., tpm, trans, SIM, decode_head",
+    )
+    add(
         "--images",
         metavar="DIR",
         help="pictures: every second one gives int8 its ranges, the labels of the others are compared",
@@ -68,12 +75,11 @@ from topformer_jax.checkpoints import safetensors_format
 from topformer_jax.data import sources
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Image
-from topformer_jax.data.codecs import decode_image
+from topformer_jax.data.codecs import IMAGE_SUFFIXES, decode_image
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
 from topformer_jax.version import __version__
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
 
 
@@ -87,6 +93,7 @@ class Choices:
         size: (height, width) of the images; None for any.
         target: of ONNX files, "cpu" or "web".
         precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of everything, for logits alone.
+        keep_float: of int8: names of the model's parts that stay float32.
     """
 
     kind: str = "labels"
@@ -94,6 +101,7 @@ class Choices:
     size: tuple[int, int] | None = None
     target: str = "cpu"
     precision: str = "float32"
+    keep_float: tuple[str, ...] = ()
 
 
 def export_model(
@@ -128,6 +136,7 @@ def export_model(
         "size": choices.size,
         "target": choices.target,
         "precision": choices.precision,
+        "keep_float": list(choices.keep_float),
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
         **describe_origin(config, checkpoint, tensors),
@@ -174,6 +183,8 @@ def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num
         )
     if choices.kind == "logits" and choices.stride != 1:
         raise UserError("--scale-labels is for labels and probabilities: logits are at an eighth of the size")
+    if choices.keep_float and choices.precision != "int8":
+        raise UserError("--keep-float is for --precision int8")
     if choices.precision == "int8" and choices.kind != "logits":
         raise UserError(
             "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
@@ -190,9 +201,9 @@ def read_pictures(folder: files.Path) -> list[Image]:
     Raises:
         UserError: there is none, or one cannot be read.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
-        raise UserError(f"--images {folder} holds no picture: looked for {', '.join(SUFFIXES)}")
+        raise UserError(f"--images {folder} holds no picture: looked for {', '.join(IMAGE_SUFFIXES)}")
     with files.report_errors("read", folder):
         return [decode_image(path.read_bytes(), str(path)) for path in paths]
 
@@ -233,6 +244,7 @@ def main() -> None:
         None if size is None else (int(size[0]), int(size[1])),
         args.target,
         args.precision,
+        tuple(args.keep_float),
     )
     pictures = read_pictures(files.as_path(args.images)) if args.images else ()
     print(export_model(config, args.checkpoint, args.output, choices, pictures))

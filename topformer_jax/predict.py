@@ -42,12 +42,11 @@ from jaxtyping import Float
 from topformer_jax import checkpoints, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.data.codecs import decode_image, read_image_size
+from topformer_jax.data.codecs import IMAGE_SUFFIXES, decode_image, read_image_size
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.prediction import ExportedPredictor
 from topformer_jax.visualize import drawing
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of the images in folders
 STDIN = "-"
 
 
@@ -85,7 +84,9 @@ def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
             images, rest = _search_folder(path)
             others += rest
             if not images and path == pathlib.Path(argument):
-                raise UserError(f"{path} holds no image: looked for {', '.join('*' + s for s in SUFFIXES)}")
+                raise UserError(
+                    f"{path} holds no image: looked for {', '.join('*' + s for s in IMAGE_SUFFIXES)}"
+                )
             outputs |= {str(image): image.relative_to(path).with_suffix("") for image in images}
     _check_distinct(outputs)
     return [ImageFile(*item) for item in outputs.items()], others
@@ -140,8 +141,8 @@ def segment_files(
 def _search_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     """The images below a folder, sorted, and the other files; hidden files are ignored."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
-    return images, [str(path) for path in paths if path.suffix.lower() not in SUFFIXES]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    return images, [str(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
 def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:

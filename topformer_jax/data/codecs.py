@@ -22,6 +22,7 @@ from topformer_jax.errors import UserError
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
 GREY, PALETTE = 0, 3  # colour types in a PNG's header
 
 # OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -25,6 +26,9 @@ from topformer_jax.exporters.network import Function
 HOLDS_DESCRIPTION = True
 BY_ROWS = False
 INPUT, SIGNATURE = "images", "serving_default"
+PIXELS = "pixels"  # the normalisation, for --keep-float
+# Parts whose operations have other names than /PART/: the normalisation is in no part, the last one is the output's.
+OTHER_NAMES = {PIXELS: r"^jit\(\w+\)/\w+;", "decode_head": "/decode_head/|^serving_default_"}
 # In the zip archive at the end of the file, where LiteRT's tools look for metadata.
 NOTE = "topformer_jax.json"
 
@@ -61,7 +65,7 @@ def write(
     if description["precision"] == "float16":
         data = _with_float16_weights(data)
     if description["precision"] == "int8":
-        data = _with_integers(data, images)
+        data = _with_integers(data, images, description.get("keep_float", ()))
     return _append_note(data, description)
 
 
@@ -80,17 +84,32 @@ def _with_float16_weights(data: bytes) -> bytes:
         return bytes(quantizer.Quantizer(bytearray(data), recipe).quantize().quantized_model)
 
 
-def _with_integers(data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> bytes:
-    """Weights (a scale for each channel) and activations as 8-bit integers."""
+def _with_integers(
+    data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]], keep_float: Sequence[str]
+) -> bytes:
+    """Weights (a scale for each channel) and activations as 8-bit integers, but for some parts."""
     with need_packages("8-bit integers need ai-edge-quantizer"):
         from ai_edge_quantizer import quantizer, recipe
 
+    # The output stays float32, so that files of any precision give the same.
+    floats = [{"regex": ".*", "operation": "OUTPUT"}]
+    known = {part for name in _tensor_names(data) for part in re.findall(r"(?<=/)\w+(?=/)", name)}
+    for part in keep_float:
+        if part not in known | {PIXELS}:
+            raise UserError(f"--keep-float {part}: expected {', '.join(sorted(known | {PIXELS}))}")
+        floats.append({"regex": OTHER_NAMES.get(part, f"/{part}/"), "operation": "*"})
     with _quiet():
-        # The output stays float32, so that files of any precision give the same.
-        output = {"regex": ".*", "operation": "OUTPUT", "algorithm_key": "no_quantize"}
-        job = quantizer.Quantizer(bytearray(data), [*recipe.static_wi8_ai8(), output])
+        rules = [*recipe.static_wi8_ai8(), *(rule | {"algorithm_key": "no_quantize"} for rule in floats)]
+        job = quantizer.Quantizer(bytearray(data), rules)
         ranges = job.calibrate({SIGNATURE: [{INPUT: image[None]} for image in images]})
         return bytes(job.quantize(ranges).quantized_model)
+
+
+def _tensor_names(data: bytes) -> list[str]:
+    """A file's results by the paths of their operations, as jit(compute)/tpm/layer1/add; fused ones have several."""
+    with _quiet():
+        interpreter = Interpreter(model_content=data)
+    return [tensor["name"] for tensor in interpreter.get_tensor_details()]
 
 
 def _append_note(data: bytes, description: Mapping[str, Any]) -> bytes:

@@ -41,7 +41,8 @@ def use_own_operations(module: Any, ir: Any) -> None:
             )
             operands.append(constant.results[0])
         attributes = {key: ir.Attribute.parse(text) for key, text in texts.items()}
-        new = ir.Operation.create(new_name, [call.results[0].type], operands, attributes, ip=place)
+        types = [call.results[0].type]
+        new = ir.Operation.create(new_name, types, operands, attributes, loc=call.location, ip=place)
         call.results[0].replace_all_uses_with(new.results[0])
         call.erase()
 

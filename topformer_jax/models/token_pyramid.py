@@ -77,7 +77,9 @@ class TokenPyramid(nnx.Module):
         stride = 2
         tokens = []
         for index, block_stride in enumerate(self.strides):
-            x = getattr(self, f"layer{index + 1}")(x, area.size_at(stride))
+            name = f"layer{index + 1}"
+            with jax.named_scope(name):
+                x = getattr(self, name)(x, area.size_at(stride))
             stride *= block_stride
             if index in self.taps:
                 tokens.append(x)
