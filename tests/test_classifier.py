@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -22,15 +21,14 @@ from benchmarks import traffic
 from benchmarks.tpu import summed_bytes
 from tests import commands
 from tests.reference import network as reference
-from tests.test_sources import build_dataset
 from topformer_jax import browse, checkpoints, config, convert, load, logs, models, sharding
 from topformer_jax.classifier_evaluation import compute_ranks, evaluate_classifier
 from topformer_jax.data import class_images, loader, sources
 from topformer_jax.data.augment import normalize
 from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
 from topformer_jax.step import init_training
 
-__all__ = ["build_dataset"]
 CLASSES = 6
 SMALL: dict[str, Any] = {
     "model.num_classes": CLASSES,
@@ -119,9 +117,9 @@ def test_it_learns_and_says_so(trained: tuple[pathlib.Path, str]) -> None:
 
 
 def test_a_killed_run_from_records_is_bitwise_the_one_from_folders(
-    build_dataset: ModuleType, trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_path: pathlib.Path
+    trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    build_dataset.build("imagenet", str(root), str(tmp_path / "records"))
+    packing.build("imagenet", str(root), str(tmp_path / "records"))
     packed = {"data.source": "array_record", "data.root": tmp_path / "records", "data.num_workers": 2}
     workdir = tmp_path / "run"
     process = _start("train", "--workdir", workdir, settings=packed)
