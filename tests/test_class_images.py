@@ -62,7 +62,9 @@ def test_folders(images: pathlib.Path) -> None:
 
 def test_every_kind_of_file_is_decoded(images: pathlib.Path) -> None:
     source, given = sources.open_source(settings(images), "train"), settings(images)
-    pictures = [PIL.Image.open(images / source[index].where[0]) for index in range(4)]
+    pictures = [
+        PIL.Image.open(io.BytesIO((images / source[index].where[0]).read_bytes())) for index in range(4)
+    ]
     kinds, modes = ({getattr(picture, name) for picture in pictures} for name in ("format", "mode"))
     assert kinds == {"PNG", "JPEG"}
     assert modes == {"RGB", "CMYK", "L"}

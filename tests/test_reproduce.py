@@ -12,11 +12,8 @@ from tests import miniatures
 from topformer_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROWS = {
-    fields[0]: fields[1:]
-    for line in (ROOT / "scripts/reproduce.sh").read_text().split('"')[1].strip().splitlines()
-    if (fields := line.split())
-}
+_, _TABLE, *_ = re.split(r'ROWS="|^"$', (ROOT / "scripts/reproduce.sh").read_text(), flags=re.MULTILINE)
+ROWS = {fields[0]: fields[1:] for line in _TABLE.splitlines() if (fields := line.split())}
 # Crops of 64 x 64 leave one token an image, and BatchNorm over two of them has gradients without bounds.
 SMALL = {
     "schedule.steps": 2,
