@@ -50,9 +50,11 @@ def labels(count: int, size: tuple[int, int], classes: int) -> UInt8[np.ndarray,
 def batch(config: ConfigDict) -> dict[str, np.ndarray]:
     """A training batch as data/loader.py makes it."""
     count, crop = config.batch_size, config.data.crop_size
+    classes = config.model.num_classes
+    is_map = config.task == "segmentation"
     return {
         "image": images(count, crop),
-        "label": labels(count, crop, config.model.num_classes),
+        "label": labels(count, crop, classes) if is_map else np.arange(count, dtype=np.int32) % classes,
         "size": np.tile(np.array(crop, np.int32), (count, 1)),
         "index": np.arange(count, dtype=np.int32),
         "epoch": np.zeros(count, np.int32),

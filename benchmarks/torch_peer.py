@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from benchmarks import timing
-from tests.reference.network import OFFICIAL_NAMES, Segmenter
+from tests.reference.network import OFFICIAL_NAMES, Classifier, Segmenter
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import IGNORE_LABEL
@@ -56,18 +56,22 @@ class Variant:
         """Labels as PyTorch takes them: int64."""
         return torch.from_numpy(labels.astype(np.int64)).to(self.device)
 
-    def network(self, weights: Arrays) -> Segmenter:
+    def network(self, weights: Arrays) -> Any:
         """The config's network with these weights, which are in PyTorch's layout."""
         model = self.config.model
         injection = OFFICIAL_NAMES.get(model.injection, model.injection)
-        network: Any = Segmenter(
-            *(model.variant, model.num_classes, injection, model.depthwise_head, model.head_channels),
-            *(model.drop_path_rate, model.dropout_ratio),
-        )
+        network: Any
+        if self.config.task == "classification":
+            network = Classifier(model.variant, model.num_classes, model.drop_path_rate)
+        else:
+            network = Segmenter(
+                *(model.variant, model.num_classes, injection, model.depthwise_head, model.head_channels),
+                *(model.drop_path_rate, model.dropout_ratio),
+            )
         network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
         return network.to(self.device, memory_format=self.layout)
 
-    def logits(self, network: Segmenter, images: Tensor) -> Tensor:
+    def logits(self, network: Any, images: Tensor) -> Tensor:
         """The network's float32 logits, in the config's dtype until there."""
         half = self.config.model.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -85,21 +89,34 @@ class Variant:
 
 
 def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
-    """Forward, backward and AdamW in two groups, on a batch that is normalised already."""
+    """Forward, backward and AdamW in two groups, or a classifier's RMSprop, on a batch that is normalised already."""
     network = variant.network(weights).train()
     images, labels = variant.normalize(variant.images(batch["image"])), variant.labels(batch["label"])
     settings, rate = variant.config.optimizer, variant.config.schedule.lr
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": network.backbone.parameters(), "lr": rate},
-            {"params": network.decode_head.parameters(), "lr": rate * settings.head_lr_mult},
-        ],
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=variant.device.type == "cuda",
-    )
-    loss_of = variant.compile(lambda: cross_entropy(variant.logits(network, images), labels))
+    optimizer: torch.optim.Optimizer
+    if variant.config.task == "classification":
+        loss_function: Callable[..., Tensor] = F.cross_entropy
+        optimizer = torch.optim.RMSprop(
+            network.parameters(),
+            lr=rate,
+            alpha=settings.rms_decay,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
+    else:
+        loss_function = cross_entropy
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": network.backbone.parameters(), "lr": rate},
+                {"params": network.decode_head.parameters(), "lr": rate * settings.head_lr_mult},
+            ],
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=variant.device.type == "cuda",
+        )
+    loss_of = variant.compile(lambda: loss_function(variant.logits(network, images), labels))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

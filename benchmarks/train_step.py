@@ -1,10 +1,12 @@
 """How long does a training step take?
 
   python -m benchmarks.train_step --peer torch --config configs/topformer_t_ade.py --config.batch_size=4
+  python -m benchmarks.train_step --peer torch --config configs/topformer_t_imagenet.py --config.batch_size=16
   python -m benchmarks.train_step --from-files --config configs/topformer_t_ade.py --config.batch_size=4
 
 The step of one device at the config's batch and crop, on a batch that is on the device already, as in training one
-step after the other. Ours flips and distorts the images too; PyTorch's come flipped, distorted and normalised.
+step after the other. Ours augments the images too; PyTorch's come augmented and normalised. Of a
+classifier ours averages its weights too, as the recipe says.
 --from-files feeds the step from generated files, beside the step by itself: does it wait for data?
 """
 
@@ -101,6 +103,8 @@ def main() -> None:
     args, config = timing.parse(parser)
     if args.from_files and args.peer:
         parser.error("--from-files has no peer in PyTorch")
+    if args.from_files and config.task == "classification":
+        parser.error("--from-files makes files of segmentation alone")
     measure = feed_from_files if args.from_files else compare_steps
     rows = measure(config, args, sharding.make_train_mesh(config, jax.local_devices()[:1]))
     timing.report(f"train_step: {timing.describe(config)}", rows, args)

@@ -1,7 +1,7 @@
 """The benchmarks: each script runs on tiny settings and prints finite numbers, and the peers do the same work."""
 
 import argparse
-import importlib
+import importlib.util
 import json
 import math
 import pathlib
@@ -17,6 +17,7 @@ from flax import nnx
 from benchmarks import chromium, official_input, peers, samples, timing, tpu_table
 from benchmarks.timing import Program, Row
 from tests.parity import settings_for
+from tests.test_class_images import write_images
 from topformer_jax import checkpoints, models
 from topformer_jax.data import loader, transforms
 from topformer_jax.data.augment import normalize
@@ -31,6 +32,10 @@ SETTINGS = {
     "evaluation.scale": "(64,48)",
 }
 TINY = (*RECIPE, *(f"--config.{key}={value}" for key, value in SETTINGS.items()))
+CLASSIFIER = (
+    *("--config", "configs/topformer_t_imagenet.py", "--config.data.crop_size=(64,64)"),
+    *("--config.batch_size=2", "--config.model.num_classes=7"),
+)
 EAGER = ("--peer", "torch", "--variants", "eager")
 TORCH = "torch eager"
 
@@ -135,6 +140,24 @@ def test_input(run: Run) -> None:
     rows = run("input", *TINY, "--images", "1", "--workers", "1")
     assert _programs(rows) == [timing.OURS, "official", timing.OURS]
     assert rows[2]["case"] == "1 workers, batch 2"
+
+
+def test_input_of_a_classifier(run: Run, tmp_path: pathlib.Path) -> None:
+    """timm is no dependency: where it is missing, the flag says so."""
+    root = write_images(tmp_path / "images", 1, 1)
+    flags = (*CLASSIFIER, f"--config.data.root={root}", "--workers", "1")
+    rows = run("input", *flags)
+    assert _programs(rows) == [timing.OURS, timing.OURS]
+    if importlib.util.find_spec("timm") is None:
+        with pytest.raises(UserError, match="pip install timm, or leave --peer out"):
+            run("input", *flags, "--peer", "timm")
+    else:
+        assert _programs(run("input", *flags, "--peer", "timm"))[1] == "timm"
+
+
+def test_train_step_of_a_classifier(run: Run) -> None:
+    ours, theirs = run("train_step", *CLASSIFIER, *EAGER)
+    assert (ours["case"], theirs["program"]) == ("2 x 64 x 64", TORCH)
 
 
 def test_depthwise(run: Run) -> None:
