@@ -98,7 +98,7 @@ def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
         loss_function: Callable[..., Tensor] = F.cross_entropy
         optimizer = torch.optim.RMSprop(
             network.parameters(),
-            lr=rate,
+            lr=0.0,  # its mean square starts at 0, not at 1: the recipe's rate would make all weights infinite
             alpha=settings.rms_decay,
             eps=settings.eps,
             weight_decay=settings.weight_decay,

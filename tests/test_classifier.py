@@ -116,7 +116,7 @@ def test_it_learns_and_says_so(trained: tuple[pathlib.Path, str]) -> None:
     assert (workdir / "curves.png").exists()
 
 
-def test_a_killed_run_from_records_is_bitwise_the_one_from_folders(
+def test_a_stopped_run_from_records_is_bitwise_the_one_from_folders(
     trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     packing.build("imagenet", str(root), str(tmp_path / "records"))
@@ -128,11 +128,12 @@ def test_a_killed_run_from_records_is_bitwise_the_one_from_folders(
         if max(_losses(workdir) or {0: 0.0}) >= 7:
             break
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert 7 <= max(_losses(workdir)) < 30
+    process.send_signal(signal.SIGTERM)
+    _finish(process, 128 + signal.SIGTERM)
+    stopped_at = max(_losses(workdir))
+    assert 7 <= stopped_at < 30
     out, _ = _finish(_start("train", "--workdir", workdir, settings=packed))
-    assert "from checkpoint " in out
+    assert f"from checkpoint {stopped_at}" in out
     assert _losses(workdir) == _losses(trained[0])
     one, two = (checkpoints.read_model(folder)[0] for folder in (workdir, trained[0]))
     assert set(one) == set(two)

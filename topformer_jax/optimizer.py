@@ -35,7 +35,8 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
     dtype = jnp.zeros(()).dtype  # float32, or float64 with x64 enabled
     step = jnp.asarray(step)
     if schedule.policy == "step":
-        rate = schedule.lr * jnp.asarray(schedule.decay_rate, dtype) ** (step // schedule.decay_steps)
+        decays = (step // schedule.decay_steps).astype(dtype)
+        rate = schedule.lr * jnp.asarray(schedule.decay_rate, dtype) ** decays
     else:
         remaining = jnp.maximum(schedule.steps - step, 0).astype(dtype) / schedule.steps
         share = (
