@@ -232,7 +232,10 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
         (["--config.evaluation.stride=(0,0)", "--slide"], "evaluation.stride"),
         (["--checkpoint", "no/where.pth"], "no checkpoint no/where.pth"),
         (["--workdir", "/proc/no"], "cannot write into /proc/no"),
-        (["--config", "configs/topformer_t_imagenet.py"], "task=classification"),
+        (
+            ["--config", "configs/topformer_t_imagenet.py"],
+            "it is a segmenter's: use the config of its data set",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
