@@ -57,6 +57,14 @@ LAYOUTS: dict[str, tuple[Callable[[], ConfigDict], list[str]]] = {
             *("images/test2014/c.jpg", "annotations/test2014/c_labelTrainIds.png"),
         ],
     ),
+    "camvid": (
+        lambda: config_lib.camvid("tiny"),
+        [
+            *("images/train/b.png", "annotations/train/b.png"),
+            *("images/train/a.jpg", "annotations/train/a.png"),
+            *("images/val/c.jpg", "annotations/val/c.png"),
+        ],
+    ),
     "custom": (
         lambda: config_lib.load(
             config_lib.ade20k("tiny"),

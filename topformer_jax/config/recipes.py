@@ -111,8 +111,8 @@ def imagenet(variant: str, *, optimizer: str = "rmsprop_tf") -> ConfigDict:
 CAMVID_WEIGHTS = (0.8, 0.61, 4.79, 0.48, 2.21, 1.25, 4.5, 4.57, 1.83, 5.43, 6.27)
 
 
-def camvid(variant: str, *, epochs: int = 218) -> ConfigDict:
-    """CamVid, 11 classes, 480 x 360 images, from fresh weights: batch 8, by default 10,000 steps."""
+def camvid(variant: str) -> ConfigDict:
+    """CamVid, 11 classes, 480 x 360 images, from fresh weights: 10,000 steps of batch 8."""
     config = _recipe("camvid", variant, 11, "camvid", "data/camvid")
     config.batch_size = 8
     config.ema_decay = 0.999
@@ -127,7 +127,7 @@ def camvid(variant: str, *, epochs: int = 218) -> ConfigDict:
     config.optimizer.weight_decay = 0.02
     config.schedule.lr = 3e-3
     config.schedule.warmup_steps = 150
-    config.schedule.steps = -(-epochs * 367 // 8)
+    config.schedule.steps = 10_000
     config.log_every = 100
     config.checkpoint_every = config.evaluate_every = 1000
     return config.lock()

@@ -187,19 +187,11 @@ _coco_stuff_layout = Layout(
 _coco_stuff164k_layout = dataclasses.replace(
     _coco_stuff_layout, train=("train2017",), validation=("val2017",)
 )
-_voc2012_layout = Layout(
-    images="JPEGImages",
+_voc2012_layout = dataclasses.replace(
+    _context_layout,
     labels="SegmentationClassAug",
-    image_suffixes=(".jpg",),
-    label_suffix=".png",
     train=("trainaug",),
     names="ImageSets/Segmentation/{split}.txt",
-)
-_camvid_layout = Layout(
-    images="images/{split}",
-    labels="annotations/{split}",
-    image_suffixes=(".png",),
-    label_suffix=".png",
 )
 CUSTOM_LAYOUT = Layout(
     images="images/{split}",
@@ -220,7 +212,7 @@ CATALOG = {
     "cocostuff10k": _parse_table(_COCO_STUFF, _coco_stuff_layout),
     "cocostuff164k": _parse_table(_COCO_STUFF, _coco_stuff164k_layout),
     "voc2012": DataSet(_split(_VOC2012), _voc_colours(range(21)), _voc2012_layout),
-    "camvid": _parse_table(_CAMVID, _camvid_layout),
+    "camvid": _parse_table(_CAMVID, CUSTOM_LAYOUT),
     "shapes": _parse_table(_SHAPES, None),
 }
 
