@@ -32,6 +32,17 @@ def test_golden(golden: Find, operation: str) -> None:
             assert error <= 1e-6
 
 
+@pytest.mark.parametrize("operation", [resize, adaptive_avg_pool])
+@pytest.mark.parametrize("method", ["auto", "library"])
+def test_narrow_products_ask_for_no_precision(operation: Callable, method: str) -> None:
+    """A precision is that of float32 products; narrower ones are exact already."""
+    for dtype, precision in (("float32", "HIGHEST"), ("bfloat16", None)):
+        images = jax.ShapeDtypeStruct((2, 9, 9, 3), dtype)
+        text = str(jax.make_jaxpr(lambda x: operation(x, (4, 4), method=method, precision="highest"))(images))
+        assert "dot_general" in text
+        assert ("HIGHEST" in text) == (precision == "HIGHEST")
+
+
 @given(h=sides, w=sides, height=sides, width=sides)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_resize_as_torch(h: int, w: int, height: int, width: int, dtype: str) -> None:

@@ -104,6 +104,7 @@ def _multiply_axes(
 ) -> Array:
     dtype = images.dtype
     accum_dtype = at_least_float32(dtype)
+    precision = precision if dtype == accum_dtype else None
     for axis, new in ((2, size[1]), (1, size[0])):
         if images.shape[axis] != new:
             matrix = axis_matrix_of(axis_matrix, images.shape[axis], new, accum_dtype.name)
