@@ -125,7 +125,7 @@ def main() -> None:
             path = pathlib.Path(folder, f"{target}_{stride}.onnx")
             size = (args.size, args.size)
             path.write_bytes(write_file(config, "labels", size, ".onnx", target=target, stride=stride))
-            page = demo.build_page({"wasm": path}, runtime)
+            page = demo.build_page({"wasm": path}, demo.read_description("--exported", path), runtime)
             with contextlib.ExitStack() as stack:
                 server = stack.enter_context(serve(page))
                 programs = {}

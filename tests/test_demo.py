@@ -90,7 +90,7 @@ def make_runtime(
 
 
 def build(path: pathlib.Path, runtime: pathlib.Path, webgpu: pathlib.Path | None = None) -> demo.Page:
-    return demo.build_page(demo.find_files(path, webgpu), runtime)
+    return demo.build_page(*demo.find_files(path, webgpu), runtime)
 
 
 @pytest.fixture

@@ -83,15 +83,18 @@ ISOLATION = {
 Page = dict[str, bytes]  # files by their paths below the page's address
 
 
-def find_files(path: files.Path, webgpu: files.Path | None) -> dict[str, files.Path]:
-    """The exported files by what computes them, "wasm" and perhaps "webgpu".
+def find_files(
+    path: files.Path, webgpu: files.Path | None
+) -> tuple[dict[str, files.Path], Mapping[str, Any]]:
+    """The exported files by what computes them, "wasm" and perhaps "webgpu"; and what the first says of itself.
 
     Raises:
         UserError: one cannot be read, is damaged or no ONNX file of labels, or they do not belong together.
     """
     description = read_description("--exported", path)
     if webgpu is None:
-        return {"wasm": path} | ({"webgpu": path} if description.get("target") == "web" else {})
+        both = {"webgpu": path} if description.get("target") == "web" else {}
+        return {"wasm": path} | both, description
     other = read_description("--webgpu", webgpu)
     if other.get("target") != "web":
         raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
@@ -102,7 +105,7 @@ def find_files(path: files.Path, webgpu: files.Path | None) -> dict[str, files.P
         ]
         if found[0] != found[1]:
             raise UserError(f"--webgpu {webgpu} has another {key} than {path}: {found[1]} and {found[0]}")
-    return {"wasm": path, "webgpu": webgpu}
+    return {"wasm": path, "webgpu": webgpu}, description
 
 
 def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
@@ -122,17 +125,16 @@ def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
     return description
 
 
-def build_page(paths: Mapping[str, files.Path], runtime: files.Path) -> Page:
+def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], runtime: files.Path) -> Page:
     """The page: its sources, the exported files, what they say of themselves, and the runtime.
 
     Args:
-        paths: of the exported files, from `find_files`.
+        paths, description: of the exported files, from `find_files`.
         runtime: the folder of npm's onnxruntime-web.
 
     Raises:
         UserError: a file cannot be read, or the folder is not the runtime's.
     """
-    description = read_description("--exported", paths["wasm"])
     folder = f"{RUNTIME}-{_runtime_version(runtime)}"
     page: Page = {}
     providers = {}
@@ -321,8 +323,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def main() -> None:
     """The command."""
     args = make_parser().parse_args()
-    paths = find_files(args.exported, args.webgpu)  # before anything is fetched
-    page = build_page(paths, args.runtime or fetch_runtime())
+    found = find_files(args.exported, args.webgpu)  # before anything is fetched
+    page = build_page(*found, args.runtime or fetch_runtime())
     if args.output is not None:
         write_page(page, args.output)
         print(

@@ -10,7 +10,6 @@ batches are the same on 1 or N processes, with 0 or N workers, and from any star
 import dataclasses
 import gc
 import math
-import multiprocessing
 import os
 import queue
 import signal
@@ -30,6 +29,7 @@ from ml_collections import ConfigDict
 from topformer_jax.data import class_images, codecs, transforms
 from topformer_jax.data.batch import Batch, Image, Labels
 from topformer_jax.data.sources import Example, Source
+from topformer_jax.data.workers import end_with_parent
 from topformer_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
@@ -172,18 +172,6 @@ def _start_worker(index: int, count: int) -> None:
     ):  # a Ctrl-C reaches all processes; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
-
-
-def end_with_parent() -> None:
-    """Ends this process as soon as the one that started it has ended, whatever it is doing then."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], *, ahead: int = 0) -> Iterator[Any]:

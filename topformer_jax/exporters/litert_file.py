@@ -93,7 +93,8 @@ def _with_integers(
 
     # The output stays float32, so that files of any precision give the same.
     floats = [{"regex": ".*", "operation": "OUTPUT"}]
-    known = {part for name in _tensor_names(data) for part in re.findall(r"(?<=/)\w+(?=/)", name)}
+    names = _tensor_names(data) if keep_float else []
+    known = {part for name in names for part in re.findall(r"(?<=/)\w+(?=/)", name)}
     for part in keep_float:
         if part not in known | {PIXELS}:
             raise UserError(f"--keep-float {part}: expected {', '.join(sorted(known | {PIXELS}))}")

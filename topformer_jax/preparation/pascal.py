@@ -10,61 +10,11 @@ from topformer_jax.preparation.archives import Archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
 
 # The 59 classes' numbers among PASCAL Context's 459 labels (labels.txt), in the order of the classes.
-_CONTEXT_IDS = (
-    *(
-        2,
-        9,
-        18,
-        19,
-        22,
-        23,
-        25,
-        31,
-        33,
-        34,
-        44,
-        45,
-        46,
-        59,
-        65,
-        68,
-        72,
-        80,
-        85,
-        98,
-        104,
-        105,
-        113,
-        115,
-        144,
-        158,
-    ),
-    *(
-        159,
-        162,
-        187,
-        189,
-        207,
-        220,
-        232,
-        258,
-        259,
-        260,
-        284,
-        295,
-        296,
-        308,
-        324,
-        326,
-        347,
-        349,
-        354,
-        355,
-        360,
-    ),
-    *(366, 368, 397, 415, 416, 420, 424, 427, 440, 445, 454, 458),
-)
-_CONTEXT_CLASSES = {number: label for label, number in enumerate(_CONTEXT_IDS, 1)}
+_CONTEXT_IDS = """
+2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187 189 207 220 232
+258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420 424 427 440 445 454 458
+"""
+_CONTEXT_CLASSES = {number: label for label, number in enumerate(map(int, _CONTEXT_IDS.split()), 1)}
 _CONTEXT_SPLITS = {"train": "train", "validation": "val"}
 
 

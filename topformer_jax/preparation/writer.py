@@ -11,11 +11,11 @@ import os
 import pathlib
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from topformer_jax import files
+from topformer_jax.data.workers import end_with_parent
 from topformer_jax.errors import UserError
 from topformer_jax.logs import Progress
 from topformer_jax.preparation.archives import Member
@@ -261,23 +261,17 @@ def _start(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | No
         yield None
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_with_parent() -> None:
-    """Ends this process when its parent is gone, even if it was killed; Ctrl-C is the parent's to handle."""
+def _start_worker() -> None:
+    """Runs first in a worker process: Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 def _summarize(records: Iterable[Record]) -> dict[str, Any]:
