@@ -99,6 +99,16 @@ def test_exported(run: Run) -> None:
     assert [(row["case"], row["program"]) for row in rows] == [
         (f"to {question}", program) for question in ("logits", "labels") for program in programs
     ]
+    rows = run("exported", *TINY, "--size", "64", "--outputs", "half-labels", "--suffixes", ".onnx")
+    assert [(row["case"], row["program"]) for row in rows] == [
+        ("to half-labels", program) for program in ("ours", "our .onnx")
+    ]
+    rows = run("exported", *CLASSIFIER, "--size", "64", *EAGER)
+    assert [(row["case"], row["program"]) for row in rows] == [("to scores", name) for name in programs]
+    with pytest.raises(UserError, match="a classifier gives scores"):
+        run("exported", *CLASSIFIER, "--outputs", "labels")
+    with pytest.raises(UserError, match=r"missing\.jpg"):
+        run("exported", *TINY, "--image", "missing.jpg")
 
 
 @pytest.mark.slow

@@ -70,10 +70,9 @@ def make_function(
         size = tuple((side - 1) // stride + 1 for side in images.shape[1:3])
         if output == "labels" and by_rows:
             return _labels_by_rows(logits, size)
-        values = enlarge(logits, size=size)
-        if output == "probabilities":
-            return jax.nn.softmax(values, axis=-1)
-        return jnp.argmax(values, axis=-1).astype(jnp.uint8)
+        if output == "labels":
+            return label_pixels(logits, size=size)
+        return jax.nn.softmax(enlarge(logits, size=size), axis=-1)
 
     return compute
 
@@ -82,6 +81,12 @@ def make_function(
 def enlarge(logits: Float[Array, "n h w classes"], size: Any) -> Float[Array, "n height width classes"]:
     """The resize of the logits; by its name exporters know it, and may take an operation of their own."""
     return resize(logits, size, method="library")
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def label_pixels(logits: Float[Array, "n h w classes"], size: Any) -> UInt8[Array, "n height width"]:
+    """The largest class of each pixel of enlarged logits; likewise known by its name."""
+    return jnp.argmax(enlarge(logits, size=size), axis=-1).astype(jnp.uint8)
 
 
 def _labels_by_rows(logits: Float[Array, "n h w classes"], size: Any) -> UInt8[Array, "n height width"]:

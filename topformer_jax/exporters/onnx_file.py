@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 
 from topformer_jax.errors import UserError
-from topformer_jax.exporters import onnx_rules
+from topformer_jax.exporters import onnx_labels, onnx_rules
 from topformer_jax.exporters.exported import KEY, Run
 from topformer_jax.exporters.network import Function, input_shape
 from topformer_jax.exporters.onnx_graph import Graph, Value
@@ -29,22 +29,15 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     # The order of the first convolution, at once: 3 channels last make the normalisation ten times slower.
     order = (0, 3, 1, 2)
     pixels = Value(shape, "uint8", order, graph.stored(images, order))
-    # WebGPU computes Resize of these axes wrongly and says nothing; a product is right there, and slower on a CPU.
-    overrides = {} if description["target"] == "web" else {"enlarge": _resize}
+    # What is fast on a CPU, WebGPU computes wrongly or slowly; the program's own products are right there.
+    cpu = {"enlarge": onnx_labels.resize, "label_pixels": onnx_labels.label_pixels}
+    overrides = {} if description["target"] == "web" else cpu
     outputs = onnx_rules.translate(graph, program, [pixels], overrides)
     model = graph.model([images], [(description["output"], outputs[0])])
     model.producer_name, model.producer_version = KEY, description["versions"][KEY]
     onnx.helper.set_model_props(model, {KEY: json.dumps(dict(description))})
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
-
-
-def _resize(graph: Graph, operands: list[Value], equation: Any) -> list[Value]:
-    """ONNX's own resize, on the program's order of axes: classes last, where ArgMax is fastest."""
-    shape = tuple(equation.outvars[0].aval.shape)
-    inputs = graph.stored(operands[0]), "", "", graph.shape_name(shape)
-    name = graph.add("Resize", *inputs, mode="linear", coordinate_transformation_mode="half_pixel")
-    return [Value(shape, operands[0].dtype, tuple(range(len(shape))), name)]
 
 
 def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
