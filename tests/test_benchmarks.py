@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import chromium, official_input, peers, samples, timing, tpu_table
+from benchmarks import chromium, official_input, peers, samples, side_by_side, timing, tpu_table
 from benchmarks.timing import Program, Row
 from tests.parity import settings_for
 from tests.test_class_images import write_images
@@ -109,6 +109,39 @@ def test_exported(run: Run) -> None:
         run("exported", *CLASSIFIER, "--outputs", "labels")
     with pytest.raises(UserError, match=r"missing\.jpg"):
         run("exported", *TINY, "--image", "missing.jpg")
+
+
+def test_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    settings = {
+        "data.crop_size": (64, 64),
+        "data.shapes.validation": 3,
+        "data.shapes.size": 64,
+        "batch_size": 16,
+    }
+    settings |= {"evaluation.scale": (96, 64), "schedule.steps": 4, "schedule.warmup_steps": 2}
+    flags = [
+        "--config",
+        "topformer_t_shapes",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+    def run_script(*words: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["side_by_side", *map(str, words)])
+        side_by_side.main()
+
+    found = {}
+    for program in ("ours", "torch"):
+        path = tmp_path / f"{program}.json"
+        run_script("--program", program, *flags, "--every", 2, "--json", path)
+        found[program] = json.loads(path.read_text())
+        assert list(found[program]["miou"]) == ["2", "4"]
+    # BatchNorms of a few values, here and in a small batch, make much of rounding.
+    assert np.allclose(found["ours"]["losses"], found["torch"]["losses"], rtol=2e-3, atol=0)
+    assert found["ours"]["losses"][0] != found["ours"]["losses"][3]
+    run_script("--draw", *(tmp_path / f"{name}.json" for name in found), "--output", tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2
+    with pytest.raises(UserError, match="give --program"):
+        run_script(*flags)
 
 
 @pytest.mark.slow

@@ -1,0 +1,211 @@
+"""Does a training here go as in PyTorch, from the same weights, on the same batches in the same order?
+
+  python -m benchmarks.side_by_side --program ours --json ours.json --config topformer_t_camvid
+  python -m benchmarks.side_by_side --program torch --json torch.json --config topformer_t_camvid
+  python -m benchmarks.side_by_side --draw ours.json torch.json --output curves.svg
+
+One training a call, so that each has the machine for itself. Both run the official loss and AdamW with the config's
+schedule on the same augmented batches, which cost PyTorch no time here; dropout, drop path, class weights and
+averaged weights are off. PyTorch's weights are scored by our evaluation. `--threads` changes the order of PyTorch's
+sums and nothing else: how far two such runs come apart is the noise to compare with.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks import samples, timing
+from topformer_jax import cli, files, metrics, models, sharding, step
+from topformer_jax import config as config_lib
+from topformer_jax.checkpoints import torch_format
+from topformer_jax.data import loader, sources
+from topformer_jax.data.augment import augment
+from topformer_jax.data.batch import Batch
+from topformer_jax.errors import UserError
+from topformer_jax.evaluation import evaluate_split
+from topformer_jax.optimizer import scaled_learning_rate
+
+PLAIN = {
+    "model.drop_path_rate": 0.0,
+    "model.dropout_ratio": 0.0,
+    "ignore_void_in_mean": False,
+    "loss.class_weight": (),
+    "ema_decay": 0.0,
+}
+MEANS = 20  # steps: a point of the drawn loss is the mean of so many
+WIDTH, HEIGHT, MARGIN = 760, 300, 50
+COLOURS = ("#1f6feb", "#d9480f", "#868e96", "#2b8a3e")
+
+Step = Callable[[Batch], tuple[float, float]]  # a batch to the loss, and to the seconds that the step took
+Weights = Callable[[], Mapping[str, Any]]
+
+
+def start_ours(config: ConfigDict, model: models.Segmenter) -> tuple[Step, Weights]:
+    """Our training's step, and what gives its weights by name."""
+    state, train_step = step.init_training(
+        config, sharding.make_train_mesh(config, jax.local_devices()[:1]), model
+    )
+
+    def make_step(batch: Batch) -> tuple[float, float]:
+        nonlocal state
+        start = time.perf_counter()
+        state, values = train_step(state, batch)
+        return float(values["loss"]), time.perf_counter() - start
+
+    return make_step, lambda: sharding.to_host(state.params | state.stats)
+
+
+def start_torch(config: ConfigDict, model: models.Segmenter, threads: int) -> tuple[Step, Weights]:
+    """PyTorch's training of our own plain network, likewise."""
+    import torch
+
+    from benchmarks import torch_peer
+
+    variant = torch_peer.Variant("eager", "cpu", config)
+    torch.set_num_threads(threads)
+    network = variant.network(samples.torch_weights(models.state_dict(model))).train()
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": network.backbone.parameters()}, {"params": network.decode_head.parameters()}],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    make_images = jax.jit(
+        functools.partial(
+            augment,
+            seed=config.seed,
+            flip=config.data.flip_prob,
+            photometric=config.data.photometric_distortion,
+        )
+    )
+    made = 0
+
+    def make_step(batch: Batch) -> tuple[float, float]:
+        nonlocal made
+        augmented = [np.asarray(array) for array in make_images(batch)]
+        start = time.perf_counter()
+        rate = float(scaled_learning_rate(made, config))
+        for group, multiplier in zip(optimizer.param_groups, (1.0, settings.head_lr_mult), strict=True):
+            group["lr"] = rate * multiplier
+        images, labels = variant.images(augmented[0]), variant.labels(augmented[1])
+        loss = torch_peer.cross_entropy(variant.logits(network, images), labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        made += 1
+        return loss.item(), time.perf_counter() - start
+
+    def read_weights() -> Mapping[str, Any]:
+        tensors = {name: tensor.numpy().copy() for name, tensor in network.state_dict().items()}
+        return {name: torch_format.from_torch(tensors[name]) for name in models.state_dict(model)}
+
+    return make_step, read_weights
+
+
+def train(config: ConfigDict, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Trains and scores; yields what is known so far after each score."""
+    model = models.build_segmenter(config)
+    begin = start_ours(config, model) if args.program == "ours" else start_torch(config, model, args.threads)
+    make_step, read_weights = begin
+    validation = sources.open_source(config, "validation")
+    mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
+    batches = loader.training_batches(sources.open_source(config, "train"), config)
+    found: dict[str, Any] = {
+        "name": args.program if args.program == "ours" else f"PyTorch, {args.threads} threads",
+        "losses": [],
+        "miou": {},
+        "seconds": 0.0,
+    }
+    scored = models.build_segmenter(config)
+    try:
+        for number in range(1, config.schedule.steps + 1):
+            loss, seconds = make_step(next(batches))
+            found["losses"].append(loss)
+            found["seconds"] += seconds
+            if number % args.every == 0 or number == config.schedule.steps:
+                result = evaluate_split(scored, validation, mesh, tensors=read_weights())
+                found["miou"][number] = metrics.compute_scores(result.confusion).miou
+                yield found
+    finally:
+        batches.close()
+
+
+def draw(runs: list[dict[str, Any]]) -> str:
+    """The losses as lines and the scores as points, in one SVG picture."""
+    steps = max(len(run["losses"]) for run in runs)
+    top = max(run["losses"][0] for run in runs)
+
+    def place(number: float, share: float) -> str:
+        x = MARGIN + (WIDTH - 2 * MARGIN) * number / steps
+        return f"{x:.1f},{MARGIN + (HEIGHT - 2 * MARGIN) * (1 - share):.1f}"
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for run, colour in zip(runs, COLOURS, strict=False):
+        losses = (
+            np.array(run["losses"][: len(run["losses"]) // MEANS * MEANS]).reshape(-1, MEANS).mean(axis=1)
+        )
+        points = " ".join(place(MEANS * (i + 0.5), loss / top) for i, loss in enumerate(losses))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        for number, miou in run["miou"].items():
+            x, y = place(int(number), miou).split(",")
+            lines.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+        scores = ", ".join(f"{100 * miou:.1f}" for miou in run["miou"].values())
+        row = MARGIN + 16 * runs.index(run)
+        text = f"{run['name']}: mIoU {scores}; {run['seconds'] / 3600:.2f} h"
+        lines.append(f'<text x="{WIDTH - MARGIN}" y="{row}" text-anchor="end" fill="{colour}">{text}</text>')
+    for share in (0, 0.5, 1):
+        y = place(0, share).split(",")[1]
+        lines.append(f'<text x="{MARGIN - 6}" y="{y}" text-anchor="end">{share * top:.2f}</text>')
+        lines.append(f'<text x="{WIDTH - MARGIN + 6}" y="{y}">{100 * share:.0f}</text>')
+    axis = (
+        f"steps (0 to {steps}); lines: loss (left, mean of {MEANS} steps); points: validation mIoU % (right)"
+    )
+    lines.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 16}" text-anchor="middle">{axis}</text></svg>')
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command."""
+    parser = cli.Parser(__doc__, config_required=False)
+    parser.add_argument("--program", choices=["ours", "torch"], help="whose training to run")
+    parser.add_argument(
+        "--every", type=timing.positive, default=500, help="steps between scores (default 500)"
+    )
+    parser.add_argument("--threads", type=timing.positive, default=timing.cores(), help="of PyTorch")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="where to write what is found")
+    parser.add_argument("--draw", type=pathlib.Path, nargs="+", metavar="FILE", help="draw what was found")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the picture, SVG")
+    args, config = parser.parse()
+    if args.draw:
+        if not args.output:
+            raise UserError("--draw needs --output FILE.svg")
+        files.write_file(args.output, draw([json.loads(path.read_text()) for path in args.draw]))
+        return
+    if config is None or not (args.program and args.json):
+        raise UserError(
+            "give --program ours or torch, --config and --json FILE; or --draw FILES and --output FILE"
+        )
+    for found in train(config_lib.load(config, PLAIN), args):
+        files.write_file(args.json, json.dumps(found) + "\n")
+        number, miou = list(found["miou"].items())[-1]
+        seconds = found["seconds"] / number
+        print(
+            f"step {number}  loss {found['losses'][-1]:.4f}  mIoU {100 * miou:.2f}  {seconds:.3f} s a step",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
