@@ -50,11 +50,16 @@ def _masked_logits(
     ("variant", "injection"),
     [
         ("tiny", "multi_sum"),
-        ("tiny", "multi_sum_cbr"),
-        ("tiny", "fuse_sum"),
         ("tiny", "fuse_multi"),
-        ("small", "multi_sum"),
-        ("base", "multi_sum"),
+        *(
+            pytest.param(*network, marks=pytest.mark.slow)
+            for network in [
+                ("tiny", "multi_sum_cbr"),
+                ("tiny", "fuse_sum"),
+                ("small", "multi_sum"),
+                ("base", "multi_sum"),
+            ]
+        ),
     ],
 )
 @pytest.mark.usefixtures("x64")
@@ -95,7 +100,7 @@ def test_the_plain_network_on_a_photo(golden: Callable[[str], pathlib.Path], var
     (found,) = _masked_logits(model, [photo[0]], (384, 640))
     error = distance(found, plain)
     print(f"{variant}: {error:.1e}, labels differ at {(found.argmax(-1) != plain.argmax(-1)).sum()} cells")
-    assert error <= 2e-6
+    assert error <= 5e-6
 
 
 def test_matrices_as_data_resize_each_image() -> None:

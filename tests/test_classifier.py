@@ -202,7 +202,7 @@ def test_browse(root: pathlib.Path) -> None:
     assert canvas.std() > 20
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_devices_train_as_one(x64: None, root: pathlib.Path, steps: int) -> None:
     """With everything on, in float64; devices send each other gradients and sums, and no images."""
     more = {

@@ -150,7 +150,12 @@ def ade(golden: Callable) -> list[str]:
 
 @pytest.mark.parametrize(
     ("mode", "flags"),
-    [("single", []), ("slide", ["--slide"]), ("multiscale_flip", ["--img-ratios", "0.5,1,1.5", "--flip"])],
+    [
+        ("single", []),
+        ("slide", ["--slide"]),
+        # Its label maps are in test_inference.py.
+        pytest.param("multiscale_flip", ["--img-ratios", "0.5,1,1.5", "--flip"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_official_scores(
     golden: Callable, ade: list[str], tmp_path: pathlib.Path, mode: str, flags: list[str]

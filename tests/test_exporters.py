@@ -250,7 +250,7 @@ def test_an_unknown_primitive_is_named() -> None:
         onnx_rules.translate(graph, program, [graph.add_input("x", (3,), "float32")], {})
 
 
-@pytest.mark.parametrize("output", ["logits", "labels"])
+@pytest.mark.parametrize("output", ["logits", pytest.param("labels", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_wrong_file_is_refused(precision: str, output: str) -> None:
     drawn = pair(prepare=fresh)

@@ -148,7 +148,7 @@ def _everything_on() -> ConfigDict:
     )
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_eight_devices_equal_one_with_everything_on(x64: None, fsdp: int) -> None:
     """Augmentation, drop path, dropout and averages: all draws and BatchNorm see the global batch."""
     settings = _everything_on()
@@ -247,6 +247,7 @@ def test_all_losses_on_one_and_on_eight_devices(x64: None) -> None:
     assert found[0][0] == pytest.approx(float(expected), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_all_losses(x64: None) -> None:
     batch = jax.tree.map(lambda values: np.repeat(values, 2, axis=0), _random_batch(4, 256))
     losses = []
