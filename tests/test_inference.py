@@ -1,8 +1,7 @@
 """From logits to pixels in tiles, against PyTorch's resizes in a row; whole predictions against the official ones."""
 
-import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -113,71 +112,6 @@ def _whole(seen: list[ViewLogits], grid: np.ndarray, size: Any, classes: int) ->
         jax.tree.map(jnp.asarray, seen), jnp.int32(grid[0]), jnp.int32(grid[1]), start, use
     )
     return geometry.join_tiles(np.asarray(tiles), size)
-
-
-@pytest.mark.parametrize(
-    ("size", "scale", "align", "noise"),
-    [
-        ((100, 150), (150, 100), 1, 0.0),
-        ((301, 200), (96, 64), 32, 0.3),  # the image is larger than the network's input
-        ((33, 47), (400, 300), 32, 0.3),
-        ((9, 5), (40, 40), 1, 1.0),
-        ((64, 256), (256, 64), 1, 30.0),  # all classes are possible
-    ],
-)
-def test_classes_that_cannot_be_a_label_are_left_out(size: Any, scale: Any, align: int, noise: float) -> None:
-    rng, classes = np.random.default_rng(0), 40
-    evaluation = _evaluation(scale=scale, size_divisor=align, mode="whole", flip=False)
-    prepared = prepare_input(
-        np.zeros((*size, 3), np.uint8), None, evaluation, plan_shapes([size], evaluation), dtype="float32"
-    )
-    (network,) = geometry.network_sizes(size, evaluation)
-    y, x = (np.arange(tiled.num_cells(side)) for side in network)
-    phase, pace = rng.uniform(0, 6, (2, classes, 1)), rng.uniform(0.05, 0.3, (2, classes, 1))
-    waves = np.sin(phase[0] + pace[0] * y).T[:, :, None] + np.sin(phase[1] + pace[1] * x)
-    waves = 3 * (waves - np.linspace(0, 6, classes)[:, None]) + noise * rng.standard_normal(waves.shape)
-    extents = [max(32, 1 << (side - 1).bit_length()) for side in (len(y), len(x))]
-    logits = np.zeros((extents[0], classes, extents[1]), np.float32)
-    logits[: len(y), :, : len(x)] = waves
-    view = ViewLogits(jnp.asarray(logits), prepared.row_resizes[0], prepared.column_resizes[0])
-    view = jax.tree.map(jnp.asarray, view)
-    tiles, across = map(int, np.asarray(prepared.tiles.counts))
-
-    def use(carry: jax.Array, labels: jax.Array, tile: jax.Array) -> jax.Array:
-        return carry.at[tile].set(labels)
-
-    found = []
-    for leave_out in (True, False):
-        start = jnp.zeros((tiles, *TILE), jnp.int32)
-        labels = tiled.fold_labels(
-            [view], jnp.int32(tiles), jnp.int32(across), start, use, leave_out=leave_out
-        )
-        found.append(geometry.join_tiles(np.asarray(labels)[..., None], size)[..., 0])
-    assert np.array_equal(found[0], found[1])
-    are_few = []
-    for tile in range(tiles):
-        row, column = divmod(tile, across)
-        patch = tiled._cut_patch(view, jnp.int32(row), jnp.int32(column))
-        weights = [np.asarray(matrix) for matrix in patch[1:]]
-        plain = {
-            label
-            for i, j in itertools.product(*(np.unique(matrix, axis=0) for matrix in weights))
-            for label in _possible_plainly(np.asarray(patch.logits), i, j)
-        }
-        possible = set(np.flatnonzero(tiled.possible_classes(*patch)).tolist())
-        assert plain <= possible
-        are_few.append(len(possible) <= tiled.FEW)
-    assert any(are_few) == (noise < 30)
-
-
-def _possible_plainly(logits: np.ndarray, row: np.ndarray, column: np.ndarray) -> Iterable[int]:
-    """The classes of which one logit that a pixel depends on is not below all those of another class."""
-    (rows,), (columns,) = np.nonzero(row), np.nonzero(column)
-    if not (rows.size and columns.size):  # a pixel outside the image
-        return []
-    assert max(np.ptp(rows), np.ptp(columns)) < tiled.TAPS
-    cells = logits[np.ix_(rows, np.arange(logits.shape[1]), columns)]
-    return map(int, np.flatnonzero(cells.max(axis=(0, 2)) >= cells.min(axis=(0, 2)).max()))
 
 
 def test_argmax_is_the_first_of_equals() -> None:

@@ -25,7 +25,7 @@ from topformer_jax.inference.geometry import ProgramShapes, ViewSizes, logits_si
 from topformer_jax.inference.inputs import InferenceInput, LabelTiles, NetworkInput
 from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.ops.tiled import ViewLogits, fold_labels, fold_tiles, mean_probabilities, num_cells
+from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles, mean_probabilities, num_cells
 
 # A data set has more pixels than an int32 can count, and JAX has no wider integers by default. So a count is kept
 # in two int32 parts: count = lower + upper * 2**LOWER_BITS. It overflows at 2**51 pixels.
@@ -64,9 +64,6 @@ class CompiledInference:
         self.batch_sharding = sharding.batch_sharding(mesh)
         self._graphdef = graphdef
         self._precision = policy.precision
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        # On an accelerator many small operations and a branch a tile cost more than the scores of all classes.
-        self._leave_out = on_cpu and evaluation.mode == "whole"
         batch, replicated = P(mesh.axis_names), P()
 
         def make_program(function: Callable[..., Any], *in_specs: P, **options: Any) -> Callable[..., Any]:
@@ -88,6 +85,7 @@ class CompiledInference:
 
         # XLA's CPU backend prefers vectors of 256 bits. With 512 Tiny takes 100 ms instead of 111 ms on a CPU that
         # has them (8 x 512 x 512, 2 cores of AMD's Zen 4).
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         wide = {"xla_cpu_prefer_vector_width": 512} if on_cpu else None
         self.logits = make_program(self._logits, replicated, batch, replicated, compiler_options=wide)
         self.predict_and_count = make_program(self._predict_and_count, batch, batch, batch, donate_argnums=2)
@@ -184,14 +182,14 @@ class CompiledInference:
         def count_image(totals: Array, image: Any) -> tuple[Array, tuple[Array, Array]]:
             views, tiles = image
 
-            def count_tile(carry: Any, predicted: Array, tile: Array) -> Any:
+            def count_tile(carry: Any, scores: Array, tile: Array) -> Any:
                 predictions, counts = carry
+                predicted = argmax_classes(scores)
                 counts = counts + count_confusions(tiles.labels[tile], predicted, classes)
                 return predictions.at[tile].set(predicted.astype(jnp.uint8)), counts
 
             init = (jnp.zeros_like(tiles.labels), jnp.zeros(classes**2, jnp.int32))
-            fold = functools.partial(fold_labels, leave_out=self._leave_out)
-            predictions, counts = self._fold_image(supports, views, tiles, init, count_tile, fold)
+            predictions, counts = self._fold_image(supports, views, tiles, init, count_tile)
             matrix = counts.reshape(classes, classes)
             of_class = functools.partial(jnp.sum, matrix, dtype=jnp.int32)  # 64 bits wide in 64-bit mode
             pixels = jnp.stack([jnp.diagonal(matrix), of_class(axis=1), of_class(axis=0)])
@@ -212,7 +210,7 @@ class CompiledInference:
                 return carry.at[tile].set(mean_probabilities(scores, len(views)).swapaxes(1, 2))
 
             init = jnp.zeros((*tiles.labels.shape, self.num_classes), views[0].logits.dtype)
-            return self._fold_image(supports, views, tiles, init, write_tile, fold_tiles)
+            return self._fold_image(supports, views, tiles, init, write_tile)
 
         return lax.map(image_probabilities, (views, tiles))
 
@@ -223,9 +221,8 @@ class CompiledInference:
         tiles: LabelTiles,
         init: Any,
         body: Callable[..., Any],
-        fold_tiles_of: Callable[..., Any],
     ) -> Any:
-        """`fold_tiles` or `fold_labels` of one image, with a branch for each of the supports."""
+        """`fold_tiles` of one image, with a branch for each of the supports."""
         flips = len(view_flips(self.evaluation))
 
         def fold(views: list[ViewLogits], *, choice: ViewSizes) -> Any:
@@ -237,7 +234,7 @@ class CompiledInference:
                 for number, view in enumerate(views)
             ]
             count, across = tiles.counts
-            return fold_tiles_of(narrow, count, across, init, body, precision=self._precision)
+            return fold_tiles(narrow, count, across, init, body, precision=self._precision)
 
         branches = [functools.partial(fold, choice=choice) for choice in supports]
         return lax.switch(tiles.support, branches, views)

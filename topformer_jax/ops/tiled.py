@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from topformer_jax.ops.resample import bilinear_matrix, bilinear_taps
 
 STRIDE = 8  # input pixels per cell of the logits
 TILE = (32, 128)  # output pixels, (height, width); 128 columns fill a TPU's vector lanes
-FEW = 16  # classes that may be a label somewhere in a tile; in photographs seldom more
-TAPS = 3  # cells along an axis that a pixel depends on: two for each of two neighbouring input pixels
 
 
 class BandedResize(NamedTuple):
@@ -164,7 +162,7 @@ def fold_tiles(
 
     def fold_one(tile: Array, carry: Any) -> Any:
         row, column = tile // tiles_across, tile % tiles_across
-        scores = [_resize_patch(_cut_patch(view, row, column), precision) for view in views]
+        scores = [_tile_scores(view, row, column, precision) for view in views]
         if len(scores) > 1:
             scores = [jax.nn.softmax(score, axis=1) for score in scores]
         return body(carry, functools.reduce(jnp.add, scores), tile)
@@ -173,103 +171,18 @@ def fold_tiles(
         return lax.fori_loop(0, num_tiles, fold_one, init)
 
 
-def fold_labels(
-    views: Sequence[ViewLogits],
-    num_tiles: Int[Array, ""],
-    tiles_across: Int[Array, ""],
-    init: Any,
-    body: Callable[[Any, Int32[Array, "rows columns"], Int[Array, ""]], Any],
-    *,
-    precision: str | None = "highest",
-    leave_out: bool = False,
-) -> Any:
-    """Runs `carry = body(carry, labels, tile)` over the tiles of an image; labels are the classes of most score.
-
-    Args:
-        views, num_tiles, tiles_across, init, precision: see `fold_tiles`.
-        body: what to do with the labels of a tile.
-        leave_out: whether scores are computed for `possible_classes` alone, where those are few: the same labels,
-            at a third of the time on a CPU. With one view that has no sliding windows.
-    """
-    if not leave_out or len(views) > 1 or views[0].logits.shape[1] <= FEW:
-
-        def label_scores(carry: Any, scores: Array, tile: Array) -> Any:
-            return body(carry, argmax_classes(scores), tile)
-
-        return fold_tiles(views, num_tiles, tiles_across, init, label_scores, precision=precision)
-
-    def fold_one(tile: Array, carry: Any) -> Any:
-        patch = _cut_patch(views[0], tile // tiles_across, tile % tiles_across)
-        possible = possible_classes(*patch)
-
-        def label_few() -> Array:
-            classes = jnp.flatnonzero(possible, size=FEW, fill_value=0).astype(jnp.int32)
-            few = patch._replace(logits=jnp.take(patch.logits, classes, axis=1))
-            return classes[argmax_classes(_resize_patch(few, precision))]
-
-        def label_all() -> Array:
-            return argmax_classes(_resize_patch(patch, precision))
-
-        return body(carry, lax.cond(possible.sum() <= FEW, label_few, label_all), tile)
-
-    with jax.named_scope("tiles"):
-        return lax.fori_loop(0, num_tiles, fold_one, init)
-
-
-def possible_classes(
-    logits: Float[Array, "h classes w"],
-    row_weights: Float[Array, "rows h"],
-    column_weights: Float[Array, "columns w"],
-) -> Bool[Array, " classes"]:
-    """Which classes may have the largest score at a pixel of a tile.
-
-    A pixel's scores are averages of a few neighbouring cells, with the same weights for each class. So a class whose
-    largest logit among them is below the smallest one of another class has a lower score at that pixel.
-
-    Args:
-        logits: the cells of a tile.
-        row_weights, column_weights: of the tile's resize, without sliding windows: no pixel depends on more than
-            `TAPS` neighbouring cells of an axis.
-    """
-    used = row_weights.any(axis=0)[:, None, None] & column_weights.any(axis=0)
-    highest, lowest = jnp.where(used, logits, -jnp.inf), jnp.where(used, logits, jnp.inf)
-    for axis in (0, 2):
-        highest, lowest = (
-            _of_neighbours(jnp.maximum, highest, axis),
-            _of_neighbours(jnp.minimum, lowest, axis),
-        )
-    return ~(highest < lowest.max(axis=1, keepdims=True)).all(axis=(0, 2))
-
-
-def _of_neighbours(function: Callable[[Array, Array], Array], values: Array, axis: int) -> Array:
-    """A function of each `TAPS` neighbours along an axis."""
-    count = values.shape[axis] - TAPS + 1
-    parts = [lax.slice_in_dim(values, start, start + count, axis=axis) for start in range(TAPS)]
-    return functools.reduce(function, parts)
-
-
-class _Patch(NamedTuple):
-    """The cells of logits that a tile depends on, and how they are resized."""
-
-    logits: Float[Array, "h classes w"]
-    row_weights: Float[Array, "rows h"]
-    column_weights: Float[Array, "columns w"]
-
-
-def _cut_patch(view: ViewLogits, row: Array, column: Array) -> _Patch:
+def _tile_scores(
+    view: ViewLogits, row: Array, column: Array, precision: str | None
+) -> Float[Array, "rows classes columns"]:
+    """The resized logits of one tile."""
     row_weights, column_weights = view.row_resize.weights[row], view.column_resize.weights[column]
+    _, classes, _ = view.logits.shape
+    height, width = row_weights.shape[1], column_weights.shape[1]
     zero = jnp.zeros((), view.row_resize.starts.dtype)
     corner = (view.row_resize.starts[row], zero, view.column_resize.starts[column])
-    size = (row_weights.shape[1], view.logits.shape[1], column_weights.shape[1])
-    return _Patch(lax.dynamic_slice(view.logits, corner, size), row_weights, column_weights)
-
-
-def _resize_patch(patch: _Patch, precision: str | None) -> Float[Array, "rows classes columns"]:
-    """The scores of one tile."""
-    logits, row_weights, column_weights = patch
-    height, classes, width = logits.shape
+    patch = lax.dynamic_slice(view.logits, corner, (height, classes, width))
     matmul = functools.partial(jnp.matmul, precision=precision)
-    stretched = matmul(logits.reshape(height * classes, width), column_weights.T)
+    stretched = matmul(patch.reshape(height * classes, width), column_weights.T)
     scores = matmul(row_weights, stretched.reshape(height, -1))
     return scores.reshape(row_weights.shape[0], classes, -1)
 
