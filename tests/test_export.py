@@ -71,7 +71,7 @@ def files(weights: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pa
     return folder
 
 
-def test_a_file_in_python(files: pathlib.Path) -> None:
+def test_a_file_in_python(files: pathlib.Path, weights: pathlib.Path) -> None:
     file = topformer_jax.exported(files / "labels.tflite")
     labels = file(np.zeros((2, 64, 64, 3), np.uint8))
     assert labels.shape == (2, 64, 64)
@@ -79,6 +79,7 @@ def test_a_file_in_python(files: pathlib.Path) -> None:
     assert (facts["output"], facts["size"], facts["stride"]) == ("labels", [64, 64], 1)
     assert len(facts["classes"]) == len(facts["palette"]) == 10
     assert facts["config"]["name"] == "topformer_t_shapes"
+    assert facts["checkpoint"]["name"] == weights.name
     assert len(facts["checkpoint"]["sha256"]) == 64
 
 

@@ -60,6 +60,7 @@ cli.answer_help(__name__, make_parser)
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -216,7 +217,8 @@ def describe_origin(config: ConfigDict, checkpoint: str, tensors: Mapping[str, A
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
     return names | {
         "config": json.loads(config.to_json()),
-        "checkpoint": {"path": str(checkpoint), "sha256": verification.checksum(tensors)},
+        # Its name alone: folders are nobody's business who gets the file.
+        "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": verification.checksum(tensors)},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
 
