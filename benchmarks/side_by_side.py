@@ -5,9 +5,10 @@
   python -m benchmarks.side_by_side --draw ours.json torch.json --output curves.svg
 
 One training a call, so that each has the machine for itself. Both run the official loss and AdamW with the config's
-schedule on the same augmented batches, which cost PyTorch no time here; dropout, drop path, class weights and
-averaged weights are off. PyTorch's weights are scored by our evaluation. `--threads` changes the order of PyTorch's
-sums and nothing else: how far two such runs come apart is the noise to compare with.
+schedule on the same augmented batches; dropout, drop path, further losses and averaged weights are off. PyTorch's
+weights are scored by our evaluation. Seconds are those of the steps after the first, which compiles; PyTorch's
+batches come augmented, which ours pays for. `--threads` changes the order of PyTorch's sums and nothing else: how far
+two such runs come apart is the noise to compare with.
 """
 
 import argparse
@@ -33,11 +34,19 @@ from topformer_jax.errors import UserError
 from topformer_jax.evaluation import evaluate_split
 from topformer_jax.optimizer import scaled_learning_rate
 
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "model.drop_path_rate": 0.0,
     "model.dropout_ratio": 0.0,
     "ignore_void_in_mean": False,
     "loss.class_weight": (),
+    "loss.label_smoothing": 0.0,
+    "loss.ohem_threshold": 0.0,
+    "loss.dice_weight": 0.0,
+    "distillation.config": "",
+    "distillation.checkpoint": "",
+    "optimizer.clip_norm": 0.0,
+    "optimizer.no_decay_norm": False,
+    "grad_accum_steps": 1,
     "ema_decay": 0.0,
 }
 MEANS = 20  # steps: a point of the drawn loss is the mean of so many
@@ -130,13 +139,24 @@ def train(config: ConfigDict, args: argparse.Namespace) -> Iterator[dict[str, An
         for number in range(1, config.schedule.steps + 1):
             loss, seconds = make_step(next(batches))
             found["losses"].append(loss)
-            found["seconds"] += seconds
+            found["seconds"] += seconds if number > 1 else 0.0
             if number % args.every == 0 or number == config.schedule.steps:
                 result = evaluate_split(scored, validation, mesh, tensors=read_weights())
                 found["miou"][number] = metrics.compute_scores(result.confusion).miou
                 yield found
     finally:
         batches.close()
+
+
+def read_run(path: pathlib.Path) -> dict[str, Any]:
+    """What `--json` has written."""
+    with files.report_errors("read", path):
+        text = path.read_text()
+    try:
+        run: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not a file that --json wrote: {error}") from None
+    return run
 
 
 def draw(runs: list[dict[str, Any]]) -> str:
@@ -152,7 +172,7 @@ def draw(runs: list[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12"><rect width="100%" height="100%" fill="white"/>'
     ]
-    for run, colour in zip(runs, COLOURS, strict=False):
+    for index, (run, colour) in enumerate(zip(runs, COLOURS[: len(runs)], strict=True)):
         losses = (
             np.array(run["losses"][: len(run["losses"]) // MEANS * MEANS]).reshape(-1, MEANS).mean(axis=1)
         )
@@ -162,7 +182,7 @@ def draw(runs: list[dict[str, Any]]) -> str:
             x, y = place(int(number), miou).split(",")
             lines.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
         scores = ", ".join(f"{100 * miou:.1f}" for miou in run["miou"].values())
-        row = MARGIN + 16 * runs.index(run)
+        row = MARGIN + 16 * index
         text = f"{run['name']}: mIoU {scores}; {run['seconds'] / 3600:.2f} h"
         lines.append(f'<text x="{WIDTH - MARGIN}" y="{row}" text-anchor="end" fill="{colour}">{text}</text>')
     for share in (0, 0.5, 1):
@@ -191,12 +211,16 @@ def main() -> None:
     if args.draw:
         if not args.output:
             raise UserError("--draw needs --output FILE.svg")
-        files.write_file(args.output, draw([json.loads(path.read_text()) for path in args.draw]))
+        if len(args.draw) > len(COLOURS):
+            raise UserError(f"--draw takes up to {len(COLOURS)} files, these are {len(args.draw)}")
+        files.write_file(args.output, draw([read_run(path) for path in args.draw]))
         return
     if config is None or not (args.program and args.json):
         raise UserError(
             "give --program ours or torch, --config and --json FILE; or --draw FILES and --output FILE"
         )
+    if config.task != "segmentation" or config.optimizer.name != "adamw":
+        raise UserError(f"{config.name}: expected a segmenter that AdamW trains")
     for found in train(config_lib.load(config, PLAIN), args):
         files.write_file(args.json, json.dumps(found) + "\n")
         number, miou = list(found["miou"].items())[-1]

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs() -> Iterator[None]:
-    """A file's compiled programs leave memory with it: all of them take gigabytes, and are on disk for others."""
+    """Most compiled programs of a file leave memory with it: all of them take gigabytes."""
     yield
     jax.clear_caches()
 

@@ -142,6 +142,9 @@ def test_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2
     with pytest.raises(UserError, match="give --program"):
         run_script(*flags)
+    (tmp_path / "cut.json").write_text("{")
+    with pytest.raises(UserError, match=r"cut\.json is not a file"):
+        run_script("--draw", tmp_path / "cut.json", "--output", tmp_path / "x.svg")
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ def blobs(seed: int, n: int, h: int, w: int, classes: int, noise: float) -> np.n
         ((1, 6, 6, 30), (48, 48), 50.0),  # all classes stay
         ((1, 1, 1, 9), (8, 8), 1.0),
         ((1, 1, 5, 2), (3, 40), 1.0),
+        ((2, 20, 16, 40), (9, 7), 0.1),  # smaller than the logits
     ],
 )
 def test_labels_are_those_of_all_classes(
@@ -84,6 +85,14 @@ def test_labels_are_those_of_all_classes(
     lost = scores.max(axis=-1) - np.take_along_axis(scores, found[..., None].astype(int), axis=-1)[..., 0]
     assert lost.max() <= 1e-5 * np.abs(scores).max()
     assert (found != scores.argmax(axis=-1)).mean() <= 1e-3
+
+
+def test_a_class_of_the_last_image_alone_stays() -> None:
+    logits = np.zeros((3, 4, 4, 6), np.float32)
+    logits[..., 1] = 2
+    logits[2, 3, 3, 4] = 9
+    assert possible(logits) == [1, 4]
+    assert label(logits, (32, 32))[2, 31, 31] == 4
 
 
 def test_equal_classes_give_the_first() -> None:

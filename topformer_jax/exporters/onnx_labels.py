@@ -3,7 +3,8 @@
 Every pixel lies in a cell: four neighbouring logits of each class, whose average by the pixel's weights is the
 class's score there. A class whose largest corner is below the smallest corner of another one has a lower score at
 every pixel of the cell. A class for which that holds in every cell of all images is nowhere the label and is left out
-before anything is enlarged: of 150 classes some 20 stay in a photograph. Where none can be left out, all stay.
+before anything is enlarged. Where none can be left out, all stay. The labels are those of all classes, but for ties
+by rounding; of logits with NaN or infinities they are arbitrary.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def _possible_classes(graph: Graph, logits: str) -> str:
     lead = largest(
         graph.add("Sub", largest_corner(logits), surely_reached), [0, 2, 3]
     )  # of each class, at its best
-    # Infinite logits may leave no class that leads: then those that are behind least stay. NaN stays.
+    # NaN and infinities may leave no class that leads, and a label there must be: those that are behind least stay.
     bound = graph.add("Min", largest(lead, [0]), graph.constant_name(np.float32(0)))
     stays = graph.add("Not", graph.add("Less", lead, bound))
     return str(
