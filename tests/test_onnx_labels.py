@@ -10,8 +10,6 @@ import pytest
 from topformer_jax.exporters import network, onnx_labels, onnx_rules
 from topformer_jax.exporters.onnx_graph import Graph, Value
 
-RULES = {"enlarge": onnx_labels.resize, "label_pixels": onnx_labels.label_pixels}
-
 
 def run(graph: Graph, value: Value, logits: np.ndarray) -> np.ndarray:
     """What a graph computes of logits."""
@@ -27,7 +25,7 @@ def label(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     graph = Graph()
     inputs = [graph.add_input("logits", logits.shape, "float32")]
     program = jax.make_jaxpr(lambda values: network.label_pixels(values, size=size))(logits)
-    (value,) = onnx_rules.translate(graph, program, inputs, RULES)
+    (value,) = onnx_rules.translate(graph, program, inputs, onnx_labels.RULES)
     return run(graph, value, logits)
 
 

@@ -30,8 +30,7 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     order = (0, 3, 1, 2)
     pixels = Value(shape, "uint8", order, graph.stored(images, order))
     # What is fast on a CPU, WebGPU computes wrongly or slowly; the program's own products are right there.
-    cpu = {"enlarge": onnx_labels.resize, "label_pixels": onnx_labels.label_pixels}
-    overrides = {} if description["target"] == "web" else cpu
+    overrides = {} if description["target"] == "web" else onnx_labels.RULES
     outputs = onnx_rules.translate(graph, program, [pixels], overrides)
     model = graph.model([images], [(description["output"], outputs[0])])
     model.producer_name, model.producer_version = KEY, description["versions"][KEY]

@@ -65,3 +65,7 @@ def _possible_classes(graph: Graph, logits: str) -> str:
     return str(
         graph.add("Squeeze", graph.add("NonZero", stays), graph.constant_name(np.array([0], np.int64)))
     )
+
+
+# By the names of the functions of `network` that they stand for.
+RULES = {"enlarge": resize, "label_pixels": label_pixels}
