@@ -1,9 +1,11 @@
 """Strict settings for every test, and the fixtures that more than one file needs."""
 
+import hashlib
 import os
 import pathlib
+import platform
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,32 @@ from hypothesis import settings
 if TYPE_CHECKING:
     import torch
 
-# Compiled programs of this session, for its other tests, the commands that they start, and pytest's other processes.
+
+def _open_cache() -> str:
+    """The folder of compiled programs: for other tests, the commands that they start, and the next run of the tests.
+
+    Two thirds of a first run's time are compiling. XLA compiles for the processor's instructions, so each kind of
+    processor has a folder of its own; what was compiled a week ago is deleted.
+    """
+    information = pathlib.Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
+    processor = "".join(
+        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    )
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = home / "topformer_jax" / "tests" / hashlib.sha256(processor.encode()).hexdigest()[:8]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.is_file() and time.time() - path.stat().st_mtime > 7 * 86400:
+            path.unlink()
+    return str(folder)
+
+
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _open_cache()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
