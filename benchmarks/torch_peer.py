@@ -62,11 +62,11 @@ class Variant:
         injection = OFFICIAL_NAMES.get(model.injection, model.injection)
         network: Any
         if self.config.task == "classification":
-            network = Classifier(model.variant, model.num_classes, model.drop_path_rate)
+            network = Classifier(model.variant, model.num_classes, model.drop_path_rate, model.depths)
         else:
             network = Segmenter(
                 *(model.variant, model.num_classes, injection, model.depthwise_head, model.head_channels),
-                *(model.drop_path_rate, model.dropout_ratio),
+                *(model.drop_path_rate, model.dropout_ratio, model.depths),
             )
         network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
         return network.to(self.device, memory_format=self.layout)

@@ -16,7 +16,7 @@ from topformer_jax import checkpoints, config, load, models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.errors import UserError
 
-INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi")
+INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)

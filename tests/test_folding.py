@@ -13,7 +13,7 @@ from topformer_jax import config, models
 from topformer_jax.models import layers
 from topformer_jax.models.folding import fold_batch_norms
 
-INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi")
+INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 
 
 def randomized(model: Any) -> Any:

@@ -31,7 +31,7 @@ from topformer_jax import config, load, models
 
 Find = Callable[[str], pathlib.Path]
 VARIANTS = ("tiny", "small", "base")
-INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi")
+INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 PARAMETERS = {"tiny": 1_389_654, "small": 3_034_662, "base": 5_062_646}
 
 
@@ -155,18 +155,18 @@ def test_names_shapes_and_parameters(golden: Find, variant: str) -> None:
     injection=st.sampled_from(INJECTIONS),
     depthwise=st.booleans(),
     width=st.sampled_from([None, 24]),
+    depths=st.sampled_from([4, 1]),
 )
 def test_random_networks(
-    h: int, w: int, variant: str, injection: str, depthwise: bool, width: int | None
+    h: int, w: int, variant: str, injection: str, depthwise: bool, width: int | None, depths: int
 ) -> None:
     """float64, so that a wrong formula cannot hide in rounding."""
-    network = reference.Segmenter(
-        variant, 7, reference.OFFICIAL_NAMES.get(injection, injection), depthwise, width
-    )
+    official = reference.OFFICIAL_NAMES.get(injection, injection)
+    network = reference.Segmenter(variant, 7, official, depthwise, width, depths=depths)
     reference.randomize(network, seed=h)
     images = np.random.default_rng(w).normal(size=(2, h, w, 3))
     with jax.enable_x64(True), torch.no_grad():
-        model = model_from(network, _float64(variant, injection, depthwise, width))
+        model = model_from(network, _float64(variant, injection, depthwise, width, depths=depths))
         theirs = network.double().eval()(to_nchw(images))
         assert distance(run(model, images), to_nhwc(theirs)) <= 1e-10
 
@@ -301,7 +301,7 @@ def test_dropout_needs_a_key_and_follows_it() -> None:
         model(images)
 
 
-def _float64(variant: str, injection: str, depthwise: bool, width: int | None, **rates: float) -> ConfigDict:
+def _float64(variant: str, injection: str, depthwise: bool, width: int | None, **others: float) -> ConfigDict:
     return settings_for(
         variant,
         model__num_classes=7,
@@ -310,7 +310,7 @@ def _float64(variant: str, injection: str, depthwise: bool, width: int | None, *
         model__head_channels=width,
         model__dtype="float64",
         model__param_dtype="float64",
-        **{f"model__{key}": rate for key, rate in rates.items()},
+        **{f"model__{key}": value for key, value in others.items()},
     )
 
 

@@ -24,10 +24,10 @@ VARIANTS: dict[str, Variant] = {  # rows of blocks: kernel, expansion, channels,
                         (3, 3, 128, 2), (3, 3, 128, 1), (5, 6, 160, 2), (5, 6, 160, 1), (3, 6, 160, 1)],
              "channels": [32, 64, 128, 160], "width": 256, "heads": 8, "taps": [2, 4, 6, 9]},
 }  # fmt: skip
-INJECTIONS = ("muli_sum", "muli_sum_cbr", "fuse_sum", "fuse_multi")
+INJECTIONS = ("muli_sum", "muli_sum_cbr", "fuse_sum", "fuse_multi", "none")  # the last one is not official
 # The official code's spelling of the setting `model.injection`, where it is another.
 OFFICIAL_NAMES = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
-STEM_CHANNELS, KEY_CHANNELS, VALUE_CHANNELS, MLP_RATIO, DEPTH = 16, 16, 32, 2, 4
+STEM_CHANNELS, KEY_CHANNELS, VALUE_CHANNELS, MLP_RATIO = 16, 16, 32, 2
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -160,6 +160,7 @@ class Injection(nn.Module):
             self.fuse2 = conv_bn(inputs, outputs, name="conv")
         else:
             self.local_embedding = conv_bn(inputs, outputs, name="conv")
+        if kind.startswith("muli"):
             self.global_embedding = conv_bn(inputs, outputs, name="conv")
             biased = named(conv=nn.Conv2d(inputs, outputs, 1))
             self.global_act = biased if kind == "muli_sum_cbr" else conv_bn(inputs, outputs, name="conv")
@@ -169,6 +170,8 @@ class Injection(nn.Module):
             return self.fuse1(local) + resize(self.fuse2(semantics), local)
         if self.kind == "fuse_multi":
             return self.fuse1(local) * resize(hsigmoid(self.fuse2(semantics)), local)
+        if self.kind == "none":
+            return self.local_embedding(local)
         gate = resize(hsigmoid(self.global_act(semantics)), local)
         features = resize(self.activation(self.global_embedding(semantics)), local)
         return self.activation(self.local_embedding(local)) * gate + features
@@ -177,11 +180,11 @@ class Injection(nn.Module):
 class Backbone(nn.Module):
     """Token pyramid, pooling and transformer, and in the segmenter the injections (`SIM`)."""
 
-    def __init__(self, variant: Variant, pool_stride: int, drop_path: float) -> None:
+    def __init__(self, variant: Variant, pool_stride: int, drop_path: float, depths: int = 4) -> None:
         super().__init__()
         self.pool_stride = pool_stride
         self.tpm = TokenPyramid(variant)
-        rates = [drop_path * (index / (DEPTH - 1)) for index in range(DEPTH)]
+        rates = [drop_path * (index / max(depths - 1, 1)) for index in range(depths)]
         blocks = [TransformerBlock(sum(variant["channels"]), variant["heads"], rate) for rate in rates]
         self.trans = named(transformer_blocks=nn.Sequential(*blocks))
 
@@ -199,13 +202,13 @@ class Segmenter(nn.Module):
 
     def __init__(self, variant: str | Variant = "tiny", classes: int = 150, injection: str = "muli_sum",
                  depthwise_head: bool | None = None, width: int | None = None,
-                 drop_path: float = 0.1, dropout: float = 0.1) -> None:  # fmt: skip
+                 drop_path: float = 0.1, dropout: float = 0.1, depths: int = 4) -> None:  # fmt: skip
         super().__init__()
         sizes = VARIANTS[variant] if isinstance(variant, str) else variant
         width = sizes["width"] if width is None else width
         depthwise = variant == "tiny" if depthwise_head is None else depthwise_head
         self.channels = sizes["channels"]
-        self.backbone = Backbone(sizes, pool_stride=2, drop_path=drop_path)
+        self.backbone = Backbone(sizes, pool_stride=2, drop_path=drop_path, depths=depths)
         injections = [Injection(injection, channels, width) for channels in self.channels[1:]]
         self.backbone.SIM = nn.ModuleList([nn.Identity(), *injections])
         fuse = conv_bn(width, width, groups=width if depthwise else 1, name="conv")
@@ -230,9 +233,10 @@ class Segmenter(nn.Module):
 class Classifier(Backbone):
     """The ImageNet network: images (n, 3, h, w) -> logits (n, classes)."""
 
-    def __init__(self, variant: str | Variant = "tiny", classes: int = 1000, drop_path: float = 0.1) -> None:
+    def __init__(self, variant: str | Variant = "tiny", classes: int = 1000, drop_path: float = 0.1,
+                 depths: int = 4) -> None:  # fmt: skip
         sizes = VARIANTS[variant] if isinstance(variant, str) else variant
-        super().__init__(sizes, pool_stride=1, drop_path=drop_path)
+        super().__init__(sizes, pool_stride=1, drop_path=drop_path, depths=depths)
         channels = sum(sizes["channels"])
         self.head = named(bn=nn.BatchNorm1d(channels), l=nn.Linear(channels, classes))
 

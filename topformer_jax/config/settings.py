@@ -82,6 +82,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "ema_decay": Setting(
             0.0, "decay a step of the averaged weights, e.g. 0.9999; 0: no averages", BELOW_ONE
         ),
+        "ema_warmup": Setting(
+            False,
+            "true: that decay is at most (1 + step) / (10 + step), so that short runs forget their first weights",
+        ),
         "init_from": Setting("", "a checkpoint to start from, a file or a folder; empty: fresh weights"),
         "init_part": Setting(
             "all",
@@ -105,13 +109,14 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "model.injection": Setting(
             "multi_sum",
-            "how semantics are injected into the tokens (the official code spells muli_sum, muli_sum_cbr)",
-            ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi"),
+            "how semantics are injected into the tokens (officially muli_sum, muli_sum_cbr, ...); none: not at all",
+            ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none"),
         ),
         "model.head_channels": Setting(
             None, "channels of the injections and the head; none: those of the variant", Range(1, 4096)
         ),
         "model.depthwise_head": Setting(False, "fuse the head's maps by a depthwise convolution"),
+        "model.depths": Setting(4, "transformer blocks", Range(1, 64)),
         "model.drop_path_rate": Setting(
             0.1,
             "probability of stochastic depth at the last block; rises linearly from 0 at the first",

@@ -17,7 +17,8 @@ from topformer_jax.errors import UserError
 from topformer_jax.models.classifier import Classifier
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.models.topformer import VARIANTS, Segmenter
+from topformer_jax.models.topformer import Segmenter
+from topformer_jax.models.variants import VARIANTS
 from topformer_jax.ops.depthwise import METHODS
 
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
@@ -76,6 +77,7 @@ def _build(config: ConfigDict) -> Segmenter | Classifier:
         return Classifier(
             variant,
             settings.num_classes,
+            depths=settings.depths,
             drop_path_rate=settings.drop_path_rate,
             dropout_ratio=settings.dropout_ratio,
             policy=policy,
@@ -88,6 +90,7 @@ def _build(config: ConfigDict) -> Segmenter | Classifier:
         injection=settings.injection,
         head_channels=settings.head_channels,
         depthwise_head=settings.depthwise_head,
+        depths=settings.depths,
         drop_path_rate=settings.drop_path_rate,
         dropout_ratio=settings.dropout_ratio,
         policy=policy,

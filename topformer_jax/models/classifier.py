@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 from ml_collections import FrozenConfigDict
 
 from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy
-from topformer_jax.models.topformer import Backbone, Images, Variant
+from topformer_jax.models.topformer import Backbone, Images
+from topformer_jax.models.variants import Variant
 
 
 class Linear(nnx.Module):
@@ -61,12 +62,13 @@ class Classifier(Backbone):
         variant: Variant,
         num_classes: int,
         *,
+        depths: int = 4,
         drop_path_rate: float = 0.1,
         dropout_ratio: float = 0.0,
         policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        super().__init__(variant, 1, drop_path_rate, policy=policy, rng=rng)
+        super().__init__(variant, 1, depths=depths, drop_path_rate=drop_path_rate, policy=policy, rng=rng)
         self.head = ClassifierHead(sum(self.channels), num_classes, dropout_ratio, policy=policy, rng=rng)
 
     def __call__(

@@ -2,7 +2,7 @@
 
 There are four kinds, by `model.injection`: "multi_sum", "multi_sum_cbr" (officially spelled `muli_sum` and
 `muli_sum_cbr`), "fuse_sum" and "fuse_multi". In all of them the global semantics are resized to the local tokens'
-size *after* their convolution and activation.
+size *after* their convolution and activation. A fifth, "none", leaves them out, to show what they are worth.
 """
 
 import functools
@@ -94,9 +94,26 @@ class FuseMulti(FuseSum):
         return self.fuse1(local) * self._resize_like(hsigmoid(self.fuse2(semantics)), local, matrices)
 
 
-INJECTIONS: dict[str, Callable[..., MultiSum | FuseSum]] = {
+class LocalTokens(_Injection):
+    """`ConvBN(local)`: no semantics, so that what computes them is not trained either."""
+
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+        super().__init__(policy)
+        self.local_embedding = ConvModule(inputs, outputs, policy=policy, rng=rng)
+
+    def __call__(
+        self,
+        local: Float[Array, "n h w inputs"],
+        semantics: Float[Array, "n gh gw inputs"],
+        matrices: Matrices | None = None,
+    ) -> Float[Array, "n h w outputs"]:
+        return self.local_embedding(local)
+
+
+INJECTIONS: dict[str, Callable[..., MultiSum | FuseSum | LocalTokens]] = {
     "multi_sum": MultiSum,
     "multi_sum_cbr": MultiSumCBR,
     "fuse_sum": FuseSum,
     "fuse_multi": FuseMulti,
+    "none": LocalTokens,
 }

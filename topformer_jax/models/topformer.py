@@ -1,6 +1,5 @@
-"""The network put together: backbone, decode head, segmenter; and the table of its three sizes."""
+"""The network put together: backbone, decode head, segmenter."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -14,93 +13,14 @@ from ml_collections import FrozenConfigDict
 from topformer_jax.models.area import WHOLE, ImageArea
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import Conv, ConvModule, Dropout, DTypePolicy
-from topformer_jax.models.token_pyramid import Block, TokenPyramid
+from topformer_jax.models.token_pyramid import TokenPyramid
 from topformer_jax.models.transformer import Transformer
+from topformer_jax.models.variants import Variant
 from topformer_jax.ops.resample import Matrices, adaptive_avg_pool, resize
 
 Images = Array | np.ndarray
 STRIDES = (4, 8, 16, 32)  # of the tokens
 SEMANTICS_STRIDE = 64  # of the transformer in the segmenter
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One size of the network.
-
-    Attributes:
-        blocks: of the token pyramid.
-        taps: the blocks (counted from 0) whose outputs are the tokens of strides 4, 8, 16 and 32.
-        head_channels: of the injections and the head.
-        heads: of the attention.
-    """
-
-    blocks: tuple[Block, ...]
-    taps: tuple[int, ...]
-    head_channels: int
-    heads: int
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of the tokens of strides 4, 8, 16 and 32."""
-        return tuple(self.blocks[tap].channels for tap in self.taps)
-
-
-def _blocks(*rows: tuple[int, int, int, int]) -> tuple[Block, ...]:
-    return tuple(Block(*row) for row in rows)
-
-
-VARIANTS = {
-    "tiny": Variant(
-        blocks=_blocks(
-            (3, 1, 16, 1),
-            (3, 4, 16, 2),
-            (3, 3, 16, 1),
-            (5, 3, 32, 2),
-            (5, 3, 32, 1),
-            (3, 3, 64, 2),
-            (3, 3, 64, 1),
-            (5, 6, 96, 2),
-            (5, 6, 96, 1),
-        ),
-        taps=(2, 4, 6, 8),
-        head_channels=128,
-        heads=4,
-    ),
-    "small": Variant(
-        blocks=_blocks(
-            (3, 1, 16, 1),
-            (3, 4, 24, 2),
-            (3, 3, 24, 1),
-            (5, 3, 48, 2),
-            (5, 3, 48, 1),
-            (3, 3, 96, 2),
-            (3, 3, 96, 1),
-            (5, 6, 128, 2),
-            (5, 6, 128, 1),
-            (3, 6, 128, 1),
-        ),
-        taps=(2, 4, 6, 9),
-        head_channels=192,
-        heads=6,
-    ),
-    "base": Variant(
-        blocks=_blocks(
-            (3, 1, 16, 1),
-            (3, 4, 32, 2),
-            (3, 3, 32, 1),
-            (5, 3, 64, 2),
-            (5, 3, 64, 1),
-            (3, 3, 128, 2),
-            (3, 3, 128, 1),
-            (5, 6, 160, 2),
-            (5, 6, 160, 1),
-            (3, 6, 160, 1),
-        ),
-        taps=(2, 4, 6, 9),
-        head_channels=256,
-        heads=8,
-    ),
-}
 
 
 class PyramidPool(nnx.Module):
@@ -135,15 +55,16 @@ class Backbone(nnx.Module):
     """Token pyramid, pooling and transformer: what segmenter and classifier share.
 
     `pool_stride` is the stride of the pooling after the coarsest scale (officially `c2t_stride`): 2 in the segmenter,
-    whose transformer thus runs at stride 64, and 1 in the classifier.
+    whose transformer thus runs at stride 64, and 1 in the classifier. `depths` are the transformer's blocks.
     """
 
     def __init__(
         self,
         variant: Variant,
         pool_stride: int,
-        drop_path_rate: float,
         *,
+        depths: int,
+        drop_path_rate: float,
         policy: DTypePolicy,
         rng: np.random.Generator,
     ):
@@ -152,7 +73,7 @@ class Backbone(nnx.Module):
         self.tpm = TokenPyramid(variant.blocks, variant.taps, policy=policy, rng=rng)
         self.ppa = PyramidPool(pool_stride, policy)
         self.trans = Transformer(
-            sum(self.channels), variant.heads, drop_path_rate=drop_path_rate, policy=policy, rng=rng
+            sum(self.channels), variant.heads, depths, drop_path_rate=drop_path_rate, policy=policy, rng=rng
         )
 
     def extract_features(
@@ -200,11 +121,12 @@ class TopFormer(Backbone):
         *,
         injection: str,
         head_channels: int,
+        depths: int,
         drop_path_rate: float,
         policy: DTypePolicy,
         rng: np.random.Generator,
     ):
-        super().__init__(variant, 2, drop_path_rate, policy=policy, rng=rng)
+        super().__init__(variant, 2, depths=depths, drop_path_rate=drop_path_rate, policy=policy, rng=rng)
         injected: list[Callable[..., Array]] = [
             INJECTIONS[injection](channels, head_channels, policy=policy, rng=rng)
             for channels in self.channels[1:]
@@ -296,6 +218,7 @@ class Segmenter(nnx.Module):
         injection: a key of `INJECTIONS`.
         head_channels: of injections and head; None: the variant's own.
         depthwise_head: `depthwise` of `DecodeHead`.
+        depths: transformer blocks.
         drop_path_rate: in training, of the last transformer block; the first has 0.
         dropout_ratio: in training, of the head's channels.
         policy: see `DTypePolicy`.
@@ -313,6 +236,7 @@ class Segmenter(nnx.Module):
         injection: str = "multi_sum",
         head_channels: int | None = None,
         depthwise_head: bool = False,
+        depths: int = 4,
         drop_path_rate: float = 0.1,
         dropout_ratio: float = 0.1,
         policy: DTypePolicy,
@@ -324,6 +248,7 @@ class Segmenter(nnx.Module):
             variant,
             injection=injection,
             head_channels=head_channels,
+            depths=depths,
             drop_path_rate=drop_path_rate,
             policy=policy,
             rng=rng,

@@ -104,14 +104,14 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`depth` blocks; their drop-path rates rise linearly from 0 to `drop_path_rate`."""
+    """`depths` blocks; their drop-path rates rise linearly from 0 to `drop_path_rate`."""
 
     def __init__(
         self,
         features: int,
         heads: int,
+        depths: int,
         *,
-        depth: int = 4,
         drop_path_rate: float = 0.1,
         policy: DTypePolicy,
         rng: np.random.Generator,
@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
         self.transformer_blocks = nnx.List(
             [
                 TransformerBlock(features, heads, float(rate), policy=policy, rng=rng)
-                for rate in np.linspace(0, drop_path_rate, depth)
+                for rate in np.linspace(0, drop_path_rate, depths)
             ]
         )
 
