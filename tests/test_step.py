@@ -133,7 +133,8 @@ def _run(
         old = np.array(state.average[name])  # its memory is the step's
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
-        expected = 0.9 * old + 0.1 * np.asarray(state.params[name])
+        decay = min(settings.ema_decay, (1 + step) / (10 + step) if settings.ema_warmup else 1)
+        expected = decay * old + (1 - decay) * np.asarray(state.params[name])
         np.testing.assert_allclose(np.asarray(state.average[name]), expected, rtol=1e-12)
         assert set(state.average) == set(state.params) | set(state.stats)
     return state, losses, lambda: train_step.lower(state, batch).compile().as_text()  # type: ignore[attr-defined]
@@ -147,7 +148,8 @@ def _everything_on() -> ConfigDict:
         data__photometric_distortion=True,
         model__drop_path_rate=0.3,
         model__dropout_ratio=0.3,
-        ema_decay=0.9,
+        ema_decay=0.2,
+        ema_warmup=True,
     )
 
 

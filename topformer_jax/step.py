@@ -174,9 +174,8 @@ def _apply_step(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     tensors = params | stats
-    average = {
-        name: _move_average(old, tensors[name], config.ema_decay) for name, old in state.average.items()
-    }
+    decay = average_decay(state.step, config)
+    average = {name: _move_average(old, tensors[name], decay) for name, old in state.average.items()}
     metrics = {
         "loss": loss,
         ACCURACY[config.task]: correct / jnp.maximum(valid, 1),
@@ -280,6 +279,26 @@ def _sum_losses(
     return sums, dice
 
 
-def _move_average(old: Array, new: Array, decay: float) -> Array:
+def average_decay(step: Array, config: ConfigDict) -> float | Array:
+    """The decay of the moving averages at a step, counted from 0: `ema_decay`, or with `ema_warmup` less at first.
+
+    As in TensorFlow's `ExponentialMovingAverage(num_updates=step)`, they reach back over a ninth of the steps then.
+
+    >>> from topformer_jax import config
+    >>> settings = config.load(config.camvid("tiny"), {"ema_decay": 0.99, "ema_warmup": True})
+    >>> [f"{average_decay(jnp.asarray(step), settings):.2f}" for step in (0, 90, 890, 10_000)]
+    ['0.10', '0.91', '0.99', '0.99']
+    """
+    if not config.ema_warmup:
+        return config.ema_decay
+    step = step.astype(jnp.result_type(float))
+    return jnp.minimum((1 + step) / (10 + step), config.ema_decay)
+
+
+def _move_average(old: Array, new: Array, decay: float | Array) -> Array:
     """The exponential moving average; integers (counters) take the new value."""
-    return decay * old + (1 - decay) * new if jnp.issubdtype(old.dtype, jnp.floating) else new
+    if not jnp.issubdtype(old.dtype, jnp.floating):
+        return new
+    if isinstance(decay, Array):
+        decay = decay.astype(old.dtype)
+    return decay * old + (1 - decay) * new
