@@ -65,9 +65,7 @@ flags=(--config "$recipe" "--config.data.root=$work/data/$data_set" "${settings[
 run=$work/runs/$row
 
 python -m topformer_jax.prepare "$data_set" --source "$downloads" --output "$work/data/$data_set"
-if [ "$data_set" != imagenet ]; then
-    python -m topformer_jax.check "${flags[@]}" --output "$run/check"
-fi
+python -m topformer_jax.check "${flags[@]}" --output "$run/check"
 if [ -n "$backbone" ] && [ "$backbone" != fresh ]; then
     python -m topformer_jax.train "${flags[@]}" --workdir "$run" \
         --config.init_part=backbone "--config.init_from=$backbone"

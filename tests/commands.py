@@ -1,4 +1,4 @@
-"""The training command with tiny settings, in a process of its own or in this one, and what it says of mistakes."""
+"""Commands with tiny settings, in a process of their own or in this one, and what they say of mistakes."""
 
 import contextlib
 import io
@@ -76,6 +76,19 @@ def only_line(err: str) -> str:
     assert err.startswith("error: ")
     print(f"\n{err.strip()}")
     return err
+
+
+def run_check(
+    recipe: str, settings: dict[str, Any], output: pathlib.Path, status: int, *flags: str
+) -> tuple[str, str]:
+    """The command that checks a data set in a process of its own: its stdout and stderr."""
+    command = [sys.executable, "-m", "topformer_jax.check", "--config", recipe, "--output", str(output)]
+    words = [f"--config.{key}={value}" for key, value in settings.items()]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+    done = subprocess.run([*command, *words, *flags], cwd=ROOT, env=environment, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def run(workdir: Workdir, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:

@@ -7,8 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +17,11 @@ from PIL import Image
 
 from tests import broken_sets
 from tests.broken_sets import BROKEN, CLASSES, COUNTS, IMAGE, PROBLEM, WARNING, every, labels, put
-from tests.commands import ROOT
+from tests.commands import run_check
 from tests.test_bad_input import cut, rewrite
 from topformer_jax import check
 from topformer_jax import config as config_lib
-from topformer_jax.data import inspection, ramps, rules
+from topformer_jax.data import label_inspection, label_rules, ramps, rules
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import packing
 
@@ -60,14 +58,14 @@ def configure(root: pathlib.Path, **changes: Any) -> ConfigDict:
 
 def look_through(config: ConfigDict, limit: int | None = None) -> list[rules.Finding]:
     """The problems and the warnings."""
-    found = rules.find(inspection.inspect(config, limit=limit))
+    found = label_rules.find(label_inspection.inspect(config, limit=limit))
     return [finding for finding in found if finding.level != "note"]
 
 
 def test_nothing_is_said_of_a_healthy_set(healthy: pathlib.Path) -> None:
     assert look_through(configure(healthy)) == []
     as_words = {"data.reduce_zero_label": False, "data.crop_size": (512, 512)}
-    notes = rules.find(inspection.inspect(configure(healthy, **as_words)))
+    notes = label_rules.find(label_inspection.inspect(configure(healthy, **as_words)))
     assert [(note.level, note.rule) for note in notes if note.rule != "rare-classes"] == [
         ("note", "small-images")
     ]
@@ -142,25 +140,8 @@ def test_ramps(seed: int) -> None:
     assert ramps.count_ramps(label[:, :1]) == ramps.Ramps()
 
 
-def run(
-    root: pathlib.Path, output: pathlib.Path, status: int, *flags: str, **changes: Any
-) -> tuple[str, str]:
-    """The command in a process of its own: its stdout and stderr."""
-    words = [f"--config.{key}={value}" for key, value in settings(root, **changes).items()]
-    command = [
-        sys.executable,
-        "-m",
-        "topformer_jax.check",
-        "--config",
-        "topformer_t_ade",
-        "--output",
-        str(output),
-    ]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 300}
-    done = subprocess.run([*command, *words, *flags], cwd=ROOT, env=environment, **options)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout, done.stderr
+def run(root: pathlib.Path, output: pathlib.Path, status: int, *flags: str) -> tuple[str, str]:
+    return run_check("topformer_t_ade", settings(root), output, status, *flags)
 
 
 def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -195,8 +176,8 @@ def open_image(path: pathlib.Path) -> np.ndarray:
 
 def test_counts(healthy: pathlib.Path) -> None:
     """The report's numbers against NumPy's and Pillow's."""
-    found = inspection.inspect(configure(healthy))
-    report = json.loads(check.as_json(found, rules.find(found)))
+    found = label_inspection.inspect(configure(healthy))
+    report = json.loads(check.as_json(found, label_rules.find(found)))
     for folder, name in (("train", "train"), ("val", "validation")):
         arrays = [open_image(path) for path in labels(healthy, folder)]
         split = report["splits"][name]
@@ -223,8 +204,8 @@ def test_threads_do_not_change_the_report(spoilt: pathlib.Path, monkeypatch: pyt
     reports = []
     for threads in (1, 7):
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
-        found = inspection.inspect(configure(spoilt))
-        reports.append(check.format_report(found, rules.find(found)))
+        found = label_inspection.inspect(configure(spoilt))
+        reports.append(check.format_report(found, label_rules.find(found)))
     assert reports[0] == reports[1]
     assert (
         "images/train/0.jpg is cut off: its end is missing; copy or download it again (and 4 more: "
@@ -241,7 +222,7 @@ def test_records(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
     config = pack("records")
     assert look_through(config) == []
-    files, records = (inspection.inspect(c).splits["train"] for c in (configure(spoilt), config))
+    files, records = (label_inspection.inspect(c).splits["train"] for c in (configure(spoilt), config))
     np.testing.assert_array_equal(files.pixels, records.pixels)
     assert files.sizes == records.sizes
     cut(spoilt / IMAGE)

@@ -1,10 +1,11 @@
 """Looks through a data set before a training: what it holds, what is wrong with it, and whether training would start.
 
   python -m topformer_jax.check --config configs/topformer_b_ade.py --config.data.root=DIR --output DIR
+  python -m topformer_jax.check --config configs/topformer_b_imagenet.py --config.data.root=DIR --output DIR
 
 Reads every image and label once. Prints sizes, counts and classes of both splits, then problems and warnings, a line
 each. Exit status: 0 if training would start, 1 if it would not or would learn nonsense, 2 if nothing can be checked.
---output gets this report as report.txt and report.json, and a histogram of the classes as classes.png.
+--output gets this report as report.txt and report.json, and as classes.png how often each class occurs.
 """
 
 from topformer_jax import cli, files
@@ -26,28 +27,36 @@ cli.answer_help(__name__, make_parser)
 
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from topformer_jax import logs
-from topformer_jax.data import rules
-from topformer_jax.data.inspection import Inspection, SplitFacts, inspect
+from topformer_jax.data import class_inspection, class_rules, label_inspection, label_rules
+from topformer_jax.data.class_inspection import ClassInspection, ClassSplit
+from topformer_jax.data.inspection import Inspection, SplitFacts
+from topformer_jax.data.label_inspection import LabelInspection, LabelSplit
+from topformer_jax.data.rules import Finding, Level
 from topformer_jax.errors import UserError
 from topformer_jax.visualize import histogram
 
-HEADINGS: dict[rules.Level, str] = {"problem": "PROBLEMS", "warning": "WARNINGS", "note": "NOTES"}
+HEADINGS: dict[Level, str] = {"problem": "PROBLEMS", "warning": "WARNINGS", "note": "NOTES"}
+SMALLEST_CLASSES = 10  # which the table of a classifier's classes shows if there are more than MAX_NAMED
+Rows = list[list[str]]
 
 
-def format_report(inspection: Inspection, findings: list[rules.Finding]) -> str:
+def format_report(inspection: Inspection, findings: list[Finding]) -> str:
     """The report for a terminal: tables of the splits and of the classes, the findings, and the verdict."""
-    data = inspection.config.data
+    data, task = inspection.config.data, TASKS[inspection.config.task]
+    settings = [f"data.{name}={json.dumps(data[name])}" for name in task.settings]
     parts = [
-        f"{data.dataset} ({data.source}) in {data.root or 'memory'}: {len(inspection.data_set.classes)} classes, "
-        f"data.reduce_zero_label={str(data.reduce_zero_label).lower()}",
-        cli.table(_split_rows(inspection)),
-        cli.table(_class_rows(inspection)),
+        f"{data.dataset} ({data.source}) in {data.root or 'memory'}: "
+        f"{', '.join([f'{len(inspection.data_set.classes)} classes', *settings])}",
+        cli.table(_split_rows(inspection) + task.split_rows(inspection)),
     ]
+    classes = task.class_rows(inspection)
+    parts += [cli.table(classes)] if classes else []
     for level, heading in HEADINGS.items():
         lines = [f"  {finding.rule}: {finding.text}" for finding in findings if finding.level == level]
         parts += ["\n".join([heading, *lines])] if lines else []
@@ -57,19 +66,78 @@ def format_report(inspection: Inspection, findings: list[rules.Finding]) -> str:
     return "\n\n".join([*parts, verdict]) + "\n"
 
 
-def count_problems(findings: list[rules.Finding]) -> int:
+def as_json(inspection: Inspection, findings: list[Finding]) -> str:
+    """The report for scripts."""
+    data, task = inspection.config.data, TASKS[inspection.config.task]
+    report = {
+        "config": inspection.config.name,
+        "dataset": data.dataset,
+        "source": data.source,
+        "root": data.root,
+        **{name: data[name] for name in task.settings},
+        "splits": {
+            name: _split_json(split) | task.split_json(inspection, split)
+            for name, split in inspection.splits.items()
+        },
+        "findings": [finding._asdict() for finding in findings],
+        "would_start": not count_problems(findings),
+    }
+    return json.dumps(report, indent=1) + "\n"
+
+
+def count_problems(findings: list[Finding]) -> int:
     """How many findings keep a training from starting, or from learning."""
     return sum(finding.level == "problem" for finding in findings)
 
 
-def _split_rows(inspection: Inspection) -> list[list[str]]:
+# Of every task
+
+
+def _split_rows(inspection: Inspection) -> Rows:
     splits = list(inspection.splits.values())
     rows = [["", *(split.name for split in splits)]]
     rows.append(["examples", *(_format_count(split) for split in splits)])
     for axis, side in ((1, "width"), (0, "height")):
         rows.append([f"{side}: smallest / median / largest", *(_format_sides(s, axis) for s in splits)])
     rows.append(["distinct sizes", *(f"{len(split.sizes):,}" for split in splits)])
-    rows.append(["labels read", *(f"{split.labels:,}" for split in splits)])
+    return rows
+
+
+def _format_count(split: SplitFacts) -> str:
+    if split.refusal:
+        return "cannot be opened"
+    if not split.is_whole:
+        return f"first {split.examples:,} of {split.available:,}"
+    return f"{split.examples:,}"
+
+
+def _format_sides(split: SplitFacts, axis: int) -> str:
+    return _format_range(np.repeat([size[axis] for size in split.sizes], list(split.sizes.values())))
+
+
+def _format_range(numbers: np.ndarray) -> str:
+    """Smallest, median and largest one."""
+    ordered = np.sort(numbers)
+    return f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}" if len(ordered) else "-"
+
+
+def _split_json(split: SplitFacts) -> dict[str, Any]:
+    return {
+        "available": split.available,
+        "examples": split.examples,
+        "sizes": [
+            {"height": height, "width": width, "images": count}
+            for (height, width), count in sorted(split.sizes.items())
+        ],
+    }
+
+
+# Of segmentation
+
+
+def _label_rows(inspection: LabelInspection) -> Rows:
+    splits = list(inspection.splits.values())
+    rows = [["labels read", *(f"{split.labels:,}" for split in splits)]]
     for kind in sorted(set().union(*(split.kinds for split in splits))):
         rows.append([f"  {kind}", *(f"{split.kinds[kind]:,}" for split in splits)])
     rows.append(["values", *(_format_values(split) for split in splits)])
@@ -79,7 +147,7 @@ def _split_rows(inspection: Inspection) -> list[list[str]]:
     return rows
 
 
-def _class_rows(inspection: Inspection) -> list[list[str]]:
+def _class_pixel_rows(inspection: LabelInspection) -> Rows:
     """For each class and split the share of the labelled pixels, and how many labels hold the class."""
     rows = [["class", *(text for name in inspection.splits for text in (name, "labels"))]]
     columns: list[list[str]] = []
@@ -92,20 +160,7 @@ def _class_rows(inspection: Inspection) -> list[list[str]]:
     return rows
 
 
-def _format_count(split: SplitFacts) -> str:
-    if split.refusal:
-        return "cannot be opened"
-    if split.examples < split.available:
-        return f"first {split.examples:,} of {split.available:,}"
-    return f"{split.examples:,}"
-
-
-def _format_sides(split: SplitFacts, axis: int) -> str:
-    sides = np.sort(np.repeat([size[axis] for size in split.sizes], list(split.sizes.values())))
-    return f"{sides[0]} / {sides[len(sides) // 2]} / {sides[-1]}" if len(sides) else "-"
-
-
-def _format_values(split: SplitFacts) -> str:
+def _format_values(split: LabelSplit) -> str:
     """The range of the stored values, 255 apart."""
     values = np.flatnonzero(split.pixels)
     below = values[values < 255]
@@ -119,33 +174,11 @@ def _format_share(count: int, total: int) -> str:
     return f"{count / total:.3%}" if count else "-"
 
 
-def as_json(inspection: Inspection, findings: list[rules.Finding]) -> str:
-    """The report for scripts."""
-    data = inspection.config.data
-    report = {
-        "config": inspection.config.name,
-        "dataset": data.dataset,
-        "source": data.source,
-        "root": data.root,
-        "reduce_zero_label": data.reduce_zero_label,
-        "splits": {name: _split_json(inspection, split) for name, split in inspection.splits.items()},
-        "findings": [finding._asdict() for finding in findings],
-        "would_start": not count_problems(findings),
-    }
-    return json.dumps(report, indent=1) + "\n"
-
-
-def _split_json(inspection: Inspection, split: SplitFacts) -> dict[str, Any]:
+def _label_json(inspection: LabelInspection, split: LabelSplit) -> dict[str, Any]:
     pixels, labels = inspection.class_pixels(split.name), inspection.class_labels(split.name)
     return {
-        "available": split.available,
-        "examples": split.examples,
         "labels": split.labels,
         "label_files": dict(sorted(split.kinds.items())),
-        "sizes": [
-            {"height": height, "width": width, "images": count}
-            for (height, width), count in sorted(split.sizes.items())
-        ],
         "values": {int(value): int(split.pixels[value]) for value in np.flatnonzero(split.pixels[:256])},
         "largest_value": split.largest,
         "void_pixels": inspection.void_pixels(split.name),
@@ -156,22 +189,93 @@ def _split_json(inspection: Inspection, split: SplitFacts) -> dict[str, Any]:
     }
 
 
+def _draw_labels(path: files.Path, inspection: LabelInspection) -> None:
+    pixels = {name: inspection.class_pixels(name) for name in inspection.splits}
+    histogram.draw_pixel_shares(path, inspection.data_set, pixels)
+
+
+# Of classification
+
+
+def _class_rows(inspection: ClassInspection) -> Rows:
+    counts = (split.class_images if split.examples else np.zeros(0) for split in inspection.splits.values())
+    return [["images per class: smallest / median / largest", *map(_format_range, counts)]]
+
+
+def _class_image_rows(inspection: ClassInspection) -> Rows:
+    """For each class, or the smallest in train, how many images it has; nothing where train was read in part."""
+    splits, names = list(inspection.splits.values()), inspection.data_set.classes
+    train = inspection.splits["train"]
+    if not train.is_whole:
+        return []
+    heading, shown = "class", np.arange(len(names))
+    if len(names) > histogram.MAX_NAMED:
+        heading = f"the {SMALLEST_CLASSES} smallest classes"
+        shown = np.argsort(train.class_images, kind="stable")[:SMALLEST_CLASSES]
+    rows = [[heading, *(split.name for split in splits)]]
+    for label in shown.tolist():
+        rows.append([f"{label:3} {names[label]}", *(f"{split.class_images[label]:,}" for split in splits)])
+    return rows
+
+
+def _class_json(inspection: ClassInspection, split: ClassSplit) -> dict[str, Any]:
+    pairs = zip(inspection.data_set.classes, split.class_images.tolist(), strict=True)
+    return {"classes": [{"name": name, "images": images} for name, images in pairs]}
+
+
+def _draw_classes(path: files.Path, inspection: ClassInspection) -> None:
+    images = {name: split.class_images for name, split in inspection.splits.items()}
+    histogram.draw_image_counts(path, inspection.data_set, images)
+
+
+class Task(NamedTuple):
+    """What the command does for one task alone; each function takes what `inspect` returns."""
+
+    settings: tuple[str, ...]  # of the config's data, which decide what labels mean
+    inspect: Callable[..., Any]
+    find: Callable[[Any], list[Finding]]
+    split_rows: Callable[[Any], Rows]
+    class_rows: Callable[[Any], Rows]
+    split_json: Callable[[Any, Any], dict[str, Any]]
+    draw: Callable[[files.Path, Any], None]
+
+
+TASKS = {
+    "segmentation": Task(
+        settings=("reduce_zero_label",),
+        inspect=label_inspection.inspect,
+        find=label_rules.find,
+        split_rows=_label_rows,
+        class_rows=_class_pixel_rows,
+        split_json=_label_json,
+        draw=_draw_labels,
+    ),
+    "classification": Task(
+        settings=(),
+        inspect=class_inspection.inspect,
+        find=class_rules.find,
+        split_rows=_class_rows,
+        class_rows=_class_image_rows,
+        split_json=_class_json,
+        draw=_draw_classes,
+    ),
+}
+
+
 def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}: expected 1 or more")
-    if config.task != "segmentation":
-        raise UserError(f"{config.name} has task={config.task}: this command knows segmentation alone")
+    task = TASKS[config.task]
     output = args.output or files.as_path("runs") / config.name / "check"
-    inspection = inspect(config, limit=args.limit, make_progress=logs.Progress)
-    findings = rules.find(inspection)
+    inspection = task.inspect(config, limit=args.limit, make_progress=logs.Progress)
+    findings = task.find(inspection)
     report = format_report(inspection, findings)
     files.write_file(output / "report.txt", report)
     files.write_file(output / "report.json", as_json(inspection, findings))
-    pixels = {name: inspection.class_pixels(name) for name in inspection.splits}
-    histogram.write_histogram(output / "classes.png", inspection.data_set, pixels)
+    task.draw(output / "classes.png", inspection)
     print(f"wrote {output}/report.txt, report.json and classes.png\n\n{report}", end="")
     if count_problems(findings):
         sys.exit(1)

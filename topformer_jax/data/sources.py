@@ -225,7 +225,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
         raise _not_found(dataset, layout, base, f"{base / image_folder} holds no {kinds}")
 
-    suffix, labels = layout.label_suffix, frozenset(_list_files(base / label_folder))
+    suffix, labels = layout.label_suffix, frozenset(list_files(base / label_folder))
     names = [name for name in sorted(images) if name + suffix in labels]
     without = [images[name] for name in sorted(images) if name + suffix not in labels]
     hint = f" ({_name_maker(dataset)})"
@@ -268,7 +268,7 @@ def _pack_first(dataset: str, root: str) -> str:
     )
 
 
-def _list_files(folder: pathlib.Path) -> Iterator[str]:
+def list_files(folder: pathlib.Path) -> Iterator[str]:
     """The paths of all files below a folder, relative to it, with "/"; hidden ones are skipped."""
     for path, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -281,7 +281,7 @@ def _list_files(folder: pathlib.Path) -> Iterator[str]:
 def _find_images(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     """The files with one of the suffixes: path without suffix -> path."""
     found: dict[str, str] = {}
-    for path in _list_files(folder):
+    for path in list_files(folder):
         suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix)), None)
         if suffix is None:
             continue

@@ -1,0 +1,274 @@
+"""The rules of segmentation data sets (see `rules.py`), over what `label_inspection.py` has counted."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from topformer_jax.data import rules
+from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.inspection import SHOWN_NAMES, Names
+from topformer_jax.data.label_inspection import BEYOND, LabelInspection
+from topformer_jax.data.rules import Finding, Level, list_classes
+from topformer_jax.data.transforms import fit_size
+
+ZERO_LABEL_IS_VOID = ("ade20k", "context59")  # in the label files of these data sets, and 255 is in none
+CITYSCAPES_CLASSES, LARGEST_CITYSCAPES_ID = 19, 33
+RAMPED_LABELS = 0.1  # of the labels with borders: fewer are no sign of a resize
+RARE = 0.001  # of the labelled pixels
+
+
+def find(inspection: LabelInspection) -> list[Finding]:
+    """All findings; what follows from wrong values, such as classes that do not occur, is not among them."""
+    findings = [finding for rule in FILE_RULES for finding in rule(inspection)]
+    values = next((found for rule in VALUE_RULES if (found := list(rule(inspection)))), [])
+    return findings + (values or [finding for rule in CLASS_RULES for finding in rule(inspection)])
+
+
+# Files
+
+
+def image_without_label(inspection: LabelInspection) -> Iterator[Finding]:
+    """Images without a label: training refuses the folder. Files *_labelIds.png there are Cityscapes' raw labels."""
+    for split in inspection.splits.values():
+        if not split.listing or not split.listing.unlabelled:
+            continue
+        raw = [path for path in sorted(split.listing.label_files) if path.endswith("labelIds.png")]
+        if raw:
+            names = Names(len(raw), raw[:SHOWN_NAMES])
+            text = (
+                f"{split.name}: {split.listing.unlabelled}; raw ids, not classes, are in {names.of('file')}"
+            )
+            yield Finding("problem", "raw-cityscapes-ids", text)
+        else:
+            yield Finding("problem", "image-without-label", f"{split.name}: {split.listing.unlabelled}")
+
+
+def label_without_image(inspection: LabelInspection) -> Iterator[Finding]:
+    """Labels that no image belongs to: not read, but perhaps their images are missing or have other names."""
+    for split in inspection.splits.values():
+        unused = split.listing.unused if split.listing else ()
+        # Where images lack labels too, the names do not match: one thing to mend.
+        if unused and split.listing and not split.listing.unlabelled:
+            names = Names(len(unused), list(unused[:SHOWN_NAMES])).of("label")
+            text = f"{split.name}: {names} without an image: not read; add the images, or remove the labels"
+            yield Finding("warning", "label-without-image", text)
+
+
+# Values of labels, of both splits. The first rule that finds something explains the values.
+
+
+def interpolated_labels(inspection: LabelInspection) -> Iterator[Finding]:
+    """Classes that change over single pixels of the values between them (`ramps.py`), at borders of many pairs.
+
+    A resize with interpolation, or a lossy format on the way, invents classes along each border. One thin class
+    between others, such as an outline, has one value only and is none of this.
+    """
+    splits = inspection.splits.values()
+    names = sum((split.ramped for split in splits), Names())
+    bordered = sum(split.bordered for split in splits)
+    pairs = set().union(*(split.ramp_pairs for split in splits))
+    between = set().union(*(split.ramp_values for split in splits))
+    if names.count and names.count >= RAMPED_LABELS * bordered and len(pairs) >= 3 and len(between) >= 2:
+        text = (
+            f"single pixels of the values in between where classes meet, in {names.of('label')} of {bordered}: "
+            "resized with interpolation, or saved as JPEG; make them again with nearest neighbour"
+        )
+        yield Finding("problem", "interpolated-labels", text)
+
+
+def raw_cityscapes_ids(inspection: LabelInspection) -> Iterator[Finding]:
+    """Values up to 33 in labels of 19 classes: Cityscapes' own ids, of which 19 are classes, in another order."""
+    beyond = _beyond(inspection)
+    if (
+        inspection.config.model.num_classes == CITYSCAPES_CLASSES
+        and len(beyond) >= 3
+        and beyond[-1] <= LARGEST_CITYSCAPES_ID
+    ):
+        text = (
+            f"{beyond[0]} to {beyond[-1]} in {_wrong(inspection).of('label')}, where the classes are 0 to 18: raw "
+            "Cityscapes ids; use the *_labelTrainIds.png files, which csCreateTrainIdLabelImgs makes"
+        )
+        yield Finding("problem", "raw-cityscapes-ids", text)
+
+
+def zero_label_reduced_twice(inspection: LabelInspection) -> Iterator[Finding]:
+    """254 in labels: void (255) reduced again. Or reduction of labels that hold 255 and 0, but not the last value.
+
+    Files that need the reduction hold 1 to the number of classes, and 0 for void.
+    """
+    config, beyond, pixels = inspection.config, _beyond(inspection), _pixels(inspection)
+    classes = config.model.num_classes
+    if beyond == [254]:
+        text = (
+            f"254 in {_wrong(inspection).of('label')}, which is void reduced once more: zero-label reduction was "
+            "applied twice; make the labels again from the originals"
+        )
+        yield Finding("problem", "zero-label-reduced-twice", text)
+    elif (
+        config.data.reduce_zero_label
+        and not beyond
+        and pixels[IGNORE_LABEL]
+        and pixels[0]
+        and not pixels[classes]
+    ):
+        level: Level = "problem" if config.data.dataset in ZERO_LABEL_IS_VOID else "warning"
+        splits = inspection.splits.values()
+        names = sum((split.holders.get(IGNORE_LABEL, Names()) for split in splits), Names())
+        text = (
+            f"255 in {names.of('label')}, and {classes}, the last class with reduction, in none: they seem to be "
+            "reduced already; --config.data.reduce_zero_label=false"
+        )
+        yield Finding(level, "zero-label-reduced-twice", text)
+
+
+def zero_label_not_reduced(inspection: LabelInspection) -> Iterator[Finding]:
+    """Labels that count from 1: the value after the last class and no other; or ADE20K's own, which hold no 255."""
+    config, beyond, pixels = inspection.config, _beyond(inspection), _pixels(inspection)
+    classes = config.model.num_classes
+    if config.data.reduce_zero_label:
+        return
+    if beyond == [classes]:
+        void = " and 0 is void" if pixels[0] else ""
+        other = f"; or there is a class more: --config.model.num_classes={classes + 1}" if pixels[0] else ""
+        text = (
+            f"{classes} in {_wrong(inspection).of('label')}, where the classes are 0 to {classes - 1}: perhaps they "
+            f"count from 1{void}: --config.data.reduce_zero_label=true{other}"
+        )
+        yield Finding("problem", "zero-label-not-reduced", text)
+    elif config.data.dataset in ZERO_LABEL_IS_VOID and not beyond and pixels.any() and not pixels[255]:
+        text = (
+            f"labels of {config.data.dataset} without any 255 count from 1, and 0 is void: "
+            "--config.data.reduce_zero_label=true"
+        )
+        yield Finding("problem", "zero-label-not-reduced", text)
+
+
+def values_beyond_the_classes(inspection: LabelInspection) -> Iterator[Finding]:
+    """Values that are neither a class nor 255: the loader stops at them."""
+    config, beyond, pixels = inspection.config, _beyond(inspection), _pixels(inspection)
+    if not beyond:
+        return
+    largest = max(split.largest for split in inspection.splits.values())
+    classes, first = config.model.num_classes, int(config.data.reduce_zero_label)
+    count = int(pixels[beyond].sum())
+    if largest > IGNORE_LABEL:
+        advice = "values of 16 bits are no class numbers: write 0, 1, ... and 255 for void"
+    elif len(beyond) >= 2 and largest > 2 * classes:
+        advice = "if they are grey levels of a mask of colours, write the classes' numbers instead"
+    else:
+        advice = "check data.dataset, model.num_classes and data.reduce_zero_label"
+    text = (
+        f"{_describe_values(beyond, largest)} in {_wrong(inspection).of('label')}, {count:,} of "
+        f"{pixels.sum():,} pixels, where the classes are {first} to {classes - 1 + first} and void is 255: {advice}"
+    )
+    yield Finding("problem", "values-beyond-classes", text)
+
+
+# Classes
+
+
+def void_labels(inspection: LabelInspection) -> Iterator[Finding]:
+    """Labels that are void everywhere: nothing is learned from them, and without others the loss is of nothing."""
+    for split in inspection.splits.values():
+        names = split.void
+        if names.count:
+            level: Level = "problem" if names.count == split.labels else "warning"
+            text = f"{split.name}: no class, only void, in {names.of('label')} of {split.labels}: "
+            yield Finding(level, "void-labels", text + "label them, or remove them")
+
+
+def one_class(inspection: LabelInspection) -> Iterator[Finding]:
+    """One class everywhere in train: the network learns to answer it. With 255, often a mask of 0 and 255."""
+    present = np.flatnonzero(inspection.class_pixels("train")).tolist()
+    if len(present) != 1 or len(inspection.data_set.classes) == 1:
+        return
+    mask = inspection.void_pixels("train") > 0 and present == [0]
+    advice = "if 255 is meant as a class, write its number instead" if mask else "check the labels"
+    text = f"train: {inspection.data_set.classes[present[0]]} is the only class in the labels: {advice}"
+    yield Finding("problem", "one-class", text)
+
+
+def classes_that_never_occur(inspection: LabelInspection) -> Iterator[Finding]:
+    """Classes without a pixel: not learned where they are missing in train, not measured in validation."""
+    pixels = {name: inspection.class_pixels(name) for name in inspection.splits}
+    untrained, unmeasured = rules.find_absent_classes(inspection, pixels)
+    if untrained:
+        # The labels may count from 1, and the last class be missing by chance.
+        from_one = not pixels["train"][0] and not inspection.config.data.reduce_zero_label
+        advice = (
+            "if labels count from 1, --config.data.reduce_zero_label=true" if from_one else "check the labels"
+        )
+        count = len(inspection.data_set.classes)
+        text = f"train: no pixel of {list_classes(untrained)} of {count}: not learned; {advice}"
+        yield Finding("warning", "classes-never-occur", text)
+    if unmeasured:
+        text = f"validation: no pixel of {list_classes(unmeasured)} of train: mIoU leaves them out unless predicted"
+        yield Finding("warning", "classes-never-occur", text)
+
+
+# Notes
+
+
+def small_images(inspection: LabelInspection) -> Iterator[Finding]:
+    """Images that are enlarged to fill a crop."""
+    data = inspection.config.data
+    sizes = inspection.splits["train"].sizes
+    small = [size for size in sizes if size[0] < data.crop_size[0] or size[1] < data.crop_size[1]]
+    if small:
+        factor = max(fit_size(size, data.scale)[0] / size[0] for size in small)
+        text = (
+            f"train: {sum(sizes[size] for size in small)} of {sizes.total()} images are smaller than data.crop_size="
+            f"{data.crop_size}; data.scale={data.scale} makes them up to {factor:.2f} times as large"
+        )
+        yield Finding("note", "small-images", text)
+
+
+def rare_classes(inspection: LabelInspection) -> Iterator[Finding]:
+    """Classes with few pixels: learned late, and their IoU varies from run to run."""
+    pixels = inspection.class_pixels("train")
+    shares = pixels / max(pixels.sum(), 1)
+    rare = [inspection.data_set.classes[label] for label in np.flatnonzero((shares > 0) & (shares < RARE))]
+    if rare:
+        text = f"train: {list_classes(rare)} of {len(pixels)} hold less than {RARE:.1%} of the labelled pixels each"
+        yield Finding("note", "rare-classes", text)
+
+
+FILE_RULES = (
+    rules.missing_split,
+    image_without_label,
+    label_without_image,
+    rules.damaged_file,
+    rules.copies_within_a_split,
+    rules.copies_between_the_splits,
+)
+VALUE_RULES = (
+    interpolated_labels,
+    raw_cityscapes_ids,
+    zero_label_reduced_twice,
+    zero_label_not_reduced,
+    values_beyond_the_classes,
+)
+CLASS_RULES = (void_labels, one_class, classes_that_never_occur, small_images, rare_classes)
+
+
+def _pixels(inspection: LabelInspection) -> np.ndarray:
+    """Pixels of both splits by stored value."""
+    return np.sum([split.pixels for split in inspection.splits.values()], axis=0)
+
+
+def _beyond(inspection: LabelInspection) -> list[int]:
+    """The stored values that are neither a class nor void."""
+    return np.flatnonzero((_pixels(inspection) > 0) & (inspection.classes < 0)).tolist()
+
+
+def _wrong(inspection: LabelInspection) -> Names:
+    """The labels that hold such values."""
+    return sum((split.wrong for split in inspection.splits.values()), Names())
+
+
+def _describe_values(values: list[int], largest: int) -> str:
+    """The first values and the last one."""
+    numbers = [str(value) for value in values if value < BEYOND] + (
+        [f"up to {largest}"] if BEYOND in values else []
+    )
+    return ", ".join(numbers) if len(numbers) <= 5 else f"{', '.join(numbers[:4])}, ..., {numbers[-1]}"
