@@ -165,4 +165,9 @@ def _read_list(base: pathlib.Path, word: str, numbers: dict[str, int]) -> list[t
     stems = {name: name.rpartition(".")[0] for name in found}
     if missing := [name for name in found if name not in labels and stems[name] not in labels]:
         raise UserError(f"{file} has no line for {missing[0]} ({len(missing)} of {len(found)} images)")
+    if absent := labels.keys() - stems.keys() - set(stems.values()):
+        raise UserError(
+            f"{base / word} lacks {min(absent)}, which {file} names ({len(absent)} of {len(labels)} lines): copy the "
+            "images again, or remove the lines"
+        )
     return [(name, labels.get(name, labels.get(stems[name], -1))) for name in found]
