@@ -1,5 +1,6 @@
 """Strict settings for every test, and the fixtures that more than one file needs."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -22,7 +23,7 @@ def _open_cache() -> str:
     """The folder of compiled programs: for other tests, the commands that they start, and the next run of the tests.
 
     Two thirds of a first run's time are compiling. XLA compiles for the processor's instructions, so each kind of
-    processor has a folder of its own; what was compiled a week ago is deleted.
+    processor has a folder of its own; what was compiled three days ago is deleted.
     """
     information = pathlib.Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
@@ -32,9 +33,10 @@ def _open_cache() -> str:
     home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     folder = home / "topformer_jax" / "tests" / hashlib.sha256(processor.encode()).hexdigest()[:8]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if path.is_file() and time.time() - path.stat().st_mtime > 7 * 86400:
-            path.unlink()
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another session deletes them too
+            if time.time() - path.stat().st_mtime > 3 * 86400:
+                path.unlink()
     return str(folder)
 
 
