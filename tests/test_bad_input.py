@@ -318,11 +318,25 @@ def test_checkpoints_that_do_not_fit(
     changes = trained[2]
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for more, words in (
-        ({"model.variant": "small"}, "a run of another model"),
+        (
+            {"model.variant": "small"},
+            "a run of another model (model.variant is tiny there, small in the config)",
+        ),
+        ({"model.depths": 2}, "(model.depths is 4 there, 2 in the config)"),
         ({"ema_decay": 0.5}, "without averaged weights"),
     ):
         assert words in refused_here(workdir, changes | more)
         assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    # A run from before there was a setting had its default.
+    described = workdir / "checkpoints/6/_CHECKPOINT_METADATA"
+    content = described.read_text()
+    assert '"depths": 4, ' in content
+    described.write_text(content.replace('"depths": 4, ', ""))
+    assert "(model.depths is 4 there, 2 in the config)" in refused_here(
+        workdir, changes | {"model.depths": 2}
+    )
+    assert run(workdir, changes)[1] == ""
+    described.write_text(content)
     # The first is read by threads that would all complain; so in a process whose whole output is seen.
     for name, command in (("model/manifest.ocdbt", refused_run), ("_CHECKPOINT_METADATA", refused_here)):
         file = workdir / "checkpoints/6" / name

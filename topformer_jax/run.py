@@ -73,9 +73,13 @@ def restore_state(
 ) -> TrainState:
     """The state of a checkpoint, with the layout on devices of the given one."""
     stored = store.read_config(step)
-    if stored.get("model") != json.loads(config.to_json())["model"]:
+    # A run of an earlier version lacks the settings that have been added since, and had their defaults.
+    before, now = (json.loads(each.to_json())["model"] for each in (config_lib.base_config(), config))
+    before |= stored.get("model", {})
+    if other := [key for key in now if before[key] != now[key]]:
         raise UserError(
-            f"{store.directory} holds a run of another model: give another --workdir, or remove this one"
+            f"{store.directory} holds a run of another model (model.{other[0]} is {before[other[0]]} there, "
+            f"{now[other[0]]} in the config): give another --workdir, or remove this one"
         )
     if config.ema_decay and not stored.get("ema_decay"):
         raise UserError(
