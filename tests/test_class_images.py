@@ -123,7 +123,7 @@ def test_mistakes_in_folders(tmp_path: pathlib.Path) -> None:
     (root / "val.txt").write_text("b.JPEG 0\n")
     assert "has no line for a.JPEG (1 of 1 images)" in _refusal(settings(root))
     (root / "val.txt").write_text("a 0\nc.JPEG 0\nb 1\n")
-    assert "val lacks b, which" in (line := _refusal(settings(root)))
+    assert "val has no image b, which" in (line := _refusal(settings(root)))
     assert "(2 of 3 lines): copy the images again" in line
     (root / "val.txt").write_text("a.JPEG 3\n")
     assert "expected a file and its class, a number below 3" in _refusal(settings(root))

@@ -1,7 +1,7 @@
 """Folders of images by class, as torchvision's ImageFolder and ImageNet's own archives lay them out.
 
     <root>/train/<class>/*.JPEG
-    <root>/val/<class>/*.JPEG, or <root>/val/*.JPEG with a line "file class" for each in <root>/val.txt
+    <root>/val/<class>/*.JPEG, or <root>/val/*.JPEG with a line "file class" for each, and no other, in <root>/val.txt
     <root>/classes.txt: names to show, a line a class; optional
 
 A class's number is its place among the sorted folders of train; val.txt may give numbers or folders.
@@ -167,7 +167,7 @@ def _read_list(base: pathlib.Path, word: str, numbers: dict[str, int]) -> list[t
         raise UserError(f"{file} has no line for {missing[0]} ({len(missing)} of {len(found)} images)")
     if absent := labels.keys() - stems.keys() - set(stems.values()):
         raise UserError(
-            f"{base / word} lacks {min(absent)}, which {file} names ({len(absent)} of {len(labels)} lines): copy the "
-            "images again, or remove the lines"
+            f"{base / word} has no image {min(absent)}, which {file} names ({len(absent)} of {len(labels)} lines): "
+            "copy the images again, or remove the lines"
         )
     return [(name, labels.get(name, labels.get(stems[name], -1))) for name in found]
