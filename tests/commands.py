@@ -40,7 +40,7 @@ def arguments(workdir: Workdir, changes: dict[str, Any]) -> list[str]:
 
 
 def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 1) -> subprocess.Popen[str]:
-    """The command in a process of its own; it finds what this session has compiled."""
+    """The command in a process of its own; it finds what the tests have compiled."""
     return subprocess.Popen(
         [sys.executable, "-m", "topformer_jax.train", *arguments(workdir, changes), *flags],
         stdout=subprocess.PIPE,

@@ -1,11 +1,13 @@
 """Strict settings for every test, and the fixtures that more than one file needs."""
 
+import atexit
 import contextlib
 import hashlib
 import os
 import pathlib
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,26 +25,39 @@ def _open_cache() -> str:
     """The folder of compiled programs: for other tests, the commands that they start, and the next run of the tests.
 
     Two thirds of a first run's time are compiling. XLA compiles for the processor's instructions, so each kind of
-    processor has a folder of its own; what was compiled three days ago is deleted.
+    processor has a folder of its own. Where there is no place for it, this session has one for itself.
     """
-    information = pathlib.Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else [platform.processor()]
-    processor = "".join(
-        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    )
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    folder = home / "topformer_jax" / "tests" / hashlib.sha256(processor.encode()).hexdigest()[:8]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in folder.glob("*-cache"):
-        with contextlib.suppress(FileNotFoundError):  # another session deletes them too
+    try:
+        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        base = home / "topformer_jax" / "tests"
+        folder = base / hashlib.sha256(_describe_processor().encode()).hexdigest()[:8]
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError):  # no home, or one that cannot be written
+        private = tempfile.mkdtemp(prefix="compiled-")
+        atexit.register(shutil.rmtree, private, ignore_errors=True)
+        return private
+    for path in base.glob("*/*-cache"):
+        with contextlib.suppress(OSError):  # another session deletes them too
             if time.time() - path.stat().st_mtime > 3 * 86400:
                 path.unlink()
     return str(folder)
 
 
+def _describe_processor() -> str:
+    """As `programs.py` does, which must not be imported before pytest has set up the checks of shapes."""
+    information = pathlib.Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = ("flags", "Features", "model name")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(names)})])
+
+
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _open_cache()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # JAX reports what a killed process has left unfinished in the folder, and compiles it again.
+    os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_platforms", "cpu")
