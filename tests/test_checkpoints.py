@@ -139,6 +139,10 @@ def test_a_name_that_comes_twice(pth: Callable, states: dict[str, torch.Tensor])
             "it does not have the config's 60 classes: .* --new-head",
         ),
         (config.imagenet("tiny"), "it is a segmenter's"),
+        (
+            config.load(config.ade20k("tiny"), {"model.depths": 2}),
+            "it has 4 transformer blocks, the config 2: --config.model.depths=4",
+        ),
     ],
 )
 def test_advice_on_a_wrong_checkpoint(pth: Callable, states: dict, settings: Any, advice: str) -> None:

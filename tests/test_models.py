@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
@@ -157,6 +157,7 @@ def test_names_shapes_and_parameters(golden: Find, variant: str) -> None:
     width=st.sampled_from([None, 24]),
     depths=st.sampled_from([4, 1]),
 )
+@example(h=70, w=99, variant="tiny", injection="none", depthwise=True, width=None, depths=2)
 def test_random_networks(
     h: int, w: int, variant: str, injection: str, depthwise: bool, width: int | None, depths: int
 ) -> None:
@@ -171,12 +172,19 @@ def test_random_networks(
         assert distance(run(model, images), to_nhwc(theirs)) <= 1e-10
 
 
-@given(h=st.integers(32, 140), w=st.integers(32, 140), variant=st.sampled_from(VARIANTS))
-def test_random_classifiers(h: int, w: int, variant: str) -> None:
-    network = reference.Classifier(variant, 11)
+@given(
+    h=st.integers(32, 140),
+    w=st.integers(32, 140),
+    variant=st.sampled_from(VARIANTS),
+    depths=st.just(4),
+)
+@example(h=70, w=99, variant="tiny", depths=2)
+def test_random_classifiers(h: int, w: int, variant: str, depths: int) -> None:
+    network = reference.Classifier(variant, 11, depths=depths)
     reference.randomize(network, seed=h)
     images = np.random.default_rng(w).normal(size=(2, h, w, 3))
-    changes = {"model.num_classes": 11, "model.dtype": "float64", "model.param_dtype": "float64"}
+    floats = {"model.dtype": "float64", "model.param_dtype": "float64"}
+    changes = {"model.num_classes": 11, "model.depths": depths} | floats
     with jax.enable_x64(True), torch.no_grad():
         model = model_from(network, config.load(config.imagenet(variant), changes))
         theirs = network.double().eval()(to_nchw(images))

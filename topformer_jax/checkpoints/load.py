@@ -296,6 +296,10 @@ def _explain_misfit(tensors: Mapping[str, np.ndarray], config: ConfigDict) -> st
         )
     if config.task == "classification" and "decode_head.conv_seg.weight" in tensors:
         return "it is a segmenter's: use the config of its data set"
+    parts = (name.partition("transformer_blocks.")[2].partition(".")[0] for name in tensors)
+    depths = len({part for part in parts if part})
+    if depths not in (0, config.model.depths):
+        return f"it has {depths} transformer blocks, the config {config.model.depths}: --config.model.depths={depths}"
     classes = config.model.num_classes
     if any(name.startswith(CLASS_LAYERS) and classes not in t.shape for name, t in tensors.items()):
         return (

@@ -18,7 +18,7 @@ from topformer_jax.ops.resample import Matrices, resize
 
 
 class _Injection(nnx.Module):
-    """What the four kinds share: the policy, and the resize of global semantics (for `matrices` see `resize`)."""
+    """What all kinds share: the policy, and the resize of global semantics (for `matrices` see `resize`)."""
 
     def __init__(self, policy: DTypePolicy):
         self.policy = policy
@@ -95,7 +95,7 @@ class FuseMulti(FuseSum):
 
 
 class LocalTokens(_Injection):
-    """`ConvBN(local)`: no semantics, so that what computes them is not trained either."""
+    """`ConvBN(local)`, without semantics. The transformer stays in the model, and in its size, but has no effect."""
 
     def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
         super().__init__(policy)
