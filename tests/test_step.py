@@ -20,7 +20,7 @@ from topformer_jax.data import augment
 from topformer_jax.data.batch import Batch
 from topformer_jax.errors import UserError
 from topformer_jax.ops.loss import PixelLoss, plain_cross_entropy, plain_dice, upsampled_cross_entropy
-from topformer_jax.step import TrainState, init_training
+from topformer_jax.step import TrainState, average_decay, init_training
 
 Find = Callable[[str], pathlib.Path]
 
@@ -133,11 +133,19 @@ def _run(
         old = np.array(state.average[name])  # its memory is the step's
         state, metrics = train_step(state, batch)
         losses.append(float(metrics["loss"]))
-        decay = min(settings.ema_decay, (1 + step) / (10 + step) if settings.ema_warmup else 1)
+        decay = min(settings.ema_decay, (1 + step) / (10 + step))
         expected = decay * old + (1 - decay) * np.asarray(state.params[name])
         np.testing.assert_allclose(np.asarray(state.average[name]), expected, rtol=1e-12)
         assert set(state.average) == set(state.params) | set(state.stats)
     return state, losses, lambda: train_step.lower(state, batch).compile().as_text()  # type: ignore[attr-defined]
+
+
+def test_decay_of_averages() -> None:
+    """Constant, or from 0.1 upwards."""
+    steps = [jnp.asarray(step, jnp.int32) for step in (0, 8, 10_000)]
+    for warmup, expected in ((False, [0.9999] * 3), (True, [0.1, 0.5, 10_001 / 10_010])):
+        settings = _settings(ema_decay=0.9999, ema_warmup=warmup)
+        assert [float(average_decay(step, settings)) for step in steps] == pytest.approx(expected)
 
 
 def _everything_on() -> ConfigDict:
