@@ -129,7 +129,9 @@ def train(config: ConfigDict, args: argparse.Namespace) -> Iterator[dict[str, An
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     batches = loader.training_batches(sources.open_source(config, "train"), config)
     found: dict[str, Any] = {
-        "name": args.program if args.program == "ours" else f"PyTorch, {args.threads} threads",
+        "name": "ours"
+        if args.program == "ours"
+        else f"PyTorch, {args.threads} thread" + "s" * (args.threads > 1),
         "losses": [],
         "miou": {},
         "seconds": 0.0,

@@ -65,7 +65,9 @@ flags=(--config "$recipe" "--config.data.root=$work/data/$data_set" "${settings[
 run=$work/runs/$row
 
 python -m topformer_jax.prepare "$data_set" --source "$downloads" --output "$work/data/$data_set"
-python -m topformer_jax.check "${flags[@]}" --output "$run/check"
+if ! grep -qs '"would_start": true' "$run/check/report.json"; then # reads every image: once is enough
+    python -m topformer_jax.check "${flags[@]}" --output "$run/check"
+fi
 if [ -n "$backbone" ] && [ "$backbone" != fresh ]; then
     python -m topformer_jax.train "${flags[@]}" --workdir "$run" \
         --config.init_part=backbone "--config.init_from=$backbone"
