@@ -107,15 +107,16 @@ def imagenet(variant: str, *, optimizer: str = "rmsprop_tf") -> ConfigDict:
     return config.lock()
 
 
-# Of CamVid's training split: 1 / log(1.02 + share of the labelled pixels), scaled to a mean of 1 over the pixels.
-CAMVID_WEIGHTS = (0.8, 0.61, 4.79, 0.48, 2.21, 1.25, 4.5, 4.57, 1.83, 5.43, 6.27)
+# Of the training split: log(1.02 + share of the labelled pixels) ** -0.75, scaled to a mean of 1 over the pixels.
+CAMVID_WEIGHTS = (0.89, 0.73, 3.41, 0.6, 1.91, 1.24, 3.26, 3.29, 1.66, 3.75, 4.18)
 
 
 def camvid(variant: str) -> ConfigDict:
-    """CamVid, 11 classes, 480 x 360 images, from fresh weights: 10,000 steps of batch 8."""
+    """CamVid, 11 classes, 480 x 360 images, from fresh weights: 10,000 steps of batch 4, 109 epochs."""
     config = _recipe("camvid", variant, 11, "camvid", "data/camvid")
-    config.batch_size = 8
+    config.batch_size = 4  # of so few images many small steps learn more than half as many large ones
     config.ema_decay = 0.999
+    config.ema_warmup = True
     config.ignore_void_in_mean = True
     config.loss.class_weight = CAMVID_WEIGHTS
     config.model.drop_path_rate = 0.0
@@ -129,7 +130,7 @@ def camvid(variant: str) -> ConfigDict:
     config.schedule.warmup_steps = 150
     config.schedule.steps = 10_000
     config.log_every = 100
-    config.checkpoint_every = config.evaluate_every = 1000
+    config.checkpoint_every = config.evaluate_every = 2000
     return config.lock()
 
 
