@@ -128,10 +128,9 @@ def train(config: ConfigDict, args: argparse.Namespace) -> Iterator[dict[str, An
     validation = sources.open_source(config, "validation")
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     batches = loader.training_batches(sources.open_source(config, "train"), config)
+    threads = f"{args.threads} thread" + "s" * (args.threads > 1)
     found: dict[str, Any] = {
-        "name": "ours"
-        if args.program == "ours"
-        else f"PyTorch, {args.threads} thread" + "s" * (args.threads > 1),
+        "name": "ours" if args.program == "ours" else f"PyTorch, {threads}",
         "losses": [],
         "miou": {},
         "seconds": 0.0,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from topformer_jax import checkpoints, config, models
 from topformer_jax.checkpoints.torch_format import from_torch
 
+INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 # Rounded to float32, as in the reference, also for its goldens in float64.
 MEAN = np.array((123.675, 116.28, 103.53), np.float32)
 STD = np.array((58.395, 57.12, 57.375), np.float32)

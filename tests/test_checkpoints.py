@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import same_states, settings_for
+from tests.parity import INJECTIONS, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.errors import UserError
-
-INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)

@@ -15,8 +15,8 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 from ml_collections import ConfigDict
 
-from tests.parity import distance, settings_for
-from tests.test_folding import INJECTIONS, randomized
+from tests.parity import INJECTIONS, distance, settings_for
+from tests.test_folding import randomized
 from topformer_jax import config, models
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import (

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.parity import distance, run, settings_for
+from tests.parity import INJECTIONS, distance, run, settings_for
 from tests.test_area import _masked_logits
 from topformer_jax import config, models
 from topformer_jax.models import layers
 from topformer_jax.models.folding import fold_batch_norms
-
-INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 
 
 def randomized(model: Any) -> Any:

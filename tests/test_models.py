@@ -18,6 +18,7 @@ from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
 
 from tests.parity import (
+    INJECTIONS,
     distance,
     model_from,
     normalize,
@@ -31,7 +32,6 @@ from topformer_jax import config, load, models
 
 Find = Callable[[str], pathlib.Path]
 VARIANTS = ("tiny", "small", "base")
-INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 PARAMETERS = {"tiny": 1_389_654, "small": 3_034_662, "base": 5_062_646}
 
 
@@ -176,7 +176,7 @@ def test_random_networks(
     h=st.integers(32, 140),
     w=st.integers(32, 140),
     variant=st.sampled_from(VARIANTS),
-    depths=st.just(4),
+    depths=st.sampled_from([4, 1]),
 )
 @example(h=70, w=99, variant="tiny", depths=2)
 def test_random_classifiers(h: int, w: int, variant: str, depths: int) -> None:
