@@ -2,8 +2,9 @@
 # One row of docs/zoo.md from the downloads to the score: prepares the data set, looks through it, trains, scores, and
 # prints the score beside the published one. The same command goes on where it was stopped.
 #   bash scripts/reproduce.sh ROW --downloads DIR [--backbone FILE] [--work DIR] [--config.KEY=VALUE ...]
-# --downloads holds the data set's official archives (docs/data.md), --backbone the weights that training starts from, such
-# as the published ImageNet classifier ("fresh": random ones); --work (default: reproduce) gets data and runs.
+# --downloads holds the data set's official archives (docs/data.md); --config.data.root=DIR in its place is a folder that is
+# ready. --backbone has the weights that training starts from, such as the published ImageNet classifier ("fresh": random
+# ones); --work (default: reproduce) gets data and runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,7 +53,8 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$downloads" ] || fail "--downloads DIR is missing: the folder with the official archives of $data_set"
+[ -n "$downloads" ] || [[ "${changes[*]}" == *--config.data.root=* ]] ||
+    fail "--downloads DIR is missing: the folder with the official archives of $data_set"
 [ -n "$backbone" ] || [ "$start" = fresh ] ||
     fail "the published row starts from ImageNet weights: give --backbone FILE, or --backbone fresh for random ones"
 
@@ -64,7 +66,9 @@ read -ra settings <<<"$settings"
 flags=(--config "$recipe" "--config.data.root=$work/data/$data_set" "${settings[@]}" "${changes[@]}")
 run=$work/runs/$row
 
-python -m topformer_jax.prepare "$data_set" --source "$downloads" --output "$work/data/$data_set"
+if [ -n "$downloads" ]; then
+    python -m topformer_jax.prepare "$data_set" --source "$downloads" --output "$work/data/$data_set"
+fi
 if ! grep -qs '"would_start": true' "$run/check/report.json"; then # reads every image: once is enough
     python -m topformer_jax.check "${flags[@]}" --output "$run/check"
 fi

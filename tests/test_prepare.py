@@ -1,10 +1,13 @@
 """`prepare` on official downloads in miniature: what comes out, killed and resumed; bad archives."""
 
+import functools
+import io
 import json
 import pathlib
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -242,6 +245,20 @@ def strip_end(path: pathlib.Path) -> None:
     path.write_bytes(data + bytes(-len(data) % 512))
 
 
+def list_tar(data: bytes) -> list[tarfile.TarInfo]:
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return tar.getmembers()
+
+
+def spoil_header(path: pathlib.Path, nested: bool = False, hole: bool = False) -> None:
+    """Changes a letter in a tar file's second header, or puts zeros in its place: tarfile's list ends there."""
+    data = bytearray(path.read_bytes())
+    start = list_tar(bytes(data))[0].offset_data if nested else 0
+    second = list_tar(bytes(data[start:]))[1].offset + start
+    data[second : second + 512] = bytes(512) if hole else data[second : second + 511] + b"x"
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("dataset", "name", "damage", "line"),
     [
@@ -264,6 +281,19 @@ def strip_end(path: pathlib.Path) -> None:
             "is not the JSON file that was expected",
         ),
         ("imagenet", "ILSVRC2012_img_train.tar", lambda p: cut(p, 0.7), "ILSVRC2012_img_train.tar ("),
+        ("imagenet", "ILSVRC2012_img_val.tar", spoil_header, "there is no header at byte"),
+        (
+            "imagenet",
+            "ILSVRC2012_img_val.tar",
+            lambda p: spoil_header(p, hole=True),
+            "there is no header at byte",
+        ),
+        (
+            "imagenet",
+            "ILSVRC2012_img_train.tar",
+            lambda p: spoil_header(p, nested=True),
+            "at n01440764.tar: there is no header at byte",
+        ),
         ("imagenet", "ILSVRC2012_devkit_t12.tar.gz", lambda p: cut(p, 0.8), "ILSVRC2012_devkit_t12.tar.gz ("),
         ("ade20k", "ADEChallengeData2016.zip", pathlib.Path.unlink, "sceneparsing.csail.mit.edu"),
         ("voc2012", "benchmark.tgz", pathlib.Path.unlink, "download benchmark.tgz from the SBD site"),
@@ -393,6 +423,21 @@ def test_a_folder_is_of_one_thing(tmp_path: pathlib.Path) -> None:
         "ade20k", tmp_path, tmp_path / "new", "--from", "coco"
     )
     assert "--workers is -1" in refusal("ade20k", tmp_path, tmp_path / "new", "--workers", "-1")
+
+
+def test_context_of_59_and_60_classes_is_one_folder(tmp_path: pathlib.Path) -> None:
+    miniatures.context60(tmp_path)
+    run("context60", tmp_path, tmp_path / "made")
+    before = tree(tmp_path / "made")
+    run("context59", tmp_path, tmp_path / "made")
+    assert tree(tmp_path / "made") == before
+
+
+def test_matrices_of_another_kind_are_one_line() -> None:
+    other = miniatures.mat(other=np.zeros((2, 2)))
+    for read in (functools.partial(labels.map_matrix, "LabelMap", {}), labels.read_boundaries_benchmark):
+        with pytest.raises(UserError, match=r"x\.mat has not the fields that were expected"):
+            read(other, "x.mat")
 
 
 def test_the_command_prints_one_line(tmp_path: pathlib.Path) -> None:

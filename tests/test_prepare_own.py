@@ -306,6 +306,19 @@ def test_bad_annotations_are_one_line(
     assert line in refusal("custom", tmp_path / "x", tmp_path / "made", "--from", kind)
 
 
+def test_what_was_edited_is_not_taken_for_complete(tmp_path: pathlib.Path) -> None:
+    """Also where every file keeps its size."""
+    drawing = {f"{s}/a.json": labelme("a.jpg", shape("cat", SQUARE)) for s in ("train", "val")}
+    write(tmp_path / "x", drawing | {f"{s}/a.jpg": jpeg(1) for s in ("train", "val")})
+    run("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
+    run("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
+    write(tmp_path / "x", {"val/a.json": labelme("a.jpg", shape("dog", SQUARE))})
+    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
+    assert "was made of something else (other archives)" in line
+    line = refusal("custom", tmp_path / "x", tmp_path / "x" / "made", "--from", "labelme")
+    assert "lies in --source" in line
+
+
 def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
     (tmp_path / "x").mkdir()
     assert "--from labelme, --from coco or --from colours" in refusal(

@@ -67,7 +67,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 cli.answer_help(__name__, make_parser)
 
-import os
 import pathlib
 import shutil
 
@@ -76,6 +75,7 @@ from etils import epath
 from topformer_jax import files
 from topformer_jax.data import records, sources
 from topformer_jax.data.catalog import SPLITS
+from topformer_jax.data.workers import count_cores
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import downloads, writer
 
@@ -87,14 +87,16 @@ def prepare(args: argparse.Namespace) -> None:
         UserError: a flag, a download or the output is wrong.
     """
     part = _parse_part(args.shard)
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    workers = count_cores() if args.workers is None else args.workers
     if workers < 0 or not 0 < args.validation < 1:
         raise UserError(
             f"--workers is {workers}, --validation {args.validation}: expected 0 or more, and a share between 0 and 1"
         )
     if args.kind and args.dataset != "custom":
         raise UserError(f"--from {args.kind} is for your own data: prepare custom, not {args.dataset}")
-    source = pathlib.Path(args.source).expanduser()
+    source, output = (pathlib.Path(path).expanduser() for path in (args.source, args.output))
+    if args.kind and output.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--output {output} lies in --source {source}, and would be read as a part of it")
     if not args.kind and downloads.has_layout(args.dataset, args.source):
         if args.format == "folder":
             _check_folder(args.dataset, args.source)
@@ -112,7 +114,6 @@ def prepare(args: argparse.Namespace) -> None:
         {"from": args.kind, "validation": args.validation, "background": args.background} if args.kind else {}
     )
     found = downloads.find(args.dataset, source, options)
-    output = pathlib.Path(args.output).expanduser()
     if args.format == "folder":
         _make_folder(found, output, workers, args.verify)
         print(f"{output} is complete; use it with --config.data.root={output}")

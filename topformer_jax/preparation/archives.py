@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gzip
+import hashlib
 import os
 import pathlib
 import tarfile
@@ -122,18 +123,23 @@ def open_nested(member: Member) -> list[Member]:
     """Lists a tar file that is a member of a tar file."""
     with _report_damage(member.archive, member.name), open(member.archive, "rb") as file:
         file.seek(member.offset)
-        found = _list_members(file, member.archive)
-        if any(inner.offset + inner.size > member.offset + member.size for inner in found):
-            raise EOFError("its end is missing")
-    return found
+        return _list_members(file, member.archive, member.offset + member.size)
 
 
-def fingerprint(path: pathlib.Path) -> list[int]:
-    """What tells an archive from another of its name: its bytes; of a folder, also how many files."""
+def fingerprint(path: pathlib.Path) -> list[int | str]:
+    """What tells an archive from another of its name: its bytes.
+
+    Of a folder, whose files may be edited: also how many there are, and a checksum of their names, sizes and texts.
+    """
     if not path.is_dir():
         return [path.stat().st_size]
-    sizes = [member.size for member in _list_folder(path)]
-    return [sum(sizes), len(sizes)]
+    size, count, digest = 0, 0, hashlib.sha256()
+    for member in _list_folder(path):
+        size, count = size + member.size, count + 1
+        digest.update(f"{member.name}\n{member.size}\n".encode())
+        if member.name.endswith((".json", ".txt")):
+            digest.update(hashlib.sha256(member.read()).digest())
+    return [size, count, digest.hexdigest()]
 
 
 @functools.lru_cache(maxsize=4)  # a worker reads many files of one archive, and its list may be long
@@ -148,19 +154,27 @@ def _list_zip(path: pathlib.Path) -> list[Member]:
 
 def _list_tar(path: pathlib.Path) -> list[Member]:
     with path.open("rb") as file:
-        return _list_members(file, str(path))
+        return _list_members(file, str(path), path.stat().st_size)
 
 
-def _list_members(file: IO[bytes], path: str) -> list[Member]:
+def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
+    """The files in a tar file that begins where `file` stands and ends at byte `end`."""
     with tarfile.TarFile(fileobj=file) as tar:
         found = [
             Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
             for info in tar
             if info.isfile()
         ]
-        # A tar file ends with blocks of zeros. Where they are missing, its end is.
-        file.seek(tar.offset)
-        if not file.read(1):
+        # A tar file ends with blocks of zeros: where they are missing, its end is. A damaged header, or zeros in the
+        # middle (a download with holes), end tarfile's listing without a word.
+        position = file.seek(tar.offset)
+        if position >= end:
+            raise tarfile.ReadError("its end is missing")
+        while block := file.read(min(1 << 20, end - position)):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"there is no header at byte {tar.offset:,}")
+            position += len(block)
+        if position < end:
             raise tarfile.ReadError("its end is missing")
     return found
 

@@ -164,7 +164,9 @@ def find(dataset: str, source: pathlib.Path, options: Mapping[str, Any]) -> Foun
         chosen = [path for path in paths if path is not None]
         if len(chosen) == len(paths):
             archives = [open_archive(p, d.holds) for p, d in zip(chosen, release.downloads, strict=True)]
-            origin = {"dataset": dataset, "archives": {path.name: fingerprint(path) for path in chosen}}
+            # Both of PASCAL Context's data sets have one folder.
+            made = "context" if RELEASES[dataset] is _CONTEXT else dataset
+            origin = {"dataset": made, "archives": {path.name: fingerprint(path) for path in chosen}}
             return Found(dataset, release.make_plan(*archives), origin, release.published)
     needed = ", or ".join(_list_missing(release, present) for release in RELEASES[dataset])
     raise UserError(f"{source} does not hold what {dataset} is made of: download {needed}")
@@ -184,7 +186,7 @@ def has_layout(dataset: str, source: str) -> bool:
         return True
     base = pathlib.Path(source).expanduser()
     if layout is None:
-        return (base / "train").is_dir()
+        return any((base / "train").glob("*/*.[jJ][pP]*[gG]"))
     return any((base / layout.images.format(split=word)).is_dir() for word in layout.train)
 
 

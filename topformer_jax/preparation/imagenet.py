@@ -17,10 +17,11 @@ def plan_imagenet(train: Archive, validation: Archive, devkit: Archive) -> Plan:
     folders' sorted names.
     """
     meta = devkit["data/meta.mat"]
-    rows = labels.read_mat(meta.read(), meta.where)["synsets"].ravel()
     with labels.expect_fields(meta.where):
+        rows = labels.read_mat(meta.read(), meta.where)["synsets"].ravel()
         names = {int(row["ILSVRC2012_ID"].item()): str(row["WNID"].item()) for row in rows}
-    numbers = [int(line) for line in devkit.lines(_GROUND_TRUTH)]
+    with labels.expect_fields(devkit[_GROUND_TRUTH].where):
+        numbers = [int(line) for line in devkit.lines(_GROUND_TRUTH)]
     pictures = validation.names("", ".JPEG")
     if len(pictures) != len(numbers):
         raise UserError(

@@ -43,12 +43,16 @@ def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
 
 def map_matrix(key: str, table: Mapping[int, int], data: bytes, name: str) -> bytes:
     """As `map_values`, of the matrix `key` in a MATLAB file (version 5)."""
-    return encode(_look_up(table, np.asarray(read_mat(data, name)[key]), name))
+    with expect_fields(name):
+        values = np.asarray(read_mat(data, name)[key])
+    return encode(_look_up(table, values, name))
 
 
 def read_boundaries_benchmark(data: bytes, name: str) -> bytes:
     """The classes of a file of the Semantic Boundaries Dataset: GTcls.Segmentation, VOC's 0 to 20."""
-    return encode(read_mat(data, name)["GTcls"][0, 0]["Segmentation"].astype(np.uint8))
+    with expect_fields(name):
+        values = read_mat(data, name)["GTcls"][0, 0]["Segmentation"].astype(np.uint8)
+    return encode(values)
 
 
 def read_mat(data: bytes, name: str) -> dict[str, Any]:
