@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import pathlib
 import pickle
 from typing import Any
@@ -58,6 +59,16 @@ def test_folders(images: pathlib.Path) -> None:
     assert source[5].image == (images / expected[5]).read_bytes()
     assert len(pickle.loads(pickle.dumps(source))) == 12
     assert sources.find_data_set(settings(images)).classes == FOLDERS
+
+
+def test_a_name_that_is_not_utf8(tmp_path: pathlib.Path) -> None:
+    write_images(tmp_path)
+    first = sorted((tmp_path / "train" / FOLDERS[0]).iterdir())[0]
+    first.rename(os.fsdecode(os.fsencode(first.parent) + b"/\xe9.JPEG"))
+    source = sources.open_source(settings(tmp_path), "train")
+    images = [source[index].image for index in range(len(source))]
+    assert len(images) == 12
+    assert all(len(image) > 100 for image in images)
 
 
 def test_every_kind_of_file_is_decoded(images: pathlib.Path) -> None:

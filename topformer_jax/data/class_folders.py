@@ -31,14 +31,14 @@ class ClassFolderSource:
     """Image files with the numbers of their classes. Arrays, since a million strings take 100 MB in each worker."""
 
     root: str
-    images: np.ndarray  # paths below the root, bytes of UTF-8
+    images: np.ndarray  # paths below the root, as the file system has them
     labels: np.ndarray  # int32
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        name = self.images[index].decode()
+        name = os.fsdecode(self.images[index])
         path = os.path.join(self.root, name)
         with files.report_errors("read", path), open(path, "rb") as file:
             data = file.read()
@@ -46,7 +46,7 @@ class ClassFolderSource:
 
     def describe(self, index: int) -> tuple[str, int, str]:
         """An example's name, how many bytes its image has, and its class."""
-        name = self.images[index].decode()
+        name = os.fsdecode(self.images[index])
         size = os.path.getsize(os.path.join(self.root, name))
         return _stem(name), size, f"class {self.labels[index]}"
 
