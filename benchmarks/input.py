@@ -24,6 +24,7 @@ from topformer_jax import cli
 from topformer_jax import config as config_lib
 from topformer_jax.data import class_folders, loader, sources
 from topformer_jax.data.sources import Example
+from topformer_jax.data.workers import count_cores
 
 LEAST_BATCHES = 8  # of a run
 
@@ -74,7 +75,7 @@ def open_files(config: ConfigDict, count: int) -> contextlib.AbstractContextMana
 def main() -> None:
     """The command."""
     parser = timing.make_parser(__doc__, images=(32, "generated files"))
-    default = [count for count in (1, 2, 4, 8, 16) if count <= timing.cores()]
+    default = [count for count in (1, 2, 4, 8, 16) if count <= count_cores()]
     parser.add_argument("--workers", type=timing.positive, nargs="+", default=default, help="processes")
     parser.add_argument("--peer", choices=["timm"], help="of a classifier: run timm too (pip install timm)")
     args, config = timing.parse(parser)

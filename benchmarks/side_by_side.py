@@ -30,6 +30,7 @@ from topformer_jax.checkpoints import torch_format
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import Batch
+from topformer_jax.data.workers import count_cores
 from topformer_jax.errors import UserError
 from topformer_jax.evaluation import evaluate_split
 from topformer_jax.optimizer import scaled_learning_rate
@@ -204,7 +205,7 @@ def main() -> None:
     parser.add_argument(
         "--every", type=timing.positive, default=500, help="steps between scores (default 500)"
     )
-    parser.add_argument("--threads", type=timing.positive, default=timing.cores(), help="of PyTorch")
+    parser.add_argument("--threads", type=timing.positive, default=count_cores(), help="of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="where to write what is found")
     parser.add_argument("--draw", type=pathlib.Path, nargs="+", metavar="FILE", help="draw what was found")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the picture, SVG")

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import cli, files
 from topformer_jax import config as config_lib
+from topformer_jax.data.workers import count_cores
 
 Row = dict[str, Any]
 OURS = "ours"
@@ -160,18 +161,12 @@ def table(rows: Sequence[Row]) -> str:
 def report(title: str, rows: Sequence[Row], args: argparse.Namespace, notes: Sequence[str] = ()) -> None:
     """Prints title, machine, table and notes; writes them to `--json FILE` at full precision."""
     device = jax.local_devices()[0]
-    machine = (
-        f"{device.device_kind} ({device.platform}), {cores()} cores, load {LOAD:.2f}, jax {jax.__version__}"
-    )
+    kind = f"{device.device_kind} ({device.platform})"
+    machine = f"{kind}, {count_cores()} cores, load {LOAD:.2f}, jax {jax.__version__}"
     print(title, machine, *([table(rows)] if rows else []), *notes, sep="\n")
     if args.json:
         found = {"title": title, "machine": machine, "rows": list(rows), "notes": list(notes)}
         files.write_file(args.json, json.dumps(found, indent=2) + "\n")
-
-
-def cores() -> int:
-    """How many of the machine's cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(config: ConfigDict) -> str:

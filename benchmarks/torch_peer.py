@@ -27,6 +27,7 @@ from tests.reference.network import OFFICIAL_NAMES, Classifier, Segmenter
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.workers import count_cores
 from topformer_jax.exporters import exported
 
 Call = Callable[[], Any]
@@ -42,7 +43,7 @@ class Variant:
         self.device = torch.device(device)
         self.layout = torch.channels_last if "channels_last" in name else torch.contiguous_format
         self.compile = torch.compile if "compile" in name else lambda function: function
-        torch.set_num_threads(timing.cores())
+        torch.set_num_threads(count_cores())
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = config.model.precision != "highest"
         torch.backends.cuda.matmul.allow_tf32 = config.model.precision != "highest"

@@ -10,7 +10,6 @@ batches are the same on 1 or N processes, with 0 or N workers, and from any star
 import dataclasses
 import gc
 import math
-import os
 import queue
 import signal
 import threading
@@ -29,7 +28,7 @@ from ml_collections import ConfigDict
 from topformer_jax.data import class_images, codecs, transforms
 from topformer_jax.data.batch import Batch, Image, Labels
 from topformer_jax.data.sources import Example, Source
-from topformer_jax.data.workers import end_with_parent
+from topformer_jax.data.workers import count_cores, end_with_parent
 from topformer_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
@@ -69,7 +68,7 @@ def training_batches(
         flags.FLAGS.mark_as_parsed()
     workers, ahead = config.data.num_workers, max(1, config.data.prefetch)
     if not workers:
-        threads = min(os.cpu_count() or 1, ahead)
+        threads = min(count_cores(), ahead)
         return TrainingBatches(batches.to_iter_dataset(grain.ReadOptions(threads, ahead)), len(source))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(ahead / workers))
     # A worker process has one thread: one process a core, and OpenCV's own threads are off.
@@ -182,7 +181,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], *, ahea
     """
     if not items:
         return
-    threads = min(os.cpu_count() or 1, 16)
+    threads = min(count_cores(), 16)
     dataset = grain.MapDataset.source(items).map(function)
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(threads, max(2 * threads, ahead))))
     try:

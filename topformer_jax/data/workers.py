@@ -1,8 +1,17 @@
-"""What worker processes have in common."""
+"""Worker processes and threads: how many there is a core for, and what processes have in common."""
 
 import multiprocessing
 import os
 import threading
+
+
+def count_cores() -> int:
+    """The cores that this process may use: in a container fewer than the machine has.
+
+    >>> count_cores() > 0
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
