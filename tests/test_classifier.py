@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,13 +144,16 @@ def test_a_stopped_run_from_records_is_bitwise_the_one_from_folders(
 
 def test_evaluate(trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The command gives the score that training logged last."""
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text("crane\ncrane\ntench\na\nb\nc\n")  # ImageNet has two of them
     words = ("--checkpoint", trained[0], "--workdir", tmp_path)
-    out, _ = _finish(_start("evaluate", *words, settings={"data.root": root}))
+    out, _ = _finish(_start("evaluate", *words, settings={"data.root": tmp_path / "data"}))
     logged = [r for r in logs.read_records(trained[0] / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
     expected = f"top-1 {100 * logged['top1']:.2f}  top-5 {100 * logged['top5']:.2f}  of 18 images"
     assert expected in out
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert (written["top1"], written["top5"], written["images"]) == (logged["top1"], logged["top5"], 18)
+    assert list(written["classes"]) == ["crane (0)", "crane (1)", "tench", "a", "b", "c"]
     assert np.mean(list(written["classes"].values())) == pytest.approx(logged["top1"])
 
 

@@ -2,8 +2,8 @@
 
 Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. Each operation gives Pillow's bytes, but for one level in
 rotations, shears and translations. Most of them are a table of 256 values, so they stay on the host: under `vmap` a
-device would compute all fifteen operations for every image, twice, to take one of them on average. dm-pix has flips,
-colours and affine maps in JAX, none of the tables, and the same cost.
+device would compute all fifteen operations for every image, twice, to take one of them on average. dm-pix has
+colours, affine maps and, of the tables, solarize, at the same cost.
 """
 
 import math
