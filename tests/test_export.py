@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,8 @@ import pytest
 
 import topformer_jax
 from tests.commands import only_line
-from topformer_jax import checkpoints, cli, config, evaluate, export, models, predict
+from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
+from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, verification
 
 SETTINGS = {"data.shapes.validation": 3, "data.shapes.size": 64, "evaluation.scale": "(96,96)"}
@@ -61,13 +64,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def files(weights: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with logits.onnx for any size, and labels.tflite for 64x64."""
+    """A folder with logits.onnx for any size, and for 64x64 labels.tflite and small.tflite, of logits."""
     folder = tmp_path_factory.mktemp("files")
     start = [*FLAGS, "--checkpoint", weights]
     said = command(export.main, *start, "--output", folder / "logits.onnx", "--size", "any", "--logits")
     assert "compared in its runtime at 256x256, 181x250, 1 and 2 images" in said
     command(export.main, *start, "--output", folder / "labels.tflite", "--size", "64x64")
-    assert sorted(path.name for path in folder.iterdir()) == ["labels.tflite", "logits.onnx"]
+    command(export.main, *start, "--output", folder / "small.tflite", "--size", "64x64", "--logits")
+    assert sorted(path.name for path in folder.iterdir()) == ["labels.tflite", "logits.onnx", "small.tflite"]
     return folder
 
 
@@ -81,6 +85,50 @@ def test_a_file_in_python(files: pathlib.Path, weights: pathlib.Path) -> None:
     assert facts["config"]["name"] == "topformer_t_shapes"
     assert facts["checkpoint"]["name"] == weights.name
     assert len(facts["checkpoint"]["sha256"]) == 64
+
+
+def test_no_file_names_a_folder_of_this_machine(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    private = ["--config.data.root=/secret/data", "--config.init_from=/secret/start"]
+    private += [f"--config.distillation.{name}=/secret/{name}" for name in ("config", "checkpoint")]
+    start = [*FLAGS, *private, "--checkpoint", weights, "--output"]
+    command(export.main, *start, tmp_path / "t.tflite", "--size", "64x64", "--logits")
+    command(export.main, *start, tmp_path / "t.safetensors")
+    command(convert.main, *start, tmp_path / "c.safetensors")
+    assert len(list(tmp_path.iterdir())) == 3
+    assert not [path for path in tmp_path.iterdir() if b"secret" in path.read_bytes()]
+
+
+def test_stretched_images(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A file of one size, for images of any shape: of labels, and of logits."""
+    image = cv2.GaussianBlur(
+        np.random.default_rng(0).integers(0, 256, (70, 50, 3)).astype(np.uint8), (9, 9), 0
+    )
+    cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1])
+    network = topformer_jax.exported(files / "labels.tflite")
+    labels = network(cv2.resize(image, (64, 64), interpolation=cv2.INTER_LINEAR)[None])[0]
+    expected = cv2.resize(labels, (50, 70), interpolation=cv2.INTER_NEAREST_EXACT)
+    found = []
+    for name in ("labels.tflite", "small.tflite"):
+        flags = [*FLAGS, "--exported", files / name, "--stretch"]
+        command(predict.main, *flags, "--output", tmp_path / name, tmp_path / "a.png")
+        found.append(np.asarray(PIL.Image.open(tmp_path / name / "a_mask.png")))
+        said = command(evaluate.main, *flags, "--workdir", tmp_path / name)
+        assert "mIoU" in said
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["devices"].startswith("LiteRT ")
+    assert np.array_equal(found[0], expected)
+    assert (found[1] != expected).mean() < 1e-3
+
+
+def test_labels_of_the_size_that_images_have(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Nothing needs to be stretched then."""
+    image = cv2.GaussianBlur(
+        np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8), (9, 9), 0
+    )
+    cv2.imwrite(str(tmp_path / "a.png"), image[..., ::-1])
+    flags = [*FLAGS, "--exported", files / "labels.tflite", "--config.evaluation.scale=(64,64)"]
+    command(predict.main, *flags, "--output", tmp_path / "out", tmp_path / "a.png")
+    found = np.asarray(PIL.Image.open(tmp_path / "out" / "a_mask.png"))
+    assert np.array_equal(found, topformer_jax.exported(files / "labels.tflite")(image[None])[0])
 
 
 def test_evaluate_and_predict_give_the_checkpoints_labels(
@@ -153,6 +201,8 @@ def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp
     assert "it is of variant tiny, the config of base" in line(tmp_path / "t.onnx", *other)
     assert "--target web is for .onnx files alone" in line(tmp_path / "t.stablehlo", "--target", "web")
     assert "logits are at an eighth" in line(tmp_path / "t.onnx", "--logits", "--scale-labels", "1/2")
+    assert "--size is for files that compute" in line(tmp_path / "t.safetensors", "--size", "any")
+    assert "--keep-float is for files that" in line(tmp_path / "t.safetensors", "--keep-float", "stem")
     (tmp_path / "file").write_text("")
     assert "cannot write" in line(tmp_path / "file" / "t.onnx", "--size", "64x64")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -177,6 +227,44 @@ def test_int8(weights: pathlib.Path, drawn: pathlib.Path, tmp_path: pathlib.Path
     assert (facts["precision"], facts["keep_float"]) == ("int8", ["stem", "decode_head"])
 
 
+def test_int8_of_a_classifier(drawn: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    settings = config.imagenet("tiny")
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
+    checkpoints.save_model(tmp_path / "c", tensors, {"config": json.loads(settings.to_json()), "meta": {}})
+    shutil.copytree(drawn / "images", tmp_path / "pictures")
+    (tmp_path / "pictures" / "._hidden.jpg").write_bytes(b"of a Mac")
+    start = ["--config", "topformer_t_imagenet", "--checkpoint", tmp_path / "c", "--size", "64x64"]
+    integers = ["--precision", "int8", "--images", tmp_path / "pictures"]
+    said = command(export.main, *start, *integers, "--output", tmp_path / "c.tflite")
+    assert "5 pictures: " in said
+    assert topformer_jax.exported(tmp_path / "c.tflite")(np.zeros((1, 64, 64, 3), np.uint8)).shape == (
+        1,
+        1000,
+    )
+    (tmp_path / "pictures" / "cut.jpg").write_bytes(b"cut off")
+    assert "cut.jpg" in refused(export.main, *start, *integers, "--output", tmp_path / "d.tflite")
+
+
+def test_ctrl_c_deletes_what_is_unfinished(tmp_path: pathlib.Path) -> None:
+    program = """
+import os, pathlib, signal, sys
+sys.orig_argv, sys.argv = ["python", "-m", "topformer_jax.export"], ["-m"]
+import topformer_jax
+from topformer_jax import files
+path = pathlib.Path(os.environ["UNFINISHED"])
+with files.unfinished(path):
+    path.write_text("half")
+    print("writing", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    environment = os.environ | {"UNFINISHED": str(tmp_path / "half")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "writing\n", "interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_export_leaves_nothing(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     flags = [*FLAGS, "--checkpoint", weights, "--output", tmp_path / "t.stablehlo", "--size", "64x64"]
     with (
@@ -194,6 +282,8 @@ def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None
         return refused(main, *FLAGS, "--exported", file, *output, *words)
 
     labels, logits = files / "labels.tflite", files / "logits.onnx"
+    assert "--stretch is for a file of one size" in line(logits, "--stretch")
+    assert "leave out --img-ratios" in line(files / "small.tflite", "--stretch", "--img-ratios", "0.5,1")
     assert "takes images of 64x64 pixels (height x width), and one has" in line(labels)
     assert "views are averaged before there are any: export --logits" in line(labels, "--flip")
     assert "sees whole images" in line(logits, "--slide")
@@ -204,6 +294,13 @@ def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None
     square = "--config.evaluation.scale=(64,64)"
     probabilities = ["--probabilities", square, tmp_path / "a.png"]
     assert "--probabilities needs logits" in line(labels, *probabilities, main=predict.main)
+    small = ["--stretch", *probabilities]
+    assert "leave out --stretch" in line(files / "small.tflite", *small, main=predict.main)
+    assert "--stretch is for --exported" in refused(
+        evaluate.main, *FLAGS, "--checkpoint", tmp_path, "--stretch"
+    )
+    with pytest.raises(UserError, match=r"takes images as uint8 .*, and got float32 of shape 1x64x64x3"):
+        topformer_jax.exported(labels)(np.zeros((1, 64, 64, 3), np.float32))
     foreign = onnx.load(logits)
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")

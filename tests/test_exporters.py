@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import pathlib
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -110,11 +113,39 @@ def test_logits(format: str, variant: str, injection: str) -> None:
         assert distance(file(pictures(count)), network_pair.expected(pictures(count), "logits")) < 1e-5
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_head_of_cityscapes(format: str) -> None:
+    """Neither its width nor its convolutions are those of the other data sets."""
+    cityscapes = Pair(config.cityscapes("base"))
+    file = open_data(format, cityscapes.export(format), output="logits")
+    assert distance(file(pictures(1)), cityscapes.expected(pictures(1), "logits")) < 1e-5
+
+
 @pytest.mark.parametrize("format", ["onnx", "stablehlo"])
 def test_any_size(format: str) -> None:
     file = open_data(format, pair().export(format, size=None), size=None)
     for size in [(1, 1), (33, 64), SIZE]:
         assert distance(file(pictures(2, size)), pair().expected(pictures(2, size), "logits")) < 1e-5
+
+
+def test_stablehlo_needs_jax_alone(tmp_path: pathlib.Path) -> None:
+    """And is for CPUs, GPUs and TPUs."""
+    (tmp_path / "file").write_bytes(pair().export("stablehlo", size=None))
+    np.save(tmp_path / "images.npy", pictures(2, (33, 64)))
+    program = """
+import sys
+import jax.export
+import numpy as np
+exported = jax.export.deserialize(bytearray(open("file", "rb").read()))
+np.save("logits.npy", jax.jit(exported.call)(np.load("images.npy")))
+print(*exported.platforms, "topformer_jax" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert done.stdout == "cpu cuda tpu False\n"
+    expected = pair().expected(pictures(2, (33, 64)), "logits")
+    assert distance(np.load(tmp_path / "logits.npy"), expected) < 1e-5
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -142,6 +173,9 @@ def test_the_classifier(format: str) -> None:
     found = file(pictures(2, (64, 64)))
     assert found.shape == (2, 1000)
     assert distance(found, classifier.expected(pictures(2, (64, 64)), "scores")) < 1e-5
+    if format != "tflite":
+        any_size = open_data(format, classifier.export(format, "scores", size=None), size=None)
+        assert distance(any_size(pictures(1)), classifier.expected(pictures(1), "scores")) < 1e-5
 
 
 def test_the_target_web_has_no_resize() -> None:

@@ -33,6 +33,8 @@ def __getattr__(name: str) -> Any:
 def _interrupted(*_: object) -> None:
     """Ends a command at once: an exception can get lost in one of JAX's callbacks, and the command would go on."""
     os.write(2, b"interrupted\n")
+    if files := sys.modules.get("topformer_jax.files"):
+        files.delete_unfinished()
     os._exit(130)
 
 

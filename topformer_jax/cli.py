@@ -82,6 +82,12 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
 
+def add_stretch_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that run an exported file."""
+    text = "with --exported: resize every image to the one size of FILE, whatever its shape"
+    parser.add_argument("--stretch", action="store_true", help=text)
+
+
 class _HelpConfig(argparse.Action):
     """Prints the table of settings and exits, before argparse looks for required arguments."""
 

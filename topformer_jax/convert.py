@@ -42,6 +42,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from topformer_jax import checkpoints, files, models
+from topformer_jax import config as config_lib
 from topformer_jax.checkpoints.load import check_finite, find_format, is_file_path
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
@@ -77,7 +78,9 @@ def main() -> None:
         # Iteration and classes are another model's where a part of it is fresh.
         metadata = {"config": config.to_dict(), "meta": meta if part == "all" else {}}
     if is_file_path(args.output):
-        metadata = metadata | {"meta": _mmcv_meta(metadata)}
+        # Folders are nobody's business who gets the file.
+        shared = {"config": config_lib.hide_paths(metadata["config"]), "meta": _mmcv_meta(metadata)}
+        metadata = metadata | shared
     checkpoints.write_checkpoint(args.output, tensors, metadata)
     print(f"wrote {args.output}: {len(tensors)} tensors")
 

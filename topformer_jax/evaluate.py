@@ -22,6 +22,7 @@ def make_parser() -> cli.Parser:
     weights.add_argument(
         "--exported", metavar="FILE", help="of topformer_jax.export, to score in its runtime"
     )
+    cli.add_stretch_flag(parser)
     add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
     add("--flip", action="store_true", help="average with the mirrored images")
     add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
@@ -70,7 +71,7 @@ def evaluate(
     split: str = "validation",
     save_predictions: files.Path | None = None,
     num_report_images: int = 6,
-    predict: Callable[[Image], Labels] | None = None,
+    predict: ExportedPredictor | None = None,
 ) -> EvaluationResult:
     """Scores a model on a split of its config's data set, prints the table and writes the outputs.
 
@@ -81,7 +82,7 @@ def evaluate(
         split: "train" or "validation".
         save_predictions: a folder for each example's prediction as an indexed PNG.
         num_report_images: in the report, so many with the most correct pixels and so many with the fewest.
-        predict: what labels an image instead of the model, of which the config alone is used.
+        predict: an exported file that labels the images instead of the model, of which the config alone is used.
 
     Raises:
         UserError: the data cannot be read, or an output cannot be written.
@@ -110,9 +111,11 @@ def evaluate(
         scores = metrics.compute_scores(result.confusion)
         print(format_table(scores, data_set.classes))
         facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
+        if predict is not None:
+            facts["devices"] = predict.runtime
         _write_scores(workdir, scores, result, data_set.classes, facts)
-        predict = Predictor(model) if predict is None else predict
-        _write_report(workdir / "report.html", config, predict, source, result, facts, num_report_images)
+        label = predict or Predictor(model)
+        _write_report(workdir / "report.html", config, label, source, result, facts, num_report_images)
         print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
     return result
 
@@ -144,9 +147,11 @@ def score_classifier(
             f"top-1 {100 * scores['top1']:.2f}  top-5 {100 * scores['top5']:.2f}  of {len(source):,} images"
         )
         settings = {"crop_size": config.data.crop_size, "short_side": config.evaluation.short_side}
+        # ImageNet has two classes "crane".
+        unique = [f"{n} ({label})" if names.count(n) > 1 else n for label, n in enumerate(names)]
         values = scores | {
             "images": len(source),
-            "classes": {names[label]: result.of_class(label).top(1) for label in np.unique(result.labels)},
+            "classes": {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels)},
             "config": config.name,
             "data": f"{config.data.dataset}, {config.data.root}",
             "evaluation": ", ".join(f"{key} {value}" for key, value in settings.items()),
@@ -274,6 +279,8 @@ def main() -> None:
         assert isinstance(classifier, models.Classifier)
         score_classifier(classifier, workdir, checkpoint=str(args.checkpoint), split=args.split)
         return
+    if args.stretch and not args.exported:
+        raise UserError("--stretch is for --exported")
     if args.exported and jax.process_count() > 1:
         raise UserError("--exported runs in one process: start one")
     model = checkpoints.load_segmenter(config, args.checkpoint)
@@ -284,7 +291,7 @@ def main() -> None:
         split=args.split,
         save_predictions=args.save_predictions,
         num_report_images=args.report_images,
-        predict=ExportedPredictor(args.exported, model) if args.exported else None,
+        predict=ExportedPredictor(args.exported, model, args.stretch) if args.exported else None,
     )
 
 

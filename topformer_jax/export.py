@@ -39,7 +39,7 @@ def make_parser() -> cli.Parser:
         "--precision",
         choices=["float32", "float16", "int8"],
         default="float32",
-        help=".tflite: float16 halves the file; int8, with --logits, quarters it",
+        help=".tflite: float16 halves the file; int8, with --logits or of a classifier, quarters it",
     )
     add(
         "--keep-float",
@@ -58,6 +58,7 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -82,6 +83,7 @@ from topformer_jax.exporters import exported, network, verification
 from topformer_jax.version import __version__
 
 SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
+MOST_PICTURES = 200  # of --images that are read: more of them find the same ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Choices:
         stride: of labels and probabilities.
         size: (height, width) of the images; None for any.
         target: of ONNX files, "cpu" or "web".
-        precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of everything, for logits alone.
+        precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of all, for logits and scores.
         keep_float: of int8: names of the model's parts that stay float32.
     """
 
@@ -138,8 +140,6 @@ def export_model(
         "target": choices.target,
         "precision": choices.precision,
         "keep_float": list(choices.keep_float),
-        "mean": MEAN.tolist(),
-        "std": STD.tolist(),
         **describe_origin(config, checkpoint, tensors),
     }
     function = network.make_function(
@@ -159,13 +159,13 @@ def export_model(
         others = pictures[1::2] or pictures
         mean, worst = verification.compare_labels(file, plain, others)
         found += f"\n{len(others)} pictures: {mean:.2%} of the labels equal the model's, {worst:.2%} at worst"
-    files.write_file(output, data)
-    if not module.HOLDS_DESCRIPTION:
-        try:
-            files.write_file(exported.description_path(output), json.dumps(description, indent=1) + "\n")
-        except BaseException:
-            output.unlink()
-            raise
+    if module.HOLDS_DESCRIPTION:
+        files.write_file(output, data)
+    else:
+        beside = exported.description_path(output)
+        with files.unfinished(beside):
+            files.write_file(beside, json.dumps(description, indent=1) + "\n")
+            files.write_file(output, data)
     return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"
 
 
@@ -186,7 +186,7 @@ def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num
         raise UserError("--scale-labels is for labels and probabilities: logits are at an eighth of the size")
     if choices.keep_float and choices.precision != "int8":
         raise UserError("--keep-float is for --precision int8")
-    if choices.precision == "int8" and choices.kind != "logits":
+    if choices.precision == "int8" and choices.kind != "logits" and config.task == "segmentation":
         raise UserError(
             "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
         )
@@ -197,16 +197,21 @@ def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num
 
 
 def read_pictures(folder: files.Path) -> list[Image]:
-    """The pictures in a folder and the folders below it.
+    """The pictures in a folder and the folders below it, hidden files aside; of many, some from all over it.
 
     Raises:
         UserError: there is none, or one cannot be read.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    with files.report_errors("read", folder):
+        found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = sorted(path for path in found if not path.name.startswith("."))
     if not paths:
         raise UserError(f"--images {folder} holds no picture: looked for {', '.join(IMAGE_SUFFIXES)}")
-    with files.report_errors("read", folder):
-        return [decode_image(path.read_bytes(), str(path)) for path in paths]
+    pictures = []
+    for path in paths[:: -(-len(paths) // MOST_PICTURES)]:
+        with files.report_errors("read", path):
+            pictures.append(decode_image(path.read_bytes(), str(path)))
+    return pictures
 
 
 def describe_origin(config: ConfigDict, checkpoint: str, tensors: Mapping[str, Array]) -> dict[str, Any]:
@@ -216,27 +221,50 @@ def describe_origin(config: ConfigDict, checkpoint: str, tensors: Mapping[str, A
         data_set = sources.find_data_set(config)
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
     return names | {
-        "config": json.loads(config.to_json()),
-        # Its name alone: folders are nobody's business who gets the file.
+        "mean": MEAN.tolist(),
+        "std": STD.tolist(),
+        # Folders are nobody's business who gets the file.
+        "config": config_lib.hide_paths(json.loads(config.to_json())),
         "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": verification.checksum(tensors)},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
+
+
+def _export_weights(args: argparse.Namespace, config: ConfigDict) -> None:
+    """Writes a file that computes nothing."""
+    for name in (
+        "logits",
+        "probabilities",
+        "scale_labels",
+        "size",
+        "target",
+        "precision",
+        "keep_float",
+        "images",
+    ):
+        if getattr(args, name) != make_parser().get_default(name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is for files that compute, and {args.output} holds the weights alone")
+    model = checkpoints.load_model(config, args.checkpoint)
+    tensors = models.state_dict(model)
+    arrays = {name: np.asarray(value) for name, value in tensors.items()}
+    checkpoints.write_checkpoint(args.output, arrays, describe_origin(config, args.checkpoint, tensors))
+    print(f"wrote {args.output}: {len(tensors)} tensors")
 
 
 def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
+    suffix, suffixes = args.output.suffix.lower(), [*exported.FORMATS, safetensors_format.SUFFIX]
+    if suffix not in suffixes:
+        raise UserError(f"--output is {args.output}: expected a name that ends in {', '.join(suffixes)}")
+    if suffix == safetensors_format.SUFFIX:
+        _export_weights(args, config)
+        return
     kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
     if args.scale_labels not in SCALES:
         raise UserError(f"--scale-labels is {args.scale_labels}: expected one of {', '.join(SCALES)}")
-    if args.output.suffix.lower() == safetensors_format.SUFFIX:
-        model = checkpoints.load_model(config, args.checkpoint)
-        tensors = models.state_dict(model)
-        arrays = {name: np.asarray(value) for name, value in tensors.items()}
-        checkpoints.write_checkpoint(args.output, arrays, describe_origin(config, args.checkpoint, tensors))
-        print(f"wrote {args.output}: {len(tensors)} tensors")
-        return
     size = (
         None if args.size == "any" else cli.size("--size", args.size) if args.size else config.data.crop_size
     )

@@ -21,6 +21,7 @@ else:
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
 WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
+_unfinished: list[Path] = []  # files that are of no use yet
 Result = TypeVar("Result")
 
 
@@ -112,15 +113,31 @@ def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
             retry(lambda: path.write_bytes(data))
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with report_errors("write", path, advice):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+    with report_errors("write", path, advice), unfinished(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def unfinished(path: Path) -> Iterator[None]:
+    """A file that is deleted where the block fails, or Ctrl-C ends the command in it."""
+    _unfinished.append(path)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+    finally:
+        _unfinished.remove(path)
+
+
+def delete_unfinished() -> None:
+    """What a command does before it ends at once."""
+    for path in list(_unfinished):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class WriteQueue:

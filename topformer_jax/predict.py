@@ -20,6 +20,7 @@ def make_parser() -> cli.Parser:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--checkpoint", metavar="PATH", help="a file or a checkpoint folder")
     weights.add_argument("--exported", metavar="FILE", help="of topformer_jax.export, to run in its runtime")
+    cli.add_stretch_flag(parser)
     parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
     return parser
@@ -194,12 +195,17 @@ def main() -> None:
         more = ", ..." if len(others) > 3 else ""
         print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
-    exported = ExportedPredictor(args.exported, model) if args.exported else None
-    files.make_folder(args.output)
+    if args.stretch and not args.exported:
+        raise UserError("--stretch is for --exported")
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
-        sizes = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
-    known_sizes = [size for size in sizes if size is not None]
-    predictor = exported or inference.Predictor(model, image_sizes=known_sizes)
+        found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
+    sizes = [size for size in found if size is not None]
+    predictor: inference.Predictor | ExportedPredictor
+    if args.exported:
+        predictor = ExportedPredictor(args.exported, model, args.stretch, sizes)
+    else:
+        predictor = inference.Predictor(model, image_sizes=sizes)
+    files.make_folder(args.output)
     data_set = sources.find_data_set(config)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(

@@ -1,6 +1,7 @@
 """`load`: a recipe's name, a config file or a config becomes a checked config."""
 
 import difflib
+import functools
 import os
 import pathlib
 import re
@@ -18,6 +19,7 @@ from topformer_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # A wheel holds the recipes inside the package, a clone beside it.
+PATHS = ("data.root", "data.cache", "init_from", "distillation.config", "distillation.checkpoint")
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 
@@ -51,6 +53,15 @@ def load(
     checked = base_config()
     checked.update_from_flattened_dict(values)
     return checked.lock()
+
+
+def hide_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's nested values without paths on this machine, for a file that is given away.
+
+    >>> hide_paths({"seed": 0, "data": {"root": "/home/me/ade"}})
+    {'seed': 0, 'data': {'root': ''}}
+    """
+    return _nest({key: "" if key in PATHS else value for key, value in _flatten(values).items()})
 
 
 def recipe_names() -> list[str]:
@@ -108,3 +119,12 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `_flatten`."""
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        functools.reduce(lambda group, part: group.setdefault(part, {}), groups, tree)[name] = value
+    return tree

@@ -32,25 +32,35 @@ class Exported:
         description: the file's own, what JSON can hold: `output` ("labels", "logits", "probabilities" or "scores"),
             `stride` (of labels and probabilities; of logits 8), `size` ([h, w], or None for any), `classes`,
             `palette`, `mean`, `std`, `precision`, `config`, `checkpoint`, `versions`.
+        runtime: what runs the file, with its version.
     """
 
-    def __init__(self, name: str, run: Run, description: Mapping[str, Any]):
-        self.name, self._run, self.description = name, run, dict(description)
+    def __init__(self, name: str, run: Run, description: Mapping[str, Any], runtime: str = ""):
+        self.name, self._run, self.description, self.runtime = name, run, dict(description), runtime
 
-    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Shaped[np.ndarray, "n ..."]:
-        """The output for some images of one size.
+    def __call__(self, images: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "n ..."]:
+        """The output for some images of one size, uint8 `[n, h, w, 3]`.
 
         Raises:
-            UserError: the file was made for images of another size.
+            UserError: these are no such images, or the file was made for images of another size.
         """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            shape = "x".join(map(str, images.shape))
+            raise UserError(
+                f"{self.name} takes images as uint8 [n, h, w, 3], and got {images.dtype} of shape {shape}"
+            )
+        self.check_size((images.shape[1], images.shape[2]))
+        return self._run(images)
+
+    def check_size(self, found: tuple[int, int]) -> None:
+        """Raises a UserError where the file was made for images of another (height, width)."""
         size = self.description["size"]
-        found = images.shape[1:3]
         if size is not None and tuple(size) != found:
             raise UserError(
                 f"{self.name} takes images of {size[0]}x{size[1]} pixels (height x width), and one has "
-                f"{found[0]}x{found[1]}: resize it, or export with --size {found[0]}x{found[1]}"
+                f"{found[0]}x{found[1]}, as it is resized: --stretch resizes every image to the file's size, and "
+                "export --size another one"
             )
-        return self._run(images)
 
 
 def open_exported(path: str | os.PathLike[str]) -> Exported:
@@ -87,7 +97,7 @@ def open_bytes(
     description = found if description is None else description
     if not isinstance(description, Mapping) or not description.keys() >= NEEDED:
         raise UserError(f"{name} was not written by python -m topformer_jax.export: it has no description")
-    return Exported(name, run, description)
+    return Exported(name, run, description, module.RUNTIME)
 
 
 def description_path(path: files.Path) -> files.Path:

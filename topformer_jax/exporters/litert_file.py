@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from jaxtyping import UInt8
 
+from topformer_jax.data import workers
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Run, need_packages
 from topformer_jax.exporters.litert_operations import use_own_operations
@@ -25,6 +27,7 @@ from topformer_jax.exporters.network import Function
 
 HOLDS_DESCRIPTION = True
 BY_ROWS = False
+RUNTIME = f"LiteRT {metadata.version('ai-edge-litert')}"
 INPUT, SIGNATURE = "images", "serving_default"
 PIXELS = "pixels"  # the normalisation, for --keep-float
 # Parts whose operations have other names than /PART/: the normalisation is in no part, the last one is the output's.
@@ -135,7 +138,7 @@ def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 description = json.loads(archive.read(NOTE)) if NOTE in archive.namelist() else {}
         with _quiet():
-            interpreter = Interpreter(model_content=data, num_threads=os.cpu_count())
+            interpreter = Interpreter(model_content=data, num_threads=workers.count_cores())
             interpreter.allocate_tensors()
         (images_at,), (output_at,) = (
             [tensor["index"] for tensor in tensors]

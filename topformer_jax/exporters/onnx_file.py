@@ -17,6 +17,7 @@ from topformer_jax.exporters.onnx_graph import Graph, Value
 
 HOLDS_DESCRIPTION = True
 BY_ROWS = False
+RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 INPUT = "images"
 
 

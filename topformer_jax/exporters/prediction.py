@@ -1,17 +1,26 @@
 """Labels for images of any size from an exported file, as a config's evaluation says."""
 
+import itertools
 import os
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from jaxtyping import Float
 
-from topformer_jax import models
+from topformer_jax import config, models
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.data.transforms import eval_image, multiply_scale
+from topformer_jax.data.transforms import (
+    ResizedImage,
+    Size,
+    eval_image,
+    multiply_scale,
+    resize_image,
+)
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 from topformer_jax.inference import Predictor
+from topformer_jax.inference.geometry import network_sizes
 
 
 class ExportedPredictor:
@@ -24,31 +33,60 @@ class ExportedPredictor:
     Args:
         path: of the file.
         model: whose config says how to evaluate; its weights are not used.
+        stretch: resizes every image to the one size that the file is for instead, whatever its shape, as an app
+            does; the labels are those of that size, repeated or left out.
+        image_sizes: (height, width) of the images to come, as far as they are known: see `Predictor`.
+
+    Attributes:
+        runtime: what runs the file, with its version.
 
     Raises:
         UserError: the file cannot be read, or does not fit the config.
     """
 
-    def __init__(self, path: str | os.PathLike[str], model: models.Segmenter):
-        config = model.config
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: models.Segmenter,
+        stretch: bool = False,
+        image_sizes: Sequence[Size] = (),
+    ):
         self._exported = open_exported(path)
-        self._evaluation = evaluation = config.evaluation
-        output = self._exported.description["output"]
-        if output not in ("labels", "logits"):
-            raise UserError(f"{path} gives {output}: expected a file of labels or logits")
-        classes = self._exported.description["config"]["model"]["num_classes"]
-        if classes != config.model.num_classes:
-            raise UserError(f"{path} has {classes} classes, the config {config.model.num_classes}")
+        self._evaluation = evaluation = model.config.evaluation
+        facts = self._exported.description
+        self.runtime = self._exported.runtime
+        if facts["output"] not in ("labels", "logits"):
+            raise UserError(f"{path} gives {facts['output']}: expected a file of labels or logits")
+        classes = facts["config"]["model"]["num_classes"]
+        if classes != model.config.model.num_classes:
+            raise UserError(f"{path} has {classes} classes, the config {model.config.model.num_classes}")
         if evaluation.mode != "whole":
             raise UserError(
                 "an exported file sees whole images: leave out --slide, or set evaluation.mode=whole"
             )
-        several = len(evaluation.img_ratios) > 1 or evaluation.flip
-        if output == "labels" and several:
+        several_sizes = len(evaluation.img_ratios) > 1
+        if facts["output"] == "labels" and (several_sizes or evaluation.flip):
             raise UserError(
                 f"{path} gives labels, and views are averaged before there are any: export --logits"
             )
-        self._predictor = Predictor(model, network=self._exported) if output == "logits" else None
+        self._stretched: Size | None = None
+        network_model: models.Segmenter | models.Classifier = model
+        if stretch:
+            if facts["size"] is None:
+                raise UserError(f"--stretch is for a file of one size, and {path} takes images of any")
+            if several_sizes:
+                raise UserError("--stretch resizes an image to one size: leave out --img-ratios")
+            self._stretched = size = facts["size"][0], facts["size"][1]
+            as_it_is = {"scale": size, "size_divisor": 1, "img_ratios": (1.0,)}
+            overrides = {f"evaluation.{key}": value for key, value in as_it_is.items()}
+            network_model = models.build(config.load(model.config, overrides))
+            image_sizes = [size]
+        else:  # at once, not after half of the images
+            for size in itertools.chain(*(network_sizes(size, evaluation) for size in image_sizes)):
+                self._exported.check_size(size)
+        self._predictor = None
+        if facts["output"] == "logits":
+            self._predictor = Predictor(network_model, image_sizes=image_sizes, network=self._exported)
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`.
@@ -56,23 +94,30 @@ class ExportedPredictor:
         Raises:
             UserError: the resized image does not have the size that the file is for.
         """
-        if self._predictor is not None:
-            return self._predictor(image)
-        evaluation = self._evaluation
-        scale = multiply_scale(evaluation.scale, evaluation.img_ratios[0])
-        resized = eval_image(image, scale=scale, size_divisor=evaluation.size_divisor)
-        labels = self._exported(resized[None])[0]
-        if labels.shape == image.shape[:2]:
+        seen = self._resize(image)
+        labels = self._exported(seen[None])[0] if self._predictor is None else self._predictor(seen)
+        height, width = image.shape[:2]
+        if labels.shape == (height, width):
             return labels
-        size = image.shape[1], image.shape[0]
-        return np.asarray(cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST_EXACT))
+        return np.asarray(cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT))
+
+    def _resize(self, image: Image) -> ResizedImage:
+        """What the file sees; of logits without --stretch, what the predictor resizes."""
+        if self._stretched is not None:
+            return resize_image(image, self._stretched)
+        if self._predictor is not None:
+            return image
+        scale = multiply_scale(self._evaluation.scale, self._evaluation.img_ratios[0])
+        return eval_image(image, scale=scale, size_divisor=self._evaluation.size_divisor)
 
     def with_probabilities(self, image: Image) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
         """The class of each pixel, and the softmax over classes.
 
         Raises:
-            UserError: the file has no logits.
+            UserError: the file has no logits, or images are stretched.
         """
         if self._predictor is None:
             raise UserError(f"--probabilities needs logits: export {self._exported.name} with --logits")
+        if self._stretched is not None:
+            raise UserError("--probabilities are of images in their own shape: leave out --stretch")
         return self._predictor.with_probabilities(image)

@@ -17,6 +17,7 @@ from topformer_jax.exporters.network import Function, input_shape
 
 HOLDS_DESCRIPTION = False
 BY_ROWS = True
+RUNTIME = f"jax {jax.__version__}"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

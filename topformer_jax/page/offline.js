@@ -28,7 +28,9 @@ async function keep(cache, request, response) {
   if (!new URL(request.url).pathname.endsWith("/model.json")) return;
   const names = fixed(await response.json());
   for (const { url } of await cache.keys()) {
-    const isFixed = url.startsWith(registration.scope) && /\.(onnx|mjs|wasm)(\?|$)/.test(url);
+    // Another page may lie below this one.
+    const own = url.startsWith(registration.scope) ? url.slice(registration.scope.length) : "";
+    const isFixed = /^(model\w*\.onnx\?|onnxruntime-web-[^/]+\/)/.test(own);
     if (isFixed && !names.includes(url)) await cache.delete(url);
   }
 }

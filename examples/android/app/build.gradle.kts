@@ -8,7 +8,7 @@ android {
     compileSdk = 36
     defaultConfig {
         applicationId = "topformer.example"
-        minSdk = 24
+        minSdk = 28 // ImageDecoder
         targetSdk = 36
         versionCode = 1
         versionName = "1"

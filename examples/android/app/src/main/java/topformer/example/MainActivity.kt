@@ -2,7 +2,7 @@ package topformer.example
 
 import android.app.Activity
 import android.content.Intent
-import android.graphics.BitmapFactory
+import android.graphics.ImageDecoder
 import android.net.Uri
 import android.os.Bundle
 import android.view.ViewGroup.LayoutParams
@@ -11,6 +11,8 @@ import android.widget.ImageView
 import android.widget.LinearLayout
 import android.widget.TextView
 import java.util.concurrent.Executors
+
+private const val LONGEST_SIDE = 2048 // of a picture in memory, in pixels: less than twice as many
 
 /** Picks a picture, shows it with the colours of its classes, and says how long network and labels took. */
 class MainActivity : Activity() {
@@ -45,7 +47,7 @@ class MainActivity : Activity() {
         worker.execute {
             val message = try {
                 show(picture)
-            } catch (error: Exception) {
+            } catch (error: Throwable) { // OutOfMemoryError too
                 error.toString()
             }
             runOnUiThread { text.text = message }
@@ -53,8 +55,11 @@ class MainActivity : Activity() {
     }
 
     private fun show(picture: Uri): String {
-        val bitmap = contentResolver.openInputStream(picture).use { BitmapFactory.decodeStream(it) }
-            ?: return "this is no picture"
+        // ImageDecoder turns a picture as its EXIF orientation says, and needs no memory for pixels that nobody sees.
+        val bitmap = ImageDecoder.decodeBitmap(ImageDecoder.createSource(contentResolver, picture)) { decoder, info, _ ->
+            decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE
+            decoder.setTargetSampleSize(maxOf(1, maxOf(info.size.width, info.size.height) / LONGEST_SIDE))
+        }
         val open = network ?: Network(assets, "model.tflite", threads = 4).also { network = it }
         val found = open.segment(bitmap)
         runOnUiThread { image.setImageBitmap(found.overlay) }
