@@ -51,6 +51,7 @@ def _masked_logits(
     [
         ("tiny", "multi_sum"),
         ("tiny", "fuse_multi"),
+        ("tiny", "none"),
         *(
             pytest.param(*network, marks=pytest.mark.slow)
             for network in [

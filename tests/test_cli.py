@@ -72,7 +72,7 @@ def test_overrides() -> None:
         cli.Parser("a command", config_required=False).parse(["--config.seed=1"])
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "browse", "check"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "browse", "check", "export"])
 def test_help_imports_neither_jax_nor_what_uses_it(command: str) -> None:
     code = (
         "import runpy, sys\n"

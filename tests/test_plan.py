@@ -43,7 +43,7 @@ def _check(
                 for index in on_device
             }
             assert len(canvases) <= 1
-        for index in filter(None, batch.rows):
+        for index in (index for index in batch.rows if index is not None):
             assert all(np.array(geometry.tile_grid(sizes[index])) <= batch.grid)
 
 
