@@ -145,7 +145,8 @@ def test_a_stopped_run_from_records_is_bitwise_the_one_from_folders(
 def test_evaluate(trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The command gives the score that training logged last."""
     shutil.copytree(root, tmp_path / "data")
-    (tmp_path / "data" / "classes.txt").write_text("crane\ncrane\ntench\na\nb\nc\n")  # ImageNet has two of them
+    # ImageNet has two of them.
+    (tmp_path / "data" / "classes.txt").write_text("crane\ncrane\ntench\na\nb\nc\n")
     words = ("--checkpoint", trained[0], "--workdir", tmp_path)
     out, _ = _finish(_start("evaluate", *words, settings={"data.root": tmp_path / "data"}))
     logged = [r for r in logs.read_records(trained[0] / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
