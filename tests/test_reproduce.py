@@ -1,9 +1,11 @@
-"""scripts/reproduce.sh on official downloads in miniature, and the table of docs/zoo.md beside it."""
+"""scripts/reproduce.sh on official downloads in miniature, of folders and records, and docs/zoo.md beside it."""
 
+import json
 import os
 import pathlib
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -45,12 +47,17 @@ def reproduce(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def check_row(row: str, downloads: pathlib.Path, *words: str) -> None:
+def topformer_jax(command: str, *words: object) -> None:
+    flags = [sys.executable, "-m", f"topformer_jax.{command}", *map(str, words)]
+    subprocess.run(flags, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=300)
+
+
+def check_row(row: str, folder: pathlib.Path, *words: str) -> None:
     settings = SMALL if row == "t_imagenet" else SMALL | SMALL_SEGMENTATION
     if row == "t_imagenet":
         settings = settings | {"model.num_classes": 2}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    done = reproduce(row, "--downloads", str(downloads), "--work", str(downloads / "work"), *words, *flags)
+    done = reproduce(row, "--work", str(folder / "work"), *words, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     published = ROWS[row][3]
     name = "top-1" if row == "t_imagenet" else "mIoU"
@@ -60,7 +67,7 @@ def check_row(row: str, downloads: pathlib.Path, *words: str) -> None:
 
 def test_a_row_from_downloads_to_score(tmp_path: pathlib.Path) -> None:
     miniatures.camvid(tmp_path)
-    check_row("t_camvid", tmp_path)
+    check_row("t_camvid", tmp_path, "--downloads", str(tmp_path))
 
 
 @pytest.mark.slow
@@ -68,7 +75,20 @@ def test_a_row_from_downloads_to_score(tmp_path: pathlib.Path) -> None:
 def test_every_data_set(data_set: str, tmp_path: pathlib.Path) -> None:
     row, make = MINIATURES[data_set]
     make(tmp_path)
-    check_row(row, tmp_path, "--backbone", "fresh")
+    check_row(row, tmp_path, "--downloads", str(tmp_path), "--backbone", "fresh")
+    run = tmp_path / "work/runs" / row
+    topformer_jax("convert", "--checkpoint", run, "--output", tmp_path / "converted.pth")
+    flags = ["--source", tmp_path / "work/data" / data_set, "--output", tmp_path / "records"]
+    topformer_jax("prepare", data_set, "--format", "array_record", *flags)
+    (tmp_path / "work").rename(tmp_path / "from_folder")
+    records = {"data.source": "array_record", "data.root": tmp_path / "records"}
+    words = [f"--config.{key}={value}" for key, value in records.items()]
+    check_row(row, tmp_path, "--backbone", "fresh", *words)
+    losses = [
+        (tmp_path / folder / "runs" / row / "metrics.jsonl").read_text().splitlines()[0]
+        for folder in ("from_folder", "work")
+    ]
+    assert json.loads(losses[0])["loss"] == json.loads(losses[1])["loss"]
 
 
 @pytest.mark.parametrize(

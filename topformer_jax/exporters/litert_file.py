@@ -49,7 +49,7 @@ def write(
     Raises:
         UserError: the size is open.
     """
-    with need_packages("writing .tflite files needs litert-converter"):
+    with need_packages("writing .tflite files needs litert-converter"), _quiet():
         from litert_converter import converter_api_ext as converter
         from litert_converter.mlir import ir, passmanager
 
