@@ -130,6 +130,7 @@ COLUMNS = {
     "temporary_bytes": ("temporary MB", 1e-6, 1),
     "operations": ("GFLOP", 1e-9, 1),
     "accessed_bytes": ("accessed GB", 1e-9, 2),
+    "bound_seconds": ("bound ms", 1000, 1),
     "moved_bytes": ("moved GB", 1e-9, 2),
     "collective_bytes": ("collectives MB", 1e-6, 1),
     "other_bytes": ("of them no sums B", 1, 0),

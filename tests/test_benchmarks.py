@@ -175,6 +175,20 @@ def test_evaluate_counts_as_its_peer(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert theirs["pixels_apart"] <= 1e-3 * 3 * 512 * 683
 
 
+def test_layers(run: Run) -> None:
+    rows = run("layers", *TINY)
+    names = ["stem", *(f"layer{index}" for index in range(1, 10)), "trans", "SIM 1", "SIM 2", "SIM 3"]
+    rates, parts = ["matrix product", "sum"], [*names, "decode_head", "loss"]
+    assert [row["case"] for row in rows] == [*rates, *parts, "sum of the parts", "whole step"]
+    found = {row["case"]: row for row in rows}
+    assert found["matrix product"]["operations"] == pytest.approx(2 * 2048**3, rel=0.01)
+    total = sum(found[name]["operations"] for name in parts)
+    assert found["sum of the parts"]["operations"] == pytest.approx(total)
+    assert all(row["bound_seconds"] > 0 for row in rows)
+    with pytest.raises(UserError, match="is a classifier"):
+        run("layers", *CLASSIFIER)
+
+
 def test_plan(run: Run) -> None:
     rows = run("plan", *RECIPE, "--images", "200", "--rows", "8")
     assert [row["case"] for row in rows] == [f"{name}, 200 images" for name in samples.DATA_SETS]
