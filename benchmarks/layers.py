@@ -4,8 +4,8 @@
 
 Each part forward and backward by itself, in training mode, at the config's batch and crop, beside XLA's count of its
 operations and of the bytes that they read and write. "bound" is the larger of two times: of the operations at the
-rate of a matrix product, and of the bytes at the rate of a sum over large arrays; the first rows are these two. A step
-is not the sum of its parts: XLA fuses over their borders.
+rate of a matrix product, and of the bytes at the rate of a sum over large arrays; the first rows are these two. A
+step is not the sum of its parts: XLA fuses over their borders.
 """
 
 from collections.abc import Callable, Iterator
