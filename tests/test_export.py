@@ -93,9 +93,14 @@ def test_no_file_names_a_folder_of_this_machine(weights: pathlib.Path, tmp_path:
     start = [*FLAGS, *private, "--checkpoint", weights, "--output"]
     command(export.main, *start, tmp_path / "t.tflite", "--size", "64x64", "--logits")
     command(export.main, *start, tmp_path / "t.safetensors")
+    command(export.main, *start, tmp_path / "t.stablehlo", "--size", "64x64", "--logits")
+    command(export.main, *start, tmp_path / "t.onnx", "--size", "64x64", "--logits")
     command(convert.main, *start, tmp_path / "c.safetensors")
-    assert len(list(tmp_path.iterdir())) == 3
-    assert not [path for path in tmp_path.iterdir() if b"secret" in path.read_bytes()]
+    package = str(pathlib.Path(export.__file__).parent).encode()
+    assert len(list(tmp_path.iterdir())) == 6  # one beside t.stablehlo
+    for path in tmp_path.iterdir():
+        assert b"secret" not in path.read_bytes(), path
+        assert package not in path.read_bytes(), path
 
 
 def test_stretched_images(files: pathlib.Path, tmp_path: pathlib.Path) -> None:

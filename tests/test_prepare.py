@@ -250,6 +250,12 @@ def list_tar(data: bytes) -> list[tarfile.TarInfo]:
         return tar.getmembers()
 
 
+def reserve(path: pathlib.Path) -> None:
+    """As a download that has its size from the start, and not yet its second half."""
+    data = path.read_bytes() + bytes(4 << 20)
+    path.write_bytes(data[:1536] + bytes(len(data) - 1536))
+
+
 def spoil_header(path: pathlib.Path, nested: bool = False, hole: bool = False) -> None:
     """Changes a letter in a tar file's second header, or puts zeros in its place: tarfile's list ends there."""
     data = bytearray(path.read_bytes())
@@ -282,6 +288,7 @@ def spoil_header(path: pathlib.Path, nested: bool = False, hole: bool = False) -
         ),
         ("imagenet", "ILSVRC2012_img_train.tar", lambda p: cut(p, 0.7), "ILSVRC2012_img_train.tar ("),
         ("imagenet", "ILSVRC2012_img_val.tar", spoil_header, "there is no header at byte"),
+        ("imagenet", "ILSVRC2012_img_val.tar", reserve, "there is nothing behind byte"),
         (
             "imagenet",
             "ILSVRC2012_img_val.tar",
@@ -435,6 +442,9 @@ def test_context_of_59_and_60_classes_is_one_folder(tmp_path: pathlib.Path) -> N
 
 def test_matrices_of_another_kind_are_one_line() -> None:
     other = miniatures.mat(other=np.zeros((2, 2)))
+    struct = miniatures.mat(GTcls=np.array([[(1,)]], dtype=[("Boundaries", object)]))
+    with pytest.raises(UserError, match=r"x\.mat has not the fields that were expected \(ValueError"):
+        labels.read_boundaries_benchmark(struct, "x.mat")
     for read in (functools.partial(labels.map_matrix, "LabelMap", {}), labels.read_boundaries_benchmark):
         with pytest.raises(UserError, match=r"x\.mat has not the fields that were expected"):
             read(other, "x.mat")

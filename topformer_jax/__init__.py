@@ -33,9 +33,10 @@ def __getattr__(name: str) -> Any:
 def _interrupted(*_: object) -> None:
     """Ends a command at once: an exception can get lost in one of JAX's callbacks, and the command would go on."""
     os.write(2, b"interrupted\n")
-    if files := sys.modules.get("topformer_jax.files"):
-        files.delete_unfinished()
-    os._exit(130)
+    try:
+        sys.modules["topformer_jax.files"].delete_unfinished()
+    finally:  # also while that module is being imported
+        os._exit(130)
 
 
 # Ctrl-C ends a command in one line, also in the seconds that its imports take. What runs longer sets its own.

@@ -113,6 +113,8 @@ def evaluate(
         facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
         if predict is not None:
             facts["devices"] = predict.runtime
+            if predict.stretched_size:
+                facts["evaluation"] += f"; stretched to {predict.stretched_size}, not scale and size_divisor"
         _write_scores(workdir, scores, result, data_set.classes, facts)
         label = predict or Predictor(model)
         _write_report(workdir / "report.html", config, label, source, result, facts, num_report_images)
@@ -259,6 +261,8 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.report_images < 0:
         raise UserError(f"--report-images is {args.report_images}: expected 0 or more")
+    if args.stretch and not args.exported:
+        raise UserError("--stretch is for --exported")
     processes.start_processes(args.coordinator, args.processes, args.process_id)
     overrides: dict[str, object] = {}
     if args.img_ratios:
@@ -279,8 +283,6 @@ def main() -> None:
         assert isinstance(classifier, models.Classifier)
         score_classifier(classifier, workdir, checkpoint=str(args.checkpoint), split=args.split)
         return
-    if args.stretch and not args.exported:
-        raise UserError("--stretch is for --exported")
     if args.exported and jax.process_count() > 1:
         raise UserError("--exported runs in one process: start one")
     model = checkpoints.load_segmenter(config, args.checkpoint)

@@ -163,7 +163,7 @@ def export_model(
         files.write_file(output, data)
     else:
         beside = exported.description_path(output)
-        with files.unfinished(beside):
+        with files.unfinished(beside), files.unfinished(output):
             files.write_file(beside, json.dumps(description, indent=1) + "\n")
             files.write_file(output, data)
     return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"

@@ -126,7 +126,7 @@ def unfinished(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # a bucket has errors of its own
             path.unlink()
         raise
     finally:
@@ -136,7 +136,7 @@ def unfinished(path: Path) -> Iterator[None]:
 def delete_unfinished() -> None:
     """What a command does before it ends at once."""
     for path in list(_unfinished):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             path.unlink()
 
 

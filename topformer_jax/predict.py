@@ -190,13 +190,13 @@ def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
+    if args.stretch and not args.exported:
+        raise UserError("--stretch is for --exported")
     images, others = list_images(args.images)
     if others:
         more = ", ..." if len(others) > 3 else ""
         print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
-    if args.stretch and not args.exported:
-        raise UserError("--stretch is for --exported")
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
         found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
     sizes = [size for size in found if size is not None]

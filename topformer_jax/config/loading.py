@@ -18,8 +18,8 @@ from topformer_jax.config.settings import SETTINGS
 from topformer_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
-# A wheel holds the recipes inside the package, a clone beside it.
 PATHS = ("data.root", "data.cache", "init_from", "distillation.config", "distillation.checkpoint")
+# A wheel holds the recipes inside the package, a clone beside it.
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 
 

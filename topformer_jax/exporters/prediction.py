@@ -39,6 +39,7 @@ class ExportedPredictor:
 
     Attributes:
         runtime: what runs the file, with its version.
+        stretched_size: (height, width) that every image is resized to; None without `stretch`.
 
     Raises:
         UserError: the file cannot be read, or does not fit the config.
@@ -69,14 +70,14 @@ class ExportedPredictor:
             raise UserError(
                 f"{path} gives labels, and views are averaged before there are any: export --logits"
             )
-        self._stretched: Size | None = None
+        self.stretched_size: Size | None = None
         network_model: models.Segmenter | models.Classifier = model
         if stretch:
             if facts["size"] is None:
                 raise UserError(f"--stretch is for a file of one size, and {path} takes images of any")
             if several_sizes:
                 raise UserError("--stretch resizes an image to one size: leave out --img-ratios")
-            self._stretched = size = facts["size"][0], facts["size"][1]
+            self.stretched_size = size = facts["size"][0], facts["size"][1]
             as_it_is = {"scale": size, "size_divisor": 1, "img_ratios": (1.0,)}
             overrides = {f"evaluation.{key}": value for key, value in as_it_is.items()}
             network_model = models.build(config.load(model.config, overrides))
@@ -103,8 +104,8 @@ class ExportedPredictor:
 
     def _resize(self, image: Image) -> ResizedImage:
         """What the file sees; of logits without --stretch, what the predictor resizes."""
-        if self._stretched is not None:
-            return resize_image(image, self._stretched)
+        if self.stretched_size is not None:
+            return resize_image(image, self.stretched_size)
         if self._predictor is not None:
             return image
         scale = multiply_scale(self._evaluation.scale, self._evaluation.img_ratios[0])
@@ -118,6 +119,6 @@ class ExportedPredictor:
         """
         if self._predictor is None:
             raise UserError(f"--probabilities needs logits: export {self._exported.name} with --logits")
-        if self._stretched is not None:
+        if self.stretched_size is not None:
             raise UserError("--probabilities are of images in their own shape: leave out --stretch")
         return self._predictor.with_probabilities(image)

@@ -17,6 +17,7 @@ from topformer_jax import files
 from topformer_jax.errors import UserError
 
 IN_ZIP, IN_FOLDER, IN_GZIP = -1, -2, -3  # instead of a position in a tar file
+MOST_ZEROS = 1 << 20  # bytes at the end of a tar file: it is filled up to whole records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def fingerprint(path: pathlib.Path) -> list[int | str]:
     size, count, digest = 0, 0, hashlib.sha256()
     for member in _list_folder(path):
         size, count = size + member.size, count + 1
-        digest.update(f"{member.name}\n{member.size}\n".encode())
+        digest.update(os.fsencode(f"{member.name}\n{member.size}\n"))
         if member.name.endswith((".json", ".txt")):
             digest.update(hashlib.sha256(member.read()).digest())
     return [size, count, digest.hexdigest()]
@@ -176,6 +177,10 @@ def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
             position += len(block)
         if position < end:
             raise tarfile.ReadError("its end is missing")
+        if (
+            not found or end - tar.offset > MOST_ZEROS
+        ):  # a download that wrote nothing into the space it had reserved
+            raise tarfile.ReadError(f"there is nothing behind byte {tar.offset:,}")
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from topformer_jax import files
+from topformer_jax.data import class_folders
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import coco_stuff, imagenet, own, pascal, scenes
@@ -186,7 +187,7 @@ def has_layout(dataset: str, source: str) -> bool:
         return True
     base = pathlib.Path(source).expanduser()
     if layout is None:
-        return any((base / "train").glob("*/*.[jJ][pP]*[gG]"))
+        return any(path.suffix.lower() in class_folders.SUFFIXES for path in (base / "train").glob("*/*"))
     return any((base / layout.images.format(split=word)).is_dir() for word in layout.train)
 
 

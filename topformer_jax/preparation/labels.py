@@ -261,7 +261,9 @@ def expect_fields(name: str) -> Iterator[None]:
     """Turns what a missing or strange field of a file raises into a UserError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise UserError(
             f"{name} has not the fields that were expected ({type(error).__name__}: {error}): is it of another tool?"
         ) from None
