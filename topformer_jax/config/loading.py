@@ -1,7 +1,6 @@
 """`load`: a recipe's name, a config file or a config becomes a checked config."""
 
 import difflib
-import functools
 import os
 import pathlib
 import re
@@ -55,13 +54,18 @@ def load(
     return checked.lock()
 
 
-def hide_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+def hide_paths(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config's nested values without paths on this machine, for a file that is given away.
 
     >>> hide_paths({"seed": 0, "data": {"root": "/home/me/ade"}})
     {'seed': 0, 'data': {'root': ''}}
     """
-    return _nest({key: "" if key in PATHS else value for key, value in _flatten(values).items()})
+    return {
+        key: hide_paths(value, f"{prefix}{key}.")
+        if isinstance(value, dict)
+        else ("" if f"{prefix}{key}" in PATHS else value)
+        for key, value in values.items()
+    }
 
 
 def recipe_names() -> list[str]:
@@ -119,12 +123,3 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The opposite of `_flatten`."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *groups, name = key.split(".")
-        functools.reduce(lambda group, part: group.setdefault(part, {}), groups, tree)[name] = value
-    return tree

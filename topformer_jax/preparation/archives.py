@@ -177,9 +177,8 @@ def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
             position += len(block)
         if position < end:
             raise tarfile.ReadError("its end is missing")
-        if (
-            not found or end - tar.offset > MOST_ZEROS
-        ):  # a download that wrote nothing into the space it had reserved
+        # A download has reserved this space, and written nothing into it.
+        if not found or end - tar.offset > MOST_ZEROS:
             raise tarfile.ReadError(f"there is nothing behind byte {tar.offset:,}")
     return found
 
