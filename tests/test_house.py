@@ -100,7 +100,7 @@ def test_imports_go_one_way(file: pathlib.Path) -> None:
 @pytest.mark.parametrize("file", [*FILES, *SCRIPTS], ids=_name)
 def test_files_and_functions_stay_short(file: pathlib.Path) -> None:
     text = file.read_text()
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= 600
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
