@@ -70,9 +70,18 @@ def feed_from_files(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) ->
 
     def from_files(steps: int) -> float:
         make_steps(files, ahead)  # on batches that were made while something else was timed
-        waited = files.data_wait_seconds
-        seconds = make_steps(files, steps)
-        waits.append((files.data_wait_seconds - waited) / seconds)
+        waited = 0.0
+
+        def timed() -> Iterator[Any]:
+            nonlocal waited
+            while True:
+                start = time.perf_counter()
+                batch = next(files)
+                waited += time.perf_counter() - start
+                yield batch
+
+        seconds = make_steps(timed(), steps)
+        waits.append(waited / seconds)
         return seconds
 
     with samples.written_files(args.images, config) as source:

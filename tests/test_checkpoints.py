@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -262,3 +263,37 @@ def test_the_suffix_decides_what_is_written(
     again, meta = checkpoints.read_checkpoint(path, model)
     assert meta == {"iter": 3}
     assert all(np.array_equal(again[name], tensors[name]) for name in tensors)
+
+
+def _steps(folder: pathlib.Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> None:
+    """The newest step and the best one stay; an older one goes when its successor is complete."""
+    store = checkpoints.CheckpointStore(tmp_path, 1)
+    kept = []
+    for step, score in enumerate((0.2, 0.6, float("nan"), 0.4, 0.5), 1):
+        store.save(step, {"model": {"x": jax.numpy.full(3, step)}}, {"config": {"seed": step}})
+        store.wait()
+        written = (tmp_path / str(step)).stat().st_mtime_ns
+        store.save(step, {"model": {"x": jax.numpy.zeros(3)}}, {"config": {}})
+        store.add_score(step, score)
+        store.wait()
+        assert (tmp_path / str(step)).stat().st_mtime_ns == written
+        kept.append(_steps(tmp_path))
+    assert kept == [["1"], ["1", "2"], ["2", "3"], ["2", "4"], ["2", "5"]]
+    assert store.best == (2, 0.6)
+    store.close()
+
+    store = checkpoints.CheckpointStore(tmp_path, 1)
+    assert (store.best, store.latest, store.is_evaluated(5)) == ((2, 0.6), 5, True)
+    assert store.read_metadata(5) == {"config": {"seed": 5}, "meta": {}}
+    store.close()
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"1": null}', "{"])
+def test_damaged_scores(tmp_path: pathlib.Path, text: str) -> None:
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(UserError, match=r"scores.json is damaged: expected scores by step"):
+        checkpoints.CheckpointStore(tmp_path, 1)

@@ -263,7 +263,6 @@ def test_to_device() -> None:
         found = cast(dict[str, jax.Array], next(arrays))
         assert all(values.sharding == sharding() for values in found.values())
         assert_same([{name: np.asarray(values) for name, values in found.items()}], [batch])
-    assert arrays.data_wait_seconds > 0
     assert arrays.skipped == 0
     arrays.close()
     arrays.close()

@@ -132,6 +132,25 @@ def test_nobody_waits_for_a_compilation(
     assert not (tmp_path / "run.lock").exists()
 
 
+@pytest.mark.parametrize("signalled", [[1], [0, 1]])
+def test_two_processes_leave_a_compilation_together(
+    tmp_path: pathlib.Path, signalled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither takes the other for dead, and both say the same."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
+    pair = start_pair(tmp_path, CHANGES)
+    while all(process.poll() is None for process in pair) and not list(tmp_path.glob("configs/*.json")):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for number in signalled:
+        pair[number].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=600) for process in pair]
+    assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
+    assert [err for _, err in outputs] == ["", ""]
+    assert outputs[0][0].endswith("stopped before a step was computed; the same command starts again\n")
+    assert not (tmp_path / "run.lock").exists()
+
+
 class _Metadata(http.server.BaseHTTPRequestHandler):
     """The part of a TPU machine's metadata server that says who is in its slice."""
 

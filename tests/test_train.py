@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from tests.commands import ROOT, TINY, run, start
+from tests.commands import ROOT, TINY, refused_run, run, start
 from topformer_jax import checkpoints, config, load, logs, profiler, train
 from topformer_jax.data import loader
 from topformer_jax.errors import UserError
-from topformer_jax.run import load_teacher
+from topformer_jax.run import STEPS_IN_FLIGHT, limit_steps_in_flight, load_teacher
 from topformer_jax.run_folder import RunFolder
 
 
@@ -45,8 +45,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
 
 def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     workdir, out = whole
-    assert {"config.json", "metrics.jsonl", "curves.png", "predictions", "tensorboard", "checkpoints"} == {
-        path.name for path in workdir.iterdir()
+    assert {path.name for path in workdir.iterdir()} == {
+        *(
+            "checkpoints",
+            "config.json",
+            "configs",
+            "curves.png",
+            "metrics.jsonl",
+            "predictions",
+            "tensorboard",
+        )
     }
     assert sorted(_losses(workdir)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 4
@@ -66,6 +74,38 @@ def test_a_finished_run_has_nothing_to_do(whole: tuple[pathlib.Path, str]) -> No
     out, _ = run(workdir, {})
     assert "from checkpoint 6" in out
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_start_says_what_changed_and_its_settings_are_kept(whole: tuple[pathlib.Path, str]) -> None:
+    workdir, _ = whole
+    starts = len(list((workdir / "configs").iterdir()))
+    out, _ = run(workdir, {"schedule.lr": 0.5, "log_every": 3})
+    assert "changed since step 6: schedule.lr: 0.003 -> 0.5\n" in out
+    assert out.count("changed since") == 1
+    texts = [file.read_text() for file in sorted((workdir / "configs").iterdir())]
+    assert len(texts) == starts + 1
+    assert ['"lr": 0.5,' in text for text in texts].count(True) == 1
+    assert texts[-1] == (workdir / "config.json").read_text()
+    line = refused_run(workdir, {"optimizer.name": "rmsprop_tf"})
+    assert (
+        f"{workdir}/checkpoints/6 holds a run with optimizer.name=adamw, and the config has rmsprop_tf"
+        in line
+    )
+    assert len(list((workdir / "configs").iterdir())) == starts + 1
+
+
+def test_a_few_steps_are_in_flight() -> None:
+    """However many steps there are between two log lines, the host is at most two ahead of the devices."""
+
+    @jax.jit
+    def compute(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 300, lambda _, y: y @ y / 512, x)
+
+    steps = []
+    for step in range(8):
+        steps.append({"loss": compute(jax.numpy.full((512, 512), float(step)))})
+        limit_steps_in_flight(steps)
+        assert all(metrics["loss"].is_ready() for metrics in steps[:-STEPS_IN_FLIGHT])
 
 
 def test_distillation(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:

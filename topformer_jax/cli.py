@@ -167,6 +167,7 @@ def leave_others_on_error(_: object, error: BaseException | None, *rest: object)
 
     if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
         return
+    processes.wait_if_leaving()  # the others may have left a moment earlier
     if processes.is_lost_connection(error):
         processes.report_lost_connection()
         processes.leave(1)

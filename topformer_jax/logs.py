@@ -61,9 +61,6 @@ class RunLog:
         steps: the last step of the run.
         active: whether this is the first process.
 
-    Attributes:
-        has_evaluated: whether this process has logged an evaluation.
-
     Raises:
         UserError: (every method too) a file cannot be written.
     """
@@ -71,7 +68,6 @@ class RunLog:
     def __init__(self, workdir: pathlib.Path, start: int, steps: int, *, active: bool):
         self.active = active
         self.steps = steps
-        self.has_evaluated = False
         self._path = workdir / "metrics.jsonl"
         self._start, self._start_time = start, time.monotonic()
         if not active:
@@ -116,7 +112,6 @@ class RunLog:
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the scores of an evaluation after a step."""
-        self.has_evaluated = True
         if not self.active:
             return
         self._record(step, "evaluation", values)

@@ -94,6 +94,27 @@ def wait_for_preemption(stopped: threading.Event) -> bool:
     return False
 
 
+def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
+    """Whether every process answers yes; each must be asked once. False, too, once `stopped`.
+
+    A thread may ask while the main thread computes or compiles: the answers go through JAX's coordination service,
+    not through the devices.
+    """
+    from jax._src import distributed
+
+    client: Any = distributed.global_state.client
+    if client is None:
+        return answer
+    client.key_value_set(f"{question}/{jax.process_index()}", str(answer))
+    while not stopped.is_set():
+        answers = [value for _, value in client.key_value_dir_get(f"{question}/")]
+        if str(False) in answers or len(answers) == jax.process_count():
+            return str(False) not in answers
+        stopped.wait(0.1)
+    return False
+
+
+_leaving = threading.Event()  # this process is about to end together with the others
 _before_leaving: list[Callable[[], object]] = []
 
 
@@ -111,11 +132,23 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def leave_together(status: int) -> NoReturn:
-    """`leave` where all processes do, each for itself: the first one waits, since it serves the others."""
-    if jax.process_count() > 1 and jax.process_index() == 0:
-        time.sleep(2)
-    leave(status)
+def leave_together(status: int, report: Callable[[], object], stopped: threading.Event) -> None:
+    """`leave` where all processes have agreed to; returns only once `stopped`.
+
+    None ends before all know that the others do, or it would be taken for dead.
+    """
+    _leaving.set()
+    if do_all_agree("leaving", True, stopped):
+        report()
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            time.sleep(2)  # it serves the others
+        leave(status)
+
+
+def wait_if_leaving() -> None:
+    """Does not return where another thread is about to end this process: see `leave_together`."""
+    if _leaving.is_set():
+        threading.Event().wait()
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
+from topformer_jax import checkpoints, files, logs, metrics, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
@@ -28,6 +28,8 @@ from topformer_jax.visualize import drawing
 
 SCORES = {"segmentation": "miou", "classification": "top1"}  # by which the best checkpoint is chosen
 GRID_ROWS = 6  # validation images in the grid that each evaluation writes
+STEPS_IN_FLIGHT = 2  # handed to the devices before the host waits for the first of them
+POLL_SECONDS = 0.01  # between looks at the devices while the next batch is not there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +70,37 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
     return checkpoints.load_segmenter(teacher, config.distillation.checkpoint)
 
 
-def restore_state(
-    store: checkpoints.CheckpointStore, step: int, state: TrainState, config: ConfigDict
-) -> TrainState:
+def check_changes(
+    store: checkpoints.CheckpointStore, step: int, config: ConfigDict, data_set: DataSet
+) -> tuple[DataSet, list[str]]:
+    """Compares a checkpoint with what this start would go on with.
+
+    Returns:
+        The data set with the names and colours that the checkpoint has for its classes, and a line for each
+        difference.
+
+    Raises:
+        UserError: the run cannot go on with such a change.
+    """
+    metadata = store.read_metadata(step)
+    changes = config_lib.compare_configs(metadata["config"], config, store.directory / str(step))
+    names = tuple(metadata["meta"].get("CLASSES", data_set.classes))
+    renamed = [
+        label for label, pair in enumerate(zip(names, data_set.classes, strict=True)) if len({*pair}) > 1
+    ]
+    if renamed:
+        label = renamed[0]
+        changes.append(
+            f"class names: {len(renamed)} differ, the checkpoint's stay; label {label} is {names[label]!r} there and "
+            f"{data_set.classes[label]!r} in {config.data.root or 'the config'}"
+        )
+        palette = tuple(tuple(colour) for colour in metadata["meta"]["PALETTE"])
+        data_set = dataclasses.replace(data_set, classes=names, palette=palette)
+    return data_set, changes
+
+
+def restore_state(store: checkpoints.CheckpointStore, step: int, state: TrainState) -> TrainState:
     """The state of a checkpoint, with the layout on devices of the given one."""
-    stored = store.read_config(step)
-    # A run of an earlier version lacks the settings that have been added since, and had their defaults.
-    before, now = (json.loads(each.to_json())["model"] for each in (config_lib.base_config(), config))
-    before |= stored.get("model", {})
-    if other := [key for key in now if before[key] != now[key]]:
-        raise UserError(
-            f"{store.directory} holds a run of another model (model.{other[0]} is {before[other[0]]} there, "
-            f"{now[other[0]]} in the config): give another --workdir, or remove this one"
-        )
-    if config.ema_decay and not stored.get("ema_decay"):
-        raise UserError(
-            f"{store.directory} holds a run without averaged weights: set --config.ema_decay=0, or give "
-            "another --workdir"
-        )
     trees = store.restore(step, _to_trees(state))
     return TrainState(
         jax.device_put(np.int32(step), state.step.sharding),
@@ -99,6 +114,17 @@ def restore_state(
 def _to_trees(state: TrainState) -> dict[str, Any]:
     """A state as the parts of a checkpoint."""
     return {"model": state.params | state.stats, "optimizer": state.optimizer, "average": state.average}
+
+
+def record_start(config: ConfigDict, folder: RunFolder, start: int, changes: Sequence[str]) -> None:
+    """Says what changed since the last start, and keeps the settings of each start; fetches an earlier log."""
+    for change in changes:
+        print(f"changed since step {start}: {change}")
+    text = config.to_json(indent=2)
+    moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    for name in ("config.json", f"configs/{start:07}-{moment}.json"):
+        files.write_file(folder.local / name, text)
+    folder.fetch("metrics.jsonl")
 
 
 def print_banner(
@@ -132,6 +158,15 @@ def print_banner(
     )
 
 
+def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:
+    """Waits until the devices have at most `STEPS_IN_FLIGHT` of the last steps to compute; copies nothing.
+
+    The devices always have a step to go on with. A signal is answered after these steps, not at the next log step.
+    """
+    if len(metrics) > STEPS_IN_FLIGHT:
+        metrics[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
+
+
 class Monitor:
     """Keeps the metrics of each step on the device, and logs their means when the loop synchronises."""
 
@@ -139,8 +174,8 @@ class Monitor:
         self._run = run
         self._batches = batches
         self._pending: list[Mapping[str, Any]] = []  # per-step metrics not yet fetched to host
-        self._reported_unreadable: set[int] = set()
         self._first_loss: Any = None  # an array; mypy does not know its is_ready()
+        self._reported_unreadable: set[int] = set()
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -148,24 +183,25 @@ class Monitor:
         self._start, self._data_wait_seconds = time.perf_counter(), 0.0
 
     def next_batch(self) -> Batch:
-        """The next batch. A wait for it counts if the devices had nothing left to compute meanwhile."""
-        start = time.perf_counter()
-        batch = next(self._batches)
-        if not self._pending or self._pending[-1]["loss"].is_ready():
+        """The next batch; counts the time in which the devices have nothing to compute meanwhile."""
+        start = None
+        while not self._batches.wait(POLL_SECONDS):
+            if start is None and (not self._pending or self._pending[-1]["loss"].is_ready()):
+                start = time.perf_counter()
+        if start is not None:
             self._data_wait_seconds += time.perf_counter() - start
-        return batch
+        return next(self._batches)
 
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of one more step, without waiting for them."""
+        """Takes the metrics of one more step, and waits for the step `STEPS_IN_FLIGHT` before it."""
         self._pending.append(step_metrics)
         if self._first_loss is None:
             self._first_loss = step_metrics["loss"]
+        limit_steps_in_flight(self._pending)
 
-    def leave_early(self, number: int) -> None:
-        """Ends the process for a signal, if no step has been computed that could be lost."""
-        if self._first_loss is None or not self._first_loss.is_ready():
-            self._run.log.print_line("stopped before a step was computed; the same command starts again")
-            processes.leave_together(128 + number)
+    def has_computed(self) -> bool:
+        """Whether this process has computed a step, which a signal must not lose."""
+        return self._first_loss is not None and self._first_loss.is_ready()
 
     def fetch(self, step: int) -> list[Mapping[str, Any]]:
         """The metrics of the steps up to `step` that were not fetched yet; a UserError if one is not finite."""
@@ -220,23 +256,12 @@ def is_evaluation_step(config: ConfigDict, step: int) -> bool:
     return step == config.schedule.steps or step % config.evaluate_every == 0
 
 
-def save_checkpoint(run: Run, state: TrainState, step: int, score: float | None) -> None:
-    """Starts to save a checkpoint in the background; nothing where the step is saved already without new scores."""
-    if score is None and run.store.newest_started == step:
-        return
-    # mmcv expects an epoch; a run here counts steps alone.
-    metadata = {"config": json.loads(run.config.to_json()), "meta": {"epoch": 0, "iter": step}}
+def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
+    """Starts to save a checkpoint in the background; nothing where the step is saved already."""
+    # mmcv expects an epoch; a run here counts steps only.
+    meta = {"epoch": 0, "iter": step, "CLASSES": run.data_set.classes, "PALETTE": run.data_set.palette}
     run.folder.upload()  # the log of what a resumed run will not do again
-    run.store.save(step, _to_trees(state), metadata, score)
-
-
-def save_before_compiling(run: Run, state: TrainState, step: int) -> None:
-    """Saves before the first evaluation of this process: on a TPU its programs compile for minutes.
-
-    A preempted machine is gone by then. The same command resumes here, and makes up for the evaluation.
-    """
-    if not run.log.has_evaluated:
-        save_checkpoint(run, state, step, None)
+    run.store.save(step, _to_trees(state), {"config": json.loads(run.config.to_json()), "meta": meta})
 
 
 @contextlib.contextmanager
@@ -250,14 +275,14 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
         monitor.fetch(step)  # a state whose loss is not finite must not be saved
         run.store.wait()
         if step != run.store.latest:
-            save_checkpoint(run, state, step, None)
+            save_checkpoint(run, state, step)
             run.store.wait()
         line = f"{error.line}; step {step} is saved: the same command resumes from there"
         raise UserError(line, error.details) from None
 
 
-def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
-    """Scores the validation split and logs it; returns the score in `SCORES`, or None if a signal came."""
+def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
+    """Scores the validation split with a saved state, and logs and notes the scores; not if a signal comes."""
 
     def stop_if_requested(*_: object) -> None:
         if run.shutdown.check():
@@ -269,9 +294,10 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> float | None:
         try:
             scores = evaluate(run, tensors, step, stop_if_requested)
         except _EvaluationStopped:
-            return None
+            return
     run.log.log_evaluation(step, scores)
-    return scores[SCORES[run.config.task]]
+    run.folder.upload()  # a noted score says that the log holds it
+    run.store.add_score(step, scores[SCORES[run.config.task]])
 
 
 def _score_segmenter(
@@ -320,9 +346,7 @@ def evaluate_if_missing(run: Run, state: TrainState, step: int) -> None:
     """Makes up for the evaluation of the resumed step, if a signal came before it was done."""
     if not step or not is_evaluation_step(run.config, step) or run.store.is_evaluated(step):
         return
-    score = evaluate_and_log(run, state, step)
-    if score is not None:
-        save_checkpoint(run, state, step, score)
+    evaluate_and_log(run, state, step)
     exit_if_stopped(run, step)
 
 

@@ -27,7 +27,8 @@ class GracefulShutdown:
     def __init__(self) -> None:
         self.signal = 0
         self._received = 0
-        self._leave_early: Callable[[int], None] | None = None
+        self._has_computed: Callable[[], bool] | None = None
+        self._print_line: Callable[[str], None] = print
         self._moment = 0
         self._stopped = threading.Event()
         self._is_alone = jax.process_count() == 1
@@ -59,27 +60,44 @@ class GracefulShutdown:
         self._received = number
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self._leave_early is not None:
-            self._leave_early(number)
+        elif self._has_computed is not None:
+            self._leave_early()
 
     def _watch_others(self) -> None:
-        if processes.wait_for_preemption(self._stopped):
-            self._received = signal.SIGTERM
-            if self._leave_early is not None:
-                self._leave_early(self._received)
+        if not processes.wait_for_preemption(self._stopped):
+            return
+        self._received = signal.SIGTERM
+        while self._has_computed is None and not self._stopped.wait(0.1):
+            pass
+        if not self._stopped.is_set():
+            self._leave_early()
 
-    def allow_leaving(self, leave_early: Callable[[int], None]) -> None:
-        """Gives what is called with a signal's number when one comes, and now if one has come.
+    def leave_unless(self, has_computed: Callable[[], bool], print_line: Callable[[str], None]) -> None:
+        """Lets a signal end all processes at once where it loses nothing; from now on, and now if one has come.
 
-        It is called from a thread, so that nobody waits for the minutes in which the main thread compiles, and ends
-        the process if that loses nothing.
+        A thread does it, so that nobody waits for the minutes in which the main thread compiles. With several
+        processes either all leave or none: each says whether it has computed a step, and one that has keeps them all.
+
+        Args:
+            has_computed: tells whether this process has computed a step.
+            print_line: prints what happens.
         """
-        self._leave_early = leave_early
-        if self._received:
-            leave_early(self._received)
+        self._has_computed, self._print_line = has_computed, print_line
+        if self._received and self._is_alone:
+            self._leave_early()
+
+    def _leave_early(self) -> None:
+        assert self._has_computed is not None
+        if processes.do_all_agree("leave early", not self._has_computed(), self._stopped):
+            processes.leave_together(
+                128 + self._received,
+                lambda: self._print_line("stopped before a step was computed; the same command starts again"),
+                self._stopped,
+            )
 
     def check(self) -> bool:
         """Whether the run ends here. Every process must call it at the same moments: each step, each batch scored."""
+        processes.wait_if_leaving()
         if not self.signal:
             if self._is_alone:
                 self.signal = self._received

@@ -32,9 +32,9 @@ from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.data import loader, sources
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
-    SCORES,
     Monitor,
     Run,
+    check_changes,
     evaluate_and_log,
     evaluate_if_missing,
     exit_if_stopped,
@@ -45,8 +45,8 @@ from topformer_jax.run import (
     load_teacher,
     print_banner,
     print_results,
+    record_start,
     restore_state,
-    save_before_compiling,
     save_checkpoint,
     save_on_error,
 )
@@ -80,16 +80,17 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     model = load_initial_model(config)
     state, train_step = init_training(config, mesh, model, load_teacher(config))
     folder.open()
-    store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep, SCORES[config.task])
+    store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
     start = store.latest or 0
+    changes: list[str] = []
     if start:
-        state = restore_state(store, start, state, config)
+        data_set, changes = check_changes(store, start, config, data_set)
+        state = restore_state(store, start, state)
 
     # ---- banner
     if is_first:
-        files.write_file(folder.local / "config.json", config.to_json(indent=2))
         print_banner(config, folder, mesh, state, (train_source, validation_source))
-        folder.fetch("metrics.jsonl")
+        record_start(config, folder, start, changes)
     log = logs.RunLog(folder.local, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
     run = Run(config, folder, mesh, model, data_set, train_source, validation_source, store, log, shutdown)
@@ -105,7 +106,8 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     )
     profiler = StepProfiler(profile_steps, folder.local / "profile", folder.path / "profile")
     monitor = Monitor(run, batches)
-    shutdown.allow_leaving(monitor.leave_early)
+    processes.call_before_leaving(store.wait_before_exit)
+    shutdown.leave_unless(monitor.has_computed, log.print_line)
 
     # ---- the loop
     # An implicit transfer would make the host wait at every step.
@@ -126,13 +128,11 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
                 continue
 
             monitor.log(step)
-            score = None
+            if shutdown.signal or is_checkpoint_step(config, step):
+                save_checkpoint(run, state, step)
             if is_evaluation_step(config, step) and not shutdown.signal:
-                save_before_compiling(run, state, step)
                 with save_on_error(run, state, step, monitor):
-                    score = evaluate_and_log(run, state, step)
-            if shutdown.check() or is_checkpoint_step(config, step):
-                save_checkpoint(run, state, step, score)
+                    evaluate_and_log(run, state, step)
             exit_if_stopped(run, step)
             monitor.restart_clock()
 

@@ -3,12 +3,17 @@
 Each step holds `model`, a flat dictionary of tensors by official name in this package's layout, and metadata:
 `config` (the settings it belongs to) and `meta` (what an mmcv file says about itself: epoch, iteration, classes).
 Training adds `average` (the averaged tensors, with `ema_decay`) and `optimizer`. Where there is an average, it is
-what a reader of the model gets.
+what a reader of the model gets. A step is written once and never changed: the scores of a run's steps are in a file
+beside them, `scores.json`.
 """
 
 import contextlib
+import dataclasses
+import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +24,8 @@ from topformer_jax import files
 from topformer_jax.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
+SCORES_FILE = "scores.json"
+EXIT_SECONDS = 10.0  # for which a process that has to end waits for a write in flight
 
 
 def save_model(
@@ -98,8 +105,8 @@ class CheckpointStore:
 
     Args:
         directory: the folder of the steps.
-        max_to_keep: how many of the newest steps are kept, beside the one of the best score.
-        metric: the name of the score in a checkpoint.
+        max_to_keep: how many of the newest steps are kept, beside the one of the best score. An older step is
+            deleted when its successor is complete.
 
     Attributes:
         newest_started: the step that this process saved last, or 0; it may not be complete yet.
@@ -108,17 +115,12 @@ class CheckpointStore:
         UserError: by every method: the folder cannot be read or written, with what to do.
     """
 
-    def __init__(self, directory: files.Path, max_to_keep: int, metric: str = "miou"):
+    def __init__(self, directory: files.Path, max_to_keep: int):
         self.directory = directory
-        self._metric = metric
         self.newest_started = 0
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[metric], n=1, keep_checkpoints_without_metrics=False
-        )
-        policy = policies.AnyPreservationPolicy([policies.LatestN(max_to_keep), best])
+        self._scores = _read_scores(directory / SCORES_FILE)
         try:
-            self._checkpointer = _checkpointer(directory, policy)
+            self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
         except Exception as error:
             raise UserError(
                 f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
@@ -133,40 +135,43 @@ class CheckpointStore:
     @property
     def best(self) -> tuple[int, float] | None:
         """Step and score (0 to 1) of the best checkpoint that was evaluated."""
-        evaluated = [(c.metrics[self._metric], c.step) for c in self._checkpointer.checkpoints if c.metrics]
-        return (max(evaluated)[1], max(evaluated)[0]) if evaluated else None
+        step = _find_best([checkpoint.step for checkpoint in self._checkpointer.checkpoints], self._scores)
+        return None if step is None else (step, self._scores[step])
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the checkpoint of a step holds the score of its evaluation."""
-        return any(c.step == step and bool(c.metrics) for c in self._checkpointer.checkpoints)
+        """Whether a step has a score."""
+        return step in self._scores
 
-    def save(
-        self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any], score: float | None = None
-    ) -> None:
+    def save(self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any]) -> None:
         """Starts to write one step; the arrays are copied before this returns, so they may be donated.
 
         Args:
-            step: an existing checkpoint of it is replaced.
+            step: nothing happens if this process has saved it already.
             trees: of arrays, by what they are: `model`, `optimizer`, `average`; empty ones are skipped.
             metadata: what JSON can hold: `config` and `meta`.
-            score: of this state's evaluation (0 to 1), where there was one.
         """
-        metrics = None if score is None else {self._metric: score}
-        if step == self.newest_started:  # Orbax would write both into one folder
-            self.wait()
+        if step == self.newest_started:
+            return
         self.newest_started = step
         with self._report_write_error():
             self._checkpointer.save_checkpointables_async(
-                step, _non_empty(trees), force=True, overwrite=True, metrics=metrics, custom_metadata=metadata
+                step, _non_empty(trees), force=True, custom_metadata=metadata
             )
 
-    def read_config(self, step: int) -> dict[str, Any]:
-        """The settings of the run that wrote a step."""
+    def add_score(self, step: int, score: float) -> None:
+        """Notes the score of a saved step (0 to 1, or not a number) in a file beside the steps."""
+        self._scores[step] = score
+        if jax.process_index() == 0:
+            with jax.transfer_guard("allow"):
+                files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
+
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """The metadata that a step was saved with: `config` and `meta`."""
         with self._report_read_error(step):
             stored = self._checkpointer.checkpointables_metadata(step)
             if not (stored.custom_metadata or {}).get("config"):
                 raise ValueError("its metadata holds no config")
-        return stored.custom_metadata["config"]
+        return {"meta": {}, **stored.custom_metadata}
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """One step's trees, with the structure, dtypes and shardings of the arrays in `like`."""
@@ -181,6 +186,17 @@ class CheckpointStore:
     def wait(self) -> None:
         """Returns when all that `save` started is written."""
         with self._report_write_error():
+            self._checkpointer.wait()
+
+    def wait_before_exit(self) -> None:
+        """Waits for a write in flight, at most `EXIT_SECONDS`: other processes that take part in it may be gone."""
+        if self._checkpointer.is_saving_in_progress():
+            writing = threading.Thread(target=self._finish_quietly, daemon=True)
+            writing.start()
+            writing.join(EXIT_SECONDS)
+
+    def _finish_quietly(self) -> None:
+        with contextlib.suppress(Exception):  # the process ends, whatever it is
             self._checkpointer.wait()
 
     def close(self) -> None:
@@ -218,6 +234,43 @@ class CheckpointStore:
                 f"cannot write a checkpoint into {self.directory}: {reason}; {saved}; fix it and start the same "
                 "command again"
             ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _NewestAndBest:
+    """Orbax's preservation policy of a run; it is asked before a step is deleted."""
+
+    count: int
+    scores: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """Which checkpoints stay, given all of them from the oldest to the newest one."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.count :], _find_best(steps, self.scores)}
+        return [step in kept for step in steps]
+
+
+def _find_best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
+    """The step of the highest score, the newest one of several; None where no step has a score."""
+    evaluated = [(scores[step], step) for step in steps if not math.isnan(scores.get(step, math.nan))]
+    return max(evaluated)[1] if evaluated else None
+
+
+def _read_scores(path: files.Path) -> dict[int, float]:
+    """The scores that a run has noted so far.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    with files.report_errors("read", path):
+        text = files.retry(lambda: path.read_text() if path.exists() else "{}")
+    try:
+        return {int(step): float(score) for step, score in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f'{path} is damaged: expected scores by step, such as {{"2000": 0.35}}; move it away, and the newest '
+            "step is scored again"
+        ) from None
 
 
 def _absolute(directory: str | os.PathLike[str]) -> files.Path:

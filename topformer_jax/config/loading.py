@@ -39,7 +39,7 @@ def load(
             not legal.
     """
     config = source if isinstance(source, ConfigDict) else _read(_find(source))
-    values = _flatten(config.to_dict()) | dict(overrides or {})
+    values = flatten(config.to_dict()) | dict(overrides or {})
     for key in values:
         if key not in SETTINGS:
             raise checks.unknown(key)
@@ -117,9 +117,9 @@ def _explain(path: pathlib.Path, error: Exception) -> str:
     return f"{place}: {type(error).__name__}: {reason}" if reason else f"{place}: {type(error).__name__}"
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

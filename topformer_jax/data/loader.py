@@ -7,13 +7,13 @@ An example's place in the order depends on the seed alone, its random draws on (
 batches are the same on 1 or N processes, with 0 or N workers, and from any start step.
 """
 
+import contextlib
 import dataclasses
 import gc
 import math
 import queue
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -246,13 +246,10 @@ class DeviceBatches(Iterator[Batch]):
     grain's own prefetch threads read only from grain datasets, and its `device_put` takes the global batch on every
     process, where here each process has its rows: both would need more code than this thread.
 
-    Attributes:
-        data_wait_seconds: how long `next` has blocked so far. As JAX dispatches steps ahead of the devices, the
-            devices may still be busy then.
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
-        self.data_wait_seconds = 0.0
+        self._next: Any = None
         self._batches = batches
         self._sharding = sharding
         self._queue: queue.Queue[Any] = queue.Queue(depth)
@@ -283,12 +280,17 @@ class DeviceBatches(Iterator[Batch]):
             return True
         return False
 
+    def wait(self, seconds: float) -> bool:
+        """Whether `next` returns or raises at once, after a wait of at most so many seconds for it."""
+        if self._next is None and not self._stopped.is_set():
+            with contextlib.suppress(queue.Empty):
+                self._next = self._queue.get(timeout=seconds)
+        return self._next is not None or self._stopped.is_set()
+
     def __next__(self) -> Batch:
         if self._stopped.is_set():
             raise StopIteration
-        start = time.perf_counter()
-        item = self._queue.get()
-        self.data_wait_seconds += time.perf_counter() - start
+        item, self._next = self._queue.get() if self._next is None else self._next, None
         if isinstance(item, Exception):
             self.close()
             raise item

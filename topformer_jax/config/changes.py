@@ -1,0 +1,63 @@
+"""What may change between two starts of one run: which settings refuse, are said, or pass without a word."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from topformer_jax.config.loading import flatten
+from topformer_jax.config.recipes import base_config
+from topformer_jax.errors import UserError
+
+# The state of a run has no place for them, or its labels would mean something else.
+REFUSED = {
+    *("task", "data.reduce_zero_label", "optimizer.name", "model.variant", "model.num_classes"),
+    *("model.injection", "model.head_channels", "model.depthwise_head", "model.depths", "model.param_dtype"),
+}
+# They change neither what is learned nor what is scored.
+SILENT = {
+    *("name", "log_every", "checkpoint_every", "evaluate_every", "upload_every", "max_to_keep"),
+    *("data.num_workers", "data.prefetch", "data.cache", "mesh.data", "mesh.fsdp", "mesh.slices"),
+    "evaluation.per_device_batch_size",
+}
+# A resumed run reads its checkpoint instead.
+WITHOUT_EFFECT = {"init_from", "init_part"}
+
+
+def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: object) -> list[str]:
+    """Compares the settings of a run's checkpoint with those of its next start.
+
+    Args:
+        stored: the checkpoint's settings, nested. A setting that it lacks had its default.
+        config: the settings of this start.
+        source: where the checkpoint is, for messages.
+
+    Returns:
+        A line for each setting that changed and now applies: "batch_size: 16 -> 32".
+
+    Raises:
+        UserError: a setting changed that the run cannot change.
+    """
+    # As JSON has them: no tuples.
+    before, now = (flatten(json.loads(each.to_json())) for each in (base_config(), config))
+    before |= flatten(stored)
+    changed = [key for key in now if before[key] != now[key]]
+    for key in changed:
+        if key in REFUSED or (key == "ema_decay" and not before[key]):
+            raise UserError(
+                f"{source} holds a run with {key}={show(before[key])}, and the config has {show(now[key])}: set "
+                f"--config.{key}={show(before[key])} to resume it, or start a new run with another --workdir"
+            )
+    return [
+        f"{key}: {show(before[key])} -> {show(now[key])}"
+        + (" (without effect: the run goes on from its checkpoint)" if key in WITHOUT_EFFECT else "")
+        for key in changed
+        if key not in SILENT
+    ]
+
+
+def show(value: object) -> str:
+    """A setting's value as a flag takes it, shortened."""
+    text = "none" if value is None else str(tuple(value) if isinstance(value, list) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
