@@ -90,7 +90,7 @@ HUGE = "9" * 21
         ("init_from=/no/where.pth", "no checkpoint /no/where.pth"),
         ("data.dataset=shpes", "data.dataset is 'shpes': did you mean 'shapes'? expected one of ade20k, "),
         ("data.source=folder", "for the synthetic set both are shapes"),
-        ("data.crop=(64,64)", "the setting data.crop was renamed to data.crop_size"),
+        ("data.crop=(64,64)", "there is no setting data.crop: did you mean data.crop_"),
         # Each of these ended in a traceback, or took all memory.
         *(
             (f"{key}={value}", f"{key} is {value}: expected ")

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config, models
 from topformer_jax.config import checks
-from topformer_jax.config.checks import RENAMED
 from topformer_jax.config.listing import as_markdown, as_typed
 from topformer_jax.config.settings import SETTINGS
 from topformer_jax.data.catalog import CATALOG
@@ -202,17 +201,17 @@ def test_a_changed_type_is_checked() -> None:
         config.load(settings)
 
 
-def test_old_names_say_the_new_one(tmp_path: pathlib.Path) -> None:
-    for old, new in RENAMED.items():
-        assert old not in SETTINGS
-        with pytest.raises(UserError, match=f"the setting {old} was renamed to {new} "):
-            config.load(config.ade20k("tiny"), {old: "1"})
+def test_an_unknown_setting_of_a_file_is_named_with_its_line(tmp_path: pathlib.Path) -> None:
     start = "from topformer_jax import config\n\ndef get_config():\n    c = config.ade20k('tiny')"
-    file = tmp_path / "old.py"
+    file = tmp_path / "mine.py"
     for unlock, line, words in (
-        (".unlock()", "c.data.workers = 2", "the setting data.workers was renamed to data.num_workers"),
-        ("", "c.data.workers = 2", r"old\.py, line 5: the setting workers was renamed to data.num_workers"),
-        ("", "print(c.loss_mean)", r"old\.py, line 5: .* renamed to ignore_void_in_mean \(true or false\)"),
+        (".unlock()", "c.data.workers = 2", "no setting data.workers: did you mean data.num_workers"),
+        (
+            "",
+            "c.data.workers = 2",
+            r"mine\.py, line 5: there is no setting workers: did you mean data.num_workers",
+        ),
+        ("", "print(c.log_evry)", r"mine\.py, line 5: there is no setting log_evry: did you mean log_every"),
     ):
         file.write_text(f"{start}{unlock}\n    {line}\n    return c\n")
         with pytest.raises(UserError, match=words):

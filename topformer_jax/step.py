@@ -67,9 +67,10 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: `loss` (mean cross-entropy), `pixel_accuracy` (of the labelled pixels of the augmented crops; in
-    classification `accuracy`, of the augmented images), `learning_rate` (the backbone's), `gradient_norm` (before
-    clipping). The state that goes in is donated: use the one that comes out.
+    device: `loss` (what is minimized: the mean cross-entropy, plus distillation and Dice where they are on),
+    `pixel_accuracy` (of the labelled pixels of the augmented crops; in classification `accuracy`, of the augmented
+    images), `learning_rate` (the backbone's), `gradient_norm` (before clipping). The state that goes in is donated:
+    use the one that comes out.
 
     Args:
         config: the settings.

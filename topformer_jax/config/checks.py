@@ -8,39 +8,9 @@ from typing import Any
 from topformer_jax.config.settings import LONGEST_SIDE, SETTINGS
 from topformer_jax.errors import UserError
 
-# Names that settings had before they took mmsegmentation's.
-RENAMED = {
-    "model.classes": "model.num_classes",
-    "model.width": "model.head_channels",
-    "model.drop_path": "model.drop_path_rate",
-    "model.dropout": "model.dropout_ratio",
-    "model.depthwise": "model.depthwise_impl",
-    "data.zero_label_void": "data.reduce_zero_label",
-    "data.crop": "data.crop_size",
-    "data.ratio": "data.ratio_range",
-    "data.category_share": "data.cat_max_ratio",
-    "data.flip": "data.flip_prob",
-    "data.photometric": "data.photometric_distortion",
-    "data.workers": "data.num_workers",
-    "optimizer.head_multiplier": "optimizer.head_lr_mult",
-    "schedule.learning_rate": "schedule.lr",
-    "schedule.least_learning_rate": "schedule.min_lr",
-    "evaluation.align": "evaluation.size_divisor",
-    "evaluation.batch_size": "evaluation.per_device_batch_size",
-    "evaluation.crop": "evaluation.crop_size",
-    "evaluation.scales": "evaluation.img_ratios",
-    "accumulation": "grad_accum_steps",
-    "checkpoints_kept": "max_to_keep",
-    "loss_mean": "ignore_void_in_mean",
-    "ema": "ema_decay",
-}
-
 
 def unknown(key: str) -> UserError:
-    """The error for a setting that does not exist: its new name, or the nearest one; `key` may lack the group."""
-    if new := [new for old, new in RENAMED.items() if old == key or old.endswith(f".{key}")]:
-        names = " or ".join(f"{name} ({SETTINGS[name].expected})" for name in new)
-        return UserError(f"the setting {key} was renamed to {names}")
+    """The error for a setting that does not exist: names the nearest one; `key` may lack the group."""
     near = difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.4)
     hint = f"did you mean {near[0]}?" if near else "--help-config of any command lists all of them"
     return UserError(f"there is no setting {key}: {hint}")
