@@ -5,9 +5,10 @@ import pathlib
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ import pytest
 from tests.commands import ROOT, TINY, refused_run, run, start
 from topformer_jax import checkpoints, config, load, logs, profiler, train
 from topformer_jax.data import loader
+from topformer_jax.data.batch import Batch
 from topformer_jax.errors import UserError
-from topformer_jax.run import STEPS_IN_FLIGHT, limit_steps_in_flight, load_teacher
+from topformer_jax.run import STEPS_IN_FLIGHT, limit_steps_in_flight, load_teacher, wait_for_batch
 from topformer_jax.run_folder import RunFolder
 
 
@@ -94,18 +96,48 @@ def test_a_start_says_what_changed_and_its_settings_are_kept(whole: tuple[pathli
     assert len(list((workdir / "configs").iterdir())) == starts + 1
 
 
+@jax.jit
+def compute(x: jax.Array, count: int) -> jax.Array:
+    """Keeps the device busy for `count` products."""
+    return jax.lax.fori_loop(0, count, lambda _, y: y @ y / 512, x)
+
+
 def test_a_few_steps_are_in_flight() -> None:
     """However many steps there are between two log lines, the host is at most two ahead of the devices."""
 
-    @jax.jit
-    def compute(x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 300, lambda _, y: y @ y / 512, x)
-
     steps = []
     for step in range(8):
-        steps.append({"loss": compute(jax.numpy.full((512, 512), float(step)))})
+        steps.append({"loss": compute(jax.numpy.full((512, 512), float(step)), 300)})
         limit_steps_in_flight(steps)
         assert all(metrics["loss"].is_ready() for metrics in steps[:-STEPS_IN_FLIGHT])
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_wait_for_data_counts_while_the_devices_are_idle(busy: bool) -> None:
+    come = threading.Event()
+
+    class Batches(loader.DeviceBatches):
+        looks = 0
+
+        def wait(self, seconds: float) -> bool:
+            """The batch comes at the third look for it."""
+            self.looks += 1
+            if self.looks == 3:
+                come.set()
+            return super().wait(seconds)
+
+    def make_batches() -> Iterator[Batch]:
+        come.wait()
+        yield cast(Batch, {"index": np.zeros(1, np.int32)})
+
+    steps = [{"loss": compute(jax.numpy.ones((512, 512)), 1000 if busy else 1)}]
+    if not busy:
+        steps[0]["loss"].block_until_ready()
+    batches = Batches(make_batches(), jax.sharding.SingleDeviceSharding(jax.devices()[0]), 1)
+    waited = wait_for_batch(batches, steps)
+    assert (waited > 0) == (not busy)
+    assert next(batches)["index"] == 0
+    batches.close()
 
 
 def test_distillation(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:

@@ -167,6 +167,15 @@ def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:
         metrics[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
 
 
+def wait_for_batch(batches: loader.DeviceBatches, metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Waits until the next batch is there; returns the seconds in which the devices had computed all steps."""
+    idle_since = None
+    while not batches.wait(POLL_SECONDS):
+        if idle_since is None and (not metrics or metrics[-1]["loss"].is_ready()):
+            idle_since = time.perf_counter()
+    return 0.0 if idle_since is None else time.perf_counter() - idle_since
+
+
 class Monitor:
     """Keeps the metrics of each step on the device, and logs their means when the loop synchronises."""
 
@@ -184,12 +193,7 @@ class Monitor:
 
     def next_batch(self) -> Batch:
         """The next batch; counts the time in which the devices have nothing to compute meanwhile."""
-        start = None
-        while not self._batches.wait(POLL_SECONDS):
-            if start is None and (not self._pending or self._pending[-1]["loss"].is_ready()):
-                start = time.perf_counter()
-        if start is not None:
-            self._data_wait_seconds += time.perf_counter() - start
+        self._data_wait_seconds += wait_for_batch(self._batches, self._pending)
         return next(self._batches)
 
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
