@@ -14,7 +14,7 @@ import torch
 from tests.parity import INJECTIONS, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
-from topformer_jax.checkpoints import torch_format
+from topformer_jax.checkpoints import names, torch_format
 from topformer_jax.errors import UserError
 
 
@@ -36,7 +36,7 @@ def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, inj
 @pytest.mark.parametrize("wrap", ["module.", "backbone-less", "aliases", "bare"])
 def test_spellings_of_names(pth: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
     """A DataParallel prefix, a missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
-    old = {new: name for name, new in torch_format.ALIASES.items()}
+    old = {new: name for name, new in names.ALIASES.items()}
     spelled = {
         "module.": {f"module.{name}": tensor for name, tensor in states.items()},
         "backbone-less": {name.removeprefix("backbone."): tensor for name, tensor in states.items()},
@@ -125,7 +125,7 @@ def test_parameters_and_no_meta(pth: Callable, states: dict[str, torch.Tensor]) 
 def test_a_name_that_comes_twice(pth: Callable, states: dict[str, torch.Tensor]) -> None:
     twice = states | {"module.decode_head.conv_seg.bias": torch.zeros(150)}
     settings = config.ade20k("tiny")
-    with pytest.raises(UserError, match=r"two tensors of the file are decode_head\.conv_seg\.bias"):
+    with pytest.raises(UserError, match=r"two tensors of .*model\.pth are decode_head\.conv_seg\.bias"):
         checkpoints.read_checkpoint(pth({"state_dict": twice}), models.build(settings))
 
 

@@ -183,7 +183,7 @@ def test_bad_input_is_one_line(tmp_path: pathlib.Path, arguments: list[str], mes
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"state_dict": {3: torch.zeros(1)}}, tmp_path / "keys.pth")
     torch.save({"state_dict": {"a": torch.zeros(1, dtype=torch.complex64)}}, tmp_path / "complex")
-    torch.save({"epoch": 3, "net": {"a": torch.zeros(1)}}, tmp_path / "odd.pth")
+    torch.save({"epoch": 3, "net": {"a": [torch.zeros(1)]}}, tmp_path / "odd.pth")
     done = command(*[argument.format(tmp=tmp_path) for argument in arguments])
     print(done.stderr.strip())
     assert done.returncode == 2

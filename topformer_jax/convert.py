@@ -5,7 +5,7 @@
   python -m topformer_jax.convert --config configs/topformer_b_ade.py --summary
 
 The first reads an official (mmcv or timm) file into a folder that every command here takes; the second
-writes a file that the official code loads. Tensors must fit the model exactly, or an error names all that do not;
+writes a file that the official code loads. Tensors must fit the model exactly, or an error names those that do not;
 --init-from-classifier and --new-head are the only exceptions, and what they leave fresh is listed.
 """
 
@@ -62,6 +62,12 @@ def main() -> None:
         return
     if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")
+    suffix = files.as_path(args.output).suffix
+    if not is_file_path(args.output) and suffix[1:2].isalpha():  # `.5` can be a folder's version
+        raise UserError(
+            f"--output is {args.output}: expected FILE.pth, FILE.pt, FILE.safetensors, or a folder without a suffix; "
+            "topformer_jax.export writes the files for other runtimes"
+        )
     source = files.as_path(args.checkpoint)
     part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:

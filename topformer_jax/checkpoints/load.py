@@ -1,12 +1,13 @@
 """This checkpoint into that model, strictly: each tensor has one place, each place its tensor, all numbers finite.
 
-    path -> its format's reader -> names matched -> part chosen -> checked -> the model's variables
+    path -> its format's reader -> names matched (names.py) -> part chosen -> checked -> the model's variables
 
 Another format is a module with a reader and a writer like `torch_format`'s, and a line in `FILE_FORMATS`.
 """
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from topformer_jax import files, models
-from topformer_jax.checkpoints import orbax_store, safetensors_format, torch_format
+from topformer_jax.checkpoints import names, orbax_store, safetensors_format, torch_format
 from topformer_jax.errors import UserError
 
 Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter | models.Classifier)
@@ -122,7 +123,9 @@ def read_checkpoint(
     file_format = find_format(path)
     tensors, metadata = file_format.read(path)
     variables = models.named_variables(model)
-    tensors = torch_format.match_names(tensors, variables)
+    shapes = {name: variable.shape for name, variable in variables.items()}
+    tensors = names.match_names(tensors, shapes, str(path), metadata.get("meta", {}))
+    check_network(tensors, shapes, str(path))
     fresh = fresh_names(variables, part)
     skipped = ("head.",) if part == "backbone" else ()  # the classifier's
     tensors = {
@@ -131,12 +134,14 @@ def read_checkpoint(
     injection = metadata.get("config", {}).get("model", {}).get("injection", config.model.injection)
     if part != "backbone" and injection != config.model.injection:  # two have the same names and shapes
         raise UserError(f"{path} has injection {injection}, the config {config.model.injection}")
-    shape = file_format.shape
+    expected = {name: shape for name, shape in shapes.items() if name not in fresh}
+    tensors = names.fill_counters(tensors, expected, str(path))
+    as_in_file = file_format.shape
     check_state_dict(
-        {name: shape(tensor.shape) for name, tensor in tensors.items()},
-        {name: shape(variable.shape) for name, variable in variables.items() if name not in fresh},
+        {name: as_in_file(tensor.shape) for name, tensor in tensors.items()},
+        {name: as_in_file(shape) for name, shape in expected.items()},
         str(path),
-        hint=lambda: _explain_misfit(tensors, config),
+        hint=lambda: _explain_misfit(tensors, expected, config),
     )
     check_finite(tensors, str(path))
     tensors |= {name: np.asarray(variables[name].get_value()) for name in fresh}
@@ -192,6 +197,21 @@ def fresh_names(names: Iterable[str], part: str) -> set[str]:
     return {name for name in names if part == "all_but_classes" and name.startswith(CLASS_LAYERS)}
 
 
+def check_network(found: Iterable[str], expected: Iterable[str], source: str) -> None:
+    """Checks that at least half of a checkpoint's names are the model's, of a block of any number.
+
+    Raises:
+        UserError: they are another network's; it names some.
+    """
+    found, blocks = list(found), {re.sub(r"\.\d+\.", ".N.", name) for name in expected}
+    unknown = [name for name in found if re.sub(r"\.\d+\.", ".N.", name) not in blocks]
+    if 2 * len(unknown) > len(found):
+        raise UserError(
+            f"{source} is of another network (names such as {' and '.join(name[:60] for name in unknown[:2])}): "
+            f"{len(found) - len(unknown)} of its {len(found)} tensors have names of TopFormer's"
+        )
+
+
 def check_state_dict(
     found: Mapping[str, Shape],
     expected: Mapping[str, Shape],
@@ -208,18 +228,21 @@ def check_state_dict(
         hint: what to do; called only if something does not fit.
 
     Raises:
-        UserError: tensors are missing, unexpected or of the wrong shape; its details name each of them.
+        UserError: tensors are missing, unexpected or of the wrong shape; its details name the first of each kind.
     """
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    wrong_shape = [name for name in expected if name in found and found[name] != expected[name]]
+    missing = [f"{name}  config {_describe(shape)}" for name, shape in expected.items() if name not in found]
+    unexpected = [f"{name}  file {_describe(shape)}" for name, shape in found.items() if name not in expected]
+    wrong_shape = [
+        f"{name}  file {_describe(found[name])}, config {_describe(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
     if not (missing or unexpected or wrong_shape):
         return
-    details = [f"  missing      {name}  config {_describe(expected[name])}" for name in missing]
-    details += [f"  unexpected   {name}  file {_describe(found[name])}" for name in unexpected]
-    details += [
-        f"  wrong shape  {name}  file {_describe(found[name])}, config {_describe(expected[name])}"
-        for name in wrong_shape
+    details = [
+        f"  {kind:<11}  {line}"
+        for kind, lines in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong_shape))
+        for line in _shorten(lines, 3)
     ]
     raise UserError(
         f"{source} does not fit the config: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
@@ -232,17 +255,20 @@ def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
     """Checks that no tensor holds NaN or infinity.
 
     Raises:
-        UserError: some do; its details name each of them.
+        UserError: some do; its details name the first.
     """
     counts = {name: tensor.size - np.isfinite(tensor).sum() for name, tensor in tensors.items()}
     broken = {name: count for name, count in counts.items() if count}
     if not broken:
         return
     details = [
-        f"  {name}  {count} of {tensors[name].size} values are NaN or infinite"
-        for name, count in broken.items()
+        f"  {line}"
+        for line in _shorten(
+            [f"{name}  {n} of {tensors[name].size} values are NaN or infinite" for name, n in broken.items()],
+            9,
+        )
     ]
-    first = ", ".join(list(broken)[:3]) + (", ..." if len(broken) > 3 else "")
+    first = ", ".join(list(broken)[:2]) + (", ..." if len(broken) > 2 else "")
     raise UserError(
         f"{source} holds NaN or infinity in {len(broken)} of {len(tensors)} tensors ({first}): its training "
         "diverged, or the file is damaged; use an earlier checkpoint, or copy it again",
@@ -281,7 +307,9 @@ def origin_table(model: nnx.Module, part: str, source: object) -> str:
     return "\n".join(lines)
 
 
-def _explain_misfit(tensors: Mapping[str, np.ndarray], config: ConfigDict) -> str:
+def _explain_misfit(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], config: ConfigDict
+) -> str:
     """Why a checkpoint most likely does not fit, from the shapes that give it away, and what to do."""
     query = next((t for name, t in tensors.items() if name.endswith("blocks.0.attn.to_q.c.weight")), None)
     for name, variant in models.VARIANTS.items():
@@ -306,7 +334,13 @@ def _explain_misfit(tensors: Mapping[str, np.ndarray], config: ConfigDict) -> st
             f"it does not have the config's {classes} classes: use its own config, or a new last layer "
             "(convert --new-head, train --config.init_part=all_but_classes)"
         )
+    if all(name in tensors and tensors[name].shape == shape for name, shape in expected.items()):
+        return "no layer has a place for the unexpected: save the file without them, if they are not needed"
     return "use the config that it was made with"
+
+
+def _shorten(lines: list[str], most: int) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more"]
 
 
 def _describe(shape: Shape) -> str:

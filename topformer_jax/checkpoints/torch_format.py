@@ -3,17 +3,19 @@
 PyTorch is imported when a file is read or written, and by nothing else here.
 """
 
-import argparse
 import io
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from topformer_jax import files
+from topformer_jax.checkpoints import stand_ins
+from topformer_jax.checkpoints.names import is_averaged, say
 from topformer_jax.errors import UserError
 
 Shape = tuple[int, ...]
@@ -23,16 +25,18 @@ AXES: dict[int, Shape] = {4: (2, 3, 1, 0), 2: (1, 0)}
 INVERSE_AXES: dict[int, Shape] = {
     rank: tuple(axes.index(axis) for axis in range(rank)) for rank, axes in AXES.items()
 }
-# The same modules' names in older checkpoints, and today's.
-ALIASES = {
-    "patch_embed": "tpm",
-    "fuse_blocks": "SIM",
-    "to_feat1": "local_embedding",
-    "to_feat2": "global_embedding",
-    "fuse2": "global_act",
-}
-# Where a file keeps its tensors, averaged ones first; without any of these keys it holds nothing but tensors.
-STATE_DICT_KEYS = ("state_dict_ema", "state_dict", "model")
+# Where a file keeps its tensors, the usual places first.
+STATE_DICT_KEYS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "module",
+)
 
 
 def from_torch(tensor: np.ndarray) -> np.ndarray:
@@ -70,59 +74,26 @@ def torch_shape(shape: Shape) -> Shape:
     return tuple(shape[axis] for axis in INVERSE_AXES.get(len(shape), range(len(shape))))
 
 
-def match_names(tensors: Mapping[str, np.ndarray], model_names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Brings a file's names to the model's: without `module.`, with or without `backbone.`, without old aliases.
-
-    A name that the model lacks keeps its spelling, so that the caller can report it.
-
-    Raises:
-        UserError: two tensors of the file end up with the same name.
-    """
-    known = set(model_names)
-    matched: dict[str, np.ndarray] = {}
-    for name, tensor in tensors.items():
-        plain = name.removeprefix("module.")
-        # `fuse2` is an old name of `global_act`, and a present one in the other two injections: try it as it is.
-        spellings = (plain, ".".join(ALIASES.get(part, part) for part in plain.split(".")))
-        candidates = [
-            candidate
-            for spelling in spellings
-            for candidate in (spelling, f"backbone.{spelling}", spelling.removeprefix("backbone."))
-        ]
-        match = next((candidate for candidate in candidates if candidate in known), plain)
-        if match in matched:
-            raise UserError(f"two tensors of the file are {match}: {name} is the second")
-        matched[match] = tensor
-    return matched
-
-
 def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a PyTorch file under its own names, and `{"meta": ...}`; runs none of the file's code.
 
     Tensors come in this package's layout, 16-bit floats as float32. Of the averaged and the plain tensors of a
-    training run, the averaged ones are read.
+    training run, the averaged ones are read; which, is printed where there is a choice.
 
     Raises:
         UserError: PyTorch is not installed, or the file is not a checkpoint that can be read safely.
     """
     content = _load(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}: expected a dictionary of tensors")
-    torch = _import_torch()
-    key = next((key for key in STATE_DICT_KEYS if key in content), None)
-    states = content if key is None else content[key]
-    if (
-        not isinstance(states, dict)
-        or not states
-        or not all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in states.items())
-    ):
-        known = ", ".join(map(str, list(content)[:8]))
         raise UserError(
-            f"{path} holds no state dict: expected tensors under {', '.join(STATE_DICT_KEYS[:-1])} or "
-            f"{STATE_DICT_KEYS[-1]}, or nothing but tensors; found {known}"
+            f"{path} holds a {type(content).__name__}: expected a dictionary of tensors; "
+            "save the model's state_dict() with torch.save"
         )
-    meta = content.get("meta") if key is not None else None
-    tensors = {name: from_torch(_to_numpy(name, tensor, torch)) for name, tensor in states.items()}
+    torch = _import_torch()
+    states = dict(_find_states(content, torch))
+    key = _choose_states(states, content, path)
+    meta = content.get("meta") if key else None
+    tensors = {name: from_torch(_to_numpy(name, tensor, torch)) for name, tensor in states[key].items()}
     return tensors, {"meta": _json_part(meta) if isinstance(meta, dict) else {}}
 
 
@@ -146,29 +117,114 @@ def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Map
 
 
 def _load(path: files.Path) -> Any:
-    """What a file holds, of tensors and plain containers."""
+    """What a file holds: tensors, plain containers, and stand-ins for all else."""
     torch = _import_torch()
     with files.report_errors("read", path):
-        content = io.BytesIO(files.retry(path.read_bytes))
-    try:
-        # timm keeps its arguments in a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(content, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked is None:
-            raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one") from None
+        content = files.retry(path.read_bytes)
+    known = dict(stand_ins.KNOWN)
+    while True:
+        allowed = [(stand_in, name) for name, stand_in in known.items()]
+        try:
+            with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
+                loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            break
+        except pickle.UnpicklingError as error:
+            if stand_ins.add_stand_in(known, str(error)):
+                continue
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            if asked is None:
+                hint = "; or torch.save it again with the default pickle_protocol" * content.startswith(b"PK")
+                raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one{hint}") from None
+            raise UserError(
+                f"{path} is refused: it asks for {asked[1]}, and only tensors and plain containers are read; "
+                "save the state dict alone with torch.save, where you trust the file"
+            ) from None
+        except Exception as error:  # the unpickler has no common class for what a damaged file raises
+            if "TorchScript" in str(error):
+                raise UserError(
+                    f"{path} is a TorchScript archive, a program: save the model's state_dict() with torch.save"
+                ) from None
+            reason = (str(error) or type(error).__name__).split("\n")[0].split(". ")[0][:120]
+            raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one: {reason}") from None
+    if unknown := list(known)[len(stand_ins.KNOWN) :]:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        say(f"{path}: left out what is no tensor, of {', '.join(unknown[:3])}{more}")
+    return loaded
+
+
+def _find_states(
+    content: dict[Any, Any], torch: ModuleType, keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """The dictionaries of nothing but tensors in a file with the keys that lead to them, without an optimizer's."""
+    if content and all(
+        isinstance(name, str) and (torch.is_tensor(tensor) or isinstance(tensor, stand_ins.Array))
+        for name, tensor in content.items()
+    ):
+        yield keys, content
+        return
+    for key, part in content.items():
+        if (
+            isinstance(key, str)
+            and isinstance(part, dict)
+            and key != "meta"
+            and "optim" not in key
+            and len(keys) < 3
+        ):
+            yield from _find_states(part, torch, (*keys, key))
+
+
+def _choose_states(
+    states: Mapping[tuple[str, ...], Mapping[str, Any]], content: Mapping[Any, Any], path: files.Path
+) -> tuple[str, ...]:
+    """The keys of the tensors that are read; says which, where others could be meant.
+
+    Complete averages come first, then the usual places, then the only ones of their number.
+    """
+    averages = {keys for keys in states if any(map(is_averaged, keys))}
+    swapped = ("ema_state_dict",)
+    # mmengine's EMAHook swaps the two when it saves, and counts its steps in the second.
+    if "steps" in states.get(swapped, ()):
+        averages = averages - {swapped} | ({("state_dict",)} & states.keys())
+    plain = [keys for keys in states if keys not in averages and (keys != swapped or len(states) == 1)]
+    usual = [keys for keys in plain if not keys or keys[-1] in STATE_DICT_KEYS]
+    ranks = {keys: (len(keys), STATE_DICT_KEYS.index(keys[-1]) if keys else 0) for keys in usual}
+    best = [keys for keys in usual if ranks[keys] == min(ranks.values())]
+    candidates = best or plain or averages
+    most = max((len(states[keys]) for keys in candidates), default=0)
+    complete = {keys: 4 * len(states[keys]) >= 3 * most for keys in states}
+    chosen = [keys for keys in averages if complete[keys]] or best or [k for k in plain if complete[k]]
+    if not chosen:
+        found = (
+            ", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:6])
+            or "nothing"
+        )
         raise UserError(
-            f"{path} is refused: it asks for {asked[1]}, and only tensors and plain containers are read; "
-            "save the state dict alone with torch.save, where you trust the file"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a PyTorch checkpoint, or a damaged one: {reason}") from None
+            f"{path} holds no state dict: expected tensors under {', '.join(STATE_DICT_KEYS[:2])} or another key, "
+            f"or nothing but tensors; found {found}"
+        )
+    described = {keys: f"{'.'.join(keys)} ({len(states[keys])})" for keys in states}
+    if len(chosen) > 1:
+        several = ", ".join(described[keys] for keys in chosen[:4])
+        raise UserError(
+            f"{path} holds {len(chosen)} state dicts, {several}: torch.save one of them to a file of its own"
+        )
+    (keys,) = chosen
+    others = [
+        described[other] for other in states if other != keys and (complete[other] or other in averages)
+    ]
+    if others or (keys and keys not in (("state_dict",), ("model",))):
+        left_out = f"; left out: {', '.join(others[:4])}" + (", ..." if len(others) > 4 else "")
+        kind = ", the averages" if keys in averages else ""
+        say(f"{path}: tensors of {described[keys]} taken{kind}{left_out if others else ''}")
+    return keys
 
 
 def _to_numpy(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
     """A tensor without loss: 16-bit floats as float32, all integers as int64."""
+    if isinstance(tensor, stand_ins.Array):
+        if tensor.values is None or tensor.values.dtype.kind not in "biuf":
+            raise UserError(f"{name} is an array of no real numbers: expected dense real numbers")
+        tensor = torch.from_numpy(tensor.values.copy())
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
         raise UserError(
             f"{name} is a {tensor.dtype} tensor of layout {tensor.layout}: expected dense real numbers"
@@ -181,6 +237,8 @@ def _to_numpy(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
 
 def _json_part(value: Any) -> Any:
     """The part of a `meta` that JSON can hold; other values become null."""
+    if isinstance(value, stand_ins.Array):
+        return None if value.values is None else value.values.tolist()
     if isinstance(value, dict):
         return {str(key): _json_part(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

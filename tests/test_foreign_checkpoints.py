@@ -1,0 +1,409 @@
+"""Checkpoints of other trainers: their prefixes, averages, extra tensors and objects; what is said of each."""
+
+import collections
+import contextlib
+import datetime
+import enum
+import pathlib
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from tests.parity import same_states
+from tests.reference import network as reference
+from topformer_jax import checkpoints, config, convert, models
+from topformer_jax.checkpoints import torch_format
+from topformer_jax.errors import UserError
+
+States = dict[str, torch.Tensor]
+Pth = Callable[..., pathlib.Path]
+Read = Callable[..., tuple[States, Any, list[str]]]
+OTHER = "decode_head.conv_seg.bias"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> models.Segmenter:
+    return models.build_segmenter(config.ade20k("tiny"))
+
+
+@pytest.fixture
+def read(pth: Pth, tiny: models.Segmenter, capsys: pytest.CaptureFixture[str]) -> Read:
+    """Writes a file and reads it into Tiny: its tensors in PyTorch's layout, its `meta`, and the printed lines."""
+
+    def read(content: Any) -> tuple[States, Any, list[str]]:
+        path = pth(content)
+        tensors, meta = checkpoints.read_checkpoint(path, tiny)
+        found = {name: torch.from_numpy(torch_format.to_torch(tensor)) for name, tensor in tensors.items()}
+        return found, meta, capsys.readouterr().out.replace(str(path), "FILE").splitlines()
+
+    return read
+
+
+@pytest.fixture
+def refuse(pth: Pth, tiny: models.Segmenter) -> Callable[[Any], UserError]:
+    """Writes a file that does not go into Tiny, and returns the error, without the file's folder."""
+
+    def refuse(content: Any) -> UserError:
+        with pytest.raises(UserError) as error:
+            checkpoints.read_checkpoint(pth(content), tiny)
+        assert len(error.value.line) <= 300
+        assert len(error.value.details) < 10
+        return error.value
+
+    return refuse
+
+
+def prefixed(states: States, prefix: str) -> States:
+    return {f"{prefix}{name}": tensor for name, tensor in states.items()}
+
+
+def other(states: States) -> States:
+    """The same network with other numbers."""
+    return {name: tensor + 1 for name, tensor in states.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "model.", "_orig_mod.", "net.", "teacher.", "architecture.", "module._orig_mod.model.net."],
+)
+def test_prefixes_of_all_names(read: Read, states: States, prefix: str) -> None:
+    found, _, lines = read({"state_dict": prefixed(states, prefix)})
+    assert same_states(found, states)
+    assert lines == [f"taken off the names in FILE: {prefix}"]
+
+
+def test_pytorch_s_own_wrappers(read: Read, states: States) -> None:
+    """The names are those that PyTorch's wrappers make, before and inside the names."""
+    network: Any = reference.Segmenter("tiny")
+    network.load_state_dict(states)
+    compiled: Any = torch.compile(network, backend="eager")
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(compiled))
+    found, _, lines = read(averaged.state_dict())
+    assert same_states(found, states)
+    assert lines == [
+        "taken off the names in FILE: module.module._orig_mod.",
+        "FILE: left out 1 tensors that count what was averaged (n_averaged)",
+    ]
+    network.backbone = torch.compile(torch.nn.DataParallel(network.backbone), backend="eager")
+    network.decode_head = checkpoint_wrapper(network.decode_head)
+    found, _, lines = read(network.state_dict())
+    assert same_states(found, states)
+    # checkpoint_wrapper takes its word off by itself.
+    assert lines == ["taken off the names in FILE: module., _orig_mod."]
+
+
+@pytest.mark.parametrize(
+    ("runner", "holds"),
+    [
+        (
+            "EpochBasedRunner",
+            "the averages in a file of an epoch's end, the weights as trained in one of a run by iterations",
+        ),
+        ("IterBasedRunner", "the weights as trained: a run by iterations keeps its averages in ema_*"),
+    ],
+)
+def test_averages_of_mmcv(read: Read, states: States, runner: str, holds: str) -> None:
+    """mmcv 1's EMAHook keeps a buffer a parameter, `ema_` and the name with `_`; it swaps them around epochs."""
+    parameters = [name for name, _ in reference.Segmenter("tiny").named_parameters()]
+    buffers = {f"ema_{name.replace('.', '_')}": states[name] + 1 for name in parameters}
+    meta = {"config": f"runner = dict(type='{runner}', max_iters=160000)\n"}
+    found, _, lines = read({"meta": meta, "state_dict": states | buffers})
+    assert same_states(found, states)
+    assert lines == [
+        f"FILE: left out {len(parameters)} ema_* of mmcv's EMAHook; the plain names hold {holds}"
+    ]
+
+
+def test_tensors_that_the_network_does_not_need(read: Read, states: States) -> None:
+    one = torch.zeros(1, dtype=torch.float64)
+    extra = {"total_ops": one, "total_params": one, "backbone.tpm.total_ops": one}
+    extra |= {"auxiliary_head.conv_seg.bias": one, "auxiliary_head.1.weight": one}
+    extra |= {"criterion.weight": one, "decode_head.loss_decode.class_weight": one}
+    plain = {name: tensor for name, tensor in states.items() if "num_batches" not in name}
+    found, _, lines = read({"state_dict": prefixed(plain | extra, "model.")})
+    counters = {name: torch.zeros_like(tensor) for name, tensor in states.items() if "num_batches" in name}
+    assert same_states(found, plain | counters)
+    assert lines == [
+        "taken off the names in FILE: model.",
+        "FILE: left out 3 tensors of a profiler (total_ops, total_params, ...)",
+        "FILE: left out 2 tensors of auxiliary heads (auxiliary_head.conv_seg.bias, auxiliary_head.1.weight)",
+        "FILE: left out 2 tensors of a loss (criterion.weight, decode_head.loss_decode.class_weight)",
+        f"FILE: {len(counters)} num_batches_tracked are missing, and start at 0",
+    ]
+
+
+def test_a_student_and_its_teacher(read: Read, refuse: Callable, states: States) -> None:
+    """Of two that fit, none is guessed; one of another variant or another network is the teacher."""
+    student = prefixed(states, "student.")
+    error = refuse({"state_dict": student | prefixed(other(states), "teacher.")})
+    assert (
+        "holds 2 networks that fit, student.* and teacher.*: torch.save the state dict of one" in error.line
+    )
+    base = reference.Segmenter("base").state_dict()
+    segformer = {f"backbone.block{index}.norm.weight": torch.ones(32) for index in range(3)}
+    for teacher in (base, segformer):
+        found, _, lines = read({"state_dict": student | prefixed(teacher, "teacher.model.")})
+        assert same_states(found, states)
+        assert lines == [
+            "taken off the names in FILE: student.",
+            f"FILE: student.* taken ({len(states)} tensors); left out: teacher.* ({len(teacher)})",
+        ]
+    found, _, lines = read(states | prefixed(base, "teacher."))
+    assert same_states(found, states)
+    assert lines == [
+        f"FILE: names without a prefix taken ({len(states)} tensors); left out: teacher.* ({len(base)})"
+    ]
+
+
+def test_a_teacher_inside_a_module(read: Read, states: States) -> None:
+    teacher = reference.Segmenter("small").state_dict()
+    found, _, lines = read(prefixed(states | prefixed(teacher, "teacher."), "module."))
+    assert same_states(found, states)
+    assert (
+        lines[1]
+        == f"FILE: module.* taken ({len(states)} tensors); left out: module.teacher.* ({len(teacher)})"
+    )
+
+
+def test_a_name_with_and_without_its_prefix(refuse: Callable, states: States) -> None:
+    error = refuse(prefixed(states, "model.") | {OTHER: states[OTHER]})
+    assert f"are {OTHER}: {OTHER} is the second" in error.line
+
+
+def test_an_average_beside_its_model(read: Read, states: States) -> None:
+    content = prefixed(other(states), "model.") | prefixed(states, "ema_model.module.")
+    found, _, lines = read({"state_dict": content})
+    assert same_states(found, states)
+    assert lines == [
+        "taken off the names in FILE: ema_model.module.",
+        f"FILE: ema_model.module.* taken, the averages ({len(states)} tensors); left out: model.* ({len(states)})",
+    ]
+
+
+N = 376  # tensors of Tiny
+
+
+@pytest.mark.parametrize(
+    ("arrange", "line"),
+    [
+        (lambda s, o: {"state_dict": s, "optimizer_states": [{"state": {0: o}}], "epoch": 3}, None),
+        (lambda s, o: {"model_state_dict": s, "epoch": 3}, f"tensors of model_state_dict ({N}) taken"),
+        (lambda s, o: {"net": s, "optimizer": {"ema": o}}, f"tensors of net ({N}) taken"),
+        (lambda s, o: {"model": {"state_dict": s, "args": {}}}, f"tensors of model.state_dict ({N}) taken"),
+        (lambda s, o: {"mine": s, "loss": {"weight": torch.ones(3)}}, f"tensors of mine ({N}) taken"),
+        (
+            lambda s, o: {"state_dict": s, "teacher": o},
+            f"tensors of state_dict ({N}) taken; left out: teacher ({N})",
+        ),
+        (
+            lambda s, o: {"model": o, "model_ema": s},
+            f"tensors of model_ema ({N}) taken, the averages; left out: model ({N})",
+        ),
+        (
+            lambda s, o: {"model": s, "ema": {"shadow": dict(list(o.items())[:100])}},
+            f"tensors of model ({N}) taken; left out: ema.shadow (100)",
+        ),
+        (  # mmengine swaps the two before it saves
+            lambda s, o: {
+                "state_dict": s,
+                "ema_state_dict": prefixed(o, "module.") | {"steps": torch.tensor(5)},
+                "message_hub": {"log_scalars": {}},
+            },
+            f"tensors of state_dict ({N}) taken, the averages; left out: ema_state_dict ({N + 1})",
+        ),
+        (
+            lambda s, o: {"state_dict": o, "ema_state_dict": s},
+            f"tensors of ema_state_dict ({N}) taken, the averages; left out: state_dict ({N})",
+        ),
+    ],
+)
+def test_where_files_keep_their_tensors(read: Read, states: States, arrange: Callable, line: str) -> None:
+    found, _, lines = read(arrange(states, other(states)))
+    assert same_states(found, states)
+    assert lines == ([f"FILE: {line}"] if line else [])
+
+
+def test_state_dicts_to_choose_from(refuse: Callable, states: States) -> None:
+    error = refuse({"student": states, "teacher": states})
+    assert f"holds 2 state dicts, student ({N}), teacher ({N}): torch.save one of them" in error.line
+    assert refuse({"epoch": 3, "model": [states]}).line.endswith("found epoch (int), model (list)")
+
+
+class Mode(enum.Enum):
+    """A value that a trainer keeps."""
+
+    TRAIN = 1
+
+
+class Settings(dict):
+    """A trainer's dict with attributes."""
+
+
+class Names(list):
+    """A trainer's list."""
+
+
+def test_objects_of_other_programs(read: Read, states: States) -> None:
+    """mmengine's message hub, schedulers and settings: of classes that are not installed here."""
+    package, module = types.ModuleType("mmengine"), types.ModuleType("mmengine.logging")
+    hub = type("HistoryBuffer", (), {"__module__": module.__name__})
+    module.HistoryBuffer = hub  # type: ignore[attr-defined]
+    buffer, settings = hub(), Settings(lr=0.1)
+    buffer.__dict__ |= {"_log_history": np.arange(3.0), "_max_length": 10}
+    settings.mode = Mode.TRAIN  # type: ignore[attr-defined]
+    meta = {
+        "iter": np.int64(7),
+        "hook_msgs": {"best_score": np.float64(0.338), "best_ckpt": np.str_("best.pth")},
+        "PALETTE": np.array([[1, 2, 3], [4, 5, 6]], np.uint8, order="F"),
+        "when": datetime.datetime(2024, 1, 1),
+        "dates": np.array(["2024-01-01"], "datetime64[D]"),
+        "where": pathlib.PurePosixPath("/runs"),
+    }
+    objects = [buffer, settings, Names([1, 2]), collections.deque([1]), collections.defaultdict(list, a=[1])]
+    with mock.patch.dict(sys.modules, {"mmengine": package, "mmengine.logging": module}):
+        content = {"state_dict": states, "meta": meta, "message_hub": objects}
+        found, meta, lines = read(content)
+    assert same_states(found, states)
+    assert meta == {
+        "iter": 7,
+        "hook_msgs": {"best_score": 0.338, "best_ckpt": "best.pth"},
+        "PALETTE": [[1, 2, 3], [4, 5, 6]],
+        "when": None,
+        "dates": None,
+        "where": None,
+    }
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "FILE: left out what is no tensor, of datetime.datetime, pathlib.PurePosixPath, "
+        "mmengine.logging.HistoryBuffer and "
+    )
+
+
+def test_numbers_of_numpy_1(pth: Pth, states: States, tiny: models.Segmenter, tmp_path: pathlib.Path) -> None:
+    """numpy 1 calls its module `core`, numpy 2 `_core`; big-endian numbers too."""
+    content = {"state_dict": states, "meta": {"a": np.float32(0.5), "b": np.arange(3, dtype=">i4")}}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.pth").read_bytes()
+    assert b"numpy._core.multiarray" in data
+    (tmp_path / "old.pth").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert checkpoints.read_checkpoint(tmp_path / "old.pth", tiny)[1] == {"a": 0.5, "b": [0, 1, 2]}
+
+
+def test_arrays_for_tensors(read: Read, states: States) -> None:
+    found, _, _ = read({name: tensor.numpy() for name, tensor in states.items()})
+    assert same_states(found, states)
+
+
+class Payload:
+    """Runs something when it is unpickled without care."""
+
+    def __init__(self, function: Callable, *arguments: Any):
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def test_nothing_of_a_file_runs(
+    pth: Pth, states: States, tiny: models.Segmenter, tmp_path: pathlib.Path
+) -> None:
+    """What the file names is not called, wherever it stands; the payloads are real ones."""
+    marker = tmp_path / "was here"
+    for index, payload in enumerate(
+        (
+            Payload(exec, f"open({str(marker)!r}, 'w').close()"),
+            Payload(subprocess.call, ["touch", str(marker)]),
+            Payload(pathlib.Path.touch, marker),
+            Payload(getattr, Payload(exec, f"open({str(marker)!r}, 'w').close()"), "real"),
+        )
+    ):
+        path = pth({"state_dict": states, "meta": {"a": payload}}, f"{index}.pth")
+        _, meta = checkpoints.read_checkpoint(path, tiny)
+        assert meta == {"a": None}
+        path = pth({"state_dict": states | {OTHER: payload}}, f"{index}_in.pth")
+        with pytest.raises(UserError, match="holds no state dict"):
+            checkpoints.read_checkpoint(path, tiny)
+        assert not marker.exists()
+        with contextlib.suppress(AttributeError):
+            torch.load(path, weights_only=False)
+        assert marker.exists()
+        marker.unlink()
+
+
+def test_an_error_has_at_most_ten_lines(refuse: Callable, states: States) -> None:
+    names = list(states)
+    broken = {name: tensor for name, tensor in states.items() if name not in names[:40]}
+    broken |= {f"extra.{index}": torch.zeros(2) for index in range(50)}
+    broken |= {name: torch.zeros(7) for name in names[100:200]}
+    error = refuse(broken)
+    assert "40 tensors missing, 50 unexpected, 100 of the wrong shape" in error.line
+    assert error.details[2] == "  missing      ... and 38 more"
+    assert error.details[5] == "  unexpected   ... and 48 more"
+    assert error.details[8] == "  wrong shape  ... and 98 more"
+    error = refuse({name: tensor * float("nan") for name, tensor in states.items()})
+    assert error.details[8].startswith("  ... and ")
+    error = refuse(states | {"pixel_mean": torch.zeros(3)})
+    assert "1 unexpected, 0 of the wrong shape; no layer has a place for the unexpected" in error.line
+
+
+def test_another_network(refuse: Callable, pth: Pth, states: States) -> None:
+    """The names are of SeaFormer's official code; some of its head's are TopFormer's too."""
+    blocks = [f"backbone.trans{stage}.transformer_blocks.{block}" for stage in (1, 2) for block in range(4)]
+    seaformer = {f"{block}.attn.to_q.c.weight": torch.zeros(64, 128, 1, 1) for block in blocks}
+    seaformer |= {name: tensor for name, tensor in states.items() if name.startswith("decode_head.conv_seg")}
+    error = refuse({"state_dict": seaformer})
+    assert (
+        "is of another network (names such as backbone.trans1.transformer_blocks.0.attn.to_q.c.weight and "
+        in error.line
+    )
+    assert "2 of its 10 tensors have names of TopFormer's" in error.line
+    # More blocks of the same network are no other network.
+    block = {name: tensor for name, tensor in states.items() if ".transformer_blocks.0." in name}
+    deep = {name.replace("blocks.0", f"blocks.{i}"): t for i in range(40) for name, t in block.items()}
+    assert "it has 40 transformer blocks, the config 4" in refuse(states | deep).line
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")
+def test_programs_and_pickled_models(
+    refuse: Callable, tiny: models.Segmenter, tmp_path: pathlib.Path
+) -> None:
+    assert (
+        "holds a torch.nn.modules.linear.Linear: expected a dictionary" in refuse(torch.nn.Linear(2, 2)).line
+    )
+    assert "save the model's state_dict()" in refuse(torch.nn.Linear(2, 2)).line
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(UserError, match="is a TorchScript archive, a program: save"):
+        checkpoints.read_checkpoint(tmp_path / "script.pt", tiny)
+    torch.save({"a": torch.ones(2)}, tmp_path / "protocol.pth", pickle_protocol=4)
+    with pytest.raises(UserError, match=r"torch\.save it again with the default pickle_protocol"):
+        checkpoints.read_checkpoint(tmp_path / "protocol.pth", tiny)
+
+
+@pytest.mark.parametrize("name", ["b.onnx", "b.bin", "b.pth.tar"])
+def test_convert_writes_no_folder_for_a_file(
+    pth: Pth, states: States, tmp_path: pathlib.Path, name: str
+) -> None:
+    words = [
+        "--config",
+        "topformer_t_ade",
+        "--checkpoint",
+        str(pth(states)),
+        "--output",
+        str(tmp_path / name),
+    ]
+    with (
+        mock.patch.object(sys, "argv", ["convert", *words]),
+        pytest.raises(
+            UserError, match=f"--output is .*{name}: expected FILE.pth, FILE.pt, FILE.safetensors, or"
+        ),
+    ):
+        convert.main()
+    assert not (tmp_path / name).exists()

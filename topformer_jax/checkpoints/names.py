@@ -1,0 +1,202 @@
+"""A file's names brought to the model's, whichever trainer wrote them.
+
+Wrappers put prefixes before names; averages, teachers, profilers, losses and auxiliary heads add tensors. What is
+taken off or left out is printed, one line a kind. A name that no rule knows stays as it is, so that the caller can
+report it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from topformer_jax.errors import UserError
+
+Shape = tuple[int, ...]
+# The same modules' names in older checkpoints, and today's.
+ALIASES = {
+    "patch_embed": "tpm",
+    "fuse_blocks": "SIM",
+    "to_feat1": "local_embedding",
+    "to_feat2": "global_embedding",
+    "fuse2": "global_act",
+}
+# What DistributedDataParallel, torch.compile, Fabric, FSDP and activation checkpointing put anywhere into a name.
+WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Tensors that the network does not need, by what they are.
+SURPLUS = {
+    "of a profiler": re.compile(r"(.+\.)?total_(ops|params)"),
+    "that count what was averaged": re.compile(r"n_averaged|steps"),
+    "of auxiliary heads": re.compile(r"(auxiliary_head|aux_head|aux_classifier)\..+"),
+    "of a loss": re.compile(r"(.+\.)?(criterion|loss(es|_\w+)?)\..+"),
+}
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first process."""
+    if jax.process_index() == 0:
+        print(line)
+
+
+def is_averaged(key: str) -> bool:
+    """Whether a key of a file, or a prefix of its names, says that these weights are averages."""
+    return not {"ema", "swa", "average", "averaged"}.isdisjoint(re.split(r"[_.]", key.lower()))
+
+
+def match_names(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], source: str, meta: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Brings names to the model's: without prefixes, with or without `backbone.`, without old aliases.
+
+    Args:
+        tensors: by the file's names.
+        shapes: the model's, by name.
+        source: the file, for what is printed.
+        meta: what the file says about itself.
+
+    Returns:
+        Tensors by the model's names; those of unknown names by their own, without prefixes.
+
+    Raises:
+        UserError: two tensors of the file end up with the same name, or it holds two networks that fit.
+    """
+    found = {name: _find(name.split("."), shapes) for name in tensors}
+    if not any(match for _, match in found.values()):
+        return dict(tensors)
+    chosen, others = _choose_network(tensors, found, shapes, source)
+    own, left_out = [], []  # the chosen network's names and what is left of them; other networks' names
+    for name, (prefix, match) in found.items():
+        short = name.removeprefix(chosen)
+        if prefix in others or (match is None and _is_other_network(short)):
+            left_out.append(name)
+        else:
+            own.append((name, short))
+    inside = {part for _, short in own for part in short.split(".")}
+    if taken_off := [chosen] * bool(chosen) + [f"{word}." for word in WRAPPERS if word in inside]:
+        say(f"taken off the names in {source}: {', '.join(taken_off)}")
+    if left_out:
+        branches = Counter(_other_branch(name, chosen) for name in left_out)
+        counts = ", ".join(f"{branch}* ({count})" for branch, count in branches.items())
+        kind = ", the averages" if is_averaged(chosen) else ""
+        say(f"{source}: {_describe(chosen)} taken{kind} ({len(own)} tensors); left out: {counts}")
+    unknown = [short for name, short in own if found[name][1] is None]
+    surplus = _find_surplus(unknown, [short for _, short in own], source, meta)
+    matched: dict[str, np.ndarray] = {}
+    for name, short in own:
+        if short in surplus:
+            continue
+        plain = _unwrap(short.split("."))
+        match = _known_as(plain, shapes) or plain
+        if match in matched:
+            raise UserError(f"two tensors of {source} are {match}: {name} is the second")
+        matched[match] = tensors[name]
+    return matched
+
+
+def fill_counters(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], source: str
+) -> dict[str, np.ndarray]:
+    """Adds BatchNorms' counters of batches, which some trainers do not keep, where the statistics are there."""
+    missing = [
+        name
+        for name in expected
+        if name.endswith(".num_batches_tracked")
+        and name not in tensors
+        and name.replace("num_batches_tracked", "running_var") in tensors
+    ]
+    if missing:
+        say(f"{source}: {len(missing)} num_batches_tracked are missing, and start at 0")
+    return {**tensors, **{name: np.zeros(expected[name], np.int32) for name in missing}}
+
+
+def _unwrap(parts: Sequence[str]) -> str:
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _known_as(name: str, known: Mapping[str, Any]) -> str | None:
+    """The model's name of a file's."""
+    # `fuse2` is an old name of `global_act`, and a present one in the other two injections: try it as it is.
+    for spelling in (name, ".".join(ALIASES.get(part, part) for part in name.split("."))):
+        for candidate in (spelling, f"backbone.{spelling}", spelling.removeprefix("backbone.")):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def _find(parts: Sequence[str], known: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The prefix of a file's name with its last dot, and the model's name of the rest; None for an unknown name."""
+    for start in range(len(parts)):
+        if match := _known_as(_unwrap(parts[start:]), known):
+            while parts[start] in WRAPPERS:
+                start += 1
+            return "".join(f"{part}." for part in parts[:start]), match
+    return "", None
+
+
+def _choose_network(
+    tensors: Mapping[str, np.ndarray],
+    found: Mapping[str, tuple[str, str | None]],
+    shapes: Mapping[str, Shape],
+    source: str,
+) -> tuple[str, set[str]]:
+    """The prefix of the network that is taken, and the prefixes of the file's others with the same names.
+
+    A network that fits the model's shapes comes before one of another variant, such as a teacher; averages come
+    before what they are averages of.
+    """
+    counts = Counter(prefix for prefix, match in found.values() if match)
+    networks = {prefix for prefix, count in counts.items() if 2 * count >= max(counts.values())}
+    fitting = Counter(
+        prefix for name, (prefix, match) in found.items() if match and tensors[name].shape == shapes[match]
+    )
+    best = [prefix for prefix in networks if 2 * fitting[prefix] >= counts[prefix]] or list(networks)
+    best = [prefix for prefix in best if is_averaged(prefix)] or best
+    if len(best) > 1:
+        raise UserError(
+            f"{source} holds {len(best)} networks that fit, {' and '.join(sorted(map(_describe, best)))}: "
+            "torch.save the state dict of one of them to a file of its own"
+        )
+    chosen = best[0] if best else ""
+    return chosen, networks - {chosen}
+
+
+def _is_other_network(name: str) -> bool:
+    """Whether a tensor that is not of the chosen network belongs to its teacher, student or average."""
+    parts = name.split(".")[:-1][:2]
+    return any(part in ("teacher", "student") or is_averaged(part) for part in parts)
+
+
+def _other_branch(name: str, chosen: str) -> str:
+    """The prefix that tells a name of another network from the chosen one's."""
+    shared = chosen if name.startswith(chosen) else ""
+    return f"{shared}{name.removeprefix(shared).split('.')[0]}."
+
+
+def _describe(prefix: str) -> str:
+    return f"{prefix}*" if prefix else "names without a prefix"
+
+
+def _find_surplus(
+    unknown: Sequence[str], names: Sequence[str], source: str, meta: Mapping[str, Any]
+) -> set[str]:
+    """Those of the unknown names that the network does not need; says how many there are of each kind."""
+    surplus: set[str] = set()
+    buffers = {f"ema_{name.replace('.', '_')}" for name in names}
+    if averages := buffers.intersection(unknown):
+        # mmcv swaps the two at the end of an epoch, before it saves; its runner by iterations calls no such hook.
+        holds = (
+            "the weights as trained: a run by iterations keeps its averages in ema_*"
+            if "IterBasedRunner" in str(meta.get("config"))
+            else "the averages in a file of an epoch's end, the weights as trained in one of a run by iterations"
+        )
+        say(f"{source}: left out {len(averages)} ema_* of mmcv's EMAHook; the plain names hold {holds}")
+        surplus |= averages
+    for kind, pattern in SURPLUS.items():
+        if matching := [name for name in unknown if pattern.fullmatch(name)]:
+            examples = ", ".join(matching[:2]) + (", ..." if len(matching) > 2 else "")
+            say(f"{source}: left out {len(matching)} tensors {kind} ({examples})")
+            surplus.update(matching)
+    return surplus
