@@ -270,7 +270,11 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, s
     "nothing but void": (
         every(lambda label: np.full_like(label, 255), "train"),
         {},
-        *(PROBLEM, "void-labels", "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the"),
+        *(
+            PROBLEM,
+            "void-labels",
+            "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the",
+        ),
     ),
     "one class": (
         every(where_class(lambda label: np.full_like(label, 4))),
