@@ -270,12 +270,16 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, s
     "nothing but void": (
         every(lambda label: np.full_like(label, 255), "train"),
         {},
-        *(PROBLEM, "void-labels", "train: no class, only void, in 10 labels ("),
+        *(
+            PROBLEM,
+            "void-labels",
+            "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the",
+        ),
     ),
     "one class": (
         every(where_class(lambda label: np.full_like(label, 4))),
         {},
-        *(PROBLEM, "one-class", "train: class 4 is the only class in the labels: check the labels"),
+        *(PROBLEM, "one-class", "train: class 4 is the only class in 10 labels: check the labels"),
     ),
     "masks of 0 and 255": (
         every(lambda label: np.where(label < 9, 0, 255).astype(np.uint8)),

@@ -273,7 +273,7 @@ def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> 
     """The newest step and the best one stay; an older one goes when its successor is complete."""
     store = checkpoints.CheckpointStore(tmp_path, 1)
     kept = []
-    for step, score in enumerate((0.2, 0.6, float("nan"), 0.4, 0.5), 1):
+    for step, score in enumerate((0.2, 0.6, 0.1, 0.4, 0.5), 1):
         store.save(step, {"model": {"x": jax.numpy.full(3, step)}}, {"config": {"seed": step}})
         store.wait()
         written = (tmp_path / str(step)).stat().st_mtime_ns

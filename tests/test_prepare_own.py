@@ -210,7 +210,7 @@ def test_colours(tmp_path: pathlib.Path) -> None:
 
 
 def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
-    files = {"classes.txt": "a 1 1 1\n", **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val")}}
+    files = {"classes.txt": "a 1 1 1\nb 2 2 2\n", **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val")}}
     files |= {f"masks/{s}/x.png": png(np.ones((HEIGHT, WIDTH, 3))) for s in ("train", "val")}
     run(
         "custom",
@@ -223,7 +223,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
     )
     assert {path.name for path in (tmp_path / "m/custom/1.0.0").iterdir()} >= {"classes.txt", "manifest.json"}
     changes = {"data.dataset": "custom", "data.source": "array_record", "data.root": str(tmp_path / "m")}
-    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 1})
+    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 2})
     example = sources.open_source(config, "train")[0]
     assert (example.name, example.image) == ("x", jpeg(1))
 

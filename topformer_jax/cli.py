@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from topformer_jax import config as config_lib
 from topformer_jax import logs
 from topformer_jax.config.listing import as_text
-from topformer_jax.errors import UserError
+from topformer_jax.errors import UserError, explain_out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,6 +179,8 @@ def leave_others_on_error(_: object, error: BaseException | None, *rest: object)
 
 def _report(error: BaseException) -> int | None:
     """Prints the line of an error that a user can mend, and returns the status to exit with; None for others."""
+    if shortage := explain_out_of_memory(error, pathlib.Path(sys.argv[0]).stem):
+        error = UserError(shortage)
     match error:
         case UserError():
             print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)

@@ -1,6 +1,22 @@
-"""The one exception for a user's mistake: what was read, what was expected, what to do."""
+"""The one exception for a user's mistake: what was read, what was expected, what to do; and errors that mean one."""
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import re
+from collections.abc import Iterator, Sequence
+
+# What lowers the memory that a command needs.
+LESS_MEMORY = {
+    "train": "lower batch_size or data.crop_size, or raise grad_accum_steps (smaller micro-batches)",
+    "evaluate": "set evaluation.per_device_batch_size=1, or lower evaluation.scale",
+    "predict": "lower evaluation.scale, or segment smaller pictures",
+}
+# As XLA says it for CPUs, GPUs and TPUs, NumPy, OpenCV, PyTorch and C++.
+_OUT_OF_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|out.of.memory|insufficient memory|(unable|failed|can.?t) (to )?allocate|bad_alloc",
+    re.IGNORECASE,
+)
+_AMOUNT = re.compile(r"(?:allocat\w+|reserve|request for|Used) ([\d.]+) ?([KMGTP]?)i?(?:B|bytes)?\b")
 
 
 class UserError(ValueError):
@@ -14,3 +30,37 @@ class UserError(ValueError):
         super().__init__("\n".join([line, *details]))
         self.line = line
         self.details = list(details)
+
+
+def explain_out_of_memory(error: BaseException, command: str) -> str | None:
+    """The line for an error that says that memory is exhausted, of the host or of a device; None for other errors.
+
+    >>> error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
+    >>> explain_out_of_memory(error, "predict")
+    'out of memory, 8.00 GiB were asked for: lower evaluation.scale, or segment smaller pictures'
+
+    Args:
+        error: of any type.
+        command: whose settings the line names.
+    """
+    text = str(error)
+    is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if isinstance(error, UserError) or not (is_memory or _OUT_OF_MEMORY.search(text)):
+        return None
+    amount = ""
+    if found := _AMOUNT.search(text):
+        size = float(found[1].rstrip(".")) * 1024 ** " KMGTP".index(found[2] or " ")
+        amount = f", {size / 2**30:,.2f} GiB were asked for"
+    return f"out of memory{amount}: {LESS_MEMORY.get(command, 'take smaller inputs, or a machine with more memory')}"
+
+
+@contextlib.contextmanager
+def report_out_of_memory(command: str) -> Iterator[None]:
+    """Turns an error that says that memory is exhausted into a UserError; see `explain_out_of_memory`."""
+    try:
+        yield
+    except Exception as error:
+        line = explain_out_of_memory(error, command)
+        if line is None:
+            raise
+        raise UserError(line) from None

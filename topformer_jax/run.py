@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, logs, metrics, models, sharding
+from topformer_jax import checkpoints, errors, files, logs, metrics, models, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
@@ -268,6 +268,18 @@ def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
     run.store.save(step, _to_trees(state), {"config": json.loads(run.config.to_json()), "meta": meta})
 
 
+def report_out_of_memory(run: Run, _: object, error: BaseException | None, *rest: object) -> None:
+    """Raises a UserError if the loop ran out of memory; an ExitStack can call it.
+
+    The state is lost: a step takes it over before it fails.
+    """
+    line = error and errors.explain_out_of_memory(error, "train")
+    if line:
+        newest = run.store.latest
+        saved = f"the same command resumes from step {newest}" if newest else "no step was saved yet"
+        raise UserError(f"{line}; {saved}") from None
+
+
 @contextlib.contextmanager
 def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> Iterator[None]:
     """Saves the state of a step if what follows fails with a UserError, so that nothing is computed twice."""
@@ -293,15 +305,25 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
             raise _EvaluationStopped
 
     evaluate = _score_classifier if run.config.task == "classification" else _score_segmenter
-    with jax.transfer_guard("allow"):  # sizes and flags go to the devices with each batch
+    # A state whose evaluation needs too much memory can still be saved: see `save_on_error`.
+    with (
+        jax.transfer_guard("allow"),
+        errors.report_out_of_memory("evaluate"),
+    ):  # sizes and flags go to the devices with each batch
         tensors = sharding.to_host(state.average or state.params | state.stats)
         try:
             scores = evaluate(run, tensors, step, stop_if_requested)
         except _EvaluationStopped:
             return
     run.log.log_evaluation(step, scores)
+    score = scores[SCORES[run.config.task]]
+    if math.isnan(score):
+        raise UserError(
+            f"the evaluation at step {step} gives nan: no label of the validation split in "
+            f"{run.config.data.root} has a pixel of a class"
+        )
     run.folder.upload()  # a noted score says that the log holds it
-    run.store.add_score(step, scores[SCORES[run.config.task]])
+    run.store.add_score(step, score)
 
 
 def _score_segmenter(

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from topformer_jax import logs, processes, sharding
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.data import loader, sources
+from topformer_jax.data.sample import look_at_labels
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
     Monitor,
@@ -46,6 +47,7 @@ from topformer_jax.run import (
     print_banner,
     print_results,
     record_start,
+    report_out_of_memory,
     restore_state,
     save_checkpoint,
     save_on_error,
@@ -74,6 +76,10 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     make_progress = functools.partial(logs.Progress, active=is_first)
     train_source = sources.open_source(config, "train", make_progress)
     validation_source = sources.open_source(config, "validation", make_progress)
+    splits = {"train": train_source, "validation": validation_source}
+    for line in look_at_labels(config, data_set, splits):
+        if is_first:
+            print(f"warning: {line}")
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
@@ -116,6 +122,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
             cleanup.callback(close)
         cleanup.push(cli.leave_others_on_error)
+        cleanup.push(functools.partial(report_out_of_memory, run))
         evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with save_on_error(run, state, step - 1, monitor):

@@ -10,7 +10,6 @@ beside them, `scores.json`.
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,7 +158,7 @@ class CheckpointStore:
             )
 
     def add_score(self, step: int, score: float) -> None:
-        """Notes the score of a saved step (0 to 1, or not a number) in a file beside the steps."""
+        """Notes the score of a saved step, 0 to 1, in a file beside the steps."""
         self._scores[step] = score
         if jax.process_index() == 0:
             with jax.transfer_guard("allow"):
@@ -252,7 +251,7 @@ class _NewestAndBest:
 
 def _find_best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
     """The step of the highest score, the newest one of several; None where no step has a score."""
-    evaluated = [(scores[step], step) for step in steps if not math.isnan(scores.get(step, math.nan))]
+    evaluated = [(scores[step], step) for step in steps if step in scores]
     return max(evaluated)[1] if evaluated else None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from topformer_jax.config.settings import LONGEST_SIDE, SETTINGS
 from topformer_jax.errors import UserError
 
+TRANSFORMER_STRIDE = 64  # of the segmenter: pixels of the image that a pixel of its smallest map stands for
+
 
 def unknown(key: str) -> UserError:
     """The error for a setting that does not exist: names the nearest one; `key` may lack the group."""
@@ -46,6 +48,11 @@ def check_together(values: Mapping[str, Any]) -> None:
             f"model.num_classes is {values['model.num_classes']}: expected 1 to 255 in segmentation, "
             "whose labels are bytes with 255 for void"
         )
+    if values["model.num_classes"] == 1:
+        raise UserError(
+            "model.num_classes is 1: one class is nothing to learn, its loss is 0 from the start; give what is "
+            "around it a class of its own (prepare custom --background NAME does for annotations), or add classes"
+        )
     if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
         raise UserError(
             f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
@@ -72,6 +79,7 @@ def check_together(values: Mapping[str, Any]) -> None:
             f"data.mixup_alpha mixes pairs, and a micro-batch has {rows} images: set batch_size to an even multiple "
             "of grad_accum_steps, or data.mixup_alpha=0"
         )
+    _check_batch_norm(values)
     side, crop = values["evaluation.short_side"], max(values["data.crop_size"])
     if values["task"] == "classification" and side < crop:
         raise UserError(
@@ -84,6 +92,20 @@ def check_together(values: Mapping[str, Any]) -> None:
                 f"{ratios} is {_show(values[ratios])}: with {scale}={values[scale]} an image's long side would be "
                 f"{longest:,.0f} pixels, at most {LONGEST_SIDE:,} are possible"
             )
+
+
+def _check_batch_norm(values: Mapping[str, Any]) -> None:
+    """Refuses micro-batches of one image whose smallest map is one pixel: BatchNorm has one value a channel there."""
+    if values["batch_size"] != values["grad_accum_steps"]:
+        return
+    is_classification = values["task"] == "classification"
+    if is_classification or max(values["data.crop_size"]) <= TRANSFORMER_STRIDE:
+        way_out = "" if is_classification else f", or data.crop_size larger than {TRANSFORMER_STRIDE}"
+        raise UserError(
+            f"batch_size is {values['batch_size']}, grad_accum_steps {values['grad_accum_steps']}: BatchNorm needs "
+            "more than one value a channel, and a micro-batch of one image is one pixel in the last layers; set "
+            f"batch_size to at least twice grad_accum_steps{way_out}"
+        )
 
 
 def _literal(key: str, text: str) -> Any:

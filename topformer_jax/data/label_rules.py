@@ -7,7 +7,7 @@ import numpy as np
 from topformer_jax.data import rules
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.inspection import SHOWN_NAMES, Names
-from topformer_jax.data.label_inspection import BEYOND, LabelInspection
+from topformer_jax.data.label_inspection import BEYOND, LabelInspection, LabelSplit
 from topformer_jax.data.rules import Finding, Level, list_classes
 from topformer_jax.data.transforms import fit_size
 
@@ -22,6 +22,13 @@ def find(inspection: LabelInspection) -> list[Finding]:
     findings = [finding for rule in FILE_RULES for finding in rule(inspection)]
     values = next((found for rule in VALUE_RULES if (found := list(rule(inspection)))), [])
     return findings + (values or [finding for rule in CLASS_RULES for finding in rule(inspection)])
+
+
+def find_in_sample(inspection: LabelInspection) -> list[Finding]:
+    """What some labels of each split tell: no class at all, which their values may explain, or one class."""
+    unlabelled = list(unlabelled_split(inspection))
+    values = (found for rule in VALUE_RULES if (found := list(rule(inspection))))
+    return next(values, unlabelled) if unlabelled else list(one_class(inspection))
 
 
 # Files
@@ -167,25 +174,40 @@ def values_beyond_the_classes(inspection: LabelInspection) -> Iterator[Finding]:
 # Classes
 
 
+def unlabelled_split(inspection: LabelInspection) -> Iterator[Finding]:
+    """No pixel of any class in a split: its loss is of nothing, its scores are nan."""
+    for split in inspection.splits.values():
+        if not split.labels or inspection.class_pixels(split.name).any():
+            continue
+        values = " and ".join(map(str, np.flatnonzero(split.pixels)))
+        if inspection.config.data.reduce_zero_label and split.pixels[0]:
+            advice = (
+                "data.reduce_zero_label makes 0 void: if it is a class, --config.data.reduce_zero_label=false"
+            )
+        else:
+            advice = "255 is void: write the numbers of the classes instead"
+        text = f"{split.name}: no pixel of any class, only {values}, in {_count_labels(split)}: {advice}"
+        yield Finding("problem", "void-labels", text)
+
+
 def void_labels(inspection: LabelInspection) -> Iterator[Finding]:
-    """Labels that are void everywhere: nothing is learned from them, and without others the loss is of nothing."""
+    """Labels that are void everywhere, beside others: nothing is learned from them."""
     for split in inspection.splits.values():
         names = split.void
-        if names.count:
-            level: Level = "problem" if names.count == split.labels else "warning"
+        if 0 < names.count < split.labels:
             text = f"{split.name}: no class, only void, in {names.of('label')} of {split.labels}: "
-            yield Finding(level, "void-labels", text + "label them, or remove them")
+            yield Finding("warning", "void-labels", text + "label them, or remove them")
 
 
 def one_class(inspection: LabelInspection) -> Iterator[Finding]:
     """One class everywhere in train: the network learns to answer it. With 255, often a mask of 0 and 255."""
     present = np.flatnonzero(inspection.class_pixels("train")).tolist()
-    if len(present) != 1 or len(inspection.data_set.classes) == 1:
+    if len(present) != 1:
         return
     mask = inspection.void_pixels("train") > 0 and present == [0]
     advice = "if 255 is meant as a class, write its number instead" if mask else "check the labels"
-    text = f"train: {inspection.data_set.classes[present[0]]} is the only class in the labels: {advice}"
-    yield Finding("problem", "one-class", text)
+    name, count = inspection.data_set.classes[present[0]], _count_labels(inspection.splits["train"])
+    yield Finding("problem", "one-class", f"train: {name} is the only class in {count}: {advice}")
 
 
 def classes_that_never_occur(inspection: LabelInspection) -> Iterator[Finding]:
@@ -248,7 +270,14 @@ VALUE_RULES = (
     zero_label_not_reduced,
     values_beyond_the_classes,
 )
-CLASS_RULES = (void_labels, one_class, classes_that_never_occur, small_images, rare_classes)
+CLASS_RULES = (
+    unlabelled_split,
+    void_labels,
+    one_class,
+    classes_that_never_occur,
+    small_images,
+    rare_classes,
+)
 
 
 def _pixels(inspection: LabelInspection) -> np.ndarray:
@@ -264,6 +293,13 @@ def _beyond(inspection: LabelInspection) -> list[int]:
 def _wrong(inspection: LabelInspection) -> Names:
     """The labels that hold such values."""
     return sum((split.wrong for split in inspection.splits.values()), Names())
+
+
+def _count_labels(split: LabelSplit) -> str:
+    """How many labels were read, and of how many."""
+    if not split.is_whole:
+        return f"{split.labels:,} of {split.available:,} labels"
+    return "1 label" if split.labels == 1 else f"{split.labels:,} labels"
 
 
 def _describe_values(values: list[int], largest: int) -> str:

@@ -13,6 +13,7 @@ import gc
 import math
 import queue
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from ml_collections import ConfigDict
 from topformer_jax.data import class_images, codecs, transforms
 from topformer_jax.data.batch import Batch, Image, Labels
 from topformer_jax.data.sources import Example, Source
-from topformer_jax.data.workers import count_cores, end_with_parent
+from topformer_jax.data.workers import count_cores, count_free_shared_memory, end_with_parent
 from topformer_jax.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
@@ -73,7 +74,32 @@ def training_batches(
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(ahead / workers))
     # A worker process has one thread: one process a core, and OpenCV's own threads are off.
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if line := _explain_full_shared_memory(config, rows, options):
+        pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, pipes)
+        if process_index == 0:
+            print(line, flush=True)
     return TrainingBatches(dataset.mp_prefetch(options, _start_worker), len(source))
+
+
+def _explain_full_shared_memory(config: ConfigDict, rows: int, options: grain.MultiprocessingOptions) -> str:
+    """What is said where the workers' batches do not fit into the free shared memory; empty: they do.
+
+    A worker that writes more than fits dies without a word. Of each worker's batches there are as many as its buffer
+    holds in grain's queue, and in that of the thread which empties it, and one in the hands of either; another one is
+    being copied by `TrainingBatches`.
+    """
+    channels = 3 + (config.task == "segmentation")  # bytes a pixel: the image's, and the label's
+    batches = options.num_workers * (2 * options.per_worker_buffer_size + 2) + 1
+    needed = rows * math.prod(config.data.crop_size) * channels * batches
+    free = count_free_shared_memory()
+    if free is None or needed <= free:
+        return ""
+    return (
+        f"note: /dev/shm has {free >> 20:,} MB free, and {batches} batches in it would need {needed >> 20:,} MB: "
+        "the data workers send them through pipes, which is slower; with Docker, "
+        f"docker run --shm-size={math.ceil(needed / 2**30)}g"
+    )
 
 
 class TrainingBatches(Iterator[Batch]):

@@ -48,6 +48,11 @@ def find_data_set(config: ConfigDict) -> DataSet:
         raise UserError(
             f"{name} has {len(found.classes)} classes: at most 255 fit, as labels are bytes and 255 is void"
         )
+    if len(found.classes) == 1:
+        raise UserError(
+            f"{name} has one class, {found.classes[0]}, which is nothing to learn: give what is around it a class of "
+            "its own (prepare custom --background NAME does for annotations), or add classes"
+        )
     if len(found.classes) != config.model.num_classes:
         raise UserError(
             f"{name} has {len(found.classes)} classes, the config's model {config.model.num_classes}: "

@@ -14,6 +14,15 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def count_free_shared_memory(folder: str = "/dev/shm") -> int | None:
+    """The bytes that are free for shared memory, 64 MB in a container of Docker's; None where nobody can tell."""
+    try:
+        status = os.statvfs(folder)
+    except (OSError, AttributeError):  # of other systems than Linux
+        return None
+    return status.f_bavail * status.f_frsize
+
+
 def end_with_parent() -> None:
     """Ends this process as soon as the one that started it has ended, whatever it is doing then."""
     parent = multiprocessing.parent_process()

@@ -1,0 +1,200 @@
+"""The look at labels before a training: labels without a class end it, one class is said; the rest is read little."""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests.commands import FOLDER, TINY, refused_here
+from tests.miniatures import jpeg
+from tests.test_bad_input import rewrite
+from tests.test_prepare import run as prepare
+from tests.test_prepare_own import SQUARE, labelme, shape, write
+from topformer_jax import config as config_lib
+from topformer_jax.data import label_inspection, sources
+from topformer_jax.data.example import Example
+from topformer_jax.data.sample import EXAMPLES, look_at_labels
+from topformer_jax.errors import UserError
+from topformer_jax.preparation import packing
+
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+def change_labels(root: pathlib.Path, folder: str, change: Change) -> None:
+    for path in (root / "annotations" / folder).iterdir():
+        rewrite(path, change)
+
+
+def fill(value: int) -> Change:
+    return lambda label: np.full_like(label, value)
+
+
+def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]:
+    settings = TINY | FOLDER | {"data.root": str(root)} | (changes or {})
+    config = config_lib.load(config_lib.shapes(), settings)
+    splits = {name: sources.open_source(config, name) for name in ("train", "validation")}
+    return look_at_labels(config, sources.find_data_set(config), splits)
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "changes", "words"),
+    [
+        ("train", fill(255), {}, "train: no pixel of any class, only 255, in 8 labels: 255 is void: write "),
+        ("val", fill(255), {}, "validation: no pixel of any class, only 255, in 3 labels: 255 is void: "),
+        (
+            "*",
+            lambda label: np.where(label > 4, 255, 0).astype(np.uint8),
+            {"data.reduce_zero_label": True},
+            "and 10, the last class with reduction, in none: they seem to be reduced already; --config.data.redu",
+        ),
+        (
+            "*",
+            fill(0),
+            {"data.reduce_zero_label": True},
+            "only 0, in 8 labels: data.reduce_zero_label makes 0 void: if it is a class, --config.data.reduce_z",
+        ),
+        (
+            "*",
+            fill(10),
+            {},
+            "10 in 11 labels (0, 1, 2, ...), where the classes are 0 to 9: perhaps they count ",
+        ),
+        (
+            "*",
+            fill(77),
+            {},
+            "77 in 11 labels (0, 1, 2, ...), 56,485 of 56,485 pixels, where the classes are 0 to ",
+        ),
+    ],
+)
+def test_labels_without_a_class_end_it(
+    root: pathlib.Path, tmp_path: pathlib.Path, folder: str, change: Change, changes: dict, words: str
+) -> None:
+    for each in ("train", "val") if folder == "*" else (folder,):
+        change_labels(root, each, change)
+    line = refused_here(tmp_path / "run", FOLDER | {"data.root": root} | changes)
+    assert line.startswith(f"error: {root}: ")
+    assert words in line
+    assert len(line) <= 300
+    assert not (tmp_path / "run").exists()  # nothing is compiled before the folder is made
+
+
+def test_one_class_is_a_warning(
+    root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert look(root) == []
+    change_labels(root, "train", lambda label: np.where(label > 4, 255, 0).astype(np.uint8))
+    words = (
+        "train: class 0 is the only class in 8 labels: if 255 is meant as a class, write its number instead"
+    )
+    assert look(root) == [f"{root}: {words}"]
+    (tmp_path / "file").write_text("in the way, which ends the command later")
+    refused_here(tmp_path / "file", FOLDER | {"data.root": root})
+    assert capsys.readouterr().out.splitlines()[0] == f"warning: {root}: {words}"
+
+
+def test_records(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    change_labels(root, "train", fill(3))
+    packing.build("custom", str(root), str(tmp_path / "records"))
+    (line,) = look(tmp_path / "records", {"data.source": "array_record"})
+    assert line.endswith("train: class 3 is the only class in 8 labels: check the labels")
+
+
+class Reading:
+    """A source of labels of two rows that counts what is read."""
+
+    def __init__(self, values: list[int]):
+        self.values = values
+        self.read: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Example:
+        self.read.add(index)
+        label = np.full((2, 3), self.values[index], np.uint16)
+        return Example(str(index), label, label, ("image", "label"))
+
+
+def look_at(train: Reading, classes: int = 10) -> list[str]:
+    settings = FOLDER | {"data.class_names": tuple(map(str, range(classes))), "model.num_classes": classes}
+    config = config_lib.load(config_lib.shapes(), settings)
+    return look_at_labels(config, sources.find_data_set(config), {"train": train, "validation": train})
+
+
+def test_the_examples_are_spread_over_the_split_and_few() -> None:
+    train = Reading([7] * 10_000)
+    (line,) = look_at(train)
+    assert "7 is the only class in 64 of 10,000 labels" in line
+    gaps = np.diff(sorted(train.read))
+    assert (len(train.read), min(train.read), max(train.read)) == (EXAMPLES, 0, 9_999)
+    assert gaps.max() - gaps.min() <= 1
+    # A damaged or wrong one is the loader's to name.
+    mixed = Reading([300, 12, *[2] * 5])
+    (line,) = look_at(mixed)
+    assert "2 is the only class in 7 labels" in line
+
+
+def test_two_classes_end_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    train = Reading([0, 255] * 5_000 + [1])
+    assert look_at(train) == []
+    assert len(train.read) <= EXAMPLES
+    first = Reading([*range(10)] * 1_000)
+    assert look_at(first) == []
+    assert len(first.read) < 20  # two, and what the threads have begun
+
+
+def test_one_class_of_labelme(tmp_path: pathlib.Path) -> None:
+    """What is drawn is a class, the rest void: nothing to learn, whatever num_classes says."""
+    drawn = {f"{split}/a.jpg": jpeg(1) for split in ("train", "val")}
+    drawn |= {f"{split}/a.json": labelme("a.jpg", shape("crack", SQUARE)) for split in ("train", "val")}
+    root = tmp_path / "made"
+    prepare("custom", write(tmp_path / "drawn", drawn), root, "--from", "labelme")
+    for classes, words in (
+        (1, "model.num_classes is 1: one class is nothing to learn"),
+        (2, "has one class, crack"),
+    ):
+        settings = FOLDER | {"data.root": str(root), "model.num_classes": classes}
+        line = refused_here(tmp_path / "run", settings)
+        assert words in line
+        assert "prepare custom --background NAME" in line
+    config = config_lib.load(config_lib.shapes(), settings)
+    with pytest.raises(UserError, match="has one class, crack"):
+        label_inspection.inspect(config)  # what `check` says
+    (root / "classes.txt").write_text("crack\nroad\n")
+    (line,) = look(root, {"model.num_classes": 2})
+    assert "train: crack is the only class in 1 label: if 255 is meant as a class" in line
+    shutil.rmtree(root)
+    prepare("custom", tmp_path / "drawn", root, "--from", "labelme", "--background", "road")
+    assert look(root, {"model.num_classes": 2}) == []
+
+
+def test_one_class_of_a_classifier(tmp_path: pathlib.Path) -> None:
+    def configure(counts: dict[str, int]) -> tuple[ConfigDict, dict[str, sources.Source]]:
+        for name, count in counts.items():
+            for split in ("train", "val"):
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    path = tmp_path / split / name / f"{name}{number}.png"
+                    assert cv2.imwrite(str(path), np.full((4, 4, 3), number, np.uint8))
+        changes = {"data.root": str(tmp_path), "model.num_classes": 2}
+        config = config_lib.load("topformer_t_imagenet", changes)
+        return config, {name: sources.open_source(config, name) for name in ("train", "validation")}
+
+    config, splits = configure({"cat": 70, "dog": 0})
+    (line,) = look_at_labels(config, sources.find_data_set(config), splits)
+    assert line == f"{tmp_path}: train: cat is the only class in 64 of 70 images: add images of the others"
+    config, splits = configure({"cat": 70, "dog": 9})
+    assert look_at_labels(config, sources.find_data_set(config), splits) == []
+
+
+def test_shapes_are_not_looked_at() -> None:
+    config = config_lib.shapes()
+    assert look_at_labels(config, sources.find_data_set(config), {"train": Reading([255])}) == []

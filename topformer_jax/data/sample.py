@@ -1,0 +1,93 @@
+"""A look at some labels before a training: whether they hold anything to learn. `check` reads all of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+from ml_collections import ConfigDict
+
+from topformer_jax.data import class_images, codecs, label_rules, loader
+from topformer_jax.data.catalog import DataSet
+from topformer_jax.data.example import Example, Source
+from topformer_jax.data.label_inspection import (
+    BEYOND,
+    LabelFacts,
+    LabelInspection,
+    LabelSplit,
+    class_of_value,
+)
+from topformer_jax.data.ramps import Ramps
+from topformer_jax.errors import UserError
+
+EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
+
+
+def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
+    """Looks for two classes in each split. Every process of a run sees the same examples.
+
+    Labels that cannot be read are passed over: the loader names them, or skips them.
+
+    Args:
+        config: of the data.
+        data_set: its classes.
+        splits: the opened ones, by name.
+
+    Returns:
+        Warnings, a line each: train holds one class.
+
+    Raises:
+        UserError: a split's labels hold no class.
+    """
+    if config.data.source == "shapes":
+        return []
+    find = _find_in_classes if config.task == "classification" else _find_in_maps
+    return [f"{config.data.root}: {text}" for text in find(config, data_set, splits)]
+
+
+def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
+    classes = class_of_value(config.model.num_classes, config.data.reduce_zero_label)
+    found = {name: LabelSplit(name, classes=classes, available=len(splits[name])) for name in splits}
+    inspection = LabelInspection(config, data_set, found, classes)
+    for name, source in splits.items():
+        for label in _read_sample(source, _count_values):
+            found[name].examples += 1
+            found[name].add_label(label)
+            if np.count_nonzero(inspection.class_pixels(name)) > 1:
+                break
+    findings = label_rules.find_in_sample(inspection)
+    for finding in findings:
+        if finding.rule != "one-class":
+            raise UserError(f"{config.data.root}: {finding.text}")
+    return [finding.text for finding in findings]
+
+
+def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
+    source = splits["train"]
+    labels = _read_sample(source, lambda example: int(class_images.read_label(example, config)))
+    first = next(labels, None)
+    if first is None or any(label != first for label in labels):
+        return []
+    looked_at = f"{min(len(source), EXAMPLES)} of {len(source):,} images"
+    return [f"train: {data_set.classes[first]} is the only class in {looked_at}: add images of the others"]
+
+
+def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any]:
+    """What `read` gives for examples of a source, but for those that cannot be read."""
+
+    def read_example(index: int) -> Any:
+        try:
+            return read(source[index])
+        except UserError:
+            return None
+
+    places = np.linspace(0, len(source) - 1, min(len(source), EXAMPLES)).round().astype(int).tolist()
+    yield from (result for result in loader.map_in_threads(read_example, places) if result is not None)
+
+
+def _count_values(example: Example) -> LabelFacts:
+    """A label's pixels by value. Counted by OpenCV, since `np.bincount` would take eight times the label's memory."""
+    values = codecs.read_label_values(example.label, example.where[1])
+    counts = cv2.calcHist([values], [0], None, [2**16], [0, 2**16]).ravel().astype(np.int64)
+    pixels = np.append(counts[:BEYOND], counts[BEYOND:].sum())
+    return LabelFacts(example.name, "", pixels, int(values.max(initial=0)), Ramps())
