@@ -9,7 +9,7 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
     ('topformer_b_ade', 32, (512, 512))
 """
 
-from topformer_jax.config.loading import hide_paths, load, recipe_names
+from topformer_jax.config.loading import complete, hide_paths, load, recipe_names
 from topformer_jax.config.recipes import (
     ade20k,
     base_config,
@@ -27,6 +27,7 @@ __all__ = [
     "camvid",
     "cityscapes",
     "coco_stuff10k",
+    "complete",
     "hide_paths",
     "imagenet",
     "load",
