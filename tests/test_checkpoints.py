@@ -24,8 +24,8 @@ def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, inj
     reference.randomize(network, seed=0)
     source = pth({"meta": {"iter": 3}, "state_dict": network.state_dict()})
     settings = settings_for("tiny", model__injection=injection, model__num_classes=7)
-    tensors, meta = checkpoints.read_checkpoint(source, models.build(settings))
-    checkpoints.save_model(tmp_path / "orbax", tensors, {"config": settings.to_dict(), "meta": meta})
+    tensors, metadata = checkpoints.read_checkpoint(source, models.build(settings))
+    checkpoints.save_model(tmp_path / "orbax", tensors, {"config": settings.to_dict()} | metadata)
     again, metadata = checkpoints.read_model(tmp_path / "orbax")
     torch_format.write_pth(tmp_path / "back.pth", again, metadata)
     written = torch.load(tmp_path / "back.pth", weights_only=True)
@@ -116,8 +116,8 @@ def test_parameters_and_no_meta(pth: Callable, states: dict[str, torch.Tensor]) 
     }
     settings = config.ade20k("tiny")
     path = pth({"state_dict": grown, "meta": None}, "weights.bin")
-    tensors, meta = checkpoints.read_checkpoint(path, models.build(settings))
-    assert meta == {}
+    tensors, metadata = checkpoints.read_checkpoint(path, models.build(settings))
+    assert metadata == {"meta": {}}
     name = "decode_head.conv_seg.bias"
     np.testing.assert_array_equal(tensors[name], states[name].numpy())
 
@@ -260,8 +260,8 @@ def test_the_suffix_decides_what_is_written(
     checkpoints.write_checkpoint(path, tensors, {"meta": {"iter": 3}})
     assert path.is_dir() == (suffix == "")
     model = models.build(config.ade20k("tiny"))
-    again, meta = checkpoints.read_checkpoint(path, model)
-    assert meta == {"iter": 3}
+    again, metadata = checkpoints.read_checkpoint(path, model)
+    assert metadata == {"meta": {"iter": 3}}
     assert all(np.array_equal(again[name], tensors[name]) for name in tensors)
 
 

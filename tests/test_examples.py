@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 
 from tests.test_export import FLAGS, command, weights  # noqa: F401  weights is a fixture
-from topformer_jax import checkpoints, config, export, models
+from topformer_jax import checkpoints, config, export
 from topformer_jax.data import shapes
 from topformer_jax.exporters import litert_file, network
 
@@ -175,7 +175,7 @@ def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     )
     assert len(np.unique(expected)) > 1
     assert (labels != expected).mean() <= 1e-4
-    palette = np.array(export.describe_origin(config.shapes(), "", models.state_dict(model))["palette"])
+    palette = np.array(export.describe_origin(config.shapes(), "", model)["palette"])
     assert np.array_equal(overlay, (picture + palette[labels] + 1) // 2)
 
     missing = run(tmp_path / "none.onnx", tmp_path / "a.ppm", tmp_path / "b")

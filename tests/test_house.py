@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
     "cli": {"config", "logs", "processes", "programs"},
-    "checkpoints": {"files", "models"},
+    "checkpoints": {"config", "data", "files", "models"},
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},
     "step": {"data", "models", "ops", "optimizer", "programs", "sharding"},

@@ -58,6 +58,10 @@ def load(
     deviation), of any size, and returns logits `[n, ceil(h / 8), ceil(w / 8), classes]`; a classifier returns
     `[n, classes]`. Compile it for speed: `jax.jit` or `nnx.jit` of a function that calls it.
 
+    `model.classes[label]` is the name of a class, `model.palette[label]` its colour (red, green, blue), of a
+    segmenter: the checkpoint's own, else those of a built-in data set or of `data.class_names`, else they are empty.
+    `model.checkpoint_config` holds the settings that the checkpoint was made with, or None where it has none.
+
     Args:
         config: the name of a recipe, the path of a config file, or a config.
         checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or one of its steps, or a run's work

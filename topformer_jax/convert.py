@@ -41,10 +41,14 @@ cli.answer_help(__name__, make_parser)
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from topformer_jax import checkpoints, files, models
 from topformer_jax import config as config_lib
 from topformer_jax.checkpoints.load import check_finite, find_format, is_file_path
-from topformer_jax.data.catalog import CATALOG
+from topformer_jax.checkpoints.origin import complete_config, read_names, set_origin
+from topformer_jax.data import sources
+from topformer_jax.data.catalog import DataSet
 from topformer_jax.errors import UserError
 from topformer_jax.models.summary import summary
 from topformer_jax.version import __version__
@@ -77,28 +81,50 @@ def main() -> None:
         if "config" not in metadata:
             raise UserError(f"reading {source} needs --config FILE: the model that its tensors must fit")
         check_finite(tensors, str(source))
+        settings = complete_config(metadata)
+        named = None if settings is None else read_names(metadata, settings, source)
     else:
         model = models.build(config)
-        tensors, meta = checkpoints.read_checkpoint(source, model, part)
+        tensors, found = checkpoints.read_checkpoint(source, model, part)
         print(checkpoints.origin_table(model, part, source))
-        # Iteration and classes are another model's where a part of it is fresh.
-        metadata = {"config": config.to_dict(), "meta": meta if part == "all" else {}}
+        # Iteration, classes and settings are another model's where a part of it is fresh.
+        found = found if part == "all" else {}
+        set_origin(model, found, source)
+        checkpoints.print_differences(model, config, more=("data.reduce_zero_label",))
+        metadata = {"config": config.to_dict(), "meta": found.get("meta", {})}
+        settings, named = config, DataSet(model.classes, model.palette)
+    metadata = metadata | {"meta": _make_meta(metadata, settings, named)}
     if is_file_path(args.output):
         # Folders are nobody's business who gets the file.
-        shared = {"config": config_lib.hide_paths(metadata["config"]), "meta": _mmcv_meta(metadata)}
-        metadata = metadata | shared
+        meta = {"epoch": 0, "iter": 0, "topformer_jax": __version__} | metadata["meta"]
+        metadata = metadata | {"config": config_lib.hide_paths(metadata["config"]), "meta": meta}
+        if "CLASSES" not in meta and metadata["config"].get("task") == "segmentation":
+            print(
+                f"{args.output} names no classes, which the official code asks for: convert again with --config and "
+                "--config.data.root=DIR, the folder of the data set and its classes.txt"
+            )
     checkpoints.write_checkpoint(args.output, tensors, metadata)
     print(f"wrote {args.output}: {len(tensors)} tensors")
 
 
-def _mmcv_meta(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's `meta` with what the official code reads of it: classes, palette, iteration."""
-    meta = {"epoch": 0, "iter": 0, "topformer_jax": __version__, **metadata.get("meta", {})}
-    data_set = CATALOG.get(metadata.get("config", {}).get("data", {}).get("dataset", ""))
-    classes = metadata.get("config", {}).get("model", {}).get("num_classes")
-    if data_set is not None and len(data_set.classes) == classes and not meta.get("CLASSES"):
-        meta["CLASSES"] = list(data_set.classes)
-        meta["PALETTE"] = [list(colour) for colour in data_set.palette]
+def _make_meta(
+    metadata: Mapping[str, Any], config: ConfigDict | None, named: DataSet | None
+) -> dict[str, Any]:
+    """A checkpoint's `meta` with its classes as mmcv names them: its own, or else as its data set has them.
+
+    A classifier's classes have no colours. Where nobody has names, there is no `CLASSES`.
+    """
+    meta = {
+        key: value for key, value in metadata.get("meta", {}).items() if key not in ("CLASSES", "PALETTE")
+    }
+    if config is not None and not (named and named.classes):
+        try:
+            named = sources.find_data_set(config)
+        except UserError:  # it is not here
+            named = None
+    if named is not None:
+        names = {"CLASSES": list(named.classes), "PALETTE": [list(colour) for colour in named.palette]}
+        meta |= {key: value for key, value in names.items() if value}
     return meta
 
 

@@ -58,7 +58,7 @@ from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.errors import UserError
 from topformer_jax.evaluation import EvaluationResult, ExampleResult, evaluate_images, evaluate_split
-from topformer_jax.exporters.prediction import ExportedPredictor
+from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.inference import Predictor
 from topformer_jax.visualize import drawing, report
 
@@ -76,7 +76,7 @@ def evaluate(
     """Scores a model on a split of its config's data set, prints the table and writes the outputs.
 
     Args:
-        model: its config says which data, and how to evaluate.
+        model: its config says which data, and how to evaluate; classes have the names of its checkpoint.
         workdir: for metrics.json, confusion.csv and report.html.
         checkpoint: where the weights come from, for the outputs.
         split: "train" or "validation".
@@ -87,10 +87,11 @@ def evaluate(
     Raises:
         UserError: the data cannot be read, or an output cannot be written.
     """
-    config = model.config
+    config, weights = model.config, predict or model
     is_first = jax.process_index() == 0
-    source = sources.open_source(config, split, functools.partial(logs.Progress, active=is_first))
-    data_set = sources.find_data_set(config)
+    make_progress = functools.partial(logs.Progress, active=is_first)
+    source = sources.open_source(config, split, make_progress, classes=weights.classes)
+    data_set = sources.find_data_set(config, weights.classes, weights.palette)
     if is_first:
         files.make_folder(workdir)
 
@@ -117,7 +118,16 @@ def evaluate(
                 facts["evaluation"] += f"; stretched to {predict.stretched_size}, not scale and size_divisor"
         _write_scores(workdir, scores, result, data_set.classes, facts)
         label = predict or Predictor(model)
-        _write_report(workdir / "report.html", config, label, source, result, facts, num_report_images)
+        pictures = _choose_examples(config, label, source, result, num_report_images)
+        report.write_report(
+            workdir / "report.html",
+            title=f"{config.name} on {config.data.dataset}",
+            facts=facts,
+            data_set=data_set,
+            confusion=result.confusion,
+            best=pictures[0],
+            worst=pictures[1],
+        )
         print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
     return result
 
@@ -139,7 +149,8 @@ def score_classifier(
     config = model.config
     is_first = jax.process_index() == 0
     source = sources.open_source(config, split, functools.partial(logs.Progress, active=is_first))
-    names = sources.find_data_set(config).classes
+    sources.check_class_folders(config, model.classes)
+    names = sources.find_data_set(config, model.classes).classes
     mesh = sharding.make_inference_mesh(jax.devices())
     with logs.Progress(len(source), "images", active=is_first) as progress:
         result = evaluate_classifier(model, source, mesh, on_progress=progress.update)
@@ -220,16 +231,14 @@ def _write_scores(
     files.write_file(workdir / "confusion.csv", lines.getvalue())
 
 
-def _write_report(
-    path: files.Path,
+def _choose_examples(
     config: ConfigDict,
     predict: Callable[[Image], Labels],
     source: sources.Source,
     result: EvaluationResult,
-    facts: Mapping[str, str],
     num_images: int,
-) -> None:
-    """Writes the HTML report, with the images that have the largest and the smallest share of correct pixels."""
+) -> tuple[list[report.ReportExample], list[report.ReportExample]]:
+    """The images for the report that have the largest and the smallest share of correct pixels."""
 
     def load_example(index: int) -> report.ReportExample:
         example = source[index]
@@ -240,15 +249,8 @@ def _write_report(
 
     order = [int(index) for index in np.argsort(result.accuracy) if np.isfinite(result.accuracy[index])]
     count = min(num_images, len(order) // 2)
-    report.write_report(
-        path,
-        title=f"{config.name} on {config.data.dataset}",
-        facts=facts,
-        data_set=sources.find_data_set(config),
-        confusion=result.confusion,
-        best=[load_example(index) for index in order[::-1][:count]],
-        worst=[load_example(index) for index in order[:count]],
-    )
+    best, worst = ([load_example(index) for index in some[:count]] for some in (order[::-1], order))
+    return best, worst
 
 
 def _number_or_none(value: float) -> float | None:
@@ -281,11 +283,17 @@ def main() -> None:
             )
         classifier = checkpoints.load_model(config, args.checkpoint)
         assert isinstance(classifier, models.Classifier)
+        checkpoints.print_differences(classifier, config, more=("data.crop_size",))
         score_classifier(classifier, workdir, checkpoint=str(args.checkpoint), split=args.split)
         return
     if args.exported and jax.process_count() > 1:
         raise UserError("--exported runs in one process: start one")
     model = checkpoints.load_segmenter(config, args.checkpoint)
+    exported = ExportedPredictor(args.exported, model, args.stretch) if args.exported else None
+    weights: checkpoints.Weights = exported or model
+    checkpoints.check_label_rules(weights, config)
+    given = (*overrides, *(STRETCHED if args.stretch else ()))
+    checkpoints.print_differences(weights, config, given=given, more=("data.reduce_zero_label",))
     evaluate(
         model,
         workdir,
@@ -293,7 +301,7 @@ def main() -> None:
         split=args.split,
         save_predictions=args.save_predictions,
         num_report_images=args.report_images,
-        predict=ExportedPredictor(args.exported, model, args.stretch) if args.exported else None,
+        predict=exported,
     )
 
 

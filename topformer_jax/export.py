@@ -62,13 +62,12 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import jax
 import numpy as np
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, models
@@ -131,6 +130,8 @@ def export_model(
     if not module.HOLDS_DESCRIPTION:
         files.refuse_existing(exported.description_path(output))
     model = checkpoints.load_model(network.export_config(config), checkpoint)
+    own_size = choices.size == tuple(config.data.crop_size)  # the config's, if the user gave no other one
+    checkpoints.print_differences(model, config, more=("data.crop_size",) if own_size else ())
     tensors = models.state_dict(model)
     is_classifier = isinstance(model, models.Classifier)
     description = {
@@ -140,7 +141,7 @@ def export_model(
         "target": choices.target,
         "precision": choices.precision,
         "keep_float": list(choices.keep_float),
-        **describe_origin(config, checkpoint, tensors),
+        **describe_origin(config, checkpoint, model),
     }
     function = network.make_function(
         model, description["output"], choices.stride, by_rows=module.BY_ROWS and not is_classifier
@@ -214,18 +215,23 @@ def read_pictures(folder: files.Path) -> list[Image]:
     return pictures
 
 
-def describe_origin(config: ConfigDict, checkpoint: str, tensors: Mapping[str, Array]) -> dict[str, Any]:
+def describe_origin(
+    config: ConfigDict, checkpoint: str, model: models.Segmenter | models.Classifier
+) -> dict[str, Any]:
     """Where a file's weights come from, and what its numbers mean."""
     names: dict[str, Any] = {}
-    if config.task == "segmentation":
-        data_set = sources.find_data_set(config)
+    if isinstance(model, models.Segmenter):
+        data_set = sources.find_data_set(config, model.classes, model.palette)
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
+    elif model.classes:
+        names = {"classes": list(model.classes)}
+    digest = verification.checksum(models.state_dict(model))
     return names | {
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
         # Folders are nobody's business who gets the file.
         "config": config_lib.hide_paths(json.loads(config.to_json())),
-        "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": verification.checksum(tensors)},
+        "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": digest},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
 
@@ -246,10 +252,12 @@ def _export_weights(args: argparse.Namespace, config: ConfigDict) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for files that compute, and {args.output} holds the weights alone")
     model = checkpoints.load_model(config, args.checkpoint)
-    tensors = models.state_dict(model)
-    arrays = {name: np.asarray(value) for name, value in tensors.items()}
-    checkpoints.write_checkpoint(args.output, arrays, describe_origin(config, args.checkpoint, tensors))
-    print(f"wrote {args.output}: {len(tensors)} tensors")
+    checkpoints.print_differences(model, config)
+    arrays = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
+    origin = describe_origin(config, args.checkpoint, model)
+    meta = {"CLASSES": origin.get("classes"), "PALETTE": origin.get("palette")}  # which all readers know
+    checkpoints.write_checkpoint(args.output, arrays, origin | {"meta": meta})
+    print(f"wrote {args.output}: {len(arrays)} tensors")
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.codecs import IMAGE_SUFFIXES, decode_image, read_image_size
 from topformer_jax.errors import UserError
-from topformer_jax.exporters.prediction import ExportedPredictor
+from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.visualize import drawing
 
 STDIN = "-"
@@ -201,12 +201,14 @@ def main() -> None:
         found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
     sizes = [size for size in found if size is not None]
     predictor: inference.Predictor | ExportedPredictor
+    weights: checkpoints.Weights
     if args.exported:
-        predictor = ExportedPredictor(args.exported, model, args.stretch, sizes)
+        weights = predictor = ExportedPredictor(args.exported, model, args.stretch, sizes)
     else:
-        predictor = inference.Predictor(model, image_sizes=sizes)
+        weights, predictor = model, inference.Predictor(model, image_sizes=sizes)
     files.make_folder(args.output)
-    data_set = sources.find_data_set(config)
+    checkpoints.print_differences(weights, config, given=STRETCHED if args.stretch else ())
+    data_set = sources.find_data_set(config, weights.classes, weights.palette)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(
             predictor, images, args.output, data_set, probabilities=args.probabilities, progress=progress

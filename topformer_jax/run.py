@@ -83,20 +83,16 @@ def check_changes(
         UserError: the run cannot go on with such a change.
     """
     metadata = store.read_metadata(step)
-    changes = config_lib.compare_configs(metadata["config"], config, store.directory / str(step))
-    names = tuple(metadata["meta"].get("CLASSES", data_set.classes))
-    renamed = [
-        label for label, pair in enumerate(zip(names, data_set.classes, strict=True)) if len({*pair}) > 1
-    ]
-    if renamed:
-        label = renamed[0]
-        changes.append(
-            f"class names: {len(renamed)} differ, the checkpoint's stay; label {label} is {names[label]!r} there and "
-            f"{data_set.classes[label]!r} in {config.data.root or 'the config'}"
-        )
-        palette = tuple(tuple(colour) for colour in metadata["meta"]["PALETTE"])
-        data_set = dataclasses.replace(data_set, classes=names, palette=palette)
-    return data_set, changes
+    source = store.directory / str(step)
+    changes = config_lib.compare_configs(metadata["config"], config, source)
+    own = checkpoints.read_names(metadata, config, source)
+    if own is None:
+        return data_set, changes
+    if config.task == "classification":
+        sources.check_class_folders(config, own.classes)
+    line = sources.compare_classes(config, own.classes)
+    data_set = dataclasses.replace(data_set, classes=own.classes, palette=own.palette)
+    return data_set, changes + ([line] if line else [])
 
 
 def restore_state(store: checkpoints.CheckpointStore, step: int, state: TrainState) -> TrainState:

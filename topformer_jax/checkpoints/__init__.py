@@ -4,6 +4,7 @@
     safetensors_format   .safetensors files
     orbax_store          checkpoint folders: of one model, and of a training run
     load                 which format a path has, and "this checkpoint into that model", strictly
+    origin               what a checkpoint says of its classes and settings, and where a command differs
 
 Every format reads and writes the same: a model's tensors by official name in this package's layout, and metadata.
 A model's variables have the official names themselves, so what a reader returns needs no further mapping.
@@ -19,3 +20,7 @@ from topformer_jax.checkpoints.load import write_checkpoint as write_checkpoint
 from topformer_jax.checkpoints.orbax_store import CheckpointStore as CheckpointStore
 from topformer_jax.checkpoints.orbax_store import read_model as read_model
 from topformer_jax.checkpoints.orbax_store import save_model as save_model
+from topformer_jax.checkpoints.origin import Weights as Weights
+from topformer_jax.checkpoints.origin import check_label_rules as check_label_rules
+from topformer_jax.checkpoints.origin import print_differences as print_differences
+from topformer_jax.checkpoints.origin import read_names as read_names

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import files, models
 from topformer_jax.checkpoints import names, orbax_store, safetensors_format, torch_format
+from topformer_jax.checkpoints.origin import set_origin
 from topformer_jax.errors import UserError
 
 Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter | models.Classifier)
@@ -59,6 +60,8 @@ def load_model(
 ) -> models.Segmenter | models.Classifier:
     """Builds a config's model and loads a checkpoint into it. The model is in inference mode.
 
+    Its `classes`, `palette` and `checkpoint_config` are what the checkpoint says, where all of it is taken.
+
     Args:
         config: all settings; they are the model's `config` too.
         checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or a step of it, or a training run's work
@@ -89,16 +92,19 @@ def load_segmenter(
 
 
 def _load_weights(model: Model, checkpoint: str | os.PathLike[str] | None, part: str) -> Model:
+    metadata: Metadata = {}
     if checkpoint is not None:
-        tensors, _ = read_checkpoint(checkpoint, model, part)
+        tensors, metadata = read_checkpoint(checkpoint, model, part)
         load_state_dict(model, tensors)
+    # Names and settings are another model's where a part of it is fresh.
+    set_origin(model, metadata if part == "all" else {}, checkpoint)
     model.eval()
     return model
 
 
 def read_checkpoint(
     path: str | os.PathLike[str], model: models.Segmenter | models.Classifier, part: str = "all"
-) -> tuple[Tensors, dict[str, Any]]:
+) -> tuple[Tensors, Metadata]:
     """Reads a checkpoint of any format that fits a model exactly; the model stays as it is.
 
     Args:
@@ -107,7 +113,7 @@ def read_checkpoint(
         part: see `load_model`.
 
     Returns:
-        All of the model's tensors by official name in this package's layout, and the checkpoint's `meta`.
+        All of the model's tensors by official name in this package's layout, and the checkpoint's metadata.
 
     Raises:
         UserError: it cannot be read, does not fit, or holds NaN or infinity.
@@ -145,7 +151,7 @@ def read_checkpoint(
     )
     check_finite(tensors, str(path))
     tensors |= {name: np.asarray(variables[name].get_value()) for name in fresh}
-    return tensors, metadata.get("meta", {})
+    return tensors, metadata
 
 
 def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:

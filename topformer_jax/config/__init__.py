@@ -10,7 +10,7 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
 """
 
 from topformer_jax.config.changes import compare_configs
-from topformer_jax.config.loading import hide_paths, load, recipe_names
+from topformer_jax.config.loading import complete, hide_paths, load, recipe_names
 from topformer_jax.config.recipes import (
     ade20k,
     base_config,
@@ -29,6 +29,7 @@ __all__ = [
     "cityscapes",
     "coco_stuff10k",
     "compare_configs",
+    "complete",
     "hide_paths",
     "imagenet",
     "load",

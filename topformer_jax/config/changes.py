@@ -1,13 +1,11 @@
 """What may change between two starts of one run: which settings refuse, are said, or pass without a word."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from topformer_jax.config.loading import flatten
-from topformer_jax.config.recipes import base_config
+from topformer_jax.config.loading import complete, flatten
 from topformer_jax.errors import UserError
 
 # The state of a run has no place for them, or its labels would mean something else.
@@ -39,9 +37,7 @@ def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: objec
     Raises:
         UserError: a setting changed that the run cannot change.
     """
-    # As JSON has them: no tuples.
-    before, now = (flatten(json.loads(each.to_json())) for each in (base_config(), config))
-    before |= flatten(stored)
+    before, now = (flatten(each.to_dict()) for each in (complete(stored), config))
     changed = [key for key in now if before[key] != now[key]]
     for key in changed:
         if key in REFUSED or (key == "ema_decay" and not before[key]):
@@ -59,5 +55,5 @@ def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: objec
 
 def show(value: object) -> str:
     """A setting's value as a flag takes it, shortened."""
-    text = "none" if value is None else str(tuple(value) if isinstance(value, list) else value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

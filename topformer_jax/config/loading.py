@@ -54,6 +54,18 @@ def load(
     return checked.lock()
 
 
+def complete(values: Mapping[str, Any]) -> ConfigDict:
+    """A config of nested values that an earlier version stored: settings added since have their defaults.
+
+    >>> complete({"evaluation": {"scale": [480, 360]}}).evaluation.scale
+    (480, 360)
+
+    Raises:
+        UserError: a value is not legal.
+    """
+    return load(base_config(), {key: value for key, value in flatten(values).items() if key in SETTINGS})
+
+
 def hide_paths(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config's nested values without paths on this machine, for a file that is given away.
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 SPLITS = ("train", "validation")
+Colour = tuple[int, int, int]  # red, green, blue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class DataSet:
     """
 
     classes: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: tuple[Colour, ...]
     layout: Layout | None = None
 
 
@@ -144,7 +145,7 @@ def _parse_table(table: str, layout: Layout | None) -> DataSet:
     return DataSet(names, tuple((int(c[:2], 16), int(c[2:4], 16), int(c[4:], 16)) for c in colours), layout)
 
 
-def _voc_colours(numbers: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+def _voc_colours(numbers: Iterable[int]) -> tuple[Colour, ...]:
     """PASCAL VOC's colours: the bits of a number in turns for red, green and blue, the highest bit of each first."""
     palette = []
     for number in numbers:
@@ -215,6 +216,19 @@ CATALOG = {
     "camvid": _parse_table(_CAMVID, CUSTOM_LAYOUT),
     "shapes": _parse_table(_SHAPES, None),
 }
+
+
+def name_classes(dataset: str, classes: Sequence[str], palette: Sequence[Colour] = ()) -> DataSet:
+    """A data set with other names; without colours, those of the catalog where the names are its own, else VOC's.
+
+    >>> name_classes("shapes", ["sky", "sea"]).palette
+    ((128, 0, 0), (0, 128, 0))
+    """
+    known, own = CATALOG.get(dataset), custom(classes)
+    layout = own.layout if known is None else known.layout
+    if not palette and known is not None and known.classes == own.classes:
+        return known
+    return DataSet(own.classes, tuple(palette) or own.palette, layout)
 
 
 def custom(classes: Sequence[str]) -> DataSet:

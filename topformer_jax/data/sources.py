@@ -7,14 +7,14 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
 from topformer_jax import files
 from topformer_jax.data import cache, class_folders, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CATALOG, SPLITS, DataSet, Layout, custom
+from topformer_jax.data.catalog import CATALOG, SPLITS, Colour, DataSet, Layout, name_classes
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.data.example import Example, Source
 from topformer_jax.data.records import ArrayRecordSource
@@ -23,8 +23,12 @@ from topformer_jax.errors import UserError
 _TRY_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
 
 
-def find_data_set(config: ConfigDict) -> DataSet:
+def find_data_set(config: ConfigDict, classes: Sequence[str] = (), palette: Sequence[Colour] = ()) -> DataSet:
     """Looks up the config's data set: names and colours of its classes, layout of its files.
+
+    Args:
+        config: the settings.
+        classes, palette: a checkpoint's own, where it has them: the data set's names are not read then.
 
     Raises:
         UserError: there is no such data set, or it has another number of classes than `model.num_classes`.
@@ -36,14 +40,10 @@ def find_data_set(config: ConfigDict) -> DataSet:
             f"task={config.task} cannot use data.dataset={name}: classification takes imagenet, or custom with the "
             "same layout; segmentation takes the others"
         )
-    if is_classification:
-        found = DataSet(_read_class_names(config), ())
-    elif name == "custom":
-        found = custom(_read_custom_classes(config))
-    elif name in CATALOG:
-        found = CATALOG[name]
-    else:
+    if name not in (*CATALOG, "custom", "imagenet"):
         raise UserError(f"there is no data set {name}: data.dataset is one of {', '.join(CATALOG)}, custom")
+    names = tuple(classes) or _read_names(config)[0]
+    found = DataSet(names, ()) if is_classification else name_classes(name, names, palette)
     if len(found.classes) > IGNORE_LABEL and not is_classification:
         raise UserError(
             f"{name} has {len(found.classes)} classes: at most 255 fit, as labels are bytes and 255 is void"
@@ -70,13 +70,73 @@ def find_data_set(config: ConfigDict) -> DataSet:
     return dataclasses.replace(found, layout=dataclasses.replace(found.layout, **chosen))
 
 
-def open_source(config: ConfigDict, split: str, make_progress: cache.MakeProgress = cache.Silence) -> Source:
+def compare_classes(config: ConfigDict, classes: Sequence[str]) -> str:
+    """What to say where the config's data set names its classes otherwise than a checkpoint.
+
+    Args:
+        config: the settings.
+        classes: the checkpoint's own; empty where it names none.
+
+    Returns:
+        A line; empty where there is no difference, or where the data set is not there to be read.
+    """
+    is_named = config.data.dataset in CATALOG or config.data.class_names or config.data.root
+    if not classes or not is_named:
+        return ""
+    try:
+        names, where = _read_names(config)
+    except UserError:
+        return ""
+    different = [label for label, pair in enumerate(zip(names, classes, strict=False)) if pair[0] != pair[1]]
+    end = "the checkpoint's own names are used"
+    if len(names) != len(classes):
+        return f"{where} names {len(names)} classes, the checkpoint {len(classes)}: {end}"
+    if not different:
+        return ""
+    label, more = different[0], f" (and {len(different) - 1} more)" if different[1:] else ""
+    theirs, own = (
+        repr(text if len(text) <= 40 else f"{text[:40]}...") for text in (names[label], classes[label])
+    )
+    found = f"label {label} is {theirs} there, {own} in the checkpoint{more}"
+    return f"{where} differs from the checkpoint: {found}; {end}"
+
+
+def check_class_folders(config: ConfigDict, classes: Sequence[str]) -> None:
+    """Checks that a classifier's folders number their classes as its checkpoint does: a renamed one moves others.
+
+    Args:
+        config: of a classifier.
+        classes: the checkpoint's own; empty where it names none.
+
+    Raises:
+        UserError: a name has another number.
+    """
+    names, where = _read_names(config)
+    if where.startswith(class_folders.NAMES):  # names to show, in whatever order
+        return
+    numbers = {name: number for number, name in enumerate(classes) if classes.count(name) == 1}
+    for number, name in enumerate(names):
+        if numbers.get(name, number) != number:
+            raise UserError(
+                f"{where} give {name!r} the number {number}, the checkpoint {numbers[name]}: labels would be read as "
+                "other classes; give the folders that it was trained on"
+            )
+
+
+def open_source(
+    config: ConfigDict,
+    split: str,
+    make_progress: cache.MakeProgress = cache.Silence,
+    *,
+    classes: Sequence[str] = (),
+) -> Source:
     """Opens the "train" or "validation" split of the config's data set; with data.cache, copies its shards first.
 
     Args:
         config: the settings.
         split: which one.
         make_progress: makes what shows how much is copied, such as logs.Progress.
+        classes: see `find_data_set`.
 
     >>> from topformer_jax import config
     >>> source = open_source(config.shapes(), "validation")
@@ -90,7 +150,7 @@ def open_source(config: ConfigDict, split: str, make_progress: cache.MakeProgres
         raise ValueError(f"split {split!r} is none of {SPLITS}")
     data = config.data
     _refuse_bucket_of_files(config)
-    found = find_data_set(config)
+    found = find_data_set(config, classes)
     if (data.source == "shapes") != (data.dataset == "shapes"):
         raise UserError(
             f"data.source={data.source} does not hold data.dataset={data.dataset}: for the synthetic set both "
@@ -248,15 +308,26 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     return FolderListing(pairs, unlabelled if without else "", tuple(sorted(unused)), labels)
 
 
-def _read_class_names(config: ConfigDict) -> tuple[str, ...]:
+def _read_names(config: ConfigDict) -> tuple[tuple[str, ...], str]:
+    """The names of the classes as the config's data set has them, and where they were found."""
+    if config.task == "classification":
+        return _read_class_names(config)
+    if config.data.dataset == "custom":
+        return _read_custom_classes(config)
+    return CATALOG[config.data.dataset].classes, config.data.dataset
+
+
+def _read_class_names(config: ConfigDict) -> tuple[tuple[str, ...], str]:
     """The names of a classifier's classes: of its folders, or as tensorflow-datasets has written them."""
     data = config.data
     if data.source == "folder":
         _refuse_bucket_of_files(config)
-        return class_folders.read_class_names(data.root)
+        names, root = class_folders.read_class_names(data.root), files.as_path(data.root)
+        shown = (root / class_folders.NAMES).exists()
+        return names, f"{class_folders.NAMES} in {root}" if shown else f"the folders of {root / 'train'}"
     folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
-    shown = folder / class_folders.NAMES
-    return tuple(files.read_lines(shown if shown.exists() else folder / records.CLASS_NAMES))
+    name = class_folders.NAMES if (folder / class_folders.NAMES).exists() else records.CLASS_NAMES
+    return tuple(files.read_lines(folder / name)), f"{name} in {folder}"
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
@@ -329,9 +400,9 @@ def _read(path: str, count: int = -1) -> bytes:
         return file.read(count)
 
 
-def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
+def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
     if config.data.class_names:
-        return tuple(config.data.class_names)
+        return tuple(config.data.class_names), "data.class_names"
     _refuse_bucket_of_files(config)
     root = files.as_path(config.data.root or ".")
     places = [root / "classes.txt", root / "custom" / records.VERSION / "classes.txt"]
@@ -342,11 +413,10 @@ def _read_custom_classes(config: ConfigDict) -> tuple[str, ...]:
                 "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
             )
         file = next((file for file in places if file.exists()), None)
-    names = files.read_lines(file) if file else []
-    if not names:
-        why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
-        raise UserError(
-            f"the custom data set's classes are unknown: {why}, one name a line in the order of the labels, or give "
-            '--config.data.class_names=\'("name","name")\''
-        )
-    return tuple(names)
+    if file is not None and (names := files.read_lines(file)):
+        return tuple(names), f"{file.name} in {file.parent}"
+    why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
+    raise UserError(
+        f"the custom data set's classes are unknown: {why}, one name a line in the order of the labels, or give "
+        '--config.data.class_names=\'("name","name")\''
+    )

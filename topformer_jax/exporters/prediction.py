@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from jaxtyping import Float
+from ml_collections import FrozenConfigDict
 
 from topformer_jax import config, models
 from topformer_jax.data.batch import Image, Labels
+from topformer_jax.data.catalog import Colour
 from topformer_jax.data.transforms import (
     ResizedImage,
     Size,
@@ -21,6 +23,9 @@ from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 from topformer_jax.inference import Predictor
 from topformer_jax.inference.geometry import network_sizes
+
+# The settings that `stretch` replaces.
+STRETCHED = ("evaluation.scale", "evaluation.size_divisor", "evaluation.img_ratios")
 
 
 class ExportedPredictor:
@@ -40,6 +45,7 @@ class ExportedPredictor:
     Attributes:
         runtime: what runs the file, with its version.
         stretched_size: (height, width) that every image is resized to; None without `stretch`.
+        classes, palette, checkpoint_config: what the file says of its checkpoint, as a loaded model does.
 
     Raises:
         UserError: the file cannot be read, or does not fit the config.
@@ -58,6 +64,9 @@ class ExportedPredictor:
         self.runtime = self._exported.runtime
         if facts["output"] not in ("labels", "logits"):
             raise UserError(f"{path} gives {facts['output']}: expected a file of labels or logits")
+        self.classes: tuple[str, ...] = tuple(facts["classes"])
+        self.palette: tuple[Colour, ...] = tuple((r, g, b) for r, g, b in facts["palette"])
+        self.checkpoint_config: FrozenConfigDict | None = FrozenConfigDict(config.complete(facts["config"]))
         classes = facts["config"]["model"]["num_classes"]
         if classes != model.config.model.num_classes:
             raise UserError(f"{path} has {classes} classes, the config {model.config.model.num_classes}")
@@ -78,8 +87,7 @@ class ExportedPredictor:
             if several_sizes:
                 raise UserError("--stretch resizes an image to one size: leave out --img-ratios")
             self.stretched_size = size = facts["size"][0], facts["size"][1]
-            as_it_is = {"scale": size, "size_divisor": 1, "img_ratios": (1.0,)}
-            overrides = {f"evaluation.{key}": value for key, value in as_it_is.items()}
+            overrides = dict(zip(STRETCHED, (size, 1, (1.0,)), strict=True))
             network_model = models.build(config.load(model.config, overrides))
             image_sizes = [size]
         else:  # at once, not after half of the images

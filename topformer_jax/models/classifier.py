@@ -56,6 +56,10 @@ class Classifier(Backbone):
 
     # All settings that the model was built from. Static: a part of the graph definition.
     config: FrozenConfigDict
+    # As a segmenter's; a classifier's classes have no colours.
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    checkpoint_config: FrozenConfigDict | None = None
 
     def __init__(
         self,

@@ -227,6 +227,11 @@ class Segmenter(nnx.Module):
 
     # All settings that the model was built from, those of evaluation too. Static: a part of the graph definition.
     config: FrozenConfigDict
+    # Names of the classes in label order, their colours, and the settings that the checkpoint was made with, as far
+    # as `topformer_jax.load` finds them. Static too.
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    checkpoint_config: FrozenConfigDict | None = None
 
     def __init__(
         self,

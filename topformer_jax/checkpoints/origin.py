@@ -1,0 +1,175 @@
+"""What a checkpoint says of itself beside its tensors, and where a command's config or data set differ from it.
+
+In its metadata `meta["CLASSES"]` and `meta["PALETTE"]`, mmcv's names, are the names and colours of its classes, and
+`config` holds the settings that it was made with.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from topformer_jax import config as config_lib
+from topformer_jax import models
+from topformer_jax.data import sources
+from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, name_classes
+from topformer_jax.errors import UserError
+
+# What of the evaluation changes a score, by task; the windows' settings do in mode "slide".
+SCORED_BY = {
+    "segmentation": ("scale", "size_divisor", "img_ratios", "flip", "mode"),
+    "classification": ("short_side",),
+}
+WINDOWS = ("crop_size", "stride")
+MOST_SHOWN = 5  # settings in a line
+LONGEST_LINE = 300
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A loaded model or an exported file: `classes` and `palette` are empty where nobody named them."""
+
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    checkpoint_config: FrozenConfigDict | None
+
+
+def set_origin(
+    model: models.Segmenter | models.Classifier, metadata: Mapping[str, Any], source: object
+) -> None:
+    """Sets a model's `classes`, `palette` and `checkpoint_config`.
+
+    Args:
+        model: is changed.
+        metadata: of its checkpoint; empty where there is none.
+        source: see `read_names`.
+    """
+    named = read_names(metadata, model.config, source)
+    if named is not None:
+        model.classes, model.palette = named.classes, named.palette
+    stored = complete_config(metadata)
+    model.checkpoint_config = None if stored is None else FrozenConfigDict(stored)
+
+
+def read_names(
+    metadata: Mapping[str, Any], config: ConfigDict | FrozenConfigDict, source: object
+) -> DataSet | None:
+    """Names and colours of a checkpoint's classes: its own, else those of the config that need no file, else None.
+
+    Names or colours that cannot be the model's are left out, which is printed.
+
+    Args:
+        metadata: of the checkpoint.
+        config: of the model.
+        source: the checkpoint, for what is printed.
+    """
+    data, count = config.data, config.model.num_classes
+    is_segmenter = config.task == "segmentation"
+    meta = metadata.get("meta") or {}
+    classes: Any = meta.get("CLASSES")
+    palette: Any = meta.get("PALETTE")
+    left_out = ""
+    if classes and not (_is_list(classes) and all(isinstance(name, str) for name in classes)):
+        classes, left_out = None, "meta.CLASSES, which is no list of names"
+    elif classes and len(classes) != count:
+        classes, left_out = None, f"meta.CLASSES, {len(classes)} names for {count} classes"
+    elif palette and not (_is_list(palette) and len(palette) == count and all(map(_is_colour, palette))):
+        palette, left_out = None, f"meta.PALETTE, which is not {count} colours [red, green, blue]"
+    if left_out and jax.process_index() == 0:
+        print(f"left out of {source}: {left_out}", flush=True)
+    if classes:
+        named = name_classes(data.dataset, classes, [tuple(colour) for colour in palette or ()])
+        return named if is_segmenter else DataSet(named.classes, ())
+    known = custom(data.class_names) if data.dataset == "custom" else CATALOG.get(data.dataset)
+    return known if is_segmenter and known is not None and len(known.classes) == count else None
+
+
+def complete_config(metadata: Mapping[str, Any]) -> ConfigDict | None:
+    """The settings that a checkpoint was made with; those that have been added since have their defaults.
+
+    None where its metadata holds none, or others than this project's.
+    """
+    stored = metadata.get("config")
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("evaluation"), Mapping):
+        return None
+    try:
+        return config_lib.complete(stored)
+    except UserError:
+        return None
+
+
+def print_differences(
+    weights: Weights, config: ConfigDict, *, given: Collection[str] = (), more: Collection[str] = ()
+) -> None:
+    """Says in a line each where a command has other names or settings than a checkpoint; the first process prints.
+
+    Args:
+        weights: the model or the exported file.
+        config: the command's.
+        given: settings that the command's own flags have changed on purpose, of which nothing is said.
+        more: settings that matter to the command beside those of the evaluation.
+    """
+    if jax.process_index():
+        return
+    lines = [sources.compare_classes(config, weights.classes)]
+    if weights.checkpoint_config is not None:
+        lines.append(_compare_settings(weights.checkpoint_config, config, given, more))
+    for line in filter(None, lines):
+        print(line, flush=True)
+
+
+def check_label_rules(weights: Weights, config: ConfigDict) -> None:
+    """Checks that the labels of a checkpoint's data set are read as its training did.
+
+    Raises:
+        UserError: `data.reduce_zero_label` differs, which shifts every label by one.
+    """
+    stored = weights.checkpoint_config
+    if stored is None or stored.data.dataset != config.data.dataset:
+        return
+    theirs, ours = stored.data.reduce_zero_label, config.data.reduce_zero_label
+    if theirs != ours:
+        raise UserError(
+            f"the checkpoint was trained with data.reduce_zero_label={theirs}, and this run's is {ours}, which "
+            f"shifts every label by one: give --config.data.reduce_zero_label={str(theirs).lower()}"
+        )
+
+
+def _compare_settings(
+    stored: FrozenConfigDict, config: ConfigDict, given: Collection[str], more: Collection[str]
+) -> str:
+    """The settings that differ, with both values; empty: none."""
+    keys = [f"evaluation.{name}" for name in SCORED_BY[config.task]]
+    keys += [f"evaluation.{name}" for name in WINDOWS if stored.evaluation.mode == "slide"]
+    different = {}
+    for key in (*keys, *more):
+        group, name = key.split(".")
+        theirs, ours = stored[group][name], config[group][name]
+        if theirs != ours and key not in given:
+            different[key] = theirs, ours
+    if not different:
+        return ""
+    shown = dict(list(different.items())[:MOST_SHOWN])
+    rest = f" (and {len(different) - len(shown)} more)" if len(different) > len(shown) else ""
+    line = (
+        f"the checkpoint was trained and scored with {', '.join(f'{key}={pair[0]}' for key, pair in shown.items())}"
+        f"{rest}; this run uses {', '.join(str(pair[1]) for pair in shown.values())}: give "
+    )
+    flags = " ".join(f"--config.{key}={_as_flag(pair[0])}" for key, pair in shown.items())
+    return line + (flags if len(line + flags) <= LONGEST_LINE else "--config.KEY=VALUE for its own")
+
+
+def _as_flag(value: Any) -> str:
+    """A setting's value as a shell takes it."""
+    return f"'{value}'".replace(" ", "") if isinstance(value, tuple) else str(value).lower()
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        _is_list(value) and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
+    )
