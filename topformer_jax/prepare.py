@@ -18,6 +18,7 @@ DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
     *("imagenet", "custom"),
 )
+KINDS = ("labelme", "coco", "colours", "cvat", "yolo", "roboflow-masks", "voc")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from",
         dest="kind",
-        choices=("labelme", "coco", "colours"),
+        choices=KINDS,
         help="of custom: what annotated the pictures",
     )
     parser.add_argument(
@@ -42,13 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="of custom: pictures to score on, if no folder is named train or val (default 0.1)",
+        help="of custom: pictures to score on, where no folder, list or file says it (default 0.1)",
     )
     parser.add_argument(
         "--background",
         default="",
         metavar="NAME",
-        help="of custom: class of what nothing covers (default: void)",
+        help="of custom: class of what no annotation covers; void: it is no class",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); 0: this one alone"
@@ -114,6 +115,9 @@ def prepare(args: argparse.Namespace) -> None:
         {"from": args.kind, "validation": args.validation, "background": args.background} if args.kind else {}
     )
     found = downloads.find(args.dataset, source, options)
+    if found.table:
+        print(cli.table(found.table))
+        print(*(f"note: {note}"[:300] for note in found.notes), sep="\n")
     if args.format == "folder":
         _make_folder(found, output, workers, args.verify)
         print(f"{output} is complete; use it with --config.data.root={output}")
