@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -363,3 +364,167 @@ def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> Non
     line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "labelme", *BACK)
     assert "val/a.json is of 8 x 6 pixels, but" in line
     assert "val/a.jpg has 6 x 8 (turned by its EXIF orientation): resize the picture back" in line
+
+
+def colours_set(*names: str, suffix: str = ".jpg") -> dict[str, Any]:
+    """Pictures below images/ and their masks: a class at the left, void at the right."""
+    mask = np.where((np.arange(WIDTH) < 5)[None, :, None], np.full((HEIGHT, 1, 3), 9), 0)
+    files: dict[str, Any] = {"classes.txt": "roof 9 9 9\nwater 1 2 3\nVoid 0 0 0\n"}
+    for seed, name in enumerate(names):
+        files |= {f"images/{name}{suffix}": jpeg(seed), f"masks/{name}.png": png(mask)}
+    return files
+
+
+def made_names(made: pathlib.Path) -> dict[str, set[str]]:
+    """The pictures of each folder of a made set, each with its label."""
+    found = {}
+    for folder in (made / "images").iterdir():
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        found[folder.name] = {path.relative_to(folder).with_suffix("").as_posix() for path in paths}
+        labels = [path for path in (made / "annotations" / folder.name).rglob("*") if path.is_file()]
+        assert len(labels) == len(paths)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("train", "val", "test"), ("Training", "VALID", "Testing"), ("train2017", "validation", "test set")],
+)
+def test_each_picture_goes_where_it_belongs(
+    words: tuple[str, str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folders, in any case; two of one name stay apart, and test is scored and never trained on."""
+    train, validation, test = words
+    names = [f"{train}/a/1", f"{train}/b/1", f"{validation}/a/1", f"{test}/1", f"{test}/2"]
+    source = write(
+        tmp_path / "x", colours_set(*names) | {"images/readme.md": "", "masks/old.png": png(grid(0))}
+    )
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"a/1", "b/1"}, "val": {"a/1"}, "test": {"1", "2"}}
+    assert (tmp_path / "made/images/train/b/1.jpg").read_bytes() == jpeg(1)
+    changes = {"data.dataset": "custom", "data.root": str(tmp_path / "made"), "model.num_classes": 2}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"data.validation_split": "test"})
+    assert [sources.open_source(config, "validation")[n].image for n in (0, 1)] == [jpeg(3), jpeg(4)]
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[:6] == [
+        "pictures labels",
+        "train (by folder) 2 2",
+        "validation (by folder) 1 1",
+        "test (by folder) 2 2",
+        "left out, masks without a picture: masks/old.png 1",
+        "not read, other files: 1 .md",
+    ]
+
+
+def test_lists_divide_the_pictures(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = colours_set("a", "b", "c", "d", "town/e")
+    lists = {
+        "Train.txt": "a.jpg\nimages/town/e.jpg masks/town/e.png\n",
+        "lists/VAL.txt": "./b\nlost\n",
+        "test.txt": "c\n",
+    }
+    source = write(tmp_path / "x", files | lists)
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"a", "town/e"}, "val": {"b"}, "test": {"c"}}
+    out = capsys.readouterr().out
+    assert "left out, in no list: images/d.jpg" in out
+    assert "left out, in lists/VAL.txt without picture and label: lost" in out
+    write(source, {"test.txt": "c\na\n"})
+    assert "a is in the list of t" in refusal("custom", source, tmp_path / "b", "--from", "colours")
+    write(source, colours_set("test/f") | {"test.txt": "c\n", "Train.txt": "a\nf\n"})
+    line = refusal("custom", source, tmp_path / "b", "--from", "colours")
+    assert "images/test/f.jpg belongs to test and train, by its folder and by a list" in line
+
+
+def test_names_of_files_divide_the_pictures_where_all_have_them(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", colours_set("train_1", "TRAIN-2", "val3", "test4"))
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {
+        "train": {"train_1", "TRAIN-2"},
+        "val": {"val3"},
+        "test": {"test4"},
+    }
+
+
+def test_without_a_validation_split_train_is_shared(tmp_path: pathlib.Path) -> None:
+    """Of few pictures at least one is scored on, and none of test is moved."""
+    source = write(tmp_path / "x", colours_set("train/1", "train/2", "test/3"))
+    run("custom", source, tmp_path / "made", "--from", "colours", "--validation", "0.001")
+    found = made_names(tmp_path / "made")
+    assert found["test"] == {"3"}
+    assert sorted([*found["train"], *found["val"]]) == ["1", "2"]
+    assert len(found["val"]) == 1
+
+
+def test_archives_are_read_like_folders(tmp_path: pathlib.Path) -> None:
+    files = {f"drawn/{name}": data for name, data in colours_set("train/a", "val/a").items()}
+    with zipfile.ZipFile(tmp_path / "drawn.ZIP", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    run("custom", tmp_path / "drawn.ZIP", tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"a"}, "val": {"a"}}
+    with zipfile.ZipFile(tmp_path / "drawn.ZIP", "a") as archive:
+        archive.writestr("../../x.jpg", jpeg(1))
+    line = refusal("custom", tmp_path / "drawn.ZIP", tmp_path / "b", "--from", "colours")
+    assert "'../../x.jpg' is no name for a file below a folder" in line
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".TIF", ".tiff", ".webp", ".PNG"])
+def test_pictures_of_other_formats_are_read(
+    suffix: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixels as Pillow decodes them; WebP is saved without loss."""
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file,
+        {".TIF": "TIFF"}.get(suffix, suffix[1:].upper()),
+        **({"lossless": True} if suffix == ".webp" else {}),
+    )
+    files = colours_set("train/a", "val/a", suffix=suffix)
+    files |= {name: file.getvalue() for name in files if name.endswith(suffix)}
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours")
+    (made,) = (tmp_path / "made/images/train").iterdir()
+    np.testing.assert_array_equal(np.array(Image.open(made)), pixels)
+    assert ("become PNG files: 2" in capsys.readouterr().out) == (suffix != ".PNG")
+
+
+def test_deep_pictures_are_named(tmp_path: pathlib.Path) -> None:
+    deep = cv2.imencode(".tif", np.zeros((HEIGHT, WIDTH, 3), np.uint16))[1].tobytes()
+    files = colours_set("train/a", "val/a", suffix=".tif") | {
+        "images/train/a.tif": deep,
+        "images/val/a.tif": deep,
+    }
+    line = refusal("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours")
+    assert "a.tif has pixels of uint16: save it with 8 bits a channel" in line
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (
+            {"classes.txt": "a 1 1 1\nb 1 1 1\n"},
+            "classes.txt gives a and b one colour, 1 1 1: masks cannot tell them",
+        ),
+        ({"classes.txt": "a 1 1 1\nvoid 0 0 0\n"}, "has one class, a, so there is nothing to learn"),
+        (
+            {"masks/train/a.bmp": b"x"},
+            "a.jpg has two masks, masks/train/a.bmp and masks/train/a.png: remove one",
+        ),
+        ({"masks/train/a_mask.png": b"x"}, "a.jpg has two masks"),
+        ({"classes.txt": b"\xff\xfe"}, "classes.txt is not UTF-8 text"),
+        (
+            {"images/train/test/b.jpg": jpeg(1), "masks/train/test/b.png": b""},
+            "lies in folders of test and train",
+        ),
+    ],
+)
+def test_colours_that_are_not_clear_are_refused(
+    files: dict[str, Any], line: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "x", colours_set("train/a", "val/a") | files)
+    said = refusal("custom", pathlib.Path("x"), pathlib.Path("made"), "--from", "colours")
+    assert line in said
+    assert len(said) <= 300

@@ -233,7 +233,7 @@ def _list_folder(path: pathlib.Path) -> Iterator[Member]:
 
 def _is_hidden(name: str) -> bool:
     """Whether some system left the file in the archive beside the real ones."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/") if part not in (".", ".."))
 
 
 @contextlib.contextmanager

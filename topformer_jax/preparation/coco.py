@@ -68,16 +68,18 @@ class Content(msgspec.Struct):
 
     images: list[Picture] | None = None
     categories: list[Category] = []
-    annotations: list[Annotation] = []
+    annotations: list[Annotation] | None = None
 
     @property
     def is_panoptic(self) -> bool:
         """Whether the annotations are masks of segments."""
-        return any(row.segments_info is not None for row in self.annotations)
+        return any(row.segments_info is not None for row in self.annotations or ())
 
     @property
     def has_instances(self) -> bool:
-        """Whether an annotation has a polygon, runs or a box."""
+        """Whether an annotation has a polygon, runs or a box; a file without any is of pictures of background."""
+        if not self.annotations:
+            return self.annotations is not None and bool(self.categories)
         return any(row.segmentation or row.bbox for row in self.annotations)
 
 
@@ -127,7 +129,7 @@ def read(source: Archive, background: str) -> Annotations:
 
 def _find_categories(found: Annotations, contents: dict[str, Content]) -> dict[Identity, str]:
     """The categories' names by their numbers, in the order of these, without Roboflow's name of the group."""
-    used = {row.category_id for content in contents.values() for row in content.annotations}
+    used = {row.category_id for content in contents.values() for row in content.annotations or ()}
     categories: dict[Identity, str] | None = None
     first = next(iter(contents))
     for name, content in contents.items():
@@ -203,7 +205,7 @@ def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annota
         if picture.id in rows:
             raise UserError(f"{where} has two images of id {str(picture.id)[:40]}: give each one its own")
         rows[picture.id] = []
-    for number, row in enumerate(content.annotations):
+    for number, row in enumerate(content.annotations or ()):
         if row.image_id not in rows:
             raise UserError(
                 f"{where}: annotation {number} is of image {str(row.image_id)[:40]}, which it does not list"

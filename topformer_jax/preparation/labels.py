@@ -182,7 +182,7 @@ def draw_runs(
     """
     labels = np.zeros(size, np.uint8)
     for label, counts in annotations:
-        labels[_fill_runs(counts, size, name)] = label
+        labels[_fill_runs(_read_runs(counts, size, name), size)] = label
     return encode(labels)
 
 
@@ -235,20 +235,19 @@ def draw_regions(
 
     height, width = size = read_size(image)
     check_stated_size(stated, size, image.where, name)
-    drawn: list[tuple[int, int, Any]] = []
+    drawn = []
     for region in regions:
+        runs: str | Sequence[int] = region.runs
         for polygon in region.polygons:
             check_points(list(zip(polygon[::2], polygon[1::2], strict=True)), size, name)
         if region.polygons:
             # Four numbers would be a box for pycocotools: readers leave such out.
-            runs = masks.merge(masks.frPyObjects([list(p) for p in region.polygons], height, width))
-            drawn.append((int(masks.area(runs)), region.label, runs))
-        else:
-            filled = _fill_runs(region.runs, size, name)
-            drawn.append((int(filled.sum()), region.label, filled))
+            parts = masks.frPyObjects([list(polygon) for polygon in region.polygons], height, width)
+            runs = masks.merge(parts)["counts"].decode()
+        drawn.append((region.label, _read_runs(runs, size, name)))
     labels = np.full(size, background, np.uint8)
-    for _, label, area in sorted(drawn, key=lambda row: -row[0]):
-        labels[(masks.decode(area) if isinstance(area, dict) else area) > 0] = label
+    for label, lengths in sorted(drawn, key=lambda row: -sum(row[1][1::2])):
+        labels[_fill_runs(lengths, size)] = label
     return encode(labels)
 
 
@@ -263,19 +262,24 @@ def require_pycocotools() -> None:
         ) from None
 
 
-def _fill_runs(counts: str | Sequence[int], size: Size, name: str) -> Bool[np.ndarray, "h w"]:
-    """The pixels inside of COCO's run lengths.
+def _read_runs(counts: str | Sequence[int], size: Size, name: str) -> Sequence[int]:
+    """COCO's run lengths of a mask of a size.
 
-    Not by pycocotools, whose result holds memory that nobody has set where the runs are too short (2.0.11).
+    Raises:
+        UserError: they are of another one. pycocotools 2.0.11 gives unset memory where they are too short.
     """
-    height, width = size
-    runs = decode_runs(counts) if isinstance(counts, str) else list(counts)
-    if sum(runs) != height * width or min(runs, default=0) < 0:
+    runs = decode_runs(counts) if isinstance(counts, str) else counts
+    if sum(runs) != size[0] * size[1] or min(runs, default=0) < 0:
         raise UserError(
-            f"{name}: the runs of a mask are of {sum(runs)} pixels, and its picture has {height * width}"
+            f"{name}: the runs of a mask are of {sum(runs)} pixels, and its picture has {size[0] * size[1]}"
         )
+    return runs
+
+
+def _fill_runs(runs: Sequence[int], size: Size) -> Bool[np.ndarray, "h w"]:
+    """The pixels inside of runs."""
     inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return np.ascontiguousarray(inside.reshape(width, height).T)
+    return np.ascontiguousarray(inside.reshape(size[1], size[0]).T)
 
 
 def read_size(image: Member) -> Size:

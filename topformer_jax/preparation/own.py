@@ -115,7 +115,7 @@ def open_source(path: pathlib.Path) -> Archive:
         for key, inside in found.items():
             key = key.replace("\\", "/") if inside.offset != IN_FOLDER else key
             files.require_inside(key, str(path))
-            members[key] = inside
+            members[str(pathlib.PurePosixPath(key))] = inside
     # An archive often has one folder around everything.
     while members and len(tops := {key.partition("/")[0] for key in members if "/" in key}) == 1:
         (top,) = tops
@@ -435,7 +435,7 @@ def _count_rest(annotations: Annotations) -> list[list[str]]:
     """Rows of the files that nothing is made of."""
     used = {member for pair in annotations.pairs for member in (pair.image, pair.label)} | annotations.read
     rest = [member for member in annotations.source.members.values() if member not in used]
-    annotations.leave_out("without annotation", (member for member in rest if is_picture(member.name)))
+    annotations.leave_out("in no annotation", (member for member in rest if is_picture(member.name)))
     rows = [
         [f"left out, {reason}: {_shorten(found)}", str(len(found)), ""]
         for reason, found in annotations.left_out.items()
