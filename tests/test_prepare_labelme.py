@@ -2,6 +2,7 @@
 
 import base64
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def classes(tmp_path: pathlib.Path) -> list[str]:
     return (tmp_path / "made/classes.txt").read_text().splitlines()
 
 
-def polygon(points: list[list[float]]) -> np.ndarray:
+def polygon(points: Sequence[Sequence[float]]) -> np.ndarray:
     canvas = Image.new("1", (W, H))
     ImageDraw.Draw(canvas).polygon([(x, y) for x, y in points], fill=1, outline=1)
     return np.array(canvas)
@@ -87,7 +88,7 @@ def test_a_set_that_is_not_fully_labelled_needs_a_background(tmp_path: pathlib.P
 MASK = np.array([[0, 1, 1], [1, 1, 0]], np.uint8)
 
 
-def expect_drawn(kind: str, points: list[list[float]]) -> np.ndarray:
+def expect_drawn(kind: str, points: Sequence[Sequence[float]]) -> np.ndarray:
     """labelme's shape_to_mask: lines of 10 pixels, points of radius 5, the outline belongs to the shape."""
     canvas = Image.new("1", (W, H))
     draw = ImageDraw.Draw(canvas)
@@ -230,7 +231,7 @@ def test_pictures_without_a_file_are_counted(
             "shape 0 holds a mask that is no picture",
         ),
         (
-            drawn() | {"train/b.json": labelme("a.jpg")},
+            drawn(shape("car", BOX)) | {"train/b.json": labelme("a.jpg")},
             "a.jpg has two annotations, x/train/a.json and x/train/b.json",
         ),
         (drawn(shape("car", BOX), imagePath="b.heic") | {"train/a.jpg": b""}, "a.jpg is empty"),

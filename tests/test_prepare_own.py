@@ -463,9 +463,9 @@ def test_archives_are_read_like_folders(tmp_path: pathlib.Path) -> None:
             archive.writestr(name, data)
     run("custom", tmp_path / "drawn.ZIP", tmp_path / "made", "--from", "colours")
     assert made_names(tmp_path / "made") == {"train": {"a"}, "val": {"a"}}
-    with zipfile.ZipFile(tmp_path / "drawn.ZIP", "a") as archive:
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr("../../x.jpg", jpeg(1))
-    line = refusal("custom", tmp_path / "drawn.ZIP", tmp_path / "b", "--from", "colours")
+    line = refusal("custom", tmp_path / "bad.zip", tmp_path / "b", "--from", "colours")
     assert "'../../x.jpg' is no name for a file below a folder" in line
     assert not (tmp_path / "b").exists()
 
