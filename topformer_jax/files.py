@@ -234,6 +234,17 @@ def read_json(data: bytes, kind: type[Result], where: str) -> Result:
         ) from None
 
 
+def shorten(text: object, most: int = 60) -> str:
+    """A text from a file, as a line of an error shows it: of one line, and of at most so many characters.
+
+    >>> shorten("a\\nb"), shorten("abcdefghijkl", 9)
+    ('a?b', 'abc...jkl')
+    """
+    line = CONTROL.sub("?", str(text))
+    half = (most - 3) // 2
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
+
+
 def require_inside(name: str, where: str) -> None:
     """Raises a UserError where a name that a file gives would lead out of the folder that it belongs into.
 

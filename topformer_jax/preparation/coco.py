@@ -138,11 +138,15 @@ def _find_categories(found: Annotations, contents: dict[str, Content]) -> dict[I
         numbers = Counter(row.id for row in content.categories)
         twice = [number for number, count in numbers.items() if count > 1]
         if twice:
-            raise UserError(f"{where} has two categories of id {str(twice[0])[:40]}: give each one its own")
+            raise UserError(
+                f"{where} has two categories of id {files.shorten(twice[0], 40)}: give each one its own"
+            )
         these = {}
         for row in sorted(content.categories, key=lambda row: (isinstance(row.id, str), row.id)):
             if row.id == 0 and row.supercategory == "none" and row.name in groups and row.id not in used:
-                found.notes.append(f"no class: category {row.name[:60]}, which names the group of the others")
+                found.notes.append(
+                    f"no class: category {files.shorten(row.name)}, which names the group of the others"
+                )
             else:
                 these[row.id] = row.name
         if categories not in (None, these):
@@ -184,9 +188,11 @@ def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split:
             return found[0]
         if found:
             raise UserError(
-                f"{where} names {file_name[-80:]}, of which there are {len(found)}: name its folder too"
+                f"{where} names {files.shorten(file_name, 80)}, of which there are {len(found)}: name its folder too"
             )
-    raise UserError(f"{where} names {file_name[-80:]}, which is not below --source: copy it there")
+    raise UserError(
+        f"{where} names {files.shorten(file_name, 80)}, which is not below --source: copy it there"
+    )
 
 
 def _split_of(name: str) -> str:
@@ -203,12 +209,14 @@ def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annota
     rows: dict[Identity, list[Annotation]] = {}
     for picture in content.images or ():
         if picture.id in rows:
-            raise UserError(f"{where} has two images of id {str(picture.id)[:40]}: give each one its own")
+            raise UserError(
+                f"{where} has two images of id {files.shorten(picture.id, 40)}: give each one its own"
+            )
         rows[picture.id] = []
     for number, row in enumerate(content.annotations or ()):
         if row.image_id not in rows:
             raise UserError(
-                f"{where}: annotation {number} is of image {str(row.image_id)[:40]}, which it does not list"
+                f"{where}: annotation {number} is of image {files.shorten(row.image_id, 40)}, which it does not list"
             )
         rows[row.image_id].append(row)
     return rows
@@ -228,14 +236,15 @@ def _add_panoptic(
     rows = _rows_by_picture(content, where)
     missing = [row.file_name for row in content.images or () if not rows[row.id]]
     if missing:
-        found.left_out.setdefault(f"pictures without a mask in {name[-60:]}", []).extend(missing)
+        found.left_out.setdefault(f"pictures without a mask in {files.shorten(name)}", []).extend(missing)
     for picture in content.images or ():
         for row in rows[picture.id]:
             file = (row.file_name or "").replace("\\", "/")
             mask = f"{folder}/{file}".lstrip("/")
             if mask not in source.members:
                 raise UserError(
-                    f"{where} names the mask {file[-60:]}, which is not in {folder[-60:]}: put it there"
+                    f"{where} names the mask {files.shorten(file)}, which is not in {files.shorten(folder)}: "
+                    "put it there"
                 )
             path = _find_picture(pictures, picture.file_name, name, split, where)
             segments = {
@@ -263,9 +272,9 @@ def _add_instances(
         regions = _regions_of(rows[picture.id], table, where, counts)
         image = found.source[path]
         convert = partial(labels.draw_regions, empty, stated, image, regions)
-        place = f"{where}: {picture.file_name[-80:]}"
+        place = f"{where}: {files.shorten(picture.file_name, 80)}"
         found.pairs.append(own.make_pair(path, image, b"", convert, split, place))
-    found.notes += [f"{text} in {name[-60:]}: {count}" for text, count in counts.items() if count]
+    found.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]
     found.notes[:] = dict.fromkeys(
         [*found.notes, "overlapping regions are drawn by their area, the largest first"]
     )
@@ -294,5 +303,7 @@ def _regions_of(
 
 def _label(number: Identity | None, table: dict[Identity, int], where: str) -> int:
     if number not in table:
-        raise UserError(f"{where} has an annotation of category {str(number)[:40]}, which it does not list")
+        raise UserError(
+            f"{where} has an annotation of category {files.shorten(number, 40)}, which it does not list"
+        )
     return table[number]

@@ -126,7 +126,7 @@ def read(source: Archive, background: str) -> Annotations:
         table[""] = IGNORE_LABEL
     found.classes = own.list_classes(classes, str(source.path))
     if spelled:
-        found.notes.append(f"labels by other names: {', '.join(sorted(spelled)[:5])[:200]}")
+        found.notes.append(f"labels by other names: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}")
     if thin := sum(kinds[kind] for kind in _THIN):
         found.notes.append(
             f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
@@ -165,8 +165,8 @@ def _list_classes(
     strange = [label for label in places if label not in {*names, IGNORED, *BACKGROUNDS}]
     if strange:
         raise UserError(
-            f"{places[strange[0]]}: {strange[0][:60]} is not in {where.rpartition('/')[2]}: add it there, or rename "
-            "it here"
+            f"{places[strange[0]]}: {files.shorten(strange[0])} is not in {where.rpartition('/')[2]}: "
+            "add it there, or rename it here"
         )
     names = [name for name in names if name != IGNORED]
     names += [name for name in BACKGROUNDS if name in places and name not in names]
@@ -236,13 +236,17 @@ class _Pictures:
         if len(others) == 1:
             return others[0], source[others[0]], None
         if file and not own.is_picture(file):
-            raise UserError(f"{where} is of {file[:80]}, which is no picture that is read: {_SUFFIXES}")
+            raise UserError(
+                f"{where} is of {files.shorten(file, 80)}, which is no picture that is read: {_SUFFIXES}"
+            )
         why = (
             f"which is there {len(others)} times: give its folder"
             if others
             else "which is not below --source"
         )
-        raise UserError(f"{where} is of {stated[-80:] or 'no picture'}, {why}: put it beside the file")
+        raise UserError(
+            f"{where} is of {files.shorten(stated, 80) or 'no picture'}, {why}: put it beside the file"
+        )
 
 
 _SUFFIXES = "save it as .jpg or .png"
@@ -304,8 +308,8 @@ def _draw(
         )
         if not is_drawn:
             raise UserError(
-                f"{where} is a {kind[:40]} of {len(shape.points)} points, which covers no area: draw it as a polygon "
-                "of 3 or more points, a rectangle or a circle"
+                f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which covers no area: "
+                "draw it as a polygon of 3 or more points, a rectangle or a circle"
             )
     return np.asarray(canvas)
 

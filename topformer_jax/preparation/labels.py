@@ -144,7 +144,9 @@ def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes
             continue
         label = classes.get(shape.label, classes.get(shape.label.removesuffix("group")))
         if label is None:
-            raise UserError(f"{name}: {shape.label[:80]} is no class of Cityscapes: fetch its archive again")
+            raise UserError(
+                f"{name}: {files.shorten(shape.label, 80)} is no class of Cityscapes: fetch its archive again"
+            )
         if label >= 0:
             ImageDraw.Draw(canvas).polygon(shape.polygon, fill=label)
     return encode(np.asarray(canvas))

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
+from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
@@ -68,10 +69,10 @@ def _read_masks_in_colours(
         if not name or len(numbers) != 3 or not all(word.isdecimal() and int(word) < 256 for word in numbers):
             raise UserError(f"{listing.where}: expected NAME RED GREEN BLUE (0 to 255), found {line[:60]!r}")
         red, green, blue = map(int, numbers)
-        if (red, green, blue) in colours:
+        if other := colours.get((red, green, blue)):
             raise UserError(
-                f"{listing.where} gives {colours[red, green, blue][:40]} and {name[:40]} one colour, {red} {green} "
-                f"{blue}: masks cannot tell them apart"
+                f"{listing.where} gives {files.shorten(other, 40)} and {files.shorten(name, 40)} one colour, {red} "
+                f"{green} {blue}: masks cannot tell them apart"
             )
         colours[red, green, blue] = name
     names = list(dict.fromkeys(name for name in colours.values() if name.lower() != own.VOID))
@@ -111,7 +112,7 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
             if row[0].isdecimal():
                 if int(row[0]) in these or int(row[0]) > IGNORE_LABEL:
                     raise UserError(
-                        f"{member.where}: the value {row[0][:20]} is there twice, or is above 255"
+                        f"{member.where}: the value {files.shorten(row[0], 20)} is there twice, or is above 255"
                     )
                 these[int(row[0])] = row[1]
         if values not in (None, these):

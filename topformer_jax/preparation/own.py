@@ -195,8 +195,8 @@ def list_classes(names: Sequence[str], where: str, least: int = 2) -> list[str]:
         raise UserError(f"{where} has the class {twice[0][:60]!r} twice: rename one, or make them one")
     if len(names) == 1 < least:
         raise UserError(
-            f"{where} has one class, {names[0][:60]}, so there is nothing to learn: give a second one, by "
-            "--background NAME for the pixels that nothing covers"
+            f"{where} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second one, "
+            "by --background NAME for the pixels that nothing covers"
         )
     if not least <= len(names) <= IGNORE_LABEL:
         raise UserError(f"{where} has {len(names)} classes: from 2 to 255 fit into labels")
@@ -265,7 +265,7 @@ def divide(annotations: Annotations, validation: float) -> Division:
             table.append([f"{split} (by {ways[split]})", str(count), str(count)])
     classes = "".join(f"{name}\n" for name in annotations.classes).encode()
     plan = plan_of([*tasks, Task(CLASSES, "", "list", classes)])
-    shown = f"classes: {len(annotations.classes)} ({_shorten(annotations.classes, 12)})"
+    shown = f"classes: {len(annotations.classes)} ({_join_first(annotations.classes, 12)})"
     return Division(plan, table + _count_rest(annotations), [shown, *annotations.notes])
 
 
@@ -315,7 +315,7 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
         )
     if "validation" not in splits:
         unsaid += [index for index, split in enumerate(splits) if split == "train"]
-    shares = {index: _hash(_shorten_path(pairs[index].path)) for index in unsaid}
+    shares = {index: _hash(_short_name(pairs[index].path)) for index in unsaid}
     for index in unsaid:
         splits[index] = "validation" if shares[index] < validation else "train"
     for split, choose in (("validation", min), ("train", max)):  # few pictures: at least one in each
@@ -366,11 +366,13 @@ def _find_line(
         if len(found) > 1:
             found = [number for number in found if split_of_folders(pairs[number].path) == split] or found
         if len(found) > 1:
-            raise UserError(f"{where}: {line[:80]} could be {len(found)} pictures: write their folders too")
+            raise UserError(
+                f"{where}: {files.shorten(line, 80)} could be {len(found)} pictures: write their folders too"
+            )
         for number in found:
             if splits[number] not in ("", split):
                 raise UserError(
-                    f"{where}: {line[:80]} is in the list of {splits[number]} too: it belongs to one"
+                    f"{where}: {files.shorten(line, 80)} is in the list of {splits[number]} too: it belongs to one"
                 )
             splits[number] = split
             return number
@@ -379,7 +381,7 @@ def _find_line(
 
 def _name_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> list[str]:
     """What the pairs are called: their paths without the folders that say the split, if all stay apart without."""
-    short = [_shorten_path(pair.path) for pair in pairs]
+    short = [_short_name(pair.path) for pair in pairs]
     counts = Counter((split, name.lower()) for split, name in zip(splits, short, strict=True))
     names: dict[tuple[str, str], Pair] = {}
     for pair, split, name in zip(pairs, splits, short, strict=True):
@@ -391,7 +393,7 @@ def _name_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> list[str]:
     return [name for _, name in names]
 
 
-def _shorten_path(path: str) -> str:
+def _short_name(path: str) -> str:
     *folders, name = path.split("/")
     kept = [part for part in folders if not split_of(part) and part.lower() not in _PICTURE_FOLDERS]
     return "/".join([*kept, name])
@@ -437,18 +439,19 @@ def _count_rest(annotations: Annotations) -> list[list[str]]:
     rest = [member for member in annotations.source.members.values() if member not in used]
     annotations.leave_out("in no annotation", (member for member in rest if is_picture(member.name)))
     rows = [
-        [f"left out, {reason}: {_shorten(found)}", str(len(found)), ""]
+        [f"left out, {reason}: {_join_first(found)}", str(len(found)), ""]
         for reason, found in annotations.left_out.items()
     ]
     others = [member.name for member in rest if not is_picture(member.name)]
     if others:
         kinds = Counter(pathlib.PurePosixPath(name).suffix.lower() or "without suffix" for name in others)
         texts = [f"{count} {kind}" for kind, count in kinds.most_common()]
-        rows.append([f"not read, other files: {_shorten(texts, 6)}", "", ""])
+        rows.append([f"not read, other files: {_join_first(texts, 6)}", "", ""])
     return rows
 
 
-def _shorten(names: Sequence[str], count: int = 3) -> str:
+def _join_first(names: Sequence[str], count: int = 3) -> str:
     """The first of some names, in one line."""
-    shown = ", ".join(name if len(name) <= 40 else f"...{name[-37:]}" for name in names[:count])
-    return files.CONTROL.sub("?", shown) + (", ..." if len(names) > count else "")
+    return ", ".join(files.shorten(name, 40) for name in names[:count]) + (
+        ", ..." if len(names) > count else ""
+    )

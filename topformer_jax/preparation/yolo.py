@@ -7,6 +7,7 @@ from functools import partial
 
 import msgspec
 
+from topformer_jax import files
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import coco, labels, own
 from topformer_jax.preparation.archives import Archive, Member
@@ -112,10 +113,12 @@ def _find_folders(source: Archive, settings: Settings, where: str) -> dict[str, 
             if folder is None:
                 if word == "test":  # Ultralytics writes the line without a test set too
                     continue
-                raise UserError(f"{where} names {text[:80]} for {word}, which is not below {source.path}")
+                raise UserError(
+                    f"{where} names {files.shorten(text, 80)} for {word}, which is not below {source.path}"
+                )
             if split == "test" and folder in found:
                 raise UserError(
-                    f"{where} names {text[:80]} for test and for {found[folder]}: test on other pictures"
+                    f"{where} names {files.shorten(text)} for test and for {found[folder]}: test on other pictures"
                 )
             found.setdefault(folder, split)
     return found
@@ -149,7 +152,9 @@ def parse_regions(data: bytes, table: Mapping[int, int], name: str) -> list[labe
                 f"{where}: expected CLASS X Y X Y X Y ... with numbers from 0 to 1, found {line[:60]!r}"
             )
         if int(values[0]) not in table:
-            raise UserError(f"{where} is of class {words[0][:20]}, which data.yaml does not name")
+            raise UserError(
+                f"{where} is of class {files.shorten(words[0], 20)}, which data.yaml does not name"
+            )
         if len(words) == 5:
             x, y, width, height = values[1:]
             regions.append(
