@@ -377,7 +377,7 @@ def test_wrong_files_of_coco_are_one_line(
         ("yolo", {"data.yaml": YAML.replace("images/val", "images/other")}, "for val, which is not below x"),
         ("cvat", {"labelmap.txt": "a:1,2::\n"}, "expected NAME RED GREEN BLUE (0 to 255), found 'a:1,2::'"),
         ("cvat", {"labelmap.txt": "a:1,2,3::\nb:1,2,3::\n"}, "gives a and b one colour, 1 2 3"),
-        ("cvat", {}, "x holds no labelmap.txt: put it there (found"),
+        ("cvat", {}, "x holds no labelmap.txt: put it there (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
         ("voc", {}, "x: images/train/a.jpg has no mask, of its name and with one of"),
         ("roboflow-masks", {}, "holds no _classes.csv"),
         ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),

@@ -70,6 +70,7 @@ cli.answer_help(__name__, make_parser)
 
 import pathlib
 import shutil
+from typing import Any
 
 from etils import epath
 
@@ -126,15 +127,19 @@ def prepare(args: argparse.Namespace) -> None:
     if writer.is_made_of(packed, found.origin):
         _print_complete(args.dataset, packed, args.output)
     else:
-        _make_folder(found, folder, workers, args.verify)
+        made = _make_folder(found, folder, workers, args.verify)
+        if count := made.get("test", {}).get("images"):
+            print(f"note: {count} pictures of test are not packed: records hold train and validation")
         _pack(args.dataset, str(folder), args.output, part)
         for name in (writer.LISTING, writer.MANIFEST):
             files.write_file(packed / name, (folder / name).read_bytes())
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_folder(found: downloads.Found, output: pathlib.Path, workers: int, verify: bool) -> None:
-    """Makes a data set's folder, prints what is in it, and checks that each picture has its label."""
+def _make_folder(
+    found: downloads.Found, output: pathlib.Path, workers: int, verify: bool
+) -> dict[str, dict[str, Any]]:
+    """Makes a data set's folder, prints what is in each split, and checks that each picture has its label."""
     total = sum(size for size, *_ in found.origin["archives"].values())
     free = shutil.disk_usage(
         next(path for path in (output, *output.absolute().parents) if path.exists())
@@ -150,6 +155,7 @@ def _make_folder(found: downloads.Found, output: pathlib.Path, workers: int, ver
             f"sha256 {split['sha256']}"
         )
     _check_folder(found.dataset, str(output))
+    return splits
 
 
 def _check_folder(dataset: str, folder: str) -> None:

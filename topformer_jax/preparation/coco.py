@@ -100,7 +100,7 @@ def read(source: Archive, background: str) -> Annotations:
     if not chosen:
         raise UserError(
             f"{source.path} holds no .json of COCO with panoptic segments, polygons or run lengths "
-            f"({len(contents)} have images)"
+            f"({own.describe(source)})"
         )
     found = Annotations(source, [])
     kind = "panoptic segments" if panoptic else "polygons, run lengths or boxes"

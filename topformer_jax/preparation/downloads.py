@@ -1,6 +1,7 @@
 """The official downloads of each data set: names, where they are from, and how many pictures they give."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -217,9 +218,17 @@ def _find_own(source: pathlib.Path, options: Mapping[str, Any]) -> Found:
         "dataset": "custom",
         "options": dict(options),
         "classes": annotations.classes,
-        "archives": {source.name: fingerprint(source)},
+        "archives": {source.name: [*fingerprint(source), *_checksum(source)]},
     }
     return Found("custom", division.plan, origin, {}, division.table, division.notes)
+
+
+def _checksum(path: pathlib.Path) -> list[str]:
+    """The SHA-256 of an archive, which may be made anew with the same size; of a folder none."""
+    if path.is_dir():
+        return []
+    with files.report_errors("read", path), path.open("rb") as file:
+        return [hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _list_missing(release: Release, present: Mapping[str, Any]) -> str:

@@ -89,7 +89,7 @@ def read_drawing(data: bytes, name: str) -> Drawing:
 
 
 def read(source: Archive, background: str) -> Annotations:
-    """Finds the files of labelme and their pictures, and draws the first to see whether shapes cover all of them.
+    """Finds the files of labelme and their pictures; without a background it draws all, until one is not covered.
 
     classes.txt or labels.txt, in the source or beside it, gives the order of the classes.
 
@@ -98,7 +98,7 @@ def read(source: Archive, background: str) -> Annotations:
     """
     names = [name for name in source.members if name.lower().endswith(".json")]
     if not names:
-        raise UserError(f"{source.path} holds no .json of labelme")
+        raise UserError(f"{source.path} holds no .json of labelme ({own.describe(source)})")
     found = Annotations(source, [])
     places: dict[str, str] = {}  # the first file of each label
     spelled: set[str] = set()  # labels that are called otherwise
@@ -119,8 +119,10 @@ def read(source: Archive, background: str) -> Annotations:
     empty = table.get("")
     for name, picture, image, extract in drawn:
         convert = partial(draw_shapes, table, image, extract)
-        suffix = picture[len(own.stem_of(picture)) :]
-        found.pairs.append(Pair(image, own.stem_of(picture), suffix, source[name], convert, extract=extract))
+        path, split = own.stem_of(picture), own.split_of_folders(name)
+        split = "" if split == own.split_of_folders(picture) else split
+        suffix = picture[len(path) :]
+        found.pairs.append(Pair(image, path, suffix, source[name], convert, split, extract=extract))
     if empty is None:
         _require_full_cover(found, table)
         table[""] = IGNORE_LABEL

@@ -101,7 +101,9 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
         name: member for name, member in source.members.items() if name.rpartition("/")[2] == "_classes.csv"
     }
     if not listings:
-        raise UserError(f"{source.path} holds no _classes.csv: is it Roboflow's export of semantic masks?")
+        raise UserError(
+            f"{source.path} holds no _classes.csv, as Roboflow writes it ({own.describe(source)})"
+        )
     values: dict[int, str] | None = None
     for name, member in listings.items():
         these: dict[int, str] = {}
@@ -186,8 +188,7 @@ def read_voc(source: Archive, background: str) -> Annotations:
 
 def _take(source: Archive, name: str) -> Member:
     if name not in source.members:
-        kinds = ", ".join(list(source.members)[:3])[:120] or "nothing"
-        raise UserError(f"{source.path} holds no {name}: put it there (found {kinds})")
+        raise UserError(f"{source.path} holds no {name}: put it there ({own.describe(source)})")
     return source.members[name]
 
 

@@ -125,6 +125,14 @@ def open_source(path: pathlib.Path) -> Archive:
     return Archive(path, "", members)
 
 
+def describe(source: Archive) -> str:
+    """What a source holds: how many files of which suffixes."""
+    kinds = Counter(pathlib.PurePosixPath(name).suffix.lower() or "no suffix" for name in source.members)
+    return (
+        f"it holds {_join_first([f'{count} {kind}' for kind, count in kinds.most_common()], 6) or 'nothing'}"
+    )
+
+
 def is_picture(name: str) -> bool:
     """Whether a file's suffix, in any case, is that of a picture."""
     return name.lower().endswith(IMAGE_SUFFIXES)
@@ -265,6 +273,9 @@ def divide(annotations: Annotations, validation: float) -> Division:
             table.append([f"{split} (by {ways[split]})", str(count), str(count)])
     classes = "".join(f"{name}\n" for name in annotations.classes).encode()
     plan = plan_of([*tasks, Task(CLASSES, "", "list", classes)])
+    twins = [name for name, count in Counter(map(str.lower, annotations.classes)).items() if count > 1]
+    if twins:
+        annotations.notes.append(f"classes that differ in upper and lower case only: {_join_first(twins)}")
     shown = f"classes: {len(annotations.classes)} ({_join_first(annotations.classes, 12)})"
     return Division(plan, table + _count_rest(annotations), [shown, *annotations.notes])
 

@@ -63,7 +63,9 @@ def read(source: Archive, background: str) -> Annotations:
         convert = partial(_draw, table, empty, image)
         found.pairs.append(own.make_pair(name, image, label, convert, split, place))
     if not any(isinstance(pair.label, Member) for pair in found.pairs):
-        raise UserError(f"{source.path} holds no .txt of polygons below labels/ or beside a picture")
+        raise UserError(
+            f"{source.path} holds no .txt of polygons below labels/ or beside a picture ({own.describe(source)})"
+        )
     found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
     found.notes.append("overlapping polygons are drawn by their area, the largest first")
     return found
