@@ -202,6 +202,17 @@ def test_the_picture_of_a_file(
     np.testing.assert_array_equal(label(tmp_path / "made", f"train/{made.stem}"), polygon(BOX))
 
 
+def test_the_folder_of_a_file_says_the_split(tmp_path: pathlib.Path) -> None:
+    """Where the pictures of all splits are in one folder."""
+    files: dict[str, Any] = {}
+    for split in ("train", "valid", "test"):
+        files[f"images/{split}.jpg"] = picture(1)
+        files[f"json/{split}/x.json"] = labelme(f"../../images/{split}.jpg", shape("car", BOX), size=(H, W))
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "labelme", *BACK)
+    for name in ("train/train", "val/valid", "test/test"):
+        assert (tmp_path / f"made/images/{name}.jpg").exists()
+
+
 def test_pictures_without_a_file_are_counted(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

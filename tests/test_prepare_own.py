@@ -220,9 +220,12 @@ def test_colours(tmp_path: pathlib.Path) -> None:
     assert not list((tmp_path / "new").rglob("03.png"))
 
 
-def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
-    files = {"classes.txt": "a 1 1 1\nb 2 2 2\n", **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val")}}
-    files |= {f"masks/{s}/x.png": png(np.ones((HEIGHT, WIDTH, 3))) for s in ("train", "val")}
+def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "classes.txt": "a 1 1 1\nb 2 2 2\n",
+        **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val", "test")},
+    }
+    files |= {f"masks/{s}/x.png": png(np.ones((HEIGHT, WIDTH, 3))) for s in ("train", "val", "test")}
     run(
         "custom",
         write(tmp_path / "x", files),
@@ -232,6 +235,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
         "--format",
         "array_record",
     )
+    assert "note: 1 pictures of test are not packed: records hold train and" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "m/custom/1.0.0").iterdir()} >= {"classes.txt", "manifest.json"}
     changes = {"data.dataset": "custom", "data.source": "array_record", "data.root": str(tmp_path / "m")}
     config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 2})
