@@ -159,6 +159,7 @@ def test_panoptic_pictures_of_one_name_and_masks_in_a_zip(tmp_path: pathlib.Path
         assert (found[:20] == 0).all()
         assert (found[20:] == 255).all()  # what has no segment is void for panopticapi
 
+    write(tmp_path / "x", {"annotations/panoptic_train2017/a.png": png(ids)})  # unpacked beside its zip file
     run("custom", tmp_path / "x", tmp_path / "other", "--from", "coco", *BACK)
     assert set(np.unique(label(tmp_path / "other", "train/a"))) == {0, 1}
 

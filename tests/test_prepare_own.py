@@ -367,7 +367,7 @@ def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> Non
     write(tmp_path / "x", {"val/a.json": labelme("a.jpg", shape("x", SQUARE))})
     line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "labelme", *BACK)
     assert "val/a.json is of 8 x 6 pixels, but" in line
-    assert "val/a.jpg has 6 x 8 (turned by its EXIF orientation): resize the picture back" in line
+    assert "val/a.jpg has 6 x 8 (turned by its EXIF orientation): give both one size" in line
 
 
 def colours_set(*names: str, suffix: str = ".jpg") -> dict[str, Any]:
@@ -517,6 +517,10 @@ def test_deep_pictures_are_named(tmp_path: pathlib.Path) -> None:
             "a.jpg has two masks, masks/train/a.bmp and masks/train/a.png: remove one",
         ),
         ({"masks/train/a_mask.png": b"x"}, "a.jpg has two masks"),
+        (
+            {"masks/train/a.png": png(np.zeros((3, 4, 3)))},
+            "a.png is of 4 x 3 pixels, but x/images/train/a.jpg has 8 x 6",
+        ),
         ({"classes.txt": b"\xff\xfe"}, "classes.txt is not UTF-8 text"),
         (
             {"images/train/test/b.jpg": jpeg(1), "masks/train/test/b.png": b""},

@@ -250,7 +250,9 @@ def _add_panoptic(
             segments = {
                 segment.id: _label(segment.category_id, table, where) for segment in row.segments_info or ()
             }
-            convert = partial(labels.map_segments, segments, empty)
+            convert = partial(
+                labels.convert_mask, partial(labels.map_segments, segments, empty), source[path]
+            )
             found.pairs.append(own.make_pair(path, source[path], source[mask], convert, split))
 
 

@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import decode_image, read_image_size, read_label_values
+from topformer_jax.data.codecs import decode_image, read_image_size, read_label_size, read_label_values
 from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, Member
+from topformer_jax.preparation.writer import Convert
 
 Labels = UInt8[np.ndarray, "h w"]
 Size = tuple[int, int]  # height, width
@@ -298,13 +299,24 @@ def read_size(image: Member) -> Size:
     return size
 
 
+def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> bytes:
+    """Converts a mask, which has the size of its picture.
+
+    Raises:
+        UserError: it has another one.
+    """
+    label = convert(data, name)
+    check_stated_size(read_label_size(label, name), read_size(image), image.where, name)
+    return label
+
+
 def check_stated_size(stated: Size | None, size: Size, picture: str, name: str) -> None:
     """Raises a UserError where a picture has another (height, width) than its annotation states, if it states one."""
     if stated and stated != size:
         turned = " (turned by its EXIF orientation)" if stated == size[::-1] else ""
         raise UserError(
-            f"{name} is of {stated[1]} x {stated[0]} pixels, but {picture} has {size[1]} x {size[0]}{turned}: resize "
-            "the picture back, or correct the size there if its shapes are right"
+            f"{name} is of {stated[1]} x {stated[0]} pixels, but {picture} has {size[1]} x {size[0]}{turned}: give "
+            "both one size"
         )
 
 

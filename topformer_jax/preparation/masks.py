@@ -240,7 +240,8 @@ def _pair(
             without.append(name)
             continue
         left.pop(mine[0], None)
-        found.pairs.append(own.make_pair(name, source[name], source[mine[0]], convert))
+        sized = partial(labels.convert_mask, convert, source[name])
+        found.pairs.append(own.make_pair(name, source[name], source[mine[0]], sized))
     if not found.pairs or (without and is_complete):
         expected = f"{without[0]} has no mask, of its name" if without else "no picture has a mask"
         raise UserError(

@@ -103,19 +103,16 @@ def open_source(path: pathlib.Path) -> Archive:
         UserError: it cannot be read, or a name in it leads out of it.
     """
     members: dict[str, Member] = {}
-    for name, member in open_archive(path).members.items():
-        if member.offset == IN_FOLDER and name.lower().endswith(".zip"):
-            folder = name[:-4]
-            inner = open_archive(pathlib.Path(member.path)).members
-            parent = "" if all(key.startswith(f"{folder.rpartition('/')[2]}/") for key in inner) else folder
-            parent = parent or folder.rpartition("/")[0]
-            found = {f"{parent}/{key}".lstrip("/"): inside for key, inside in inner.items()}
-        else:
-            found = {name: member}
-        for key, inside in found.items():
-            key = key.replace("\\", "/") if inside.offset != IN_FOLDER else key
+    listed = open_archive(path).members
+    is_zip = {name: m.offset == IN_FOLDER and name.lower().endswith(".zip") for name, m in listed.items()}
+    for name in sorted(
+        listed, key=lambda name: is_zip[name]
+    ):  # what is unpacked beside its zip file comes first
+        found = _open_inner(name, listed[name]) if is_zip[name] else {name: listed[name]}
+        for key, member in found.items():
+            key = key if member.offset == IN_FOLDER else key.replace("\\", "/")
             files.require_inside(key, str(path))
-            members[str(pathlib.PurePosixPath(key))] = inside
+            members.setdefault(str(pathlib.PurePosixPath(key)), member)
     # An archive often has one folder around everything.
     while members and len(tops := {key.partition("/")[0] for key in members if "/" in key}) == 1:
         (top,) = tops
@@ -123,6 +120,15 @@ def open_source(path: pathlib.Path) -> Archive:
             break
         members = {key.partition("/")[2]: member for key, member in members.items()}
     return Archive(path, "", members)
+
+
+def _open_inner(name: str, member: Member) -> dict[str, Member]:
+    """The files of a zip file in a folder, as if it were unpacked: into a folder of its name, if it holds none."""
+    inner = open_archive(pathlib.Path(member.path)).members
+    folder, _, stem = name[: -len(".zip")].rpartition("/")
+    has_folder = all(key.startswith(f"{stem}/") for key in inner)
+    parts = [folder] if has_folder else [folder, stem]
+    return {"/".join([*filter(None, parts), key]): inside for key, inside in inner.items()}
 
 
 def describe(source: Archive) -> str:
@@ -139,9 +145,9 @@ def is_picture(name: str) -> bool:
 
 
 def stem_of(name: str) -> str:
-    """A path without its suffix: that of a picture, or the last one."""
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), None)
-    return name[: -len(suffix)] if suffix else str(pathlib.PurePosixPath(name).with_suffix(""))
+    """A path without the suffix of a picture."""
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def make_pair(
@@ -166,7 +172,8 @@ def split_of(text: str, *, among_others: bool = False) -> str:
     >>> split_of("panoptic_VAL2017"), split_of("train_station"), split_of("streets-test", among_others=True)
     ('validation', '', 'test')
     """
-    words = [word for word in re.split(r"[\W_]+", text.lower()) if word and not word.isdecimal()]
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower()  # trainImages
+    words = [word for word in re.split(r"[\W_]+", text) if word and not word.isdecimal()]
     found = {match[1] for word in words if (match := _SPLIT_WORD.fullmatch(word))}
     others = [word for word in words if not _SPLIT_WORD.fullmatch(word) and word not in _OTHER_WORDS]
     splits = {_SPLITS[word] for word in found}
