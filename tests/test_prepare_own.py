@@ -16,9 +16,10 @@ from PIL import Image
 from tests.miniatures import HEIGHT, WIDTH, grid, jpeg, png
 from tests.test_prepare import refusal, run, tree
 from topformer_jax import config as config_lib
+from topformer_jax import prepare
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.preparation import own
+from topformer_jax.preparation import downloads, own
 
 SQUARE = [[2, 1], [5, 1], [5, 4], [2, 4]]
 BACK = ("--background", "nothing")
@@ -341,6 +342,7 @@ def test_what_was_edited_is_not_taken_for_complete(tmp_path: pathlib.Path) -> No
 
 
 def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
+    assert set(prepare.KINDS) == set(downloads.READERS)
     (tmp_path / "x").mkdir()
     assert "by --from labelme, coco, colours, cvat, yolo, roboflow-masks, voc" in refusal(
         "custom", tmp_path / "x", tmp_path / "made"
@@ -461,7 +463,7 @@ def test_without_a_validation_split_train_is_shared(tmp_path: pathlib.Path) -> N
 
 
 def test_archives_are_read_like_folders(tmp_path: pathlib.Path) -> None:
-    files = {f"drawn/{name}": data for name, data in colours_set("train/a", "val/a").items()}
+    files = {f"test data/{name}": data for name, data in colours_set("train/a", "val/a").items()}
     with zipfile.ZipFile(tmp_path / "drawn.ZIP", "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)

@@ -116,7 +116,10 @@ def open_source(path: pathlib.Path) -> Archive:
     # An archive often has one folder around everything.
     while members and len(tops := {key.partition("/")[0] for key in members if "/" in key}) == 1:
         (top,) = tops
-        if any("/" not in key for key in members) or split_of(top) or top.lower() in _OTHER_WORDS:
+        is_split = split_of(top) and not any(
+            split_of(part) for key in members for part in key.split("/")[1:-1]
+        )
+        if any("/" not in key for key in members) or is_split or top.lower() in _OTHER_WORDS:
             break
         members = {key.partition("/")[2]: member for key, member in members.items()}
     return Archive(path, "", members)
