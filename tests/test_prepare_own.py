@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ from PIL import Image
 from tests.miniatures import HEIGHT, WIDTH, grid, jpeg, png
 from tests.test_prepare import refusal, run, tree
 from topformer_jax import config as config_lib
+from topformer_jax import prepare
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.preparation import own
+from topformer_jax.preparation import downloads, own
 
 SQUARE = [[2, 1], [5, 1], [5, 4], [2, 4]]
+BACK = ("--background", "nothing")
 
 
 def write(root: pathlib.Path, files: dict[str, Any]) -> pathlib.Path:
@@ -36,16 +39,21 @@ def shape(label: str, points: Sequence[Sequence[float]], kind: str = "polygon") 
     return {"label": label, "points": points, "shape_type": kind, "group_id": None, "flags": {}}
 
 
-def labelme(image: str, *shapes: dict[str, Any], data: bytes | None = None) -> dict[str, Any]:
+def labelme(
+    image: str | None,
+    *shapes: dict[str, Any],
+    data: bytes | None = None,
+    size: tuple[int | None, int | None] = (HEIGHT, WIDTH),
+) -> dict[str, Any]:
     inside = base64.b64encode(data).decode() if data else None
-    size = {"imageHeight": HEIGHT, "imageWidth": WIDTH}
     return {
         "version": "5.5.0",
         "flags": {},
         "shapes": shapes,
         "imagePath": image,
         "imageData": inside,
-        **size,
+        "imageHeight": size[0],
+        "imageWidth": size[1],
     }
 
 
@@ -82,7 +90,11 @@ def test_labelme(tmp_path: pathlib.Path) -> None:
             "val/c.json": labelme("c.jpg"),
         },
     )
-    run("custom", made, tmp_path / "made", "--from", "labelme")
+    assert (
+        "town/b.json: no shape covers 89.58% of the picture: give the rest a class by --background"
+        in refusal("custom", made, tmp_path / "made", "--from", "labelme")
+    )
+    run("custom", made, tmp_path / "made", "--from", "labelme", "--background", "void")
     assert (tmp_path / "made/classes.txt").read_text() == "car\nroad\ntree\n"
     train = read(tmp_path / "made", "train")
     expected = np.full((HEIGHT, WIDTH), 1)
@@ -116,7 +128,7 @@ def test_polygons_are_those_of_opencv(tmp_path: pathlib.Path) -> None:
         polygons[f"{number}"] = points
         split = "val" if number == 0 else "train"
         files[f"{split}/{number}.png"] = png(np.zeros((100, 100, 3)))
-        files[f"{split}/{number}.json"] = labelme(f"{number}.png", shape("x", points))
+        files[f"{split}/{number}.json"] = labelme(f"{number}.png", shape("x", points), size=(100, 100))
     run(
         "custom",
         write(tmp_path / "drawn", files),
@@ -209,9 +221,12 @@ def test_colours(tmp_path: pathlib.Path) -> None:
     assert not list((tmp_path / "new").rglob("03.png"))
 
 
-def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
-    files = {"classes.txt": "a 1 1 1\nb 2 2 2\n", **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val")}}
-    files |= {f"masks/{s}/x.png": png(np.ones((HEIGHT, WIDTH, 3))) for s in ("train", "val")}
+def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "classes.txt": "a 1 1 1\nb 2 2 2\n",
+        **{f"images/{s}/x.jpg": jpeg(1) for s in ("train", "val", "test")},
+    }
+    files |= {f"masks/{s}/x.png": png(np.ones((HEIGHT, WIDTH, 3))) for s in ("train", "val", "test")}
     run(
         "custom",
         write(tmp_path / "x", files),
@@ -221,6 +236,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
         "--format",
         "array_record",
     )
+    assert "note: 1 pictures of test are not packed: records hold train and" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "m/custom/1.0.0").iterdir()} >= {"classes.txt", "manifest.json"}
     changes = {"data.dataset": "custom", "data.source": "array_record", "data.root": str(tmp_path / "m")}
     config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 2})
@@ -234,36 +250,42 @@ def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
         (
             "labelme",
             {"a.json": labelme("a.jpg", shape("x", SQUARE))},
-            "a.json is of a.jpg, which is not beside it",
+            "a.json is of a.jpg, which is not below --source: put it beside the file",
         ),
-        ("labelme", {"a.json": "[]"}, "a.json is not the JSON file that was expected (it holds no object)"),
+        (
+            "labelme",
+            {"a.json": "[]"},
+            "a.json is not the JSON file that was expected (Expected `object`, got `array`)",
+        ),
         (
             "labelme",
             {"a.json": {"shapes": [{}]}},
-            "a.json has not the fields that were expected (KeyError: 'label')",
+            "expected (Object missing required field `label` - at `$.shapes[0]`)",
         ),
-        ("labelme", {"a.json": labelme("a.jpg"), "a.jpg": b"text"}, "a.jpg is no picture, or damaged"),
         (
             "labelme",
-            {"a.json": labelme("a.bmp"), "a.bmp": png(grid(1))},
-            "is of a picture .bmp: expected .jpg, .jpeg",
+            {"a.json": labelme("a.jpg"), "a.jpg": b"text"},
+            "a.jpg cannot be decoded: it is not an image",
         ),
         (
             "labelme",
             {
-                **{f"{s}/a.json": labelme("a.jpg", shape("x", [[1, 1]], "point")) for s in ("train", "val")},
+                **{
+                    f"{s}/a.json": labelme("a.jpg", shape("x", [[1, 1], [2, 2]], "polygon"))
+                    for s in ("train", "val")
+                },
                 **{f"{s}/a.jpg": jpeg(1) for s in ("train", "val")},
             },
-            "a.json: a point of 1 points covers no area: draw x as a polygon",
+            "a.json: shape 0 is a polygon of 2 points, which covers no area: draw it as a polygon",
         ),
         (
             "labelme",
             {
-                "classes.txt": "y\n",
+                "classes.txt": "x\n_background_\n",
                 "train/a.json": labelme("a.jpg", shape("x", SQUARE)),
                 "train/a.jpg": jpeg(1),
             },
-            "gives no picture for validation (of 1): put pictures into folders named train and val",
+            "gives no picture for validation (of 1): folders, lists or files named train, val and test say",
         ),
         (
             "labelme",
@@ -282,20 +304,20 @@ def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
         ),
         (
             "colours",
-            {"classes.txt": "road 1 2 3\n", "images/a.jpg": jpeg(1)},
-            "images/a.jpg has no mask masks/a.png",
+            {"classes.txt": "road 1 2 3\nsea 3 2 1\n", "images/a.jpg": jpeg(1)},
+            "images/a.jpg has no mask, of its name and with one of .png",
         ),
-        ("coco", {"images/a.jpg": jpeg(1)}, "gives no picture for train (of 0)"),
+        ("coco", {"images/a.jpg": jpeg(1)}, "holds no .json of COCO with panoptic segments, polygons or"),
         (
             "colours",
             {
-                "classes.txt": "road 1 2 3\n",
+                "classes.txt": "road 1 2 3\nsea 3 2 1\n",
                 **{f"images/train/a.{suffix}": jpeg(1) for suffix in ("jpg", "jpeg")},
                 "masks/train/a.png": ids(1),
                 "images/val/a.jpg": jpeg(1),
                 "masks/val/a.png": ids(1),
             },
-            "two files would become annotations/train/a.png: rename one of them",
+            "images/train/a.jpg would share one label: keep one, or rename it",
         ),
     ],
 )
@@ -310,18 +332,19 @@ def test_what_was_edited_is_not_taken_for_complete(tmp_path: pathlib.Path) -> No
     """Also where every file keeps its size."""
     drawing = {f"{s}/a.json": labelme("a.jpg", shape("cat", SQUARE)) for s in ("train", "val")}
     write(tmp_path / "x", drawing | {f"{s}/a.jpg": jpeg(1) for s in ("train", "val")})
-    run("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
-    run("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
+    run("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme", *BACK)
+    run("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme", *BACK)
     write(tmp_path / "x", {"val/a.json": labelme("a.jpg", shape("dog", SQUARE))})
-    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
-    assert "was made of something else (other archives)" in line
-    line = refusal("custom", tmp_path / "x", tmp_path / "x" / "made", "--from", "labelme")
+    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme", *BACK)
+    assert "was made of something else (other classes, archives)" in line
+    line = refusal("custom", tmp_path / "x", tmp_path / "x" / "made", "--from", "labelme", *BACK)
     assert "lies in --source" in line
 
 
 def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
+    assert set(prepare.KINDS) == set(downloads.READERS)
     (tmp_path / "x").mkdir()
-    assert "--from labelme, --from coco or --from colours" in refusal(
+    assert "by --from labelme, coco, colours, cvat, yolo, roboflow-masks, voc" in refusal(
         "custom", tmp_path / "x", tmp_path / "made"
     )
     assert not tree(tmp_path).keys()
@@ -329,10 +352,8 @@ def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
 
 def test_shares_are_even() -> None:
     """Of 2000 names a tenth, within 5 standard deviations (13.4)."""
-    found = [own._find_split(f"town/{number:04}", 0.1) for number in range(2000)]
-    assert abs(found.count("validation") - 200) < 67
-    assert own._find_split("VAL2017/x", 0.0) == "validation"
-    assert own._find_split("a/Training/x", 0.9) == "train"
+    found = [own._hash(f"town/{number:04}") < 0.1 for number in range(2000)]
+    assert abs(sum(found) - 200) < 67
 
 
 def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> None:
@@ -340,7 +361,180 @@ def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> Non
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (WIDTH, HEIGHT)).save(file, "JPEG", exif=exif)
-    files = {f"{s}/a.json": labelme("a.jpg", shape("x", SQUARE)) for s in ("train", "val")}
+    drawing = labelme("a.jpg", shape("x", SQUARE), size=(WIDTH, HEIGHT))
+    files = {f"{s}/a.json": drawing for s in ("train", "val")}
     pictures = {f"{s}/a.jpg": file.getvalue() for s in ("train", "val")}
-    run("custom", write(tmp_path / "x", files | pictures), tmp_path / "made", "--from", "labelme")
+    run("custom", write(tmp_path / "x", files | pictures), tmp_path / "made", "--from", "labelme", *BACK)
     assert read(tmp_path / "made", "train")["a"][1].shape == (WIDTH, HEIGHT)
+    write(tmp_path / "x", {"val/a.json": labelme("a.jpg", shape("x", SQUARE))})
+    line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "labelme", *BACK)
+    assert "val/a.json is of 8 x 6 pixels, but" in line
+    assert "val/a.jpg has 6 x 8 (turned by its EXIF orientation): give both one size" in line
+
+
+def colours_set(*names: str, suffix: str = ".jpg") -> dict[str, Any]:
+    """Pictures below images/ and their masks: a class at the left, void at the right."""
+    mask = np.where((np.arange(WIDTH) < 5)[None, :, None], np.full((HEIGHT, 1, 3), 9), 0)
+    files: dict[str, Any] = {"classes.txt": "roof 9 9 9\nwater 1 2 3\nVoid 0 0 0\n"}
+    for seed, name in enumerate(names):
+        files |= {f"images/{name}{suffix}": jpeg(seed), f"masks/{name}.png": png(mask)}
+    return files
+
+
+def made_names(made: pathlib.Path) -> dict[str, set[str]]:
+    """The pictures of each folder of a made set, each with its label."""
+    found = {}
+    for folder in (made / "images").iterdir():
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        found[folder.name] = {path.relative_to(folder).with_suffix("").as_posix() for path in paths}
+        labels = [path for path in (made / "annotations" / folder.name).rglob("*") if path.is_file()]
+        assert len(labels) == len(paths)
+    return found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("train", "val", "test"), ("Training", "VALID", "Testing"), ("train2017", "validation", "test set")],
+)
+def test_each_picture_goes_where_it_belongs(
+    words: tuple[str, str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its folders, in any case; two of one name stay apart, and test is scored and never trained on."""
+    train, validation, test = words
+    names = [f"{train}/a/1", f"{train}/b/1", f"{validation}/a/1", f"{test}/1", f"{test}/2"]
+    source = write(
+        tmp_path / "x", colours_set(*names) | {"images/readme.md": "", "masks/old.png": png(grid(0))}
+    )
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"a/1", "b/1"}, "val": {"a/1"}, "test": {"1", "2"}}
+    assert (tmp_path / "made/images/train/b/1.jpg").read_bytes() == jpeg(1)
+    changes = {"data.dataset": "custom", "data.root": str(tmp_path / "made"), "model.num_classes": 2}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"data.validation_split": "test"})
+    assert [sources.open_source(config, "validation")[n].image for n in (0, 1)] == [jpeg(3), jpeg(4)]
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[:6] == [
+        "pictures labels",
+        "train (by folder) 2 2",
+        "validation (by folder) 1 1",
+        "test (by folder) 2 2",
+        "left out, masks without a picture: masks/old.png 1",
+        "not read, other files: 1 .md",
+    ]
+
+
+def test_lists_divide_the_pictures(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = colours_set("a", "b", "c", "d", "town/e")
+    lists = {
+        "Train.txt": "a.jpg\nimages/town/e.jpg masks/town/e.png\n",
+        "lists/VAL.txt": "./b\nlost\n",
+        "test.txt": "c\n",
+    }
+    source = write(tmp_path / "x", files | lists)
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"a", "town/e"}, "val": {"b"}, "test": {"c"}}
+    out = capsys.readouterr().out
+    assert "left out, in no list: images/d.jpg" in out
+    assert "left out, in lists/VAL.txt without picture and label: lost" in out
+    write(source, {"test.txt": "c\na\n"})
+    assert "a is in the list of t" in refusal("custom", source, tmp_path / "b", "--from", "colours")
+    write(source, colours_set("test/f") | {"test.txt": "c\n", "Train.txt": "a\nf\n"})
+    line = refusal("custom", source, tmp_path / "b", "--from", "colours")
+    assert "images/test/f.jpg belongs to test and train, by its folder and by a list" in line
+
+
+def test_names_of_files_divide_the_pictures_where_all_have_them(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", colours_set("train_1", "TRAIN-2", "val3", "test4"))
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {
+        "train": {"train_1", "TRAIN-2"},
+        "val": {"val3"},
+        "test": {"test4"},
+    }
+
+
+def test_without_a_validation_split_train_is_shared(tmp_path: pathlib.Path) -> None:
+    """Of few pictures at least one is scored on, and none of test is moved."""
+    source = write(tmp_path / "x", colours_set("train/1", "train/2", "test/3"))
+    run("custom", source, tmp_path / "made", "--from", "colours", "--validation", "0.001")
+    found = made_names(tmp_path / "made")
+    assert found["test"] == {"3"}
+    assert sorted([*found["train"], *found["val"]]) == ["1", "2"]
+    assert len(found["val"]) == 1
+
+
+def test_archives_are_read_like_folders(tmp_path: pathlib.Path) -> None:
+    files = {f"test data/{name}": data for name, data in colours_set("train/a", "val/a").items()}
+    with zipfile.ZipFile(tmp_path / "drawn.ZIP", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    run("custom", tmp_path / "drawn.ZIP", tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"a"}, "val": {"a"}}
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("../../x.jpg", jpeg(1))
+    line = refusal("custom", tmp_path / "bad.zip", tmp_path / "b", "--from", "colours")
+    assert "'../../x.jpg' is no name for a file below a folder" in line
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".TIF", ".tiff", ".webp", ".PNG"])
+def test_pictures_of_other_formats_are_read(
+    suffix: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pixels as Pillow decodes them; WebP is saved without loss."""
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file,
+        {".TIF": "TIFF"}.get(suffix, suffix[1:].upper()),
+        **({"lossless": True} if suffix == ".webp" else {}),
+    )
+    files = colours_set("train/a", "val/a", suffix=suffix)
+    files |= {name: file.getvalue() for name in files if name.endswith(suffix)}
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours")
+    (made,) = (tmp_path / "made/images/train").iterdir()
+    np.testing.assert_array_equal(np.array(Image.open(made)), pixels)
+    assert ("become PNG files: 2" in capsys.readouterr().out) == (suffix != ".PNG")
+
+
+def test_deep_pictures_are_named(tmp_path: pathlib.Path) -> None:
+    deep = cv2.imencode(".tif", np.zeros((HEIGHT, WIDTH, 3), np.uint16))[1].tobytes()
+    files = colours_set("train/a", "val/a", suffix=".tif") | {
+        "images/train/a.tif": deep,
+        "images/val/a.tif": deep,
+    }
+    line = refusal("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours")
+    assert "a.tif has pixels of uint16: save it with 8 bits a channel" in line
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        (
+            {"classes.txt": "a 1 1 1\nb 1 1 1\n"},
+            "classes.txt gives a and b one colour, 1 1 1: masks cannot tell them",
+        ),
+        ({"classes.txt": "a 1 1 1\nvoid 0 0 0\n"}, "has one class, a, so there is nothing to learn"),
+        (
+            {"masks/train/a.bmp": b"x"},
+            "a.jpg has two masks, masks/train/a.bmp and masks/train/a.png: remove one",
+        ),
+        ({"masks/train/a_mask.png": b"x"}, "a.jpg has two masks"),
+        (
+            {"masks/train/a.png": png(np.zeros((3, 4, 3)))},
+            "a.png is of 4 x 3 pixels, but x/images/train/a.jpg has 8 x 6",
+        ),
+        ({"classes.txt": b"\xff\xfe"}, "classes.txt is not UTF-8 text"),
+        (
+            {"images/train/test/b.jpg": jpeg(1), "masks/train/test/b.png": b""},
+            "lies in folders of test and train",
+        ),
+    ],
+)
+def test_colours_that_are_not_clear_are_refused(
+    files: dict[str, Any], line: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "x", colours_set("train/a", "val/a") | files)
+    said = refusal("custom", pathlib.Path("x"), pathlib.Path("made"), "--from", "colours")
+    assert line in said
+    assert len(said) <= 300

@@ -6,10 +6,13 @@ import contextlib
 import logging
 import os
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from topformer_jax.errors import UserError
 
@@ -21,6 +24,7 @@ else:
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
 WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no character of a name
 _unfinished: list[Path] = []  # files that are of no use yet
 Result = TypeVar("Result")
 
@@ -209,6 +213,47 @@ def read_lines(file: Path) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_json(data: bytes, kind: type[Result], where: str) -> Result:
+    """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
+
+    Args:
+        data: the file's bytes.
+        kind: a msgspec.Struct, or another type that msgspec knows.
+        where: the file, as an error names it.
+
+    Raises:
+        UserError: it is no JSON, or a value has another type than `kind` says; the line names its place.
+    """
+    try:
+        return msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UserError(
+            f"{where} is not the JSON file that was expected ({str(error)[:120]}): is it of another tool?"
+        ) from None
+
+
+def shorten(text: object, most: int = 60) -> str:
+    """A text from a file, as a line of an error shows it: of one line, and of at most so many characters.
+
+    >>> shorten("a\\nb"), shorten("abcdefghijkl", 9)
+    ('a?b', 'abc...jkl')
+    """
+    line = CONTROL.sub("?", str(text))
+    half = (most - 3) // 2
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
+
+
+def require_inside(name: str, where: str) -> None:
+    """Raises a UserError where a name that a file gives would lead out of the folder that it belongs into.
+
+    >>> require_inside("train/0001.jpg", "list.txt")
+    """
+    path = pathlib.PurePosixPath(name.replace("\\", "/"))
+    is_outside = path.is_absolute() or ".." in path.parts or pathlib.PureWindowsPath(name).drive
+    if is_outside or not path.name or CONTROL.search(name):
+        raise UserError(f"{where}: {name[:80]!r} is no name for a file below a folder: rename what it is of")
 
 
 def is_transient(error: BaseException) -> bool:

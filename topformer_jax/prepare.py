@@ -18,6 +18,7 @@ DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
     *("imagenet", "custom"),
 )
+KINDS = ("labelme", "coco", "colours", "cvat", "yolo", "roboflow-masks", "voc")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from",
         dest="kind",
-        choices=("labelme", "coco", "colours"),
+        choices=KINDS,
         help="of custom: what annotated the pictures",
     )
     parser.add_argument(
@@ -42,13 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="of custom: pictures to score on, if no folder is named train or val (default 0.1)",
+        help="of custom: pictures to score on, where no folder, list or file says it (default 0.1)",
     )
     parser.add_argument(
         "--background",
         default="",
         metavar="NAME",
-        help="of custom: class of what nothing covers (default: void)",
+        help="of custom: class of what no annotation covers; void: it is no class",
     )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core); 0: this one alone"
@@ -69,6 +70,7 @@ cli.answer_help(__name__, make_parser)
 
 import pathlib
 import shutil
+from typing import Any
 
 from etils import epath
 
@@ -114,6 +116,9 @@ def prepare(args: argparse.Namespace) -> None:
         {"from": args.kind, "validation": args.validation, "background": args.background} if args.kind else {}
     )
     found = downloads.find(args.dataset, source, options)
+    if found.table:
+        print(cli.table(found.table))
+        print(*(f"note: {note}"[:300] for note in found.notes), sep="\n")
     if args.format == "folder":
         _make_folder(found, output, workers, args.verify)
         print(f"{output} is complete; use it with --config.data.root={output}")
@@ -122,15 +127,19 @@ def prepare(args: argparse.Namespace) -> None:
     if writer.is_made_of(packed, found.origin):
         _print_complete(args.dataset, packed, args.output)
     else:
-        _make_folder(found, folder, workers, args.verify)
+        made = _make_folder(found, folder, workers, args.verify)
+        if count := made.get("test", {}).get("images"):
+            print(f"note: {count} pictures of test are not packed: records hold train and validation")
         _pack(args.dataset, str(folder), args.output, part)
         for name in (writer.LISTING, writer.MANIFEST):
             files.write_file(packed / name, (folder / name).read_bytes())
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_folder(found: downloads.Found, output: pathlib.Path, workers: int, verify: bool) -> None:
-    """Makes a data set's folder, prints what is in it, and checks that each picture has its label."""
+def _make_folder(
+    found: downloads.Found, output: pathlib.Path, workers: int, verify: bool
+) -> dict[str, dict[str, Any]]:
+    """Makes a data set's folder, prints what is in each split, and checks that each picture has its label."""
     total = sum(size for size, *_ in found.origin["archives"].values())
     free = shutil.disk_usage(
         next(path for path in (output, *output.absolute().parents) if path.exists())
@@ -146,6 +155,7 @@ def _make_folder(found: downloads.Found, output: pathlib.Path, workers: int, ver
             f"sha256 {split['sha256']}"
         )
     _check_folder(found.dataset, str(output))
+    return splits
 
 
 def _check_folder(dataset: str, folder: str) -> None:

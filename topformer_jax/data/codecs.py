@@ -208,7 +208,7 @@ def _decode(data: bytes, flags: int, name: str) -> np.ndarray:
 def _check_complete(data: bytes, name: str) -> None:
     """Raises a UserError for a file that is cut off: OpenCV would fill a JPEG up with grey."""
     if not data:
-        raise UserError(f"{name} is empty: copy or download it again")
+        raise UserError(f"{name} is empty: copy or fetch it again")
     if data.startswith(PNG):
         _check_png(data, name)
     elif data.startswith(JPEG) and not _has_jpeg_end(data):
@@ -252,7 +252,7 @@ def _check_png(data: bytes, name: str) -> None:
         right_start = position > len(PNG) or (length, kind) == (13, b"IHDR")
         checksum = struct.pack(">I", zlib.crc32(memoryview(data)[position + 4 : end - 4]))
         if not right_start or data[end - 4 : end] != checksum:
-            raise UserError(f"{name} is a damaged PNG: copy or download it again")
+            raise UserError(f"{name} is a damaged PNG: copy or fetch it again")
         position = end
 
 
@@ -261,8 +261,8 @@ def _not_a_png(name: str) -> UserError:
 
 
 def _cut_off(name: str) -> UserError:
-    return UserError(f"{name} is cut off: its end is missing; copy or download it again")
+    return UserError(f"{name} is cut off: its end is missing; copy or fetch it again")
 
 
 def _damaged(name: str) -> UserError:
-    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; copy or download it again")
+    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; copy or fetch it again")

@@ -68,12 +68,20 @@ class Archive:
 
     def __getitem__(self, name: str) -> Member:
         if name not in self.members:
-            raise UserError(f"{self.path} holds no {self.root}{name}: download it again")
+            raise UserError(f"{self.path} holds no {self.root}{name}: fetch it again")
         return self.members[name]
 
     def lines(self, name: str) -> list[str]:
-        """The lines of a text file, without those that are blank."""
-        return [line.strip() for line in self[name].read().decode("utf-8-sig").splitlines() if line.strip()]
+        """The lines of a text file, without those that are blank.
+
+        Raises:
+            UserError: it is not UTF-8.
+        """
+        try:
+            text = self[name].read().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise UserError(f"{self[name].where} is not UTF-8 text: save it as UTF-8") from None
+        return [line.strip() for line in text.splitlines() if line.strip()]
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """The sorted names of the files below a folder ("images/") that have a suffix, without both."""
@@ -105,13 +113,15 @@ def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
             found = list(_list_folder(path))
         elif path.suffix == ".json":
             found = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
-        elif path.suffix == ".zip":
+        elif path.suffix.lower() == ".zip":
             found = _list_zip(path)
         else:
             with path.open("rb") as file:
                 is_compressed = file.read(2) == b"\x1f\x8b"
             found = _list_gzip(path) if is_compressed else _list_tar(path)
     found = [member for member in found if not _is_hidden(member.name)]
+    if not holds:
+        return Archive(path, "", {member.name: member for member in found})
     for name in (member.name for member in found):
         position = name.find(holds)
         if position == 0 or (position > 0 and name[position - 1] == "/"):
@@ -138,7 +148,7 @@ def fingerprint(path: pathlib.Path) -> list[int | str]:
     for member in _list_folder(path):
         size, count = size + member.size, count + 1
         digest.update(os.fsencode(f"{member.name}\n{member.size}\n"))
-        if member.name.endswith((".json", ".txt")):
+        if member.name.lower().endswith((".json", ".txt", ".csv", ".yaml", ".yml")):
             digest.update(hashlib.sha256(member.read()).digest())
     return [size, count, digest.hexdigest()]
 
@@ -223,7 +233,7 @@ def _list_folder(path: pathlib.Path) -> Iterator[Member]:
 
 def _is_hidden(name: str) -> bool:
     """Whether some system left the file in the archive beside the real ones."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/") if part not in (".", ".."))
 
 
 @contextlib.contextmanager
@@ -243,6 +253,6 @@ def _report_damage(path: str | os.PathLike[str], name: str = "") -> Iterator[Non
             why = f"at {name}: {error}" if name else f"{error}"
             size = os.path.getsize(path)
             raise UserError(
-                f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): download it "
-                "again"
+                f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): fetch "
+                "it again"
             ) from None

@@ -1,15 +1,16 @@
 """The official downloads of each data set: names, where they are from, and how many pictures they give."""
 
 import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from topformer_jax import files
 from topformer_jax.data import class_folders
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
 from topformer_jax.errors import UserError
-from topformer_jax.preparation import coco_stuff, imagenet, own, pascal, scenes
+from topformer_jax.preparation import coco, coco_stuff, imagenet, labelme, masks, own, pascal, scenes, yolo
 from topformer_jax.preparation.archives import fingerprint, open_archive
 from topformer_jax.preparation.writer import Plan
 
@@ -41,6 +42,8 @@ class Found:
     plan: Plan
     origin: dict[str, Any]  # for the manifest
     published: Mapping[str, int]
+    table: Sequence[Sequence[str]] = ()  # of one's own data: what went where
+    notes: Sequence[str] = ()
 
 
 _VOC = "the PASCAL VOC site, host.robots.ox.ac.uk/pascal/VOC"
@@ -145,6 +148,17 @@ RELEASES: dict[str, tuple[Release, ...]] = {
 }
 
 
+READERS: dict[str, own.Reader] = {
+    "labelme": labelme.read,
+    "coco": coco.read,
+    "colours": masks.read_colours,
+    "cvat": masks.read_cvat,
+    "yolo": yolo.read,
+    "roboflow-masks": masks.read_roboflow,
+    "voc": masks.read_voc,
+}
+
+
 def find(dataset: str, source: pathlib.Path, options: Mapping[str, Any]) -> Found:
     """Finds and lists what a data set is made of.
 
@@ -196,15 +210,25 @@ def _find_own(source: pathlib.Path, options: Mapping[str, Any]) -> Found:
     if not kind:
         raise UserError(
             f"{source} has not the layout of a custom data set (images/train, annotations/train): say what annotated "
-            "the pictures by --from labelme, --from coco or --from colours"
+            f"the pictures by --from {', '.join(READERS)}"
         )
-    archive = open_archive(source)
-    if kind == "colours":
-        plan = own.plan_colours(archive, validation)
-    else:
-        plan = (own.plan_labelme if kind == "labelme" else own.plan_coco)(archive, validation, background)
-    origin = {"dataset": "custom", "options": dict(options), "archives": {source.name: fingerprint(source)}}
-    return Found("custom", plan, origin, {})
+    annotations = READERS[kind](own.open_source(source), " ".join(background.split()))
+    division = own.divide(annotations, validation)
+    origin = {
+        "dataset": "custom",
+        "options": dict(options),
+        "classes": annotations.classes,
+        "archives": {source.name: [*fingerprint(source), *_checksum(source)]},
+    }
+    return Found("custom", division.plan, origin, {}, division.table, division.notes)
+
+
+def _checksum(path: pathlib.Path) -> list[str]:
+    """The SHA-256 of an archive, which may be made anew with the same size; of a folder none."""
+    if path.is_dir():
+        return []
+    with files.report_errors("read", path), path.open("rb") as file:
+        return [hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _list_missing(release: Release, present: Mapping[str, Any]) -> str:

@@ -4,22 +4,43 @@ Each function takes a file's bytes and its name; a plan gives the settings befor
 """
 
 import contextlib
+import dataclasses
 import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
 
 import cv2
+import msgspec
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw
 
+from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import decode_image, read_label_values
+from topformer_jax.data.codecs import decode_image, read_image_size, read_label_size, read_label_values
 from topformer_jax.errors import UserError
+from topformer_jax.preparation.archives import IN_FOLDER, Member
+from topformer_jax.preparation.writer import Convert
 
 Labels = UInt8[np.ndarray, "h w"]
+Size = tuple[int, int]  # height, width
 Colour = tuple[int, int, int]  # red, green, blue
+
+
+class _Outline(msgspec.Struct):
+    """A polygon of Cityscapes."""
+
+    label: str
+    polygon: Annotated[list[tuple[float, float]], msgspec.Meta(min_length=2)]
+    deleted: int | bool = 0
+
+
+class _Scene(msgspec.Struct):
+    """A *_polygons.json of Cityscapes."""
+
+    imgWidth: Annotated[int, msgspec.Meta(ge=1, le=1 << 15)]
+    imgHeight: Annotated[int, msgspec.Meta(ge=1, le=1 << 15)]
+    objects: list[_Outline]
 
 
 def encode(labels: Labels) -> bytes:
@@ -39,6 +60,12 @@ def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
         UserError: another value occurs, or the file is damaged.
     """
     return encode(_look_up(table, read_label_values(data, name), name))
+
+
+def read_palette(data: bytes) -> bytes:
+    """The palette of a PNG: red, green, blue of each value; empty where it has none."""
+    place = data.find(b"PLTE", 0, data.find(b"IDAT"))
+    return data[place + 4 : place + 4 + int.from_bytes(data[place - 4 : place], "big")] if place > 0 else b""
 
 
 def map_matrix(key: str, table: Mapping[int, int], data: bytes, name: str) -> bytes:
@@ -67,7 +94,7 @@ def read_mat(data: bytes, name: str) -> dict[str, Any]:
         return dict(loadmat(io.BytesIO(data)))
     except Exception as error:  # of many types
         raise UserError(
-            f"{name} cannot be read as a MATLAB file ({error}): download its archive again"
+            f"{name} cannot be read as a MATLAB file ({error}): fetch its archive again"
         ) from None
 
 
@@ -111,69 +138,19 @@ def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes
     Raises:
         UserError: a name is unknown, or the file is damaged.
     """
-    content = read_json(data, name)
-    with expect_fields(name):
-        canvas = Image.new("L", (content["imgWidth"], content["imgHeight"]), IGNORE_LABEL)
-        for shape in content["objects"]:
-            if shape.get("deleted"):
-                continue
-            label = classes.get(shape["label"], classes.get(shape["label"].removesuffix("group")))
-            if label is None:
-                raise UserError(
-                    f"{name}: {shape['label']} is no class of Cityscapes: download its archive again"
-                )
-            if label >= 0:
-                ImageDraw.Draw(canvas).polygon([tuple(point) for point in shape["polygon"]], fill=label)
+    content = files.read_json(data, _Scene, name)
+    canvas = Image.new("L", (content.imgWidth, content.imgHeight), IGNORE_LABEL)
+    for shape in content.objects:
+        if shape.deleted:
+            continue
+        label = classes.get(shape.label, classes.get(shape.label.removesuffix("group")))
+        if label is None:
+            raise UserError(
+                f"{name}: {files.shorten(shape.label, 80)} is no class of Cityscapes: fetch its archive again"
+            )
+        if label >= 0:
+            ImageDraw.Draw(canvas).polygon(shape.polygon, fill=label)
     return encode(np.asarray(canvas))
-
-
-def draw_labelme(
-    classes: Mapping[str, int], background: int, size: tuple[int, int], data: bytes, name: str
-) -> bytes:
-    """Draws the shapes of a labelme file in their order, as labelme does (its outline belongs to a shape).
-
-    Args:
-        classes: label of each name.
-        background: label of the pixels that no shape covers.
-        size: (height, width) of the image.
-        data: a labelme .json.
-        name: of the file.
-
-    Raises:
-        UserError: a shape is neither polygon, rectangle nor circle, or has no class.
-    """
-    canvas = Image.new("L", (size[1], size[0]), background)
-    with expect_fields(name):
-        for shape in read_json(data, name)["shapes"]:
-            label = classes.get(shape["label"])
-            if label is None:
-                raise UserError(
-                    f"{name}: {shape['label']} is not in classes.txt: add it there, or rename it here"
-                )
-            points = [(float(x), float(y)) for x, y in shape["points"]]
-            if not _draw_shape(ImageDraw.Draw(canvas), shape.get("shape_type") or "polygon", points, label):
-                raise UserError(
-                    f"{name}: a {shape['shape_type']} of {len(points)} points covers no area: draw {shape['label']} "
-                    "as a polygon of 3 or more points, a rectangle or a circle"
-                )
-    return encode(np.asarray(canvas))
-
-
-def _draw_shape(draw: ImageDraw.ImageDraw, kind: str, points: list[tuple[float, float]], label: int) -> bool:
-    """Draws a shape of labelme; False if it covers no area."""
-    if kind == "polygon" and len(points) > 2:
-        draw.polygon(points, fill=label, outline=label)
-    elif kind == "rectangle" and len(points) == 2:
-        (x, y), (other_x, other_y) = points
-        corners = (min(x, other_x), min(y, other_y), max(x, other_x), max(y, other_y))
-        draw.rectangle(corners, fill=label, outline=label)
-    elif kind == "circle" and len(points) == 2:
-        (x, y), (edge_x, edge_y) = points
-        radius = ((x - edge_x) ** 2 + (y - edge_y) ** 2) ** 0.5
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=label, outline=label)
-    else:
-        return False
-    return True
 
 
 def map_segments(segments: Mapping[int, int], background: int, data: bytes, name: str) -> bytes:
@@ -206,15 +183,171 @@ def draw_runs(
     Raises:
         UserError: the runs are not of this size.
     """
-    labels = np.zeros(size[0] * size[1], np.uint8)
+    labels = np.zeros(size, np.uint8)
     for label, counts in annotations:
-        runs = decode_runs(counts) if isinstance(counts, str) else counts
-        if sum(runs) != labels.size:
+        labels[_fill_runs(_read_runs(counts, size, name), size)] = label
+    return encode(labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """An annotated part of a picture: polygons (x, y, x, y, ...), or COCO's "counts" of its runs."""
+
+    label: int
+    polygons: tuple[tuple[float, ...], ...] = ()
+    runs: str | tuple[int, ...] = ()
+
+
+def take_polygons(polygons: Iterable[Sequence[float]], name: str) -> tuple[tuple[float, ...], ...]:
+    """The polygons of 3 or more points.
+
+    Raises:
+        UserError: one has an odd number of coordinates.
+    """
+    found = []
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise UserError(f"{name} has a polygon of {len(polygon)} numbers: expected x, y, x, y, ...")
+        if len(polygon) > 4:
+            found.append(tuple(polygon))
+    return tuple(found)
+
+
+def box_region(label: int, x: float, y: float, width: float, height: float) -> Region:
+    """A box as a region."""
+    return Region(label, ((x, y, x + width, y, x + width, y + height, x, y + height),))
+
+
+def draw_regions(
+    background: int, stated: Size | None, image: Member, regions: Sequence[Region], data: bytes, name: str
+) -> bytes:
+    """Draws the regions of a picture in the order of their areas, largest first, as pycocotools fills polygons.
+
+    Args:
+        background: label of the pixels that no region covers.
+        stated: (height, width) that the annotation names.
+        image: the picture.
+        regions: what to draw; of equal areas the later one is on top.
+        data: unused: the regions are known.
+        name: of the annotation.
+
+    Raises:
+        UserError: the picture has another size than the annotation, or a region lies outside of it.
+    """
+    from pycocotools import mask as masks
+
+    height, width = size = read_size(image)
+    check_stated_size(stated, size, image.where, name)
+    drawn = []
+    for region in regions:
+        runs: str | Sequence[int] = region.runs
+        for polygon in region.polygons:
+            check_points(list(zip(polygon[::2], polygon[1::2], strict=True)), size, name)
+        if region.polygons:
+            # Four numbers would be a box for pycocotools: readers leave such out.
+            parts = masks.frPyObjects([list(polygon) for polygon in region.polygons], height, width)
+            runs = masks.merge(parts)["counts"].decode()
+        drawn.append((region.label, _read_runs(runs, size, name)))
+    labels = np.full(size, background, np.uint8)
+    for label, lengths in sorted(drawn, key=lambda row: -sum(row[1][1::2])):
+        labels[_fill_runs(lengths, size)] = label
+    return encode(labels)
+
+
+def require_pycocotools() -> None:
+    """Raises a UserError where what fills polygons is not installed."""
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "what fills polygons is not installed: pip install 'topformer_jax[annotations]' "
+            "(from a clone: pip install -e '.[annotations]')"
+        ) from None
+
+
+def _read_runs(counts: str | Sequence[int], size: Size, name: str) -> Sequence[int]:
+    """COCO's run lengths of a mask of a size.
+
+    Raises:
+        UserError: they are of another one. pycocotools 2.0.11 gives unset memory where they are too short.
+    """
+    runs = decode_runs(counts) if isinstance(counts, str) else counts
+    if sum(runs) != size[0] * size[1] or min(runs, default=0) < 0:
+        raise UserError(
+            f"{name}: the runs of a mask are of {sum(runs)} pixels, and its picture has {size[0] * size[1]}"
+        )
+    return runs
+
+
+def _fill_runs(runs: Sequence[int], size: Size) -> Bool[np.ndarray, "h w"]:
+    """The pixels inside of runs."""
+    inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return np.ascontiguousarray(inside.reshape(size[1], size[0]).T)
+
+
+def read_size(image: Member) -> Size:
+    """(height, width) of a picture as it is decoded.
+
+    Raises:
+        UserError: it is no picture, or damaged.
+    """
+    is_plain = image.offset == IN_FOLDER and image.name.lower().endswith((".jpg", ".jpeg", ".png"))
+    size = read_image_size(image.path) if is_plain else None
+    if size is None:
+        height, width, _ = decode_image(image.read(), image.where).shape
+        return height, width
+    return size
+
+
+def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> bytes:
+    """Converts a mask, which has the size of its picture.
+
+    Raises:
+        UserError: it has another one.
+    """
+    label = convert(data, name)
+    check_stated_size(read_label_size(label, name), read_size(image), image.where, name)
+    return label
+
+
+def check_stated_size(stated: Size | None, size: Size, picture: str, name: str) -> None:
+    """Raises a UserError where a picture has another (height, width) than its annotation states, if it states one."""
+    if stated and stated != size:
+        turned = " (turned by its EXIF orientation)" if stated == size[::-1] else ""
+        raise UserError(
+            f"{name} is of {stated[1]} x {stated[0]} pixels, but {picture} has {size[1]} x {size[0]}{turned}: give "
+            "both one size"
+        )
+
+
+def check_points(points: Sequence[tuple[float, float]], size: Size, name: str) -> None:
+    """Raises a UserError for a shape that lies outside of its picture, or reaches far out of it."""
+    columns, rows = zip(*points, strict=True)
+    for values, length in ((columns, size[1]), (rows, size[0])):
+        is_outside = max(values) < 0 or min(values) > length
+        if is_outside or min(values) < -length or max(values) > 2 * length:
             raise UserError(
-                f"{name}: a mask has {sum(runs)} pixels, its image {labels.size}: download it again"
+                f"{name}: a shape from ({min(columns):g}, {min(rows):g}) to ({max(columns):g}, {max(rows):g}) lies "
+                f"outside of its picture of {size[1]} x {size[0]} pixels"
             )
-        labels[np.repeat(np.arange(len(runs)) % 2 == 1, runs)] = label
-    return encode(np.ascontiguousarray(labels.reshape(size[1], size[0]).T))
+
+
+def to_png(data: bytes, name: str) -> bytes:
+    """A picture in another format as a PNG of 8 bits a channel, as `decode_image` reads it.
+
+    Raises:
+        UserError: it is damaged, has deeper pixels, or is several pictures.
+    """
+    image = decode_image(data, name)
+    deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if deep is None or deep.dtype != np.uint8:
+        raise UserError(
+            f"{name} has pixels of {getattr(deep, 'dtype', 'another kind')}: save it with 8 bits a channel"
+        )
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as file:
+        if getattr(file, "n_frames", 1) > 1:
+            raise UserError(f"{name} holds several pictures: save each as a file of its own")
+    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def decode_runs(text: str) -> list[int]:
@@ -238,22 +371,6 @@ def decode_runs(text: str) -> list[int]:
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
         value = shift = 0
     return runs
-
-
-def read_json(data: bytes, name: str) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-        UserError: it is damaged, or no object.
-    """
-    try:
-        content = json.loads(data)
-        if isinstance(content, dict):
-            return content
-        why = "it holds no object"
-    except ValueError as error:
-        why = str(error)
-    raise UserError(f"{name} is not the JSON file that was expected ({why})")
 
 
 @contextlib.contextmanager

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated
 
+import msgspec
+
+from topformer_jax import files
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import Archive
@@ -18,28 +21,49 @@ _CONTEXT_CLASSES = {number: label for label, number in enumerate(map(int, _CONTE
 _CONTEXT_SPLITS = {"train": "train", "validation": "val"}
 
 
+class _Picture(msgspec.Struct):
+    image_id: int
+    file_name: str
+    phase: str
+    height: Annotated[int, msgspec.Meta(ge=1, le=1 << 15)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=1 << 15)]
+
+
+class _Runs(msgspec.Struct):
+    counts: str | list[int]
+
+
+class _Mask(msgspec.Struct):
+    image_id: int
+    category_id: int
+    segmentation: _Runs
+
+
+class _Detail(msgspec.Struct):
+    """The annotations of PASCAL in Detail."""
+
+    images: list[_Picture]
+    annos_segmentation: list[_Mask]
+
+
 def plan_context(voc: Archive, annotations: Archive) -> Plan:
     """PASCAL Context from trainval_merged.json: the labels and lists that mmsegmentation's converter makes."""
     (member,) = annotations.members.values()
-    content = labels.read_json(member.read(), member.where)
-    pictures: dict[int, dict[str, Any]] = {}
+    content = files.read_json(member.read(), _Detail, member.where)
+    pictures = {row.image_id: row for row in content.images if row.phase in _CONTEXT_SPLITS.values()}
     masks: dict[int, list[tuple[int, str | list[int]]]] = {}
-    with labels.expect_fields(member.where):
-        for picture in content["images"]:
-            if picture["phase"] in _CONTEXT_SPLITS.values():
-                pictures[picture["image_id"]] = picture
-        for mask in content["annos_segmentation"]:
-            if mask["image_id"] in pictures:
-                label = _context_class(mask["category_id"], member.where)
-                masks.setdefault(mask["image_id"], []).append((label, mask["segmentation"]["counts"]))
-        tasks, lists = [], {}
-        for split, word in _CONTEXT_SPLITS.items():
-            mine = {p["file_name"].removesuffix(".jpg"): p for p in pictures.values() if p["phase"] == word}
-            lists[word] = sorted(mine)
-            for name in lists[word]:
-                size = mine[name]["height"], mine[name]["width"]
-                convert = partial(labels.draw_runs, size, masks.get(mine[name]["image_id"], []))
-                tasks += _context_pair(voc, split, name, b"", convert, f"{name} in {member.where}")
+    for mask in content.annos_segmentation:
+        if mask.image_id in pictures:
+            label = _context_class(mask.category_id, member.where)
+            masks.setdefault(mask.image_id, []).append((label, mask.segmentation.counts))
+    tasks, lists = [], {}
+    for split, word in _CONTEXT_SPLITS.items():
+        mine = {row.file_name.removesuffix(".jpg"): row for row in pictures.values() if row.phase == word}
+        lists[word] = sorted(mine)
+        for name in lists[word]:
+            size = mine[name].height, mine[name].width
+            convert = partial(labels.draw_runs, size, masks.get(mine[name].image_id, []))
+            tasks += _context_pair(voc, split, name, b"", convert, f"{name} in {member.where}")
     return plan_of(tasks + _make_lists("SegmentationContext", lists))
 
 

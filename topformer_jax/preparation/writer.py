@@ -242,10 +242,7 @@ def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     for task in tasks:
         if task.path in paths:
             raise UserError(f"two files would become {task.path}: rename one of them")
-        if ".." in pathlib.PurePosixPath(task.path).parts or task.path.startswith("/") or "\t" in task.path:
-            raise UserError(
-                f"{task.path!r} is no name for a file below the output: rename what it is made of"
-            )
+        files.require_inside(task.path, "--source")
         paths.add(task.path)
         chunk.append(task)
         if len(chunk) == _CHUNK_FILES or sum(task.size for task in chunk) >= _CHUNK_BYTES:

@@ -1,0 +1,410 @@
+"""`prepare custom --from` coco, cvat, yolo, roboflow-masks, voc: each label against one made here by other means."""
+
+import io
+import json
+import pathlib
+import re
+import sys
+import warnings
+import zipfile
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as masks
+
+from tests.miniatures import jpeg, png
+from tests.test_prepare import refusal, run, tree
+from tests.test_prepare_own import BACK, write
+
+H, W = 40, 60
+LINE = 300  # characters that a line of an error may have
+
+
+def picture(seed: int, kind: str = ".jpg") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (H, W, 3), np.uint8)
+    return cv2.imencode(kind, pixels)[1].tobytes()
+
+
+def label(made: pathlib.Path, name: str) -> np.ndarray:
+    """The values of a label that was made, by Pillow."""
+    return np.array(Image.open(made / "annotations" / f"{name}.png"))
+
+
+def palette_png(values: np.ndarray, *colours: tuple[int, int, int]) -> bytes:
+    image, file = Image.fromarray(values.astype(np.uint8), "P"), io.BytesIO()
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def zip_of(files: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content if isinstance(content, bytes | str) else json.dumps(content))
+    return file.getvalue()
+
+
+def instances(name: str, *rows: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A file of COCO that lists one picture."""
+    image = {"id": 1, "file_name": name, "width": W, "height": H}
+    annotations = [{"id": n, "image_id": 1, "iscrowd": 0, **row} for n, row in enumerate(rows)]
+    categories = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
+    return {"images": [image], "categories": categories, "annotations": annotations} | fields
+
+
+def box(x: int, y: int, right: int, bottom: int) -> list[float]:
+    return [x, y, right, y, right, bottom, x, bottom]
+
+
+def test_instances_of_coco(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rectangles between pixels by slices, a triangle and runs by pycocotools; the larger area is below."""
+    blob = np.zeros((H, W), np.uint8, order="F")
+    blob[2:9, 40:58] = 1
+    blob[4, 45] = 0
+    packed = masks.encode(blob)["counts"].decode()
+    triangle = [30.5, 20.2, 55.1, 38.7, 20.3, 36.9]
+    rows = [
+        {"category_id": 3, "segmentation": [box(10, 10, 15, 15)]},  # small, first: it stays on top
+        {"category_id": 7, "segmentation": [box(5, 5, 30, 20), box(0, 30, 4, 34)]},
+        {"category_id": 3, "segmentation": {"size": [H, W], "counts": packed}},
+        {"category_id": 7, "segmentation": [triangle]},
+        {"category_id": 7, "segmentation": {"size": [H, W], "counts": [0, 2, H * W - 4, 2]}, "iscrowd": 1},
+        {"category_id": 7, "segmentation": [], "bbox": [1, 22, 3, 2]},
+        {"category_id": 7, "segmentation": [[1, 1, 2, 2]]},
+    ]
+    files = {
+        "images/train/a.jpg": picture(1),
+        "images/val/a.jpg": picture(2),
+        "images/train/stray.jpg": picture(3),
+        "annotations/instances_train.json": instances("a.jpg", *rows),
+        "annotations/instances_val.json": instances("a.jpg"),
+        "annotations/captions_val.json": {
+            "images": [{"id": 1, "file_name": "a.jpg"}],
+            "annotations": [{"image_id": 1, "caption": "x"}],
+        },
+    }
+    source = write(tmp_path / "x", files)
+    assert "covers a part of the pictures only: give the rest a class by --background NAME" in refusal(
+        "custom", source, tmp_path / "made", "--from", "coco"
+    )
+    run("custom", source, tmp_path / "made", "--from", "coco", *BACK)
+    assert (tmp_path / "made/classes.txt").read_text() == "nothing\ncat\ndog\n"
+    expected = np.zeros((H, W), np.uint8)
+    with warnings.catch_warnings():  # of pycocotools with NumPy 2
+        warnings.simplefilter("ignore")
+        expected[masks.decode(masks.frPyObjects([triangle], H, W))[..., 0] > 0] = 2
+    expected[5:20, 5:30] = expected[30:34, 0:4] = 2
+    expected[10:15, 10:15] = 1
+    expected[blob > 0] = 1
+    expected[22:24, 1:4] = 255  # what the box alone tells
+    expected[:2, 0] = expected[-2:, -1] = 2
+    np.testing.assert_array_equal(label(tmp_path / "made", "train/a"), expected)
+    assert (label(tmp_path / "made", "val/a") == 0).all()
+    assert (tmp_path / "made/images/train/a.jpg").read_bytes() == picture(1)
+    assert (tmp_path / "made/images/val/a.jpg").read_bytes() == picture(2)
+    out = capsys.readouterr().out
+    assert "left out, in no annotation: images/train/stray.jpg" in out
+    assert "left out, files without polygons, run lengths or boxes: annotations/captions_val.json" in out
+    assert "crowds, drawn as their class in annotations/instances_train.json: 1" in out
+    assert "boxes without a mask, whose pixels are void in annotations/instances_train.json: 1" in out
+    assert "annotations without an area, left out in annotations/instances_train.json: 1" in out
+    assert "drawn by their area, the largest first" in out
+
+
+def test_coco_of_roboflow(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Category 0 names the group of the others, here as one of them; test is no train."""
+    categories = [
+        {"id": 0, "name": "crack", "supercategory": "none"},
+        {"id": 1, "name": "crack", "supercategory": "crack"},
+    ]
+    row = {"category_id": 1, "segmentation": [box(0, 0, 20, 40)]}
+    files: dict[str, Any] = {}
+    for split in ("train", "valid", "test"):
+        files[f"{split}/a.rf.1.jpg"] = picture(len(split))
+        files[f"{split}/_annotations.coco.json"] = instances("a.rf.1.jpg", row, categories=categories)
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "coco", "--background", "wall")
+    assert (tmp_path / "made/classes.txt").read_text() == "wall\ncrack\n"
+    for split, seed in (("train", 5), ("val", 5), ("test", 4)):
+        assert (tmp_path / f"made/images/{split}/a.rf.1.jpg").read_bytes() == picture(seed)
+        np.testing.assert_array_equal(
+            label(tmp_path / "made", f"{split}/a.rf.1"), np.arange(W)[None] // 20 * np.ones((H, 1)) < 1
+        )
+    out = capsys.readouterr().out
+    assert "no class: category crack, which names the group of the others" in out
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["train", "validation", "test"]
+
+
+def panoptic(name: str, *segments: dict[str, Any]) -> dict[str, Any]:
+    rows = [{"image_id": 1, "file_name": "a.png", "segments_info": list(segments)}]
+    return {**instances(name), "annotations": rows}
+
+
+def test_panoptic_pictures_of_one_name_and_masks_in_a_zip(tmp_path: pathlib.Path) -> None:
+    ids = np.zeros((H, W, 3), np.uint8)
+    ids[:20] = (7, 2, 1)  # id 7 + 2 * 256 + 65536
+    segment = {"id": 7 + 512 + 65536, "category_id": 3}
+    files: dict[str, Any] = {}
+    for split in ("train", "val"):
+        files[f"{split}2017/a.png"] = picture(len(split), ".png")
+        files[f"annotations/panoptic_{split}2017.json"] = panoptic("a.png", segment)
+        files[f"annotations/panoptic_{split}2017.zip"] = zip_of({f"panoptic_{split}2017/a.png": png(ids)})
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "coco")
+    for split in ("train", "val"):
+        assert (tmp_path / f"made/images/{split}/a.png").read_bytes() == picture(len(split), ".png")
+        found = label(tmp_path / "made", f"{split}/a")
+        assert (found[:20] == 0).all()
+        assert (found[20:] == 255).all()  # what has no segment is void for panopticapi
+
+    write(tmp_path / "x", {"annotations/panoptic_train2017/a.png": png(ids)})  # unpacked beside its zip file
+    run("custom", tmp_path / "x", tmp_path / "other", "--from", "coco", *BACK)
+    assert set(np.unique(label(tmp_path / "other", "train/a"))) == {0, 1}
+
+
+def test_panoptic_masks_beside_their_file(tmp_path: pathlib.Path) -> None:
+    """Mapillary's folders: training/images, training/v2.0/panoptic/panoptic_2020.json and masks beside it."""
+    ids = np.full((H, W, 3), (1, 0, 0), np.uint8)
+    files: dict[str, Any] = {"config_v2.0.json": {"labels": []}}
+    for split in ("training", "validation"):
+        files[f"{split}/images/a.jpg"] = picture(1)
+        files[f"{split}/v2.0/panoptic/panoptic_2020.json"] = panoptic("a.jpg", {"id": 1, "category_id": 7})
+        files[f"{split}/v2.0/panoptic/a.png"] = png(ids)
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "coco")
+    assert (label(tmp_path / "made", "train/a") == 1).all()
+    assert (tmp_path / "made/images/val/a.jpg").exists()
+
+
+YAML = "path: ../sets/streets\ntrain: images/train\nval: images/val\ntest:\nnames:\n  0: cat\n  1: dog\n"
+
+
+def test_yolo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Polygons as OpenCV fills them, within a pixel of the outline; a picture without a file is background."""
+    big = np.array([[3, 4], [50, 8], [44, 36], [6, 30]], float)
+    small = np.array([[20, 12], [34, 14], [30, 24]], float)
+    lines = [
+        f"{number} " + " ".join(map(str, (points / (W, H)).ravel()))
+        for number, points in ((1, small), (0, big))
+    ]
+    files = {
+        "data.yaml": YAML,
+        "images/train/a.JPG": picture(1),
+        "images/train/b.jpg": picture(2),
+        "images/val/a.jpg": picture(3),
+        "labels/train/a.txt": "\n".join(lines) + "\n",
+        "labels/val/a.txt": "1 0.5 0.5 0.2 0.4\n",
+    }
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "yolo", *BACK)
+    assert (tmp_path / "made/classes.txt").read_text() == "nothing\ncat\ndog\n"
+    expected, edge = np.zeros((H, W), np.uint8), np.zeros((H, W), np.uint8)
+    for points, value in ((big, 1), (small, 2)):
+        cv2.fillPoly(expected, [points.astype(np.int32)], value)
+        cv2.polylines(edge, [points.astype(np.int32)], True, 1, 3)
+    found = label(tmp_path / "made", "train/a")
+    np.testing.assert_array_equal(found[edge == 0], expected[edge == 0])
+    assert (label(tmp_path / "made", "train/b") == 0).all()
+    boxed = np.zeros((H, W), np.uint8)
+    boxed[12:28, 24:36] = 255
+    np.testing.assert_array_equal(label(tmp_path / "made", "val/a"), boxed)
+    out = capsys.readouterr().out
+    assert "pictures without a .txt, all background: 1" in out
+    assert "boxes without a polygon, whose pixels are void: 1" in out
+
+
+def test_yolo_of_roboflow(tmp_path: pathlib.Path) -> None:
+    """Its data.yaml is of another folder than its paths; test is of its own."""
+    text = (
+        "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\nnames: ['cat', 'dog']\n"
+    )
+    files: dict[str, Any] = {"data.yaml": text}
+    for split in ("train", "valid", "test"):
+        files[f"{split}/images/a.jpg"] = picture(len(split))
+        files[f"{split}/labels/a.txt"] = "0 0 0 1 0 1 1 0 1\n"
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "yolo", *BACK)
+    assert (tmp_path / "made/images/test/a.jpg").read_bytes() == picture(4)
+    assert (label(tmp_path / "made", "test/a") == 1).all()
+    write(tmp_path / "x", {"data.yaml": text.replace("../test/images", "../train/images")})
+    line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "yolo", *BACK)
+    assert "for test and for train: test on other pictures" in line
+
+
+HALVES = np.repeat([[0, 1]], H, 0).repeat(W // 2, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncar:128,0,9::\n",
+        "background 0 0 0\ncar 128 0 9\n",
+    ],
+)
+def test_cvat(text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own labelmap.txt, and lists of subsets."""
+    mask = np.zeros((H, W, 3), np.uint8)
+    mask[HALVES > 0] = (128, 0, 9)
+    files: dict[str, Any] = {"labelmap.txt": text, "SegmentationObject/a.png": png(mask)}
+    for name in "abcd":
+        files[f"JPEGImages/{name}.jpg"] = picture(1)
+        files[f"SegmentationClass/{name}.png"] = png(mask)
+    for split, names in (("train", "ab"), ("Validation", "c"), ("test", "d")):
+        files[f"ImageSets/Segmentation/{split}.txt"] = "".join(f"{name}\n" for name in names)
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "cvat")
+    assert (tmp_path / "made/classes.txt").read_text() == "background\ncar\n"
+    for name in ("train/a", "train/b", "val/c", "test/d"):
+        np.testing.assert_array_equal(label(tmp_path / "made", name), HALVES)
+    out = capsys.readouterr().out
+    assert re.search(r"^train \(by list\) +2 +2$", out, re.MULTILINE)
+    assert "left out, in no annotation: SegmentationObject/a.png" in out
+
+
+def test_masks_of_roboflow(tmp_path: pathlib.Path) -> None:
+    files: dict[str, Any] = {}
+    for split in ("train", "valid", "test"):
+        files[f"{split}/_classes.csv"] = "Pixel Value, Class\n0, background\n2, crack\n"
+        files[f"{split}/a.jpg"] = picture(1)
+        files[f"{split}/a_mask.png"] = png(2 * HALVES)
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "roboflow-masks")
+    assert (tmp_path / "made/classes.txt").read_text() == "background\ncrack\n"
+    for split in ("train", "val", "test"):
+        np.testing.assert_array_equal(label(tmp_path / "made", f"{split}/a"), HALVES)
+    write(tmp_path / "x", {"train/a_mask.png": png(HALVES)})
+    line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "roboflow-masks")
+    assert "train/a_mask.png holds 1, which stands for no class" in line
+
+
+def test_folders_of_voc(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.where(HALVES > 0, 15, 255)
+    colours = [(n, n, n) for n in range(256)]
+    files: dict[str, Any] = {}
+    for name in "abc":
+        files[f"JPEGImages/{name}.jpg"] = picture(1)
+        files[f"SegmentationClass/{name}.png"] = palette_png(values, *colours)
+    files["JPEGImages/unlabelled.jpg"] = picture(2)
+    files["ImageSets/Segmentation/train.txt"] = "a\nb\nlost\n"
+    files["ImageSets/Segmentation/val.txt"] = "c\n"
+    files["ImageSets/Main/test.txt"] = "a\n"
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "voc")
+    np.testing.assert_array_equal(label(tmp_path / "made", "train/a"), values)
+    assert (tmp_path / "made/classes.txt").read_text().splitlines()[15] == "person"
+    out = capsys.readouterr().out
+    assert "left out, pictures without a mask: JPEGImages/unlabelled.jpg" in out
+    assert "train.txt without picture and label: lost" in out
+
+    write(tmp_path / "x", {"class_names.txt": "_background_\ncar\n"})
+    assert "holds 15, which stands for no class" in refusal(
+        "custom", tmp_path / "x", tmp_path / "b", "--from", "voc"
+    )
+    other = palette_png(values, *reversed(colours))
+    write(tmp_path / "x", {"SegmentationClass/b.png": other})
+    line = refusal("custom", tmp_path / "x", tmp_path / "c", "--from", "voc")
+    assert "a.png and SegmentationClass/b.png have different palettes" in line
+
+
+ROW = {"category_id": 3, "segmentation": [box(0, 0, 9, 9)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "two categories of id 3"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 4, "name": "a "}]}, "has the class 'a' twice"),
+        (
+            {"categories": [{"id": 3, "name": "a\u2028b"}, {"id": 4, "name": "c"}]},
+            "give it a name of one line",
+        ),
+        ({"categories": [{"id": 3, "name": " "}, {"id": 4, "name": "c"}]}, "the name of class 0 is ' '"),
+        ({"categories": [{"id": 3, "name": None}]}, "Expected `str`, got `null` - at `$.categories[0].name`"),
+        ({"annotations": [{**ROW, "image_id": 2}]}, "annotation 0 is of image 2, which it does not list"),
+        (
+            {"annotations": [{**ROW, "image_id": 1, "category_id": 9}]},
+            "of category 9, which it does not list",
+        ),
+        (
+            {"annotations": [{**ROW, "image_id": 1, "segmentation": [[1, 2, 3, 4, 5, 6, 7]]}]},
+            "polygon of 7 numbers",
+        ),
+        (
+            {"annotations": [{**ROW, "image_id": 1, "segmentation": [box(1000000, 0, 1000009, 9)]}]},
+            "lies outside of its picture of 60 x 40 pixels",
+        ),
+        (
+            {"annotations": [{**ROW, "image_id": 1, "segmentation": {"size": [H, W], "counts": "021O"}}]},
+            "the runs of a mask are of",
+        ),
+        (
+            {"annotations": [{**ROW, "image_id": 1, "segmentation": {"size": [H, W], "counts": [1 << 40]}}]},
+            "the runs of a mask are of 1099511627776 pixels, and its picture has 2400",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "a.jpg", "width": W, "height": 30}]},
+            "is of 60 x 30 pixels, but",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "../../etc/b.jpg"}]},
+            "names ../../etc/b.jpg, which is not below",
+        ),
+        ({"images": 3}, "Expected `array | null`, got `int` - at `$.images`"),
+    ],
+)
+def test_wrong_files_of_coco_are_one_line(
+    change: dict[str, Any], line: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files: dict[str, Any] = {f"{split}/a.jpg": picture(1) for split in ("train", "val")}
+    for split in ("train", "val"):
+        files[f"{split}/x.json"] = instances("a.jpg", ROW) | change
+    write(tmp_path / "x", files)
+    said = refusal("custom", pathlib.Path("x"), pathlib.Path("made"), "--from", "coco", *BACK)
+    assert line in said
+    assert len(said) <= LINE
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "line"),
+    [
+        ("yolo", {"labels/train/a.txt": "0 0.1 0.2\n"}, "a.txt, line 1: expected CLASS X Y X Y X Y ..."),
+        ("yolo", {"labels/train/a.txt": "0 nan 0 1 0 1 1\n"}, "line 1: expected CLASS X Y"),
+        (
+            "yolo",
+            {"labels/train/a.txt": "5 0 0 1 0 1 1\n"},
+            "line 1 is of class 5, which data.yaml does not name",
+        ),
+        ("yolo", {"labels/train/a.txt": "0 10 20 30 20 30 40\n"}, "lies outside of its picture"),
+        ("yolo", {"data.yaml": "names: [a, [b]]\n"}, "x/data.yaml is not the YAML file that was expected"),
+        ("yolo", {"data.yaml": "names: [no, yes]\n"}, "x/data.yaml is not the YAML file that was expected"),
+        ("yolo", {"data.yaml": "a: [\n"}, "x/data.yaml is not the YAML file that was expected"),
+        ("yolo", {"data.yaml": YAML.replace("images/val", "images/other")}, "for val, which is not below x"),
+        ("cvat", {"labelmap.txt": "a:1,2::\n"}, "expected NAME RED GREEN BLUE (0 to 255), found 'a:1,2::'"),
+        ("cvat", {"labelmap.txt": "a:1,2,3::\nb:1,2,3::\n"}, "gives a and b one colour, 1 2 3"),
+        ("cvat", {}, "x holds no labelmap.txt: put it there (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
+        ("voc", {}, "x: images/train/a.jpg has no mask, of its name and with one of"),
+        ("roboflow-masks", {}, "holds no _classes.csv"),
+        ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),
+        ("labelme", {}, "x holds no .json of labelme"),
+        ("labelme", {"a.json": "{}"}, "a.json has neither shapes, as labelme's files, nor info and objects"),
+    ],
+)
+def test_wrong_files_of_others_are_one_line(
+    kind: str, change: dict[str, Any], line: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files: dict[str, Any] = {"data.yaml": YAML}
+    for split in ("train", "val"):
+        files |= {f"images/{split}/a.jpg": picture(1), f"labels/{split}/a.txt": "0 0 0 1 0 1 1\n"}
+    write(tmp_path / "x", files | change)
+    said = refusal("custom", pathlib.Path("x"), pathlib.Path("made"), "--from", kind, *BACK)
+    assert line in said
+    assert len(said) <= LINE
+
+
+def test_pycocotools_is_named_where_it_is_missing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.delitem(sys.modules, "pycocotools.mask", raising=False)
+    write(tmp_path / "x", {"data.yaml": YAML, "images/train/a.jpg": jpeg(1)})
+    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "yolo", *BACK)
+    assert "pip install 'topformer_jax[annotations]'" in line
+    assert not tree(tmp_path / "made")

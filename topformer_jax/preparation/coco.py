@@ -1,0 +1,311 @@
+"""Files of COCO's form: instances (polygons and run lengths) and panoptic ones (also in Mapillary's folders)."""
+
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated
+
+import msgspec
+
+from topformer_jax import files
+from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.errors import UserError
+from topformer_jax.preparation import labels, own
+from topformer_jax.preparation.archives import Archive
+from topformer_jax.preparation.own import Annotations
+
+BACKGROUNDS = ("background", "_background_", "__background__")  # categories that are what nothing covers
+Identity = int | str
+Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+
+
+class Picture(msgspec.Struct):
+    """A row of "images"."""
+
+    id: Identity
+    file_name: str
+    height: Side | None = None
+    width: Side | None = None
+
+
+class Category(msgspec.Struct):
+    """A row of "categories"."""
+
+    id: Identity
+    name: str
+    supercategory: str | None = None
+
+
+class Runs(msgspec.Struct):
+    """A mask as run lengths, column after column; a text is compressed."""
+
+    size: tuple[Side, Side]  # height, width
+    counts: str | list[Annotated[int, msgspec.Meta(ge=0)]]
+
+
+class Segment(msgspec.Struct):
+    """A part of a panoptic mask."""
+
+    id: Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
+    category_id: Identity
+
+
+class Annotation(msgspec.Struct):
+    """A row of "annotations": an instance, or all segments of a panoptic mask."""
+
+    image_id: Identity
+    category_id: Identity | None = None
+    segmentation: list[list[float]] | Runs | None = None
+    bbox: list[float] | None = None  # x, y, width, height
+    iscrowd: int | bool | None = None
+    file_name: str | None = None
+    segments_info: list[Segment] | None = None
+
+
+class Content(msgspec.Struct):
+    """A file of COCO."""
+
+    images: list[Picture] | None = None
+    categories: list[Category] = []
+    annotations: list[Annotation] | None = None
+
+    @property
+    def is_panoptic(self) -> bool:
+        """Whether the annotations are masks of segments."""
+        return any(row.segments_info is not None for row in self.annotations or ())
+
+    @property
+    def has_instances(self) -> bool:
+        """Whether an annotation has a polygon, runs or a box; a file without any is of pictures of background."""
+        if not self.annotations:
+            return self.annotations is not None and bool(self.categories)
+        return any(row.segmentation or row.bbox for row in self.annotations)
+
+
+def read(source: Archive, background: str) -> Annotations:
+    """Finds the annotation files, panoptic ones before those of instances, and the pictures that they name.
+
+    Raises:
+        UserError: a file is wrong, names a picture that is not there, or has other categories than the others.
+    """
+    contents: dict[str, Content] = {}
+    for name, member in source.members.items():
+        if name.lower().endswith(".json"):
+            content = files.read_json(member.read(), Content, member.where)
+            if content.images is not None:
+                contents[name] = content
+    panoptic = [name for name, content in contents.items() if content.is_panoptic]
+    chosen = panoptic or [name for name, content in contents.items() if content.has_instances]
+    if not chosen:
+        raise UserError(
+            f"{source.path} holds no .json of COCO with panoptic segments, polygons or run lengths "
+            f"({own.describe(source)})"
+        )
+    found = Annotations(source, [])
+    kind = "panoptic segments" if panoptic else "polygons, run lengths or boxes"
+    found.leave_out(f"files without {kind}", (source[name] for name in contents if name not in chosen))
+    found.read.update(source[name] for name in chosen)
+    categories = _find_categories(found, {name: contents[name] for name in chosen})
+    where = ", ".join(chosen)[:80]
+    names = own.list_classes(list(categories.values()), where, least=0)
+    known = [] if panoptic else BACKGROUNDS
+    if panoptic and not background:
+        found.classes, empty = names, IGNORE_LABEL  # COCO's own rule for what has no segment
+    else:
+        found.classes, empty = own.add_background(names, background, known, where)
+    own.list_classes(found.classes, where)
+    first = len(found.classes) - len(names)
+    table = {number: first + index for index, number in enumerate(categories)}
+    folders = {_mask_folder(source, name) for name in panoptic}
+    pictures = _index_pictures(source, folders)
+    if not panoptic:
+        labels.require_pycocotools()
+    for name in chosen:
+        add = _add_panoptic if panoptic else _add_instances
+        add(found, name, contents[name], table, empty, pictures)
+    return found
+
+
+def _find_categories(found: Annotations, contents: dict[str, Content]) -> dict[Identity, str]:
+    """The categories' names by their numbers, in the order of these, without Roboflow's name of the group."""
+    used = {row.category_id for content in contents.values() for row in content.annotations or ()}
+    categories: dict[Identity, str] | None = None
+    first = next(iter(contents))
+    for name, content in contents.items():
+        where = found.source[name].where
+        groups = {row.supercategory for row in content.categories}
+        numbers = Counter(row.id for row in content.categories)
+        twice = [number for number, count in numbers.items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{where} has two categories of id {files.shorten(twice[0], 40)}: give each one its own"
+            )
+        these = {}
+        for row in sorted(content.categories, key=lambda row: (isinstance(row.id, str), row.id)):
+            if row.id == 0 and row.supercategory == "none" and row.name in groups and row.id not in used:
+                found.notes.append(
+                    f"no class: category {files.shorten(row.name)}, which names the group of the others"
+                )
+            else:
+                these[row.id] = row.name
+        if categories not in (None, these):
+            raise UserError(f"{where} has other categories than {first}: give all files the same")
+        categories = these
+    found.notes[:] = dict.fromkeys(found.notes)
+    return categories or {}
+
+
+def _mask_folder(source: Archive, name: str) -> str:
+    """Where the masks of a panoptic file are: in the folder of its name, or beside it (Mapillary)."""
+    stem = name[: -len(".json")]
+    return stem if any(path.startswith(f"{stem}/") for path in source.members) else name.rpartition("/")[0]
+
+
+def _index_pictures(source: Archive, mask_folders: set[str]) -> dict[str, list[str]]:
+    """The paths of pictures by each end of theirs: c.jpg, b/c.jpg, a/b/c.jpg."""
+    index: dict[str, list[str]] = defaultdict(list)
+    for name in filter(own.is_picture, source.members):
+        parts = name.split("/")
+        if "/".join(parts[:-1]) in mask_folders:
+            continue
+        for start in range(len(parts)):
+            index["/".join(parts[start:])].append(name)
+    return index
+
+
+def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split: str, where: str) -> str:
+    """The path of a picture that a file names: of several the one of the file's split, or nearest to the file."""
+    parts = [part for part in file_name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    folder = name.rpartition("/")[0]
+    for start in range(len(parts)):
+        found = index.get("/".join(parts[start:]), [])
+        if len(found) > 1:
+            found = [path for path in found if own.split_of_folders(path) == split] or found
+        if len(found) > 1:
+            found = [path for path in found if path.rpartition("/")[0] == folder] or found
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(
+                f"{where} names {files.shorten(file_name, 80)}, of which there are {len(found)}: name its folder too"
+            )
+    raise UserError(
+        f"{where} names {files.shorten(file_name, 80)}, which is not below --source: copy it there"
+    )
+
+
+def _split_of(name: str) -> str:
+    """The split that a file's folders or its name say."""
+    return own.split_of_folders(name) or own.split_of(pathlib.PurePosixPath(name).stem, among_others=True)
+
+
+def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annotation]]:
+    """The annotations of each picture.
+
+    Raises:
+        UserError: one is of no picture, or two pictures have one id.
+    """
+    rows: dict[Identity, list[Annotation]] = {}
+    for picture in content.images or ():
+        if picture.id in rows:
+            raise UserError(
+                f"{where} has two images of id {files.shorten(picture.id, 40)}: give each one its own"
+            )
+        rows[picture.id] = []
+    for number, row in enumerate(content.annotations or ()):
+        if row.image_id not in rows:
+            raise UserError(
+                f"{where}: annotation {number} is of image {files.shorten(row.image_id, 40)}, which it does not list"
+            )
+        rows[row.image_id].append(row)
+    return rows
+
+
+def _add_panoptic(
+    found: Annotations,
+    name: str,
+    content: Content,
+    table: dict[Identity, int],
+    empty: int,
+    pictures: dict[str, list[str]],
+) -> None:
+    """Adds the pairs of a panoptic file, whose masks are in a folder of its name or beside it."""
+    source, where, split = found.source, found.source[name].where, _split_of(name)
+    folder = _mask_folder(source, name)
+    rows = _rows_by_picture(content, where)
+    missing = [row.file_name for row in content.images or () if not rows[row.id]]
+    if missing:
+        found.left_out.setdefault(f"pictures without a mask in {files.shorten(name)}", []).extend(missing)
+    for picture in content.images or ():
+        for row in rows[picture.id]:
+            file = (row.file_name or "").replace("\\", "/")
+            mask = f"{folder}/{file}".lstrip("/")
+            if mask not in source.members:
+                raise UserError(
+                    f"{where} names the mask {files.shorten(file)}, which is not in {files.shorten(folder)}: "
+                    "put it there"
+                )
+            path = _find_picture(pictures, picture.file_name, name, split, where)
+            segments = {
+                segment.id: _label(segment.category_id, table, where) for segment in row.segments_info or ()
+            }
+            convert = partial(
+                labels.convert_mask, partial(labels.map_segments, segments, empty), source[path]
+            )
+            found.pairs.append(own.make_pair(path, source[path], source[mask], convert, split))
+
+
+def _add_instances(
+    found: Annotations,
+    name: str,
+    content: Content,
+    table: dict[Identity, int],
+    empty: int,
+    pictures: dict[str, list[str]],
+) -> None:
+    """Adds the pairs of a file of instances; a box without a mask is void."""
+    where, split = found.source[name].where, _split_of(name)
+    rows = _rows_by_picture(content, where)
+    counts: Counter[str] = Counter()
+    for picture in content.images or ():
+        path = _find_picture(pictures, picture.file_name, name, split, where)
+        stated = (picture.height, picture.width) if picture.height and picture.width else None
+        regions = _regions_of(rows[picture.id], table, where, counts)
+        image = found.source[path]
+        convert = partial(labels.draw_regions, empty, stated, image, regions)
+        place = f"{where}: {files.shorten(picture.file_name, 80)}"
+        found.pairs.append(own.make_pair(path, image, b"", convert, split, place))
+    found.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]
+    found.notes[:] = dict.fromkeys(
+        [*found.notes, "overlapping regions are drawn by their area, the largest first"]
+    )
+
+
+def _regions_of(
+    rows: Sequence[Annotation], table: dict[Identity, int], where: str, counts: Counter[str]
+) -> list[labels.Region]:
+    """What a picture's annotations draw."""
+    regions = []
+    for row in rows:
+        label = _label(row.category_id, table, where)
+        if isinstance(row.segmentation, Runs):
+            runs = row.segmentation.counts
+            regions.append(labels.Region(label, runs=runs if isinstance(runs, str) else tuple(runs)))
+        elif polygons := labels.take_polygons(row.segmentation or (), where):
+            regions.append(labels.Region(label, polygons))
+        elif row.bbox and len(row.bbox) == 4 and min(row.bbox[2:]) > 0:
+            counts["boxes without a mask, whose pixels are void"] += 1
+            regions.append(labels.box_region(IGNORE_LABEL, *row.bbox))
+        else:
+            counts["annotations without an area, left out"] += 1
+        counts["crowds, drawn as their class"] += bool(row.iscrowd)
+    return regions
+
+
+def _label(number: Identity | None, table: dict[Identity, int], where: str) -> int:
+    if number not in table:
+        raise UserError(
+            f"{where} has an annotation of category {files.shorten(number, 40)}, which it does not list"
+        )
+    return table[number]

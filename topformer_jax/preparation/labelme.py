@@ -1,0 +1,356 @@
+"""labelme, and what writes files like it: X-AnyLabeling, ISAT."""
+
+import base64
+import binascii
+import io
+import posixpath
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from PIL import Image, ImageDraw
+
+from topformer_jax import files
+from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.codecs import JPEG, PNG, decode_image
+from topformer_jax.errors import UserError
+from topformer_jax.preparation import labels, own
+from topformer_jax.preparation.archives import Archive, Member
+from topformer_jax.preparation.own import Annotations, Pair
+from topformer_jax.preparation.writer import Convert
+
+IGNORED = "__ignore__"  # labelme's name of what is void
+BACKGROUNDS = ("_background_", "__background__")  # labelme's name of what nothing covers, and ISAT's
+_LISTS = ("classes.txt", "labels.txt")  # files that may give the order of the classes
+_LINE_WIDTH, _POINT_RADIUS = 10, 5  # pixels, as labelme's shape_to_mask
+_POLYGONS = ("polygon", "rectangle", "rotation", "oriented_rectangle", "quadrilateral")
+_THIN = ("line", "linestrip", "point")
+
+Length = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+
+
+class Shape(msgspec.Struct):
+    """A shape of labelme or X-AnyLabeling."""
+
+    label: str | int | float
+    points: list[tuple[float, float]]
+    shape_type: str | None = None
+    mask: str | None = None  # a PNG in base64
+
+
+class IsatShape(msgspec.Struct):
+    """A polygon of ISAT; those of higher layers lie on top."""
+
+    category: str | int | float
+    segmentation: list[tuple[float, float]]
+    layer: float = 0
+
+
+class IsatInfo(msgspec.Struct):
+    """What ISAT says of the picture."""
+
+    name: str
+    width: Length | None = None
+    height: Length | None = None
+
+
+class Drawing(msgspec.Struct):
+    """A file of labelme (`shapes`) or ISAT (`info` and `objects`)."""
+
+    shapes: list[Shape] | None = None
+    imagePath: str | None = None
+    imageData: str | None = None
+    imageWidth: Length | None = None
+    imageHeight: Length | None = None
+    info: IsatInfo | None = None
+    objects: list[IsatShape] | None = None
+
+
+def read_drawing(data: bytes, name: str) -> Drawing:
+    """A file of labelme, or one of ISAT in labelme's form.
+
+    Raises:
+        UserError: it is of another tool, or a value in it is wrong.
+    """
+    drawing = files.read_json(data, Drawing, name)
+    if drawing.shapes is not None:
+        return drawing
+    if drawing.info is None or drawing.objects is None:
+        raise UserError(
+            f"{name} has neither shapes, as labelme's files, nor info and objects, as ISAT's: move it away"
+        )
+    objects = sorted(drawing.objects, key=lambda shape: shape.layer)
+    shapes = [Shape(shape.category, shape.segmentation, "polygon") for shape in objects]
+    info = drawing.info
+    return Drawing(shapes, info.name, imageWidth=info.width, imageHeight=info.height)
+
+
+def read(source: Archive, background: str) -> Annotations:
+    """Finds the files of labelme and their pictures; without a background it draws all, until one is not covered.
+
+    classes.txt or labels.txt, in the source or beside it, gives the order of the classes.
+
+    Raises:
+        UserError: a file is wrong, has no picture, or is not fully labelled though no background is known.
+    """
+    names = [name for name in source.members if name.lower().endswith(".json")]
+    if not names:
+        raise UserError(f"{source.path} holds no .json of labelme ({own.describe(source)})")
+    found = Annotations(source, [])
+    places: dict[str, str] = {}  # the first file of each label
+    spelled: set[str] = set()  # labels that are called otherwise
+    kinds: Counter[str] = Counter()
+    pictures = _Pictures(source)
+    drawn = []
+    for name in names:
+        member = source[name]
+        drawing = read_drawing(member.read(), member.where)
+        for number, shape in enumerate(drawing.shapes or ()):
+            label = _name(shape, f"{member.where}: shape {number}")
+            places.setdefault(label, member.where)
+            if label != shape.label:
+                spelled.add(f"{label} (written {shape.label!r})")
+            kinds[shape.shape_type or ""] += 1
+        drawn.append((name, *pictures.find(name, drawing, member.where)))
+    classes, table = _list_classes(found, places, background)
+    empty = table.get("")
+    for name, picture, image, extract in drawn:
+        convert = partial(draw_shapes, table, image, extract)
+        path, split = own.stem_of(picture), own.split_of_folders(name)
+        split = "" if split == own.split_of_folders(picture) else split
+        suffix = picture[len(path) :]
+        found.pairs.append(Pair(image, path, suffix, source[name], convert, split, extract=extract))
+    if empty is None:
+        _require_full_cover(found, table)
+        table[""] = IGNORE_LABEL
+    found.classes = own.list_classes(classes, str(source.path))
+    if spelled:
+        found.notes.append(f"labels by other names: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}")
+    if thin := sum(kinds[kind] for kind in _THIN):
+        found.notes.append(
+            f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
+        )
+    if pictures.renamed:
+        found.notes.append(
+            f"files that name another picture than the one of their own name, which is taken: {pictures.renamed}"
+        )
+    return found
+
+
+def _name(shape: Shape, where: str) -> str:
+    """A shape's label as the name of a class: numbers as text, blanks like one."""
+    label = " ".join(str(shape.label).split())
+    if not label:
+        raise UserError(f"{where} has a blank label: give it a name")
+    return label
+
+
+def _list_classes(
+    found: Annotations, places: Mapping[str, str], background: str
+) -> tuple[list[str], dict[str, int]]:
+    """The classes, and the label of each name; that of "" is for what no shape covers, where it is known."""
+    source = found.source
+    listed = next((name for name in _LISTS if name in source.members), "")
+    beside = source.path.parent / _LISTS[1]
+    where, names = "", sorted(places)
+    if listed:
+        where, names = source[listed].where, source.lines(listed)
+        found.read.add(source[listed])
+    elif beside.is_file() and set(places) <= set(lines := files.read_lines(beside)):
+        where, names = str(beside), lines
+    if where:
+        found.notes.append(f"the order of the classes is that of {where}")
+    names = [" ".join(name.split()) for name in names]
+    strange = [label for label in places if label not in {*names, IGNORED, *BACKGROUNDS}]
+    if strange:
+        raise UserError(
+            f"{places[strange[0]]}: {files.shorten(strange[0])} is not in {where.rpartition('/')[2]}: "
+            "add it there, or rename it here"
+        )
+    names = [name for name in names if name != IGNORED]
+    names += [name for name in BACKGROUNDS if name in places and name not in names]
+    if not where:  # labelme's own tools give the background label 0
+        names.sort(key=lambda name: name not in BACKGROUNDS)
+    if background or any(name in BACKGROUNDS for name in names):
+        classes, empty = own.add_background(names, background, BACKGROUNDS, str(source.path))
+        table = {"": empty}
+    else:
+        classes, table = names, {}
+    table |= {name: label for label, name in enumerate(classes)}
+    if "" in table:
+        table |= {name: table[""] for name in BACKGROUNDS if name not in table}
+    return classes, table | {IGNORED: IGNORE_LABEL}
+
+
+def _require_full_cover(found: Annotations, table: Mapping[str, int]) -> None:
+    """Raises a UserError for the first picture that its shapes do not cover, or else all are drawn."""
+    probe = dict.fromkeys(table, 0) | {"": 1}
+    for pair in found.pairs:
+        assert isinstance(pair.label, Member)
+        where = pair.label.where
+        uncovered = float(np.mean(_draw(probe, pair.image, pair.extract, pair.label.read(), where)))
+        if uncovered:
+            raise UserError(
+                f"{where}: no shape covers {uncovered:.2%} of the picture: give the rest a class by --background "
+                f"NAME, or leave it out of training and scores by --background {own.VOID}"
+            )
+
+
+class _Pictures:
+    """Finds the pictures of labelme's files."""
+
+    def __init__(self, source: Archive):
+        self._source = source
+        self._by_file: dict[str, list[str]] = defaultdict(list)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self.renamed = 0  # files that name another picture
+        for name in filter(own.is_picture, source.members):
+            self._by_file[name.rpartition("/")[2].lower()].append(name)
+            self._by_stem[own.stem_of(name)].append(name)
+
+    def find(self, name: str, drawing: Drawing, where: str) -> tuple[str, Member, Convert | None]:
+        """The picture's path, its file, and what takes it out of a file that is no picture.
+
+        Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one below the
+        source of that name; in this order.
+        """
+        source = self._source
+        stated = (drawing.imagePath or "").replace("\\", "/")
+        folder, stem = posixpath.dirname(name), name[: -len(".json")]
+        file = stated.rpartition("/")[2]
+        beside = [posixpath.normpath(posixpath.join(folder, path)) for path in (stated, file) if file]
+        for path in beside:
+            if path in source.members and own.is_picture(path):
+                return path, source[path], None
+        if drawing.imageData:
+            start = _decode64(drawing.imageData[:16], where)
+            suffix = ".jpg" if start.startswith(JPEG) else ".png" if start.startswith(PNG) else ".bmp"
+            return stem + suffix, source[name], extract_picture
+        if len(own_name := self._by_stem[stem]) == 1:
+            self.renamed += 1
+            return own_name[0], source[own_name[0]], None
+        split = own.split_of_folders(name)
+        others = self._by_file[file.lower()]
+        others = [path for path in others if own.split_of_folders(path) == split] or others
+        if len(others) == 1:
+            return others[0], source[others[0]], None
+        if file and not own.is_picture(file):
+            raise UserError(
+                f"{where} is of {files.shorten(file, 80)}, which is no picture that is read: {_SUFFIXES}"
+            )
+        why = (
+            f"which is there {len(others)} times: give its folder"
+            if others
+            else "which is not below --source"
+        )
+        raise UserError(
+            f"{where} is of {files.shorten(stated, 80) or 'no picture'}, {why}: put it beside the file"
+        )
+
+
+_SUFFIXES = "save it as .jpg or .png"
+
+
+def extract_picture(data: bytes, name: str) -> bytes:
+    """The picture inside a file of labelme."""
+    return _decode64(read_drawing(data, name).imageData or "", name)
+
+
+def _decode64(text: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except (binascii.Error, ValueError) as error:
+        raise UserError(f"{where} holds no picture or mask in base64 ({error})") from None
+
+
+def draw_shapes(
+    table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
+) -> bytes:
+    """Draws the shapes of a labelme file in their order, as labelme's shapes_to_label does.
+
+    Args:
+        table: label of each name; that of "" is for the pixels that no shape covers.
+        image: the picture.
+        extract: takes it out of a file that is no picture.
+        data: the file.
+        name: of the file.
+
+    Raises:
+        UserError: a shape covers no area, or lies outside of the picture; or the picture has another size.
+    """
+    return labels.encode(_draw(table, image, extract, data, name))
+
+
+def _draw(
+    table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
+) -> labels.Labels:
+    drawing = read_drawing(data, name)
+    if extract:
+        height, width, _ = decode_image(extract(data, name), f"the picture in {name}").shape
+        size = height, width
+    else:
+        size = labels.read_size(image)
+    stated = (drawing.imageHeight, drawing.imageWidth)
+    if stated[0] and stated[1]:
+        labels.check_stated_size((stated[0], stated[1]), size, image.where, name)
+    canvas = Image.new("L", size[::-1], table[""])
+    for number, shape in enumerate(drawing.shapes or ()):
+        where = f"{name}: shape {number}"
+        label = table[_name(shape, where)]
+        kind = shape.shape_type or "polygon"
+        if shape.points:
+            labels.check_points(shape.points, size, where)
+        is_drawn = (
+            _draw_mask(canvas, shape, label, where)
+            if kind == "mask"
+            else _draw_outline(ImageDraw.Draw(canvas), kind, shape.points, label)
+        )
+        if not is_drawn:
+            raise UserError(
+                f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which covers no area: "
+                "draw it as a polygon of 3 or more points, a rectangle or a circle"
+            )
+    return np.asarray(canvas)
+
+
+def _draw_outline(
+    draw: ImageDraw.ImageDraw, kind: str, points: list[tuple[float, float]], label: int
+) -> bool:
+    """Draws a shape as labelme's shape_to_mask does; False if it covers no area."""
+    if kind in _POLYGONS and len(points) > 2:
+        draw.polygon(points, fill=label, outline=label)
+    elif kind == "rectangle" and len(points) == 2:
+        (x, y), (other_x, other_y) = points
+        corners = (min(x, other_x), min(y, other_y), max(x, other_x), max(y, other_y))
+        draw.rectangle(corners, fill=label, outline=label)
+    elif (kind == "circle" and len(points) == 2) or (kind == "point" and len(points) == 1):
+        x, y = points[0]
+        edge_x, edge_y = points[-1]
+        radius = ((x - edge_x) ** 2 + (y - edge_y) ** 2) ** 0.5 if kind == "circle" else _POINT_RADIUS
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=label, outline=label)
+    elif (kind == "line" and len(points) == 2) or (kind == "linestrip" and len(points) > 1):
+        joint = "curve" if kind == "linestrip" else None
+        draw.line(points, fill=label, width=_LINE_WIDTH, joint=joint)
+    else:
+        return False
+    return True
+
+
+def _draw_mask(canvas: Image.Image, shape: Shape, label: int, where: str) -> bool:
+    """Draws a mask from its upper left corner on; False if it has no corners or no pixel."""
+    if len(shape.points) != 2 or not shape.mask:
+        return False
+    data = _decode64(shape.mask, where)
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            inside = np.array(file)
+    except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
+        raise UserError(f"{where} holds a mask that is no picture") from None
+    if inside.ndim != 2 or not inside.any():
+        return False
+    corner = tuple(round(value) for value in shape.points[0])
+    canvas.paste(label, (corner[0], corner[1]), Image.fromarray((inside > 0).astype(np.uint8) * 255))
+    return True

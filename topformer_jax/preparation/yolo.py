@@ -1,0 +1,179 @@
+"""Polygons of YOLO (Ultralytics): data.yaml, and a .txt of each picture below labels/ or beside it."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+
+import msgspec
+
+from topformer_jax import files
+from topformer_jax.errors import UserError
+from topformer_jax.preparation import coco, labels, own
+from topformer_jax.preparation.archives import Archive, Member
+from topformer_jax.preparation.own import Annotations
+
+_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+
+
+class Settings(msgspec.Struct):
+    """What a data.yaml says; paths are of folders, or of lists of pictures."""
+
+    names: dict[int, str | int] | list[str | int] | None = None
+    path: str | None = None
+    train: str | list[str] | None = None
+    val: str | list[str] | None = None
+    test: str | list[str] | None = None
+
+
+def read(source: Archive, background: str) -> Annotations:
+    """Finds the pictures and their polygons; a picture without a .txt is of background, as Ultralytics takes it.
+
+    Raises:
+        UserError: a file is wrong, or no class of what nothing covers is known.
+    """
+    labels.require_pycocotools()
+    found = Annotations(source, [])
+    settings, where = _read_settings(found)
+    if settings is None:
+        raise UserError(f"{source.path} holds neither a data.yaml with names of classes nor a classes.txt")
+    names = settings.names or []
+    rows = dict(enumerate(names)) if isinstance(names, list) else dict(sorted(names.items()))
+    classes = own.list_classes([str(name) for name in rows.values()], where, least=0)
+    found.classes, empty = own.add_background(classes, background, coco.BACKGROUNDS, where)
+    own.list_classes(found.classes, where)
+    first = len(found.classes) - len(classes)
+    table = {number: first + index for index, number in enumerate(rows)}
+    folders = _find_folders(source, settings, where)
+    counts: Counter[str] = Counter()
+    for name in filter(own.is_picture, source.members):
+        image = source[name]
+        text = next((path for path in _label_names(name) if path in source.members), "")
+        split = next((split for folder, split in folders.items() if f"/{name}".startswith(f"/{folder}/")), "")
+        if folders and not split and not own.split_of_folders(name):
+            continue
+        label: Member | bytes = source[text] if text else b""
+        data = source[text].read() if text else b""
+        place = source[text].where if text else f"{image.where} (no .txt)"
+        regions = parse_regions(data, table, place)
+        counts["pictures without a .txt, all background"] += not text
+        counts["boxes without a polygon, whose pixels are void"] += sum(
+            region.label == labels.IGNORE_LABEL for region in regions
+        )
+        convert = partial(_draw, table, empty, image)
+        found.pairs.append(own.make_pair(name, image, label, convert, split, place))
+    if not any(isinstance(pair.label, Member) for pair in found.pairs):
+        raise UserError(
+            f"{source.path} holds no .txt of polygons below labels/ or beside a picture ({own.describe(source)})"
+        )
+    found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
+    found.notes.append("overlapping polygons are drawn by their area, the largest first")
+    return found
+
+
+def _read_settings(found: Annotations) -> tuple[Settings | None, str]:
+    """The data.yaml, or what a classes.txt says instead; and where."""
+    source = found.source
+    for name, member in source.members.items():
+        if not name.lower().endswith((".yaml", ".yml")):
+            continue
+        try:
+            settings = msgspec.yaml.decode(member.read(), type=Settings, strict=False)
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{member.where} is not the YAML file that was expected ({reason})") from None
+        if settings.names:
+            found.read.add(member)
+            return settings, member.where
+    if own.CLASSES in source.members:
+        found.read.add(source[own.CLASSES])
+        return Settings(list(source.lines(own.CLASSES))), source[own.CLASSES].where
+    return None, ""
+
+
+def _find_folders(source: Archive, settings: Settings, where: str) -> dict[str, str]:
+    """The split of each folder that data.yaml names; train's comes first where val is the same one.
+
+    Raises:
+        UserError: a path is not below the source.
+    """
+    found: dict[str, str] = {}
+    present = {
+        "/".join(parts[:end])
+        for name in source.members
+        for parts in [name.split("/")]
+        for end in range(1, len(parts))
+    }
+    for word, split in _SPLITS.items():
+        entry = getattr(settings, word)
+        for text in [entry] if isinstance(entry, str) else entry or ():
+            parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+            ends = ["/".join(parts[start:]) for start in range(len(parts))]
+            if any(end in source.members for end in ends) or not parts:
+                continue  # a list, which is read as such
+            folder = next((end for end in ends if end in present), None)
+            if folder is None:
+                if word == "test":  # Ultralytics writes the line without a test set too
+                    continue
+                raise UserError(
+                    f"{where} names {files.shorten(text, 80)} for {word}, which is not below {source.path}"
+                )
+            if split == "test" and folder in found:
+                raise UserError(
+                    f"{where} names {files.shorten(text)} for test and for {found[folder]}: test on other pictures"
+                )
+            found.setdefault(folder, split)
+    return found
+
+
+def _label_names(name: str) -> list[str]:
+    """Where the .txt of a picture may be: the last folder images is labels there; or beside it."""
+    beside = f"{own.stem_of(name)}.txt"
+    head, images, tail = f"/{beside}".rpartition("/images/")
+    return [f"{head}/labels/{tail}".lstrip("/"), beside] if images else [beside]
+
+
+def parse_regions(data: bytes, table: Mapping[int, int], name: str) -> list[labels.Region]:
+    """The lines CLASS X Y X Y ... of a label file, from 0 to 1; a line of a box (CLASS X Y WIDTH HEIGHT) is void.
+
+    Raises:
+        UserError: a line is neither.
+    """
+    regions = []
+    for number, line in enumerate(data.decode("utf-8-sig", "replace").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{name}, line {number}"
+        try:
+            values = [float(word) for word in words]
+        except ValueError:
+            values = [math.nan]
+        if not all(map(math.isfinite, values)) or len(words) < 5 or len(words) % 2 == 0 or values[0] % 1:
+            raise UserError(
+                f"{where}: expected CLASS X Y X Y X Y ... with numbers from 0 to 1, found {line[:60]!r}"
+            )
+        if int(values[0]) not in table:
+            raise UserError(
+                f"{where} is of class {files.shorten(words[0], 20)}, which data.yaml does not name"
+            )
+        if len(words) == 5:
+            x, y, width, height = values[1:]
+            regions.append(
+                labels.box_region(labels.IGNORE_LABEL, x - width / 2, y - height / 2, width, height)
+            )
+        else:
+            regions.append(labels.Region(table[int(values[0])], (tuple(values[1:]),)))
+    return regions
+
+
+def _draw(table: Mapping[int, int], empty: int, image: Member, data: bytes, name: str) -> bytes:
+    height, width = labels.read_size(image)
+    regions = [
+        labels.Region(
+            region.label,
+            tuple(tuple(v * (height if i % 2 else width) for i, v in enumerate(p)) for p in region.polygons),
+        )
+        for region in parse_regions(data, table, name)
+    ]
+    return labels.draw_regions(empty, None, image, regions, data, name)
