@@ -16,8 +16,9 @@ source "${VENV:-.venv}/bin/activate"
 trap : TERM # a preemption may send it to this shell too, which then still has to queue the job
 status=0
 srun --kill-on-bad-exit=1 python -m topformer_jax.train "$@" || status=$?
-# 143: SIGTERM ended it. SLURM requeues only what it kills itself, not a job that ends in the time it was given.
-if [ $status -eq 143 ] && ! scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then
+# 143: SIGTERM ended it. SLURM requeues only what it kills itself, not a job that ends in the time it was given. After
+# scancel the job is COMPLETING or CANCELLED.
+if [ $status -eq 143 ] && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
     scontrol requeue "$SLURM_JOB_ID" || echo "error: job $SLURM_JOB_ID could not be queued again: sbatch it anew" >&2
 fi
 exit $status

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.commands import ROOT
+from tests.commands import LONGEST, ROOT
 
 SCRIPT = str(ROOT / "scripts/tpu_pod.sh")
 TRAIN = ["python", "-m", "topformer_jax.train", "--config", "topformer_t_shapes", "--workdir", "gs://b/it's"]
@@ -66,7 +66,7 @@ class Cloud:
     def bash(
         self, *words: str, cwd: str | pathlib.Path = ROOT, **settings: str
     ) -> subprocess.CompletedProcess[str]:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": LONGEST}
         return subprocess.run(["bash", *words], cwd=cwd, env=self.environment | settings, **options)
 
     def fail(self, *words: str, **settings: str) -> tuple[int, str]:
@@ -117,7 +117,7 @@ def write_clone(folder: pathlib.Path) -> None:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60  # of a machine under load
+    deadline = time.monotonic() + LONGEST
     while not holds():
         assert time.monotonic() < deadline, "it does not come to pass"
         time.sleep(0.01)

@@ -7,6 +7,8 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ import pytest
 from topformer_jax import cli, train
 
 ROOT = pathlib.Path(__file__).parents[1]
+LONGEST = 1800.0  # seconds that a test waits for anything: for what hangs, not for what is slow
 TINY = {
     "batch_size": 4,
     "data.crop_size": "(64,64)",
@@ -70,6 +73,27 @@ def start_pair(
     return [start(workdir, changes, *flags, str(number), devices=devices) for number in range(2)]
 
 
+def comes_to_pass(processes: Sequence[subprocess.Popen[Any]], holds: Callable[[], bool]) -> bool:
+    """Returns True when something holds, False if one of the processes ends before it does.
+
+    It waits as long as they live: how long a thing takes depends on the machine and on what else that does.
+    """
+    deadline = time.monotonic() + LONGEST
+    while not holds():
+        if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
+            return holds()
+        time.sleep(0.01)
+    return True
+
+
+def wait_for(processes: Sequence[subprocess.Popen[str]], holds: Callable[[], bool]) -> None:
+    """Returns when something holds; fails, and ends the processes, if one of them ends before it does."""
+    if not comes_to_pass(processes, holds):
+        for process in processes:
+            process.kill()
+        pytest.fail(f"it did not come to pass: {[process.communicate() for process in processes]}")
+
+
 def only_line(err: str) -> str:
     """The one line, printed for those who run this with -s."""
     assert len(err.splitlines()) == 1, err
@@ -85,7 +109,7 @@ def run_check(
     command = [sys.executable, "-m", "topformer_jax.check", "--config", recipe, "--output", str(output)]
     words = [f"--config.{key}={value}" for key, value in settings.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": LONGEST}
     done = subprocess.run([*command, *words, *flags], cwd=ROOT, env=environment, **options)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
@@ -95,7 +119,7 @@ def run(workdir: Workdir, changes: dict[str, Any], *, status: int = 0) -> tuple[
     """The command in a process of its own; workers that outlived it would hold the pipes open."""
     process = start(workdir, changes)
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=LONGEST)
     finally:
         process.kill()
     assert process.returncode == status, out + err

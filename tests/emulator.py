@@ -176,14 +176,12 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
-    for _ in range(1000):
+    while server.poll() is None:
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
-        if server.poll() is not None:
-            raise SystemExit(f"the storage server ended with status {server.returncode}")
         time.sleep(0.01)
-    raise SystemExit("the storage server does not answer")
+    raise SystemExit(f"the storage server ended with status {server.returncode}")
 
 
 async def _run(proxy: Proxy) -> None:

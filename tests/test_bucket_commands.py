@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import ROOT, arguments, free_port, start_pair
+from tests.commands import LONGEST, ROOT, arguments, free_port, start_pair, wait_for
 from topformer_jax import checkpoints, logs, models
 from topformer_jax import config as config_lib
 from topformer_jax.data import shapes
@@ -43,7 +43,7 @@ def command(module: str, *words: Any, count: int = 1, devices: int = 1) -> list[
         for n in range(count)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=LONGEST) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -117,11 +117,7 @@ def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any
     """Starts two processes of 4 devices, on a server that fails meanwhile; kills both after a step's checkpoint."""
     pair = start_pair(workdir, changes, devices=4)
     try:
-        deadline = time.monotonic() + 300
-        while not (workdir / f"checkpoints/{step}/commit_success.txt").exists():
-            assert [process.poll() for process in pair] == [None, None], [p.communicate() for p in pair]
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
+        wait_for(pair, (workdir / f"checkpoints/{step}/commit_success.txt").exists)
         bucket.set_faults(cut=2, fail=3, status=503, delay=0.02)  # it is writing the next one, or soon will
         time.sleep(1)
     finally:

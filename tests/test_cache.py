@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from tests.bucket import Bucket, bucket, storage
+from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
 from tests.test_sources import JPEG
 from topformer_jax import config as config_lib
@@ -157,7 +158,7 @@ def test_processes_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: 
     bucket.set_faults(delay=0.5, match="array_record")
     command = [sys.executable, "-c", PROGRAM, str(uploaded), str(tmp_path / "copy")]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [process.communicate(timeout=120)[0] for process in started]
+    results = [process.communicate(timeout=LONGEST)[0] for process in started]
     assert [result.splitlines()[-1] for result in results] == ["7 g"] * 2
     requests = bucket.set_faults()
     assert [sum(name in line for line in requests) for name in TRAIN] == [1] * 4

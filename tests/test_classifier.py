@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import cv2
@@ -83,7 +82,7 @@ def _start(command: str, *words: object, settings: dict[str, Any]) -> subprocess
 
 
 def _finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=commands.LONGEST)
     assert process.returncode == status, out + err
     return out, err
 
@@ -124,11 +123,7 @@ def test_a_stopped_run_from_records_is_bitwise_the_one_from_folders(
     packed = {"data.source": "array_record", "data.root": tmp_path / "records", "data.num_workers": 2}
     workdir = tmp_path / "run"
     process = _start("train", "--workdir", workdir, settings=packed)
-    deadline = time.monotonic() + 500
-    while process.poll() is None and time.monotonic() < deadline:
-        if max(_losses(workdir) or {0: 0.0}) >= 7:
-            break
-        time.sleep(0.01)
+    commands.wait_for([process], lambda: max(_losses(workdir) or {0: 0.0}) >= 7)
     process.send_signal(signal.SIGTERM)
     _finish(process, 128 + signal.SIGTERM)
     stopped_at = max(_losses(workdir))

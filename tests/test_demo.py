@@ -26,7 +26,7 @@ from benchmarks import chromium
 from benchmarks import page as page_lib
 from benchmarks.chromium import Browser
 from benchmarks.page import choose_device, open_page, read_bytes, read_shown, show, text_of
-from tests.commands import free_port
+from tests.commands import LONGEST, free_port
 from tests.test_export import command, refused
 from topformer_jax import checkpoints, config, demo, export
 from topformer_jax.data import shapes
@@ -162,7 +162,7 @@ def test_it_is_served_isolated_and_with_its_types(
 ) -> None:
     page = build(folder / "web.onnx", make_runtime(tmp_path / "package"))
     server = serve(page)
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LONGEST)
 
     def get(path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
         connection.request("GET", path, headers=headers)

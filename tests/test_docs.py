@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import ROOT, TINY
+from tests.commands import LONGEST, ROOT, TINY
 from topformer_jax import checkpoints, config, models
 from topformer_jax.config import checks
 from topformer_jax.config.settings import SETTINGS
@@ -322,7 +322,7 @@ def test_commands_run(page: pathlib.Path, sandbox: Callable[[pathlib.Path], path
     environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
     def run(title: str, words: list[str]) -> None:
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": 600}
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": LONGEST}
         done = subprocess.run(words, cwd=folder, env=environment, **options)
         assert done.returncode == 0, f"{page.name}: {title}\n{done.stdout}{done.stderr}"
 

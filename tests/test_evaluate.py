@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks import samples
+from tests.commands import LONGEST, free_port
 from topformer_jax import config as config_lib
 from topformer_jax import inference, models
 from topformer_jax.data import sources
@@ -135,7 +135,7 @@ def _command(
         text=True,
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        timeout=600,
+        timeout=LONGEST,
         check=False,
     )
 
@@ -185,12 +185,6 @@ def test_the_official_scores(
         assert (saved != expected).mean() <= 1e-4
 
 
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
     """Five pictures on 2 processes x 4 devices: the second has nothing to do in the last batches."""
     arguments = ["--config", "configs/topformer_t_shapes.py", "--config.data.shapes.validation=5"]
@@ -203,7 +197,7 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
     arguments += ["--checkpoint", str(tmp_path / "weights"), "--workdir"]
     one = _command(*arguments, str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr
-    flags = ["--coordinator", f"127.0.0.1:{_port()}", "--processes", "2"]
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     start = [sys.executable, "-m", "topformer_jax.evaluate", *arguments, str(tmp_path / "two"), *flags]
     pair = [
@@ -217,7 +211,7 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
         )
         for number in range(2)
     ]
-    outputs = [process.communicate(timeout=600) for process in pair]
+    outputs = [process.communicate(timeout=LONGEST) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "mIoU" in outputs[0][0]
     assert "mIoU" not in outputs[1][0]

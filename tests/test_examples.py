@@ -15,6 +15,7 @@ import onnxruntime
 import PIL.Image
 import pytest
 
+from tests.commands import LONGEST
 from tests.test_export import FLAGS, command, weights  # noqa: F401  weights is a fixture
 from topformer_jax import checkpoints, config, export
 from topformer_jax.data import shapes
@@ -33,7 +34,7 @@ def compile_cpp(source: pathlib.Path, program: pathlib.Path, *flags: object) -> 
         pytest.skip("there is no C++ compiler")
     strict = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-pthread"]
     words = [compiler, *strict, source, f"-I{CPP}", f"-I{NATIVE}", *flags, "-o", program]
-    subprocess.run([str(word) for word in words], check=True, timeout=300)
+    subprocess.run([str(word) for word in words], check=True, timeout=LONGEST)
     return program
 
 
@@ -46,7 +47,7 @@ def compile_kotlin(folder: pathlib.Path) -> list[str]:
     sources = [str(KOTLIN / "Labels.kt"), str(KOTLIN / "Description.kt"), str(NATIVE / "Main.kt")]
     if kotlinc is not None:
         subprocess.run(
-            [kotlinc, *sources, "-include-runtime", "-d", f"{folder}/labels.jar"], check=True, timeout=600
+            [kotlinc, *sources, "-include-runtime", "-d", f"{folder}/labels.jar"], check=True, timeout=LONGEST
         )
         return [java, "-cp", f"{folder}/labels.jar", "MainKt"]
     assert spec is not None
@@ -55,7 +56,7 @@ def compile_kotlin(folder: pathlib.Path) -> list[str]:
     library = next(jar for jar in jars if "kotlin-stdlib" in jar)
     compiler = [java, "-cp", os.pathsep.join(jars), "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler"]
     flags = ["-no-stdlib", "-no-reflect", "-Werror", "-cp", library, "-d", str(folder)]
-    subprocess.run([*compiler, *flags, *sources], check=True, timeout=600)
+    subprocess.run([*compiler, *flags, *sources], check=True, timeout=LONGEST)
     return [java, "-cp", os.pathsep.join([str(folder), library]), "MainKt"]
 
 
@@ -77,7 +78,7 @@ def find_labels(request: pytest.FixtureRequest) -> FindLabels:
         numbers = map(str, (*logits.shape, *size, threads))
         data = np.ascontiguousarray(logits, "<f4").tobytes()
         done = subprocess.run(
-            [*program, *numbers], input=data, stdout=subprocess.PIPE, check=True, timeout=300
+            [*program, *numbers], input=data, stdout=subprocess.PIPE, check=True, timeout=LONGEST
         )
         return np.frombuffer(done.stdout, np.uint8).reshape(size)
 
@@ -146,7 +147,7 @@ def test_ties_go_to_the_first_class(find_labels: FindLabels) -> None:
 def test_the_description_of_a_litert_file(kotlin: list[str]) -> None:
     facts = {"output": "logits", "palette": [[1, 2, 3], [255, 0, 9]]}
     data = litert_file._append_note(b"TFL3" * 1000, facts)
-    done = subprocess.run(kotlin, input=data, stdout=subprocess.PIPE, check=True, timeout=300)
+    done = subprocess.run(kotlin, input=data, stdout=subprocess.PIPE, check=True, timeout=LONGEST)
     assert json.loads(done.stdout) == facts
 
 
@@ -163,7 +164,9 @@ def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     cv2.imwrite(str(tmp_path / "a.ppm"), picture[..., ::-1])
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            [str(program), *map(str, words)], capture_output=True, text=True, timeout=LONGEST
+        )
 
     said = run(file, tmp_path / "a.ppm", tmp_path / "a", 2, 3)
     assert said.returncode == 0, said.stderr

@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 import topformer_jax
-from tests.commands import only_line
+from tests.commands import LONGEST, only_line
 from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, verification
@@ -38,7 +38,9 @@ def command(main: Callable[[], None], *words: object) -> str:
 
 def run_command(name: str, *words: object) -> None:
     """A command in a process of its own."""
-    subprocess.run([sys.executable, "-m", f"topformer_jax.{name}", *map(str, words)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", f"topformer_jax.{name}", *map(str, words)], check=True, timeout=LONGEST
+    )
 
 
 def refused(main: Callable[[], None], *words: object) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -116,3 +117,9 @@ def test_the_documents_name_every_command_and_script() -> None:
         assert f"python -m topformer_jax.{command}" in text
     for script in (ROOT / "scripts").iterdir():
         assert f"scripts/{script.name}" in text or script.name.startswith("_")
+
+
+def test_no_test_knows_how_fast_the_machine_is() -> None:
+    """Other machines need ten times as long: tests wait for events, or for LONGEST of tests/commands.py."""
+    for file in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"timeout\"?[=:] ?\d\d|monotonic\(\) \+ \d", file.read_text()), file

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.commands import FOLDER, ROOT, arguments, only_line, refused_run, run, start
+from tests.commands import FOLDER, LONGEST, ROOT, arguments, only_line, refused_run, run, start
 from topformer_jax import logs
 from topformer_jax.errors import UserError
 
@@ -135,6 +135,6 @@ def test_interrupted_while_it_starts(tmp_path: pathlib.Path, moment: str) -> Non
     while process.poll() is None and not there():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=LONGEST)
     assert (process.returncode, err) == (130, "interrupted\n")
     assert not list((tmp_path / "run").rglob("*.tmp"))

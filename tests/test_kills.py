@@ -15,15 +15,13 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import FOLDER, free_port, start_pair
+from tests.commands import FOLDER, LONGEST, free_port, start_pair
 from tests.test_processes import LOST
 from topformer_jax import checkpoints, logs
 
 __all__ = ["bucket", "storage"]
 
 KILLS = int(os.environ.get("TOPFORMER_KILLS", "3"))
-LATEST_KILL = 30.0  # seconds after the start
-ALONE_SECONDS = 100  # after which a process whose partner was killed has ended by itself
 
 
 def have_met(number: int) -> bool:
@@ -46,7 +44,7 @@ def kill(pair: list[subprocess.Popen[str]], victims: list[int]) -> float:
         pair[number].kill()
     began = time.monotonic()
     try:
-        outputs = [process.communicate(timeout=ALONE_SECONDS) for process in pair]
+        outputs = [process.communicate(timeout=LONGEST) for process in pair]
     finally:
         for process in pair:
             process.kill()
@@ -70,7 +68,11 @@ def test_kills(
         "upload_every": 1,
         **(FOLDER | {"data.root": drawn} if source == "folder" else {}),
     }
-    outputs = [process.communicate(timeout=500) for process in start_pair(tmp_path / "undisturbed", changes)]
+    began = time.monotonic()
+    outputs = [
+        process.communicate(timeout=LONGEST) for process in start_pair(tmp_path / "undisturbed", changes)
+    ]
+    latest = time.monotonic() - began  # seconds after the start
     assert "done: " in outputs[0][0], outputs
     expected = outcome(tmp_path / "undisturbed")
     dice = random.Random(f"{place} {source} {workers}")
@@ -79,14 +81,14 @@ def test_kills(
         workdir: Any = (bucket.root if place == "bucket" else tmp_path) / f"run{finished}"
         meeting = free_port()
         pair = start_pair(workdir, changes, port=meeting)
-        moment = time.monotonic() + (dice.uniform(0, LATEST_KILL) if kills < KILLS else 1000)
+        moment = time.monotonic() + (dice.uniform(0, latest) if kills < KILLS else LONGEST)
         while time.monotonic() < moment and None in [process.poll() for process in pair]:
             time.sleep(0.02)
         if pair[0].poll() is None:
             alone.append(kill(pair, dice.choice(([0], [1], [0, 1])) if have_met(meeting) else [0, 1]))
             kills += 1
         else:
-            outputs = [process.communicate(timeout=ALONE_SECONDS) for process in pair]
+            outputs = [process.communicate(timeout=LONGEST) for process in pair]
             assert [process.returncode for process in pair] == [0, 0], outputs
             assert outcome(workdir) == expected
             finished += 1

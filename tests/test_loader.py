@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from tests.commands import LONGEST
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.errors import UserError
@@ -195,7 +196,7 @@ if __name__ == "__main__":
     file.write_text(program)
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, file], capture_output=True, text=True, env=environment, check=False, timeout=200
+        [sys.executable, file], capture_output=True, text=True, env=environment, check=False, timeout=LONGEST
     )
     assert done.stdout.startswith("stopped: ")
     assert done.stderr == ""

@@ -12,6 +12,7 @@ import PIL.ExifTags
 import PIL.Image
 import pytest
 
+from tests.commands import LONGEST
 from topformer_jax import checkpoints, config, inference, load, models, predict
 from topformer_jax.data.codecs import decode_image, decode_label, read_image_size
 from topformer_jax.errors import UserError
@@ -43,7 +44,7 @@ def _command(module: str, *arguments: str, stdin: bytes | None = None) -> subpro
         input=stdin,
         capture_output=True,
         cwd=ROOT,
-        timeout=300,
+        timeout=LONGEST,
         check=False,
     )
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.commands import only_line, start, start_pair
+from tests.commands import LONGEST, only_line, start, start_pair, wait_for
 from topformer_jax import native_messages, processes
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.errors import UserError
@@ -44,14 +44,7 @@ LOST = (
 
 def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> None:
     """Returns when they have trained for some steps: the profile of the first two is written."""
-    deadline = time.monotonic() + 300
-    while all(process.poll() is None for process in pair) and time.monotonic() < deadline:
-        if list(workdir.glob("profile/**/*.xplane.pb")):
-            return
-        time.sleep(0.05)
-    for process in pair:
-        process.kill()
-    pytest.fail(f"they did not train: {[process.communicate() for process in pair]}")
+    wait_for(pair, lambda: bool(list(workdir.glob("profile/**/*.xplane.pb"))))
 
 
 def filtered(text: str) -> str:
@@ -78,12 +71,12 @@ def test_other_native_messages_pass() -> None:
 
 
 def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
-    """Within seconds, though nothing is logged; the newest checkpoint is of that step."""
+    """Long before a step is logged; the newest checkpoint is of that step."""
     pair = start_pair(tmp_path, CHANGES, *PROFILE)
     wait_for_steps(pair, tmp_path)
     pair[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
-    outputs = [process.communicate(timeout=100) for process in pair]
+    outputs = [process.communicate(timeout=LONGEST) for process in pair]
     print(f"SIGTERM to process 1: both ended after {time.monotonic() - began:.1f} s")
     assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
     assert [err for _, err in outputs] == ["", ""]
@@ -101,7 +94,7 @@ def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> N
     wait_for_steps(pair, tmp_path)
     pair[number].kill()
     began = time.monotonic()
-    outputs = [process.communicate(timeout=200) for process in pair]
+    outputs = [process.communicate(timeout=LONGEST) for process in pair]
     print(f"SIGKILL to process {number}: the other ended after {time.monotonic() - began:.1f} s")
     other = pair[1 - number]
     assert other.returncode not in (0, None)
@@ -126,7 +119,7 @@ def test_nobody_waits_for_a_compilation(
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(number)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=LONGEST)
     assert (process.returncode, err) == (128 + number, "")
     assert out.endswith("stopped before a step was computed; the same command starts again\n")
     assert not (tmp_path / "run.lock").exists()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from tests import miniatures
+from tests.commands import LONGEST
 from topformer_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,13 +44,13 @@ def reproduce(*words: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=LONGEST,
     )
 
 
 def topformer_jax(command: str, *words: object) -> None:
     flags = [sys.executable, "-m", f"topformer_jax.{command}", *map(str, words)]
-    subprocess.run(flags, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=300)
+    subprocess.run(flags, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True, timeout=LONGEST)
 
 
 def check_row(row: str, folder: pathlib.Path, *words: str) -> None:

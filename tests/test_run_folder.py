@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import only_line, refused_run, run, start
+from tests.commands import LONGEST, only_line, refused_run, run, start
 from topformer_jax import files, logs, run_folder
 from topformer_jax.errors import UserError
 from topformer_jax.run_folder import LEASE, Lease, RunFolder
@@ -63,7 +63,8 @@ def test_a_renewed_lease_is_respected(tmp_path: pathlib.Path, monkeypatch: pytes
 def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
     code = (
         "import time, pathlib; from topformer_jax.run_folder import Lease; "
-        f"Lease(pathlib.Path({str(tmp_path)!r}), renew_seconds=0.1); print('there', flush=True); time.sleep(60)"
+        f"Lease(pathlib.Path({str(tmp_path)!r}), renew_seconds=0.1); "
+        f"print('there', flush=True); time.sleep({LONGEST})"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -71,7 +72,7 @@ def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
     assert process.stdout
     process.stdout.readline()
     write_lease_of_another_machine(tmp_path)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 2
     assert "was taken over by process 1 on elsewhere: this run ends" in only_line(err)
     assert json.loads((tmp_path / LEASE).read_text())["run"] == "other"

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.commands import ROOT, TINY, refused_run, run, start
+from tests.commands import LONGEST, ROOT, TINY, comes_to_pass, free_port, refused_run, run, start
 from topformer_jax import checkpoints, config, load, logs, profiler, train
 from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
@@ -154,7 +153,7 @@ def test_distillation(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -
     process = start(tmp_path / "stopped", changes)
     _wait_for_step(process, tmp_path / "stopped", 2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    process.communicate(timeout=LONGEST)
     run(tmp_path / "stopped", changes)
     assert _same(tmp_path / "stopped", tmp_path / "whole")
 
@@ -169,7 +168,7 @@ def test_a_teacher_that_does_not_fit() -> None:
 
 def test_profile(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, {"schedule.steps": 3}, "--profile", "2:3")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, out + err
     assert f"wrote the profile into {tmp_path}/profile" in out
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
@@ -198,11 +197,8 @@ def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch
 
 
 def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if max(_losses(workdir) or {0: 0.0}) >= step:
-            return
-        time.sleep(0.01)
+    """Returns when it has logged the step, or has ended."""
+    comes_to_pass([process], lambda: max(_losses(workdir) or {0: 0.0}) >= step)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -212,7 +208,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     process = start(tmp_path, {})
     _wait_for_step(process, tmp_path, 3)
     process.send_signal(number)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 128 + number, out + err
     assert "the same command resumes from here" in out
     assert "Traceback" not in err
@@ -231,16 +227,10 @@ def test_averages_and_accumulation_resume_too(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path / "cut", changes)
     _wait_for_step(process, tmp_path / "cut", 2)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.communicate(timeout=LONGEST)
     run(tmp_path / "cut", changes)
     assert _same(tmp_path / "whole", tmp_path / "cut")
     assert _losses(tmp_path / "whole") == _losses(tmp_path / "cut")
-
-
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -259,14 +249,14 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
     runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
     for devices, workdir in runs.items():
         process = start(workdir, changes, devices=devices)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, out + err
-    flags = ["--coordinator", f"127.0.0.1:{_port()}", "--processes", "2"]
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     pair = [
         start(tmp_path / "two", changes, *flags, "--process-id", str(number), devices=4)
         for number in range(2)
     ]
-    outputs = [process.communicate(timeout=400) for process in pair]
+    outputs = [process.communicate(timeout=LONGEST) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "8 x cpu in 2 processes" in outputs[0][0]
     assert "step 10/10" in outputs[0][0]
@@ -297,7 +287,7 @@ def test_ten_kills(tmp_path: pathlib.Path, golden: Callable, kind: str, workers:
             "evaluation.scale": "(96,96)",
         }
     process = start(tmp_path / "whole", changes)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, out + err
     rng = np.random.default_rng(workers)
     kills, during_a_save = 0, 0
@@ -314,12 +304,12 @@ def test_ten_kills(tmp_path: pathlib.Path, golden: Callable, kind: str, workers:
             _wait_for_step(process, tmp_path / "cut", reached + int(rng.integers(1, 4)))
             time.sleep(float(rng.uniform(0, 0.3)))
         process.kill()
-        process.communicate(timeout=100)
+        process.communicate(timeout=LONGEST)
         kills += 1
         print(f"kill {kills} at step {max(_losses(tmp_path / 'cut') or {0: 0.0})}")
     assert during_a_save == 1
     process = start(tmp_path / "cut", changes)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, out + err
     assert _same(tmp_path / "whole", tmp_path / "cut")
     assert _losses(tmp_path / "whole") == _losses(tmp_path / "cut")
@@ -345,7 +335,7 @@ def test_fine_tuning_raises_the_score(tmp_path: pathlib.Path, golden: Callable) 
             "schedule.lr": rate,
         }
         process = start(tmp_path / str(steps), changes)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, out + err
         records = logs.read_records(tmp_path / str(steps) / "metrics.jsonl")
         scores.append(records[-1]["miou"])
