@@ -137,7 +137,7 @@ def test_two_processes_leave_a_compilation_together(
     time.sleep(0.5)
     for number in signalled:
         pair[number].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=600) for process in pair]
+    outputs = [process.communicate(timeout=LONGEST) for process in pair]
     assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
     assert [err for _, err in outputs] == ["", ""]
     assert outputs[0][0].endswith("stopped before a step was computed; the same command starts again\n")
