@@ -28,17 +28,23 @@ def make_host(folder: pathlib.Path, lock: pathlib.Path | None = None) -> tuple[s
 
 
 def start(program: str, mounts: tuple[str, ...], *words: Any) -> subprocess.Popen[str]:
-    """A Python program on another machine; with a boot id of its own, or with no mounts at all, it is process 1 there.
-
-    It waits for a line at the place of "input()".
-    """
+    """A Python program on another machine; with a boot id of its own, or without mounts, it is process 1 there."""
     is_pod = not mounts or any(BOOT_ID in mount for mount in mounts)
     flags = ["--pid", "--fork", "--kill-child", "--mount-proc"] if is_pod else ["--mount"]
     shell = ["sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
     if subprocess.run(["unshare", *flags, *shell, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to make namespaces")
+    return _start(["unshare", *flags, *shell], program, words)
+
+
+def start_here(program: str, *words: Any) -> subprocess.Popen[str]:
+    """The same on this machine."""
+    return _start([], program, words)
+
+
+def _start(prefix: list[str], program: str, words: tuple[Any, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["unshare", *flags, *shell, sys.executable, "-c", program, *map(str, words)],
+        [*prefix, sys.executable, "-u", "-c", program, *map(str, words)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -59,7 +59,7 @@ import os, pathlib, sys
 from topformer_jax import files
 path, content = pathlib.Path(sys.argv[1]), sys.argv[2] * 300_000
 assert os.getpid() == 1
-print("ready", flush=True)
+print("ready")
 input()
 for _ in range(100):
     files.write_file(path, content)
@@ -82,7 +82,7 @@ from topformer_jax import files
 folder = files.as_path(sys.argv[1])
 folder.exists()  # the first request takes longer
 assert os.getpid() == 1
-print("ready", flush=True)
+print("ready")
 input()
 files.make_folder(folder)
 """
