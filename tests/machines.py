@@ -1,4 +1,4 @@
-"""Processes on machines of their own: two hosts on which all is process 1, as in pods, or one without /proc, as macOS.
+"""Processes on machines of their own: hosts where each is process 1, as in pods, or one without /proc, as on macOS.
 
 They are namespaces of this kernel, and need the right to make them; a test is skipped where they cannot be made.
 """
@@ -15,11 +15,13 @@ from tests.commands import ROOT
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 WITHOUT_PROC = ("mount -t tmpfs none /proc",)
-HIDDEN_PROC = ("mount -t proc -o hidepid=2 none /proc",)  # as on clusters: nobody sees the processes of others
+HIDDEN_PROC = (
+    "mount -t proc -o hidepid=2 none /proc",
+)  # as on clusters: nobody sees the processes of others
 
 
 def make_host(folder: pathlib.Path, lock: pathlib.Path | None = None) -> tuple[str, ...]:
-    """What makes another host of a new namespace: a boot id of its own, and perhaps locks that do not reach others."""
+    """What makes a host of a new namespace: a boot id of its own, and perhaps locks that do not reach others."""
     folder.mkdir()
     (folder / "boot_id").write_text(f"{uuid.uuid4()}\n")
     (folder / "lock").touch()

@@ -109,7 +109,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def read_boot_id() -> str:
-    """The random name that a kernel gives itself when it starts, shared by its containers; "" if it has none (macOS)."""
+    """The random name of a kernel since it started, which its containers share; "" if it has none, as on macOS."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

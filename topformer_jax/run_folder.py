@@ -266,4 +266,6 @@ def _start_time(pid: int) -> str | None:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return "" if fields[0] in "ZX" else fields[19]  # a dead process stays until its parent asks for its status
+    return (
+        "" if fields[0] in "ZX" else fields[19]
+    )  # a dead process stays until its parent asks for its status
