@@ -8,6 +8,7 @@ tensor) as a resumed run does. It writes into a new folder below `--folder`, and
 
 import concurrent.futures
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def main() -> None:
     args, config = timing.parse(parser)
     state, _ = init_training(config, sharding.make_train_mesh(config, jax.local_devices()[:1]))
     trees = {"model": state.params | state.stats, "optimizer": state.optimizer}
-    folder = args.folder / f"checkpoints-{os.getpid()}"
+    folder = args.folder / f"checkpoints-{secrets.token_hex(4)}"
     files.make_folder(folder)
     try:
         seconds = time_saves(folder / "run", trees, args.repeats)

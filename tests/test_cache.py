@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
+from tests import machines
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
@@ -22,9 +24,11 @@ from topformer_jax import config as config_lib
 from topformer_jax import logs
 from topformer_jax.data import cache, loader, sources
 from topformer_jax.errors import UserError
+from topformer_jax.files import read_boot_id
 from topformer_jax.preparation import packing
 
 __all__ = ["bucket", "files", "small_shards", "storage"]
+TABLES = {"dataset_info.json", "features.json", "label_sizes.json"}
 TRAIN = [f"ade20k-train.array_record-{index:05d}-of-00004" for index in range(4)]
 
 
@@ -62,7 +66,7 @@ def test_examples_are_those_of_the_source(
     assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
     assert [pickle.loads(pickle.dumps(source))[index].name for index in range(7)] == list(NAMES)
     assert f"1/1 MB copied from {folder}" in capsys.readouterr().out
-    assert names_in(copy) == {"dataset_info.json", "features.json", *TRAIN}  # of this split alone
+    assert names_in(copy) == {*TABLES, *TRAIN}  # of this split alone
     for name in TRAIN:
         assert next(copy.iterdir()).joinpath(name).read_bytes() == (folder / name).read_bytes()
     sources.open_source(cached(folder, copy), "validation")
@@ -75,12 +79,15 @@ def test_copies_are_made_once(uploaded: epath.Path, bucket: Bucket, tmp_path: pa
     (folder,) = (tmp_path / "copy").iterdir()
     (folder / TRAIN[1]).unlink()
     (folder / TRAIN[2]).write_bytes(b"cut off")
-    (folder / f".{TRAIN[3]}.tmp").write_bytes(b"of a process that was killed")
+    for host, age in ((read_boot_id(), 0), ("gone", 4000), ("alive", 2000)):
+        left = folder / f".{TRAIN[3]}.{host}.x.tmp"
+        left.write_bytes(b"of a process that was killed, or that copies on another host")
+        os.utime(left, (time.time() - age,) * 2)
     bucket.set_faults()
     sources.open_source(config, "train")
     lines = bucket.set_faults()
     assert {name for name in TRAIN if any(name in line for line in lines)} == {TRAIN[1], TRAIN[2]}
-    assert names_in(tmp_path / "copy") == {"dataset_info.json", "features.json", *TRAIN}
+    assert names_in(tmp_path / "copy") == {*TABLES, *TRAIN, f".{TRAIN[3]}.alive.x.tmp"}
     folder.chmod(0o500)
     sources.open_source(config, "train")
     folder.chmod(0o700)
@@ -162,6 +169,34 @@ def test_processes_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: 
     assert [result.splitlines()[-1] for result in results] == ["7 g"] * 2
     requests = bucket.set_faults()
     assert [sum(name in line for line in requests) for name in TRAIN] == [1] * 4
+
+
+COPIER = """
+import sys
+from topformer_jax import files
+from topformer_jax.data import cache
+arguments = files.as_path(sys.argv[1]), "ade20k"
+cache.copy_split(*arguments, "validation", sys.argv[2])
+print("ready")
+input()
+cache.copy_split(*arguments, "train", sys.argv[2])
+"""
+
+
+def test_hosts_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path) -> None:
+    """Both are process 1, and the disk's locks hold for one host only: both copy, and neither disturbs the other."""
+    sources.open_source(cached(uploaded, tmp_path / "copy"), "validation")
+    (folder,) = (tmp_path / "copy").iterdir()
+    hosts = [machines.make_host(tmp_path / name, folder / ".lock") for name in ("first", "second")]
+    started = [machines.start(COPIER, host, uploaded, tmp_path / "copy") for host in hosts]
+    bucket.set_faults(delay=2.0, match="train.array_record")
+    machines.run_at_once(started)
+    requests = bucket.set_faults()
+    assert [sum(name in line for line in requests) for name in TRAIN] == [2] * 4
+    assert {name: (folder / name).read_bytes() for name in TRAIN} == {
+        name: (uploaded / name).read_bytes() for name in TRAIN
+    }
+    assert not list(folder.glob(".*.tmp"))
 
 
 def test_a_process_waits_for_another(

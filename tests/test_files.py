@@ -1,11 +1,17 @@
-"""Writes in threads: all of them are done at the end, and the first error is raised."""
+"""Writes: in threads, by two hosts at once, and into a bucket whose answers are lost."""
 
 import pathlib
 
 import pytest
+from etils import epath
 
+from tests import machines
+from tests.bucket import Bucket, bucket, storage
+from tests.machines import run_at_once
 from topformer_jax import files
 from topformer_jax.errors import UserError
+
+__all__ = ["bucket", "storage"]
 
 
 def fail() -> None:
@@ -46,3 +52,66 @@ def test_another_error_comes_first() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+
+
+WRITER = """
+import os, pathlib, sys
+from topformer_jax import files
+path, content = pathlib.Path(sys.argv[1]), sys.argv[2] * 300_000
+assert os.getpid() == 1
+print("ready")
+input()
+for _ in range(100):
+    files.write_file(path, content)
+    assert len(path.read_text().strip("a")) in (0, 300_000)
+"""
+
+
+def test_two_hosts_write_one_file(tmp_path: pathlib.Path) -> None:
+    """Both are process 1, on a disk that they share: each content is one host's, and whole."""
+    hosts = [machines.make_host(tmp_path / name) for name in ("first", "second")]
+    path = tmp_path / "shared/file"
+    run_at_once(
+        [machines.start(WRITER, host, path, letter) for host, letter in zip(hosts, "ab", strict=True)]
+    )
+    assert path.read_text() in ("a" * 300_000, "b" * 300_000)
+    assert list(path.parent.iterdir()) == [path]
+
+
+PROBER = """
+import os, sys
+from topformer_jax import files
+folder = files.as_path(sys.argv[1])
+folder.exists()  # the first request takes longer
+assert os.getpid() == 1
+print("ready")
+input()
+files.make_folder(folder)
+"""
+
+
+def test_two_hosts_share_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
+    """Both try at once whether they can write there; both files are there before either is deleted."""
+    hosts = [machines.make_host(tmp_path / name) for name in ("first", "second")]
+    started = [machines.start(PROBER, host, f"{bucket}/run") for host in hosts]
+    bucket.set_faults(delay=1.0, match="POST")
+    run_at_once(started)
+    assert sum(line.startswith("DELETE") for line in bucket.set_faults()) == 2
+    assert not (bucket / "run").exists() or not list((bucket / "run").iterdir())
+
+
+def test_a_repeated_delete_finds_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server has deleted the file, and its answer is lost."""
+    delete = type(bucket.root).unlink
+    lost: list[str] = []
+
+    def lose_an_answer(path: epath.Path, missing_ok: bool = False) -> None:
+        delete(path, missing_ok)
+        if not lost:
+            lost.append(path.name)
+            raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(type(bucket.root), "unlink", lose_an_answer)
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    files.make_folder(bucket / "run")
+    assert lost

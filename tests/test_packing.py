@@ -4,10 +4,13 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -16,9 +19,11 @@ from tests.commands import LONGEST
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config as config_lib
 from topformer_jax import files as files_lib
-from topformer_jax import prepare
+from topformer_jax import models, prepare
 from topformer_jax.data import sources
+from topformer_jax.data.example import SegmentationSource
 from topformer_jax.errors import UserError
+from topformer_jax.evaluation import evaluate_split
 from topformer_jax.preparation import packing
 
 __all__ = ["bucket", "storage"]
@@ -67,7 +72,7 @@ def test_parts_make_the_same_files(small_shards: None, files: pathlib.Path, tmp_
     assert packing.build("ade20k", str(files), parts, (2, 3))[1] == ""  # again: nothing to do
     expected = contents(pathlib.Path(whole))
     assert contents(pathlib.Path(folder)) == expected
-    assert len(expected) == 4 + 1 + 3
+    assert len(expected) == 4 + 1 + 4
     assert json.loads(expected["dataset_info.json"])["splits"][0]["shardLengths"] == ["1", "2", "2", "2"]
     source = sources.open_source(records_config(parts), "train")
     assert [source[index].name for index in range(7)] == list(NAMES)
@@ -113,6 +118,57 @@ def test_an_interrupted_build_goes_on(
     assert second not in written
     assert len(written) == 4
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+def test_two_write_one_shard_on_a_disk(
+    small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have one process id; one writes all of it while the other is in the middle of a shard."""
+    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))[0]))
+    output = str(tmp_path / "records")
+    read = sources.FolderSource.__getitem__
+    unfinished: list[pathlib.Path] = []
+
+    def run_the_other(source: sources.FolderSource, index: int) -> Any:
+        if index == 2 and not unfinished:
+            unfinished.extend(tmp_path.rglob("*.tmp"))
+            shutil.copy(unfinished[0], unfinished[0].with_name(".left.by.a.killed.process.tmp"))
+            assert packing.build("ade20k", str(files), output)[1] == ""
+        return read(source, index)
+
+    monkeypatch.setattr(sources.FolderSource, "__getitem__", run_the_other)
+    folder, missing = packing.build("ade20k", str(files), output)
+    assert (len(unfinished), missing) == (1, "")
+    assert contents(pathlib.Path(folder)) == expected
+
+
+def test_sizes_that_are_not_the_labels(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = pathlib.Path(packing.build("ade20k", str(files), str(tmp_path))[0])
+    table = folder / "label_sizes.json"
+    assert json.loads(table.read_text()) == {"train": [[4, 6]] * 7, "validation": [[4, 6]]}
+    rows = [[4, 6]] * 6
+
+    def open_with(content: str) -> SegmentationSource:
+        table.write_text(content)
+        source = sources.open_source(records_config(str(tmp_path)), "train")
+        assert isinstance(source, SegmentationSource)
+        return source
+
+    for content in ("{", "[]", json.dumps({"train": rows}), json.dumps({"train": [*rows, 5]})):
+        with pytest.raises(
+            UserError, match=r"label_sizes\.json does not hold the sizes of the 7 labels of train"
+        ):
+            open_with(content).label_size(0)
+    source = open_with(json.dumps({"train": [*rows, [6, 4]]}))
+    assert source.label_size(6) == (6, 4)
+    assert source[5].name == "f"
+    with pytest.raises(
+        UserError, match=r"label g .* has 6 x 4 pixels, label_sizes\.json says 4 x 6: copy both"
+    ):
+        source[6]
+    (files / "annotations/training/c.png").write_bytes(JPEG)
+    with pytest.raises(UserError, match=r"annotations/training/c\.png is not a PNG"):
+        packing.build("ade20k", str(files), str(tmp_path / "other"))
 
 
 def run(*arguments: str) -> subprocess.Popen[str]:
@@ -181,6 +237,28 @@ def test_what_goes_wrong_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_an_evaluation_reads_each_picture_once(drawn: pathlib.Path, bucket: Bucket) -> None:
+    """By the server's answers, each of a whole record; without the labels' sizes, in the second evaluation."""
+    folder, _ = packing.build("custom", str(drawn), str(bucket))
+    (shard,) = (path for path in folder.iterdir() if "validation" in path.name)
+    changes = {"data.source": "array_record", "data.dataset": "custom", "data.root": str(folder)}
+    config = config_lib.load(config_lib.shapes(), changes | {"evaluation.scale": (72, 72)})
+    model = models.build_segmenter(config)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    requests, results = [], []
+    for has_sizes in (True, False):
+        if not has_sizes:
+            (folder / "label_sizes.json").unlink()
+        source = sources.open_source(config, "validation")
+        source[len(source) - 3]  # it opens the file, and reads its end
+        for _ in range(2):
+            bucket.set_faults()
+            results.append(evaluate_split(model, source, mesh).confusion)
+            requests.append(sum(shard.name in line for line in bucket.set_faults()))
+    assert requests == [3, 3, 6, 3]
+    assert all((result == results[0]).all() for result in results)
+
+
 def test_a_part_has_a_number_from_1(small_shards: None) -> None:
     assert prepare._parse_part("3/4") == (3, 4)
     for text in ("0/4", "5/4", "4", "a/b"):
@@ -208,7 +286,9 @@ import sys
 sys.modules["gcsfs"] = None
 from topformer_jax import config
 from topformer_jax.data import sources
+from topformer_jax.data.example import SegmentationSource
 from topformer_jax.errors import UserError
+from topformer_jax.evaluation import evaluate_split
 settings = {"data.source": "array_record", "data.root": "gs://somewhere/records"}
 try:
     sources.open_source(config.load(config.ade20k("tiny"), settings), "train")

@@ -3,12 +3,15 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
 
+from tests import cloud, machines
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import LONGEST, only_line, refused_run, run, start
 from topformer_jax import files, logs, run_folder
@@ -35,6 +38,79 @@ def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=False)
     assert json.loads((tmp_path / LEASE).read_text())["pid"]
     Lease(tmp_path).release()
+
+
+def test_a_crashed_run_that_nobody_has_waited_for_leaves_the_folder(tmp_path: pathlib.Path) -> None:
+    """The kernel keeps a dead process until its parent asks for its status, which some containers' first never do."""
+    process = machines.start_here(HOLDER, tmp_path)
+    assert machines.read_line(process) == "there"
+    process.send_signal(signal.SIGKILL)
+    stat = pathlib.Path(f"/proc/{process.pid}/stat")
+    cloud.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    Lease(tmp_path).release()
+    process.communicate()
+
+
+HOLDER = """
+import pathlib, sys, time
+from topformer_jax.run_folder import Lease
+Lease(pathlib.Path(sys.argv[1]), renew_seconds=0.2)
+print("there")
+time.sleep(1000)
+"""
+SUCCESSOR = """
+import os, pathlib, sys
+from topformer_jax.errors import UserError
+from topformer_jax.run_folder import Lease
+if len(sys.argv) > 2:
+    os.setgroups([])
+    os.setgid(int(sys.argv[2]))
+    os.setuid(int(sys.argv[2]))
+try:
+    Lease(pathlib.Path(sys.argv[1]), renew_seconds=0.2, expired_seconds=20.0).release()
+    print("taken")
+except UserError as error:
+    print(error)
+"""
+
+
+def outcome(process: subprocess.Popen[str]) -> list[str]:
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, ""), err
+    return out.splitlines()
+
+
+@pytest.mark.parametrize("machine", ["without /proc", "pods"])
+def test_where_the_kernel_does_not_tell_a_lease_is_watched(tmp_path: pathlib.Path, machine: str) -> None:
+    """As on macOS, or in pods whose hosts have one name: a run that lives is refused, a killed one taken over."""
+    mounts: tuple[str, ...] = machines.WITHOUT_PROC if machine == "without /proc" else ()
+    first = machines.start(HOLDER, mounts, tmp_path)
+    assert machines.read_line(first) == "there"
+    who = json.loads((tmp_path / LEASE).read_text())
+    assert who["started"] is None if mounts else who["pid"] == 1
+    who = f"process {who['pid']} on {who['host']}"
+    waiting, line = outcome(machines.start(SUCCESSOR, mounts, tmp_path))
+    assert waiting == f"{tmp_path} was used by {who}: waiting 20 s whether it still is"
+    assert line == f"{tmp_path} is in use by {who}: give another --workdir, or end that run"
+    first.kill()
+    first.communicate()
+    code = SUCCESSOR.replace("expired_seconds=20.0", "expired_seconds=0.5")
+    assert outcome(machines.start(code, mounts, tmp_path))[1:] == ["taken"]
+
+
+def test_a_run_of_another_user_is_respected(tmp_path: pathlib.Path) -> None:
+    """Where /proc hides it from others, as on many clusters."""
+    with tempfile.TemporaryDirectory() as place:  # others may not enter pytest's own
+        folder = pathlib.Path(place)
+        folder.chmod(0o777)
+        first = machines.start_here(HOLDER, folder)
+        assert machines.read_line(first) == "there"
+        (folder / LEASE).chmod(0o666)
+        lines = outcome(machines.start(SUCCESSOR, machines.HIDDEN_PROC, folder, 65534))
+        assert f"{folder} is in use by process {first.pid} on " in lines[-1]
+        first.kill()
+        first.communicate()
+        assert outcome(machines.start(SUCCESSOR, machines.HIDDEN_PROC, folder, 65534)) == ["taken"]
 
 
 def write_lease_of_another_machine(folder: files.Path) -> dict:
@@ -75,6 +151,14 @@ def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
     _, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 2
     assert "was taken over by process 1 on elsewhere: this run ends" in only_line(err)
+    assert json.loads((tmp_path / LEASE).read_text())["run"] == "other"
+
+
+def test_who_was_taken_over_leaves_the_lease(tmp_path: pathlib.Path) -> None:
+    """A run ends before it has seen that it was asleep for too long."""
+    lease = Lease(tmp_path)
+    write_lease_of_another_machine(tmp_path)
+    lease.release()
     assert json.loads((tmp_path / LEASE).read_text())["run"] == "other"
 
 

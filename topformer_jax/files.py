@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -87,9 +88,9 @@ def make_folder(path: Path, alternative: str = "another folder") -> None:
     """
     with report_errors("write into", path, f"; name {alternative}"):
         if is_in_bucket(path):
-            probe = path / f".{os.getpid()}.tmp"
+            probe = temporary_path(path / "probe")
             retry(lambda: probe.write_bytes(b""))
-            retry(probe.unlink)
+            retry(lambda: probe.unlink(missing_ok=True))  # a repeated request finds what the first one did
         else:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
@@ -100,6 +101,23 @@ def refuse_existing(path: Path) -> None:
     with report_errors("write", path):
         if retry(path.exists):
             raise UserError(f"{path} is there already: name another file")
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside a file, for its content until it is whole: another one at each call, on any host.
+
+    A process id is no such name: in containers it is 1 on every host. What a killed process leaves is hidden, is
+    never read or uploaded, and ends with `.tmp`.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def read_boot_id() -> str:
+    """The random name of a kernel since it started, which its containers share; "" if it has none, as on macOS."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
@@ -116,7 +134,7 @@ def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
         with report_errors("write", path, advice):
             retry(lambda: path.write_bytes(data))
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with report_errors("write", path, advice), unfinished(temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

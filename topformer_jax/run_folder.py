@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -187,12 +186,10 @@ class Lease:
 
     def _wait_until_free(self, other: dict[str, Any], pause: float, expired: float) -> None:
         """Returns when the other run is known to be gone."""
-        here = _this_process()
         who = f"process {other['pid']} on {other['host']}"
-        if all(other.get(key) == here[key] for key in ("host", "boot", "namespace")):
-            if _start_time(int(other["pid"])) != other.get("started"):
-                return
-        else:
+        if has_ended := _has_ended(other):
+            return
+        if has_ended is None:
             print(
                 f"{self._folder} was used by {who}: waiting {expired:.0f} s whether it still is", flush=True
             )
@@ -229,32 +226,46 @@ class Lease:
             return
         self._released.set()
         self._thread.join(5)  # it may be waiting for a network
-        with contextlib.suppress(Exception):  # it expires
-            self._file.unlink()
+        with contextlib.suppress(Exception):  # it expires, or is a successor's by now
+            if json.loads(self._file.read_text())["run"] == self._record["run"]:
+                self._file.unlink()
 
 
 def _this_process() -> dict[str, Any]:
-    """What tells a process from all others, also from those in other containers."""
-
-    def read(function: Callable[[], str]) -> str:
-        try:
-            return function().strip()
-        except OSError:  # not a Linux
-            return ""
-
+    """What tells a process from all others, also from those in other containers; "" where the kernel does not say."""
+    namespace = ""
+    with contextlib.suppress(OSError):  # not a Linux
+        namespace = os.readlink("/proc/self/ns/pid")
     return {
         "host": socket.gethostname(),
-        "boot": read(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text),
-        "namespace": read(lambda: os.readlink("/proc/self/ns/pid")),
+        "boot": files.read_boot_id(),
+        "namespace": namespace,
         "pid": os.getpid(),
         "started": _start_time(os.getpid()),
     }
 
 
-def _start_time(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; None if there is no such process, or the kernel does not say."""
+def _has_ended(record: dict[str, Any]) -> bool | None:
+    """Whether the process of a lease has ended; None where it is another machine's, or the kernel does not say."""
+    here = _this_process()
+    if not all(here[key] and here[key] == record.get(key) for key in ("host", "boot", "namespace")):
+        return None
     try:
-        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        os.kill(int(record["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, which /proc may hide
+        pass
+    started = _start_time(int(record["pid"]))
+    return None if started is None else started != record.get("started")
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started, in the kernel's ticks; "" if it has ended, None if the kernel does not say."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return text.rpartition(")")[2].split()[19]
+    return (
+        "" if fields[0] in "ZX" else fields[19]
+    )  # a dead process stays until its parent asks for its status

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ THREADS = 8  # shards copied at once
 PIECE = 16 << 20  # bytes that one request asks for
 MEGABYTE = 1_000_000
 ADVICE = "; --config.data.cache=DIR names another folder"
+ABANDONED_SECONDS = 3600.0  # without a write into it, what another host copies is given up
 WAIT = 0.5  # seconds between looks at what another process has copied
 
 
@@ -102,10 +104,11 @@ def copy_split(
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, shards, make_progress):
             missing = [shard for shard in shards if not _is_there(folder, shard)]
-            for left in folder.glob(".*.tmp"):  # of a copy that was killed: the lock is ours
-                left.unlink()
+            _delete_leftovers(folder)
             _check_space(folder, missing, f"{dataset}'s {split} shards")
             _copy(source, folder, shards, missing, make_progress)
+            if sizes := records.read_label_sizes(source):
+                files.write_file(folder / records.LABEL_SIZES, sizes, ADVICE)
             files.write_file(folder / records.FEATURES, features, ADVICE)
             files.write_file(folder / records.INFO, info, ADVICE)
     return str(folder)
@@ -170,6 +173,25 @@ def _lock(folder: pathlib.Path, shards: list[Shard], make_progress: MakeProgress
         yield
 
 
+def _delete_leftovers(folder: pathlib.Path) -> None:
+    """Deletes what killed copies left: this host's, since it holds the lock, and what other hosts have given up.
+
+    On some shared disks a lock holds for its own host only.
+    """
+    lock = folder / ".lock"
+    lock.touch()
+    now = lock.stat().st_mtime  # by the disk's own clock
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if f".{_name_host()}." in left.name or now - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
+
+
+def _name_host() -> str:
+    """This machine's name in those of unfinished files: all containers on it share its locks."""
+    return files.read_boot_id() or socket.gethostname()
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,7 +252,7 @@ def _copy(
 
 def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Shard, count: Callable[[int], bool]) -> None:
     """Copies one file, a piece a request; it gets its name when it is whole and right."""
-    temporary = folder / f".{shard.name}.tmp"
+    temporary = files.temporary_path(folder / f"{shard.name}.{_name_host()}")
     found, done = hashlib.md5(usedforsecurity=False), 0
     try:
         with temporary.open("wb") as file:

@@ -1,8 +1,10 @@
 """Data sets that `prepare --format array_record` packed: array_record shards in tensorflow-datasets' layout."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import threading
 from typing import Any
 
 from topformer_jax import files
@@ -15,6 +17,7 @@ INFO = "dataset_info.json"  # written last: without it the data set is incomplet
 FEATURES = "features.json"
 CLASS_NAMES = "label.labels.txt"  # of a classifier's data set, a line a class
 CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
+LABEL_SIZES = "label_sizes.json"  # height and width of each label, by split
 PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished
 
 
@@ -29,7 +32,8 @@ class ArrayRecordSource:
 
     A classifier's label is a number. tensorflow-datasets' own imagenet2012, prepared as array_record, is read too.
 
-    From a bucket (gs://) array_record reads each record by a request of its own.
+    From a bucket (gs://) array_record reads each record by a request of its own, as a whole. The labels' sizes are in
+    a file beside the shards; those of data sets without it are read once.
     """
 
     folder: str
@@ -48,6 +52,8 @@ class ArrayRecordSource:
                 f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}): build it "
                 "again with python -m topformer_jax.prepare"
             ) from None
+        self._sizes: dict[int, tuple[int, int]] | None = None  # by index
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
         return ArrayRecordSource, (self.folder, self.split)
@@ -67,11 +73,41 @@ class ArrayRecordSource:
                 "or build it again (python -m topformer_jax.prepare)"
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
-        return Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
+        example = Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
+        if self._sizes and index in self._sizes:
+            size, found = self._sizes[index], read_label_size(example.label, example.where[1])
+            if found != size:
+                raise UserError(
+                    f"{example.where[1]} has {found[1]} x {found[0]} pixels, "
+                    f"{LABEL_SIZES} says {size[1]} x {size[0]}: copy both or build them again "
+                    "(python -m topformer_jax.prepare)"
+                )
+        return example
 
     def label_size(self, index: int) -> tuple[int, int]:
-        example = self[index]
-        return read_label_size(example.label, example.where[1])
+        with self._lock:
+            if self._sizes is None:
+                self._sizes = self._read_sizes()
+        if index not in self._sizes:
+            example = self[index]
+            self._sizes[index] = read_label_size(example.label, example.where[1])
+        return self._sizes[index]
+
+    def _read_sizes(self) -> dict[int, tuple[int, int]]:
+        """The sizes that preparation/packing.py wrote, none where there is no such file."""
+        folder = files.as_path(self.folder)
+        if not (text := read_label_sizes(folder)):
+            return {}
+        sizes = {}
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            rows = json.loads(text)[self.split]
+            sizes = {index: (int(height), int(width)) for index, (height, width) in enumerate(rows)}
+        if len(sizes) != len(self):
+            raise UserError(
+                f"{folder / LABEL_SIZES} does not hold the sizes of the {len(self)} labels of {self.split}: copy it "
+                "or build the data set again (python -m topformer_jax.prepare)"
+            )
+        return sizes
 
 
 def find_records(root: str, dataset: str, hint: str) -> files.Path:
@@ -102,6 +138,17 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
         f"{dataset}/{VERSION}/{INFO}; build it with python -m topformer_jax.prepare "
         f"{dataset} --source DIR --output DIR --format array_record and give --config.data.root=DIR; {hint}"
     )
+
+
+def read_label_sizes(folder: files.Path) -> bytes:
+    """label_sizes.json as it is; empty where an earlier version packed the data set, or its labels are numbers.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / LABEL_SIZES
+    with files.report_errors("read", path):
+        return files.retry(lambda: path.read_bytes() if path.exists() else b"")
 
 
 def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from topformer_jax import files
 from topformer_jax.data import cache, class_folders, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
+from topformer_jax.data.codecs import read_label_size
 from topformer_jax.errors import UserError
 
 Source = sources.FolderSource | class_folders.ClassFolderSource
@@ -95,13 +95,15 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
 
     features: Any = builder.info.features
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    in_bucket, record_bytes = files.is_in_bucket(folder), 0
+    in_bucket, record_bytes, sizes = files.is_in_bucket(folder), 0, []
     with contextlib.ExitStack() as stack:
         if in_bucket:
             place = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
-            place = pathlib.Path(folder)
-        temporary = place / f".{shard.name}.{os.getpid()}.tmp"
+            # Removed when all is there, with what killed processes have left.
+            place = pathlib.Path(folder) / records.PARTS
+            place.mkdir(parents=True, exist_ok=True)
+        temporary = files.temporary_path(place / shard.name)
         stack.callback(temporary.unlink, missing_ok=True)
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         for index in range(shard.start, shard.stop):
@@ -112,18 +114,21 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
             record = record.SerializeToString(deterministic=True)
             writer.write(record)
             record_bytes += len(record)
+            if not builder.classes:
+                sizes.append(read_label_size(example.label, example.where[1]))
             bar.update()
         writer.close()
         content = temporary.read_bytes()
         if in_bucket:
             _write(folder / shard.name, content)
         else:
-            temporary.replace(place / shard.name)
+            temporary.replace(pathlib.Path(folder) / shard.name)
     part = {
         "digest": shard.digest,
         "size": len(content),
         "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
         "record_bytes": record_bytes,
+        "label_sizes": sizes,
     }
     _write(folder / shard.part_name, json.dumps(part).encode())
 
@@ -153,7 +158,7 @@ def finish(
     if missing := [shard for shard in shards if shard not in parts]:
         # Unless another process has finished meanwhile and removed the parts.
         return [] if is_complete(folder, shards) else missing
-    infos = []
+    infos, sizes = [], {}
     for split in sources.SPLITS:
         mine = [shard for shard in shards if shard.split == split]
         infos.append(
@@ -164,11 +169,16 @@ def finish(
                 filename_template=builder._get_filename_template(split),
             )
         )
+        sizes[split] = [size for shard in mine for size in parts[shard].get("label_sizes", ())]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
     sums = {shard.name: {key: part[key] for key in ("size", "md5")} for shard, part in parts.items()}
     _write(
         folder / records.CHECKSUMS, json.dumps({"source": _digest(shards), "shards": sums}, indent=1).encode()
     )
+    if all(
+        part.get("label_sizes") for part in parts.values()
+    ):  # not of numbers, nor of an earlier version's parts
+        others = others | {records.LABEL_SIZES: json.dumps(sizes, separators=(",", ":")).encode()}
     for name, content in others.items():
         _write(folder / name, content)
     with tempfile.TemporaryDirectory() as place:
@@ -176,7 +186,7 @@ def finish(
         names = [records.CLASS_NAMES] if builder.classes else []
         for name in (*names, records.FEATURES, records.INFO):
             _write(folder / name, (pathlib.Path(place) / name).read_bytes())
-    with contextlib.suppress(FileNotFoundError):  # two processes may finish at once
+    with contextlib.suppress(OSError):  # two processes may finish at once
         epath.Path(folder / records.PARTS).rmtree()
     return []
 
@@ -231,8 +241,6 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
         if is_complete(folder, shards):
             return folder, ""
         builder = FolderBuilder(dataset, empty, classes)
-        if not files.is_in_bucket(folder):
-            (folder / records.PARTS).mkdir(parents=True, exist_ok=True)
         mine = shards[part[0] - 1 :: part[1]]
         for split in sources.SPLITS:
             todo = [shard for shard in mine if shard.split == split and not find_part(folder, shard)]
@@ -240,7 +248,13 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
                 total=sum(shard.stop - shard.start for shard in todo), desc=split, unit=" examples"
             ) as bar:
                 for shard in todo:
-                    write_shard(builder, splits[split], shard, folder, bar)
+                    try:
+                        write_shard(builder, splits[split], shard, folder, bar)
+                    except FileNotFoundError:
+                        # Another process has written all of it meanwhile, and removed the parts.
+                        if is_complete(folder, shards):
+                            return folder, ""
+                        raise
         missing = finish(builder, shards, folder, others)
     parts = sorted({shards.index(shard) % part[1] + 1 for shard in missing})
     return folder, ", ".join(f"{index}/{part[1]}" for index in parts)

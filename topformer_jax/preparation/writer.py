@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import json
 import multiprocessing
-import os
 import pathlib
 import shutil
 import signal
@@ -150,7 +149,7 @@ def make_files(output: pathlib.Path, tasks: list[Task]) -> list[Record]:
     records = []
     for task in tasks:
         content = task.make()
-        temporary, path = output / PARTIAL / f"{os.getpid()}.tmp", output / task.path
+        temporary, path = files.temporary_path(output / PARTIAL / "file"), output / task.path
         with files.report_errors("write", path, ADVICE):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
