@@ -21,6 +21,7 @@ import pytest
 import topformer_jax
 from tests.commands import LONGEST, only_line
 from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
+from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, verification
 
@@ -124,6 +125,21 @@ def test_stretched_images(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
         assert json.loads((tmp_path / name / "metrics.json").read_text())["devices"].startswith("LiteRT ")
     assert np.array_equal(found[0], expected)
     assert (found[1] != expected).mean() < 1e-3
+
+
+def test_the_classes_have_the_files_names(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    names = [*(f"class {number}" for number in range(9)), "dice"]
+    own = ["--config.data.dataset=custom", f"--config.data.class_names={tuple(names)}"]
+    words = [*FLAGS, *own, "--config.evaluation.scale=(64,64)", "--exported", files / "small.tflite"]
+    said = command(predict.main, *words, "--probabilities", "--output", tmp_path / "out", tmp_path / "a.png")
+    assert said.startswith(
+        "data.class_names differs from the checkpoint: label 0 is 'class 0' there, 'gradient' in the checkpoint "
+        "(and 8 more); the checkpoint's own names are used\nthe checkpoint was trained and scored with "
+        "evaluation.scale=(176, 160); this run uses (64, 64): give --config.evaluation.scale='(176,160)'\n"
+    )
+    with np.load(tmp_path / "out" / "a_probabilities.npz") as stored:
+        assert tuple(stored["classes"]) == CATALOG["shapes"].classes
 
 
 def test_labels_of_the_size_that_images_have(files: pathlib.Path, tmp_path: pathlib.Path) -> None:

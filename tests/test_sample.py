@@ -1,7 +1,6 @@
 """The look at labels before a training: labels without a class end it, one class is said; the rest is read little."""
 
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -153,10 +152,14 @@ def test_two_classes_end_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_class_of_labelme(tmp_path: pathlib.Path) -> None:
     """What is drawn is a class, the rest void: nothing to learn, whatever num_classes says."""
-    drawn = {f"{split}/a.jpg": jpeg(1) for split in ("train", "val")}
+    drawn: dict[str, Any] = {f"{split}/a.jpg": jpeg(1) for split in ("train", "val")}
     drawn |= {f"{split}/a.json": labelme("a.jpg", shape("crack", SQUARE)) for split in ("train", "val")}
     root = tmp_path / "made"
-    prepare("custom", write(tmp_path / "drawn", drawn), root, "--from", "labelme")
+    prepare("custom", write(tmp_path / "drawn", drawn), root, "--from", "labelme", "--background", "road")
+    assert look(root, {"model.num_classes": 2}) == []
+    (root / "classes.txt").write_text("crack\n")
+    for split in ("train", "val"):
+        change_labels(root, split, lambda label: np.where(label == 0, 0, 255).astype(np.uint8))
     for classes, words in (
         (1, "model.num_classes is 1: one class is nothing to learn"),
         (2, "has one class, crack"),
@@ -171,9 +174,6 @@ def test_one_class_of_labelme(tmp_path: pathlib.Path) -> None:
     (root / "classes.txt").write_text("crack\nroad\n")
     (line,) = look(root, {"model.num_classes": 2})
     assert "train: crack is the only class in 1 label: if 255 is meant as a class" in line
-    shutil.rmtree(root)
-    prepare("custom", tmp_path / "drawn", root, "--from", "labelme", "--background", "road")
-    assert look(root, {"model.num_classes": 2}) == []
 
 
 def test_one_class_of_a_classifier(tmp_path: pathlib.Path) -> None:

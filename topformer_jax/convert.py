@@ -90,7 +90,7 @@ def main() -> None:
         # Iteration, classes and settings are another model's where a part of it is fresh.
         found = found if part == "all" else {}
         set_origin(model, found, source)
-        checkpoints.print_differences(model, config, more=("data.reduce_zero_label",))
+        checkpoints.print_differences(model, config)
         metadata = {"config": config.to_dict(), "meta": found.get("meta", {})}
         settings, named = config, DataSet(model.classes, model.palette)
     metadata = metadata | {"meta": _make_meta(metadata, settings, named)}

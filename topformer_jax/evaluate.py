@@ -283,7 +283,7 @@ def main() -> None:
             )
         classifier = checkpoints.load_model(config, args.checkpoint)
         assert isinstance(classifier, models.Classifier)
-        checkpoints.print_differences(classifier, config, more=("data.crop_size",))
+        checkpoints.print_differences(classifier, config)
         score_classifier(classifier, workdir, checkpoint=str(args.checkpoint), split=args.split)
         return
     if args.exported and jax.process_count() > 1:
@@ -292,8 +292,7 @@ def main() -> None:
     exported = ExportedPredictor(args.exported, model, args.stretch) if args.exported else None
     weights: checkpoints.Weights = exported or model
     checkpoints.check_label_rules(weights, config)
-    given = (*overrides, *(STRETCHED if args.stretch else ()))
-    checkpoints.print_differences(weights, config, given=given, more=("data.reduce_zero_label",))
+    checkpoints.print_differences(weights, config, given=(*overrides, *(STRETCHED if args.stretch else ())))
     evaluate(
         model,
         workdir,

@@ -131,7 +131,7 @@ def export_model(
         files.refuse_existing(exported.description_path(output))
     model = checkpoints.load_model(network.export_config(config), checkpoint)
     own_size = choices.size == tuple(config.data.crop_size)  # the config's, if the user gave no other one
-    checkpoints.print_differences(model, config, more=("data.crop_size",) if own_size else ())
+    checkpoints.print_differences(model, config, settings=("data.crop_size",) if own_size else ())
     tensors = models.state_dict(model)
     is_classifier = isinstance(model, models.Classifier)
     description = {
@@ -225,12 +225,15 @@ def describe_origin(
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
     elif model.classes:
         names = {"classes": list(model.classes)}
+    values = json.loads(config.to_json())
+    if model.checkpoint_config is not None:  # whose score the file should repeat
+        values["evaluation"] = model.checkpoint_config.evaluation.to_dict()
     digest = verification.checksum(models.state_dict(model))
     return names | {
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
         # Folders are nobody's business who gets the file.
-        "config": config_lib.hide_paths(json.loads(config.to_json())),
+        "config": config_lib.hide_paths(values),
         "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": digest},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
@@ -252,7 +255,7 @@ def _export_weights(args: argparse.Namespace, config: ConfigDict) -> None:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for files that compute, and {args.output} holds the weights alone")
     model = checkpoints.load_model(config, args.checkpoint)
-    checkpoints.print_differences(model, config)
+    checkpoints.print_differences(model, config, settings=())
     arrays = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
     origin = describe_origin(config, args.checkpoint, model)
     meta = {"CLASSES": origin.get("classes"), "PALETTE": origin.get("palette")}  # which all readers know

@@ -16,12 +16,15 @@ from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, name_classes
 from topformer_jax.errors import UserError
 
-# What of the evaluation changes a score, by task; the windows' settings do in mode "slide".
+# The settings that change a score, by task.
 SCORED_BY = {
-    "segmentation": ("scale", "size_divisor", "img_ratios", "flip", "mode"),
-    "classification": ("short_side",),
+    "segmentation": (
+        *("evaluation.scale", "evaluation.size_divisor", "evaluation.img_ratios", "evaluation.flip"),
+        *("evaluation.mode", "evaluation.crop_size", "evaluation.stride", "data.reduce_zero_label"),
+    ),
+    "classification": ("evaluation.short_side", "data.crop_size"),
 }
-WINDOWS = ("crop_size", "stride")
+WINDOWS = ("evaluation.crop_size", "evaluation.stride")  # only in mode "slide"
 MOST_SHOWN = 5  # settings in a line
 LONGEST_LINE = 300
 
@@ -48,13 +51,10 @@ def set_origin(
     named = read_names(metadata, model.config, source)
     if named is not None:
         model.classes, model.palette = named.classes, named.palette
-    stored = complete_config(metadata)
-    model.checkpoint_config = None if stored is None else FrozenConfigDict(stored)
+    model.checkpoint_config = complete_config(metadata)
 
 
-def read_names(
-    metadata: Mapping[str, Any], config: ConfigDict | FrozenConfigDict, source: object
-) -> DataSet | None:
+def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) -> DataSet | None:
     """Names and colours of a checkpoint's classes: its own, else those of the config that need no file, else None.
 
     Names or colours that cannot be the model's are left out, which is printed.
@@ -85,7 +85,7 @@ def read_names(
     return known if is_segmenter and known is not None and len(known.classes) == count else None
 
 
-def complete_config(metadata: Mapping[str, Any]) -> ConfigDict | None:
+def complete_config(metadata: Mapping[str, Any]) -> FrozenConfigDict | None:
     """The settings that a checkpoint was made with; those that have been added since have their defaults.
 
     None where its metadata holds none, or others than this project's.
@@ -94,27 +94,34 @@ def complete_config(metadata: Mapping[str, Any]) -> ConfigDict | None:
     if not isinstance(stored, Mapping) or not isinstance(stored.get("evaluation"), Mapping):
         return None
     try:
-        return config_lib.complete(stored)
+        return FrozenConfigDict(config_lib.complete(stored))
     except UserError:
         return None
 
 
 def print_differences(
-    weights: Weights, config: ConfigDict, *, given: Collection[str] = (), more: Collection[str] = ()
+    weights: Weights,
+    config: ConfigDict,
+    *,
+    settings: Collection[str] | None = None,
+    given: Collection[str] = (),
 ) -> None:
     """Says in a line each where a command has other names or settings than a checkpoint; the first process prints.
 
     Args:
         weights: the model or the exported file.
         config: the command's.
+        settings: those that matter to the command; by default all that change a score.
         given: settings that the command's own flags have changed on purpose, of which nothing is said.
-        more: settings that matter to the command beside those of the evaluation.
     """
     if jax.process_index():
         return
     lines = [sources.compare_classes(config, weights.classes)]
     if weights.checkpoint_config is not None:
-        lines.append(_compare_settings(weights.checkpoint_config, config, given, more))
+        keys = SCORED_BY[config.task] if settings is None else settings
+        lines.append(
+            _compare_settings(weights.checkpoint_config, config, [key for key in keys if key not in given])
+        )
     for line in filter(None, lines):
         print(line, flush=True)
 
@@ -136,17 +143,13 @@ def check_label_rules(weights: Weights, config: ConfigDict) -> None:
         )
 
 
-def _compare_settings(
-    stored: FrozenConfigDict, config: ConfigDict, given: Collection[str], more: Collection[str]
-) -> str:
+def _compare_settings(stored: FrozenConfigDict, config: ConfigDict, keys: Collection[str]) -> str:
     """The settings that differ, with both values; empty: none."""
-    keys = [f"evaluation.{name}" for name in SCORED_BY[config.task]]
-    keys += [f"evaluation.{name}" for name in WINDOWS if stored.evaluation.mode == "slide"]
     different = {}
-    for key in (*keys, *more):
+    for key in keys:
         group, name = key.split(".")
         theirs, ours = stored[group][name], config[group][name]
-        if theirs != ours and key not in given:
+        if theirs != ours and (key not in WINDOWS or stored.evaluation.mode == "slide"):
             different[key] = theirs, ours
     if not different:
         return ""
