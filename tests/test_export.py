@@ -13,17 +13,19 @@ from typing import Any
 from unittest import mock
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import onnx
 import PIL.Image
 import pytest
+from flax import nnx
 
 import topformer_jax
 from tests.commands import LONGEST, only_line
 from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
-from topformer_jax.exporters import exported, verification
+from topformer_jax.exporters import exported, network, verification
 
 SETTINGS = {"data.shapes.validation": 3, "data.shapes.size": 64, "evaluation.scale": "(96,96)"}
 FLAGS = ["--config", "topformer_t_shapes", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
@@ -229,6 +231,51 @@ def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp
     (tmp_path / "file").write_text("")
     assert "cannot write" in line(tmp_path / "file" / "t.onnx", "--size", "64x64")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+DEAD = "backbone.SIM.1.global_act.conv"  # which changes least
+OTHERS = [
+    "backbone.tpm.layer5.conv.1.c",
+    "backbone.trans.transformer_blocks.3.attn.to_q.c",
+    "decode_head.conv_seg",
+]
+
+
+@pytest.mark.parametrize("layer", [DEAD, *(pytest.param(layer, marks=pytest.mark.slow) for layer in OTHERS)])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("t.onnx", []),
+        ("t.onnx", ["--target", "web", "--logits"]),
+        ("t.stablehlo", ["--probabilities"]),
+        ("t.tflite", []),
+        ("t.tflite", ["--precision", "float16"]),
+        ("t.tflite", ["--precision", "int8", "--logits"]),
+    ],
+)
+def test_a_dead_layer_is_refused(
+    weights: pathlib.Path,
+    drawn: pathlib.Path,
+    tmp_path: pathlib.Path,
+    name: str,
+    flags: list[str],
+    layer: str,
+) -> None:
+    """The file is that of the model without one convolution; at 64x64 all labels are of one class."""
+    make_function = network.make_function
+
+    def without_layer(model: Any, *args: Any, **options: Any) -> Any:
+        dead = nnx.clone(model)
+        variable = models.named_variables(dead)[f"{layer}.weight"]
+        variable.set_value(jnp.zeros_like(variable.get_value()))
+        return make_function(dead, *args, **options)
+
+    start = [*FLAGS, "--checkpoint", weights, "--output", tmp_path / name, "--size", "64x64"]
+    with mock.patch.object(network, "make_function", without_layer):
+        said = refused(export.main, *start, *flags, "--images", drawn / "images")
+    assert "the exported file differs from the model: " in said
+    assert "nothing was written" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_int8(weights: pathlib.Path, drawn: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 import onnx
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.tools import flatbuffer_utils
+from flax import nnx
 from ml_collections import ConfigDict
 
 from tests.parity import INJECTIONS, distance, settings_for
@@ -223,28 +226,28 @@ def test_a_file_describes_itself(format: str) -> None:
 
 
 def test_weights_of_16_bits() -> None:
-    data = {name: pair().export("tflite", precision=name) for name in ("float32", "float16")}
+    whole = pair().export("tflite")
+    data = {"float32": whole, "float16": litert_file.lower_precision(whole, describe(precision="float16"))}
     assert len(data["float16"]) < 0.56 * len(data["float32"])
     found = open_data("tflite", data["float16"])(pictures(2))
     assert 1e-6 < distance(found, pair().expected(pictures(2), "logits")) < 2e-2
 
 
 def test_integers_of_8_bits() -> None:
-    function = network.make_function(pair().for_export, "logits")
-    facts = describe(output="logits", stride=1, precision="int8")
-    data = litert_file.write(function, facts, list(pictures(4)))
-    assert len(data) < 0.35 * len(pair().export("tflite"))
+    whole = pair().export("tflite")
+    data = litert_file.lower_precision(whole, describe(precision="int8"), list(pictures(4)))
+    assert len(data) < 0.35 * len(whole)
     found = open_data("tflite", data)(pictures(2))
     assert 1e-4 < distance(found, pair().expected(pictures(2), "logits")) < 0.3
 
 
 def test_parts_that_stay_float() -> None:
     """Their results are closer to the model's; the others stay integers."""
-    function = network.make_function(pair().for_export, "logits")
+    whole = pair().export("tflite")
 
     def convolutions(*parts: str) -> tuple[Counter[str], float]:
         facts = describe(precision="int8", keep_float=parts)
-        data = litert_file.write(function, facts, list(pictures(4)))
+        data = litert_file.lower_precision(whole, facts, list(pictures(4)))
         tensors = Interpreter(model_content=data).get_tensor_details()
         kinds = Counter(
             tensor["dtype"].__name__ for tensor in tensors if "conv_general_dilated" in tensor["name"]
@@ -302,10 +305,77 @@ def test_a_wrong_file_is_refused(precision: str, output: str) -> None:
     with pytest.raises(UserError, match=r"the exported file differs from the model: .* nothing was written"):
         check(other_class)
     if output == "logits":
-        with pytest.raises(UserError, match="differs from the model: nan largest difference"):
+        with pytest.raises(UserError, match="the logits differ by nan % of their spread"):
             check(lambda values: values * np.nan)
     with pytest.raises(UserError, match=r"gives \w+ \(1, .*, 1\) where the model gives"):
         check(lambda values: values[..., None])
+
+
+def dead_layers(model: Any) -> Iterator[tuple[str, dict[str, jax.Array]]]:
+    """The weights of a model without one layer, in turn: its outputs are 0, or those before its BatchNorm are.
+
+    Scores of attention are dead without queries, its results without values.
+    """
+    tensors = models.state_dict(model)
+    for name, tensor in tensors.items():
+        layer, _, last = name.rpartition(".")
+        if last == "weight" and tensor.ndim > 1:
+            block = layer.rpartition(".")[0]
+            yield f"{layer}, constant", tensors | {name: jnp.zeros_like(tensor)}
+            shifts = [f"{layer}.bias", f"{block}.bn.weight", f"{block}.bn.bias"]
+            zeros = {key: jnp.zeros_like(tensors[key]) for key in [name, *shifts] if key in tensors}
+            yield f"{layer}, zero", tensors | zeros
+
+
+@pytest.mark.parametrize("output", ["logits", "labels"])
+def test_any_dead_layer_is_outside_of_the_limits(output: str) -> None:
+    """In float32, of a network of fresh weights, in which a layer matters least."""
+    model = pair(prepare=fresh).plain
+    graphdef = nnx.graphdef(model)
+
+    @jax.jit
+    def run(tensors: dict[str, jax.Array], images: np.ndarray) -> jax.Array:
+        return network.make_function(models.merge_state_dict(graphdef, tensors), output, fold=False)(images)
+
+    images = verification.draw_images((96, 128))
+    right = np.asarray(run(models.state_dict(model), images))
+    least = math.inf
+    for name, tensors in dead_layers(model):
+        found = verification.Comparison(output, [np.asarray(run(tensors, images))], [right])
+        assert not found.is_within(verification.LIMITS["float32"]), name
+        least = min(least, 1 - found.shares[0] if found.difference is None else found.difference)
+    print(f"{output}: a dead layer changes at least {least:.2g}")
+    assert least > 20 * verification.LIMITS["float32"][0]
+
+
+def dead_integers(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Files of int8 in which the range of one product is so wide that all of its results become 0."""
+    count = len(flatbuffer_utils.convert_bytearray_to_object(bytearray(data)).subgraphs[0].operators)
+    products = {"CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL"}
+    for number in range(count):
+        file = flatbuffer_utils.convert_bytearray_to_object(bytearray(data))
+        operator = file.subgraphs[0].operators[number]
+        result = file.subgraphs[0].tensors[operator.outputs[0]]
+        if flatbuffer_utils.opcode_to_name(file, operator.opcodeIndex) in products:
+            result.quantization.scale = result.quantization.scale * np.float32(1e4)
+            yield result.name.decode(), bytes(flatbuffer_utils.convert_object_to_bytearray(file))
+
+
+def test_dead_layers_of_integers(request: pytest.FixtureRequest) -> None:
+    """Each of them is found; a whole file's layers vary nearly as in float32."""
+    whole = pair().export("tflite")
+    data = litert_file.lower_precision(whole, describe(precision="int8"), list(pictures(4)))
+    share, _ = litert_file.compare_layers(data, whole, list(pictures(2)))
+    assert share > 4 * verification.LEAST_SPREAD
+    files = list(dead_integers(data))
+    assert len(files) == 66 + 8  # convolutions, and two products a block of attention
+    for name, file in files if request.config.getoption("--all") else files[::15]:
+        share, found = litert_file.compare_layers(file, whole, list(pictures(1)))
+        with pytest.raises(
+            UserError, match=r"^int8 makes .* constant: its values vary by 0% of .*--keep-float"
+        ):
+            verification.check_layer(share, found, "int8")
+        print(name, share, found)
 
 
 @pytest.mark.parametrize("make", [bilinear_matrix, pooling_matrix])

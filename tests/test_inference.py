@@ -1,6 +1,8 @@
 """From logits to pixels in tiles, against PyTorch's resizes in a row; whole predictions against the official ones."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -18,13 +20,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
-from topformer_jax import config, inference, models
+from topformer_jax import checkpoints, config, inference, models
 from topformer_jax.data.augment import normalize
 from topformer_jax.errors import UserError
-from topformer_jax.inference import compiled, geometry
+from topformer_jax.inference import compiled, geometry, predictor
 from topformer_jax.inference.inputs import prepare_input
 from topformer_jax.inference.plan import plan_shapes
 from topformer_jax.metrics import compute_scores, count_confusions
+from topformer_jax.models.layers import BatchNorm
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
 from topformer_jax.ops.tiled import TILE, ViewLogits
@@ -261,3 +264,63 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     sizes = [memory.temp_size_in_bytes / 1e6 for memory in found if memory is not None]
     print(f"temporary: {sizes[0]:.0f} MB, plainly {sizes[1]:.0f} MB")
     assert sizes[0] < sizes[1] / 20
+
+
+def _segment_again(model: models.Segmenter, image: np.ndarray) -> np.ndarray:
+    """The labels of a call that may neither copy weights from another device nor look for them."""
+    with (
+        jax.transfer_guard_device_to_device("disallow_explicit"),
+        mock.patch.object(models, "state_dict", side_effect=AssertionError),
+    ):
+        return inference.segment(model, image)
+
+
+def test_weights_stay_on_the_device(small: models.Segmenter) -> None:
+    """They lie on another device than predictions are made on, so that each upload is a transfer."""
+    model = _evaluated_by(small, scale=(64, 64))
+    for variable in models.named_variables(model).values():
+        variable.set_value(jax.device_put(variable.get_value(), jax.devices()[1]))
+    large, image = np.random.default_rng(0).integers(0, 256, (2, 60, 60, 3)).astype(np.uint8)
+    first = inference.segment(model, image)
+    assert np.array_equal(_segment_again(model, image), first)
+    # Not even which pictures came before matters.
+    inference.segment(model, cv2.resize(large, (99, 90)))
+    assert np.array_equal(_segment_again(model, image[:50, :40]), inference.Predictor(model)(image[:50, :40]))
+
+
+def test_other_weights_are_noticed(small: models.Segmenter) -> None:
+    model = _evaluated_by(small, scale=(64, 64))
+    image = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+    head = model.decode_head.conv_seg
+
+    def load(bias: np.ndarray) -> None:
+        checkpoints.load_state_dict(model, {"decode_head.conv_seg.bias": bias})
+
+    def optimize(bias: np.ndarray) -> None:
+        assert head.bias is not None
+        head.bias.set_value(jnp.asarray(bias))
+
+    def replace(bias: np.ndarray) -> None:
+        model.decode_head.conv_seg = nnx.clone(head)
+        model.decode_head.conv_seg.bias = nnx.data(nnx.Param(jnp.asarray(bias)))
+
+    for label, change in enumerate((load, optimize, replace)):
+        change(np.where(np.arange(5) == label, 1e6, 0).astype(np.float32))
+        assert (inference.segment(model, image) == label).all()
+    model.train()
+    assert (inference.segment(model, image) == 2).all()
+    assert all(
+        module.use_running_average for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)
+    )
+
+
+def test_a_model_ends_with_its_last_name(small: models.Segmenter) -> None:
+    model = _evaluated_by(small, scale=(64, 64))
+    count = len(predictor._predictors)
+    inference.segment(model, np.zeros((9, 9, 3), np.uint8))
+    assert len(predictor._predictors) == count + 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert len(predictor._predictors) <= count

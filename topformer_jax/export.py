@@ -51,7 +51,7 @@ def make_parser() -> cli.Parser:
     add(
         "--images",
         metavar="DIR",
-        help="pictures: every second one gives int8 its ranges, the labels of the others are compared",
+        help="pictures: every second one gives int8 its ranges, on the others the file is compared with the model",
     )
     return parser
 
@@ -115,7 +115,7 @@ def export_model(
         config, checkpoint: the model.
         output: the file, whose suffix is the format.
         choices: what the file computes.
-        pictures: of any size: every second one gives int8 its ranges, on the others labels are compared.
+        pictures: of any size: every second one gives int8 its ranges, on the others the file is compared too.
 
     Returns:
         What the comparison found, in one line.
@@ -149,17 +149,27 @@ def export_model(
     if choices.size is not None:
         size = choices.size[::-1]
         pictures = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
-    data = module.write(function, description, *([pictures[::2]] if choices.precision == "int8" else []))
-    file = exported.open_bytes(str(output), data, module, None if module.HOLDS_DESCRIPTION else description)
+    others = pictures[1::2] or pictures
     # The layers as they are evaluated, not as they are exported.
     plain = models.build(config_lib.load(model.config, {"model.depthwise_impl": "auto"}))
     checkpoints.load_state_dict(plain, {name: np.asarray(value) for name, value in tensors.items()})
     plain.eval()
-    found = verification.verify(file, plain, model)
-    if pictures:
-        others = pictures[1::2] or pictures
-        mean, worst = verification.compare_labels(file, plain, others)
-        found += f"\n{len(others)} pictures: {mean:.2%} of the labels equal the model's, {worst:.2%} at worst"
+
+    def open_data(data: bytes, facts: Mapping[str, Any]) -> exported.Exported:
+        return exported.open_bytes(str(output), data, module, None if module.HOLDS_DESCRIPTION else facts)
+
+    def make_logits() -> exported.Exported:
+        facts = float_facts | {"output": "logits", "stride": 8}
+        return open_data(module.write(network.make_function(model, "logits"), facts), facts)
+
+    float_facts = description | {"precision": "float32"}
+    data = module.write(function, float_facts)
+    found = verification.verify(open_data(data, float_facts), plain, model, others, make_logits)
+    if choices.precision != "float32":
+        float_data, data = data, module.lower_precision(data, description, pictures[::2])
+        images = others[:8] or verification.draw_images(choices.size)
+        verification.check_layer(*module.compare_layers(data, float_data, images), choices.precision)
+        found = verification.verify(open_data(data, description), plain, model, others)
     if module.HOLDS_DESCRIPTION:
         files.write_file(output, data)
     else:

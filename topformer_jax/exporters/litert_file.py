@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.export
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from jaxtyping import UInt8
 
 from topformer_jax.data import workers
@@ -36,15 +37,8 @@ OTHER_NAMES = {PIXELS: r"^jit\(\w+\)/\w+;", "decode_head": "/decode_head/|^servi
 NOTE = "topformer_jax.json"
 
 
-def write(
-    function: Function, description: Mapping[str, Any], images: Sequence[UInt8[np.ndarray, "h w 3"]] = ()
-) -> bytes:
-    """A function of images as a LiteRT file for one image.
-
-    Args:
-        function: from `network.make_function`.
-        description: of the file.
-        images: of its size, whose activations give the ranges of 8-bit integers, for precision int8.
+def write(function: Function, description: Mapping[str, Any]) -> bytes:
+    """A function of images, from `network.make_function`, as a LiteRT file in float32 for one image.
 
     Raises:
         UserError: the size is open.
@@ -65,11 +59,74 @@ def write(
         converter.run_convert_to_tfl_passes(module, passes, config)
         converter.set_signature(module.operation, SIGNATURE, [INPUT], [description["output"]])
         data = converter.export_flatbuffer_to_bytes(module.operation)
+    return _append_note(data, description)
+
+
+def lower_precision(
+    data: bytes, description: Mapping[str, Any], images: Sequence[UInt8[np.ndarray, "h w 3"]] = ()
+) -> bytes:
+    """A float32 file with fewer bits.
+
+    Args:
+        data: from `write`.
+        description: of the new file; its `precision` is "float16" or "int8".
+        images: of the file's size, whose activations give the ranges of 8-bit integers.
+    """
     if description["precision"] == "float16":
         data = _with_float16_weights(data)
-    if description["precision"] == "int8":
+    else:
         data = _with_integers(data, images, description.get("keep_float", ()))
     return _append_note(data, description)
+
+
+def compare_layers(
+    data: bytes, float_data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]
+) -> tuple[float, str]:
+    """Finds the layer that a file of fewer bits flattens most: a dead one gives the same wherever one looks.
+
+    Args:
+        data, float_data: the file, and the float32 file that it was made from.
+        images: at least one.
+
+    Returns:
+        The spread of the layer's values over pixels as a share of their spread in float32, and the layer's name.
+    """
+    spreads, float_spreads = (_measure_spreads(content, images) for content in (data, float_data))
+    share, name = min(
+        (spreads[name] / spread, name) for name, spread in float_spreads.items() if spread and name in spreads
+    )
+    return share, name.partition(";")[0].partition("/")[2] or name
+
+
+def _measure_spreads(data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, float]:
+    """The standard deviation over pixels of each result of a file, by its name; 0 where it is rounding."""
+    with _quiet():
+        interpreter = Interpreter(
+            model_content=data,
+            num_threads=workers.count_cores(),
+            # Fused operations have no results between them.
+            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            experimental_preserve_all_tensors=True,
+        )
+        interpreter.allocate_tensors()
+    (images_at,) = (tensor["index"] for tensor in interpreter.get_input_details())
+    variances: dict[str, float] = {}
+    for image in images:
+        interpreter.set_tensor(images_at, image[None])
+        interpreter.invoke()
+        for tensor in interpreter.get_tensor_details():
+            scale, zero = tensor["quantization"]
+            is_integer = tensor["dtype"] == np.int8 and scale
+            is_result = tensor["name"].startswith(("jit(", SIGNATURE)) and len(tensor["shape"]) > 1
+            if not is_result or not (is_integer or tensor["dtype"] == np.float32):
+                continue  # working memory, for one
+            values = interpreter.get_tensor(tensor["index"]).astype(np.float64)
+            values = (values - zero) * scale if is_integer else values
+            variance = float(values.var(tuple(range(values.ndim - 1))).sum())
+            is_rounding = variance <= np.square(1e-6 * np.abs(values).max()) * values.shape[-1]
+            name = tensor["name"]
+            variances[name] = variances.get(name, 0.0) + (0.0 if is_rounding else variance)
+    return {name: math.sqrt(variance) for name, variance in variances.items()}
 
 
 def _with_float16_weights(data: bytes) -> bytes:

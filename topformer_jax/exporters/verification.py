@@ -1,12 +1,13 @@
 """A file in its own runtime against the model, before it gets its name."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import cv2
 import jax
 import numpy as np
-from jaxtyping import Array, Shaped, UInt8
+from jaxtyping import Array, UInt8
 
 from topformer_jax import models
 from topformer_jax.data import shapes
@@ -15,102 +16,157 @@ from topformer_jax.exporters.exported import Exported
 from topformer_jax.exporters.network import make_function
 
 Model = models.Segmenter | models.Classifier
-# The largest differences of a file's labels (a share of them) and of its other outputs (by the largest value). Fewer
-# bits change both: there the limits find a file that is broken, not one that has lost a little.
-LIMITS = {"float32": (1e-4, 1e-5), "float16": (0.2, 0.1), "int8": (1.0, 1.0)}
+# How much of a file's labels may differ from the model's, and its other outputs, by their spread. A dead layer
+# changes 0.5 % of the labels, logits by 5 %. Fewer bits change as much: there `litert_file.compare_layers` finds it.
+LIMITS = {"float32": (1e-4, 1e-4), "float16": (0.1, 0.3), "int8": (0.5, math.inf)}
 TIES = 3  # labels that may differ however few there are
 # A network of random weights makes much of rounding. Where the same model with other sums differs from itself
 # already, a file may differ this many times as much, up to a bound.
-ROUNDINGS, MOST_ROUNDING = 10, (0.02, 0.1)
+ROUNDINGS, MOST_ROUNDING = 10, (2e-3, 2e-3)
+LEAST_SPREAD = 0.1  # of a layer's values over pixels, by that of float32
+MOST_COMMON = 0.99  # of the labels: where more are of one class, a broken file's may be too
 ANY_SIZES = ((256, 256), (181, 250))  # that a file for any size is tried at
+ADVICE = {
+    "float32": "please report this",
+    "float16": "take --precision float32",
+    "int8": "give more --images, keep parts with --keep-float, or take --precision float16",
+}
 
 
-def verify(exported: Exported, model: Model, same_model: Model) -> str:
-    """Compares a file with the model on a picture and on noise, 1 and 2 images at once, at two sizes if it can.
+class Comparison:
+    """What a file and the model give, over some batches.
+
+    Args:
+        output: of the file's description.
+        found, expected: by batch.
+
+    Attributes:
+        shares: of the labels that are equal, by batch; the label of logits and scores is the largest one's class.
+        num_labels: that were compared.
+        most_common: the share of the commonest label; 0 where the output is not labels.
+        difference: of other outputs than labels, by their spread: the root mean square of the differences by that of
+            the values' deviations from their mean over pixels, class by class (of scores: over classes).
+
+    Raises:
+        UserError: the shapes or dtypes differ.
+    """
+
+    def __init__(self, output: str, found: Iterable[np.ndarray], expected: Sequence[np.ndarray]):
+        self.output = output
+        self.shares: list[float] = []
+        self.num_labels = 0
+        counts, error, spread = np.zeros(256, np.int64), 0.0, 0.0
+        for ours, theirs in zip(found, expected, strict=True):
+            if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+                raise UserError(
+                    f"the exported file gives {ours.dtype} {ours.shape} where the model gives "
+                    f"{theirs.dtype} {theirs.shape}: please report this"
+                )
+            labels = ours, theirs
+            if output == "labels":
+                counts += np.bincount(theirs.ravel(), minlength=256)
+            else:
+                labels = ours.argmax(-1), theirs.argmax(-1)
+                axes = -1 if output == "scores" else tuple(range(theirs.ndim - 1))
+                error += float(np.square(ours.astype(np.float64) - theirs).sum())
+                spread += float(np.square(theirs - theirs.mean(axes, np.float64, keepdims=True)).sum())
+            self.shares.append(float((labels[0] == labels[1]).mean()))
+            self.num_labels += labels[0].size
+        self.most_common = float(counts.max() / self.num_labels)
+        self.difference = (
+            None if output == "labels" else math.sqrt(error / max(spread, np.finfo(np.float64).tiny))
+        )
+
+    def describe(self, limits: Sequence[float]) -> str:
+        """The shares and the difference in words, with what may differ."""
+        words = [f"{np.mean(self.shares):.2%} of the labels equal the model's"]
+        if limits[0] < 1:
+            words[0] += f" (limit {1 - limits[0]:.2%}), {min(self.shares):.2%} at worst"
+        if self.difference is not None:
+            limit = f" (limit {100 * limits[1]:.2g} %)" if math.isfinite(limits[1]) else ""
+            words.append(f"the {self.output} differ by {100 * self.difference:.2g} % of their spread{limit}")
+        return "; ".join(words)
+
+    def is_within(self, limits: Sequence[float]) -> bool:
+        """Whether no more differs than may; a nan is more."""
+        return 1 - float(np.mean(self.shares)) <= limits[0] and (
+            self.difference is None or self.difference <= limits[1]
+        )
+
+
+def verify(
+    exported: Exported,
+    model: Model,
+    same_model: Model,
+    pictures: Sequence[UInt8[np.ndarray, "h w 3"]] = (),
+    make_logits: Callable[[], Exported] | None = None,
+) -> str:
+    """Compares a file with the model on pictures; but for int8, on a drawn scene and noise too, 1 and 2 at once.
 
     Args:
         exported: of a file.
         model: in float32, with its layers as they are evaluated.
         same_model: of the same weights, with other operations.
+        pictures: for int8 at least one, since its ranges are not for noise.
+        make_logits: makes a file of logits in the same way, which is compared where labels of one class show nothing.
 
     Returns:
-        What was found, in one line.
+        What was found, a line for each file.
 
     Raises:
         UserError: the file differs from the model by more than its precision explains.
     """
-    description = exported.description
-    is_labels = description["output"] == "labels"
+    facts = exported.description
+    output, precision = facts["output"], facts["precision"]
+    sizes = [tuple(facts["size"])] if facts["size"] else list(ANY_SIZES)
+    drawn = [] if precision == "int8" else map(draw_images, sizes)
+    batches = [part for images in drawn for part in (images[:1], images[1:])]
+    batches += [picture[None] for picture in pictures]
     reference, same = (
-        jax.jit(make_function(form, description["output"], description["stride"], fold=False))
-        for form in (model, same_model)
+        jax.jit(make_function(form, output, facts["stride"], fold=False)) for form in (model, same_model)
     )
-    limits = LIMITS[description["precision"]]
-    sizes = [tuple(description["size"])] if description["size"] else list(ANY_SIZES)
-    worst, same_worst = 0.0, 0.0
-    for size in sizes:
-        for images in _test_images(size):
-            found, expected = exported(images), np.asarray(reference(images))
-            if found.shape != expected.shape or found.dtype != expected.dtype:
-                raise UserError(
-                    f"the exported file gives {found.dtype} {found.shape} where the model gives "
-                    f"{expected.dtype} {expected.shape}: please report this"
-                )
-            difference = _difference(found, expected, is_labels)
-            limit = max(limits[0], TIES / found.size) if is_labels else limits[1]
-            if not difference <= limit:
-                rounding = _difference(np.asarray(same(images)), expected, is_labels)
-                limit = max(limit, min(ROUNDINGS * rounding, MOST_ROUNDING[0 if is_labels else 1]))
-                same_worst = max(same_worst, rounding)
-            if not difference <= limit:  # nan too
-                raise UserError(
-                    f"the exported file differs from the model: {difference:.1e} {_measure(is_labels)}, expected at "
-                    f"most {limit:.0e}; nothing was written"
-                )
-            worst = max(worst, difference)
+    expected = [np.asarray(reference(images)) for images in batches]
+    found = Comparison(output, map(exported, batches), expected)
+    limits = list(LIMITS[precision])
+    if output == "labels":
+        limits[0] = max(limits[0], TIES / found.num_labels)
+    elif precision == "float32":
+        limits[0] = 1.0  # the other limit is stricter, and untrained networks have ties
+    if precision == "float32" and not found.is_within(limits):
+        rounding = Comparison(output, (np.asarray(same(images)) for images in batches), expected)
+        differences = 1 - float(np.mean(rounding.shares)), rounding.difference or 0.0
+        for number, (difference, most) in enumerate(zip(differences, MOST_ROUNDING, strict=True)):
+            limits[number] = max(limits[number], min(ROUNDINGS * difference, most))
+    said = found.describe(limits)
+    if not found.is_within(limits):
+        raise UserError(
+            f"the exported file differs from the model: {said}; nothing was written: {ADVICE[precision]}"
+        )
     tried = ", ".join(f"{height}x{width}" for height, width in sizes)
-    found_worst = f"compared in its runtime at {tried}, 1 and 2 images: {worst:.1e} {_measure(is_labels)}"
-    if same_worst:
-        found_worst += f" (the model's own, with another order of sums: {same_worst:.1e})"
-    return found_worst
+    counts = "" if precision == "int8" else ", 1 and 2 images"
+    counts += f", {len(pictures)} pictures" if pictures else ""
+    said = f"compared in its runtime at {tried}{counts}: {said}"
+    if found.most_common > MOST_COMMON and make_logits is not None:
+        logits = verify(make_logits(), model, same_model, pictures)
+        said += f"\nnearly all of these labels are of one class; as a file of logits, {logits}"
+    return said
 
 
-def _measure(is_labels: bool) -> str:
-    return "of the labels differ" if is_labels else "largest difference, by the largest value"
+def check_layer(share: float, name: str, precision: str) -> None:
+    """Raises a UserError where a layer is dead: its values' spread is too small a share of that in float32."""
+    if not share >= LEAST_SPREAD:
+        raise UserError(
+            f"{precision} makes {name} constant: its values vary by {share:.0%} of what they do in float32 (limit "
+            f"{LEAST_SPREAD:.0%}); nothing was written: {ADVICE[precision]}"
+        )
 
 
-def compare_labels(
-    exported: Exported, model: Model, images: Sequence[UInt8[np.ndarray, "h w 3"]]
-) -> tuple[float, float]:
-    """The share of labels that a file has in common with the model: the mean over images, and the worst one.
-
-    A file of logits is compared by the largest one of each cell.
-    """
-    description = exported.description
-    reference = jax.jit(make_function(model, description["output"], description["stride"], fold=False))
-    shares = []
-    for image in images:
-        outputs = exported(image[None]), np.asarray(reference(image[None]))
-        labels = outputs if description["output"] == "labels" else [values.argmax(-1) for values in outputs]
-        shares.append(float((labels[0] == labels[1]).mean()))
-    return float(np.mean(shares)), min(shares)
-
-
-def _difference(
-    found: Shaped[np.ndarray, "..."], expected: Shaped[np.ndarray, "..."], is_labels: bool
-) -> float:
-    if is_labels:
-        return float((found != expected).mean())
-    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
-
-
-def _test_images(size: tuple[int, ...]) -> Iterator[UInt8[np.ndarray, "n h w 3"]]:
-    """One image, a drawn scene; then two, the scene mirrored and noise."""
+def draw_images(size: Sequence[int]) -> UInt8[np.ndarray, "3 h w 3"]:
+    """A drawn scene, its mirror image, and noise."""
     height, width = size
     scene = cv2.resize(shapes.draw("validation", 0, max(size))[0], (width, height))
-    yield scene[None]
     noise = np.random.default_rng(0).integers(0, 256, scene.shape).astype(np.uint8)
-    yield np.stack([scene[:, ::-1], noise])
+    return np.stack([scene, scene[:, ::-1], noise])
 
 
 def checksum(tensors: Mapping[str, np.ndarray | Array]) -> str:

@@ -1,9 +1,13 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from topformer_jax import models, sharding
@@ -18,6 +22,10 @@ from topformer_jax.ops.tiled import ViewLogits
 
 # Images as the network sees them but for the normalisation, to logits.
 Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]
+# Of `segment`, while the model lives: what the model consisted of, and a predictor that has seen no image.
+_predictors: weakref.WeakKeyDictionary[nnx.Module, tuple[list[Any], "Predictor"]] = (
+    weakref.WeakKeyDictionary()
+)
 MAX_PADDED = 2  # an image uses another image's program where that computes up to so many times its own pixels
 
 
@@ -61,6 +69,12 @@ class Predictor:
             planned = plan_shapes(image_sizes, self._programs.evaluation, round_up=True)
             # A program for each canvas, so that those of another folder can be among them.
             self._shapes = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
+
+    def without_images(self) -> "Predictor":
+        """One with the same weights on the device; which images this one has seen does not matter to it."""
+        other = copy.copy(self)
+        other._shapes = []
+        return other
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
@@ -119,8 +133,32 @@ class Predictor:
         return join_tiles(np.asarray(predictions)[0], image.shape[:2])
 
 
+def _list_parts(module: nnx.Module) -> Iterator[Any]:
+    """The arrays and settings that a model consists of, in a fixed order: the objects themselves, without copies."""
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.Module):
+            yield from _list_parts(value)
+        elif isinstance(value, nnx.Variable):
+            yield value.get_value()
+        elif not name.startswith("_"):  # flax's own
+            yield value
+
+
+def _find_predictor(model: models.Segmenter | models.Classifier) -> Predictor:
+    """The predictor of an earlier call, or a new one where a weight, a mode or the config is another object now."""
+    known, predictor = _predictors.get(model, ([], None))
+    parts = list(_list_parts(model))
+    same = len(parts) == len(known) and all(new is old for new, old in zip(parts, known, strict=True))
+    if predictor is None or not same:
+        predictor = Predictor(model)
+        _predictors[model] = list(_list_parts(model)), predictor  # in inference mode
+    return predictor.without_images()
+
+
 def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:
     """The class of each pixel of one RGB image of any size, evaluated as the model's own config says.
+
+    The weights stay on the device between calls, until the model ends or has others.
 
     >>> import numpy as np, topformer_jax
     >>> model = topformer_jax.load("topformer_t_context60")  # and a checkpoint
@@ -138,4 +176,4 @@ def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels
     Raises:
         UserError: the model is a classifier.
     """
-    return Predictor(model)(image)
+    return _find_predictor(model)(image)
