@@ -1,0 +1,258 @@
+"""Memory that is not there: one line that says what to lower, nothing lost; a small /dev/shm; empty evaluations."""
+
+import mmap
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.commands import FOLDER, ROOT, TINY, arguments, only_line
+from tests.test_bad_input import rewrite
+from topformer_jax import checkpoints, cli, logs, train
+from topformer_jax import config as config_lib
+from topformer_jax import run as run_lib
+from topformer_jax.errors import UserError, explain_out_of_memory
+from topformer_jax.run_folder import RunFolder
+
+HUGE = 2**46  # numbers: more bytes than a process can address, whatever the machine has
+ADVICE = "lower batch_size or data.crop_size, or raise grad_accum_steps (smaller micro-batches)"
+
+
+# What has been reported of JAX on GPUs and TPUs, where this text is all that there is of the error.
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\n"
+            "BufferAssignment OOM Debugging.\nBufferAssignment stats:\n  parameter allocation:  372.76MiB",
+            "4.44",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0",
+            "2.99",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Failed to allocate request for 176.00MiB (184549376B) on device ordinal 0",
+            "0.17",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
+            "21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:",
+            "21.95",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Attempting to reserve 6.48G at the bottom of memory. That was not possible. There "
+            "are 6.78G free, 0B reserved, and 3.33G reservable.",
+            "6.48",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 15.65G. That was not "
+            "possible. There are 11.08G free.; (0x0x0_HBM0)",
+            "15.65",
+        ),
+        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", ""),
+        ("std::bad_alloc", ""),
+    ],
+)
+def test_what_accelerators_say(text: str, gib: str) -> None:
+    asked = f", {gib} GiB were asked for" if gib else ""
+    assert (
+        explain_out_of_memory(jax.errors.JaxRuntimeError(text), "train") == f"out of memory{asked}: {ADVICE}"
+    )
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    for error in (
+        UserError("out of memory: lower batch_size"),
+        jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Disallowed host-to-device transfer"),
+        jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset by peer"),
+        OSError(28, "No space left on device"),
+    ):
+        assert explain_out_of_memory(error, "train") is None
+
+
+def _allocate_in_torch() -> None:
+    import torch
+
+    torch.empty(HUGE)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: jnp.zeros(HUGE, jnp.float32).block_until_ready(),
+        lambda: np.zeros(HUGE),
+        lambda: bytearray(HUGE * 8),
+        lambda: cv2.resize(np.zeros((9, 9, 3), np.uint8), (2**24, 2**24)),
+        _allocate_in_torch,
+        lambda: mmap.mmap(-1, HUGE * 8),
+    ],
+    ids=["jax", "numpy", "python", "opencv", "torch", "mmap"],
+)
+@pytest.mark.parametrize(
+    ("command", "advice"), [("predict", "segment smaller pictures"), ("check", "take smaller")]
+)
+def test_a_command_ends_with_one_line(
+    allocate: Callable[[], object],
+    command: str,
+    advice: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever allocates: the real errors of the libraries."""
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{command}.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(allocate)
+    assert end.value.code == 2
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith("error: out of memory")
+    assert advice in line
+
+
+# In a run
+
+
+def run_here(workdir: pathlib.Path, changes: dict[str, Any]) -> None:
+    settings = config_lib.load(config_lib.shapes(), TINY | {"batch_size": 8} | changes)
+    with RunFolder(workdir, 60) as folder:
+        train.train(settings, folder)
+
+
+def test_a_step_without_memory_loses_nothing_else(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real error of XLA at the third step; the run resumes from the second one and ends as if nothing had been."""
+    init, calls = train.init_training, []
+
+    def init_training(*args: Any) -> Any:
+        state, step = init(*args)
+
+        def fail_once(*arguments: Any) -> Any:
+            calls.append(0)
+            if len(calls) == 3:
+                jnp.zeros(HUGE, jnp.float32).block_until_ready()
+            return step(*arguments)
+
+        return state, fail_once
+
+    monkeypatch.setattr(train, "init_training", init_training)
+    with pytest.raises(UserError, match=r"out of memory, 262,144\.00 GiB were asked for") as error:
+        run_here(tmp_path, {})
+    assert error.value.line.endswith(f"{ADVICE}; the same command resumes from step 2")
+    assert checkpoints.CheckpointStore(tmp_path / "checkpoints", 3).latest == 2
+    run_here(tmp_path, {})
+    steps = [r["step"] for r in logs.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_evaluation_without_memory_saves_the_state(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(run_lib, "evaluate_split", lambda *_, **__: np.zeros(HUGE))
+        with pytest.raises(UserError, match=r"set evaluation\.per_device_batch_size=1") as error:
+            run_here(tmp_path, {"schedule.steps": 1})
+    assert error.value.line.endswith("; step 1 is saved: the same command resumes from there")
+    run_here(tmp_path, {"schedule.steps": 1})
+    assert checkpoints.CheckpointStore(tmp_path / "checkpoints", 3).is_evaluated(1)
+
+
+@pytest.mark.slow
+def test_a_training_that_does_not_fit(tmp_path: pathlib.Path) -> None:
+    """A process that may have 8 GiB, and a step that needs more."""
+    program = (
+        "import resource, sys\n"
+        "from topformer_jax import cli, train\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))\n"
+        "sys.argv[0] = 'train'\n"
+        "cli.run(train.main)\n"
+    )
+    words = arguments(tmp_path, {"data.crop_size": "(2048,2048)", "data.num_workers": 0})
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    line = only_line(done.stderr)
+    assert "GiB were asked for: lower batch_size" in line
+    assert "no step was saved yet" in line
+
+
+def test_an_evaluation_of_nothing_ends_the_run(
+    root: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels of validation are emptied after the look at them; with the right ones the run goes on."""
+    labels = root / "annotations/val"
+    shutil.copytree(labels, tmp_path / "right")
+    for path in labels.iterdir():
+        rewrite(path, lambda label: np.full_like(label, 255))
+    changes = FOLDER | {
+        "data.root": str(root),
+        "data.num_workers": 0,
+        "evaluate_every": 2,
+        "schedule.steps": 4,
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "look_at_labels", lambda *_: [])
+        with pytest.raises(
+            UserError, match="the evaluation at step 2 gives nan: no label of the validation"
+        ) as error:
+            run_here(tmp_path / "run", changes)
+    assert error.value.line.endswith("; step 2 is saved: the same command resumes from there")
+    shutil.copytree(tmp_path / "right", labels, dirs_exist_ok=True)
+    run_here(tmp_path / "run", changes)
+    records = logs.read_records(tmp_path / "run/metrics.jsonl")
+    scores = {record["step"]: record["miou"] for record in records if record["kind"] == "evaluation"}
+    assert scores.keys() == {2, 4}
+    assert np.isfinite([*scores.values()]).all()
+
+
+# Shared memory
+
+SHARED = """
+import itertools, zlib
+from topformer_jax import config as config_lib
+from topformer_jax.data import loader, sources
+
+if __name__ == "__main__":
+    for workers in (2, 0):
+        changes = {"data.num_workers": workers, "batch_size": 4, "data.crop_size": (512, 512)}
+        config = config_lib.load(config_lib.shapes(), changes)
+        batches = loader.training_batches(sources.open_source(config, "train"), config)
+        print([zlib.crc32(batch["image"].tobytes()) for batch in itertools.islice(batches, 6)])
+        batches.close()
+"""
+
+
+@pytest.mark.parametrize("megabytes", [2, 100])
+def test_a_small_shared_memory(tmp_path: pathlib.Path, megabytes: int) -> None:
+    """In a mount namespace with a small /dev/shm. A batch has 4 MiB; of two workers there are at most 13."""
+    (tmp_path / "program.py").write_text(SHARED)
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode
+    ):
+        pytest.skip("no mount namespace: needs root")
+    command = f"{mount} && exec {sys.executable} {tmp_path}/program.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *said, by_workers, by_threads = done.stdout.splitlines()
+    assert by_workers == by_threads
+    if megabytes == 100:
+        assert said == []
+    else:
+        (line,) = said
+        assert line.startswith("note: /dev/shm has 2 MB free, and 13 batches in it would need 52 MB: ")
+        assert line.endswith("with Docker, docker run --shm-size=1g")
