@@ -36,7 +36,7 @@ import os, pathlib, signal, sys
 rename, count = pathlib.Path.replace, int(sys.argv.pop(1))
 def kill_or_rename(path, target):
     global count
-    count -= path.suffix == ".tmp" and not path.name.startswith(".")
+    count -= path.parent.name == ".partial"
     if count == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(path, target)
