@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains under SLURM, one process per GPU. At the time limit and on a preemption the run saves, ends and is queued again,
-# to go on from there; after scancel it saves and ends. JAX gives each process the GPU of its number on the node: for
-# nodes with other numbers of GPUs, change both lines with 8.
+# to go on from there; after scancel it saves within the 30 s that SLURM grants (KillWait) and ends. JAX gives each
+# process the GPU of its number on the node: for nodes with other numbers of GPUs, change both lines with 8.
 #   sbatch --nodes 2 scripts/slurm.sh --config configs/topformer_b_ade.py --workdir /shared/b_ade
 #SBATCH --job-name=topformer
 #SBATCH --ntasks-per-node=8

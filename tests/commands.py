@@ -86,6 +86,15 @@ def comes_to_pass(processes: Sequence[subprocess.Popen[Any]], holds: Callable[[]
     return True
 
 
+def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What each of them has printed when all have ended; a test that is interrupted leaves none behind."""
+    try:
+        return [process.communicate(timeout=LONGEST) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def wait_for(processes: Sequence[subprocess.Popen[str]], holds: Callable[[], bool]) -> None:
     """Returns when something holds; fails, and ends the processes, if one of them ends before it does."""
     if not comes_to_pass(processes, holds):
@@ -118,10 +127,7 @@ def run_check(
 def run(workdir: Workdir, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:
     """The command in a process of its own; workers that outlived it would hold the pipes open."""
     process = start(workdir, changes)
-    try:
-        out, err = process.communicate(timeout=LONGEST)
-    finally:
-        process.kill()
+    ((out, err),) = finish([process])
     assert process.returncode == status, out + err
     return out, err
 

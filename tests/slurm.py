@@ -1,6 +1,7 @@
 """A SLURM for tests: its own daemons on this machine, one node of 32 cores and 8 GPUs that are files.
 
-Import `slurm` into a test file to use it as a fixture. It is skipped where SLURM is not installed.
+Import `slurm` (and `daemons`, which it needs) into a test file to use it as a fixture. Where SLURM is not installed,
+the test is skipped.
 """
 
 import os
@@ -19,7 +20,8 @@ import pytest
 from tests.commands import LONGEST, ROOT, free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-# A job of `high` takes the place of one of `low`, which is queued again: a minute after SIGTERM at the latest.
+# A job of `high` takes the place of one of `low`, which is queued again. Elsewhere KillWait is 30 and GraceTime less:
+# a slow machine has time to save here, and tests count steps.
 SETTINGS = """
 ClusterName=tests
 SlurmctldHost={host}
@@ -42,12 +44,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=30
+KillWait=300
 MailProg=/bin/true
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=32 Gres=gpu:8
-PartitionName=low Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 State=UP
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=300 State=UP
 PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP
 """
 
@@ -96,16 +98,17 @@ class Slurm:
                 subprocess.Popen([path, *words], env=self.environment, stdout=out, stderr=subprocess.STDOUT)
             )
 
+    def end_jobs(self) -> None:
+        """Kills all jobs, also those that wait."""
+        self._call("scancel", "--user=root", "--signal=KILL", "--full")
+        self._call("scancel", "--user=root")
+        self.wait_until(lambda: not self._call("squeue", "--noheader").strip())
+
     def close(self) -> None:
-        """Ends all jobs and daemons."""
-        try:
-            self._call("scancel", "--user=root", "--signal=KILL", "--full")
-            self._call("scancel", "--user=root")
-            self.wait_until(lambda: not self._call("squeue", "--noheader").strip())
-        finally:
-            for daemon in reversed(self._daemons):
-                daemon.terminate()
-                daemon.wait()
+        """Ends the daemons."""
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            daemon.wait()
 
     def _call(self, program: str, *words: str) -> str:
         done = subprocess.run(
@@ -221,7 +224,7 @@ PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """The daemons of a SLURM, for the tests of a file."""
     missing = [name for name in DAEMONS if shutil.which(name, path=PATH) is None]
     if missing:
@@ -234,3 +237,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def slurm(daemons: Slurm) -> Iterator[Slurm]:
+    """A SLURM without jobs."""
+    yield daemons
+    daemons.end_jobs()

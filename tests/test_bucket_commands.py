@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import LONGEST, ROOT, arguments, free_port, start_pair, wait_for
+from tests.commands import ROOT, arguments, finish, free_port, start_pair, wait_for
 from topformer_jax import checkpoints, logs, models
 from topformer_jax import config as config_lib
 from topformer_jax.data import shapes
@@ -42,11 +42,7 @@ def command(module: str, *words: Any, count: int = 1, devices: int = 1) -> list[
         )
         for n in range(count)
     ]
-    try:
-        outputs = [process.communicate(timeout=LONGEST) for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    outputs = finish(started)
     report = "\n".join(text for pair in outputs for text in pair)
     assert all(process.returncode == 0 for process in started), report
     return [out for out, _ in outputs]

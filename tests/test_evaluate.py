@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks import samples
-from tests.commands import LONGEST, free_port
+from tests.commands import LONGEST, finish, free_port
 from topformer_jax import config as config_lib
 from topformer_jax import inference, models
 from topformer_jax.data import sources
@@ -211,7 +211,7 @@ def test_two_processes_count_as_one(tmp_path: pathlib.Path) -> None:
         )
         for number in range(2)
     ]
-    outputs = [process.communicate(timeout=LONGEST) for process in pair]
+    outputs = finish(pair)
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "mIoU" in outputs[0][0]
     assert "mIoU" not in outputs[1][0]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import FOLDER, LONGEST, free_port, start_pair
+from tests.commands import FOLDER, LONGEST, finish, free_port, start_pair
 from tests.test_processes import LOST
 from topformer_jax import checkpoints, logs
 
@@ -43,11 +43,7 @@ def kill(pair: list[subprocess.Popen[str]], victims: list[int]) -> float:
     for number in victims:
         pair[number].kill()
     began = time.monotonic()
-    try:
-        outputs = [process.communicate(timeout=LONGEST) for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
+    outputs = finish(pair)
     for survivor in {0, 1} - {*victims}:
         # The last step may have been behind it.
         assert LOST in outputs[survivor][1] or pair[survivor].returncode == 0, outputs[survivor]
@@ -69,9 +65,7 @@ def test_kills(
         **(FOLDER | {"data.root": drawn} if source == "folder" else {}),
     }
     began = time.monotonic()
-    outputs = [
-        process.communicate(timeout=LONGEST) for process in start_pair(tmp_path / "undisturbed", changes)
-    ]
+    outputs = finish(start_pair(tmp_path / "undisturbed", changes))
     latest = time.monotonic() - began  # seconds after the start
     assert "done: " in outputs[0][0], outputs
     expected = outcome(tmp_path / "undisturbed")
@@ -88,7 +82,7 @@ def test_kills(
             alone.append(kill(pair, dice.choice(([0], [1], [0, 1])) if have_met(meeting) else [0, 1]))
             kills += 1
         else:
-            outputs = [process.communicate(timeout=LONGEST) for process in pair]
+            outputs = finish(pair)
             assert [process.returncode for process in pair] == [0, 0], outputs
             assert outcome(workdir) == expected
             finished += 1

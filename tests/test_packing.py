@@ -15,7 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import LONGEST
+from tests.commands import finish
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config as config_lib
 from topformer_jax import files as files_lib
@@ -193,7 +193,7 @@ def test_two_processes_write_into_a_bucket(
     common = ("--source", str(files), "--output", output)
     bucket.set_faults(fail=1, cut=1, match="upload")  # gcsfs tries again
     processes = [run(*common, "--shard", f"{index}/2") for index in (1, 2)]
-    results = [process.communicate(timeout=LONGEST) for process in processes]
+    results = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], results
     done = [out for out, _ in results if "gs://" in out and "is complete" in out]
     assert done, results

@@ -3,6 +3,7 @@
 import http.server
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.commands import LONGEST, only_line, start, start_pair, wait_for
+from tests.commands import LONGEST, finish, only_line, start, start_pair, wait_for
 from topformer_jax import native_messages, processes
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.errors import UserError
@@ -76,7 +77,7 @@ def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
     wait_for_steps(pair, tmp_path)
     pair[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
-    outputs = [process.communicate(timeout=LONGEST) for process in pair]
+    outputs = finish(pair)
     print(f"SIGTERM to process 1: both ended after {time.monotonic() - began:.1f} s")
     assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
     assert [err for _, err in outputs] == ["", ""]
@@ -88,13 +89,26 @@ def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == step
 
 
+def test_a_stop_takes_a_few_steps(tmp_path: pathlib.Path) -> None:
+    """It does not wait for the next step that is logged: the devices are given no more than a few steps ahead."""
+    process = start(tmp_path, CHANGES | {"log_every": 40})
+    wait_for([process], lambda: "metrics.jsonl" in {path.name for path in tmp_path.iterdir()})
+    wait_for([process], lambda: '"step": 40' in (tmp_path / "metrics.jsonl").read_text())
+    process.send_signal(signal.SIGTERM)
+    ((out, err),) = finish([process])
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    (step,) = re.findall(r"stopped at step (\d+) and saved", out)
+    print(f"\nSIGTERM after step 40 was logged: it stopped at step {step}")
+    assert 40 <= int(step) <= 60
+
+
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> None:
     pair = start_pair(tmp_path, CHANGES, *PROFILE)
     wait_for_steps(pair, tmp_path)
     pair[number].kill()
     began = time.monotonic()
-    outputs = [process.communicate(timeout=LONGEST) for process in pair]
+    outputs = finish(pair)
     print(f"SIGKILL to process {number}: the other ended after {time.monotonic() - began:.1f} s")
     other = pair[1 - number]
     assert other.returncode not in (0, None)

@@ -13,7 +13,17 @@ import jax
 import numpy as np
 import pytest
 
-from tests.commands import LONGEST, ROOT, TINY, comes_to_pass, free_port, refused_run, run, start
+from tests.commands import (
+    LONGEST,
+    ROOT,
+    TINY,
+    comes_to_pass,
+    finish,
+    free_port,
+    refused_run,
+    run,
+    start,
+)
 from topformer_jax import checkpoints, config, load, logs, profiler, train
 from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
@@ -256,7 +266,7 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
         start(tmp_path / "two", changes, *flags, "--process-id", str(number), devices=4)
         for number in range(2)
     ]
-    outputs = [process.communicate(timeout=LONGEST) for process in pair]
+    outputs = finish(pair)
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "8 x cpu in 2 processes" in outputs[0][0]
     assert "step 10/10" in outputs[0][0]
