@@ -1,5 +1,6 @@
 """Decoding, resizing and cropping against OpenCV and the reference, byte for byte; and every broken file's error."""
 
+import io
 import pathlib
 import struct
 import zlib
@@ -8,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,11 +42,13 @@ def _png(header: tuple[int, int, int, int, int], rows: bytes, *chunks: tuple[byt
     return data
 
 
-def _palette_png(indices: np.ndarray, depth: int) -> bytes:
+def _palette_png(indices: np.ndarray, depth: int, *, grey: bool = False) -> bytes:
     bits = np.unpackbits(indices[..., None], axis=-1)[..., 8 - depth :].reshape(len(indices), -1)
     rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
     colours = np.random.default_rng(0).integers(0, 256, 3 * 2**depth, dtype=np.uint8).tobytes()
     height, width = indices.shape
+    if grey:
+        return _png((width, height, depth, 0, 0), rows, (b"tRNS", b"\0\1"))
     return _png((width, height, depth, 3, 0), rows, (b"PLTE", colours), (b"tRNS", b"\0\x80"))
 
 
@@ -157,10 +161,19 @@ def test_grey_labels() -> None:
         np.testing.assert_array_equal(ours, values)
 
 
+@pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
-def test_palette_labels_are_indices(depth: int) -> None:
+def test_labels_are_the_values_in_the_file(depth: int, grey: bool) -> None:
+    """Packed by hand, as the PNG specification has it: 1, 2 and 4 bits of grey are not levels of 255."""
     indices = np.random.default_rng(depth).integers(0, 2**depth, (13, 21), dtype=np.uint8)
-    np.testing.assert_array_equal(_label(_palette_png(indices, depth), classes=255), indices)
+    np.testing.assert_array_equal(_label(_palette_png(indices, depth, grey=grey), classes=255), indices)
+
+
+def test_a_mask_of_one_bit_by_pillow() -> None:
+    mask = np.random.default_rng(0).integers(0, 2, (9, 11), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(mask * 255).convert("1").save(file, "PNG")
+    np.testing.assert_array_equal(_label(file.getvalue(), classes=2), mask)
 
 
 def test_interlaced_palette_label() -> None:

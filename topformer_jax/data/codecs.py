@@ -79,7 +79,7 @@ def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
 
 
 def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_zero_label: bool) -> Labels:
-    """Decodes a label file (PNG: grey of 8 or 16 bits, or palette indices) to class indices, uint8 `[h, w]`.
+    """Decodes a label file (PNG: grey of 1 to 16 bits, or palette indices) to class indices, uint8 `[h, w]`.
 
     Args:
         data: the file's bytes; or an array with the values of a file.
@@ -186,7 +186,10 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
             f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
         )
     if colour_type == GREY:
-        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION, name)
+        flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        values, bits = _decode(data, flags, name), data[24]
+        # OpenCV scales 1, 2 and 4 bits to 0..255, by 255, 85 and 17.
+        return values // np.uint8(255 // (2**bits - 1)) if bits < 8 else values
     try:
         # OpenCV would turn the indices into colours. Not by `PIL.Image.open`, which refuses large files.
         with PngImageFile(io.BytesIO(data)) as image:
