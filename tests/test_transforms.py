@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,6 +144,47 @@ def test_no_image(data: Any, says: str, capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(UserError, match=says):
         decode_image(data, "photo.jpg")
     assert capfd.readouterr() == ("", "")
+
+
+DEEP = np.random.default_rng(0).integers(0, 4096, (8, 9, 3)).astype(np.uint16)
+DEEP[0] = 4095
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (_encoded(DEEP, ".png"), "has 12 bits in 16 (values up to 4095 of 65535)"),
+        (_encoded(DEEP[..., 0], ".tif"), "has 12 bits in 16 (values up to 4095 of 65535)"),
+        (
+            _encoded(DEEP.astype(np.float32), ".tif"),
+            "holds float32 numbers, no colours: save it as PNG or JPEG",
+        ),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50),
+            "is a HEIC picture: save pictures as JPEG or PNG",
+        ),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(50), "is a video: save pictures as JPEG or PNG"),
+        (b"<!DOCTYPE html>\n<html>", "is a web page"),
+    ],
+)
+def test_what_is_no_picture_of_8_bits_is_named(data: bytes, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"photo.jpg {says}")):
+        decode_image(data, "photo.jpg")
+
+
+def test_16_bits_that_are_used_are_scaled() -> None:
+    deep = DEEP * 16
+    np.testing.assert_array_equal(decode_image(_encoded(deep, ".png"), "x"), deep >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_avif_is_turned_as_pillow_does(orientation: int) -> None:
+    exif, file = PIL.Image.Exif(), io.BytesIO()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    PIL.Image.fromarray(_picture()).save(file, "AVIF", exif=exif)
+    with PIL.Image.open(file) as stored:
+        theirs = np.asarray(PIL.ImageOps.exif_transpose(stored))
+    np.testing.assert_array_equal(decode_image(file.getvalue(), "x"), theirs)
 
 
 # Labels
