@@ -115,6 +115,15 @@ def save_alpha(path: pathlib.Path) -> None:
     Image.open(path).convert("LA").save(path)
 
 
+def renumber(root: pathlib.Path) -> None:
+    """Labels with one palette, but for the last one's, whose colours have other numbers."""
+    colours = np.random.default_rng(0).permutation(768).astype(np.uint8)
+    for path in labels(root):
+        image = Image.fromarray(np.asarray(Image.open(path)))
+        image.putpalette(np.roll(colours, 3 if path == labels(root)[-1] else 0).tobytes())
+        image.save(path)
+
+
 IMAGE, LABEL = "images/train/3.jpg", "annotations/train/3.png"
 PROBLEM, WARNING = "problem", "warning"
 # Of each: what spoils the set, changed settings, the level and the rule of the one finding, and words of its line.
@@ -179,6 +188,20 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, s
             "values-beyond-classes",
             f"up to 2570 in 1 label ({LABEL}), 5 of ",
         ),
+    ),
+    "a label of 16 bits": (
+        one(LABEL, lambda path: rewrite(path, lambda label: label.astype(np.uint16))),
+        {},
+        *(
+            WARNING,
+            "label-kinds",
+            f"labels of 2 kinds (grey PNG, 8 bits: annotations/train/0.png; grey PNG, 16 bits: {LABEL}): ",
+        ),
+    ),
+    "palettes": (
+        renumber,
+        {},
+        *(PROBLEM, "label-palettes", "in the palette of annotations/train/0.png, #"),
     ),
     "grey levels": (
         every(where_class(lambda label: label * 13)),

@@ -87,6 +87,22 @@ def test_broken_sets(spoilt: pathlib.Path, name: str) -> None:
     assert all("\n" not in finding.text for finding in found)
 
 
+def test_palettes_that_agree(spoilt: pathlib.Path) -> None:
+    """A palette may be cut after the last value of its picture."""
+    broken_sets.renumber(spoilt)
+    (finding,) = look_through(configure(spoilt))
+    assert finding[:2] == (PROBLEM, "label-palettes")
+    assert "annotations/val/5.png" in finding.text
+    path = labels(spoilt)[-1]
+    with Image.open(labels(spoilt)[0]) as other:
+        palette = other.getpalette() or []
+    pixels = np.where(open_image(path) == 255, 0, open_image(path)).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    image.putpalette(palette[: 3 * CLASSES])
+    image.save(path)
+    assert look_through(configure(spoilt)) == []
+
+
 def test_labels_that_need_the_reduction(spoilt: pathlib.Path) -> None:
     every(lambda label: (label + 1).astype(np.uint8))(spoilt)  # void is 0
     assert look_through(configure(spoilt, **{"data.reduce_zero_label": True})) == []

@@ -91,9 +91,9 @@ def test_standard_input(weights: str, tmp_path: pathlib.Path) -> None:
 def test_images_are_listed_once_and_outputs_differ(tmp_path: pathlib.Path) -> None:
     _write_image(tmp_path / "a.png", 4, 4)
     _write_image(tmp_path / "b" / "a.png", 4, 4)
-    images, others = predict.list_images([str(tmp_path), str(tmp_path / "*.png")])
+    images, others, results = predict.list_images([str(tmp_path), str(tmp_path / "*.png")])
     assert [str(file.output) for file in images] == ["a", "b/a"]
-    assert others == []
+    assert others == results == []
     with pytest.raises(UserError, match=r"would both be written to a_mask\.png"):
         predict.list_images([str(tmp_path / "a.png"), str(tmp_path / "b" / "a.png")])
     with pytest.raises(UserError, match="there is no image"):
@@ -101,6 +101,33 @@ def test_images_are_listed_once_and_outputs_differ(tmp_path: pathlib.Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image"):
         predict.list_images([str(tmp_path / "empty")])
+
+
+def test_links_are_followed_and_results_are_no_inputs(tmp_path: pathlib.Path) -> None:
+    """Each picture once, though `loop` leads back to the folder, and no result of an earlier run."""
+    inside, out = tmp_path / "in", tmp_path / "in" / "out"
+    for path in (inside / "a.jpg", inside / "b_mask.png", tmp_path / "elsewhere" / "c.jpg"):
+        _write_image(path, 4, 4)
+    (inside / "link").symlink_to(tmp_path / "elsewhere")
+    (inside / "loop").symlink_to(inside)
+    pictures = ["a", "b_mask", "link/c"]
+    for _ in range(2):
+        images, others, results = predict.list_images([str(inside)], out)
+        assert [str(file.output) for file in images] == pictures
+        assert others == []
+        for name in pictures:
+            _write_image(out / f"{name}_overlay.jpg", 4, 4)
+            _write_image(out / f"{name}_mask.png", 4, 4)
+    assert len(results) == 6
+    (inside / "a_overlay.jpg").write_bytes(b"")
+    (inside / "a_mask.png").write_bytes(b"")
+    for folder in (inside, tmp_path / "another"):  # written beside the pictures, or elsewhere
+        listing = predict.list_images([str(path) for path in inside.iterdir() if path.is_file()], folder)
+        assert sorted(str(file.output) for file in listing.images) == ["a", "b_mask"]
+        assert len(listing.results) == 2
+        assert len(predict.list_images([str(inside)], folder).results) == 8
+    with pytest.raises(UserError, match="nothing but results of this command"):
+        predict.list_images([str(out)], out)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +165,7 @@ def test_the_size_of_an_image_is_read_from_its_header(tmp_path: pathlib.Path) ->
     turned = PIL.Image.new("RGB", (60, 40))
     exif = turned.getexif()
     exif[PIL.ExifTags.Base.Orientation] = 6
-    for suffix in (".png", ".jpg"):
+    for suffix in (".png", ".jpg", ".tif", ".webp", ".avif"):
         path = tmp_path / f"turned{suffix}"
         turned.save(path, exif=exif)
         assert read_image_size(str(path)) == decode_image(path.read_bytes(), "turned").shape[:2] == (60, 40)

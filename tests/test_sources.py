@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,6 +215,73 @@ def test_custom_data(tmp_path: pathlib.Path) -> None:
     for folder in ("images", "annotations"):  # ADE20K's words for the splits will do
         (tmp_path / folder / "train").rename(tmp_path / folder / "training")
     assert len(sources.open_source(config, "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "pairing"),
+    [
+        (["a.jpg", "b.BMP", "c.webp", "s/d.Tiff"], ["a.PNG", "b.png", "c.Png", "s/d.png"], ""),
+        (["a.jpg", "ab.png"], ["a_mask.png", "ab_mask.png"], "labels have their images' names and _mask.png"),
+        (["a.jpg", "b.png"], ["a.jpg.png", "b.png.png"], "labels have their images' whole names: a.jpg.png"),
+    ],
+)
+def test_names_of_labels(tmp_path: pathlib.Path, images: list[str], labels: list[str], pairing: str) -> None:
+    config = write(tmp_path, "custom")
+    shutil.rmtree(tmp_path / "images/train")
+    shutil.rmtree(tmp_path / "annotations/train")
+    for folder, paths in (("images", images), ("annotations", labels)):
+        for path in paths:
+            (tmp_path / folder / "train" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "train" / path).write_bytes(PNG)
+        (tmp_path / folder / "train/loop").symlink_to(tmp_path / folder / "train")
+    source = sources.open_source(config, "train")
+    assert isinstance(source, sources.FolderSource)
+    assert source.images == tuple(f"images/train/{path}" for path in images)
+    assert source.labels == tuple(f"annotations/train/{path}" for path in labels)
+    assert source.pairing == pairing
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "words"),
+    [
+        (["a.jpg", "a.webp"], ["a.png"], "a.jpg and a.webp in "),
+        (["a.jpg"], ["a.PNG", "a.png"], "a.PNG and a.png in "),
+        (["p1.jpg"], ["p10.png"], "annotations/train, which has p10.png ("),
+        (["a.jpg", "b.jpg"], ["a_m.png", "b_n.png"], "2 images (a.jpg, b.jpg) in "),
+        (["a.heic"], ["a.png"], "or *.tiff, but a.heic ("),
+    ],
+)
+def test_names_that_do_not_fit(
+    tmp_path: pathlib.Path, images: list[str], labels: list[str], words: str
+) -> None:
+    config = write(tmp_path, "custom")
+    for folder, paths in (("images", images), ("annotations", labels)):
+        shutil.rmtree(tmp_path / folder / "train")
+        (tmp_path / folder / "train").mkdir()
+        for path in paths:
+            (tmp_path / folder / "train" / path).write_bytes(PNG)
+    line = refusal(config)
+    assert words in line
+    assert len(line.replace(str(tmp_path), "data/streets")) <= 300
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sky\n\nsea\nsky\n", ": line 4 repeats 'sky' of 1: give each class another name"),
+        ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name a line"),
+        ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
+        ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
+        ("sky\nsea, sand\nrock\n", ": line 2 is several values, 'sea, sand': expected"),
+        ("1 sky\n2 sea\n3 sand\n", ": line 1 is a number and a name, '1 sky': expected"),
+    ],
+)
+def test_lists_of_classes_that_are_refused(tmp_path: pathlib.Path, text: str, words: str) -> None:
+    config = config_lib.load(write(tmp_path, "custom"), {"data.class_names": ()})
+    (tmp_path / "classes.txt").write_text(text)
+    assert refusal(config).startswith(f"{tmp_path / 'classes.txt'}{words}")
+    (tmp_path / "classes.txt").write_text("3d model\n2 wheeler\nsky: blue\n")
+    assert sources.find_data_set(config).classes == ("3d model", "2 wheeler", "sky: blue")
 
 
 def test_wrong_settings() -> None:

@@ -1,6 +1,8 @@
 """Decoding, resizing and cropping against OpenCV and the reference, byte for byte; and every broken file's error."""
 
+import io
 import pathlib
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -8,6 +10,9 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageOps
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,11 +45,13 @@ def _png(header: tuple[int, int, int, int, int], rows: bytes, *chunks: tuple[byt
     return data
 
 
-def _palette_png(indices: np.ndarray, depth: int) -> bytes:
+def _palette_png(indices: np.ndarray, depth: int, *, grey: bool = False) -> bytes:
     bits = np.unpackbits(indices[..., None], axis=-1)[..., 8 - depth :].reshape(len(indices), -1)
     rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
     colours = np.random.default_rng(0).integers(0, 256, 3 * 2**depth, dtype=np.uint8).tobytes()
     height, width = indices.shape
+    if grey:
+        return _png((width, height, depth, 0, 0), rows, (b"tRNS", b"\0\1"))
     return _png((width, height, depth, 3, 0), rows, (b"PLTE", colours), (b"tRNS", b"\0\x80"))
 
 
@@ -139,6 +146,47 @@ def test_no_image(data: Any, says: str, capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
+DEEP = np.random.default_rng(0).integers(0, 4096, (8, 9, 3)).astype(np.uint16)
+DEEP[0] = 4095
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (_encoded(DEEP, ".png"), "has 12 bits in 16 (values up to 4095 of 65535)"),
+        (_encoded(DEEP[..., 0], ".tif"), "has 12 bits in 16 (values up to 4095 of 65535)"),
+        (
+            _encoded(DEEP.astype(np.float32), ".tif"),
+            "holds float32 numbers, no colours: save it as PNG or JPEG",
+        ),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50),
+            "is a HEIC picture: save pictures as JPEG or PNG",
+        ),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(50), "is a video: save pictures as JPEG or PNG"),
+        (b"<!DOCTYPE html>\n<html>", "is a web page"),
+    ],
+)
+def test_what_is_no_picture_of_8_bits_is_named(data: bytes, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"photo.jpg {says}")):
+        decode_image(data, "photo.jpg")
+
+
+def test_16_bits_that_are_used_are_scaled() -> None:
+    deep = DEEP * 16
+    np.testing.assert_array_equal(decode_image(_encoded(deep, ".png"), "x"), deep >> 8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_avif_is_turned_as_pillow_does(orientation: int) -> None:
+    exif, file = PIL.Image.Exif(), io.BytesIO()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    PIL.Image.fromarray(_picture()).save(file, "AVIF", exif=exif)
+    with PIL.Image.open(file) as stored:
+        theirs = np.asarray(PIL.ImageOps.exif_transpose(stored))
+    np.testing.assert_array_equal(decode_image(file.getvalue(), "x"), theirs)
+
+
 # Labels
 
 
@@ -157,10 +205,19 @@ def test_grey_labels() -> None:
         np.testing.assert_array_equal(ours, values)
 
 
+@pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
-def test_palette_labels_are_indices(depth: int) -> None:
+def test_labels_are_the_values_in_the_file(depth: int, grey: bool) -> None:
+    """Packed by hand, as the PNG specification has it: 1, 2 and 4 bits of grey are not levels of 255."""
     indices = np.random.default_rng(depth).integers(0, 2**depth, (13, 21), dtype=np.uint8)
-    np.testing.assert_array_equal(_label(_palette_png(indices, depth), classes=255), indices)
+    np.testing.assert_array_equal(_label(_palette_png(indices, depth, grey=grey), classes=255), indices)
+
+
+def test_a_mask_of_one_bit_by_pillow() -> None:
+    mask = np.random.default_rng(0).integers(0, 2, (9, 11), dtype=np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(mask * 255).convert("1").save(file, "PNG")
+    np.testing.assert_array_equal(_label(file.getvalue(), classes=2), mask)
 
 
 def test_interlaced_palette_label() -> None:

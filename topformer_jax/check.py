@@ -139,7 +139,7 @@ def _label_rows(inspection: LabelInspection) -> Rows:
     splits = list(inspection.splits.values())
     rows = [["labels read", *(f"{split.labels:,}" for split in splits)]]
     for kind in sorted(set().union(*(split.kinds for split in splits))):
-        rows.append([f"  {kind}", *(f"{split.kinds[kind]:,}" for split in splits)])
+        rows.append([f"  {kind}", *(f"{split.kinds[kind].count:,}" for split in splits)])
     rows.append(["values", *(_format_values(split) for split in splits)])
     rows.append(
         ["void pixels", *(_format_share(inspection.void_pixels(s.name), int(s.pixels.sum())) for s in splits)]
@@ -178,7 +178,7 @@ def _label_json(inspection: LabelInspection, split: LabelSplit) -> dict[str, Any
     pixels, labels = inspection.class_pixels(split.name), inspection.class_labels(split.name)
     return {
         "labels": split.labels,
-        "label_files": dict(sorted(split.kinds.items())),
+        "label_files": {kind: names.count for kind, names in sorted(split.kinds.items())},
         "values": {int(value): int(split.pixels[value]) for value in np.flatnonzero(split.pixels[:256])},
         "largest_value": split.largest,
         "void_pixels": inspection.void_pixels(split.name),

@@ -220,7 +220,12 @@ def explain(error: BaseException) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """A text file's non-blank lines, stripped.
+    """A text file's non-blank lines, stripped; see `number_lines`."""
+    return list(number_lines(file).values())
+
+
+def number_lines(file: Path) -> dict[int, str]:
+    """A text file's non-blank lines, stripped, by their numbers from 1 on.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -230,7 +235,7 @@ def read_lines(file: Path) -> list[str]:
             lines = file.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
-    return [line.strip() for line in lines if line.strip()]
+    return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
 
 
 def read_json(data: bytes, kind: type[Result], where: str) -> Result:

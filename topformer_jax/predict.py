@@ -4,8 +4,9 @@
   cat a.jpg | python -m topformer_jax.predict --config configs/topformer_b_ade.py --checkpoint runs/b --output out -
 
 IMAGE is a file of any size, a folder (searched recursively), a glob pattern, or - for standard input; the EXIF
-orientation is applied. For DIR/a.jpg it writes OUTPUT/a_overlay.jpg, OUTPUT/a_mask.png (palette indices are class
-numbers) and, with --probabilities, OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
+orientation is applied, links are followed, and what the command wrote itself is left out. For DIR/a.jpg it writes
+OUTPUT/a_overlay.jpg, OUTPUT/a_mask.png (palette indices are class numbers) and, with --probabilities,
+OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
 """
 
 import pathlib
@@ -49,6 +50,11 @@ from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.visualize import drawing
 
 STDIN = "-"
+RESULTS = {  # ends of the names of an image's results: those of what lies beside it
+    "_overlay.jpg": ("_mask.png",),
+    "_overlay.png": ("_mask.png",),
+    "_mask.png": ("_overlay.jpg", "_overlay.png"),
+}
 
 
 class ImageFile(NamedTuple):
@@ -58,17 +64,27 @@ class ImageFile(NamedTuple):
     output: pathlib.PurePath
 
 
-def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
-    """Lists the images that a command line names, each once, and the other files in its folders.
+class Listing(NamedTuple):
+    """What a command line names."""
+
+    images: list[ImageFile]  # each once
+    others: list[str]  # files in its folders that are no images
+    results: list[str]  # what this command wrote: no inputs
+
+
+def list_images(arguments: Sequence[str], output: files.Path | None = None) -> Listing:
+    """Lists the images that a command line names, and what is left out.
 
     Args:
         arguments: files, folders, glob patterns, or "-".
+        output: the folder of results: images in it are left out where it lies below a folder that is searched.
 
     Raises:
         UserError: an argument names no image, or two images have the same output.
     """
     outputs: dict[str, pathlib.PurePath] = {}
     others: list[str] = []
+    results: list[str] = []
     for argument in arguments:
         if argument == STDIN:
             outputs[argument] = pathlib.PurePath("stdin")
@@ -80,17 +96,25 @@ def list_images(arguments: Sequence[str]) -> tuple[list[ImageFile], list[str]]:
             raise UserError(f"there is no image {argument}: give files, folders, patterns, or - for stdin")
         for path in map(pathlib.Path, paths):
             if not path.is_dir():
-                outputs[str(path)] = pathlib.PurePath(path.stem)
+                if _is_result(path):
+                    results.append(str(path))
+                else:
+                    outputs[str(path)] = pathlib.PurePath(path.stem)
                 continue
-            images, rest = _search_folder(path)
-            others += rest
-            if not images and path == pathlib.Path(argument):
+            found = [path / name for name in sorted(sources.list_files(path))]
+            inputs = [file for file in found if not _is_result(file) and not _is_below(file, path, output)]
+            results += map(str, sorted({*found}.difference(inputs)))
+            images = [file for file in inputs if file.suffix.lower() in IMAGE_SUFFIXES]
+            others += map(str, sorted({*inputs}.difference(images)))
+            if not images and inputs == found and path == pathlib.Path(argument):
                 raise UserError(
                     f"{path} holds no image: looked for {', '.join('*' + s for s in IMAGE_SUFFIXES)}"
                 )
             outputs |= {str(image): image.relative_to(path).with_suffix("") for image in images}
+    if not outputs:
+        raise UserError(f"{' '.join(arguments)}: nothing but results of this command: name pictures")
     _check_distinct(outputs)
-    return [ImageFile(*item) for item in outputs.items()], others
+    return Listing([ImageFile(*item) for item in outputs.items()], others, sorted({*results}))
 
 
 def segment_files(
@@ -139,11 +163,21 @@ def segment_files(
     return errors
 
 
-def _search_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """The images below a folder, sorted, and the other files; hidden files are ignored."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    return images, [str(path) for path in paths if path.suffix.lower() not in IMAGE_SUFFIXES]
+def _is_result(path: pathlib.Path) -> bool:
+    """Whether a file is an overlay beside its mask, or a mask beside its overlay, by their names."""
+    for end, partners in RESULTS.items():
+        if path.name.endswith(end):
+            base = path.name.removesuffix(end)
+            return any(path.with_name(base + partner).exists() for partner in partners)
+    return False
+
+
+def _is_below(file: pathlib.Path, folder: pathlib.Path, output: files.Path | None) -> bool:
+    """Whether a file is in an output folder that lies below a folder."""
+    if output is None or files.is_in_bucket(output):
+        return False
+    inside = output.resolve()
+    return folder.resolve() in inside.parents and inside in file.resolve().parents
 
 
 def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
@@ -192,10 +226,11 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.stretch and not args.exported:
         raise UserError("--stretch is for --exported")
-    images, others = list_images(args.images)
-    if others:
-        more = ", ..." if len(others) > 3 else ""
-        print(f"skipped, not an image: {len(others)} files ({', '.join(others[:3])}{more})")
+    images, others, results = list_images(args.images, args.output)
+    for why, left_out in (("not an image", others), ("written by this command", results)):
+        if left_out:
+            more = ", ..." if len(left_out) > 3 else ""
+            print(f"skipped, {why}: {len(left_out)} files ({', '.join(left_out[:3])}{more})")
     model = checkpoints.load_segmenter(config, args.checkpoint)
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
         found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))

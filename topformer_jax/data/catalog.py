@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from topformer_jax.data.codecs import IMAGE_SUFFIXES
+
 SPLITS = ("train", "validation")
 Colour = tuple[int, int, int]  # red, green, blue
 
@@ -12,12 +14,13 @@ class Layout:
     """Where a data set's files are below its root: the layouts that mmsegmentation documents.
 
     `{split}` in a path stands for one of the words in `train` or `validation`: the first whose folder exists. A label
-    has its image's path with the suffix replaced. Sub-folders are searched too.
+    has its image's path with the suffix replaced (in a user's own set another ending will do, if all labels have it).
+    Sub-folders are searched too.
     """
 
     images: str
     labels: str
-    image_suffixes: tuple[str, ...]  # in lower case; a file's suffix may be in upper case
+    image_suffixes: tuple[str, ...]  # in lower case; a file's suffix may be in upper case, a label's too
     label_suffix: str
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("val",)
@@ -197,7 +200,7 @@ _voc2012_layout = dataclasses.replace(
 CUSTOM_LAYOUT = Layout(
     images="images/{split}",
     labels="annotations/{split}",
-    image_suffixes=(".jpg", ".jpeg", ".png"),
+    image_suffixes=IMAGE_SUFFIXES,
     label_suffix=".png",
     train=("train", "training"),
     validation=("val", "validation"),

@@ -6,6 +6,7 @@ Every broken file is refused by a UserError with its name, before OpenCV fills w
 import functools
 import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import cv2
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
@@ -21,7 +23,18 @@ from topformer_jax.errors import UserError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
+TIFF = (b"II*\0", b"MM\0*")
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+AVIF = b"ftypavif"  # from the fifth byte on
+# What is no picture that OpenCV reads: how its file begins, and its name.
+_OTHER_FILES = {
+    rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
+    rb"....ftyp(?!avi)|RIFF....AVI |\x1aE\xdf\xa3|\0\0\x01\xba": "a video",
+    rb"%PDF": "a PDF file",
+    rb"\s*<(\?xml|svg)": "an SVG or XML file",
+    rb"\s*<(!doctype )?html": "a web page",
+}
+DEEP = 2**14  # of 16 bits: with values below it, a picture of 8 bits is nearly black
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
 GREY, PALETTE = 0, 3  # colour types in a PNG's header
 
@@ -36,7 +49,8 @@ class ColourLabelError(UserError):
 def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, orient: bool = True) -> Image:
     """Decodes an image file (JPEG, PNG, or another format that OpenCV reads) to RGB, uint8 `[h, w, 3]`.
 
-    As `cv2.IMREAD_COLOR` does: rotated by its EXIF orientation; grey, CMYK, 16-bit and alpha become 8-bit RGB.
+    As `cv2.IMREAD_COLOR` does: rotated by its EXIF orientation (AVIF too); grey, CMYK, 16-bit and alpha become 8-bit
+    RGB.
 
     >>> import cv2, numpy as np
     >>> file = cv2.imencode(".png", np.zeros((4, 6, 3), np.uint8))[1].tobytes()
@@ -50,7 +64,8 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
         orient: whether to rotate by the EXIF orientation.
 
     Raises:
-        UserError: the file is empty, cut off, damaged or not an image; or the array is not uint8 `[h, w, 3]`.
+        UserError: the file is empty, cut off, damaged or not an image; it holds floats, or 14 bits or less in 16; or
+            the array is not uint8 `[h, w, 3]`.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -59,7 +74,11 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
             )
         return data
     _check_complete(data, name)
+    _check_depth(data, name)
     flags = 0 if orient else cv2.IMREAD_IGNORE_ORIENTATION
+    if orient and data[4:12] == AVIF and _is_turned(data):  # OpenCV leaves AVIF as it is stored
+        with PIL.Image.open(io.BytesIO(data)) as picture:
+            return np.array(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
     if reduction == 1:
         return _decode(data, flags | cv2.IMREAD_COLOR_RGB, name)
     image = _decode(data, flags | REDUCED[reduction], name)
@@ -79,7 +98,7 @@ def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
 
 
 def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_zero_label: bool) -> Labels:
-    """Decodes a label file (PNG: grey of 8 or 16 bits, or palette indices) to class indices, uint8 `[h, w]`.
+    """Decodes a label file (PNG: grey of 1 to 16 bits, or palette indices) to class indices, uint8 `[h, w]`.
 
     Args:
         data: the file's bytes; or an array with the values of a file.
@@ -135,6 +154,12 @@ def read_label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
     return height, width
 
 
+def read_palette(data: bytes) -> bytes:
+    """The palette of a PNG: red, green, blue of each value; empty where it has none."""
+    place = data.find(b"PLTE", 0, data.find(b"IDAT"))
+    return data[place + 4 : place + 4 + int.from_bytes(data[place - 4 : place], "big")] if place > 0 else b""
+
+
 def read_image_size(path: str) -> tuple[int, int] | None:
     """The (height, width) that `decode_image` gives for a file, from its header; None where that cannot be told.
 
@@ -146,8 +171,9 @@ def read_image_size(path: str) -> tuple[int, int] | None:
     try:
         with PIL.Image.open(path) as image:
             width, height = image.size
-            # Pillow decodes a PNG to look for EXIF data at its end. Values from 5 on turn the image by 90 degrees.
-            has_exif = image.format != "PNG" or "exif" in image.info
+            # Pillow decodes a PNG to look for EXIF data at its end, and gives a TIFF's sides as they are turned.
+            has_exif = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+            # Values from 5 on turn the image by 90 degrees.
             is_turned = has_exif and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
     except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
         return None
@@ -186,7 +212,10 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
             f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
         )
     if colour_type == GREY:
-        return _decode(data, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION, name)
+        flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        values, bits = _decode(data, flags, name), data[24]
+        # OpenCV scales 1, 2 and 4 bits to 0..255, by 255, 85 and 17.
+        return values // np.uint8(255 // (2**bits - 1)) if bits < 8 else values
     try:
         # OpenCV would turn the indices into colours. Not by `PIL.Image.open`, which refuses large files.
         with PngImageFile(io.BytesIO(data)) as image:
@@ -201,8 +230,28 @@ def _decode(data: bytes, flags: int, name: str) -> np.ndarray:
     except cv2.error:
         array = None
     if array is None:
-        raise _damaged(name)
+        raise _damaged(name, data)
     return array
+
+
+def _check_depth(data: bytes, name: str) -> None:
+    """Refuses pixels that 8 bits would not show: floats, and 10 to 14 bits in 16."""
+    if not data.startswith(TIFF) and not (data.startswith(PNG) and data[24] == 16):
+        return
+    pixels = _decode(data, cv2.IMREAD_UNCHANGED, name)
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{name} holds {pixels.dtype} numbers, no colours: save it as PNG or JPEG, of 8 bits")
+    largest = int(pixels[..., :3].max()) if pixels.ndim == 3 else int(pixels.max())
+    if pixels.dtype == np.uint16 and 0 < largest < DEEP:
+        raise UserError(
+            f"{name} has {largest.bit_length()} bits in 16 (values up to {largest} of 65535), which would be nearly "
+            "black: scale them, and save it as 8 bits"
+        )
+
+
+def _is_turned(data: bytes) -> bool:
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
 
 
 def _check_complete(data: bytes, name: str) -> None:
@@ -264,5 +313,8 @@ def _cut_off(name: str) -> UserError:
     return UserError(f"{name} is cut off: its end is missing; copy or fetch it again")
 
 
-def _damaged(name: str) -> UserError:
+def _damaged(name: str, data: bytes = b"") -> UserError:
+    for start, kind in _OTHER_FILES.items():
+        if re.match(start, data[:40], re.DOTALL | re.IGNORECASE):
+            return UserError(f"{name} is {kind}: save pictures as JPEG or PNG")
     return UserError(f"{name} cannot be decoded: it is not an image, or damaged; copy or fetch it again")

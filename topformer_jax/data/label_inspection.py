@@ -47,6 +47,7 @@ class LabelFacts(NamedTuple):
     pixels: ByValue  # by stored value
     largest: int  # value
     ramps: Ramps
+    palette: bytes = b""  # red, green, blue of each value
 
 
 @dataclasses.dataclass
@@ -56,7 +57,10 @@ class LabelSplit(SplitFacts[LabelFacts]):
     _: dataclasses.KW_ONLY
     classes: ByValue  # see `class_of_value`
     listing: sources.FolderListing | None = None  # of a folder
-    kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    kinds: dict[str, Names] = dataclasses.field(default_factory=names_by_key)  # labels by their file's kind
+    colours: dict[int, dict[bytes, str]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(dict)
+    )  # of each value in palettes: the first label with each of two colours
     labels: int = 0  # that could be read
     pixels: ByValue = dataclasses.field(default_factory=lambda: np.zeros(BEYOND + 1, np.int64))
     holders: dict[int, Names] = dataclasses.field(
@@ -80,11 +84,14 @@ class LabelSplit(SplitFacts[LabelFacts]):
     def add_label(self, label: LabelFacts) -> None:
         """Adds what one label holds."""
         self.labels += 1
-        self.kinds[label.kind] += 1
+        self.kinds[label.kind].add(label.name)
         self.pixels += label.pixels
         self.largest = max(self.largest, label.largest)
         for value in np.flatnonzero(label.pixels).tolist():
             self.holders[value].add(label.name)
+            colour, seen = label.palette[3 * value : 3 * value + 3], self.colours[value]
+            if colour and len(seen) < 2:
+                seen.setdefault(colour, label.name)
         if label.pixels[self.classes < 0].any():
             self.wrong.add(label.name)
         elif not label.pixels[is_class(self.classes)].any():
@@ -192,9 +199,9 @@ def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, 
         faults.append(Fault("size", name, _describe_sizes(example.image, size, values.shape)))
     pixels = np.bincount(np.minimum(values.astype(np.int64), BEYOND).ravel(), minlength=BEYOND + 1)
     largest = int(values.max(initial=0))
-    return LabelFacts(
-        name, _label_kind(data, values), pixels.astype(np.int64), largest, count_ramps(values)
-    ), faults
+    kind = _label_kind(data)
+    palette = codecs.read_palette(data) if kind.startswith("palette") else b""
+    return LabelFacts(name, kind, pixels.astype(np.int64), largest, count_ramps(values), palette), faults
 
 
 def _describe_channels(label: bytes | np.ndarray) -> str:
@@ -217,8 +224,8 @@ def _describe_sizes(image: bytes | np.ndarray, size: Size, label: Size) -> str:
     return "has another size than its image: make it again at the image's size, with nearest neighbour"
 
 
-def _label_kind(label: bytes | np.ndarray, values: np.ndarray) -> str:
+def _label_kind(label: bytes | np.ndarray) -> str:
     if isinstance(label, np.ndarray):
         return "array"
     kind = "palette" if label[25] == codecs.PALETTE else "grey"
-    return f"{kind} PNG, {8 * values.itemsize} bits"
+    return f"{kind} PNG, {label[24]} bit{'s' if label[24] > 1 else ''}"

@@ -61,7 +61,40 @@ def label_without_image(inspection: LabelInspection) -> Iterator[Finding]:
             yield Finding("warning", "label-without-image", text)
 
 
+def unread_files(inspection: LabelInspection) -> Iterator[Finding]:
+    """Files beside a user's own images that are not read, such as HEIC or video."""
+    for split in inspection.splits.values():
+        unread = split.listing.unread if split.listing and inspection.config.data.dataset == "custom" else ()
+        if unread:
+            names = Names(len(unread), list(unread[:SHOWN_NAMES])).of("file")
+            text = f"{split.name}: {names} among the images not read: save pictures as JPEG or PNG"
+            yield Finding("warning", "unread-files", text)
+
+
+def label_names(inspection: LabelInspection) -> Iterator[Finding]:
+    """Labels with an ending that their images do not have."""
+    for split in inspection.splits.values():
+        if split.listing and split.listing.pairs.pairing:
+            yield Finding("note", "label-names", f"{split.name}: {split.listing.pairs.pairing}")
+
+
 # Values of labels, of both splits. The first rule that finds something explains the values.
+
+
+def label_palettes(inspection: LabelInspection) -> Iterator[Finding]:
+    """A value in several colours: some programs number the colours of each picture anew."""
+    for value in range(BEYOND):
+        seen: dict[bytes, str] = {}
+        for split in inspection.splits.values():
+            seen = split.colours.get(value, {}) | seen
+        if len(seen) > 1:
+            (first, name), (second, other) = sorted(seen.items(), key=lambda item: item[1])[:2]
+            text = (
+                f"{value} is #{first.hex()} in the palette of {name}, #{second.hex()} in that of {other}: write "
+                "class numbers, or masks of colours for prepare custom --from colours"
+            )
+            yield Finding("problem", "label-palettes", text)
+            return
 
 
 def interpolated_labels(inspection: LabelInspection) -> Iterator[Finding]:
@@ -174,6 +207,16 @@ def values_beyond_the_classes(inspection: LabelInspection) -> Iterator[Finding]:
 # Classes
 
 
+def label_kinds(inspection: LabelInspection) -> Iterator[Finding]:
+    """Labels of several kinds in a user's own set: a number may mean another class in some of them."""
+    splits = list(inspection.splits.values())
+    first = {kind: names.first[0] for split in splits[::-1] for kind, names in split.kinds.items()}
+    if len(first) > 1 and inspection.config.data.dataset == "custom":
+        shown = "; ".join(f"{kind}: {name}" for kind, name in list(first.items())[:3])
+        text = f"labels of {len(first)} kinds ({shown}): make sure that each number is the same class in all"
+        yield Finding("warning", "label-kinds", text)
+
+
 def unlabelled_split(inspection: LabelInspection) -> Iterator[Finding]:
     """No pixel of any class in a split: its loss is of nothing, its scores are nan."""
     for split in inspection.splits.values():
@@ -259,11 +302,14 @@ FILE_RULES = (
     rules.missing_split,
     image_without_label,
     label_without_image,
+    unread_files,
+    label_names,
     rules.damaged_file,
     rules.copies_within_a_split,
     rules.copies_between_the_splits,
 )
 VALUE_RULES = (
+    label_palettes,
     interpolated_labels,
     raw_cityscapes_ids,
     zero_label_reduced_twice,
@@ -271,6 +317,7 @@ VALUE_RULES = (
     values_beyond_the_classes,
 )
 CLASS_RULES = (
+    label_kinds,
     unlabelled_split,
     void_labels,
     one_class,

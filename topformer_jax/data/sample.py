@@ -18,6 +18,7 @@ from topformer_jax.data.label_inspection import (
     class_of_value,
 )
 from topformer_jax.data.ramps import Ramps
+from topformer_jax.data.sources import FolderSource
 from topformer_jax.errors import UserError
 
 EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
@@ -34,7 +35,7 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
         splits: the opened ones, by name.
 
     Returns:
-        Warnings, a line each: train holds one class.
+        Warnings, a line each: train holds one class, or labels have other names than their images.
 
     Raises:
         UserError: a split's labels hold no class.
@@ -42,7 +43,9 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
     if config.data.source == "shapes":
         return []
     find = _find_in_classes if config.task == "classification" else _find_in_maps
-    return [f"{config.data.root}: {text}" for text in find(config, data_set, splits)]
+    pairings = [(name, source.pairing) for name, source in splits.items() if isinstance(source, FolderSource)]
+    found = [f"{name}: {pairing}" for name, pairing in pairings if pairing]
+    return [f"{config.data.root}: {text}" for text in (*found, *find(config, data_set, splits))]
 
 
 def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:

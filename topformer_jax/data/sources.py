@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -20,6 +21,8 @@ from topformer_jax.data.example import Example, Source
 from topformer_jax.data.records import ArrayRecordSource
 from topformer_jax.errors import UserError
 
+_NUMBERED = re.compile(r"\d+[\s:=.)-]+\S")  # a line of a list of classes with their numbers
+_HEADING = re.compile(r"(class|label)(es|s)?([ _-]?names?)?:?|names?:?|.*:", re.IGNORECASE)
 _TRY_WITHOUT_DATA = "to try without data: bash scripts/quickstart.sh"
 
 
@@ -184,6 +187,7 @@ class FolderSource:
     names: tuple[str, ...]
     images: tuple[str, ...]  # paths below the root
     labels: tuple[str, ...]
+    pairing: str = ""  # what is said of labels that have not their images' names; empty: they have
 
     def __len__(self) -> int:
         return len(self.names)
@@ -237,6 +241,7 @@ class FolderListing:
     pairs: FolderSource
     unlabelled: str  # what is said of images without a label; empty: there are none
     unused: tuple[str, ...]  # labels without an image, paths below the folder of labels
+    unread: tuple[str, ...]  # files that are no images, paths below the folder of images
     label_files: frozenset[str]  # all files in the folder of labels, paths below it
 
 
@@ -273,10 +278,13 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         needed.append(base / layout.names.format(split=word))
     missing = [path for path in [base, *needed] if not path.exists()]
     if missing or not root:
-        why = "it is a file" if base.is_file() else f"{missing[0]} does not exist" if missing else ""
+        absent = missing[0].relative_to(base) if missing and missing[0] != base else "it"
+        why = "it is a file" if base.is_file() else f"{absent} does not exist"
         raise _not_found(dataset, layout, base, why if root else "data.root is empty")
 
-    found = _find_images(base / image_folder, layout.image_suffixes)
+    paths = frozenset(list_files(base / image_folder))
+    found = _find_files(base / image_folder, paths, layout.image_suffixes)
+    unread = tuple(sorted(paths.difference(found.values())))
     images = found
     if layout.names:
         wanted = set(files.read_lines(needed[2]))
@@ -288,24 +296,53 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         images = {name: found[name] for name in wanted}
     if not images:
         kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
-        raise _not_found(dataset, layout, base, f"{base / image_folder} holds no {kinds}")
+        there = f", but {files.shorten(unread[0], 40)}" if unread else ""
+        raise UserError(f"{base / image_folder} holds no {kinds}{there} ({_name_maker(dataset)})")
 
-    suffix, labels = layout.label_suffix, frozenset(list_files(base / label_folder))
-    names = [name for name in sorted(images) if name + suffix in labels]
-    without = [images[name] for name in sorted(images) if name + suffix not in labels]
-    hint = f" ({_name_maker(dataset)})"
+    paths = frozenset(list_files(base / label_folder))
+    labels = _find_files(base / label_folder, paths, (layout.label_suffix,))
+    label_of, pairing = _pair(images, labels, layout.label_suffix)
+    names = [name for name in sorted(images) if label_of[name] in labels]
+    without = [images[name] for name in sorted(images) if label_of[name] not in labels]
     pairs = FolderSource(
         str(base),
         tuple(names),
         tuple(str(image_folder / images[name]) for name in names),
-        tuple(str(label_folder / (name + suffix)) for name in names),
+        tuple(str(label_folder / labels[label_of[name]]) for name in names),
+        pairing,
     )
+    used = {label_of.get(name, name) for name in found}
+    unused = tuple(sorted(path for name, path in labels.items() if name not in used))
+    there = f", which has {files.shorten(unused[0], 40)}" if unused else ""
     unlabelled = (
-        f"{_count_images(without)} in {base / image_folder} without a label: each needs a file *{suffix} in "
-        f"{base / label_folder}{hint}"
+        f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
+        f"*{layout.label_suffix} in {base / label_folder}{there} ({_name_maker(dataset)})"
     )
-    unused = (path for path in labels if path.endswith(suffix) and path.removesuffix(suffix) not in found)
-    return FolderListing(pairs, unlabelled if without else "", tuple(sorted(unused)), labels)
+    return FolderListing(pairs, unlabelled if without else "", unused, unread, paths)
+
+
+def _pair(images: dict[str, str], labels: dict[str, str], suffix: str) -> tuple[dict[str, str], str]:
+    """The label of each image, both without suffix, and what is said if their names differ by one ending.
+
+    Args:
+        images, labels: paths by names without suffix.
+        suffix: of the labels.
+    """
+    same = {name: name for name in images}
+    if any(name in labels for name in images):
+        return same, ""
+    if all(path in labels for path in images.values()):
+        return images, f"labels have their images' whole names: {min(images.values())}{suffix}"
+    first = min(images)
+    endings = sorted(name.removeprefix(first) for name in labels if name.startswith(first))
+    for ending in endings:
+        if ending[0].isalnum() or ending.endswith("labelIds"):  # another image's, or Cityscapes' raw ids
+            continue
+        if all(name + ending in labels for name in images):
+            return {
+                name: name + ending for name in images
+            }, f"labels have their images' names and {ending}{suffix}"
+    return same, ""
 
 
 def _read_names(config: ConfigDict) -> tuple[tuple[str, ...], str]:
@@ -345,8 +382,14 @@ def _pack_first(dataset: str, root: str) -> str:
 
 
 def list_files(folder: pathlib.Path) -> Iterator[str]:
-    """The paths of all files below a folder, relative to it, with "/"; hidden ones are skipped."""
+    """The paths of all files below a folder, relative to it, with "/"; links are followed, hidden ones skipped."""
+    targets: dict[str, str] = {}
     for path, folders, names in os.walk(folder, followlinks=True):
+        targets[path] = os.path.realpath(path)
+        above = (targets.get(str(parent)) for parent in pathlib.PurePath(path).parents)
+        if targets[path] in above:  # a link to a folder that it is in
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = pathlib.Path(path).relative_to(folder).as_posix()
         for name in names:
@@ -354,17 +397,17 @@ def list_files(folder: pathlib.Path) -> Iterator[str]:
                 yield name if inside == "." else f"{inside}/{name}"
 
 
-def _find_images(folder: pathlib.Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """The files with one of the suffixes: path without suffix -> path."""
+def _find_files(folder: pathlib.Path, paths: Iterable[str], suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Those of a folder's files that have one of the suffixes: path without suffix -> path."""
     found: dict[str, str] = {}
-    for path in list_files(folder):
-        suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix)), None)
+    for path in paths:
+        suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix.lower())), None)
         if suffix is None:
             continue
         name = path[: -len(suffix)]
         if name in found:
             pair = " and ".join(sorted([found[name], path]))
-            raise UserError(f"{pair} in {folder} would share one label: keep one of them")
+            raise UserError(f"{pair} in {folder} would be of one example: keep one of them, or rename it")
         found[name] = path
     return found
 
@@ -390,7 +433,7 @@ def _not_found(dataset: str, layout: Layout, base: pathlib.Path, why: str) -> Us
 
 def _name_maker(dataset: str) -> str:
     """What makes a data set's folder."""
-    origin = "annotations of other forms" if dataset == "custom" else "the downloads"
+    origin = "annotations" if dataset == "custom" else "the downloads"
     return f"python -m topformer_jax.prepare {dataset} makes it of {origin}"
 
 
@@ -402,7 +445,9 @@ def _read(path: str, count: int = -1) -> bytes:
 
 def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
     if config.data.class_names:
-        return tuple(config.data.class_names), "data.class_names"
+        names = tuple(config.data.class_names)
+        _refuse_repetition(dict(enumerate(names, 1)), "data.class_names: name")
+        return names, "data.class_names"
     _refuse_bucket_of_files(config)
     root = files.as_path(config.data.root or ".")
     places = [root / "classes.txt", root / "custom" / records.VERSION / "classes.txt"]
@@ -413,10 +458,40 @@ def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
                 "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
             )
         file = next((file for file in places if file.exists()), None)
-    if file is not None and (names := files.read_lines(file)):
-        return tuple(names), f"{file.name} in {file.parent}"
+    if file is not None and (lines := files.number_lines(file)):
+        # Names that prepare took from annotations may look like anything.
+        if config.data.source == "folder" and not (root / "manifest.json").exists():
+            _check_class_lines(lines, file)
+        _refuse_repetition(lines, f"{file}: line")
+        return tuple(lines.values()), f"{file.name} in {file.parent}"
     why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
     raise UserError(
         f"the custom data set's classes are unknown: {why}, one name a line in the order of the labels, or give "
         '--config.data.class_names=\'("name","name")\''
     )
+
+
+def _check_class_lines(lines: Mapping[int, str], file: files.Path) -> None:
+    """Refuses lines that are more or less than a name: the classes after them would have other numbers."""
+    are_numbered = all(_NUMBERED.match(line) for line in lines.values())
+    for number, line in lines.items():
+        kinds = {
+            "a comment": line.startswith("#"),
+            "several values": any(sign in line for sign in ",;\t"),
+            "a number and a name": are_numbered,
+            "a heading": number == min(lines) and _HEADING.fullmatch(line),
+        }
+        if kind := next((kind for kind, holds in kinds.items() if holds), ""):
+            raise UserError(
+                f"{file}: line {number} is {kind}, {files.shorten(line, 40)!r}: expected one class name a line, in "
+                "the order of the labels, and nothing else (names with commas: --config.data.class_names)"
+            )
+
+
+def _refuse_repetition(names: Mapping[int, str], where: str) -> None:
+    first: dict[str, int] = {}
+    for number, name in names.items():
+        if first.setdefault(name, number) != number:
+            raise UserError(
+                f"{where} {number} repeats {files.shorten(name, 40)!r} of {first[name]}: give each class another name"
+            )

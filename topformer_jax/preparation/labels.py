@@ -62,12 +62,6 @@ def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
     return encode(_look_up(table, read_label_values(data, name), name))
 
 
-def read_palette(data: bytes) -> bytes:
-    """The palette of a PNG: red, green, blue of each value; empty where it has none."""
-    place = data.find(b"PLTE", 0, data.find(b"IDAT"))
-    return data[place + 4 : place + 4 + int.from_bytes(data[place - 4 : place], "big")] if place > 0 else b""
-
-
 def map_matrix(key: str, table: Mapping[int, int], data: bytes, name: str) -> bytes:
     """As `map_values`, of the matrix `key` in a MATLAB file (version 5)."""
     with expect_fields(name):

@@ -8,6 +8,7 @@ from functools import partial
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG
+from topformer_jax.data.codecs import read_palette
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive, Member
@@ -175,7 +176,7 @@ def read_voc(source: Archive, background: str) -> Annotations:
     palettes: dict[bytes, str] = {}
     for name in masks:
         if name.lower().endswith(".png"):
-            palette = labels.read_palette(source[name].read())
+            palette = read_palette(source[name].read())
             for other, first in palettes.items():
                 if palette[: len(other)] != other[: len(palette)]:
                     raise UserError(
