@@ -94,7 +94,9 @@ def test_new_head(pth: Callable, states: dict[str, torch.Tensor], tmp_path: path
     assert tensors["decode_head.conv_seg.weight"].shape == (1, 1, 128, 60)
     name = "decode_head.linear_fuse.conv.weight"
     np.testing.assert_array_equal(torch_format.to_torch(tensors[name]), states[name].numpy())
-    assert metadata["meta"] == {}  # they were another model's
+    # Its iteration and its classes were another model's; the new ones are those of the data set.
+    assert set(metadata["meta"]) == {"CLASSES", "PALETTE"}
+    assert metadata["meta"]["CLASSES"] == list(CATALOG["context60"].classes)
 
 
 class _Payload:

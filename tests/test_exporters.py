@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
+from ai_edge_litert import schema_py_generated
 from ai_edge_litert.interpreter import Interpreter
-from ai_edge_litert.tools import flatbuffer_utils
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -334,10 +334,10 @@ def test_any_dead_layer_is_outside_of_the_limits(output: str) -> None:
     graphdef = nnx.graphdef(model)
 
     @jax.jit
-    def run(tensors: dict[str, jax.Array], images: np.ndarray) -> jax.Array:
+    def run(tensors: dict[str, jax.Array], images: jax.Array) -> jax.Array:
         return network.make_function(models.merge_state_dict(graphdef, tensors), output, fold=False)(images)
 
-    images = verification.draw_images((96, 128))
+    images = jnp.asarray(verification.draw_images((96, 128)))
     right = np.asarray(run(models.state_dict(model), images))
     least = math.inf
     for name, tensors in dead_layers(model):
@@ -350,15 +350,16 @@ def test_any_dead_layer_is_outside_of_the_limits(output: str) -> None:
 
 def dead_integers(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Files of int8 in which the range of one product is so wide that all of its results become 0."""
-    count = len(flatbuffer_utils.convert_bytearray_to_object(bytearray(data)).subgraphs[0].operators)
-    products = {"CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL"}
-    for number in range(count):
-        file = flatbuffer_utils.convert_bytearray_to_object(bytearray(data))
-        operator = file.subgraphs[0].operators[number]
-        result = file.subgraphs[0].tensors[operator.outputs[0]]
-        if flatbuffer_utils.opcode_to_name(file, operator.opcodeIndex) in products:
-            result.quantization.scale = result.quantization.scale * np.float32(1e4)
-            yield result.name.decode(), bytes(flatbuffer_utils.convert_object_to_bytearray(file))
+    products = ("CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL")
+    operations = Interpreter(model_content=data)._get_ops_details()
+    for operation in operations:
+        if operation["op_name"] in products:
+            changed = bytearray(data)
+            graph = schema_py_generated.Model.GetRootAs(changed).Subgraphs(0)
+            result = graph.Tensors(operation["outputs"][0])
+            scales = result.Quantization().ScaleAsNumpy()  # a view of the bytes
+            scales *= 1e4
+            yield result.Name().decode(), bytes(changed)
 
 
 def test_dead_layers_of_integers(request: pytest.FixtureRequest) -> None:

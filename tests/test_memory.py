@@ -102,7 +102,7 @@ def _allocate_in_torch() -> None:
     ("command", "advice"), [("predict", "segment smaller pictures"), ("check", "take smaller")]
 )
 def test_a_command_ends_with_one_line(
-    allocate: Callable[[], object],
+    allocate: Callable[[], None],
     command: str,
     advice: str,
     capsys: pytest.CaptureFixture[str],

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from tests.commands import FOLDER, TINY, refused_here
 from tests.miniatures import jpeg
@@ -102,6 +103,31 @@ def test_records(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     packing.build("custom", str(root), str(tmp_path / "records"))
     (line,) = look(tmp_path / "records", {"data.source": "array_record"})
     assert line.endswith("train: class 3 is the only class in 8 labels: check the labels")
+
+
+def test_palettes_that_differ_are_a_warning(root: pathlib.Path) -> None:
+    """Colours that each file numbers anew, as Pillow's adaptive palettes do: values 0 and 1 change places in one."""
+    paths = sorted((root / "annotations/train").iterdir())
+    for path in paths:
+        swapped = path == paths[-1]
+        with Image.open(path) as label:
+            image = (
+                Image.fromarray(np.asarray(label) > 4)
+                .convert("L")
+                .point([int(swapped), *[1 - swapped] * 255])
+            )
+        image.putpalette([0, 128, 0, 128, 0, 0] if swapped else [128, 0, 0, 0, 128, 0])
+        image.save(path)
+    assert look(root) == [
+        f"{root}: 0 is #800000 in the palette of 0, #008000 in that of 7: write class numbers, or masks of colours "
+        "for prepare custom --from colours"
+    ]
+
+
+def test_labels_with_an_ending_are_said(root: pathlib.Path) -> None:
+    for path in (root / "annotations/train").iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.PNG"))
+    assert look(root) == [f"{root}: train: labels have their images' names and _mask.png"]
 
 
 class Reading:

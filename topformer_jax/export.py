@@ -167,8 +167,9 @@ def export_model(
     found = verification.verify(open_data(data, float_facts), plain, model, others, make_logits)
     if choices.precision != "float32":
         float_data, data = data, module.lower_precision(data, description, pictures[::2])
-        images = others[:8] or verification.draw_images(choices.size)
-        verification.check_layer(*module.compare_layers(data, float_data, images), choices.precision)
+        images = others[:8] or list(verification.draw_images(description["size"]))
+        share, layer = module.compare_layers(data, float_data, images)
+        verification.check_layer(share, layer, choices.precision)
         found = verification.verify(open_data(data, description), plain, model, others)
     if module.HOLDS_DESCRIPTION:
         files.write_file(output, data)

@@ -200,7 +200,7 @@ def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, 
     pixels = np.bincount(np.minimum(values.astype(np.int64), BEYOND).ravel(), minlength=BEYOND + 1)
     largest = int(values.max(initial=0))
     kind = _label_kind(data)
-    palette = codecs.read_palette(data) if kind.startswith("palette") else b""
+    palette = codecs.read_palette(data) if isinstance(data, bytes) else b""
     return LabelFacts(name, kind, pixels.astype(np.int64), largest, count_ramps(values), palette), faults
 
 

@@ -1,5 +1,6 @@
 """A look at some labels before a training: whether they hold anything to learn. `check` reads all of them."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
         splits: the opened ones, by name.
 
     Returns:
-        Warnings, a line each: train holds one class, or labels have other names than their images.
+        Warnings, a line each: train holds one class, palettes differ, or labels have other names than their images.
 
     Raises:
         UserError: a split's labels hold no class.
@@ -52,17 +53,18 @@ def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, So
     classes = class_of_value(config.model.num_classes, config.data.reduce_zero_label)
     found = {name: LabelSplit(name, classes=classes, available=len(splits[name])) for name in splits}
     inspection = LabelInspection(config, data_set, found, classes)
+    palettes = {palette for source in splits.values() for palette in _read_palettes(source)}
     for name, source in splits.items():
         for label in _read_sample(source, _count_values):
             found[name].examples += 1
             found[name].add_label(label)
-            if np.count_nonzero(inspection.class_pixels(name)) > 1:
+            if len(palettes) <= 1 and np.count_nonzero(inspection.class_pixels(name)) > 1:
                 break
     findings = label_rules.find_in_sample(inspection)
     for finding in findings:
         if finding.rule != "one-class":
             raise UserError(f"{config.data.root}: {finding.text}")
-    return [finding.text for finding in findings]
+    return [finding.text for finding in (*label_rules.label_palettes(inspection), *findings)]
 
 
 def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
@@ -75,6 +77,19 @@ def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str,
     return [f"train: {data_set.classes[first]} is the only class in {looked_at}: add images of the others"]
 
 
+def _read_palettes(source: Source) -> Iterator[bytes]:
+    """Those of a folder's labels, by their first bytes: reading all of each label takes long."""
+    if isinstance(source, FolderSource):
+        for index in _spread(source):
+            with contextlib.suppress(UserError):
+                yield source.read_palette(index)
+
+
+def _spread(source: Source) -> list[int]:
+    """The indices of the examples that are looked at."""
+    return np.linspace(0, len(source) - 1, min(len(source), EXAMPLES)).round().astype(int).tolist()
+
+
 def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any]:
     """What `read` gives for examples of a source, but for those that cannot be read."""
 
@@ -84,8 +99,8 @@ def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any
         except UserError:
             return None
 
-    places = np.linspace(0, len(source) - 1, min(len(source), EXAMPLES)).round().astype(int).tolist()
-    yield from (result for result in loader.map_in_threads(read_example, places) if result is not None)
+    results = loader.map_in_threads(read_example, _spread(source))
+    yield from (result for result in results if result is not None)
 
 
 def _count_values(example: Example) -> LabelFacts:
@@ -93,4 +108,5 @@ def _count_values(example: Example) -> LabelFacts:
     values = codecs.read_label_values(example.label, example.where[1])
     counts = cv2.calcHist([values], [0], None, [2**16], [0, 2**16]).ravel().astype(np.int64)
     pixels = np.append(counts[:BEYOND], counts[BEYOND:].sum())
-    return LabelFacts(example.name, "", pixels, int(values.max(initial=0)), Ramps())
+    palette = codecs.read_palette(example.label) if isinstance(example.label, bytes) else b""
+    return LabelFacts(example.name, "", pixels, int(values.max(initial=0)), Ramps(), palette)

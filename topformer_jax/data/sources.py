@@ -16,7 +16,7 @@ from topformer_jax import files
 from topformer_jax.data import cache, class_folders, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, SPLITS, Colour, DataSet, Layout, name_classes
-from topformer_jax.data.codecs import read_label_size
+from topformer_jax.data.codecs import read_label_size, read_palette
 from topformer_jax.data.example import Example, Source
 from topformer_jax.data.records import ArrayRecordSource
 from topformer_jax.errors import UserError
@@ -187,6 +187,7 @@ class FolderSource:
     names: tuple[str, ...]
     images: tuple[str, ...]  # paths below the root
     labels: tuple[str, ...]
+    _: dataclasses.KW_ONLY
     pairing: str = ""  # what is said of labels that have not their images' names; empty: they have
 
     def __len__(self) -> int:
@@ -208,6 +209,10 @@ class FolderSource:
     def label_size(self, index: int) -> tuple[int, int]:
         label = os.path.join(self.root, self.labels[index])
         return read_label_size(_read(label, 24), label)
+
+    def read_palette(self, index: int) -> bytes:
+        """The palette of an example's label, if the file's first bytes hold it."""
+        return read_palette(_read(os.path.join(self.root, self.labels[index]), 4096))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,8 +283,8 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         needed.append(base / layout.names.format(split=word))
     missing = [path for path in [base, *needed] if not path.exists()]
     if missing or not root:
-        absent = missing[0].relative_to(base) if missing and missing[0] != base else "it"
-        why = "it is a file" if base.is_file() else f"{absent} does not exist"
+        lacking = missing[0].relative_to(base) if missing and missing[0] != base else "it"
+        why = "it is a file" if base.is_file() else f"{lacking} does not exist"
         raise _not_found(dataset, layout, base, why if root else "data.root is empty")
 
     paths = frozenset(list_files(base / image_folder))
@@ -309,7 +314,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         tuple(names),
         tuple(str(image_folder / images[name]) for name in names),
         tuple(str(label_folder / labels[label_of[name]]) for name in names),
-        pairing,
+        pairing=pairing,
     )
     used = {label_of.get(name, name) for name in found}
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
