@@ -1,8 +1,10 @@
 """Several processes: a signal to one ends all at one step, a dead one ends the others; how they find each other."""
 
+import functools
 import http.server
 import json
 import pathlib
+import random
 import re
 import signal
 import subprocess
@@ -115,6 +117,30 @@ def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> N
     assert LOST in only_line(outputs[1 - number][1])
 
 
+def has_steps(workdir: pathlib.Path, count: int) -> bool:
+    return count_steps(workdir) >= count
+
+
+def count_steps(workdir: pathlib.Path) -> int:
+    log = workdir / "metrics.jsonl"
+    return log.read_text().count('"train"') if log.exists() else 0
+
+
+@pytest.mark.slow
+def test_no_signal_is_lost_while_steps_are_saved(tmp_path: pathlib.Path) -> None:
+    """At any moment between two saves, in runs whose steps are counted otherwise than the moments of a start."""
+    changes = CHANGES | {"checkpoint_every": 1, "log_every": 1}
+    dice = random.Random(0)
+    for _ in range(8):
+        pair = start_pair(tmp_path, changes)
+        steps = count_steps(tmp_path) + 3
+        wait_for(pair, functools.partial(has_steps, tmp_path, steps))
+        time.sleep(dice.uniform(0, 0.5))
+        dice.choice(pair).send_signal(signal.SIGTERM)
+        outputs = finish(pair)
+        assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
+
+
 def catches(process: subprocess.Popen[str], number: int) -> bool:
     """Whether the process has a handler for a signal."""
     status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
@@ -135,7 +161,7 @@ def test_nobody_waits_for_a_compilation(
     process.send_signal(number)
     out, err = process.communicate(timeout=LONGEST)
     assert (process.returncode, err) == (128 + number, "")
-    assert out.endswith("stopped before a step was computed; the same command starts again\n")
+    assert out.endswith("stopped before a step was computed; start the same command again\n")
     assert not (tmp_path / "run.lock").exists()
 
 
@@ -154,7 +180,7 @@ def test_two_processes_leave_a_compilation_together(
     outputs = [process.communicate(timeout=LONGEST) for process in pair]
     assert [process.returncode for process in pair] == [128 + signal.SIGTERM] * 2, outputs
     assert [err for _, err in outputs] == ["", ""]
-    assert outputs[0][0].endswith("stopped before a step was computed; the same command starts again\n")
+    assert outputs[0][0].endswith("stopped before a step was computed; start the same command again\n")
     assert not (tmp_path / "run.lock").exists()
 
 

@@ -90,7 +90,7 @@ def test_where_the_kernel_does_not_tell_a_lease_is_watched(tmp_path: pathlib.Pat
     assert who["started"] is None if mounts else who["pid"] == 1
     who = f"process {who['pid']} on {who['host']}"
     waiting, line = outcome(machines.start(SUCCESSOR, mounts, tmp_path))
-    assert waiting == f"{tmp_path} was used by {who}: waiting 20 s whether it still is"
+    assert waiting == f"{tmp_path} was used by {who}: waiting 20 s to see whether it still is"
     assert line == f"{tmp_path} is in use by {who}: give another --workdir, or end that run"
     first.kill()
     first.communicate()

@@ -70,7 +70,7 @@ def answer_help(module: str, make_parser: Callable[[], argparse.ArgumentParser])
     try:
         make_parser().parse_args(flags[:1])
     except BrokenPipeError:  # of `--help-config | head`
-        _discard_output()
+        logs.discard_output()
         sys.exit(2)
 
 
@@ -190,17 +190,12 @@ def _report(error: BaseException) -> int | None:
                 f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
                 file=sys.stderr,
             )
-            _discard_output()
+            logs.discard_output()
             return 2
         case KeyboardInterrupt():
             print("interrupted", file=sys.stderr)
             return 130
     return None
-
-
-def _discard_output() -> None:
-    """Lets Python exit after an error of stdout: it flushes it then, and would fail again, with a traceback."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def cache_folder() -> pathlib.Path:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import pathlib
 import socket
 import sys
@@ -46,6 +47,11 @@ def silence_orbax_threads() -> None:
 def _report_unless_loop_is_closed(unraisable: Any) -> None:
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
+
+
+def discard_output() -> None:
+    """Sends standard output to nowhere: what is left in its buffer would fail again when Python flushes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class RunLog:
@@ -105,7 +111,7 @@ class RunLog:
         if values["skipped"]:
             line += f"  skipped {values['skipped']:.0f} unreadable"
         if self._bar.disable:
-            print(line, flush=True)
+            self.print_line(line)
         else:
             self._bar.n = step
             self._bar.set_description_str(line.split("  ", 1)[1])
@@ -119,10 +125,13 @@ class RunLog:
         self.print_line(f"step {step}/{self.steps}  {scores}")
 
     def print_line(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line above the progress bar; a reader that is gone, such as `tee` after Ctrl-C, ends no run."""
         if self.active:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                self._bar.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                discard_output()
 
     def close(self) -> None:
         """Closes the progress bar and the event file."""

@@ -242,8 +242,7 @@ def main() -> None:
     else:
         weights, predictor = model, inference.Predictor(model, image_sizes=sizes)
     files.make_folder(args.output)
-    given = ("data.reduce_zero_label", *(STRETCHED if args.stretch else ()))  # there are no labels
-    checkpoints.print_differences(weights, config, given=given)
+    checkpoints.print_differences(weights, config, given=STRETCHED if args.stretch else ())
     data_set = sources.find_data_set(config, weights.classes, weights.palette)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(

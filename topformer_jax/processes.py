@@ -1,5 +1,7 @@
 """The processes of one run: how they find each other, agree, and end when one of them is gone."""
 
+import atexit
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -54,8 +56,14 @@ def _knows_others() -> bool:
 
 
 def _initialize(coordinator: str | None = None, count: int | None = None, number: int | None = None) -> None:
+    from jax._src import distributed
+
+    global _preemption
     _explain_native_messages()
     jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    state = distributed.global_state
+    _preemption, state.preemption_sync_manager = state.preemption_sync_manager, None
+    atexit.register(setattr, state, "preemption_sync_manager", _preemption)  # JAX shuts it down
 
 
 def _explain_native_messages() -> None:
@@ -107,13 +115,25 @@ def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
         return answer
     client.key_value_set(f"{question}/{jax.process_index()}", str(answer))
     while not stopped.is_set():
-        answers = [value for _, value in client.key_value_dir_get(f"{question}/")]
+        try:
+            answers = [value for _, value in client.key_value_dir_get(f"{question}/")]
+        except jax.errors.JaxRuntimeError:  # the first process has its answers, and is gone
+            return answer
         if str(False) in answers or len(answers) == jax.process_count():
             return str(False) not in answers
         stopped.wait(0.1)
     return False
 
 
+def has_reached_stop(moment: int) -> bool:
+    """Whether all processes end at this moment, since one was asked to; each asks at the same moments, counted up.
+
+    JAX agrees on a moment that none has reached. Its counter is this run's only: Orbax would count its steps by it.
+    """
+    return _preemption.reached_sync_point(moment)
+
+
+_preemption: Any = None  # JAX's; not where Orbax finds it
 _leaving = threading.Event()  # this process is about to end together with the others
 _before_leaving: list[Callable[[], object]] = []
 
@@ -125,21 +145,22 @@ def call_before_leaving(function: Callable[[], object]) -> None:
 
 def leave(status: int) -> NoReturn:
     """Ends this process at once, without waiting for the others: they are waiting for it and see that it is gone."""
-    for function in _before_leaving:
-        function()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # The last one first: a work directory stays this run's until its writes have ended.
+    for function in (*reversed(_before_leaving), sys.stdout.flush, sys.stderr.flush):
+        with contextlib.suppress(Exception):
+            function()
     os._exit(status)
 
 
 def leave_together(status: int, report: Callable[[], object], stopped: threading.Event) -> None:
     """`leave` where all processes have agreed to; returns only once `stopped`.
 
-    None ends before all know that the others do, or it would be taken for dead.
+    Each waits until all have answered: one that ended earlier would look dead to the others.
     """
     _leaving.set()
     if do_all_agree("leaving", True, stopped):
-        report()
+        with contextlib.suppress(Exception):
+            report()
         if jax.process_count() > 1 and jax.process_index() == 0:
             time.sleep(2)  # it serves the others
         leave(status)

@@ -267,12 +267,12 @@ def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
 def report_out_of_memory(run: Run, _: object, error: BaseException | None, *rest: object) -> None:
     """Raises a UserError if the loop ran out of memory; an ExitStack can call it.
 
-    The state is lost: a step takes it over before it fails.
+    Nothing can be saved: the failed step was given the state's memory.
     """
     line = error and errors.explain_out_of_memory(error, "train")
     if line:
         newest = run.store.latest
-        saved = f"the same command resumes from step {newest}" if newest else "no step was saved yet"
+        saved = f"with that, it resumes from step {newest}" if newest else "no step was saved yet"
         raise UserError(f"{line}; {saved}") from None
 
 

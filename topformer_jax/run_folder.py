@@ -191,7 +191,8 @@ class Lease:
             return
         if has_ended is None:
             print(
-                f"{self._folder} was used by {who}: waiting {expired:.0f} s whether it still is", flush=True
+                f"{self._folder} was used by {who}: waiting {expired:.0f} s to see whether it still is",
+                flush=True,
             )
             deadline = time.monotonic() + expired
             while (now := self._read()) == other and time.monotonic() < deadline:

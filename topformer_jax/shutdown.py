@@ -8,7 +8,6 @@ from collections.abc import Callable
 from types import FrameType
 
 import jax
-from jax.experimental import multihost_utils
 
 from topformer_jax import processes
 
@@ -91,7 +90,7 @@ class GracefulShutdown:
         if processes.do_all_agree("leave early", not self._has_computed(), self._stopped):
             processes.leave_together(
                 128 + self._received,
-                lambda: self._print_line("stopped before a step was computed; the same command starts again"),
+                lambda: self._print_line("stopped before a step was computed; start the same command again"),
                 self._stopped,
             )
 
@@ -103,7 +102,7 @@ class GracefulShutdown:
                 self.signal = self._received
             else:
                 self._moment += 1
-                if multihost_utils.reached_preemption_sync_point(self._moment):
+                if processes.has_reached_stop(self._moment):
                     self.signal = signal.SIGTERM
         return bool(self.signal)
 

@@ -124,10 +124,12 @@ class CheckpointStore:
             raise UserError(
                 f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
             ) from None
+        for step in [step for step in self._scores if step > (self.latest or 0)]:
+            del self._scores[step]  # of a checkpoint that was moved away
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The newest checkpoint's step; it may still be being written."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
@@ -188,11 +190,10 @@ class CheckpointStore:
             self._checkpointer.wait()
 
     def wait_before_exit(self) -> None:
-        """Waits for a write in flight, at most `EXIT_SECONDS`: other processes that take part in it may be gone."""
-        if self._checkpointer.is_saving_in_progress():
-            writing = threading.Thread(target=self._finish_quietly, daemon=True)
-            writing.start()
-            writing.join(EXIT_SECONDS)
+        """Waits for a write in flight, at most `EXIT_SECONDS`: without another process that is gone it never ends."""
+        writing = threading.Thread(target=self._finish_quietly, daemon=True)
+        writing.start()
+        writing.join(EXIT_SECONDS)
 
     def _finish_quietly(self) -> None:
         with contextlib.suppress(Exception):  # the process ends, whatever it is
@@ -227,6 +228,8 @@ class CheckpointStore:
                 yield
         except Exception as error:  # Orbax has no common class for what a full disk raises
             reason = NO_SPACE if "No space left" in str(error) else _reason(error)
+            if jax.process_count() == 1:
+                self._checkpointer.reload()  # Orbax forgets older steps when a write starts
             newest = self.latest
             saved = "none is saved yet" if newest is None else f"the newest complete one is of step {newest}"
             raise UserError(

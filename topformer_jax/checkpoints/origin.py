@@ -20,7 +20,7 @@ from topformer_jax.errors import UserError
 SCORED_BY = {
     "segmentation": (
         *("evaluation.scale", "evaluation.size_divisor", "evaluation.img_ratios", "evaluation.flip"),
-        *("evaluation.mode", "evaluation.crop_size", "evaluation.stride", "data.reduce_zero_label"),
+        *("evaluation.mode", "evaluation.crop_size", "evaluation.stride"),
     ),
     "classification": ("evaluation.short_side", "data.crop_size"),
 }
@@ -138,7 +138,7 @@ def check_label_rules(weights: Weights, config: ConfigDict) -> None:
     theirs, ours = stored.data.reduce_zero_label, config.data.reduce_zero_label
     if theirs != ours:
         raise UserError(
-            f"the checkpoint was trained with data.reduce_zero_label={theirs}, and this run's is {ours}, which "
+            f"the checkpoint was trained with data.reduce_zero_label={theirs}, and this command's is {ours}, which "
             f"shifts every label by one: give --config.data.reduce_zero_label={str(theirs).lower()}"
         )
 
@@ -157,7 +157,7 @@ def _compare_settings(stored: FrozenConfigDict, config: ConfigDict, keys: Collec
     rest = f" (and {len(different) - len(shown)} more)" if len(different) > len(shown) else ""
     line = (
         f"the checkpoint was trained and scored with {', '.join(f'{key}={pair[0]}' for key, pair in shown.items())}"
-        f"{rest}; this run uses {', '.join(str(pair[1]) for pair in shown.values())}: give "
+        f"{rest}; this command uses {', '.join(str(pair[1]) for pair in shown.values())}: give "
     )
     flags = " ".join(f"--config.{key}={_as_flag(pair[0])}" for key, pair in shown.items())
     return line + (flags if len(line + flags) <= LONGEST_LINE else "--config.KEY=VALUE for its own")

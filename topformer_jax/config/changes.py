@@ -17,7 +17,7 @@ REFUSED = {
 SILENT = {
     *("name", "log_every", "checkpoint_every", "evaluate_every", "upload_every", "max_to_keep"),
     *("data.num_workers", "data.prefetch", "data.cache", "mesh.data", "mesh.fsdp", "mesh.slices"),
-    "evaluation.per_device_batch_size",
+    *("evaluation.per_device_batch_size", "data.class_names"),  # names are compared by themselves
 }
 # A resumed run reads its checkpoint instead.
 WITHOUT_EFFECT = {"init_from", "init_part"}
