@@ -143,11 +143,11 @@ def test_interrupted_while_it_starts(tmp_path: pathlib.Path, moment: str) -> Non
 def test_a_reader_that_ends_with_ctrl_c_costs_no_step(tmp_path: pathlib.Path) -> None:
     """As in `train ... | tee log`: the same Ctrl-C ends tee, and the run still saves the step it has computed."""
     changes = {"schedule.steps": 100_000, "checkpoint_every": 100_000, "evaluate_every": 100_000}
-    process = start(tmp_path / "run", changes)
-    assert process.stdout is not None
-    while "step 2/" not in (line := process.stdout.readline()):
-        assert line, process.communicate()
-    process.stdout.close()
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    with start(tmp_path / "run", changes) as process:
+        assert process.stdout is not None
+        while "step 2/" not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
     assert len(list((tmp_path / "run/checkpoints").glob("[0-9]*"))) == 1
