@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import LONGEST, ROOT
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 WITHOUT_PROC = ("mount -t tmpfs none /proc",)
@@ -58,7 +58,7 @@ def _start(prefix: list[str], program: str, words: tuple[Any, ...]) -> subproces
 def read_line(process: subprocess.Popen[str]) -> str:
     """The next line that a process prints, or all that it says of its end."""
     assert process.stdout
-    return process.stdout.readline().strip() or "".join(process.communicate(timeout=60))
+    return process.stdout.readline().strip() or "".join(process.communicate(timeout=LONGEST))
 
 
 def run_at_once(programs: list[subprocess.Popen[str]]) -> None:
@@ -69,5 +69,5 @@ def run_at_once(programs: list[subprocess.Popen[str]]) -> None:
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    results = [process.communicate(timeout=120) for process in programs]
+    results = [process.communicate(timeout=LONGEST) for process in programs]
     assert [process.returncode for process in programs] == [0] * len(programs), results

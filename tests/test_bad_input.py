@@ -148,7 +148,7 @@ def test_no_data_at_all(tmp_path: pathlib.Path) -> None:
     place = tmp_path / "nowhere"
     line = refused("--config", str(ROOT / "configs/topformer_t_ade.py"), f"--config.data.root={place}")
     for words in (
-        f"no ade20k in {place}: {place} does not exist; the layout must be images/{{training,validation}}/**/*.jpg",
+        f"no ade20k in {place}: it does not exist; the layout must be images/{{training,validation}}/**/*.jpg",
         "--config.data.root=DIR",
         "bash scripts/quickstart.sh",
     ):
@@ -320,7 +320,7 @@ def test_checkpoints_that_do_not_fit(
     for more, words in (
         (
             {"model.variant": "small"},
-            "a run of another model (model.variant is tiny there, small in the config)",
+            "holds a run with model.variant=tiny, and the config has small",
         ),
         ({"model.depths": 2}, "(model.depths is 4 there, 2 in the config)"),
         ({"ema_decay": 0.5}, "without averaged weights"),

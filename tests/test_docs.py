@@ -44,6 +44,7 @@ NOT_RUN = {
     "python -m benchmarks.": "tests/test_benchmarks.py runs the benchmarks with small sizes",
 }
 OTHER_PROGRAMS = {
+    "--shm-size",
     "--all",
     "--nodes",
     "--backbone",

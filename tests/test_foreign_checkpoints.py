@@ -270,9 +270,9 @@ def test_objects_of_other_programs(read: Read, states: States) -> None:
     objects = [buffer, settings, Names([1, 2]), collections.deque([1]), collections.defaultdict(list, a=[1])]
     with mock.patch.dict(sys.modules, {"mmengine": package, "mmengine.logging": module}):
         content = {"state_dict": states, "meta": meta, "message_hub": objects}
-        found, meta, lines = read(content)
+        found, metadata, lines = read(content)
     assert same_states(found, states)
-    assert meta == {
+    assert metadata["meta"] == {
         "iter": 7,
         "hook_msgs": {"best_score": 0.338, "best_ckpt": "best.pth"},
         "PALETTE": [[1, 2, 3], [4, 5, 6]],
@@ -294,7 +294,7 @@ def test_numbers_of_numpy_1(pth: Pth, states: States, tiny: models.Segmenter, tm
     data = (tmp_path / "old.pth").read_bytes()
     assert b"numpy._core.multiarray" in data
     (tmp_path / "old.pth").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    assert checkpoints.read_checkpoint(tmp_path / "old.pth", tiny)[1] == {"a": 0.5, "b": [0, 1, 2]}
+    assert checkpoints.read_checkpoint(tmp_path / "old.pth", tiny)[1]["meta"] == {"a": 0.5, "b": [0, 1, 2]}
 
 
 def test_arrays_for_tensors(read: Read, states: States) -> None:
@@ -327,7 +327,7 @@ def test_nothing_of_a_file_runs(
     ):
         path = pth({"state_dict": states, "meta": {"a": payload}}, f"{index}.pth")
         _, meta = checkpoints.read_checkpoint(path, tiny)
-        assert meta == {"a": None}
+        assert meta["meta"] == {"a": None}
         path = pth({"state_dict": states | {OTHER: payload}}, f"{index}_in.pth")
         with pytest.raises(UserError, match="holds no state dict"):
             checkpoints.read_checkpoint(path, tiny)

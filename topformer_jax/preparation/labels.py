@@ -326,24 +326,6 @@ def check_points(points: Sequence[tuple[float, float]], size: Size, name: str) -
             )
 
 
-def to_png(data: bytes, name: str) -> bytes:
-    """A picture in another format as a PNG of 8 bits a channel, as `decode_image` reads it.
-
-    Raises:
-        UserError: it is damaged, has deeper pixels, or is several pictures.
-    """
-    image = decode_image(data, name)
-    deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if deep is None or deep.dtype != np.uint8:
-        raise UserError(
-            f"{name} has pixels of {getattr(deep, 'dtype', 'another kind')}: save it with 8 bits a channel"
-        )
-    with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as file:
-        if getattr(file, "n_frames", 1) > 1:
-            raise UserError(f"{name} holds several pictures: save each as a file of its own")
-    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
-
-
 def decode_runs(text: str) -> list[int]:
     """Run lengths of a mask, column after column: pixels outside, inside, outside, ...
 

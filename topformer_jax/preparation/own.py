@@ -10,14 +10,11 @@ import pathlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CUSTOM_LAYOUT
 from topformer_jax.data.codecs import IMAGE_SUFFIXES
 from topformer_jax.errors import UserError
-from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
 
@@ -273,10 +270,6 @@ def divide(annotations: Annotations, validation: float) -> Division:
     for pair, split, name in zip(pairs, splits, _name_pairs(pairs, splits), strict=True):
         if split:
             tasks += _make_tasks(pair, split, name)
-    converted = Counter(pair.suffix.lower() for pair in pairs if _is_converted(pair))
-    if converted:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(converted.items()))
-        annotations.notes.append(f"pictures that become PNG files: {kinds}")
     table = [["", "pictures", "labels"]]
     for split in _FOLDERS:
         if count := splits.count(split):
@@ -434,24 +427,12 @@ def _hash(name: str) -> float:
 
 
 def _make_tasks(pair: Pair, split: str, name: str) -> list[Task]:
-    """The tasks of a picture and its label; a picture that training does not read becomes a PNG."""
-    extract: Convert | None = pair.extract
-    suffix = pair.suffix
-    if _is_converted(pair):
-        extract, suffix = partial(_extract_png, extract), ".png"
+    """The tasks of a picture and its label."""
     folder = _FOLDERS[split]
     return [
-        Task(f"images/{folder}/{name}{suffix}", split, "image", pair.image, extract),
+        Task(f"images/{folder}/{name}{pair.suffix}", split, "image", pair.image, pair.extract),
         Task(f"annotations/{folder}/{name}.png", split, "label", pair.label, pair.convert, pair.where),
     ]
-
-
-def _is_converted(pair: Pair) -> bool:
-    return pair.suffix.lower() not in CUSTOM_LAYOUT.image_suffixes
-
-
-def _extract_png(extract: Convert | None, data: bytes, name: str) -> bytes:
-    return labels.to_png(extract(data, name) if extract else data, name)
 
 
 def _count_rest(annotations: Annotations) -> list[list[str]]:
