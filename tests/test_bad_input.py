@@ -322,8 +322,8 @@ def test_checkpoints_that_do_not_fit(
             {"model.variant": "small"},
             "holds a run with model.variant=tiny, and the config has small",
         ),
-        ({"model.depths": 2}, "(model.depths is 4 there, 2 in the config)"),
-        ({"ema_decay": 0.5}, "without averaged weights"),
+        ({"model.depths": 2}, "holds a run with model.depths=4, and the config has 2"),
+        ({"ema_decay": 0.5}, "holds a run with ema_decay=0.0, and the config has 0.5"),
     ):
         assert words in refused_here(workdir, changes | more)
         assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
@@ -332,7 +332,7 @@ def test_checkpoints_that_do_not_fit(
     content = described.read_text()
     assert '"depths": 4, ' in content
     described.write_text(content.replace('"depths": 4, ', ""))
-    assert "(model.depths is 4 there, 2 in the config)" in refused_here(
+    assert "holds a run with model.depths=4, and the config has 2" in refused_here(
         workdir, changes | {"model.depths": 2}
     )
     assert run(workdir, changes)[1] == ""

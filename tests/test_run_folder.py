@@ -75,7 +75,7 @@ except UserError as error:
 
 
 def outcome(process: subprocess.Popen[str]) -> list[str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LONGEST)
     assert (process.returncode, err) == (0, ""), err
     return out.splitlines()
 
