@@ -206,9 +206,10 @@ def test_broken_sets(spoilt: pathlib.Path, name: str) -> None:
 
 
 def test_one_folder(tmp_path: pathlib.Path) -> None:
+    """The classes are as many as the folders, and one of them is refused."""
     root = write_tiny(tmp_path, {"train": [3], "val": [2]})
-    _, (finding,) = look_through(configure(root, classes=1))
-    assert finding[:2] == (PROBLEM, "one-class")
+    with pytest.raises(UserError, match="has one class, class_00, which is nothing to learn"):
+        look_through(configure(root, classes=2))
 
 
 @pytest.mark.parametrize(("largest", "rules"), [(40, []), (41, ["uneven-classes"])])
