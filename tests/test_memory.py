@@ -148,7 +148,7 @@ def test_a_step_without_memory_loses_nothing_else(
     monkeypatch.setattr(train, "init_training", init_training)
     with pytest.raises(UserError, match=r"out of memory, 262,144\.00 GiB were asked for") as error:
         run_here(tmp_path, {})
-    assert error.value.line.endswith(f"{ADVICE}; the same command resumes from step 2")
+    assert error.value.line.endswith(f"{ADVICE}; with that, it resumes from step 2")
     assert checkpoints.CheckpointStore(tmp_path / "checkpoints", 3).latest == 2
     run_here(tmp_path, {})
     steps = [r["step"] for r in logs.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "train"]

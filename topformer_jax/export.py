@@ -76,7 +76,8 @@ from topformer_jax.checkpoints import safetensors_format
 from topformer_jax.data import sources
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Image
-from topformer_jax.data.codecs import IMAGE_SUFFIXES, decode_image
+from topformer_jax.data.catalog import IMAGE_SUFFIXES
+from topformer_jax.data.codecs import decode_image
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
 from topformer_jax.version import __version__

@@ -44,7 +44,8 @@ from jaxtyping import Float
 from topformer_jax import checkpoints, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.data.codecs import IMAGE_SUFFIXES, decode_image, read_image_size
+from topformer_jax.data.catalog import IMAGE_SUFFIXES
+from topformer_jax.data.codecs import decode_image, read_image_size
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.visualize import drawing

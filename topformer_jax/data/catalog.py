@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from topformer_jax.data.codecs import IMAGE_SUFFIXES
-
 SPLITS = ("train", "validation")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
 Colour = tuple[int, int, int]  # red, green, blue
 
 

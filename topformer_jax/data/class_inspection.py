@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from topformer_jax.data import cache, class_images, codecs, sources
-from topformer_jax.data.catalog import SPLITS
+from topformer_jax.data import cache, class_images, sources
+from topformer_jax.data.catalog import IMAGE_SUFFIXES, SPLITS
 from topformer_jax.data.class_folders import ClassFolderSource
 from topformer_jax.data.example import Example
 from topformer_jax.data.inspection import SHOWN_NAMES, Fault, Inspection, Names, Size, SplitFacts, read_splits
@@ -82,8 +82,6 @@ def _find_unread(source: ClassFolderSource) -> Names:
     examples = set(source.images.tolist())
     paths = (f"{word}/{path}" for path in sources.list_files(pathlib.Path(source.root, word)))
     unread = sorted(
-        path
-        for path in paths
-        if path.lower().endswith(codecs.IMAGE_SUFFIXES) and os.fsencode(path) not in examples
+        path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and os.fsencode(path) not in examples
     )
     return Names(len(unread), unread[:SHOWN_NAMES])

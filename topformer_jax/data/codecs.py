@@ -35,7 +35,6 @@ _OTHER_FILES = {
     rb"\s*<(!doctype )?html": "a web page",
 }
 DEEP = 2**14  # of 16 bits: with values below it, a picture of 8 bits is nearly black
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
 GREY, PALETTE = 0, 3  # colour types in a PNG's header
 
 # OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.

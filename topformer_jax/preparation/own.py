@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import IMAGE_SUFFIXES
+from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
