@@ -18,6 +18,7 @@ import pytest
 
 from tests.commands import FOLDER, LONGEST, ROOT, arguments, only_line, refused_run, run, start
 from topformer_jax import logs
+from topformer_jax.checkpoints.orbax_store import SCORES_FILE
 from topformer_jax.errors import UserError
 
 
@@ -69,7 +70,7 @@ def test_a_full_disk_and_a_bad_picture_lose_nothing(
     assert "from checkpoint 6" in out
     steps = [json.loads(text)["step"] for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 6]
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6", SCORES_FILE]
 
 
 @pytest.mark.parametrize("part", ["metrics.jsonl", "tensorboard"])
