@@ -1,4 +1,4 @@
-"""What every command shares: a parser that knows --config, errors of one line, compiled programs kept on disk."""
+"""What every command shares: a parser that knows --config, errors of one line, JAX's cache of compiled programs."""
 
 import argparse
 import ctypes
@@ -135,14 +135,12 @@ def size(flag: str, text: str) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
-    Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
-    and into the folder `programs` in it; the process keeps freed memory.
+    Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another;
+    the process keeps freed memory.
     """
-    from topformer_jax import programs  # not at the top, since it imports JAX: see `answer_help`
-
     gc.enable()  # see topformer_jax/__init__.py
     try:
-        _keep_compiled_programs()
+        _set_compilation_cache()
         keep_freed_memory()
         logs.silence_orbax_threads()
         main()
@@ -152,8 +150,6 @@ def run(main: Callable[[], None]) -> None:
         if status is None:
             raise
         sys.exit(status)
-    finally:
-        programs.keep_in(None)
 
 
 def leave_others_on_error(_: object, error: BaseException | None, *rest: object) -> None:
@@ -203,10 +199,8 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "topformer_jax"
 
 
-def _keep_compiled_programs() -> None:
+def _set_compilation_cache() -> None:
     import jax
-
-    from topformer_jax import programs
 
     for name, value in (
         ("jax_compilation_cache_dir", str(cache_folder())),
@@ -214,8 +208,6 @@ def _keep_compiled_programs() -> None:
     ):
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    programs.keep_in(pathlib.Path(folder) / "programs" if folder and "://" not in folder else None)
 
 
 def keep_freed_memory() -> None:
