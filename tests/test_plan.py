@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference import EvalPlan, geometry, plan_evaluation
-from topformer_jax.inference.plan import merge_shapes, plan_shapes
+from topformer_jax.inference import EvalPlan, plan_evaluation
+from topformer_jax.inference.plan import choose_canvases, padded_label_size, plan_shapes, window_grids
 
 
 def _ade_sizes(count: int = 2000) -> list[Size]:
@@ -39,12 +39,12 @@ def _check(
             on_device = [index for index in rows if index is not None]
             assert list(rows[: len(on_device)]) == on_device  # padding comes last
             canvases = {
-                geometry.choose_canvas(plan.shapes, geometry.window_sizes(sizes[index], evaluation))
+                plan.shapes.find_canvas(tuple(grid.window for grid in window_grids(sizes[index], evaluation)))
                 for index in on_device
             }
             assert len(canvases) <= 1
         for index in (index for index in batch.rows if index is not None):
-            assert all(np.array(geometry.tile_grid(sizes[index])) <= batch.grid)
+            assert all(np.array(sizes[index]) <= batch.label_size)
 
 
 @pytest.mark.parametrize(("devices", "rows_per_device"), [(1, 1), (8, 1), (8, 8), (256, 8)])
@@ -62,14 +62,14 @@ def test_ade_is_a_few_full_batches(devices: int, rows_per_device: int) -> None:
     )
     assert networks <= 4
     assert len(plan.batches) == math.ceil(2000 / rows)
-    assert plan.used_rows() >= 0.9
-    assert padding <= 0.25
+    assert plan.used_rows() >= 0.97 or rows == 2048
+    assert padding <= 0.15
 
 
 def test_images_of_one_size_are_not_masked() -> None:
     shapes = plan_shapes([(1024, 2048)] * 3, config_lib.load("topformer_b_cityscapes").evaluation)
     assert not shapes.masked
-    assert shapes.canvases == shapes.buffers
+    assert shapes.canvases == (((512, 1024),),)
 
 
 def test_more_canvases_pad_less() -> None:
@@ -131,16 +131,16 @@ def test_merged_shapes_are_nearly_the_best() -> None:
                 for shape in shapes
             )
 
-        found = merge_shapes(shapes, [1] * 7, lambda s: s[..., ::2] * s[..., 1::2], 2, 0.0)
+        found = choose_canvases(shapes, [1] * 7, 2, 0.0)
         best = min(work(list(pair)) for pair in itertools.combinations(itertools.product(*sides), 2))
         assert len(found) <= 2
-        assert work(found) <= 1.15 * best
+        assert work(found) <= 1.25 * best
 
 
 def test_hundreds_of_shapes_are_merged_quickly() -> None:
     rng = np.random.default_rng(0)
     shapes = [tuple(int(side) for side in rng.integers(100, 900, 2)) for _ in range(3000)]
-    found = merge_shapes(shapes, [1] * 3000, lambda s: s[..., ::2] * s[..., 1::2], 4, 0.2)
+    found = choose_canvases(shapes, [1] * 3000, 4, 0.2)
     assert len(found) <= 4
     assert all(any(np.all(np.array(shape) <= large) for large in found) for shape in shapes)
 
@@ -150,16 +150,14 @@ def test_a_data_set_without_images_has_no_batches() -> None:
     assert plan.batches == ()
 
 
-def test_tall_images_need_no_more_tiles_than_wide_ones() -> None:
-    assert geometry.label_grid((10_000, 500)) == (512, 8)
-    assert geometry.label_grid((500, 10_000)) == (16, 128)
+def test_labels_of_tall_images_lie_in_tall_arrays() -> None:
+    assert padded_label_size((10_000, 500)) == (16_384, 1024)
+    assert padded_label_size((500, 10_000)) == (512, 16_384)
 
 
 def test_sliding_windows_of_wide_images_do_not_enlarge_those_of_tall_ones() -> None:
     config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.mode": "slide"})
     evaluation = config.evaluation
     shapes = plan_shapes([(512, 1200), (1200, 512), (300, 300)], evaluation)
-    for canvas in range(len(shapes.canvases)):
-        alone = shapes.select_canvas(canvas)
-        assert geometry.logits_size(alone, 0) <= geometry.logits_size(shapes, 0)
-    assert shapes.window_capacity(0) == geometry.largest_size([windows[0] for windows in shapes.max_windows])
+    assert shapes.windows == (4,)
+    assert shapes.logits_size(0) == (64, 64)

@@ -16,8 +16,8 @@ from topformer_jax import metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.example import SegmentationSource
+from topformer_jax.data.transforms import Size
 from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
-from topformer_jax.inference.geometry import Size, join_tiles
 from topformer_jax.inference.inputs import padding_input, prepare_input
 from topformer_jax.inference.plan import EvalBatch
 
@@ -76,16 +76,15 @@ def evaluate_split(
     rows_per_device = _rows_per_device(config.evaluation.per_device_batch_size)
     rows = rows_per_device * mesh.size
     own_rows = local_rows(programs.batch_sharding, rows)
-    _, batches = plan_evaluation(
-        _read_sizes(source), config.evaluation, devices=mesh.size, rows_per_device=rows_per_device
-    )
+    sizes = _read_sizes(source)
+    _, batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=rows_per_device)
     dtype = programs.dtype.name
 
     def load(job: tuple[EvalBatch, int]) -> _LoadedExample:
         batch, index = job
         example = source[index]
         image, label = loader.decode_example(example, config)
-        inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.grid, dtype)
+        inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.label_size, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
     jobs = [(batch, index) for batch in batches for row in own_rows if (index := batch.rows[row]) is not None]
@@ -106,13 +105,12 @@ def evaluate_split(
         loaded = {row: next(examples) for row in own_rows if batch.rows[row] is not None}
         inputs = {row: example.inputs for row, example in loaded.items()}
         if len(inputs) < len(own_rows):
-            padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
+            example = next(index for index in batch.rows if index is not None)
+            padding = padding_input(sizes[example], config.evaluation, shapes, batch.label_size, dtype)
             inputs = {row: inputs.get(row, padding) for row in own_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, shapes, global_batch)
-        predictions, pixels, totals = programs.predict_and_count(shapes.supports)(
-            views, global_batch.tiles, totals
-        )
+        predictions, pixels, totals = programs.predict_and_count(views, global_batch.label, totals)
         in_flight.append((loaded, predictions, pixels))
         started += sum(index is not None for index in batch.rows)
         while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
@@ -208,7 +206,7 @@ def _collect_batch(
         scores[example.index] = metrics.compute_image_scores(*pixels_of_row[row])
 
         def prediction(row: int = row, label: Labels = example.label) -> Labels:
-            return join_tiles(_fetch_local_rows(predictions)[row], (label.shape[0], label.shape[1]))
+            return _fetch_local_rows(predictions)[row][: label.shape[0], : label.shape[1]]
 
         on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
 
