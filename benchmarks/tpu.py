@@ -22,17 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.topologies import get_topology_desc
 from ml_collections import ConfigDict
+from topformer_jax.inference.geometry import ProgramShapes, view_flips
 
 from benchmarks import samples, timing, tpu_table, traffic
 from benchmarks.timing import Row
+from tests.reference.loss import plain_cross_entropy
 from topformer_jax import cli, models, sharding, step
 from topformer_jax import config as config_lib
 from topformer_jax.errors import UserError
 from topformer_jax.inference import compile_inference
-from topformer_jax.inference.geometry import ProgramShapes, view_flips
 from topformer_jax.inference.inputs import prepare_input
 from topformer_jax.inference.plan import plan_evaluation, plan_shapes
-from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
+from topformer_jax.ops.loss import upsampled_cross_entropy
 from topformer_jax.ops.tiled import ViewLogits
 
 IMAGES_PER_CHIP = 8  # of an evaluation: evaluation.per_device_batch_size off a CPU
