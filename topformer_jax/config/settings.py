@@ -138,7 +138,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "model.depthwise_impl": Setting(
             "auto",
-            "form of the depthwise convolutions, the stem and, in inference, 1x1 convolutions of few channels; auto: "
+            "form of the depthwise convolutions and, in inference, 1x1 convolutions of few channels; auto: "
             "shifted on a CPU and in training on a TPU, library elsewhere. library by name: every layer is one plain "
             "operation, resizes too",
             ("auto", "shifted", "library"),
