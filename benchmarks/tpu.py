@@ -145,8 +145,9 @@ def evaluation_rows(
     flips = len(view_flips(config.evaluation))
     views = []
     for number, view in enumerate(batch.views):
-        logits = jax.eval_shape(programs.network(shapes, number // flips), tensors, view)
-        views.append(ViewLogits(abstract(logits, divided), view.counts, view.rows, view.columns))
+        logits: Any = jax.eval_shape(programs.network(shapes, number // flips), tensors, view)
+        logits = abstract(logits, divided)
+        views.append(ViewLogits(logits, view.counts, view.rows, view.columns))
     network = programs.network(shapes, 0)
     return [
         compile_row(case, "evaluation, logits", network, tensors, batch.views[0]),

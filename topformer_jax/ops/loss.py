@@ -303,8 +303,9 @@ def _add_cross_entropy(
     dtype, classes = scores.dtype, scores.shape[2]
     weights = jnp.asarray(pixel_loss.class_weight, dtype)[:, None] if pixel_loss.class_weight else None
     label_score = tile.look_up(scores)
-    largest = jnp.max(exponentials, 2), tile.look_up(exponentials)
-    is_largest = largest[1] >= largest[0] if tile.lookups else label_score >= shift
+    is_largest = label_score >= shift
+    if tile.lookups:  # where the shift is a bound
+        is_largest = tile.look_up(exponentials) >= jnp.max(exponentials, 2)
     counts = tile.valid
     if pixel_loss.ohem_threshold:
         counts &= tile.look_up(exponentials) < pixel_loss.ohem_threshold * total

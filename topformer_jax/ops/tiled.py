@@ -38,7 +38,9 @@ class ViewLogits(NamedTuple):
     """The logits of one view (a scale, mirrored or not) of an image, classes before columns, and their resize."""
 
     logits: Float[Array, "windows h classes w"]
-    counts: Int32[Array, "2"]  # windows of the image, down and across; further ones do not matter
+    counts: Int32[
+        np.ndarray | Array, "2"
+    ]  # windows of the image, down and across; further ones do not matter
     rows: BandedResize  # of each row of windows
     columns: BandedResize
 
