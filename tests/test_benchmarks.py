@@ -80,13 +80,6 @@ def test_train_step(run: Run) -> None:
     assert theirs["images_per_second"] == 2 / theirs["seconds"]["median"]
 
 
-def test_train_step_from_files(run: Run) -> None:
-    workers = "--config.data.num_workers=0"
-    rows = run("train_step", *TINY, workers, "--from-files", "--images", "3", "--seconds", "1")
-    assert _programs(rows) == ["step alone", "from files"]
-    assert 0 <= rows[1]["data_wait"] <= 1
-
-
 def test_exported(run: Run) -> None:
     rows = run("exported", *TINY, "--size", "64", *EAGER)
     programs = ["ours", "our .onnx", "our .tflite", TORCH, "torch's ONNX"]
@@ -212,12 +205,6 @@ def test_input_of_a_classifier(run: Run, tmp_path: pathlib.Path) -> None:
 def test_train_step_of_a_classifier(run: Run) -> None:
     ours, theirs = run("train_step", *CLASSIFIER, *EAGER)
     assert (ours["case"], theirs["program"]) == ("2 x 64 x 64", TORCH)
-
-
-def test_depthwise(run: Run) -> None:
-    rows = run("depthwise", "--batch", "1", "--size", "8", "--channels", "4")
-    assert _programs(rows) == ["shifted", "library"] * 8
-    assert rows[-1]["case"] == "k5 s2 forward + backward"
 
 
 @pytest.mark.slow
