@@ -141,7 +141,6 @@ def evaluation_rows(
     inputs = prepare_input(image, None, config.evaluation, shapes, dtype=programs.dtype.name)
     batch = jax.tree.map(lambda x: abstract(x, divided, IMAGES_PER_CHIP * mesh.size), inputs)
     tensors = jax.tree.map(lambda x: abstract(x, replicated), models.state_dict(model))
-    totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.num_classes**2), jnp.int32, sharding=divided)
     flips = len(view_flips(config.evaluation))
     views = []
     for number, view in enumerate(batch.views):
@@ -151,7 +150,7 @@ def evaluation_rows(
     network = programs.network(shapes, 0)
     return [
         compile_row(case, "evaluation, logits", network, tensors, batch.views[0]),
-        compile_row(case, "evaluation, count", programs.predict_and_count, views, batch.label, totals),
+        compile_row(case, "evaluation, count", programs.predict_and_count, views, batch.label),
     ]
 
 

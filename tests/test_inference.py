@@ -234,7 +234,7 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
     inference.Predictor(_evaluated_by(again, scale=(64, 64)))(np.ones((49, 59, 3), np.uint8))
     programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
     shapes = plan_shapes([(50, 60)], model.config.evaluation, round_up=True)
-    assert getattr(programs.logits, "cache_info")().currsize == 1  # noqa: B009
+    assert getattr(programs._network_of, "cache_info")().currsize == 1  # noqa: B009
     for program in (programs.network(shapes, 0), programs.predict_and_count):
         assert getattr(program, "_cache_size")() == 1  # noqa: B009
 
@@ -249,7 +249,7 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     logits: Any = jax.ShapeDtypeStruct((1, 1, 128, 150, 256), jnp.float32)
     views = [ViewLogits(logits, batch.views[0].counts, batch.views[0].rows, batch.views[0].columns)]
     count: Any = programs.predict_and_count
-    ours = count.lower(views, batch.label, programs.zero_totals()).compile()
+    ours = count.lower(views, batch.label).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

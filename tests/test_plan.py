@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from benchmarks.plan import count_programs, padding, used_rows
 from topformer_jax import config as config_lib
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference import EvalPlan, plan_evaluation
@@ -53,17 +54,17 @@ def test_ade_is_a_few_full_batches(devices: int, rows_per_device: int) -> None:
     evaluation = config_lib.ade20k("tiny").evaluation
     plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
     _check(plan, sizes, evaluation, devices, rows_per_device)
-    networks, after = plan.num_programs()
-    padding = plan.padding(sizes, evaluation)
+    networks, after = count_programs(plan)
+    share = padding(plan, sizes, evaluation)
     rows = devices * rows_per_device
     print(
         f"batches of {rows}: {len(plan.batches)}; {networks} networks, {after} programs after them; "
-        f"{plan.used_rows():.1%} of the rows used, {padding:.1%} of the pixels padding"
+        f"{used_rows(plan):.1%} of the rows used, {share:.1%} of the pixels padding"
     )
     assert networks <= 4
     assert len(plan.batches) == math.ceil(2000 / rows)
-    assert plan.used_rows() >= 0.97 or rows == 2048
-    assert padding <= 0.15
+    assert used_rows(plan) >= 0.97 or rows == 2048
+    assert share <= 0.15
 
 
 def test_images_of_one_size_are_not_masked() -> None:
@@ -74,15 +75,15 @@ def test_images_of_one_size_are_not_masked() -> None:
 
 def test_more_canvases_pad_less() -> None:
     sizes = _ade_sizes()
-    padding = []
+    shares = []
     for count in (1, 2, 4, 64):
         config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.max_canvases": count})
         plan = plan_evaluation(sizes, config.evaluation, devices=1, rows_per_device=1)
         assert len(plan.shapes.canvases) <= count
-        padding.append(plan.padding(sizes, config.evaluation))
-    print([f"{share:.1%}" for share in padding])
-    assert padding == sorted(padding, reverse=True)
-    assert padding[1] < padding[0] - 0.1
+        shares.append(padding(plan, sizes, config.evaluation))
+    print([f"{share:.1%}" for share in shares])
+    assert shares == sorted(shares, reverse=True)
+    assert shares[1] < shares[0] - 0.1
     assert len(plan.shapes.canvases) < 8  # no more than it takes
 
 
@@ -112,7 +113,7 @@ def test_plans_of_any_sizes(
     plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
     _check(plan, sizes, evaluation, devices, rows_per_device)
     assert len(plan.shapes.canvases) <= limit
-    assert 0 <= plan.padding(sizes, evaluation) < 1
+    assert 0 <= padding(plan, sizes, evaluation) < 1
 
 
 def test_merged_shapes_are_nearly_the_best() -> None:

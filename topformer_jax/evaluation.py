@@ -54,8 +54,8 @@ def evaluate_split(
 ) -> EvaluationResult:
     """Counts every example of a source exactly once, on all devices of all processes.
 
-    Each process reads and computes its rows of every batch; confusion matrices stay on the devices and are summed
-    once at the end. The integers do not depend on the number of devices, as long as
+    Each process reads and computes its rows of every batch and adds up their confusion matrices; they are summed over
+    processes at the end. The integers do not depend on the number of devices, as long as
     `evaluation.per_device_batch_size` stays the same.
 
     Args:
@@ -90,7 +90,8 @@ def evaluate_split(
     jobs = [(batch, index) for batch in batches for row in own_rows if (index := batch.rows[row]) is not None]
     # Hosts read the next batch while the devices compute this one.
     examples = loader.map_in_threads(load, jobs, ahead=len(own_rows))
-    totals = programs.zero_totals()
+    classes = config.model.num_classes
+    confusion = np.zeros((classes, classes), np.int64)  # of this process's rows
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
     in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
     started = 0
@@ -110,14 +111,13 @@ def evaluate_split(
             inputs = {row: inputs.get(row, padding) for row in own_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, shapes, global_batch)
-        predictions, pixels, totals = programs.predict_and_count(views, global_batch.label, totals)
-        in_flight.append((loaded, predictions, pixels))
+        in_flight.append((loaded, *programs.predict_and_count(views, global_batch.label)))
         started += sum(index is not None for index in batch.rows)
         while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
-            _collect_batch(*in_flight.popleft(), scores, on_example)
+            _collect_batch(*in_flight.popleft(), confusion, scores, on_example)
     on_progress(started, "")
     scores = processes.sum_over_processes(scores)
-    confusion = processes.sum_over_processes(programs.read_totals(totals))
+    confusion = processes.sum_over_processes(confusion)
     return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
 
 
@@ -196,14 +196,19 @@ def _read_sizes(source: sources.Source) -> list[Size]:
 def _collect_batch(
     loaded: Mapping[int, _LoadedExample],
     predictions: Array,
-    pixels: Array,
+    counts: Array,
+    confusion: np.ndarray,
     scores: np.ndarray,
     on_example: Callable[[ExampleResult], None],
 ) -> None:
-    """Waits for a batch, and writes its examples' accuracy and mIoU into `scores`."""
-    pixels_of_row = _fetch_local_rows(pixels)
+    """Waits for a batch, adds its examples to `confusion`, and writes their accuracy and mIoU into `scores`."""
+    counts_of_row = _fetch_local_rows(counts)
     for row, example in loaded.items():
-        scores[example.index] = metrics.compute_image_scores(*pixels_of_row[row])
+        matrix = counts_of_row[row].reshape(confusion.shape)
+        confusion += matrix
+        scores[example.index] = metrics.compute_image_scores(
+            np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
+        )
 
         def prediction(row: int = row, label: Labels = example.label) -> Labels:
             return _fetch_local_rows(predictions)[row][: label.shape[0], : label.shape[1]]

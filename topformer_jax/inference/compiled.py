@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float
 from ml_collections import FrozenConfigDict
 
 from topformer_jax import models, sharding
@@ -27,10 +27,6 @@ from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.ops.tiled import TILE, ViewLogits, argmax_classes, fold_tiles, mean_probabilities
 
-# A data set has more pixels than an int32 can count, and JAX has no wider integers by default. So a count is kept
-# in two int32 parts: count = lower + upper * 2**LOWER_BITS. It overflows at 2**51 pixels.
-LOWER_BITS = 20
-
 
 class CompiledInference:
     """The jitted programs of one network on one mesh; each device computes its own images independently.
@@ -40,8 +36,7 @@ class CompiledInference:
 
     Attributes:
         num_classes, evaluation, mesh: what the programs were made for.
-        logits: `(canvases, size)` to the program `(tensors, view) -> [n, windows, h, classes, w]`; `size` is (h, w).
-        predict_and_count: the program `(views, label, totals) -> (predictions, pixels, totals)`.
+        predict_and_count: the program `(views, label) -> (predictions, counts)`, see `_predict_and_count`.
         probabilities: the program `(views, label) -> [n, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
@@ -76,13 +71,12 @@ class CompiledInference:
         wide = {"xla_cpu_prefer_vector_width": 512} if on_cpu else None
 
         @functools.cache
-        def logits(canvases: tuple[Size, ...], size: Size) -> Callable[..., Any]:
-            """For equal canvases always the same program."""
-            network = functools.partial(self._logits, canvases, size)
-            return divide(network, replicated, batch, compiler_options=wide)
+        def network_of(canvases: tuple[Size, ...], size: Size) -> Callable[..., Any]:
+            function = functools.partial(self._logits, canvases, size)
+            return divide(function, replicated, batch, compiler_options=wide)
 
-        self.logits = logits
-        self.predict_and_count = divide(self._predict_and_count, batch, batch, batch, donate_argnums=2)
+        self._network_of = network_of
+        self.predict_and_count = divide(self._predict_and_count, batch, batch)
         self.probabilities = divide(self._probabilities, batch, batch)
 
     def compute_views(
@@ -98,19 +92,9 @@ class CompiledInference:
         ]
 
     def network(self, shapes: ProgramShapes, ratio: int) -> Callable[..., Any]:
-        """The program of `logits` for images of these shapes at a ratio."""
-        return self.logits(tuple(canvas[ratio] for canvas in shapes.canvases), shapes.logits_size(ratio))
-
-    def zero_totals(self) -> Int32[Array, "devices 2 pairs"]:
-        """What `predict_and_count` starts from: the two parts of each device's confusion matrix."""
-        zeros = np.zeros((self.mesh.size, 2, self.num_classes**2), np.int32)
-        return jax.make_array_from_callback(zeros.shape, self.batch_sharding, lambda index: zeros[index])
-
-    def read_totals(self, totals: Int32[Array, "devices 2 pairs"]) -> Int[np.ndarray, "classes classes"]:
-        """The confusion matrix, int64, summed over this process's devices; waits for them."""
-        parts = np.concatenate([np.asarray(shard.data) for shard in totals.addressable_shards])
-        lower, upper = parts.astype(np.int64).sum(0)
-        return (lower + (upper << LOWER_BITS)).reshape(self.num_classes, self.num_classes)
+        """The program `(tensors, view) -> logits` for images of these shapes at a ratio; always the same one."""
+        canvases = tuple(canvas[ratio] for canvas in shapes.canvases)
+        return self._network_of(canvases, shapes.logits_size(ratio))
 
     def _logits(
         self, canvases: tuple[Size, ...], size: Size, tensors: Any, view: ViewInput
@@ -148,37 +132,28 @@ class CompiledInference:
         zeros = jnp.zeros((*windows.shape[:2], size[0], self.num_classes, size[1]), self.dtype)
         return lax.fori_loop(0, jnp.max(view.counts[:, 0] * view.counts[:, 1]), add_window, zeros)
 
-    def _predict_and_count(
-        self, views: list[ViewLogits], label: LabelInput, totals: Array
-    ) -> tuple[Array, Array, Array]:
+    def _predict_and_count(self, views: list[ViewLogits], label: LabelInput) -> tuple[Array, Array]:
         """Predicts and counts a batch.
 
         Returns:
             predictions: uint8 `[n, rows, columns]`, as the labels lie.
-            pixels: int32 `[n, 3, classes]`: per class, the correct, labelled and predicted pixels of each image.
-            totals: with this batch added to each device's confusion matrix.
+            counts: int32 `[n, classes**2]`, the confusion matrix of each image: a row per label.
         """
-        classes = self.num_classes
 
-        def count_image(totals: Array, image: Any) -> tuple[Array, tuple[Array, Array]]:
+        def count_image(image: Any) -> tuple[Array, Array]:
             views, (tiles, labels) = image
 
             def count_tile(carry: Any, scores: Array, corner: Any) -> Any:
                 predictions, counts = carry
                 predicted = argmax_classes(scores)
                 of_tile = lax.dynamic_slice(labels, corner, TILE)
-                counts = counts + count_confusions(of_tile, predicted, classes)
+                counts = counts + count_confusions(of_tile, predicted, self.num_classes)
                 return lax.dynamic_update_slice(predictions, predicted.astype(jnp.uint8), corner), counts
 
-            init = (jnp.zeros_like(labels), jnp.zeros(classes**2, jnp.int32))
-            predictions, counts = fold_tiles(views, tiles, init, count_tile, precision=self._precision)
-            matrix = counts.reshape(classes, classes)
-            of_class = functools.partial(jnp.sum, matrix, dtype=jnp.int32)  # 64 bits wide in 64-bit mode
-            pixels = jnp.stack([jnp.diagonal(matrix), of_class(axis=1), of_class(axis=0)])
-            return _add_counts(totals, counts), (predictions, pixels)
+            init = (jnp.zeros_like(labels), jnp.zeros(self.num_classes**2, jnp.int32))
+            return fold_tiles(views, tiles, init, count_tile, precision=self._precision)
 
-        totals, (predictions, pixels) = lax.scan(count_image, totals, (views, label))
-        return predictions, pixels, totals
+        return lax.map(count_image, (views, label))
 
     def _probabilities(
         self, views: list[ViewLogits], label: LabelInput
@@ -196,13 +171,6 @@ class CompiledInference:
             return fold_tiles(views, tiles, init, write_tile, precision=self._precision)
 
         return lax.map(image_probabilities, (views, label))
-
-
-def _add_counts(totals: Int32[Array, "1 2 pairs"], counts: Int32[Array, " pairs"]) -> Array:
-    """Adds counts to totals in two parts, carrying from the lower to the upper one."""
-    lower = totals[0, 0] + counts % 2**LOWER_BITS
-    upper = totals[0, 1] + counts // 2**LOWER_BITS + lower // 2**LOWER_BITS
-    return jnp.stack([lower % 2**LOWER_BITS, upper])[None]
 
 
 def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:

@@ -88,32 +88,6 @@ class EvalPlan(NamedTuple):
     shapes: ProgramShapes
     batches: tuple[EvalBatch, ...]
 
-    def used_rows(self) -> float:
-        """The share of all batches' rows that hold an example."""
-        rows = [index is not None for batch in self.batches for index in batch.rows]
-        return sum(rows) / max(len(rows), 1)
-
-    def padding(self, image_sizes: Sequence[Size], evaluation: ConfigDict) -> float:
-        """The share of the network's pixels that lie outside of an image, in rows that hold one."""
-        inside = total = 0
-        for size in image_sizes:
-            grids = window_grids(size, evaluation)
-            canvas = self.shapes.canvases[self.shapes.find_canvas(_window_sizes(grids))]
-            for grid, (height, width) in zip(grids, canvas, strict=True):
-                inside += _count_windows(grid) * math.prod(grid.window)
-                total += _count_windows(grid) * height * width
-        return 1 - inside / max(total, 1)
-
-    def num_programs(self) -> tuple[int, int]:
-        """How many programs it compiles: networks, and those that resize and count after them."""
-        ratios = range(len(self.shapes.windows))
-        networks = {(ratio, canvas[ratio]) for canvas in self.shapes.canvases for ratio in ratios}
-        counting = {
-            (batch.label_size, *(batch.shapes.logits_size(ratio) for ratio in ratios))
-            for batch in self.batches
-        }
-        return len(networks), len(counting)
-
 
 def network_sizes(size: Size, evaluation: ConfigDict) -> ViewSizes:
     """The sizes of the network's inputs for an image of `size`, one per ratio."""

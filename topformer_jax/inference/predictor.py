@@ -1,6 +1,5 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,6 @@ Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w cl
 _predictors: weakref.WeakKeyDictionary[nnx.Module, tuple[list[Any], "Predictor"]] = (
     weakref.WeakKeyDictionary()
 )
-MAX_PADDED = 2  # an image uses another image's program where that computes up to so many times its own pixels
 
 
 class Predictor:
@@ -34,7 +32,7 @@ class Predictor:
     How an image is resized, and whether windows, several scales or mirrored views are used, is the evaluation of
     the config that the model was loaded with (`model.config.evaluation`).
 
-    Images of many sizes share few compiled programs: one that fits an earlier program uses it.
+    Images of many sizes share few compiled programs, whose sizes are rounded up.
 
     Args:
         model: as `topformer_jax.load` returns it; it is switched to inference mode.
@@ -63,17 +61,10 @@ class Predictor:
         if network is not None and self._programs.evaluation.mode != "whole":
             raise UserError("another network sees whole images: set evaluation.mode=whole")
         self._network = network
-        self._shapes: list[ProgramShapes] = []
+        self._planned: list[ProgramShapes] = []
         if image_sizes:
             planned = plan_shapes(image_sizes, self._programs.evaluation, round_up=True)
-            # A program for each canvas, so that those of another folder can be among them.
-            self._shapes = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
-
-    def without_images(self) -> "Predictor":
-        """One with the same weights on the device; which images this one has seen does not matter to it."""
-        other = copy.copy(self)
-        other._shapes = []
-        return other
+            self._planned = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
@@ -114,19 +105,13 @@ class Predictor:
         return views
 
     def _find_shapes(self, size: Size) -> ProgramShapes:
-        """Those made before that the image fits into with the least padding; new ones where it would be too much."""
+        """The smallest of the planned shapes that the image fits into, or else its own, rounded up."""
         own = plan_shapes([size], self._programs.evaluation, round_up=True)
-        fitting = [shapes for shapes in self._shapes if shapes.fits(own)]
-        best = min(fitting, key=lambda shapes: shapes.pixels(), default=own)
-        if best.pixels() > MAX_PADDED * own.pixels():
-            best = own
-        if best not in self._shapes:
-            self._shapes.append(best)
-        return best
+        fitting = [shapes for shapes in self._planned if shapes.fits(own)]
+        return min(fitting, key=lambda shapes: shapes.pixels(), default=own)
 
     def _predict_labels(self, image: Image, label: LabelInput, views: list[ViewLogits]) -> Labels:
-        programs = self._programs
-        predictions, _, _ = programs.predict_and_count(views, label, programs.zero_totals())
+        predictions, _ = self._programs.predict_and_count(views, label)
         return np.asarray(predictions)[0, : image.shape[0], : image.shape[1]]
 
 
@@ -149,7 +134,7 @@ def _find_predictor(model: models.Segmenter | models.Classifier) -> Predictor:
     if predictor is None or not same:
         predictor = Predictor(model)
         _predictors[model] = list(_list_parts(model)), predictor  # in inference mode
-    return predictor.without_images()
+    return predictor
 
 
 def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:
