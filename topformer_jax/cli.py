@@ -15,9 +15,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import logs
+from topformer_jax import files, logs
 from topformer_jax.config.listing import as_text
 from topformer_jax.errors import UserError, explain_out_of_memory
+
+
+LONGEST_LINE = 300  # characters
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,12 +138,17 @@ def size(flag: str, text: str) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
-    Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
+    Control characters of what it prints are escaped. Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
     and into the folder `programs` in it; the process keeps freed memory.
     """
+    gc.enable()  # see topformer_jax/__init__.py
+    with logs.escape_output():
+        _run(main)
+
+
+def _run(main: Callable[[], None]) -> None:
     from topformer_jax import programs  # not at the top, since it imports JAX: see `answer_help`
 
-    gc.enable()  # see topformer_jax/__init__.py
     try:
         _keep_compiled_programs()
         keep_freed_memory()
@@ -181,9 +189,14 @@ def _report(error: BaseException) -> int | None:
     """Prints the line of an error that a user can mend, and returns the status to exit with; None for others."""
     if shortage := explain_out_of_memory(error, pathlib.Path(sys.argv[0]).stem):
         error = UserError(shortage)
+    if type(error).__name__ == "BrokenProcessPool":
+        error = UserError(
+            "a worker process was killed, perhaps for lack of memory: start the same command with fewer --workers"
+        )
     match error:
         case UserError():
-            print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
+            lines = (files.shorten(line, LONGEST_LINE) for line in (*error.details, f"error: {error.line}"))
+            print(*lines, sep="\n", file=sys.stderr)
             return 2
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EPIPE):
             print(
@@ -208,12 +221,15 @@ def _keep_compiled_programs() -> None:
 
     from topformer_jax import programs
 
-    for name, value in (
-        ("jax_compilation_cache_dir", str(cache_folder())),
-        ("jax_persistent_cache_min_compile_time_secs", 0.5),
-    ):
-        if name.upper() not in os.environ:
-            jax.config.update(name, value)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            folder = cache_folder()
+            files.make_private(folder)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        except (UserError, RuntimeError) as error:  # no home, say
+            print(f"note: compiled programs are not kept: {error}", flush=True)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     folder = jax.config.values["jax_compilation_cache_dir"]
     programs.keep_in(pathlib.Path(folder) / "programs" if folder and "://" not in folder else None)
 

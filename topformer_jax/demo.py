@@ -46,9 +46,13 @@ import pathlib
 import shutil
 import subprocess
 import tarfile
+import sys
 import tempfile
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
@@ -80,6 +84,16 @@ ISOLATION = {
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+MOST_RUNTIME_BYTES = 1 << 28  # of a file of the package
+
+
+class _Package(msgspec.Struct):
+    """npm's package.json; the version becomes the name of a folder and a part of addresses."""
+
+    name: str
+    version: Annotated[str, msgspec.Meta(pattern=r"\A[0-9][0-9A-Za-z.+-]{0,63}\Z")]
+
+
 Page = dict[str, bytes]  # files by their paths below the page's address
 
 
@@ -174,16 +188,10 @@ def _runtime_version(runtime: files.Path) -> str:
     """The version of an unpacked package."""
     path = runtime / "package.json"
     advice = f": expected npm's {RUNTIME} {VERSION}, unpacked"
-    with files.report_errors("read", path, advice):
-        text = path.read_bytes()
-    try:
-        facts = json.loads(text)
-        name, version = facts["name"], facts["version"]
-    except (ValueError, TypeError, KeyError):
-        name = version = ""
-    if name != RUNTIME or not version:
-        raise UserError(f"--runtime {runtime} holds {name or 'no package of npm'}{advice}")
-    return str(version)
+    facts = files.read_json(files.read_bytes(path, advice), _Package, path, advice)
+    if facts.name != RUNTIME:
+        raise UserError(f"--runtime {runtime} holds {files.shorten(facts.name)}{advice}")
+    return facts.version
 
 
 def fetch_runtime() -> pathlib.Path:
@@ -214,10 +222,12 @@ def fetch_runtime() -> pathlib.Path:
         try:
             with tarfile.open(archives[0]) as archive:
                 for name in names:
-                    content = archive.extractfile(f"package/{name}")
-                    assert content is not None
+                    member = archive.getmember(f"package/{name}")
+                    content = archive.extractfile(member)
+                    if content is None or member.size > MOST_RUNTIME_BYTES:
+                        raise tarfile.TarError(f"{name} is no file of its size")
                     files.write_file(folder / name, content.read())
-        except (tarfile.TarError, KeyError, EOFError) as error:
+        except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
             raise UserError(f"npm's {RUNTIME} {VERSION} is damaged: {error}{advice}") from None
     return folder
 
@@ -279,6 +289,11 @@ class Server(http.server.ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             reason = files.explain(error)
             raise UserError(f"cannot serve at port {port}: {reason}; name another one as --port") from None
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of a browser that left before its answer was there."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     @property
     def address(self) -> str:

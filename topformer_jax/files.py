@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ else:
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
 WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
+MOST_BYTES = 1 << 30  # of a file that is read as a whole into a structure: lists of a million pictures have less
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no character of a name
 _unfinished: list[Path] = []  # files that are of no use yet
 Result = TypeVar("Result")
@@ -94,6 +96,20 @@ def make_folder(path: Path, alternative: str = "another folder") -> None:
         else:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
+
+
+def make_private(path: pathlib.Path) -> None:
+    """Creates a folder whose files are executed, for this user alone.
+
+    Raises:
+        UserError: it cannot be created or written into, is another user's, or others may write into it.
+    """
+    with report_errors("write into", path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"others may write into {path}: delete it, and it is made anew for you alone")
 
 
 def refuse_existing(path: Path) -> None:
@@ -219,6 +235,22 @@ def explain(error: BaseException) -> str:
     return text
 
 
+def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file that somebody else may have written; of a pipe or a device none are waited for.
+
+    Raises:
+        UserError: it cannot be read, is no regular file, or has more than `most` bytes; its line ends with the advice.
+    """
+    with report_errors("read", path, advice):
+        if not is_in_bucket(path):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                raise UserError(f"cannot read {path}: it is a pipe, a socket or a device{advice}")
+            if status.st_size > most:
+                raise UserError(f"cannot read {path}: it has {status.st_size:,} bytes, at most {most:,} are read")
+        return retry(path.read_bytes)
+
+
 def read_lines(file: Path) -> list[str]:
     """A text file's non-blank lines, stripped; see `number_lines`."""
     return list(number_lines(file).values())
@@ -228,32 +260,52 @@ def number_lines(file: Path) -> dict[int, str]:
     """A text file's non-blank lines, stripped, by their numbers from 1 on.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
     try:
-        with report_errors("read", file, "; expected one name a line"):
-            lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        text = read_bytes(file, "; expected one name a line").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
-    return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    lines = {}
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        if strange := CONTROL.search(line.strip("\t ").replace("\t", " ")):
+            raise UserError(
+                f"{file}: line {number} holds {strange[0]!r}: expected one name a line, of letters and signs that show"
+            )
+        if line.strip():
+            lines[number] = line.strip()
+    return lines
 
 
-def read_json(data: bytes, kind: type[Result], where: str) -> Result:
+def read_json(data: bytes, kind: type[Result], where: object, advice: str = ": is it of another tool?") -> Result:
     """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
 
     Args:
         data: the file's bytes.
         kind: a msgspec.Struct, or another type that msgspec knows.
         where: the file, as an error names it.
+        advice: the end of the error.
 
     Raises:
         UserError: it is no JSON, or a value has another type than `kind` says; the line names its place.
     """
-    try:
+    with _report_type(where, advice):
         return msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+
+
+def convert(value: object, kind: type[Result], where: object, advice: str = "") -> Result:
+    """`read_json` of what a library has decoded already."""
+    with _report_type(where, advice):
+        return msgspec.convert(value, kind)
+
+
+@contextlib.contextmanager
+def _report_type(where: object, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise UserError(
-            f"{where} is not the JSON file that was expected ({str(error)[:120]}): is it of another tool?"
+            f"{where} is not the JSON file that was expected ({shorten(error, 120)}){advice}"
         ) from None
 
 

@@ -1,6 +1,7 @@
 """Data sets as plain tables: their classes in label order, a colour for each, and where the files are."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 
 SPLITS = ("train", "validation")
@@ -218,6 +219,15 @@ CATALOG = {
     "camvid": _parse_table(_CAMVID, CUSTOM_LAYOUT),
     "shapes": _parse_table(_SHAPES, None),
 }
+
+
+def is_name(text: object) -> bool:
+    """Whether a text can be the name of a class: of one line, without control characters, and not blank.
+
+    >>> is_name("traffic light"), is_name(" "), is_name("a\\u2028b")
+    (True, False, False)
+    """
+    return isinstance(text, str) and bool(text.strip()) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text)
 
 
 def name_classes(dataset: str, classes: Sequence[str], palette: Sequence[Colour] = ()) -> DataSet:

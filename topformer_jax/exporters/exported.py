@@ -2,16 +2,18 @@
 
 import contextlib
 import importlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from topformer_jax import config as config_lib
 from topformer_jax import files
+from topformer_jax.data.catalog import CATALOG, is_name
 from topformer_jax.errors import UserError
 
 # By suffix: the module of a format in this package, and the packages that it needs.
@@ -20,9 +22,56 @@ FORMATS = {
     ".tflite": ("litert_file", "ai-edge-litert"),
     ".stablehlo": ("stablehlo_file", "flatbuffers"),
 }
-NEEDED = {"output", "stride", "size", "precision", "config"}  # in every description
 KEY = "topformer_jax"  # of the description in files that have a place for it
 Run = Callable[[UInt8[np.ndarray, "n h w 3"]], Shaped[np.ndarray, "n ..."]]
+
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+
+
+class _Model(msgspec.Struct):
+    num_classes: Positive | None = None
+
+
+class _Data(msgspec.Struct):
+    dataset: str = ""
+
+
+class _Config(msgspec.Struct):
+    model: _Model = msgspec.field(default_factory=_Model)
+    data: _Data = msgspec.field(default_factory=_Data)
+
+
+class _Checkpoint(msgspec.Struct):
+    sha256: str
+
+
+class _Description(msgspec.Struct):
+    """What every exported file says of itself."""
+
+    output: Literal["labels", "logits", "probabilities", "scores"]
+    stride: Positive
+    size: tuple[Positive, Positive] | None
+    precision: str
+    config: _Config
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
+    checkpoint: _Checkpoint | None = None
+
+    def __post_init__(self) -> None:
+        count = self.config.model.num_classes
+        known = CATALOG.get(self.config.data.dataset)
+        for name, found, own in (
+            ("classes", self.classes, known and known.classes),
+            ("palette", self.palette, known and known.palette),
+        ):
+            if found and count is not None and len(found) != count:
+                raise ValueError(f"{len(found)} entries of `{name}` for {count} classes")
+            if own and found != own and sorted(found) == sorted(own):
+                raise ValueError(f"`{name}` has another order than those of {self.config.data.dataset}")
+        if strange := [name for name in self.classes if not is_name(name)]:
+            raise ValueError(f"`classes` holds {strange[0][:40]!r}, which is no name")
 
 
 class Exported:
@@ -71,19 +120,12 @@ def open_exported(path: str | os.PathLike[str]) -> Exported:
     """
     target = files.as_path(path)
     module = import_format(target)
-    with files.report_errors("read", target):
-        data = files.retry(target.read_bytes)
+    data = files.read_bytes(target, most=1 << 32)
     if module.HOLDS_DESCRIPTION:
         return open_bytes(str(path), data, module)
     beside = description_path(target)
-    with files.report_errors("read", beside, "; export writes it beside the file, and they belong together"):
-        text = files.retry(beside.read_bytes)
-    try:
-        return open_bytes(str(path), data, module, json.loads(text))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{beside} is damaged: {error}") from None
+    text = files.read_bytes(beside, "; export writes it beside the file, and they belong together")
+    return open_bytes(str(path), data, module, files.read_json(text, dict[str, Any], beside))
 
 
 def open_bytes(
@@ -91,13 +133,35 @@ def open_bytes(
 ) -> Exported:
     """`open_exported` of a file's content; formats without a place for the description get it from beside them."""
     try:
-        run, found = module.open_bytes(data)
+        run, text = module.open_bytes(data)
     except UserError as error:
         raise UserError(f"{name} {error.line}") from None
-    description = found if description is None else description
-    if not isinstance(description, Mapping) or not description.keys() >= NEEDED:
-        raise UserError(f"{name} was not written by python -m topformer_jax.export: it has no description")
-    return Exported(name, run, description, module.RUNTIME)
+    origin = f"{name} was not written by python -m topformer_jax.export: its description"
+    if description is None:
+        description = files.read_json(text, dict[str, Any], origin, "")
+    facts = files.convert(dict(description), _Description, origin)
+    config_lib.complete(description["config"])
+
+    def checked_run(images: np.ndarray) -> np.ndarray:
+        values = run(images)
+        _check_output(name, facts, values)
+        return values
+
+    return Exported(name, checked_run, description, module.RUNTIME)
+
+
+def _check_output(name: str, facts: _Description, values: np.ndarray) -> None:
+    """Raises a UserError where a file computes labels that no class has, numbers of other classes, or NaN."""
+    count, shape = facts.config.model.num_classes, "x".join(map(str, values.shape))
+    if facts.output == "labels":
+        if values.ndim != 3 or values.dtype != np.uint8:
+            raise UserError(f"{name} gives {values.dtype} of shape {shape}: expected labels, uint8 [n, h, w]")
+        if count is not None and values.max(initial=0) >= count:
+            raise UserError(f"{name} gives the label {values.max()}, and its config has {count} classes: export it again")
+    elif values.ndim != (2 if facts.output == "scores" else 4) or values.shape[-1] != (count or values.shape[-1]):
+        raise UserError(f"{name} gives {facts.output} of shape {shape}, and its config has {count} classes: export it again")
+    elif not np.isfinite(values).all():
+        raise UserError(f"{name} gives NaN or infinity: export it again from a checkpoint that is whole")
 
 
 def description_path(path: files.Path) -> files.Path:
