@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "browse": BASE | DATA | SHARED,
     "check": BASE | DATA | SHARED,
     "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
-    "demo": BASE | SHARED | {"exporters"},
+    "demo": BASE | SHARED | {"config", "exporters"},
     "evaluate": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
     "export": BASE | DATA | NETWORK | SHARED | {"checkpoints", "exporters"},
     "preparation": {"data", "files", "logs"},

@@ -54,6 +54,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from topformer_jax import config as config_lib
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 
@@ -136,7 +137,9 @@ def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
             f"{flag} {path} gives {description['output']}: the page shows labels, which a segmenter's file gives "
             "that is exported without --logits and --probabilities"
         )
-    return description
+    if not all(description.get(key) for key in ("classes", "palette", "checkpoint")):
+        raise UserError(f"{flag} {path} does not name its classes, colours and checkpoint: export it again")
+    return description | {"config": config_lib.complete(description["config"]).to_dict()}
 
 
 def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], runtime: files.Path) -> Page:

@@ -277,12 +277,12 @@ def number_lines(file: Path) -> dict[int, str]:
     return lines
 
 
-def read_json(data: bytes, kind: type[Result], where: object, advice: str = ": is it of another tool?") -> Result:
+def read_json(data: bytes, kind: Callable[..., Result], where: object, advice: str = ": is it of another tool?") -> Result:
     """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
 
     Args:
         data: the file's bytes.
-        kind: a msgspec.Struct, or another type that msgspec knows.
+        kind: a msgspec.Struct, or another type that msgspec knows, such as dict[str, int].
         where: the file, as an error names it.
         advice: the end of the error.
 
@@ -290,13 +290,15 @@ def read_json(data: bytes, kind: type[Result], where: object, advice: str = ": i
         UserError: it is no JSON, or a value has another type than `kind` says; the line names its place.
     """
     with _report_type(where, advice):
-        return msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
+        found: Result = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
+    return found
 
 
-def convert(value: object, kind: type[Result], where: object, advice: str = "") -> Result:
+def convert(value: object, kind: Callable[..., Result], where: object, advice: str = "") -> Result:
     """`read_json` of what a library has decoded already."""
     with _report_type(where, advice):
-        return msgspec.convert(value, kind)
+        found: Result = msgspec.convert(value, kind)
+    return found
 
 
 @contextlib.contextmanager

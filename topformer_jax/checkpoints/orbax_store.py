@@ -131,9 +131,9 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
             if shapes is None:
                 raise UserError(f"{directory} is damaged: the tensors of step {step} cannot be read")
             like = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in shapes.items()}
-            metadata = _read_metadata(stored, directory)
+            metadata, sums = _read_metadata(stored, directory)
             loaded = checkpointer.load_checkpointables(step, {part: like})
-            check_sums(checksums(loaded), metadata.pop("crc32", {}), directory)
+            check_sums(checksums(loaded), sums, directory)
     except UserError:
         raise
     except OSError as error:
@@ -145,15 +145,15 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, metadata
 
 
-def _read_metadata(stored: Any, where: object) -> dict[str, Any]:
-    """A step's own metadata, as a dictionary of the types that `Metadata` says.
+def _read_metadata(stored: Any, where: object) -> tuple[dict[str, Any], dict[str, int]]:
+    """A step's own metadata, of the types that `Metadata` says, and the checksums of its arrays.
 
     Raises:
         UserError: they are others.
     """
     custom = stored.custom_metadata or {}
-    files.convert(custom, Metadata, f"the metadata of {where}")
-    return dict(custom)
+    sums = files.convert(custom, Metadata, f"the metadata of {where}").crc32
+    return {key: value for key, value in custom.items() if key != "crc32"}, sums
 
 
 class CheckpointStore:
@@ -232,7 +232,7 @@ class CheckpointStore:
         """The metadata that a step was saved with: `config` and `meta`."""
         with self._report_read_error(step):
             stored = self._checkpointer.checkpointables_metadata(step)
-            metadata = _read_metadata(stored, step)
+            metadata, _ = _read_metadata(stored, step)
             if not metadata.get("config"):
                 raise ValueError("its metadata holds no config")
         return {"meta": {}, **metadata}
@@ -246,8 +246,8 @@ class CheckpointStore:
         described = jax.tree.map(describe, _non_empty(like))
         with self._report_read_error(step):
             loaded = self._checkpointer.load_checkpointables(step, described)
-            stored = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-            check_sums(checksums(loaded), stored.get("crc32", {}), step)
+            _, sums = _read_metadata(self._checkpointer.checkpointables_metadata(step), step)
+            check_sums(checksums(loaded), sums, f"step {step}")
             return {**like, **loaded}
 
     def wait(self) -> None:

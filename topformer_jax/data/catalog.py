@@ -1,8 +1,9 @@
 """Data sets as plain tables: their classes in label order, a colour for each, and where the files are."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
+
+from topformer_jax import files
 
 SPLITS = ("train", "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
@@ -227,7 +228,7 @@ def is_name(text: object) -> bool:
     >>> is_name("traffic light"), is_name(" "), is_name("a\\u2028b")
     (True, False, False)
     """
-    return isinstance(text, str) and bool(text.strip()) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text)
+    return isinstance(text, str) and bool(text.strip()) and not files.CONTROL.search(text)
 
 
 def name_classes(dataset: str, classes: Sequence[str], palette: Sequence[Colour] = ()) -> DataSet:
