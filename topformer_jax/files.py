@@ -277,6 +277,18 @@ def number_lines(file: Path) -> dict[int, str]:
     return lines
 
 
+def number_names(file: Path) -> dict[int, str]:
+    """`number_lines` of a list whose lines are numbered by their places, such as the names of classes.
+
+    Raises:
+        UserError: as `number_lines` does, or a line before the last name is blank.
+    """
+    lines = number_lines(file)
+    if gaps := [number for number in range(1, max(lines, default=0)) if number not in lines]:
+        raise UserError(f"{file}: line {gaps[0]} is blank, and the classes after it would move: name it, or delete the line")
+    return lines
+
+
 def read_json(data: bytes, kind: Callable[..., Result], where: object, advice: str = ": is it of another tool?") -> Result:
     """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
 

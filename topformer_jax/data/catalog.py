@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from topformer_jax import files
+from topformer_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
@@ -249,5 +250,12 @@ def custom(classes: Sequence[str]) -> DataSet:
 
     >>> custom(["sky", "sea"]).palette
     ((128, 0, 0), (0, 128, 0))
+
+    Raises:
+        UserError: a name is blank, or holds a line break or another control character.
     """
+    if strange := [number for number, name in enumerate(classes) if not is_name(name)]:
+        raise UserError(
+            f"class {strange[0]} has the name {classes[strange[0]][:40]!r}: expected a text of one line that shows"
+        )
     return DataSet(tuple(classes), _voc_colours(range(1, len(classes) + 1)), CUSTOM_LAYOUT)

@@ -100,7 +100,7 @@ def read_class_names(root: str) -> tuple[str, ...]:
     file = _find_base(root) / NAMES
     if not file.exists():
         return tuple(folders)
-    names = tuple(files.read_lines(file))
+    names = tuple(files.number_names(file).values())
     if len(names) != len(folders):
         raise UserError(
             f"{file} names {len(names)} classes, {file.parent / 'train'} has {len(folders)} folders: "
@@ -139,7 +139,7 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
 
 def _list_images(folder: pathlib.Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = (entry.name for entry in entries)
+        names = (entry.name for entry in entries if entry.is_file())
         return sorted(name for name in names if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 
