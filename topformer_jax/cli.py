@@ -19,7 +19,6 @@ from topformer_jax import files, logs
 from topformer_jax.config.listing import as_text
 from topformer_jax.errors import UserError, explain_out_of_memory
 
-
 LONGEST_LINE = 300  # characters
 
 
@@ -138,8 +137,9 @@ def size(flag: str, text: str) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
-    Control characters of what it prints are escaped. Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another,
-    and into the folder `programs` in it; the process keeps freed memory.
+    Control characters of what it prints are escaped. Compiled programs go into JAX's persistent cache in
+    ~/.cache/topformer_jax, unless the environment sets another, and into the folder `programs` in it; the process
+    keeps freed memory.
     """
     gc.enable()  # see topformer_jax/__init__.py
     with logs.escape_output():

@@ -45,8 +45,8 @@ import json
 import pathlib
 import shutil
 import subprocess
-import tarfile
 import sys
+import tarfile
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -262,7 +262,7 @@ def write_page(page: Page, folder: files.Path) -> None:
 
 def sizes(page: Page) -> str:
     """A table of what a browser loads: for the first picture, and for WebGPU if it is chosen; raw and compressed."""
-    providers = json.loads(page["model.json"])["providers"]
+    providers = msgspec.json.decode(page["model.json"])["providers"]
     wasm = [name.partition("?")[0] for name in providers["wasm"]["files"]]
     small = [name for name in page if "/" not in name and not name.endswith(".onnx")]
     parts = {"page": small, "model": wasm[:1], "wasm": wasm[1:], "all": small + wasm}

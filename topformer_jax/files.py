@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import logging
 import os
 import pathlib
@@ -12,7 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -26,7 +27,9 @@ else:
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
 WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
-MOST_BYTES = 1 << 30  # of a file that is read as a whole into a structure: lists of a million pictures have less
+MOST_BYTES = (
+    1 << 30
+)  # of a file that is read as a whole into a structure: lists of a million pictures have less
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no character of a name
 _unfinished: list[Path] = []  # files that are of no use yet
 Result = TypeVar("Result")
@@ -236,19 +239,34 @@ def explain(error: BaseException) -> str:
 
 
 def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
-    """The bytes of a file that somebody else may have written; of a pipe or a device none are waited for.
+    """The bytes of a file that somebody else may have written; a pipe or a device is not waited for.
 
     Raises:
-        UserError: it cannot be read, is no regular file, or has more than `most` bytes; its line ends with the advice.
+        UserError: it cannot be read, is no regular file, or has more than `most` bytes; the advice ends its line.
     """
     with report_errors("read", path, advice):
-        if not is_in_bucket(path):
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-                raise UserError(f"cannot read {path}: it is a pipe, a socket or a device{advice}")
-            if status.st_size > most:
-                raise UserError(f"cannot read {path}: it has {status.st_size:,} bytes, at most {most:,} are read")
-        return retry(path.read_bytes)
+        if is_in_bucket(path):
+            return retry(path.read_bytes)
+        with open_regular(path) as file:
+            data = file.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"cannot read {path}: it has more than {most:,} bytes{advice}")
+    return data
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Opens a local file to read. A pipe would wait for its writer, and a device might never end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    file = open(  # noqa: SIM115  the caller's
+        path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    )
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or a device", os.fspath(path))
+    return file
 
 
 def read_lines(file: Path) -> list[str]:
@@ -270,7 +288,7 @@ def number_lines(file: Path) -> dict[int, str]:
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         if strange := CONTROL.search(line.strip("\t ").replace("\t", " ")):
             raise UserError(
-                f"{file}: line {number} holds {strange[0]!r}: expected one name a line, of letters and signs that show"
+                f"{file}: line {number} holds {strange[0]!r}: expected a name a line, of characters that show"
             )
         if line.strip():
             lines[number] = line.strip()
@@ -285,11 +303,15 @@ def number_names(file: Path) -> dict[int, str]:
     """
     lines = number_lines(file)
     if gaps := [number for number in range(1, max(lines, default=0)) if number not in lines]:
-        raise UserError(f"{file}: line {gaps[0]} is blank, and the classes after it would move: name it, or delete the line")
+        raise UserError(
+            f"{file}: line {gaps[0]} is blank, and the names after it would move: name it, or delete the line"
+        )
     return lines
 
 
-def read_json(data: bytes, kind: Callable[..., Result], where: object, advice: str = ": is it of another tool?") -> Result:
+def read_json(
+    data: bytes, kind: Callable[..., Result], where: object, advice: str = ": is it of another tool?"
+) -> Result:
     """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
 
     Args:

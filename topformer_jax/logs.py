@@ -41,7 +41,9 @@ class _Escaped:
 
     def write(self, text: str) -> int:
         """Writes a text; what is no line break, tabulator or carriage return of a bar is escaped."""
-        shown = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
+        shown = re.sub(
+            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text
+        )
         encoding = self._stream.encoding or "utf-8"
         self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)

@@ -108,7 +108,9 @@ def prepare(args: argparse.Namespace) -> None:
         _pack(args.dataset, args.source, args.output, part)
         return
     if source.resolve().is_relative_to(output.resolve()):
-        raise UserError(f"--source {source} lies in --output {output}, where files are made and deleted: name another")
+        raise UserError(
+            f"--source {source} lies in --output {output}, where files are made and deleted: name another"
+        )
     if part != (1, 1) or files.is_in_bucket(args.output):
         raise UserError(
             f"--shard {args.shard} and --output {args.output}: a folder that has the layout is packed by several "

@@ -243,7 +243,7 @@ class Lease:
 
 
 def _this_process() -> Record:
-    """What tells a run from all others, and its process from all others, also from those in other containers; "" where the kernel does not say."""
+    """A new run in this process, also told from those in other containers; "" where the kernel does not say."""
     namespace = ""
     with contextlib.suppress(OSError):  # not a Linux
         namespace = os.readlink("/proc/self/ns/pid")

@@ -4,8 +4,8 @@ Each step holds `model`, a flat dictionary of tensors by official name in this p
 `config` (the settings it belongs to) and `meta` (what an mmcv file says about itself: epoch, iteration, classes).
 Training adds `average` (the averaged tensors, with `ema_decay`) and `optimizer`. Where there is an average, it is
 what a reader of the model gets. A step is written once and never changed: the scores of a run's steps are in a file
-beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array, which readers compare:
-neither OCDBT's files nor zstd's blocks have one.
+beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array, which readers
+compare: neither OCDBT's files nor zstd's blocks have one.
 """
 
 import contextlib
@@ -38,7 +38,9 @@ class Metadata(msgspec.Struct):
     crc32: dict[str, int] = {}  # of each array's bytes, by its tree and its path
 
     def __post_init__(self) -> None:
-        if groups := [key for key in ("model", "data", "evaluation") if not isinstance(self.config.get(key, {}), dict)]:
+        if groups := [
+            key for key in ("model", "data", "evaluation") if not isinstance(self.config.get(key, {}), dict)
+        ]:
             raise ValueError(f"`config.{groups[0]}` holds no settings")
 
 
@@ -65,8 +67,8 @@ def check_sums(found: Mapping[str, int], stored: Mapping[str, int], where: objec
     wrong = [name for name, value in found.items() if stored.get(name, value) != value]
     if wrong:
         raise UserError(
-            f"{where} is damaged: {len(wrong)} of {len(found)} arrays are not as they were written, {wrong[0][:80]} for "
-            "one: copy it again, or take another checkpoint"
+            f"{where} is damaged: {len(wrong)} of {len(found)} arrays are not as they were written, {wrong[0][:80]} "
+            "for one: copy it again, or take another checkpoint"
         )
 
 
@@ -333,7 +335,9 @@ def _read_scores(path: files.Path) -> dict[int, float]:
     with files.report_errors("read", path):
         if not files.retry(path.exists):
             return {}
-    advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and the newest step is scored again'
+    advice = (
+        '; expected scores by step, such as {"2000": 0.35}; move it away, and the newest step is scored again'
+    )
     return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
 
 

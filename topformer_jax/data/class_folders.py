@@ -40,7 +40,7 @@ class ClassFolderSource:
     def __getitem__(self, index: int) -> Example:
         name = os.fsdecode(self.images[index])
         path = os.path.join(self.root, name)
-        with files.report_errors("read", path), open(path, "rb") as file:
+        with files.report_errors("read", path), files.open_regular(path) as file:
             data = file.read()
         return Example(_stem(name), data, np.asarray(self.labels[index]), (path, f"the class of {path}"))
 
@@ -139,7 +139,7 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
 
 def _list_images(folder: pathlib.Path) -> list[str]:
     with os.scandir(folder) as entries:
-        names = (entry.name for entry in entries if entry.is_file())
+        names = (entry.name for entry in entries)
         return sorted(name for name in names if name.lower().endswith(SUFFIXES) and name[0] != ".")
 
 

@@ -157,7 +157,9 @@ class ArrayRecordSource:
         folder = files.as_path(self.folder)
         if not (text := read_label_sizes(folder)):
             return {}
-        rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], folder / LABEL_SIZES, AGAIN).get(self.split, [])
+        rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], folder / LABEL_SIZES, AGAIN).get(
+            self.split, []
+        )
         if len(rows) != len(self):
             raise UserError(
                 f"{folder / LABEL_SIZES} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}"

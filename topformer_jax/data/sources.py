@@ -444,7 +444,7 @@ def _name_maker(dataset: str) -> str:
 
 def _read(path: str, count: int = -1) -> bytes:
     """A file's bytes, or the first `count` of them."""
-    with files.report_errors("read", path), open(path, "rb") as file:
+    with files.report_errors("read", path), files.open_regular(path) as file:
         return file.read(count)
 
 

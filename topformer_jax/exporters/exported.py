@@ -157,9 +157,15 @@ def _check_output(name: str, facts: _Description, values: np.ndarray) -> None:
         if values.ndim != 3 or values.dtype != np.uint8:
             raise UserError(f"{name} gives {values.dtype} of shape {shape}: expected labels, uint8 [n, h, w]")
         if count is not None and values.max(initial=0) >= count:
-            raise UserError(f"{name} gives the label {values.max()}, and its config has {count} classes: export it again")
-    elif values.ndim != (2 if facts.output == "scores" else 4) or values.shape[-1] != (count or values.shape[-1]):
-        raise UserError(f"{name} gives {facts.output} of shape {shape}, and its config has {count} classes: export it again")
+            raise UserError(
+                f"{name} gives the label {values.max()}, and its config has {count} classes: export it again"
+            )
+    elif values.ndim != (2 if facts.output == "scores" else 4) or values.shape[-1] != (
+        count or values.shape[-1]
+    ):
+        raise UserError(
+            f"{name} gives {facts.output} of shape {shape}, and its config has {count} classes: export it again"
+        )
     elif not np.isfinite(values).all():
         raise UserError(f"{name} gives NaN or infinity: export it again from a checkpoint that is whole")
 

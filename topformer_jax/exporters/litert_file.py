@@ -20,6 +20,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from jaxtyping import UInt8
 
+from topformer_jax import files
 from topformer_jax.data import workers
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Run, need_packages

@@ -23,7 +23,13 @@ HOLDS_DESCRIPTION = False
 BY_ROWS = True
 RUNTIME = f"jax {jax.__version__}"
 # Operations that run code of the process at an address or by a name that the file gives, or wait for another program.
-FOREIGN = ("stablehlo.custom_call", "stablehlo.infeed", "stablehlo.outfeed", "stablehlo.send", "stablehlo.recv")
+FOREIGN = (
+    "stablehlo.custom_call",
+    "stablehlo.infeed",
+    "stablehlo.outfeed",
+    "stablehlo.send",
+    "stablehlo.recv",
+)
 KNOWN_CALLS = ("Sharding", "shape_assertion")  # that run none
 PLATFORMS = ("cpu", "cuda", "tpu")
 

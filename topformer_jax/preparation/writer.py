@@ -123,7 +123,7 @@ def write(
                 for task in chunk:
                     record = records.get(task.path)
                     if record and _is_whole(output, record, verify):
-                        made[task.path] = record
+                        made[task.path] = dataclasses.replace(record, split=task.split, kind=task.kind)
                     else:
                         missing.append(task)
                 size = sum(task.size for task in chunk)
@@ -167,7 +167,7 @@ def is_made_of(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
 
 
 def remove(folder: pathlib.Path, origin: dict[str, Any]) -> None:
-    """Deletes what `write` made of `origin` in a folder: the files that its listing names, and folders that are empty then.
+    """Deletes what `write` made of `origin` in a folder: the files that its listing names, and their empty folders.
 
     Raises:
         UserError: the listing or the manifest is damaged.
@@ -222,7 +222,10 @@ def _write_manifest(output: pathlib.Path, manifest: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _open_listing(output: pathlib.Path) -> Iterator[Any]:
     """The listing, to append to; a second process that wants it is refused."""
-    with files.report_errors("write", output / LISTING), (output / LISTING).open("a+", errors="replace") as listing:
+    with (
+        files.report_errors("write", output / LISTING),
+        (output / LISTING).open("a+", errors="replace") as listing,
+    ):
         try:
             fcntl.flock(listing, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
