@@ -30,7 +30,10 @@ from topformer_jax.preparation import labels, packing
 
 EACH = 66  # damages of each kind of file in the whole campaign
 SAMPLE = 2  # that always run
-TENSORS = {"a.weight": np.arange(24, dtype=np.float32).reshape(4, 6), "b": np.ones(3, np.float32)}
+TENSORS = {
+    "a.weight": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32),
+    "b": np.ones(3, np.float32),
+}
 # Raw JSON that stands for a value: other types, signs, sizes, depths and encodings.
 VALUES = (
     *(
@@ -193,6 +196,20 @@ def make_safetensors(folder: pathlib.Path) -> pathlib.Path:
         folder / "x.safetensors", TENSORS, {"meta": {"CLASSES": ["a"]}, "config": settings}
     )
     return folder / "x.safetensors"
+
+
+def make_pth(folder: pathlib.Path) -> pathlib.Path:
+    import torch
+
+    torch.save(
+        {"state_dict": {name: torch.from_numpy(value) for name, value in TENSORS.items()}}, folder / "x.pth"
+    )
+    return folder / "x.pth"
+
+
+def read_transposed(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
+    tensors, metadata = checkpoints.load.read_any(path)
+    return {name: tensor.T for name, tensor in tensors.items()}, metadata
 
 
 def equals_tensors(result: tuple[dict[str, np.ndarray], Any]) -> bool:
@@ -378,7 +395,11 @@ KINDS: dict[str, Kind] = {
         lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
     ),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
-    "safetensors": Kind(make_safetensors, safetensors_format.read_safetensors, equals_tensors),
+    "safetensors": Kind(make_safetensors, checkpoints.load.read_any, equals_tensors),
+    "pth": Kind(make_pth, read_transposed, equals_tensors),
+    "shard": Kind(
+        functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records
+    ),
     "checkpoint": Kind(functools.partial(make_step, name="*"), read_step, equals_tensors),
     "checkpoint metadata": Kind(functools.partial(make_step, name="_CHECKPOINT_METADATA"), read_step),
     "description": Kind(writer_of(json.dumps(DESCRIPTION), "x.json"), read_description),

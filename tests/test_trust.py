@@ -1,4 +1,4 @@
-"""What a hostile file cannot do: run code, write or delete what is the user's, shift labels, write to the terminal."""
+"""What a hostile file cannot do: run code, write or delete what is the user's, shift labels, fool a terminal."""
 
 import concurrent.futures.process
 import json

@@ -248,10 +248,11 @@ def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
         if is_in_bucket(path):
             return retry(path.read_bytes)
         with open_regular(path) as file:
-            data = file.read(most + 1)
-    if len(data) > most:
-        raise UserError(f"cannot read {path}: it has more than {most:,} bytes{advice}")
-    return data
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                raise UserError(
+                    f"cannot read {path}: it has {size:,} bytes, and at most {most:,} are read{advice}"
+                )
+            return file.read()
 
 
 def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
