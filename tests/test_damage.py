@@ -28,61 +28,31 @@ from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported
 from topformer_jax.preparation import labels, packing
 
-EACH = 66  # damages of each kind of file in the whole campaign
+EACH = 64  # damages of each kind of file in the whole campaign
 SAMPLE = 2  # that always run
 TENSORS = {
     "a.weight": np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32),
     "b": np.ones(3, np.float32),
 }
 # Raw JSON that stands for a value: other types, signs, sizes, depths and encodings.
-VALUES = (
-    *(
-        "null",
-        "true",
-        "-1",
-        "0",
-        "1.5",
-        "1e999",
-        "-1e-999",
-        "NaN",
-        "-Infinity",
-        "9" * 5000,
-        "-" + "9" * 30,
-        '""',
-        '" "',
-    ),
-    *(
-        '"../../../x"',
-        '"/etc/x"',
-        '"C:\\\\x"',
-        r'"\ud800"',
-        r'"a\u0000b"',
-        r'"a\nb"',
-        r'"\u001b[31mred"',
-        '"\u2028"',
-    ),
-    *(
-        "[]",
-        "{}",
-        "[[]]",
-        '[1,"a",null]',
-        '{"":{}}',
-        "[" * 100_000,
-        '{"a":' * 2000,
-        '"' + "x" * 100_000 + '"',
-        "2147483648",
-    ),
-    *(
-        "18446744073709551616",
-        "65537",
-        '"1"',
-        "[null,null]",
-        "[-1,-1]",
-        "[1e9,1e9]",
-        "[0.5,0.5]",
-        "[[1,2,3]]",
-        '["a","a"]',
-    ),
+SHORT_VALUES = r"""
+null true -1 0 1.5 1e999 -1e-999 NaN -Infinity "" "\u0020" "../../../x" "/etc/x" "C:\\x" "\ud800" "a\u0000b" "a\nb"
+"\u001b[31mred" "\u2028" [] {} [[]] [1,"a",null] {"":{}} 2147483648 18446744073709551616 65537 "1" [null,null] [-1,-1]
+[1e9,1e9] [0.5,0.5] [[1,2,3]] ["a","a"]
+"""
+LONG_VALUES = ("9" * 5000, "-" + "9" * 30, "[" * 100_000, '{"a":' * 2000, '"' + "x" * 100_000 + '"')
+VALUES = (*SHORT_VALUES.split(), *LONG_VALUES)
+LINES = (
+    b"\n\n",
+    b"\xe2\x80\xa8",
+    b"\x0b",
+    b"\xc2\x85",
+    b"\r",
+    b"\0",
+    b"\x1b[2J",
+    b"../../x\n",
+    b"\xff\n",
+    b"9" * 5000,
 )
 
 
@@ -98,48 +68,22 @@ class Kind:
 def damage(data: bytes, seed: str) -> bytes:
     """One damage, the same for a seed."""
     rng = random.Random(seed)
-    is_text = data[:1] in b"{["
-    kind = rng.choice(
-        ["type", "type", "type", "type", "key", "encoding", "bits", "cut", "noise"]
-        if is_text
-        else ["bits", "bits", "cut", "noise", "empty", "lines"]
-    )
+    of_text = ["type"] * 4 + ["key", "encoding", "bits", "cut", "noise"]
+    kind = rng.choice(of_text if data[:1] in b"{[" else ["bits", "bits", "cut", "noise", "empty", "lines"])
+    place = rng.randrange(len(data) + 1)
+    before, after = data[:place], data[place:]
     if kind in ("type", "key"):
         return change_tree(data, rng, kind)
-    place = rng.randrange(len(data) + 1)
     if kind == "bits":
         changed = bytearray(data)
         for _ in range(rng.choice([1, 1, 8])):
             changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         return bytes(changed)
-    if kind == "lines":
-        line = rng.choice(
-            [
-                b"\n\n",
-                b"\xe2\x80\xa8",
-                b"\x0b",
-                b"\xc2\x85",
-                b"\r",
-                b"\0",
-                b"\x1b[2J",
-                b"../../x\n",
-                b"\xff\n",
-                b"9" * 5000,
-            ]
-        )
-        return data[:place] + line + data[place:]
     if kind == "encoding":
-        text = data.decode()
-        return rng.choice(
-            [
-                text.encode("utf-16"),
-                b"\xef\xbb\xbf" + data,
-                data + b"\0",
-                data[:place] + b"\xff" + data[place:],
-                data * 2,
-            ]
-        )
-    return {"cut": data[:place], "noise": data[:place] + rng.randbytes(40) + data[place:], "empty": b""}[kind]
+        wide = data.decode().encode("utf-16")
+        return rng.choice([wide, b"\xef\xbb\xbf" + data, data + b"\0", before + b"\xff" + after, data * 2])
+    inserted = {"noise": rng.randbytes(40), "lines": rng.choice(LINES)}
+    return {"cut": before, "empty": b""}[kind] if kind not in inserted else before + inserted[kind] + after
 
 
 def change_tree(data: bytes, rng: random.Random, kind: str) -> bytes:
@@ -338,46 +282,23 @@ LABELME = labelme(
     {"label": "dog", "points": SQUARE[:2], "shape_type": "rectangle"},
     size=(20, 30),
 )
+BOX = {"area": 234.0, "segmentation": [[2, 2, 20, 2, 20, 15, 2, 15]], "bbox": [2, 2, 18, 13], "iscrowd": 0}
 COCO = {
     "images": [
-        {"id": number, "file_name": f"{number}.jpg", "height": 20, "width": 30} for number in range(3)
+        {"id": number, "file_name": f"{number}.jpg", "height": 20, "width": 30} for number in (0, 1, 2)
     ],
     "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
-    "annotations": [
-        {
-            "id": number,
-            "image_id": number,
-            "category_id": 1 + number % 2,
-            "iscrowd": 0,
-            "area": 234.0,
-            "segmentation": [[2, 2, 20, 2, 20, 15, 2, 15]],
-            "bbox": [2, 2, 18, 13],
-        }
-        for number in range(3)
-    ],
+    "annotations": [{"id": n, "image_id": n, "category_id": 1 + n % 2, **BOX} for n in (0, 1, 2)],
 }
-POLYGONS = {
-    "imgHeight": 12,
-    "imgWidth": 16,
-    "objects": [
-        {"label": "car", "polygon": [[1, 1], [9, 1], [9, 9]]},
-        {"label": "road", "polygon": [[0, 0], [5, 5], [0, 9]], "deleted": 0},
-    ],
-}
+POLYGONS = """{"imgHeight": 12, "imgWidth": 16, "objects": [{"label": "car", "polygon": [[1, 1], [9, 1], [9, 9]]},
+    {"label": "road", "polygon": [[0, 0], [5, 5], [0, 9]], "deleted": 0}]}"""
 TABLE = dict.fromkeys(range(256), 0)
 MAT = miniatures.mat(S=np.arange(48, dtype=np.uint8).reshape(6, 8))
 RECORDS = "".join(
     json.dumps({"step": step, "kind": "train", "loss": 0.5, "accuracy": None}) + "\n" for step in (1, 2)
 )
-LOCK = {
-    "run": "a" * 32,
-    "host": "elsewhere",
-    "pid": 7,
-    "boot": "x",
-    "namespace": "pid:[1]",
-    "started": "99",
-    "renewals": 3,
-}
+LOCK = """{"run": "a", "host": "elsewhere", "pid": 7, "boot": "x", "namespace": "pid:[1]", "started": "99",
+    "renewals": 3}"""
 
 
 def read_metrics(path: pathlib.Path) -> None:
@@ -391,7 +312,7 @@ def read_scores(path: pathlib.Path) -> None:
 KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), read_metrics),
     "run.lock": Kind(
-        writer_of(json.dumps(LOCK), "run.lock"),
+        writer_of(LOCK, "run.lock"),
         lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
     ),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
@@ -440,7 +361,7 @@ KINDS: dict[str, Kind] = {
         prepares("custom", "--from", "coco", "--background", "ground"),
     ),
     "polygons": Kind(
-        writer_of(json.dumps(POLYGONS), "x.json"),
+        writer_of(POLYGONS, "x.json"),
         lambda path: labels.draw_cityscapes({"car": 1, "road": 0}, path.read_bytes(), str(path)),
     ),
     "mat": Kind(
@@ -473,21 +394,21 @@ def put(name: str, place: pathlib.Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_whole_file_is_read(name: str, place: pathlib.Path) -> None:
-    """Else the campaign would show nothing."""
+def test_a_whole_file_and_a_few_damages(name: str, place: pathlib.Path) -> None:
     path, content = good(name, place)
-    assert judge(KINDS[name], path) == ""
+    assert judge(KINDS[name], path) == ""  # else the campaign would show nothing
     path.write_bytes(content)
-
-
-@pytest.mark.parametrize("number", range(SAMPLE))
-@pytest.mark.parametrize("name", KINDS)
-def test_some_damages(name: str, number: int, place: pathlib.Path) -> None:
-    put(name, place, number)
+    for number in range(SAMPLE):
+        put(name, place, number)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(SAMPLE, EACH))
 @pytest.mark.parametrize("name", KINDS)
-def test_every_damage(name: str, number: int, place: pathlib.Path) -> None:
-    put(name, place, number)
+def test_every_damage(name: str, place: pathlib.Path) -> None:
+    found = {}
+    for number in range(SAMPLE, EACH):
+        try:
+            put(name, place, number)
+        except Exception as error:
+            found[number] = repr(error)[:200]
+    assert found == {}

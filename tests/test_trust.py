@@ -228,13 +228,13 @@ PALETTE = DESCRIPTION["palette"]
     ("change", "values", "words"),
     [
         ({}, np.full((1, 8, 8), 10, np.uint8), "gives the label 10, and its config has 10 classes"),
-        ({}, np.full((1, 8, 8), 1, np.int64), "gives int64 of shape 1x8x8: expected labels, uint8"),
+        ({}, np.full((1, 8, 8), 1, np.int64), "gives labels, int64 of shape 1x8x8: it is not what"),
         ({"output": "logits"}, np.full((1, 8, 8, 10), np.nan, np.float32), "gives NaN or infinity"),
         ({"output": "logits"}, np.zeros((1, 8, 8, 11), np.float32), "and its config has 10 classes"),
-        ({"classes": DESCRIPTION["classes"][1:]}, None, "9 entries of `classes` for 10 classes"),
-        ({"palette": PALETTE[1:]}, None, "9 entries of `palette` for 10 classes"),
-        ({"classes": DESCRIPTION["classes"][::-1]}, None, "`classes` has another order than those of shapes"),
-        ({"palette": PALETTE[::-1]}, None, "`palette` has another order than those of shapes"),
+        ({"classes": DESCRIPTION["classes"][1:]}, None, "has 9 names for the 10 classes of its config"),
+        ({"palette": PALETTE[1:]}, None, "has 9 colours for the 10 classes of its config"),
+        ({"classes": DESCRIPTION["classes"][::-1]}, None, "has the names of shapes in another order"),
+        ({"palette": PALETTE[::-1]}, None, "has the colours of shapes in another order"),
         ({"classes": [*DESCRIPTION["classes"][1:], "a\u2028b"]}, None, "which is no name"),
     ],
 )

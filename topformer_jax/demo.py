@@ -115,7 +115,7 @@ def find_files(
         raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
     for key in ("checkpoint", "size", "stride"):
         found = [
-            each["checkpoint"]["sha256"] if key == "checkpoint" else each[key]
+            each["checkpoint"].get("sha256") if key == "checkpoint" else each[key]
             for each in (description, other)
         ]
         if found[0] != found[1]:

@@ -143,12 +143,12 @@ def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
     Readers see the old content or the new, never a part; a failed write leaves no file behind. An object in a bucket
-    appears whole by itself.
+    appears whole by itself. What UTF-8 cannot hold, of a file's name say, is escaped.
 
     Raises:
         UserError: writing fails; its line ends with the advice.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     if is_in_bucket(path):
         with report_errors("write", path, advice):
             retry(lambda: path.write_bytes(data))

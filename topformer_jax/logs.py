@@ -52,7 +52,7 @@ class _Escaped:
 @contextlib.contextmanager
 def escape_output() -> Iterator[None]:
     """Has all that the process prints go through `_Escaped`: names of files and classes may hold anything."""
-    with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):  # type: ignore[type-var]
+    with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):
         yield
 
 

@@ -55,7 +55,7 @@ def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
 
 def checksum(array: np.ndarray) -> int:
     """The CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def check_sums(found: Mapping[str, int], stored: Mapping[str, int], where: object) -> None:

@@ -30,23 +30,6 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 
 
-class _Model(msgspec.Struct):
-    num_classes: Positive | None = None
-
-
-class _Data(msgspec.Struct):
-    dataset: str = ""
-
-
-class _Config(msgspec.Struct):
-    model: _Model = msgspec.field(default_factory=_Model)
-    data: _Data = msgspec.field(default_factory=_Data)
-
-
-class _Checkpoint(msgspec.Struct):
-    sha256: str
-
-
 class _Description(msgspec.Struct):
     """What every exported file says of itself."""
 
@@ -54,24 +37,10 @@ class _Description(msgspec.Struct):
     stride: Positive
     size: tuple[Positive, Positive] | None
     precision: str
-    config: _Config
+    config: dict[str, Any]
     classes: tuple[str, ...] = ()
     palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
-    checkpoint: _Checkpoint | None = None
-
-    def __post_init__(self) -> None:
-        count = self.config.model.num_classes
-        known = CATALOG.get(self.config.data.dataset)
-        for name, found, own in (
-            ("classes", self.classes, known and known.classes),
-            ("palette", self.palette, known and known.palette),
-        ):
-            if found and count is not None and len(found) != count:
-                raise ValueError(f"{len(found)} entries of `{name}` for {count} classes")
-            if own and found != own and sorted(found) == sorted(own):
-                raise ValueError(f"`{name}` has another order than those of {self.config.data.dataset}")
-        if strange := [name for name in self.classes if not is_name(name)]:
-            raise ValueError(f"`classes` holds {strange[0][:40]!r}, which is no name")
+    checkpoint: dict[str, str] = {}
 
 
 class Exported:
@@ -140,33 +109,48 @@ def open_bytes(
     if description is None:
         description = files.read_json(text, dict[str, Any], origin, "")
     facts = files.convert(dict(description), _Description, origin)
-    config_lib.complete(description["config"])
+    config = config_lib.complete(facts.config)
+    _check_names(name, facts, config.data.dataset, config.model.num_classes)
 
     def checked_run(images: np.ndarray) -> np.ndarray:
         values = run(images)
-        _check_output(name, facts, values)
+        _check_output(name, facts.output, config.model.num_classes, values)
         return values
 
     return Exported(name, checked_run, description, module.RUNTIME)
 
 
-def _check_output(name: str, facts: _Description, values: np.ndarray) -> None:
-    """Raises a UserError where a file computes labels that no class has, numbers of other classes, or NaN."""
-    count, shape = facts.config.model.num_classes, "x".join(map(str, values.shape))
-    if facts.output == "labels":
-        if values.ndim != 3 or values.dtype != np.uint8:
-            raise UserError(f"{name} gives {values.dtype} of shape {shape}: expected labels, uint8 [n, h, w]")
-        if count is not None and values.max(initial=0) >= count:
-            raise UserError(
-                f"{name} gives the label {values.max()}, and its config has {count} classes: export it again"
-            )
-    elif values.ndim != (2 if facts.output == "scores" else 4) or values.shape[-1] != (
-        count or values.shape[-1]
+def _check_names(name: str, facts: _Description, dataset: str, count: int) -> None:
+    """Raises a UserError where names or colours of a file cannot be those of its config's classes."""
+    known = CATALOG.get(dataset)
+    for what, found, own in (
+        ("names", facts.classes, known and known.classes),
+        ("colours", facts.palette, known and known.palette),
     ):
+        if found and len(found) != count:
+            raise UserError(
+                f"{name} has {len(found)} {what} for the {count} classes of its config: export it again"
+            )
+        if own and found != own and sorted(found) == sorted(own):
+            raise UserError(f"{name} has the {what} of {dataset} in another order: export it again")
+    if strange := [text for text in facts.classes if not is_name(text)]:
+        raise UserError(f"{name} names a class {strange[0][:40]!r}, which is no name: export it again")
+
+
+def _check_output(name: str, output: str, count: int, values: np.ndarray) -> None:
+    """Raises a UserError where a file computes labels that no class has, numbers of other classes, or NaN."""
+    found = f"{name} gives {output}, {values.dtype} of shape {'x'.join(map(str, values.shape))}"
+    if values.ndim != {"labels": 3, "scores": 2}.get(output, 4) or (
+        output == "labels" and values.dtype != np.uint8
+    ):
+        raise UserError(f"{found}: it is not what its description says; export it again")
+    if output == "labels" and values.max(initial=0) >= count:
         raise UserError(
-            f"{name} gives {facts.output} of shape {shape}, and its config has {count} classes: export it again"
+            f"{name} gives the label {values.max()}, and its config has {count} classes: export it again"
         )
-    elif not np.isfinite(values).all():
+    if output != "labels" and values.shape[-1] != count:
+        raise UserError(f"{found}, and its config has {count} classes: export it again")
+    if not np.isfinite(values).all():
         raise UserError(f"{name} gives NaN or infinity: export it again from a checkpoint that is whole")
 
 
