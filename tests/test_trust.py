@@ -4,6 +4,8 @@ import concurrent.futures.process
 import json
 import os
 import pathlib
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests import miniatures
+from tests.commands import ROOT, finish, wait_for
 from tests.test_damage import (
     DESCRIPTION,
     TABLE,
@@ -279,6 +282,36 @@ def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> 
         "irectory" in (line := refusal(lambda: files.read_bytes(path))) or "it is a pipe or a device" in line
     )
     assert f"cannot read {path}: " in refusal(lambda: logs.read_records(path))
+
+
+def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:
+    """While its workers start, as a terminal sends it: to all processes of the command."""
+    (tmp_path / "source").mkdir()
+    miniatures.ade20k(tmp_path / "source")
+    words = [
+        "ade20k",
+        "--source",
+        str(tmp_path / "source"),
+        "--output",
+        str(tmp_path / "made"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "topformer_jax.prepare", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(
+        [process], lambda: len(children.read_text().split()) > 1
+    )  # multiprocessing's tracker, and a worker
+    os.killpg(process.pid, signal.SIGINT)
+    ((_, err),) = finish([process])
+    assert (err, process.returncode) == ("interrupted\n", 130)
 
 
 def test_a_killed_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,7 @@ class RunLog:
             self._events.close()
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        with _report_write_error(self._path), self._path.open("ab") as file:
+        with files.report_errors("write", self._path), self._path.open("ab") as file:
             file.write(msgspec.json.encode({"step": step, "kind": kind, **values}) + b"\n")
         self._events.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
 
@@ -191,7 +191,7 @@ class _EventWriter:
         from tensorboardX.record_writer import RecordWriter
 
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-        with _report_write_error(self._path):
+        with files.report_errors("write", self._path):
             folder.mkdir(exist_ok=True)
             self._writer = RecordWriter(str(self._path))
         self._write_event({"file_version": "brain.Event:2"}, 0)
@@ -216,7 +216,7 @@ class _EventWriter:
     def _write_event(self, content: Mapping[str, Any], step: int) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        with _report_write_error(self._path):
+        with files.report_errors("write", self._path):
             self._writer.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
             self._writer.flush()
 
@@ -310,15 +310,6 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=110)
     files.write_file(path, image.getvalue())
-
-
-@contextlib.contextmanager
-def _report_write_error(path: pathlib.Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _format_duration(seconds: float) -> str:
