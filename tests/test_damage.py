@@ -23,7 +23,7 @@ from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
 from topformer_jax import checkpoints, config, demo, logs, prepare, run_folder
 from topformer_jax.checkpoints import safetensors_format
-from topformer_jax.data import catalog, sources
+from topformer_jax.data import catalog, class_folders, sources
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported
 from topformer_jax.preparation import labels, packing
@@ -226,6 +226,18 @@ def read_classes(path: pathlib.Path) -> Any:
     return sources.find_data_set(config.load(config.ade20k("tiny"), changes)).classes
 
 
+def make_list(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("train/cat/a.jpg", "train/dog/b.jpg", "val/c.jpg", "val/d.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(JPEG)
+    return writer_of("c.jpg 0\nd dog\n", "val.txt")(folder)
+
+
+def read_list(path: pathlib.Path) -> list[int]:
+    source = class_folders.open_class_folder(str(path.parent), "validation")
+    return [int(source[index].label) for index in range(len(source))]
+
+
 def run_prepare(folder: pathlib.Path, dataset: str, *flags: str) -> None:
     words = [
         dataset,
@@ -301,16 +313,12 @@ LOCK = """{"run": "a", "host": "elsewhere", "pid": 7, "boot": "x", "namespace": 
     "renewals": 3}"""
 
 
-def read_metrics(path: pathlib.Path) -> None:
-    logs.save_curves(logs.read_records(path), path.with_suffix(".png"))
-
-
 def read_scores(path: pathlib.Path) -> None:
     checkpoints.CheckpointStore(path.parent, 1).close()
 
 
 KINDS: dict[str, Kind] = {
-    "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), read_metrics),
+    "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), logs.read_records),
     "run.lock": Kind(
         writer_of(LOCK, "run.lock"),
         lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
@@ -332,6 +340,7 @@ KINDS: dict[str, Kind] = {
     "classes.txt": Kind(
         make_classes, read_classes, lambda classes: len(classes) == 3 and all(map(catalog.is_name, classes))
     ),
+    "val.txt": Kind(make_list, read_list, lambda found: len(found) == 2),
     "features.json": Kind(functools.partial(make_records, name="features.json"), read_records),
     "dataset_info.json": Kind(functools.partial(make_records, name="dataset_info.json"), read_records),
     "label_sizes.json": Kind(functools.partial(make_records, name="label_sizes.json"), read_records),

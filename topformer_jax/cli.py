@@ -127,7 +127,7 @@ def size(flag: str, text: str) -> tuple[int, int]:
         UserError: the text is no size.
     """
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not (height.isdecimal() and width.isdecimal() and len(text) < 20):
         raise UserError(f"{flag} {text}: expected HEIGHTxWIDTH, e.g. 512x512")
     if min(int(height), int(width)) < 1:
         raise UserError(f"{flag} {text}: expected at least 1x1")

@@ -227,6 +227,7 @@ def report_errors(action: str, path: str | os.PathLike[str], advice: str = "") -
 def explain(error: BaseException) -> str:
     """Why a request failed, in one line."""
     text = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    text = shorten(text, 200)
     if type(error) is FileNotFoundError and error.errno is None:  # as gcsfs raises it
         return "there is no such bucket or object, or this account may not see it"
     if "credentials" in text:

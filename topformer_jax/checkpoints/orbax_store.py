@@ -33,7 +33,7 @@ EXIT_SECONDS = 10.0  # for which a process that has to end waits for a write in 
 class Metadata(msgspec.Struct):
     """What a checkpoint of this project says of itself; other entries are its writer's."""
 
-    meta: dict[str, Any] | None = None
+    meta: dict[str, Any] = {}
     config: dict[str, Any] = {}
     crc32: dict[str, int] = {}  # of each array's bytes, by its tree and its path
 

@@ -154,7 +154,7 @@ def _read_list(base: pathlib.Path, word: str, numbers: dict[str, int]) -> list[t
     labels: dict[str, int] = {}
     for line in files.read_lines(file):
         name, _, label = line.rpartition(" ")
-        number = numbers.get(label, int(label) if label.isdecimal() else -1)
+        number = numbers.get(label, int(label) if label.isdecimal() and len(label) < 9 else -1)
         if not name or not 0 <= number < len(numbers):
             raise UserError(
                 f"{file} holds {line!r}: expected a file and its class, a number below {len(numbers)} or a folder of "
