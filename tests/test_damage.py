@@ -153,7 +153,7 @@ def make_pth(folder: pathlib.Path) -> pathlib.Path:
 
 def read_transposed(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
     tensors, metadata = checkpoints.load.read_any(path)
-    return {name: tensor.T for name, tensor in tensors.items()}, metadata
+    return {name.rpartition("/")[2]: tensor.T for name, tensor in tensors.items()}, metadata
 
 
 def equals_tensors(result: tuple[dict[str, np.ndarray], Any]) -> bool:

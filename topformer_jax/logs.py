@@ -23,39 +23,6 @@ from topformer_jax.errors import UserError
 PRINT_INTERVAL = 10  # seconds between lines of progress where there is no terminal
 
 
-class _Head(msgspec.Struct):
-    """What every record of a metrics.jsonl has."""
-
-    step: Annotated[int, msgspec.Meta(ge=0)]
-    kind: Literal["train", "evaluation"]
-
-
-class _Escaped:
-    """A stream of text whose terminal sees no control characters, and which can encode every name of a file."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Writes a text; what is no line break, tabulator or carriage return of a bar is escaped."""
-        shown = re.sub(
-            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text
-        )
-        encoding = self._stream.encoding or "utf-8"
-        self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
-        return len(text)
-
-
-@contextlib.contextmanager
-def escape_output() -> Iterator[None]:
-    """Has all that the process prints go through `_Escaped`: names of files and classes may hold anything."""
-    with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):
-        yield
-
-
 def print_banner(rows: Mapping[str, object]) -> None:
     """Prints what a run is about to do, one line a row: its name and its value."""
     width = max(map(len, rows))
@@ -221,6 +188,32 @@ class _EventWriter:
             self._writer.flush()
 
 
+class _Escaped:
+    """A stream of text whose terminal sees no control characters, and which can encode every name of a file."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text; what is no line break, tabulator or carriage return of a bar is escaped."""
+        shown = re.sub(
+            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text
+        )
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+
+@contextlib.contextmanager
+def escape_output() -> Iterator[None]:
+    """Has all that the process prints go through `_Escaped`: names of files and classes may hold anything."""
+    with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):
+        yield
+
+
 class Progress:
     """The progress of a command: a bar on a terminal, elsewhere a line every 10 seconds; a context manager.
 
@@ -255,6 +248,13 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+class _Head(msgspec.Struct):
+    """What every record of a metrics.jsonl has."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    kind: Literal["train", "evaluation"]
 
 
 def read_records(path: files.Path) -> list[dict[str, Any]]:

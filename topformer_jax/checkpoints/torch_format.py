@@ -154,19 +154,6 @@ def _load(path: files.Path) -> Any:
     return loaded
 
 
-def _check_sums(content: bytes, path: files.Path) -> None:
-    """Raises a UserError where the bytes of a zip archive differ from their checksums, which PyTorch ignores."""
-    if not content.startswith(b"PK"):
-        return
-    damaged = None
-    with contextlib.suppress(Exception):  # PyTorch says why it is no archive of its own
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
-    if damaged:
-        raise UserError(
-            f"{path} is damaged: {files.shorten(damaged)} in it is not as it was written; copy it again"
-        )
-
-
 def _find_states(
     content: dict[Any, Any], torch: ModuleType, keys: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
@@ -270,3 +257,16 @@ def _import_torch() -> ModuleType:
             "pip install 'topformer_jax[convert]' (from a clone: pip install -e '.[convert]')"
         ) from None
     return torch
+
+
+def _check_sums(content: bytes, path: files.Path) -> None:
+    """Raises a UserError where the bytes of a zip archive differ from their checksums, which PyTorch ignores."""
+    if not content.startswith(b"PK"):
+        return
+    damaged = None
+    with contextlib.suppress(Exception):  # PyTorch says why it is no archive of its own
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+    if damaged:
+        raise UserError(
+            f"{path} is damaged: {files.shorten(damaged)} in it is not as it was written; copy it again"
+        )
