@@ -46,7 +46,7 @@ def _open_cache() -> str:
 
 
 def _describe_processor() -> str:
-    """As `programs.py` does, which must not be imported before pytest has set up the checks of shapes."""
+    """The instructions that the processor knows: what XLA compiled for others must not be run."""
     information = pathlib.Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = ("flags", "Features", "model name")

@@ -241,7 +241,7 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
         (programs.predict_and_count, programs.predict_and_count(shapes.supports)),
     ):
         assert getattr(function, "cache_info")().currsize == 1  # noqa: B009
-        assert getattr(program, "_jitted")._cache_size() == 1  # noqa: B009
+        assert getattr(program, "_cache_size")() == 1  # noqa: B009
 
 
 def test_memory_of_a_large_picture(small: models.Segmenter) -> None:

@@ -68,6 +68,7 @@ class Watcher:
         losses: what was wrong, each time that it began.
         whole: the complete steps at the last look.
         newest: the newest step that was ever complete, 0 before.
+        seen: all steps that were ever complete.
         begun: the names of all unfinished steps that were seen.
     """
 
@@ -75,10 +76,10 @@ class Watcher:
         self.moments, self.newest = 0, 0
         self.losses: list[str] = []
         self.whole: set[int] = set()
+        self.seen: set[int] = set()
         self.begun: set[str] = set()
         self._look, self._keep = look, keep
         self._files: dict[int, int] = {}
-        self._seen: set[int] = set()
         self._most = 0
         self._is_losing = False
         self._error: Exception | None = None
@@ -110,8 +111,8 @@ class Watcher:
 
     def _note(self, files: dict[int, int], unfinished: set[str]) -> None:
         self._files = {step: max(self._files.get(step, 0), count) for step, count in files.items()}
-        new = files.keys() - self._seen
-        self._seen |= new
+        new = files.keys() - self.seen
+        self.seen |= new
         self._judge(self.whole | new)  # a step that was committed during the last look could be missing in it
         self.whole = {step for step, count in files.items() if count == self._files[step]}
         self.begun |= unfinished
@@ -221,8 +222,10 @@ def test_kills_lose_no_step(
             if not resumed:
                 break
             scores |= begun.scores()
-            best = [step for step in scores if scores[step] == max(scores.values())]
-            if watcher.whole and best and not watcher.whole.intersection(best):
+            # A score is printed while its step is still written: a step that never was complete cannot be lost.
+            scored = {step: score for step, score in scores.items() if step in watcher.seen}
+            best = {step for step, score in scored.items() if score == max(scored.values())}
+            if best and not best & watcher.whole:
                 lost.append(f"step {best} had the best score, {sorted(watcher.whole)} are left")
     print(
         f"\n{place}, {processes} processes, max_to_keep {keep}: {watcher.moments} moments watched, {number} kills, "

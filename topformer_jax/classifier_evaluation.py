@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from topformer_jax import models, processes, programs, sharding
+from topformer_jax import models, processes, sharding
 from topformer_jax.data import class_images, loader, sources
 from topformer_jax.data.augment import normalize
 from topformer_jax.evaluation import local_rows
@@ -127,7 +127,7 @@ def _rank_program(graphdef: nnx.GraphDef, dtype: np.dtype, mesh: Mesh) -> Callab
 
     rows = P(mesh.axis_names)
     per_device = jax.shard_map(rank, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)
-    return programs.KeptProgram(per_device, (graphdef, dtype, "ranks"), mesh)
+    return jax.jit(per_device)
 
 
 def _fetch_ranks(indices: list[int], ranks: Array, found: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: a parser that knows --config, errors of one line, compiled programs kept on disk."""
+"""What every command shares: a parser that knows --config, errors of one line, JAX's cache of compiled programs."""
 
 import argparse
 import ctypes
@@ -138,30 +138,21 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
     Control characters of what it prints are escaped. Compiled programs go into JAX's persistent cache in
-    ~/.cache/topformer_jax, unless the environment sets another, and into the folder `programs` in it; the process
-    keeps freed memory.
+    ~/.cache/topformer_jax, unless the environment sets another; the process keeps freed memory.
     """
     gc.enable()  # see topformer_jax/__init__.py
     with logs.escape_output():
-        _run(main)
-
-
-def _run(main: Callable[[], None]) -> None:
-    from topformer_jax import programs  # not at the top, since it imports JAX: see `answer_help`
-
-    try:
-        _keep_compiled_programs()
-        keep_freed_memory()
-        logs.silence_orbax_threads()
-        main()
-    except (Exception, KeyboardInterrupt) as error:
-        leave_others_on_error(type(error), error)
-        status = _report(error)
-        if status is None:
-            raise
-        sys.exit(status)
-    finally:
-        programs.keep_in(None)
+        try:
+            _set_compilation_cache()
+            keep_freed_memory()
+            logs.silence_orbax_threads()
+            main()
+        except (Exception, KeyboardInterrupt) as error:
+            leave_others_on_error(type(error), error)
+            status = _report(error)
+            if status is None:
+                raise
+            sys.exit(status)
 
 
 def leave_others_on_error(_: object, error: BaseException | None, *rest: object) -> None:
@@ -216,22 +207,17 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "topformer_jax"
 
 
-def _keep_compiled_programs() -> None:
+def _set_compilation_cache() -> None:
     import jax
-
-    from topformer_jax import programs
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:
-            folder = cache_folder()
-            files.make_private(folder)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
+            files.make_private(cache_folder())
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
         except (UserError, RuntimeError) as error:  # no home, say
             print(f"note: compiled programs are not kept: {error}", flush=True)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    programs.keep_in(pathlib.Path(folder) / "programs" if folder and "://" not in folder else None)
 
 
 def keep_freed_memory() -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from topformer_jax import models, programs, sharding
+from topformer_jax import models, sharding
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.data.class_augment import augment_classes
@@ -138,10 +138,8 @@ def build_train_step(
         ),
         layout=layout,
     )
-    return programs.KeptProgram(
+    return jax.jit(
         step,
-        (config.to_json(), graphdef, teacher_graphdef, cross_entropy, "train step"),
-        mesh,
         in_shardings=in_shardings,
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Int32, UInt8
 from ml_collections import FrozenConfigDict
 
-from topformer_jax import models, programs, sharding
+from topformer_jax import models, sharding
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference.geometry import ProgramShapes, ViewSizes, logits_size, view_flips
@@ -70,7 +70,7 @@ class CompiledInference:
             """A function from static arguments to the program that they make of `function`, always the same one."""
 
             @functools.cache
-            def program(*static: Any) -> programs.KeptProgram:
+            def program(*static: Any) -> Callable[..., Any]:
                 per_device = jax.shard_map(
                     functools.partial(function, *static),
                     mesh=mesh,
@@ -78,8 +78,7 @@ class CompiledInference:
                     out_specs=batch,
                     check_vma=False,
                 )
-                made_from = (function.__name__, static, graphdef, num_classes, policy, evaluation.to_json())
-                return programs.KeptProgram(per_device, made_from, mesh, **options)
+                return jax.jit(per_device, **options)
 
             return program
 
