@@ -19,7 +19,7 @@ from topformer_jax import files, logs
 from topformer_jax.config.listing import as_text
 from topformer_jax.errors import UserError, explain_out_of_memory
 
-LONGEST_LINE = 300  # characters
+LONGEST_LINE = 300  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):

@@ -27,9 +27,7 @@ else:
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
 WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
-MOST_BYTES = (
-    1 << 30
-)  # of a file that is read as a whole into a structure: lists of a million pictures have less
+MOST_BYTES = 1 << 30  # of a file that is read as a whole; lists of a million pictures have less
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no character of a name
 _unfinished: list[Path] = []  # files that are of no use yet
 Result = TypeVar("Result")
