@@ -289,8 +289,8 @@ def test_folders_of_voc(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     np.testing.assert_array_equal(label(tmp_path / "made", "train/a"), values)
     assert (tmp_path / "made/classes.txt").read_text().splitlines()[15] == "person"
     out = capsys.readouterr().out
-    assert "left out, pictures without a mask: JPEGImages/unlabelled.jpg" in out
-    assert "train.txt without picture and label: lost" in out
+    assert "left out, without a mask: JPEGImages/unlabelled.jpg" in out
+    assert "train.txt, but without picture or label: lost" in out
 
     write(tmp_path / "x", {"class_names.txt": "_background_\ncar\n"})
     assert "holds 15, which stands for no class" in refusal(
@@ -374,7 +374,18 @@ def test_wrong_files_of_coco_are_one_line(
         ("yolo", {"labels/train/a.txt": "0 10 20 30 20 30 40\n"}, "lies outside of its picture"),
         ("yolo", {"data.yaml": "names: [a, [b]]\n"}, "x/data.yaml is not the YAML file that was expected"),
         ("yolo", {"data.yaml": "names: [no, yes]\n"}, "x/data.yaml is not the YAML file that was expected"),
-        ("yolo", {"data.yaml": "a: [\n"}, "x/data.yaml is not the YAML file that was expected"),
+        ("yolo", {"data.yaml": "names: [\n"}, "x/data.yaml is not the YAML file that was expected"),
+        (
+            "yolo",
+            {"data.yaml": "a: [\n"},
+            "x holds neither a data.yaml with names of classes nor a classes.txt",
+        ),
+        ("yolo", {"b.yaml": "names: [a]\n"}, "x/b.yaml and x/data.yaml both name classes, and differ"),
+        (
+            "yolo",
+            {"data.yaml": YAML.replace("images/train", "images/test"), "images/test/a.jpg": b""},
+            "x/images/test/a.jpg belongs to train by data.yaml and to test by its folder",
+        ),
         ("yolo", {"data.yaml": YAML.replace("images/val", "images/other")}, "for val, which is not below x"),
         ("cvat", {"labelmap.txt": "a:1,2::\n"}, "expected NAME RED GREEN BLUE (0 to 255), found 'a:1,2::'"),
         ("cvat", {"labelmap.txt": "a:1,2,3::\nb:1,2,3::\n"}, "gives a and b one colour, 1 2 3"),
@@ -383,7 +394,6 @@ def test_wrong_files_of_coco_are_one_line(
         ("roboflow-masks", {}, "holds no _classes.csv"),
         ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),
         ("labelme", {}, "x holds no .json of labelme"),
-        ("labelme", {"a.json": "{}"}, "a.json has neither shapes, as labelme's files, nor info and objects"),
     ],
 )
 def test_wrong_files_of_others_are_one_line(

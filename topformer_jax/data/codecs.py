@@ -73,7 +73,7 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
             )
         return data
     _check_complete(data, name)
-    _check_depth(data, name)
+    _refuse_floats(data, name)
     flags = 0 if orient else cv2.IMREAD_IGNORE_ORIENTATION
     if orient and data[4:12] == AVIF and _is_turned(data):  # OpenCV leaves AVIF as it is stored
         with PIL.Image.open(io.BytesIO(data)) as picture:
@@ -233,30 +233,33 @@ def _decode(data: bytes, flags: int, name: str) -> np.ndarray:
     return array
 
 
-def _check_depth(data: bytes, name: str) -> None:
-    """Refuses pixels that 8 bits would not show: floats, and 10 to 14 bits in 16."""
-    if not data.startswith(TIFF) and not (data.startswith(PNG) and data[24] == 16):
-        return
+def read_depth(data: bytes | np.ndarray, name: str) -> int:
+    """The bits that the largest value of a PNG or TIFF of 16 bits takes; 8 for other files, and for a black one.
+
+    Raises:
+        UserError: it holds floats.
+    """
+    if isinstance(data, np.ndarray) or not (data.startswith(TIFF) or (data.startswith(PNG) and data[24] == 16)):
+        return 8
     pixels = _decode(data, cv2.IMREAD_UNCHANGED, name)
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UserError(f"{name} holds {pixels.dtype} numbers, no colours: save it as PNG or JPEG, of 8 bits")
-    largest = int(pixels[..., :3].max()) if pixels.ndim == 3 else int(pixels.max())
-    if pixels.dtype == np.uint16 and 0 < largest < DEEP:
-        raise UserError(
-            f"{name} has {largest.bit_length()} bits in 16 (values up to {largest} of 65535), which would be nearly "
-            "black: scale them, and save it as 8 bits"
-        )
+    largest = int(pixels[..., :3].max() if pixels.ndim == 3 else pixels.max())
+    return largest.bit_length() if pixels.dtype == np.uint16 and largest else 8
 
 
 def _is_turned(data: bytes) -> bool:
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
-
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
+    except PIL.UnidentifiedImageError:  # Pillow before 11.3 reads no AVIF
+        raise
+    
 
 def _check_complete(data: bytes, name: str) -> None:
     """Raises a UserError for a file that is cut off: OpenCV would fill a JPEG up with grey."""
     if not data:
-        raise UserError(f"{name} is empty: copy or fetch it again")
+        raise UserError(f"{name} is empty: replace or remove it")
     if data.startswith(PNG):
         _check_png(data, name)
     elif data.startswith(JPEG) and not _has_jpeg_end(data):
@@ -300,7 +303,7 @@ def _check_png(data: bytes, name: str) -> None:
         right_start = position > len(PNG) or (length, kind) == (13, b"IHDR")
         checksum = struct.pack(">I", zlib.crc32(memoryview(data)[position + 4 : end - 4]))
         if not right_start or data[end - 4 : end] != checksum:
-            raise UserError(f"{name} is a damaged PNG: copy or fetch it again")
+            raise UserError(f"{name} is a damaged PNG: replace or remove it")
         position = end
 
 
@@ -309,11 +312,11 @@ def _not_a_png(name: str) -> UserError:
 
 
 def _cut_off(name: str) -> UserError:
-    return UserError(f"{name} is cut off: its end is missing; copy or fetch it again")
+    return UserError(f"{name} is cut off: its end is missing; replace or remove it")
 
 
 def _damaged(name: str, data: bytes = b"") -> UserError:
     for start, kind in _OTHER_FILES.items():
         if re.match(start, data[:40], re.DOTALL | re.IGNORECASE):
             return UserError(f"{name} is {kind}: save pictures as JPEG or PNG")
-    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; copy or fetch it again")
+    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; replace or remove it")

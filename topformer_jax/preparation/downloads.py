@@ -213,14 +213,14 @@ def _find_own(source: pathlib.Path, options: Mapping[str, Any]) -> Found:
             f"the pictures by --from {', '.join(READERS)}"
         )
     annotations = READERS[kind](own.open_source(source), " ".join(background.split()))
-    division = own.divide(annotations, validation)
+    plan, table = own.divide(annotations, validation)
     origin = {
         "dataset": "custom",
         "options": dict(options),
         "classes": annotations.classes,
         "archives": {source.name: [*fingerprint(source), *_checksum(source)]},
     }
-    return Found("custom", division.plan, origin, {}, division.table, division.notes)
+    return Found("custom", plan, origin, {}, table, annotations.notes)
 
 
 def _checksum(path: pathlib.Path) -> list[str]:

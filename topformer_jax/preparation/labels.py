@@ -189,7 +189,8 @@ class Region:
 
     label: int
     polygons: tuple[tuple[float, ...], ...] = ()
-    runs: str | tuple[int, ...] = ()
+    runs: str | Sequence[int] = ()
+    size: Size | None = None  # of the runs
 
 
 def take_polygons(polygons: Iterable[Sequence[float]], name: str) -> tuple[tuple[float, ...], ...]:
@@ -213,7 +214,7 @@ def box_region(label: int, x: float, y: float, width: float, height: float) -> R
 
 
 def draw_regions(
-    background: int, stated: Size | None, image: Member, regions: Sequence[Region], data: bytes, name: str
+    background: int, stated: Size | None, image: Member, regions: Sequence[Region], name: str
 ) -> bytes:
     """Draws the regions of a picture in the order of their areas, largest first, as pycocotools fills polygons.
 
@@ -222,7 +223,6 @@ def draw_regions(
         stated: (height, width) that the annotation names.
         image: the picture.
         regions: what to draw; of equal areas the later one is on top.
-        data: unused: the regions are known.
         name: of the annotation.
 
     Raises:
@@ -234,7 +234,8 @@ def draw_regions(
     check_stated_size(stated, size, image.where, name)
     drawn = []
     for region in regions:
-        runs: str | Sequence[int] = region.runs
+        runs = region.runs
+        check_stated_size(region.size, size, image.where, f"a mask in {name}")
         for polygon in region.polygons:
             check_points(list(zip(polygon[::2], polygon[1::2], strict=True)), size, name)
         if region.polygons:
