@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops"},
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
-    "cli": {"config", "logs", "processes", "programs"},
+    "cli": {"config", "files", "logs", "processes", "programs"},
     "checkpoints": {"config", "data", "files", "models"},
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},

@@ -511,7 +511,7 @@ def test_a_backup_beside_its_files_is_not_read(
     assert made_names(tmp_path / "made") == {"train": {"a"}, "val": {"b"}}
     write_zip(source / "c.zip", copies | {"x/images/train/c.jpg": jpeg(7)})
     line = refusal("custom", source, tmp_path / "b", "--from", "colours")
-    assert "c.zip holds 1 pictures that lie beside it too, such as x/images/train/a.jpg" in line
+    assert "c.zip holds 2 of the pictures and masks that lie beside it, such as x/images/train/a.jpg" in line
 
 
 def test_strange_files_and_names(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

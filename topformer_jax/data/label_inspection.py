@@ -199,7 +199,7 @@ def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, 
         faults.append(Fault("size", name, _describe_sizes(example.image, size, values.shape)))
     pixels = np.bincount(np.minimum(values.astype(np.int64), BEYOND).ravel(), minlength=BEYOND + 1)
     largest = int(values.max(initial=0))
-    kind = _label_kind(data)
+    kind = label_kind(data)
     palette = codecs.read_palette(data) if isinstance(data, bytes) else b""
     return LabelFacts(name, kind, pixels.astype(np.int64), largest, count_ramps(values), palette), faults
 
@@ -224,7 +224,8 @@ def _describe_sizes(image: bytes | np.ndarray, size: Size, label: Size) -> str:
     return "has another size than its image: make it again at the image's size, with nearest neighbour"
 
 
-def _label_kind(label: bytes | np.ndarray) -> str:
+def label_kind(label: bytes | np.ndarray) -> str:
+    """What a label's file is, such as "grey PNG, 8 bits"."""
     if isinstance(label, np.ndarray):
         return "array"
     kind = "palette" if label[25] == codecs.PALETTE else "grey"

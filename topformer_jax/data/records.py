@@ -136,7 +136,7 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
     raise UserError(
         f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
         f"{dataset}/{VERSION}/{INFO}; build it with python -m topformer_jax.prepare "
-        f"{dataset} --source DIR --output DIR --format array_record and give --config.data.root=DIR; {hint}"
+        f"{dataset} --format array_record, and give --config.data.root=DIR; {hint}"
     )
 
 

@@ -162,7 +162,7 @@ def _open_inner(name: str, member: Member, beside: Mapping[str, Member]) -> dict
         return {name: member}
     if pictures := [key for key in copies if is_picture(key)]:
         raise UserError(
-            f"{member.where} holds {len(pictures)} pictures that lie beside it too, such as "
+            f"{member.where} holds {len(pictures)} of the pictures and masks that lie beside it, such as "
             f"{files.shorten(pictures[0])}: move it away, or them"
         )
     return found
