@@ -1,8 +1,8 @@
 """Files of COCO's form: instances (polygons and run lengths) and panoptic ones (also in Mapillary's folders)."""
 
 import pathlib
-from collections import Counter, defaultdict
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated
 
@@ -121,23 +121,20 @@ def read(source: Archive, background: str) -> Annotations:
     )
     categories = _find_categories(found, {name: contents[name] for name in chosen})
     where = ", ".join(chosen)[:80]
-    names = own.list_classes(list(categories.values()), where, least=0)
-    known = [] if panoptic else BACKGROUNDS
-    if panoptic and not background:
-        found.classes, empty = names, IGNORE_LABEL  # COCO's own rule for what has no segment
-    else:
-        found.classes, empty = own.add_background(names, background, known, where)
-    own.list_classes(found.classes, where)
-    first = len(found.classes) - len(names)
-    table = {number: first + index for index, number in enumerate(categories)}
-    folders = {name: _mask_folder(source, name) for name in panoptic}
-    masks = {_mask_name(folders[name], row) for name in panoptic for row in contents[name].annotations or ()}
-    pictures = _index_pictures(source, masks)
+    known = () if panoptic else BACKGROUNDS
+    found.classes, table, empty = own.number_classes(categories, background, where, known)
+    if panoptic and empty is None:
+        empty = IGNORE_LABEL  # COCO's own rule for what has no segment
     if not panoptic:
         labels.require_pycocotools()
+        found.notes.append("overlapping regions are drawn by their area, the largest first")
+    folders = {name: _mask_folder(source, name) for name in panoptic}
+    masks = {_mask_name(folders[name], row) for name in panoptic for row in contents[name].annotations or ()}
+    index = own.index_ends(name for name in source.members if own.is_picture(name) and name not in masks)
+    label_of_rest = own.require_background(empty, where)
     for name in chosen:
         add = _add_panoptic if panoptic else _add_instances
-        add(found, name, contents[name], table, empty, pictures)
+        add(found, name, contents[name], table, label_of_rest, index)
     return found
 
 
@@ -149,14 +146,12 @@ def _find_categories(found: Annotations, contents: dict[str, Content]) -> dict[I
     for name, content in contents.items():
         where = found.source[name].where
         groups = {row.supercategory for row in content.categories}
-        numbers = Counter(row.id for row in content.categories)
-        twice = [number for number, count in numbers.items() if count > 1]
-        if twice:
-            raise UserError(
-                f"{where} has two categories of id {files.shorten(twice[0], 40)}: give each one its own"
-            )
-        these = {}
+        these: dict[Identity, str] = {}
         for row in sorted(content.categories, key=lambda row: (isinstance(row.id, str), row.id)):
+            if row.id in these:
+                raise UserError(
+                    f"{where} has two categories of id {files.shorten(row.id, 40)}: give each one its own"
+                )
             if row.id == 0 and row.supercategory == "none" and row.name in groups and row.id not in used:
                 found.notes.append(
                     f"no class: category {files.shorten(row.name)}, which names the group of the others"
@@ -178,16 +173,6 @@ def _mask_folder(source: Archive, name: str) -> str:
 
 def _mask_name(folder: str, row: Annotation) -> str:
     return "/".join([*filter(None, [folder]), *own.split_path(row.file_name or "")])
-
-
-def _index_pictures(source: Archive, masks: Container[str]) -> dict[str, list[str]]:
-    """The paths of pictures by each end of theirs: c.jpg, b/c.jpg, a/b/c.jpg."""
-    index: dict[str, list[str]] = defaultdict(list)
-    for name in filter(own.is_picture, source.members):
-        parts = name.split("/")
-        for start in range(len(parts) if name not in masks else 0):
-            index["/".join(parts[start:])].append(name)
-    return index
 
 
 def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split: str, where: str) -> str:
@@ -215,17 +200,16 @@ def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split:
     )
 
 
-def _split_of(name: str) -> str:
-    """The split that a file's folders or its name say."""
-    return own.split_of_folders(name) or own.split_of(pathlib.PurePosixPath(name).stem)
-
-
-def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annotation]]:
-    """The annotations of each picture.
+def _list_pictures(
+    found: Annotations, name: str, content: Content, index: dict[str, list[str]]
+) -> Iterator[tuple[Picture, str, str, list[Annotation]]]:
+    """The pictures of a file, each with its path, its split and its annotations.
 
     Raises:
-        UserError: one is of no picture, or two pictures have one id.
+        UserError: an annotation is of no picture, two pictures have one id, or one is not there.
     """
+    where = found.source[name].where
+    split = own.split_of_folders(name) or own.split_of(pathlib.PurePosixPath(name).stem)
     rows: dict[Identity, list[Annotation]] = {}
     for picture in content.images or ():
         if picture.id in rows:
@@ -239,7 +223,9 @@ def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annota
                 f"{where}: annotation {number} is of image {files.shorten(row.image_id, 40)}, which it does not list"
             )
         rows[row.image_id].append(row)
-    return rows
+    for picture in content.images or ():
+        path = _find_picture(index, picture.file_name, name, split, where)
+        yield picture, path, split, rows[picture.id]
 
 
 def _add_panoptic(
@@ -248,30 +234,26 @@ def _add_panoptic(
     content: Content,
     table: dict[Identity, int],
     empty: int,
-    pictures: dict[str, list[str]],
+    index: dict[str, list[str]],
 ) -> None:
-    """Adds the pairs of a panoptic file, whose masks are in a folder of its name or beside it."""
-    source, where, split = found.source, found.source[name].where, _split_of(name)
-    folder = _mask_folder(source, name)
-    rows = _rows_by_picture(content, where)
-    missing = [row.file_name for row in content.images or () if not rows[row.id]]
-    if missing:
-        found.left_out.append((f"without a mask in {files.shorten(name)}", own.PICTURES, missing))
-    for picture in content.images or ():
-        for row in rows[picture.id]:
+    """Adds the pairs of a panoptic file."""
+    source, where, folder = found.source, found.source[name].where, _mask_folder(found.source, name)
+    missing = []
+    for picture, path, split, rows in _list_pictures(found, name, content, index):
+        if not rows:
+            missing.append(picture.file_name)
+        for row in rows:
             mask = _mask_name(folder, row)
             if mask not in source.members:
                 raise UserError(
                     f"{where} names the mask {files.shorten(mask)}, which is not there: put it there"
                 )
-            path = _find_picture(pictures, picture.file_name, name, split, where)
-            segments = {
-                segment.id: _label(segment.category_id, table, where) for segment in row.segments_info or ()
-            }
-            convert = partial(
-                labels.convert_mask, partial(labels.map_segments, segments, empty), source[path]
-            )
-            found.pairs.append(Pair(path, source[path], source[mask], convert, split))
+            segments = {part.id: _label(part.category_id, table, where) for part in row.segments_info or ()}
+            convert = partial(labels.map_segments, segments, empty)
+            sized = partial(labels.convert_mask, convert, source[path])
+            found.pairs.append(Pair(path, source[path], source[mask], sized, split))
+    if missing:
+        found.left_out.append((f"without a mask in {files.shorten(name)}", own.PICTURES, missing))
 
 
 def _add_instances(
@@ -280,25 +262,18 @@ def _add_instances(
     content: Content,
     table: dict[Identity, int],
     empty: int,
-    pictures: dict[str, list[str]],
+    index: dict[str, list[str]],
 ) -> None:
     """Adds the pairs of a file of instances; a box without a mask is void."""
-    where, split = found.source[name].where, _split_of(name)
-    rows = _rows_by_picture(content, where)
     counts: Counter[str] = Counter()
-    for picture in content.images or ():
-        path = _find_picture(pictures, picture.file_name, name, split, where)
+    for picture, path, split, rows in _list_pictures(found, name, content, index):
         stated = (picture.height, picture.width) if picture.height and picture.width else None
-        place = f"{where}: {files.shorten(picture.file_name, 80)}"
-        data = msgspec.json.encode({"annotations": rows[picture.id]})
-        _read_regions(data, table, place, counts)
+        where = f"{found.source[name].where}: {files.shorten(picture.file_name, 80)}"
+        data = msgspec.json.encode({"annotations": rows})
+        _read_regions(data, table, where, counts)
         image = found.source[path]
-        convert = partial(_draw, table, empty, stated, image)
-        found.pairs.append(Pair(path, image, data, convert, split, place))
+        found.pairs.append(Pair(path, image, data, partial(_draw, table, empty, stated, image), split, where))
     found.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]
-    found.notes[:] = dict.fromkeys(
-        [*found.notes, "overlapping regions are drawn by their area, the largest first"]
-    )
 
 
 def _draw(

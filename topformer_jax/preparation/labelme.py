@@ -5,7 +5,6 @@ import binascii
 import io
 import posixpath
 import unicodedata
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
@@ -66,7 +65,10 @@ def read(source: Archive, background: str) -> Annotations:
     places: dict[str, str] = {}  # the first file of each label
     spelled: set[str] = set()  # labels that are called otherwise
     thin = 0
-    pictures = _Pictures(source)
+    pictures = [*filter(own.is_picture, source.members)]
+    index, renamed = own.index_ends(pictures), 0
+    for path in pictures:
+        index[own.stem_of(path)].append(path)
     drawn = []
     for name, drawing in found.read_json(Drawing, "shapes"):
         where = source[name].where
@@ -76,12 +78,17 @@ def read(source: Archive, background: str) -> Annotations:
             if label != shape.label:
                 spelled.add(f"{label} (written {shape.label!r})")
             thin += shape.shape_type in _THIN
-        picture, extract = pictures.find(name, drawing, where)
+        picture, extract = _find_picture(source, index, name, drawing)
+        renamed += (
+            bool(drawing.imagePath)
+            and not extract
+            and own.split_path(drawing.imagePath)[-1:] != picture.split("/")[-1:]
+        )
         drawing.imageData = None
         drawn.append((name, picture, extract, msgspec.json.encode(drawing)))
     if not drawn:
         raise UserError(f"{source.path} holds no .json of labelme, with shapes ({own.describe(source)})")
-    classes, table = _list_classes(found, places, background)
+    found.classes, table = _list_classes(found, places, background)
     is_covered = "" not in table
     for name, picture, extract, data in drawn:
         image, where = source[name if extract else picture], source[name].where
@@ -91,16 +98,15 @@ def read(source: Archive, background: str) -> Annotations:
         split = own.split_of_folders(name)
         found.pairs.append(Pair(picture, image, data, convert, split, where, extract))
     table.setdefault("", IGNORE_LABEL)
-    found.classes = own.list_classes(classes, str(source.path))
     if spelled:
         found.notes.append(f"labels by other names: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}")
     if thin:
         found.notes.append(
             f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
         )
-    if pictures.renamed:
+    if renamed:
         found.notes.append(
-            f"files whose imagePath is not there, with the picture of their own name: {pictures.renamed}"
+            f"files whose imagePath is not there, with the picture of their own name: {renamed}"
         )
     return found
 
@@ -140,11 +146,10 @@ def _list_classes(
         names.append(BACKGROUND)
     if not where:  # labelme's own tools give the background label 0
         names.sort(key=lambda name: name != BACKGROUND)
-    if not background and BACKGROUND not in names:
-        return names, {name: label for label, name in enumerate(names)} | {IGNORED: IGNORE_LABEL}
-    classes, empty = own.add_background(names, background, (BACKGROUND,), str(source.path))
-    table = {"": empty, BACKGROUND: empty} | {name: label for label, name in enumerate(classes)}
-    return classes, table | {IGNORED: IGNORE_LABEL}
+    where = where or str(source.path)
+    classes, numbers, empty = own.number_classes(dict(enumerate(names)), background, where, (BACKGROUND,))
+    table = {name: numbers[place] for place, name in enumerate(names)} | {IGNORED: IGNORE_LABEL}
+    return classes, table if empty is None else {"": empty, BACKGROUND: empty} | table
 
 
 def _require_full_cover(
@@ -159,54 +164,43 @@ def _require_full_cover(
         )
 
 
-class _Pictures:
-    """Finds the pictures of labelme's files."""
+def _find_picture(
+    source: Archive, index: Mapping[str, list[str]], name: str, drawing: Drawing
+) -> tuple[str, Convert | None]:
+    """The path of a file's picture, and what takes it out of the file where it is in there.
 
-    def __init__(self, source: Archive):
-        self._source = source
-        self._by_file: dict[str, list[str]] = defaultdict(list)
-        self._by_stem: dict[str, list[str]] = defaultdict(list)
-        self.renamed = 0  # files that name another picture
-        for name in filter(own.is_picture, source.members):
-            self._by_file[name.rpartition("/")[2].lower()].append(name)
-            self._by_stem[own.stem_of(name)].append(name)
-
-    def find(self, name: str, drawing: Drawing, where: str) -> tuple[str, Convert | None]:
-        """The picture's path, and what takes it out of the file of labelme where it is in there.
-
-        Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one below the
-        source of that name; in this order.
-        """
-        source = self._source
-        stated = unicodedata.normalize("NFC", drawing.imagePath or "").replace("\\", "/")
-        folder, stem = posixpath.dirname(name), name[: -len(".json")]
-        file = stated.rpartition("/")[2]
-        beside = [posixpath.normpath(posixpath.join(folder, path)) for path in (stated, file) if file]
-        for path in beside:
-            if path in source.members and own.is_picture(path):
-                return path, None
-        if drawing.imageData:
-            start = _decode64(drawing.imageData[:16], where)
-            suffix = ".jpg" if start.startswith(JPEG) else ".png" if start.startswith(PNG) else ".bmp"
-            return stem + suffix, extract_picture
-        if len(own_name := self._by_stem[stem]) == 1:
-            self.renamed += bool(stated)
-            return own_name[0], None
-        split = own.split_of_folders(name)
-        others = self._by_file[file.lower()]
-        others = [path for path in others if own.split_of_folders(path) == split] or others
-        if len(others) == 1:
-            return others[0], None
-        if file and not own.is_picture(file):
-            raise UserError(
-                f"{where} is of {files.shorten(file, 80)}, which is no picture that is read: save it as .jpg or .png"
-            )
-        why = (
-            f"there {len(others)} times: give its folder"
-            if others
-            else "not below --source: put it beside the file"
+    Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one below the source
+    of that name; in this order.
+    """
+    where = source[name].where
+    stated = unicodedata.normalize("NFC", drawing.imagePath or "").replace("\\", "/")
+    folder, stem = posixpath.dirname(name), name[: -len(".json")]
+    file = stated.rpartition("/")[2]
+    beside = [posixpath.normpath(posixpath.join(folder, path)) for path in (stated, file) if file]
+    for path in beside:
+        if path in source.members and own.is_picture(path):
+            return path, None
+    if drawing.imageData:
+        start = _decode64(drawing.imageData[:16], where)
+        suffix = ".jpg" if start.startswith(JPEG) else ".png" if start.startswith(PNG) else ".bmp"
+        return stem + suffix, extract_picture
+    if len(own_name := index.get(stem, [])) == 1:
+        return own_name[0], None
+    split = own.split_of_folders(name)
+    others = index.get(file, [])
+    others = [path for path in others if own.split_of_folders(path) == split] or others
+    if len(others) == 1:
+        return others[0], None
+    if file and not own.is_picture(file):
+        raise UserError(
+            f"{where} is of {files.shorten(file, 80)}, which is no picture that is read: save it as .jpg or .png"
         )
-        raise UserError(f"{where} is of {files.shorten(stated, 80) or 'no picture'}, which is {why}")
+    why = (
+        f"there {len(others)} times: give its folder"
+        if others
+        else "not below --source: put it beside the file"
+    )
+    raise UserError(f"{where} is of {files.shorten(stated, 80) or 'no picture'}, which is {why}")
 
 
 def extract_picture(data: bytes, name: str) -> bytes:

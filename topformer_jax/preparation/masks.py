@@ -5,7 +5,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
@@ -24,7 +23,6 @@ _MASK_ENDS = ("_mask", "-mask", "_label", "_gt")  # that a mask's name may have 
 _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp")  # without loss
 # NAME RED GREEN BLUE, or CVAT's NAME:RED,GREEN,BLUE:PARTS:ACTIONS
 _COLOUR = re.compile(r"(.*\S)(?:\s+|:)(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(:[^:]*:[^:]*)?", re.ASCII)
-Key = TypeVar("Key")
 
 
 def read_colours(source: Archive, background: str) -> Annotations:
@@ -69,7 +67,7 @@ def _read_masks_in_colours(
         raise UserError(
             f"{where}: no colour is {own.VOID}, so there is nothing for --background {background}: leave it out"
         )
-    classes, table = _number(colours, background, where)
+    classes, table, _ = own.number_classes(colours, background, where, is_last=True)
     found = Annotations(source, classes, read={source[listing]})
     convert = partial(labels.map_colours, table, None)
     _pair(
@@ -80,21 +78,6 @@ def _read_masks_in_colours(
         is_complete=is_complete,
     )
     return found
-
-
-def _number(names: Mapping[Key, str], background: str, where: str) -> tuple[list[str], dict[Key, int]]:
-    """The classes in the order of their keys, and the label of each key.
-
-    What is named void is no class, or the one that --background names: the last one, to leave the others as they are.
-    """
-    classes = [name for name in names.values() if name.lower() != own.VOID]
-    if background and background.lower() != own.VOID and background not in classes:
-        classes.append(background)
-    classes = own.list_classes(classes, where)
-    void = classes.index(background) if background in classes else IGNORE_LABEL
-    return classes, {
-        key: void if name.lower() == own.VOID else classes.index(name.strip()) for key, name in names.items()
-    }
 
 
 def read_roboflow(source: Archive, background: str) -> Annotations:
@@ -112,7 +95,8 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
     first = contents[listings[0]]
     if other := next((name for name in listings if contents[name] != first), ""):
         raise UserError(f"{source[other].where} has other classes than {listings[0]}: give all the same")
-    names, table = _number({IGNORE_LABEL: own.VOID} | first, background, source[listings[0]].where)
+    values = {IGNORE_LABEL: own.VOID} | first
+    names, table, _ = own.number_classes(values, background, source[listings[0]].where, is_last=True)
     found = Annotations(source, names, read={source[name] for name in listings})
     masks = {name: own.stem_of(name) for name in source.members if name.lower().endswith("_mask.png")}
     pictures = {
@@ -153,8 +137,8 @@ def read_voc(source: Archive, background: str) -> Annotations:
     listed = next((name for name in lists if name in source.members), "")
     lines = source.lines(listed) if listed else list(CATALOG["voc2012"].classes)
     where = source[listed].where if listed else "PASCAL VOC"
-    values = dict(enumerate(name for name in lines if name != "__ignore__"))
-    names, table = _number({IGNORE_LABEL: own.VOID} | values, background, where)
+    values = {IGNORE_LABEL: own.VOID} | dict(enumerate(name for name in lines if name != "__ignore__"))
+    names, table, _ = own.number_classes(values, background, where, is_last=True)
     found = Annotations(source, names, read={source[listed]} if listed else set())
     if not listed:
         found.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")

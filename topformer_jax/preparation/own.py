@@ -34,7 +34,7 @@ _BESIDE = "sets?|splits?|data|images?|imgs?|pictures|photos|masks?|labels?|annot
 _SPLIT_WORD = re.compile(rf"({'|'.join(_SPLITS)})({_BESIDE})?")
 _PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # no part of a picture's name
 _OTHER_LISTS = {"main", "layout", "action", "labels"}  # folders of .txt files that do not list pictures
-Content = TypeVar("Content")
+Content, Key = TypeVar("Content"), TypeVar("Key")
 
 
 @dataclasses.dataclass
@@ -63,9 +63,8 @@ class Annotations:
     classes: list[str] = dataclasses.field(default_factory=list)
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     read: set[Member] = dataclasses.field(default_factory=set)  # other files that were used
-    left_out: list[tuple[str, str, list[str]]] = dataclasses.field(
-        default_factory=list
-    )  # reason, column, names
+    # Reason, column and names of files that nothing is made of.
+    left_out: list[tuple[str, str, list[str]]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     decider: str = ""  # what has the last word on splits: a data.yaml; empty: all that say one must agree
 
@@ -224,57 +223,74 @@ def split_of_folders(path: str) -> str:
     return splits.pop() if splits else ""
 
 
-def list_classes(names: Sequence[str], where: str, least: int = 2) -> list[str]:
-    """Checks the names of classes, which are at least so many.
+def number_classes(
+    names: Mapping[Key, str], background: str, where: str, known: Sequence[str] = (), *, is_last: bool = False
+) -> tuple[list[str], dict[Key, int], int | None]:
+    """Numbers the classes in the order of their keys.
+
+    Args:
+        names: of each key; those called void are no class.
+        background: what --background says: a class of what is void or not covered, "void", or "".
+        where: the annotations, for the error.
+        known: the names, in lower case, of an annotated class that is the background.
+        is_last: whether a background that is no class yet gets the last number, not the first.
+
+    Returns:
+        The classes, the label of each key, and the label of the background; None where nothing says it.
 
     Raises:
-        UserError: a name is blank, has a line break, or is there twice; or there are too many or too few.
+        UserError: a name is blank, has a line break, or is there twice.
     """
-    for number, name in enumerate(names):
+    for number, name in enumerate(names.values()):
         if not name.strip() or len(name.splitlines()) > 1 or files.CONTROL.search(name):
             raise UserError(
                 f"{where}: the name of class {number} is {name[:60]!r}: give it a name of one line"
             )
-    twice = [name for name, count in Counter(name.strip() for name in names).items() if count > 1]
-    if twice:
-        raise UserError(f"{where} has the class {twice[0][:60]!r} twice: rename one, or make them one")
-    if len(names) == 1 < least:
-        raise UserError(
-            f"{where} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second one, "
-            "by --background NAME for the pixels that nothing covers"
-        )
-    if not least <= len(names) <= IGNORE_LABEL:
-        raise UserError(f"{where} has {len(names)} classes: from 2 to 255 fit into labels")
-    return [name.strip() for name in names]
+    classes = [name.strip() for name in names.values() if name.strip().lower() != VOID]
+    if len({*classes}) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"{where} has the class {twice[:60]!r} twice: rename one, or make them one")
+    labels = {name: number for number, name in enumerate(classes)}
+    found = next((name for name in classes if name.lower() in known), "")
+    is_void = background.lower() == VOID
+    if background and not is_void and background not in labels:
+        if found:
+            classes[labels[found]] = background
+        else:
+            classes.insert(len(classes) if is_last else 0, background)
+            labels = {name: number for number, name in enumerate(classes)}
+    chosen = background or found
+    empty = IGNORE_LABEL if is_void else classes.index(chosen) if chosen else None
+    void = IGNORE_LABEL if empty is None else empty
+    return classes, {key: labels.get(name.strip(), void) for key, name in names.items()}, empty
 
 
-def add_background(
-    classes: Sequence[str], background: str, known: Sequence[str], where: str
-) -> tuple[list[str], int]:
-    """The classes with the one of what nothing covers, and its label.
-
-    Args:
-        classes: the annotated ones.
-        background: what --background says: a class, "void", or "".
-        known: the names, in lower case, of an annotated class that is the background.
-        where: the annotations, for the error.
+def require_background(empty: int | None, where: str) -> int:
+    """The label of the background.
 
     Raises:
-        UserError: no class is known.
+        UserError: nothing says it.
     """
-    found = [name for name in classes if name.lower() in known]
-    if background.lower() == VOID:
-        return list(classes), IGNORE_LABEL
-    if not background and not found:
+    if empty is None:
         raise UserError(
             f"{where} covers a part of the pictures only: give the rest a class by --background NAME, or leave it "
             f"out of training and scores by --background {VOID}"
         )
-    if background and background not in classes:
-        if not found:
-            return [background, *classes], 0
-        classes = [background if name == found[0] else name for name in classes]
-    return list(classes), list(classes).index(background or found[0])
+    return empty
+
+
+def index_ends(names: Iterable[str]) -> defaultdict[str, list[str]]:
+    """The names of files by each end of their paths: c.jpg, b/c.jpg, a/b/c.jpg.
+
+    >>> index_ends(["b/c.jpg", "c.jpg"])["c.jpg"]
+    ['b/c.jpg', 'c.jpg']
+    """
+    index: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parts = name.split("/")
+        for start in range(len(parts)):
+            index["/".join(parts[start:])].append(name)
+    return index
 
 
 def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list[str]]]:
@@ -290,8 +306,15 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
     Raises:
         UserError: a picture belongs to two splits, or a split is empty.
     """
-    source, pairs = annotations.source, annotations.pairs
+    source, pairs, names = annotations.source, annotations.pairs, annotations.classes
     _refuse_doubles(pairs)
+    if len(names) == 1:
+        raise UserError(
+            f"{source.path} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second one, "
+            "by --background NAME for the pixels that nothing covers"
+        )
+    if not 2 <= len(names) <= IGNORE_LABEL:
+        raise UserError(f"{source.path} has {len(names)} classes: from 2 to 255 fit into labels")
     splits, ways = _find_splits(annotations, validation)
     for split, folder in list(FOLDERS.items())[:2]:
         if split not in splits:
@@ -310,7 +333,7 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
                     f"annotations/{folder}/{name}.png", split, "label", pair.label, pair.convert, pair.where
                 ),
             ]
-    classes = "".join(f"{name}\n" for name in annotations.classes).encode()
+    classes = "".join(f"{name}\n" for name in names).encode()
     table = [["", PICTURES, LABELS, FILES]]
     for split in FOLDERS:
         if count := splits.count(split):
@@ -425,28 +448,23 @@ def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, 
         UserError: two lists of different splits name one picture, or a line could be of two.
     """
     source, found = annotations.source, dict[int, tuple[str, str]]()
-    index: dict[str, list[int]] = defaultdict(list)
-    for number, pair in enumerate(annotations.pairs):
-        parts = stem_of(pair.name).split("/")
-        for start in range(len(parts)):
-            index["/".join(parts[start:])].append(number)
+    numbers = {stem_of(pair.name): number for number, pair in enumerate(annotations.pairs)}
+    index = index_ends(numbers)
     for name, split in lists.items():
         member, lines, lost = source[name], source.lines(name), list[str]()
         for line in lines:
             places = _find_line(line, index)
-            if len(places) > 1:
-                places = [n for n in places if split_of_folders(annotations.pairs[n].name) == split] or places
+            places = [path for path in places if split_of_folders(path) == split] or places
             if len(places) > 1:
                 raise UserError(
                     f"{member.where}: {files.shorten(line, 80)} could be {len(places)} pictures: write their folders"
                 )
-            other = found.setdefault(places[0], (split, member.where)) if places else (split, "")
-            if other[0] != split:
+            if not places:
+                lost.append(line)
+            elif (other := found.setdefault(numbers[places[0]], (split, member.where)))[0] != split:
                 raise UserError(
                     f"{files.shorten(line, 80)} is in {other[1]} and in {member.where}: a picture belongs to one list"
                 )
-            if not places:
-                lost.append(line)
         if len(lost) < len(lines):
             annotations.read.add(member)
             if lost:
@@ -454,8 +472,8 @@ def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, 
     return found
 
 
-def _find_line(line: str, index: Mapping[str, list[int]]) -> list[int]:
-    """The places of the pairs that a line of a list may name: the whole line, or its first word."""
+def _find_line(line: str, index: Mapping[str, list[str]]) -> list[str]:
+    """The pictures that a line of a list may name: the whole line, or its first word."""
     words = line.split()
     names_two = sum(map(is_picture, words)) > 1  # the second one is the label
     for text, is_whole in ((line, names_two), (words[0], False), (line, False)):

@@ -36,11 +36,9 @@ def read(source: Archive, background: str) -> Annotations:
     settings, where = _read_settings(found)
     names = settings.names or []
     rows = dict(enumerate(names)) if isinstance(names, list) else dict(sorted(names.items()))
-    classes = own.list_classes([str(name) for name in rows.values()], where, least=0)
-    found.classes, empty = own.add_background(classes, background, coco.BACKGROUNDS, where)
-    own.list_classes(found.classes, where)
-    first = len(found.classes) - len(classes)
-    table = {number: first + index for index, number in enumerate(rows)}
+    named = {number: str(name) for number, name in rows.items()}
+    found.classes, table, background_label = own.number_classes(named, background, where, coco.BACKGROUNDS)
+    empty = own.require_background(background_label, where)
     counts: Counter[str] = Counter()
     texts = set()
     for name in filter(own.is_picture, source.members):
