@@ -128,15 +128,7 @@ def segment_files(
     probabilities: bool,
     progress: logs.Progress,
 ) -> list[str]:
-    """Segments each image and writes its results.
-
-    Args:
-        predictor: of the trained model, or of an exported file.
-        images: what to segment.
-        output: an existing folder.
-        data_set: names and colours of the classes.
-        probabilities: whether to write the probabilities of the classes too.
-        progress: shows the number of segmented images, and each error.
+    """Segments each image and writes its results into an existing folder.
 
     Returns:
         The errors of the images that cannot be read, a line each; these are skipped.

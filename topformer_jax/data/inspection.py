@@ -158,8 +158,7 @@ def read_splits(
     """Reads the splits' examples; the result does not depend on threads.
 
     Args:
-        splits: by name, to be filled.
-        open_split: opens one of them.
+        splits: by name, to be filled; `open_split` opens one of them.
         read_label: what is kept of a label, None where it cannot be read; and what is wrong with it.
         orient: whether images are rotated by their EXIF orientation.
         limit: how many examples of each to read; None: all.

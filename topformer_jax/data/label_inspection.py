@@ -140,10 +140,7 @@ def inspect(
 ) -> LabelInspection:
     """Reads the train and the validation split of the config's data set; the result does not depend on threads.
 
-    Args:
-        config: of the data.
-        limit: examples of each split that are read, from the first on; None: all.
-        make_progress: makes what shows how many examples are read, such as logs.Progress.
+    Of each split the first `limit` examples are read, or all.
 
     Raises:
         UserError: the config does not fit the data set, or neither split can be opened.
@@ -181,12 +178,7 @@ def is_class(classes: ByValue) -> Bool[np.ndarray, "values=257"]:
 
 
 def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, Sequence[Fault]]:
-    """Decodes a label and counts what is in it.
-
-    Args:
-        example: its label is read, by the name that it has in `where`.
-        size: of its image, which the label must have; None: unknown.
-    """
+    """Decodes a label, which should have its image's size, and counts what is in it."""
     data, name = example.label, example.where[1]
     try:
         values = codecs.read_label_values(data, name)

@@ -75,14 +75,9 @@ def find_data_set(config: ConfigDict, classes: Sequence[str] = (), palette: Sequ
 
 
 def compare_classes(config: ConfigDict, classes: Sequence[str]) -> str:
-    """What to say where the config's data set names its classes otherwise than a checkpoint.
+    """What to say where the config's data set names its classes otherwise than a checkpoint; "" where it does not.
 
-    Args:
-        config: the settings.
-        classes: the checkpoint's own; empty where it names none.
-
-    Returns:
-        A line; empty where there is no difference, or where the data set is not there to be read.
+    Nothing is said where the data set is not there to be read, or the checkpoint names no classes.
     """
     is_named = config.data.dataset in CATALOG or config.data.class_names or config.data.root
     if not classes or not is_named:
@@ -108,10 +103,6 @@ def compare_classes(config: ConfigDict, classes: Sequence[str]) -> str:
 def check_class_folders(config: ConfigDict, classes: Sequence[str]) -> None:
     """Checks that a classifier's folders number their classes as its checkpoint does: a renamed one moves others.
 
-    Args:
-        config: of a classifier.
-        classes: the checkpoint's own; empty where it names none.
-
     Raises:
         UserError: a name has another number.
     """
@@ -136,11 +127,7 @@ def open_source(
 ) -> Source:
     """Opens the "train" or "validation" split of the config's data set; with data.cache, copies its shards first.
 
-    Args:
-        config: the settings.
-        split: which one.
-        make_progress: makes what shows how much is copied, such as logs.Progress.
-        classes: see `find_data_set`.
+    `make_progress` makes what shows how much is copied, such as logs.Progress; `classes` as in `find_data_set`.
 
     >>> from topformer_jax import config
     >>> source = open_source(config.shapes(), "validation")
@@ -356,10 +343,6 @@ def _find_word(layout: Layout, base: pathlib.Path, words: Sequence[str]) -> str:
 
 def _pair(images: dict[str, str], labels: dict[str, str], suffix: str) -> tuple[dict[str, str], str]:
     """The label of each image, both without suffix, and what is said if their names differ by one ending.
-
-    Args:
-        images, labels: paths by names without suffix.
-        suffix: of the labels.
 
     Raises:
         UserError: the labels of two endings are complete.

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import JPEG, PNG, decode_image
+from topformer_jax.data.codecs import JPEG, PNG, decode_image, read_label_values
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive, Member
@@ -157,7 +157,7 @@ def _require_full_cover(
 ) -> None:
     """Raises a UserError for a picture that its shapes do not cover."""
     probe = dict.fromkeys(table, 0) | {"": 1}
-    if uncovered := float(np.mean(_draw(probe, image, extract, data, name))):
+    if uncovered := float(np.mean(read_label_values(draw_shapes(probe, image, extract, data, name), name))):
         raise UserError(
             f"{name}: no shape covers {uncovered:.2%} of the picture: give the rest a class by --background "
             f"NAME, or leave it out of training and scores by --background {own.VOID}"
@@ -169,8 +169,8 @@ def _find_picture(
 ) -> tuple[str, Convert | None]:
     """The path of a file's picture, and what takes it out of the file where it is in there.
 
-    Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one below the source
-    of that name; in this order.
+    Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one of that name
+    below the source; in this order.
     """
     where = source[name].where
     stated = unicodedata.normalize("NFC", drawing.imagePath or "").replace("\\", "/")
@@ -220,31 +220,19 @@ def draw_shapes(
 ) -> bytes:
     """Draws the shapes of a labelme file in their order, as labelme's shapes_to_label does.
 
-    Args:
-        table: label of each name; that of "" is for the pixels that no shape covers.
-        image: the picture.
-        extract: takes it out of a file that is no picture.
-        data: the file, without the picture.
-        name: of the file.
+    The label of "" in `table` is for the pixels that no shape covers; `extract` takes the picture out of `image`.
 
     Raises:
         UserError: a shape covers no area, or lies outside of the picture; or the picture has another size.
     """
-    return labels.encode(_draw(table, image, extract, data, name))
-
-
-def _draw(
-    table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
-) -> labels.Labels:
     drawing = files.read_json(data, Drawing, name)
     if extract:
         height, width, _ = decode_image(extract(image.read(), name), f"the picture in {name}").shape
-        size = height, width
     else:
-        size = labels.read_size(image)
-    stated = (drawing.imageHeight, drawing.imageWidth)
-    if stated[0] and stated[1]:
-        labels.check_stated_size((stated[0], stated[1]), size, image.where, name)
+        height, width = labels.read_size(image)
+    size = height, width
+    if drawing.imageHeight and drawing.imageWidth:
+        labels.check_stated_size((drawing.imageHeight, drawing.imageWidth), size, image.where, name)
     canvas = Image.new("L", size[::-1], table[""])
     for number, shape in enumerate(drawing.shapes):
         where = f"{name}: shape {number}"
@@ -262,7 +250,7 @@ def _draw(
                 f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which is not drawn: expected "
                 "a polygon of 3 or more points, a rectangle or circle of 2, a mask with a pixel, a line or a point"
             )
-    return np.asarray(canvas)
+    return labels.encode(np.asarray(canvas))
 
 
 def _draw_outline(

@@ -129,10 +129,6 @@ def read_voc(source: Archive, background: str) -> Annotations:
     Raises:
         UserError: there are no masks, or one value of them is in two colours.
     """
-    present = {part.lower() for name in source.members for part in name.split("/")[:-1]}
-    folder = next(
-        (f for f in ("segmentationclasspng", "segmentationclassaug") if f in present), "segmentationclass"
-    )
     lists = (own.CLASSES, "class_names.txt", "labels.txt")
     listed = next((name for name in lists if name in source.members), "")
     lines = source.lines(listed) if listed else list(CATALOG["voc2012"].classes)
@@ -142,7 +138,7 @@ def read_voc(source: Archive, background: str) -> Annotations:
     found = Annotations(source, names, read={source[listed]} if listed else set())
     if not listed:
         found.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")
-    masks = _in_folders(source, (folder,))
+    masks = _in_folders(source, ("segmentationclasspng",)) or _in_folders(source, ("segmentationclass",))
     _compare_palettes(source, [name for name in masks if name.lower().endswith(".png")])
     _pair(found, _in_folders(source, _PICTURES), masks, partial(labels.map_values, table), is_complete=False)
     return found
@@ -187,14 +183,7 @@ def _pair(
     *,
     is_complete: bool,
 ) -> None:
-    """Adds the pairs of pictures and masks of one key.
-
-    Args:
-        found: to which they are added.
-        pictures: the key of each picture's path.
-        masks: the key of each mask's.
-        convert: makes a label of a mask.
-        is_complete: whether a picture without a mask is an error.
+    """Adds the pairs of pictures and masks of one key, by their paths; `is_complete` refuses a picture without one.
 
     Raises:
         UserError: a picture has two masks, or none.

@@ -296,12 +296,8 @@ def index_ends(names: Iterable[str]) -> defaultdict[str, list[str]]:
 def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list[str]]]:
     """Gives each pair its split and its name, and counts what nothing is made of.
 
-    Args:
-        annotations: what the reader found; notes are added.
-        validation: share of the pictures to score on, where no folder, list or file says it.
-
     Returns:
-        The plan, and a table of what went where.
+        The plan, and a table of what went where; `annotations` gets notes.
 
     Raises:
         UserError: a picture belongs to two splits, or a split is empty.
@@ -310,8 +306,8 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
     _refuse_doubles(pairs)
     if len(names) == 1:
         raise UserError(
-            f"{source.path} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second one, "
-            "by --background NAME for the pixels that nothing covers"
+            f"{source.path} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second "
+            "one, by --background NAME for the pixels that nothing covers"
         )
     if not 2 <= len(names) <= IGNORE_LABEL:
         raise UserError(f"{source.path} has {len(names)} classes: from 2 to 255 fit into labels")
@@ -440,9 +436,7 @@ def _find_lists(annotations: Annotations) -> dict[str, str]:
 def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, tuple[str, str]]:
     """The split of pairs by lists of pictures, and the list: by the pairs' places.
 
-    Args:
-        annotations: whose pairs; what a list names and is not there is left out.
-        lists: the split of each list.
+    What a list names and is not there is counted.
 
     Raises:
         UserError: two lists of different splits name one picture, or a line could be of two.

@@ -139,7 +139,9 @@ def _label_names(name: str) -> list[str]:
     return [f"{head}/labels/{tail}".lstrip("/"), beside] if images else [beside]
 
 
-def parse_regions(data: bytes, table: Mapping[int, int], name: str) -> list[labels.Region]:
+def parse_regions(
+    data: bytes, table: Mapping[int, int], name: str, size: labels.Size = (1, 1)
+) -> list[labels.Region]:
     """The lines CLASS X Y X Y ... of a label file, from 0 to 1; a line of a box (CLASS X Y WIDTH HEIGHT) is void.
 
     Raises:
@@ -152,34 +154,27 @@ def parse_regions(data: bytes, table: Mapping[int, int], name: str) -> list[labe
             continue
         where = f"{name}, line {number}"
         try:
-            values = [float(word) for word in words]
+            kind, *values = map(float, words)
         except ValueError:
-            values = [math.nan]
-        if not all(map(math.isfinite, values)) or len(words) < 5 or len(words) % 2 == 0 or values[0] % 1:
+            kind, values = math.nan, []
+        if len(values) < 4 or len(values) % 2 or kind % 1 or not all(map(math.isfinite, values)):
             raise UserError(
                 f"{where}: expected CLASS X Y X Y X Y ... with numbers from 0 to 1, found {line[:60]!r}"
             )
-        if int(values[0]) not in table:
+        if int(kind) not in table:
             raise UserError(
                 f"{where} is of class {files.shorten(words[0], 20)}, which data.yaml does not name"
             )
-        if len(words) == 5:
-            x, y, width, height = values[1:]
-            regions.append(
-                labels.box_region(labels.IGNORE_LABEL, x - width / 2, y - height / 2, width, height)
-            )
+        values = [value * size[1 - index % 2] for index, value in enumerate(values)]
+        if len(values) == 4:
+            x, y, width, height = values
+            corner = x - width / 2, y - height / 2
+            regions.append(labels.box_region(labels.IGNORE_LABEL, *corner, width, height))
         else:
-            regions.append(labels.Region(table[int(values[0])], (tuple(values[1:]),)))
+            regions.append(labels.Region(table[int(kind)], (tuple(values),)))
     return regions
 
 
 def _draw(table: Mapping[int, int], empty: int, image: Member, data: bytes, name: str) -> bytes:
-    height, width = labels.read_size(image)
-    regions = [
-        labels.Region(
-            region.label,
-            tuple(tuple(v * (height if i % 2 else width) for i, v in enumerate(p)) for p in region.polygons),
-        )
-        for region in parse_regions(data, table, name)
-    ]
+    regions = parse_regions(data, table, name, labels.read_size(image))
     return labels.draw_regions(empty, None, image, regions, name)
