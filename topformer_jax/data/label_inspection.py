@@ -3,9 +3,9 @@
 `label_rules.py` judges what is found here.
 """
 
-import collections
 import dataclasses
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,9 +32,8 @@ from topformer_jax.data.ramps import Ramps, count_ramps
 from topformer_jax.errors import UserError
 
 BEYOND = IGNORE_LABEL + 1  # the place of all values of 16 bits in tables of values
-RAMPED_SHARE = (
-    0.2  # of a label's borders: at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize
-)
+# Of a label's borders: at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
+RAMPED_SHARE = 0.2
 MIN_BORDERS = 20  # in a label, for a share of them to say anything
 ByValue = Int64[np.ndarray, "values=257"]
 
@@ -58,18 +57,13 @@ class LabelSplit(SplitFacts[LabelFacts]):
     classes: ByValue  # see `class_of_value`
     listing: sources.FolderListing | None = None  # of a folder
     kinds: dict[str, Names] = dataclasses.field(default_factory=names_by_key)  # labels by their file's kind
-    colours: dict[int, dict[bytes, str]] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(dict)
-    )  # of each value in palettes: the first label with each of two colours
+    # Of each value in palettes: the first label with each of two colours.
+    colours: dict[int, dict[bytes, str]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
     labels: int = 0  # that could be read
     pixels: ByValue = dataclasses.field(default_factory=lambda: np.zeros(BEYOND + 1, np.int64))
-    holders: dict[int, Names] = dataclasses.field(
-        default_factory=names_by_key
-    )  # labels by the values in them
+    holders: dict[int, Names] = dataclasses.field(default_factory=names_by_key)  # labels by values
     largest: int = 0  # value
-    wrong: Names = dataclasses.field(
-        default_factory=Names
-    )  # labels with values that are neither class nor void
+    wrong: Names = dataclasses.field(default_factory=Names)  # labels with values of neither class nor void
     void: Names = dataclasses.field(default_factory=Names)  # labels without a pixel of any class
     bordered: int = 0  # labels with `MIN_BORDERS` borders
     ramped: Names = dataclasses.field(default_factory=Names)  # those with soft ones

@@ -424,11 +424,11 @@ def _state_split(pair: Pair, listed: tuple[str, str], decider: str) -> tuple[str
 
 def _find_lists(annotations: Annotations) -> dict[str, str]:
     """The text files that list the pictures of a split, such as train.txt, by their names."""
-    found = {}
+    found, others = {}, annotations.read | {pair.label for pair in annotations.pairs}
     for name, member in annotations.source.members.items():
         folders, _, file = name.lower().rpartition("/")
         split = split_of(name.rpartition("/")[2][:-4]) if file.endswith(".txt") else ""
-        if split and not _OTHER_LISTS & set(folders.split("/")) and member not in annotations.read:
+        if split and not _OTHER_LISTS & set(folders.split("/")) and member not in others:
             found[name] = split
     return found
 
@@ -445,8 +445,8 @@ def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, 
     numbers = {stem_of(pair.name): number for number, pair in enumerate(annotations.pairs)}
     index = index_ends(numbers)
     for name, split in lists.items():
-        member, lines, lost = source[name], source.lines(name), list[str]()
-        for line in lines:
+        member, lost = source[name], list[str]()
+        for line in source.lines(name):
             places = _find_line(line, index)
             places = [path for path in places if split_of_folders(path) == split] or places
             if len(places) > 1:
@@ -459,10 +459,9 @@ def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, 
                 raise UserError(
                     f"{files.shorten(line, 80)} is in {other[1]} and in {member.where}: a picture belongs to one list"
                 )
-        if len(lost) < len(lines):
-            annotations.read.add(member)
-            if lost:
-                annotations.left_out.append((f"in {name}, but without picture or label", PICTURES, lost))
+        annotations.read.add(member)
+        if lost:
+            annotations.left_out.append((f"in {name}, but without picture or label", PICTURES, lost))
     return found
 
 
