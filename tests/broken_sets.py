@@ -53,7 +53,7 @@ def one(file: str, spoil: Callable[[pathlib.Path], object]) -> Callable[[pathlib
 
 def deepen(path: pathlib.Path) -> None:
     """Puts a PNG of 12 bits in 16 in an image's place, under its name."""
-    pixels = cv2.imread(str(path)).astype(np.uint16) * 16
+    pixels = np.asarray(cv2.imread(str(path))).astype(np.uint16) * 16
     path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 

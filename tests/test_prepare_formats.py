@@ -233,7 +233,9 @@ def test_yolo_of_roboflow(tmp_path: pathlib.Path) -> None:
     run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "yolo", *BACK)
     assert (tmp_path / "made/images/test/a.jpg").read_bytes() == picture(4)
     assert (label(tmp_path / "made", "test/a") == 1).all()
-    beside = {"data.yaml": "names: [cat, dog]\n"}  # a .txt named like a list of test is its picture's label
+    beside: dict[str, Any] = {
+        "data.yaml": "names: [cat, dog]\n"
+    }  # a .txt named like a list of test is its picture's label
     beside |= {f"{name}.{end}": data for name in "012" for end, data in (("jpg", picture(1)), ("txt", ""))}
     beside |= {"test_7.jpg": picture(2), "test_7.txt": "0 0 0 1 0 1 1\n"}
     run("custom", write(tmp_path / "y", beside), tmp_path / "c", "--from", "yolo", *BACK)

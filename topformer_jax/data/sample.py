@@ -86,7 +86,9 @@ def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str,
 
 def _read_heads(source: Source) -> Iterator[tuple[str, bytes]]:
     """Kinds and palettes of a folder's labels, by their first bytes: reading all of each label takes long."""
-    for index in _spread(source) if isinstance(source, FolderSource) else ():
+    if not isinstance(source, FolderSource):
+        return
+    for index in _spread(source):
         with contextlib.suppress(UserError):
             head = source.read_label_head(index)
             if head.startswith(codecs.PNG):

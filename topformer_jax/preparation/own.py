@@ -34,7 +34,8 @@ _BESIDE = "sets?|splits?|data|images?|imgs?|pictures|photos|masks?|labels?|annot
 _SPLIT_WORD = re.compile(rf"({'|'.join(_SPLITS)})({_BESIDE})?")
 _PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # no part of a picture's name
 _OTHER_LISTS = {"main", "layout", "action", "labels"}  # folders of .txt files that do not list pictures
-Content, Key = TypeVar("Content"), TypeVar("Key")
+Content = TypeVar("Content")
+Key = TypeVar("Key")
 
 
 @dataclasses.dataclass
@@ -285,7 +286,7 @@ def index_ends(names: Iterable[str]) -> defaultdict[str, list[str]]:
     >>> index_ends(["b/c.jpg", "c.jpg"])["c.jpg"]
     ['b/c.jpg', 'c.jpg']
     """
-    index: dict[str, list[str]] = defaultdict(list)
+    index = defaultdict[str, list[str]](list)
     for name in names:
         parts = name.split("/")
         for start in range(len(parts)):
