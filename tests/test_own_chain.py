@@ -87,11 +87,14 @@ def make(kind: str) -> dict[str, Any]:
             image, label = (text.format(split=split, name=name) for text in FORMATS[kind][1:])
             files |= {image: draw(name)[0]} | ({label: annotate(kind, name)} if label else {})
         listing = {f"ImageSets/Segmentation/{split}.txt": "\n".join(names)}
-        files |= {
+        others: dict[str, dict[str, Any]] = {
             "coco": {f"instances_{split}.json": coco(names)},
             "panoptic": {f"panoptic_{split}.json": coco(names, 1, 2)},
             "roboflow": {f"{split}/_classes.csv": "Pixel Value, Class\n0, street\n1, car\n"},
-        }.get(kind, listing if kind in ("cvat", "voc") else {})
+            "cvat": listing,
+            "voc": listing,
+        }
+        files |= others.get(kind, {})
     return files
 
 
@@ -107,7 +110,7 @@ def test_from_annotations_to_an_exported_model(
     kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The checks of shapes refuse what JAX puts into the types' places to describe programs that are kept.
-    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None, raising=False)
     data = write(tmp_path / "drawn", make(kind))
     if FORMATS[kind][0]:
         assert "train (by" in command(prepare.main, *words_of(kind, data, tmp_path / "set"))

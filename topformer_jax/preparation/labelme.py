@@ -79,11 +79,8 @@ def read(source: Archive, background: str) -> Annotations:
                 spelled.add(f"{label} (written {shape.label!r})")
             thin += shape.shape_type in _THIN
         picture, extract = _find_picture(source, index, name, drawing)
-        renamed += (
-            bool(drawing.imagePath)
-            and not extract
-            and own.split_path(drawing.imagePath)[-1:] != picture.split("/")[-1:]
-        )
+        stated = own.split_path(drawing.imagePath or "")[-1:]
+        renamed += bool(stated) and not extract and stated != picture.split("/")[-1:]
         drawing.imageData = None
         drawn.append((name, picture, extract, msgspec.json.encode(drawing)))
     if not drawn:
