@@ -5,6 +5,7 @@ classes. Here each pair gets its split and its name, and whatever the reader lef
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 import re
@@ -194,6 +195,7 @@ def split_path(text: str) -> list[str]:
     return [part for part in parts if part not in ("", ".", "..")]
 
 
+@functools.lru_cache(maxsize=4096)  # most names are of few folders
 def split_of(text: str) -> str:
     """The split that the name of a folder, a list or a file says, or "".
 
