@@ -143,11 +143,16 @@ def test_shapes_are_drawn_as_labelme_draws_them(
 def test_labels_that_are_numbers_or_differ_by_blanks(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = [[0, 0], [5, 0], [5, 5]]
-    found = make(tmp_path, drawn(shape("car ", BOX), shape("car", small), shape(1, small)), *BACK)  # type: ignore[arg-type]
+    small, corner = [[0, 0], [5, 0], [5, 5]], [[50, 0], [59, 0], [59, 9]]
+    found = make(
+        tmp_path,
+        drawn(shape("car ", BOX), shape("car", small), shape(1, small), shape("Void", corner)),
+        *BACK,
+    )  # type: ignore[arg-type]
     assert classes(tmp_path) == ["nothing", "1", "car"]
     expected = 2 * polygon(BOX)
     expected[polygon(small)] = 1
+    expected[polygon(corner)] = 255  # void is no class, whatever the background
     np.testing.assert_array_equal(found, expected)
     assert "labels by other names: 1 (written 1), car (written 'car ')" in capsys.readouterr().out
 

@@ -67,7 +67,7 @@ def _read_masks_in_colours(
         raise UserError(
             f"{where}: no colour is {own.VOID}, so there is nothing for --background {background}: leave it out"
         )
-    classes, table, _ = own.number_classes(colours, background, where, is_last=True)
+    classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
     found = Annotations(source, classes, read={source[listing]})
     convert = partial(labels.map_colours, table, None)
     _pair(
@@ -96,7 +96,7 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
     if other := next((name for name in listings if contents[name] != first), ""):
         raise UserError(f"{source[other].where} has other classes than {listings[0]}: give all the same")
     values = {IGNORE_LABEL: own.VOID} | first
-    names, table, _ = own.number_classes(values, background, source[listings[0]].where, is_last=True)
+    names, table, _ = own.number_classes(values, background, source[listings[0]].where, of_masks=True)
     found = Annotations(source, names, read={source[name] for name in listings})
     masks = {name: own.stem_of(name) for name in source.members if name.lower().endswith("_mask.png")}
     pictures = {
@@ -134,7 +134,7 @@ def read_voc(source: Archive, background: str) -> Annotations:
     lines = source.lines(listed) if listed else list(CATALOG["voc2012"].classes)
     where = source[listed].where if listed else "PASCAL VOC"
     values = {IGNORE_LABEL: own.VOID} | dict(enumerate(name for name in lines if name != "__ignore__"))
-    names, table, _ = own.number_classes(values, background, where, is_last=True)
+    names, table, _ = own.number_classes(values, background, where, of_masks=True)
     found = Annotations(source, names, read={source[listed]} if listed else set())
     if not listed:
         found.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")

@@ -227,7 +227,12 @@ def split_of_folders(path: str) -> str:
 
 
 def number_classes(
-    names: Mapping[Key, str], background: str, where: str, known: Sequence[str] = (), *, is_last: bool = False
+    names: Mapping[Key, str],
+    background: str,
+    where: str,
+    known: Sequence[str] = (),
+    *,
+    of_masks: bool = False,
 ) -> tuple[list[str], dict[Key, int], int | None]:
     """Numbers the classes in the order of their keys.
 
@@ -236,7 +241,7 @@ def number_classes(
         background: what --background says: a class of what is void or not covered, "void", or "".
         where: the annotations, for the error.
         known: the names, in lower case, of an annotated class that is the background.
-        is_last: whether a background that is no class yet gets the last number, not the first.
+        of_masks: then the background is what is void in them, and has the last number if it is no class yet.
 
     Returns:
         The classes, the label of each key, and the label of the background; None where nothing says it.
@@ -260,11 +265,11 @@ def number_classes(
         if found:
             classes[labels[found]] = background
         else:
-            classes.insert(len(classes) if is_last else 0, background)
+            classes.insert(len(classes) if of_masks else 0, background)
             labels = {name: number for number, name in enumerate(classes)}
     chosen = background or found
     empty = IGNORE_LABEL if is_void else classes.index(chosen) if chosen else None
-    void = IGNORE_LABEL if empty is None else empty
+    void = empty if of_masks and empty is not None else IGNORE_LABEL
     return classes, {key: labels.get(name.strip(), void) for key, name in names.items()}, empty
 
 
