@@ -146,9 +146,9 @@ def test_labels_that_are_numbers_or_differ_by_blanks(
     small, corner = [[0, 0], [5, 0], [5, 5]], [[50, 0], [59, 0], [59, 9]]
     found = make(
         tmp_path,
-        drawn(shape("car ", BOX), shape("car", small), shape(1, small), shape("Void", corner)),
+        drawn(shape("car ", BOX), shape("car", small), shape(1, small), shape("Void", corner)),  # type: ignore[arg-type]
         *BACK,
-    )  # type: ignore[arg-type]
+    )
     assert classes(tmp_path) == ["nothing", "1", "car"]
     expected = 2 * polygon(BOX)
     expected[polygon(small)] = 1
