@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops"},
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
-    "cli": {"config", "logs", "processes"},
+    "cli": {"config", "files", "logs", "processes"},
     "checkpoints": {"config", "data", "files", "models"},
     "inference": {"data", "metrics", "models", "ops", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},

@@ -62,13 +62,13 @@ def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]
             "*",
             fill(10),
             {},
-            "10 in 11 labels (0, 1, 2, ...), where the classes are 0 to 9: perhaps they count ",
+            "10 in 11 labels (train/0, train/1, train/2, ...), where the classes are 0 to 9: perhaps they count ",
         ),
         (
             "*",
             fill(77),
             {},
-            "77 in 11 labels (0, 1, 2, ...), 56,485 of 56,485 pixels, where the classes are 0 to ",
+            "77 in 11 labels (train/0, train/1, train/2, ...), 56,485 of 56,485 pixels, where the classes are 0 to ",
         ),
     ],
 )
@@ -119,9 +119,27 @@ def test_palettes_that_differ_are_a_warning(root: pathlib.Path) -> None:
         image.putpalette([0, 128, 0, 128, 0, 0] if swapped else [128, 0, 0, 0, 128, 0])
         image.save(path)
     assert look(root) == [
-        f"{root}: 0 is #800000 in the palette of 0, #008000 in that of 7: write class numbers, or masks of colours "
-        "for prepare custom --from colours"
+        f"{root}: 0 is #800000 in the palette of train/0, #008000 in that of train/7: write class numbers, or masks "
+        "of colours for prepare custom --from colours",
+        f"{root}: labels of 2 kinds (grey PNG, 8 bits: validation/0; palette PNG, 1 bit: train/0): make sure "
+        "that each number is the same class in all",
     ]
+
+
+@pytest.mark.parametrize("value", [2**12 - 1, 2**15])
+def test_pictures_of_few_bits_in_16(root: pathlib.Path, value: int) -> None:
+    """Where all are such, they would be nearly black. One dark picture among others stops nothing."""
+    for path in (root / "images/train").iterdir():
+        path.unlink()
+        cv2.imwrite(str(path.with_suffix(".png")), np.full((72, 72, 3), 2**12 - 1, np.uint16))
+    cv2.imwrite(str(root / "images/train/0.png"), np.full((72, 72, 3), value, np.uint16))
+    if value >= 2**15:
+        assert look(root) == []
+        return
+    with pytest.raises(
+        UserError, match=r"images .*of 12 bits in 16, which would be nearly black: scale the values"
+    ):
+        look(root)
 
 
 def test_labels_with_an_ending_are_said(root: pathlib.Path) -> None:

@@ -15,9 +15,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import logs
+from topformer_jax import files, logs
 from topformer_jax.config.listing import as_text
 from topformer_jax.errors import UserError, explain_out_of_memory
+
+LONGEST_LINE = 300  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,7 +181,8 @@ def _report(error: BaseException) -> int | None:
         error = UserError(shortage)
     match error:
         case UserError():
-            print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
+            line = files.shorten(error.line, LONGEST_LINE)
+            print(*error.details, f"error: {line}", sep="\n", file=sys.stderr)
             return 2
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EPIPE):
             print(

@@ -134,9 +134,9 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
             "for each I); it goes on where it stopped"
         )
     raise UserError(
-        f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
-        f"{dataset}/{VERSION}/{INFO}; build it with python -m topformer_jax.prepare "
-        f"{dataset} --source DIR --output DIR --format array_record and give --config.data.root=DIR; {hint}"
+        f"no array_record {dataset} in {root or 'data.root, which is empty'}: build it with python -m "
+        f"topformer_jax.prepare {dataset} --source DIR --output DIR --format array_record and give "
+        f"--config.data.root=DIR; looked for {dataset}/{VERSION}/{INFO}; {hint}"
     )
 
 
