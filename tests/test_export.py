@@ -1,7 +1,5 @@
 """The export command, files in predict and evaluate, and what they say about mistakes."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -21,8 +19,10 @@ import pytest
 from flax import nnx
 
 import topformer_jax
-from tests.commands import LONGEST, only_line
-from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
+from tests.commands import LONGEST, command
+from tests.commands import refused_command as refused
+from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
+from topformer_jax.checkpoints.safetensors_format import read_safetensors
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
@@ -31,28 +31,11 @@ SETTINGS = {"data.shapes.validation": 3, "data.shapes.size": 64, "evaluation.sca
 FLAGS = ["--config", "topformer_t_shapes", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
 
 
-def command(main: Callable[[], None], *words: object) -> str:
-    """What a command prints."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", ["command", *map(str, words)]), contextlib.redirect_stdout(out):
-        cli.run(main)
-    return out.getvalue()
-
-
 def run_command(name: str, *words: object) -> None:
     """A command in a process of its own."""
     subprocess.run(
         [sys.executable, "-m", f"topformer_jax.{name}", *map(str, words)], check=True, timeout=LONGEST
     )
-
-
-def refused(main: Callable[[], None], *words: object) -> str:
-    """The line that a command ends with."""
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        command(main, *words)
-    assert end.value.code == 2
-    return only_line(err.getvalue().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +121,7 @@ def test_the_classes_have_the_files_names(files: pathlib.Path, tmp_path: pathlib
     assert said.startswith(
         "data.class_names differs from the checkpoint: label 0 is 'class 0' there, 'gradient' in the checkpoint "
         "(and 8 more); the checkpoint's own names are used\nthe checkpoint was trained and scored with "
-        "evaluation.scale=(176, 160); this command uses (64, 64): give --config.evaluation.scale='(176,160)'\n"
+        "evaluation.scale=(96, 96); this command uses (64, 64): give --config.evaluation.scale='(96,96)'\n"
     )
     with np.load(tmp_path / "out" / "a_probabilities.npz") as stored:
         assert tuple(stored["classes"]) == CATALOG["shapes"].classes
@@ -199,8 +182,8 @@ def test_the_official_label_maps(golden: Callable[[str], pathlib.Path], tmp_path
 def test_weights_alone(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "w.safetensors"
     assert "wrote" in command(export.main, *FLAGS, "--checkpoint", weights, "--output", path)
-    tensors, metadata = checkpoints.load.read_any(path)
-    expected, _ = checkpoints.load.read_any(weights)
+    tensors, metadata = read_safetensors(path)
+    expected, _ = checkpoints.read_model(weights)
     assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
     assert metadata["config"]["name"] == "topformer_t_shapes"
 

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
     "cli": {"config", "logs", "processes", "programs"},
-    "checkpoints": {"config", "data", "files", "models"},
+    "checkpoints": {"config", "data", "files", "models", "processes"},
     "inference": {"data", "metrics", "models", "ops", "programs", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},
     "step": {"data", "models", "ops", "optimizer", "programs", "sharding"},

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.commands import FOLDER, ROOT, TINY, arguments, only_line
+from tests.commands import FOLDER, ROOT, TINY, arguments, command, only_line
 from tests.test_bad_input import rewrite
-from topformer_jax import checkpoints, cli, logs, train
+from topformer_jax import checkpoints, cli, evaluate, logs, train
 from topformer_jax import config as config_lib
 from topformer_jax import run as run_lib
 from topformer_jax.errors import UserError, explain_out_of_memory
@@ -148,7 +148,7 @@ def test_a_step_without_memory_loses_nothing_else(
     monkeypatch.setattr(train, "init_training", init_training)
     with pytest.raises(UserError, match=r"out of memory, 262,144\.00 GiB were asked for") as error:
         run_here(tmp_path, {})
-    assert error.value.line.endswith(f"{ADVICE}; with that, it resumes from step 2")
+    assert error.value.line.endswith(f"{ADVICE}; the newest saved step is 2")
     assert checkpoints.CheckpointStore(tmp_path / "checkpoints", 3).latest == 2
     run_here(tmp_path, {})
     steps = [r["step"] for r in logs.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
@@ -184,7 +184,7 @@ def test_a_training_that_does_not_fit(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     line = only_line(done.stderr)
     assert "GiB were asked for: lower batch_size" in line
-    assert "no step was saved yet" in line
+    assert "no step is saved yet" in line
 
 
 def test_an_evaluation_of_nothing_ends_the_run(
@@ -204,10 +204,23 @@ def test_an_evaluation_of_nothing_ends_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(train, "look_at_labels", lambda *_: [])
         with pytest.raises(
-            UserError, match="the evaluation at step 2 gives nan: no label of the validation"
+            UserError, match=r"no label of the validation split in .* has a pixel of a class"
         ) as error:
             run_here(tmp_path / "run", changes)
     assert error.value.line.endswith("; step 2 is saved: the same command resumes from there")
+    words = [
+        "--config",
+        "topformer_t_shapes",
+        "--checkpoint",
+        tmp_path / "run",
+        "--workdir",
+        tmp_path / "scores",
+    ]
+    settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    with pytest.raises(
+        UserError, match=r"no label of the validation split in .* python -m topformer_jax\.check"
+    ):
+        command(evaluate.main, *words, *settings)
     shutil.copytree(tmp_path / "right", labels, dirs_exist_ok=True)
     run_here(tmp_path / "run", changes)
     records = logs.read_records(tmp_path / "run/metrics.jsonl")

@@ -1,15 +1,12 @@
 """What a checkpoint says of its classes and settings, and what commands say where their config or data differ."""
 
-import contextlib
-import io
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,12 +15,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import topformer_jax
+from tests.commands import command
+from tests.commands import refused_command as refused
 from tests.reference import network as reference
-from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
+from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict, sharding
 from topformer_jax.checkpoints import origin
+from topformer_jax.checkpoints.safetensors_format import read_safetensors
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
+from topformer_jax.inference import compile_inference
 
 Find = Callable[[str], pathlib.Path]
 NAMES = [f"class {number}" for number in range(10)]  # of the folder that tests draw
@@ -36,21 +37,6 @@ def save(folder: pathlib.Path, settings: ConfigDict, meta: dict[str, Any]) -> pa
     tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
     checkpoints.save_model(folder, tensors, {"config": json.loads(settings.to_json()), "meta": meta})
     return folder
-
-
-def command(main: Callable[[], None], *words: object) -> str:
-    """What a command prints, whose programs are not kept: their arguments' descriptions have no shapes to check."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", ["command", *map(str, words)]), contextlib.redirect_stdout(out):
-        main()
-    return out.getvalue()
-
-
-def refused(main: Callable[[], None], *words: object) -> str:
-    """The line that a command ends with."""
-    with pytest.raises(UserError) as error:
-        command(main, *words)
-    return error.value.line
 
 
 def flags(changes: dict[str, Any], recipe: str = "topformer_t_shapes") -> list[str]:
@@ -83,7 +69,7 @@ def test_a_reordered_classes_txt(own: pathlib.Path, root: pathlib.Path, tmp_path
     assert list(json.loads((tmp_path / "after/metrics.json").read_text())["classes"]) == NAMES
     assert command(export.main, *words, "--output", tmp_path / "w.safetensors").startswith(line)
     found = origin.read_names(
-        checkpoints.load.read_any(tmp_path / "w.safetensors")[1], config.load("topformer_t_shapes", OWN), "w"
+        read_safetensors(tmp_path / "w.safetensors")[1], config.load("topformer_t_shapes", OWN), "w"
     )
     assert found is not None
     assert found.classes == tuple(NAMES)
@@ -114,7 +100,7 @@ def test_predict_and_export_need_no_data_folder(
     assert list(mask[start : start + 30]) == np.ravel(COLOURS).tolist()
 
     command(export.main, *words, "--output", tmp_path / "w.safetensors")
-    facts = checkpoints.load.read_any(tmp_path / "w.safetensors")[1]
+    facts = read_safetensors(tmp_path / "w.safetensors")[1]
     assert (facts["classes"], facts["palette"]) == (NAMES, COLOURS)
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 5})
     words = [*flags(OWN | {"data.root": tmp_path / "no"}), "--checkpoint", unnamed, "--output", out]
@@ -136,7 +122,9 @@ def test_a_loaded_model_names_its_classes(pth: Callable, states: dict[str, torch
     named = topformer_jax.load(ade, **changes)
     assert (named.classes, named.palette[0]) == (tuple(names), (128, 0, 0))
     assert topformer_jax.load(ade, **{"data.dataset": "custom"}).classes == ()
+    mesh = sharding.make_inference_mesh(jax.devices()[:1])
     # A transform of flax gives a model back what it was traced with.
+    assert compile_inference(model, mesh) is compile_inference(other, mesh)  # names change no program
     forward = nnx.jit(lambda model, images: model(images))
     for each, first in ((model, "thing 0"), (other, "wall"), (model, "thing 0")):
         forward(each, jnp.zeros((1, 64, 64, 3)))
@@ -245,7 +233,7 @@ def test_a_config_of_an_earlier_version() -> None:
 
 
 def test_evaluate_says_how_it_was_scored(
-    own: pathlib.Path, root: pathlib.Path, tmp_path: pathlib.Path
+    own: pathlib.Path, root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Flags that change it on purpose are no difference; label rules that shift every label are refused."""
     words = ["--checkpoint", own, "--workdir", tmp_path]
@@ -256,29 +244,36 @@ def test_evaluate_says_how_it_was_scored(
         "--config.evaluation.scale='(96,96)'\n"
     )
     assert "evaluation.flip" not in said
-    line = refused(evaluate.main, *flags(there | {"data.reduce_zero_label": "true"}), *words)
-    assert line == (
-        "the checkpoint was trained with data.reduce_zero_label=False, and this command's is True, which "
-        "shifts every label by one: give --config.data.reduce_zero_label=false"
+    shifted = there | {"data.reduce_zero_label": "true"}
+    said = "the checkpoint was trained with data.reduce_zero_label=false, and this command's is true"
+    assert refused(evaluate.main, *flags(shifted), *words) == (
+        f"error: {said}, which shifts every label by one: give --config.data.reduce_zero_label=false"
     )
+    names = [f"thing {number}" for number in range(10)]  # of another data set, which counts from 1
+    others = shifted | {"data.root": str(root), "data.class_names": names}
+    settings = config.load("topformer_t_shapes", others)
+    checkpoints.check_label_rules(checkpoints.load_model(settings, own), settings)
+    line = f"{said}: right if the labels of the two data sets are numbered otherwise\n"
+    assert capsys.readouterr().out.endswith(line)
 
 
-def test_an_exported_file_repeats_the_checkpoints_evaluation(
+def test_an_exported_file_has_the_commands_settings(
     own: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever config it was exported with; the size of its pictures is that config's, which is said."""
-    file = tmp_path / "w.safetensors"
-    other = OWN | {"evaluation.scale": "(300,200)", "data.crop_size": "(64,96)"}
-    command(export.main, *flags(other), "--checkpoint", own, "--output", file)
-    found = origin.complete_config(checkpoints.load.read_any(file)[1])
-    assert found is not None
-    assert found.evaluation.scale == (96, 96)
-    settings = config.load("topformer_t_shapes", OWN | {"data.crop_size": (64, 96)})
-    model = checkpoints.load_model(settings, own)
-    origin.print_differences(model, settings, settings=("data.crop_size",))
-    assert capsys.readouterr().out.startswith(
-        "the checkpoint was trained and scored with data.crop_size=(128, 128); this command uses (64, 96): give "
+    """Where they differ from those that the checkpoint was scored with, export says so as evaluate does."""
+    other = OWN | {"evaluation.scale": "(300,200)"}
+    words = ["--checkpoint", own, "--output", tmp_path / "w.safetensors"]
+    assert command(export.main, *flags(other), *words).startswith(
+        "the checkpoint was trained and scored with evaluation.scale=(96, 96); this command uses (300, 200): give "
     )
+    found = origin.complete_config(read_safetensors(tmp_path / "w.safetensors")[1])
+    assert found is not None
+    assert found.evaluation.scale == (300, 200)
+    shifted = flags(OWN | {"data.reduce_zero_label": "true"})
+    assert "which shifts every label by one: give " in refused(export.main, *shifted, *words)
+    settings = config.load("topformer_t_shapes", OWN | {"data.crop_size": (64, 96)})  # of a file's pictures
+    origin.print_differences(checkpoints.load_model(settings, own), settings, also=("data.crop_size",))
+    assert "data.crop_size=(128, 128); this command uses (64, 96): give " in capsys.readouterr().out
 
 
 def official_init_segmentor(path: pathlib.Path, classes: int) -> tuple[Any, Any]:
@@ -312,11 +307,27 @@ def test_the_official_code_reads_what_convert_writes(dataset: str, tmp_path: pat
         assert official_init_segmentor(tmp_path / "t.pth", len(names)) == expected
 
 
-def test_convert_keeps_the_checkpoints_names(own: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_convert_keeps_what_the_checkpoint_says(own: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command(convert.main, "--checkpoint", own, "--output", tmp_path / "t.pth")
     assert official_init_segmentor(tmp_path / "t.pth", 10) == (NAMES, COLOURS)
     command(convert.main, *flags(OWN), "--checkpoint", tmp_path / "t.pth", "--output", tmp_path / "again")
     assert checkpoints.read_model(tmp_path / "again")[1]["meta"]["CLASSES"] == NAMES
+
+    other = OWN | {"evaluation.scale": "(300,200)", "data.reduce_zero_label": "true"}
+    said = command(convert.main, *flags(other), "--checkpoint", own, "--output", tmp_path / "kept")
+    assert (
+        "the checkpoint was trained and scored with evaluation.scale=(96, 96), data.reduce_zero_label=False; it "
+        "keeps them, and not (300, 200), True of the config\n"
+    ) in said
+    stored = checkpoints.read_model(tmp_path / "kept")[1]["config"]
+    assert (stored["evaluation"]["scale"], stored["data"]["reduce_zero_label"]) == ([96, 96], False)
+
+    # Settings of a version that had others: nobody can check names against them.
+    tensors, _ = checkpoints.read_model(own)
+    strange = {"config": {"evaluation": {"scale": 3}}, "meta": {"CLASSES": NAMES, "PALETTE": COLOURS}}
+    checkpoints.save_model(tmp_path / "strange", tensors, strange)
+    command(convert.main, "--checkpoint", tmp_path / "strange", "--output", tmp_path / "s.pth")
+    assert official_init_segmentor(tmp_path / "s.pth", 10) == (NAMES, COLOURS)
 
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 3})
     said = command(convert.main, "--checkpoint", unnamed, "--output", tmp_path / "u.pth")

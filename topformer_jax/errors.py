@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # What lowers the memory that a command needs.
 LESS_MEMORY = {
@@ -55,12 +55,17 @@ def explain_out_of_memory(error: BaseException, command: str) -> str | None:
 
 
 @contextlib.contextmanager
-def report_out_of_memory(command: str) -> Iterator[None]:
-    """Turns an error that says that memory is exhausted into a UserError; see `explain_out_of_memory`."""
+def report_out_of_memory(command: str, describe_state: Callable[[], str] = str) -> Iterator[None]:
+    """Turns an error that says that memory is exhausted into a UserError.
+
+    Args:
+        command: see `explain_out_of_memory`.
+        describe_state: says what is saved, for the end of the line.
+    """
     try:
         yield
     except Exception as error:
         line = explain_out_of_memory(error, command)
         if line is None:
             raise
-        raise UserError(line) from None
+        raise UserError("; ".join(filter(None, [line, describe_state()]))) from None

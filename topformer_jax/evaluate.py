@@ -57,7 +57,13 @@ from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.errors import UserError
-from topformer_jax.evaluation import EvaluationResult, ExampleResult, evaluate_images, evaluate_split
+from topformer_jax.evaluation import (
+    EvaluationResult,
+    ExampleResult,
+    evaluate_images,
+    evaluate_split,
+    score_split,
+)
 from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.inference import Predictor
 from topformer_jax.visualize import drawing, report
@@ -85,7 +91,7 @@ def evaluate(
         predict: an exported file that labels the images instead of the model, of which the config alone is used.
 
     Raises:
-        UserError: the data cannot be read, or an output cannot be written.
+        UserError: the data cannot be read, no label has a pixel of a class, or an output cannot be written.
     """
     config, weights = model.config, predict or model
     is_first = jax.process_index() == 0
@@ -108,8 +114,8 @@ def evaluate(
             else functools.partial(evaluate_images, predict, source, config)
         )
         result = score(on_example=save_prediction, on_progress=progress.update)
+    scores = score_split(result, config, split)
     if is_first:
-        scores = metrics.compute_scores(result.confusion)
         print(format_table(scores, data_set.classes))
         facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
         if predict is not None:

@@ -132,7 +132,8 @@ def export_model(
         files.refuse_existing(exported.description_path(output))
     model = checkpoints.load_model(network.export_config(config), checkpoint)
     own_size = choices.size == tuple(config.data.crop_size)  # the config's, if the user gave no other one
-    checkpoints.print_differences(model, config, settings=("data.crop_size",) if own_size else ())
+    checkpoints.check_label_rules(model, config)
+    checkpoints.print_differences(model, config, also=("data.crop_size",) if own_size else ())
     tensors = models.state_dict(model)
     is_classifier = isinstance(model, models.Classifier)
     description = {
@@ -237,15 +238,12 @@ def describe_origin(
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
     elif model.classes:
         names = {"classes": list(model.classes)}
-    values = json.loads(config.to_json())
-    if model.checkpoint_config is not None:  # whose score the file should repeat
-        values["evaluation"] = model.checkpoint_config.evaluation.to_dict()
     digest = verification.checksum(models.state_dict(model))
     return names | {
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
         # Folders are nobody's business who gets the file.
-        "config": config_lib.hide_paths(values),
+        "config": config_lib.hide_paths(json.loads(config.to_json())),
         "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": digest},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
@@ -253,21 +251,15 @@ def describe_origin(
 
 def _export_weights(args: argparse.Namespace, config: ConfigDict) -> None:
     """Writes a file that computes nothing."""
-    for name in (
-        "logits",
-        "probabilities",
-        "scale_labels",
-        "size",
-        "target",
-        "precision",
-        "keep_float",
-        "images",
-    ):
-        if getattr(args, name) != make_parser().get_default(name):
+    names = ("logits", "probabilities", "scale_labels", "size", "target", "precision", "keep_float", "images")
+    parser = make_parser()
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is for files that compute, and {args.output} holds the weights alone")
     model = checkpoints.load_model(config, args.checkpoint)
-    checkpoints.print_differences(model, config, settings=())
+    checkpoints.check_label_rules(model, config)
+    checkpoints.print_differences(model, config)
     arrays = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
     origin = describe_origin(config, args.checkpoint, model)
     meta = {"CLASSES": origin.get("classes"), "PALETTE": origin.get("palette")}  # which all readers know

@@ -27,9 +27,9 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax import logs, processes, sharding
+from topformer_jax import errors, logs, processes, sharding
 from topformer_jax.checkpoints import CheckpointStore
-from topformer_jax.data import loader, sources
+from topformer_jax.data import loader, sources, workers
 from topformer_jax.data.sample import look_at_labels
 from topformer_jax.profiler import StepProfiler, parse_steps
 from topformer_jax.run import (
@@ -47,7 +47,6 @@ from topformer_jax.run import (
     print_banner,
     print_results,
     record_start,
-    report_out_of_memory,
     restore_state,
     save_checkpoint,
     save_on_error,
@@ -78,8 +77,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     validation_source = sources.open_source(config, "validation", make_progress)
     splits = {"train": train_source, "validation": validation_source}
     for line in look_at_labels(config, data_set, splits):
-        if is_first:
-            print(f"warning: {line}")
+        processes.say(f"warning: {line}")
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
@@ -107,6 +105,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            processes_on_host=processes.count_equal(workers.name_shared_memory()),
         ),
         sharding.batch_sharding(mesh),
     )
@@ -122,7 +121,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
             cleanup.callback(close)
         cleanup.push(cli.leave_others_on_error)
-        cleanup.push(functools.partial(report_out_of_memory, run))
+        cleanup.enter_context(errors.report_out_of_memory("train", store.describe_newest))
         evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with save_on_error(run, state, step - 1, monitor):

@@ -28,6 +28,7 @@ Metadata = dict[str, Any]
 Shape = tuple[int, ...]
 # What of a checkpoint is taken: everything; all but the layer of the classes; the backbone of an ImageNet classifier.
 PARTS = ("all", "all_but_classes", "backbone")
+MOST_SHOWN = 4  # tensors of a kind: with what is said of names, an error has at most ten lines
 CLASS_LAYERS = ("decode_head.conv_seg.", "head.l.")  # the layers whose shape depends on the number of classes
 
 
@@ -154,16 +155,6 @@ def read_checkpoint(
     return tensors, metadata
 
 
-def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
-    """What a checkpoint of any format holds, whatever model it belongs to: see `Format`.
-
-    Raises:
-        UserError: it does not exist or cannot be read.
-    """
-    path = files.as_path(path)
-    return find_format(path).read(path)
-
-
 def write_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
@@ -234,7 +225,7 @@ def check_state_dict(
         hint: what to do; called only if something does not fit.
 
     Raises:
-        UserError: tensors are missing, unexpected or of the wrong shape; its details name the first of each kind.
+        UserError: tensors are missing, unexpected or of the wrong shape; its details name one of each kind.
     """
     missing = [f"{name}  config {_describe(shape)}" for name, shape in expected.items() if name not in found]
     unexpected = [f"{name}  file {_describe(shape)}" for name, shape in found.items() if name not in expected]
@@ -246,9 +237,9 @@ def check_state_dict(
     if not (missing or unexpected or wrong_shape):
         return
     details = [
-        f"  {kind:<11}  {line}"
+        f"  {kind:<11}  {lines[0]}" + (f" (and {len(lines) - 1} more)" if lines[1:] else "")
         for kind, lines in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong_shape))
-        for line in _shorten(lines, 3)
+        if lines
     ]
     raise UserError(
         f"{source} does not fit the config: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
@@ -268,11 +259,8 @@ def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
     if not broken:
         return
     details = [
-        f"  {line}"
-        for line in _shorten(
-            [f"{name}  {n} of {tensors[name].size} values are NaN or infinite" for name, n in broken.items()],
-            9,
-        )
+        f"  {name}  {count} of {tensors[name].size} values are NaN or infinite"
+        for name, count in list(broken.items())[:MOST_SHOWN]
     ]
     first = ", ".join(list(broken)[:2]) + (", ..." if len(broken) > 2 else "")
     raise UserError(
@@ -343,10 +331,6 @@ def _explain_misfit(
     if all(name in tensors and tensors[name].shape == shape for name, shape in expected.items()):
         return "no layer has a place for the unexpected: save the file without them, if they are not needed"
     return "use the config that it was made with"
-
-
-def _shorten(lines: list[str], most: int) -> list[str]:
-    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more"]
 
 
 def _describe(shape: Shape) -> str:

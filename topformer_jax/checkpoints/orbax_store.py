@@ -107,16 +107,13 @@ class CheckpointStore:
         max_to_keep: how many of the newest steps are kept, beside the one of the best score. An older step is
             deleted when its successor is complete.
 
-    Attributes:
-        newest_started: the step that this process saved last, or 0; it may not be complete yet.
-
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
     """
 
     def __init__(self, directory: files.Path, max_to_keep: int):
         self.directory = directory
-        self.newest_started = 0
+        self._newest_started = 0
         self._scores = _read_scores(directory / SCORES_FILE)
         try:
             self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
@@ -132,6 +129,11 @@ class CheckpointStore:
         """The newest checkpoint's step; it may still be being written."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def describe_newest(self) -> str:
+        """What an error's line says of it."""
+        newest = self.latest
+        return "no step is saved yet" if newest is None else f"the newest saved step is {newest}"
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -151,18 +153,24 @@ class CheckpointStore:
             trees: of arrays, by what they are: `model`, `optimizer`, `average`; empty ones are skipped.
             metadata: what JSON can hold: `config` and `meta`.
         """
-        if step == self.newest_started:
+        if step == self._newest_started:
             return
-        self.newest_started = step
+        self._newest_started = step
         with self._report_write_error():
             self._checkpointer.save_checkpointables_async(
                 step, _non_empty(trees), force=True, custom_metadata=metadata
             )
 
-    def add_score(self, step: int, score: float) -> None:
-        """Notes the score of a saved step, 0 to 1, in a file beside the steps."""
+    def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
+        """Notes the score of a saved step, 0 to 1, by which the best one stays.
+
+        Args:
+            step, score: of an evaluation.
+            to_file: whether the file beside the steps gets it too; a step that it lacks is scored again if a run
+                goes on from there.
+        """
         self._scores[step] = score
-        if jax.process_index() == 0:
+        if to_file and jax.process_index() == 0:
             with jax.transfer_guard("allow"):
                 files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
@@ -230,11 +238,9 @@ class CheckpointStore:
             reason = NO_SPACE if "No space left" in str(error) else _reason(error)
             if jax.process_count() == 1:
                 self._checkpointer.reload()  # Orbax forgets older steps when a write starts
-            newest = self.latest
-            saved = "none is saved yet" if newest is None else f"the newest complete one is of step {newest}"
             raise UserError(
-                f"cannot write a checkpoint into {self.directory}: {reason}; {saved}; fix it and start the same "
-                "command again"
+                f"cannot write a checkpoint into {self.directory}: {reason}; {self.describe_newest()}; fix it and "
+                "start the same command again"
             ) from None
 
 

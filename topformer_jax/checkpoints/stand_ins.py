@@ -62,6 +62,11 @@ class Array:
         values = dtype.read(data)
         self.values = None if values is None else values.reshape(shape, order="F" if is_fortran else "C")
 
+    @property
+    def holds_real_numbers(self) -> bool:
+        """Whether it can be a tensor."""
+        return self.values is not None and self.values.dtype.kind in "biuf"
+
 
 def read_scalar(dtype: Dtype, data: Any = None) -> Any:
     """numpy's scalar as a Python value."""

@@ -10,6 +10,7 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
 """
 
 from topformer_jax.config.changes import compare_configs
+from topformer_jax.config.listing import as_typed
 from topformer_jax.config.loading import complete, hide_paths, load, recipe_names
 from topformer_jax.config.recipes import (
     ade20k,
@@ -24,6 +25,7 @@ from topformer_jax.config.recipes import (
 
 __all__ = [
     "ade20k",
+    "as_typed",
     "base_config",
     "camvid",
     "cityscapes",
