@@ -22,7 +22,6 @@ import topformer_jax
 from tests.commands import LONGEST, command
 from tests.commands import refused_command as refused
 from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
-from topformer_jax.checkpoints.safetensors_format import read_safetensors
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
@@ -80,12 +79,11 @@ def test_no_file_names_a_folder_of_this_machine(weights: pathlib.Path, tmp_path:
     private += [f"--config.distillation.{name}=/secret/{name}" for name in ("config", "checkpoint")]
     start = [*FLAGS, *private, "--checkpoint", weights, "--output"]
     command(export.main, *start, tmp_path / "t.tflite", "--size", "64x64", "--logits")
-    command(export.main, *start, tmp_path / "t.safetensors")
     command(export.main, *start, tmp_path / "t.stablehlo", "--size", "64x64", "--logits")
     command(export.main, *start, tmp_path / "t.onnx", "--size", "64x64", "--logits")
     command(convert.main, *start, tmp_path / "c.safetensors")
     package = str(pathlib.Path(export.__file__).parent).encode()
-    assert len(list(tmp_path.iterdir())) == 6  # one beside t.stablehlo
+    assert len(list(tmp_path.iterdir())) == 5  # one beside t.stablehlo
     for path in tmp_path.iterdir():
         assert b"secret" not in path.read_bytes(), path
         assert package not in path.read_bytes(), path
@@ -179,15 +177,6 @@ def test_the_official_label_maps(golden: Callable[[str], pathlib.Path], tmp_path
     assert sum((ours != theirs).sum() for theirs, ours in pairs) <= 1e-5 * sum(a.size for a, _ in pairs)
 
 
-def test_weights_alone(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "w.safetensors"
-    assert "wrote" in command(export.main, *FLAGS, "--checkpoint", weights, "--output", path)
-    tensors, metadata = read_safetensors(path)
-    expected, _ = checkpoints.read_model(weights)
-    assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
-    assert metadata["config"]["name"] == "topformer_t_shapes"
-
-
 def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
     start = [*FLAGS, "--checkpoint", weights, "--output"]
 
@@ -209,8 +198,7 @@ def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp
     assert "it is of variant tiny, the config of base" in line(tmp_path / "t.onnx", *other)
     assert "--target web is for .onnx files alone" in line(tmp_path / "t.stablehlo", "--target", "web")
     assert "logits are at an eighth" in line(tmp_path / "t.onnx", "--logits", "--scale-labels", "1/2")
-    assert "--size is for files that compute" in line(tmp_path / "t.safetensors", "--size", "any")
-    assert "--keep-float is for files that" in line(tmp_path / "t.safetensors", "--keep-float", "stem")
+    assert "convert writes the weights alone" in line(tmp_path / "t.safetensors")
     (tmp_path / "file").write_text("")
     assert "cannot write" in line(tmp_path / "file" / "t.onnx", "--size", "64x64")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

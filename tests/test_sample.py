@@ -192,13 +192,10 @@ def test_one_class_of_labelme(tmp_path: pathlib.Path) -> None:
     (root / "classes.txt").write_text("crack\n")
     for split in ("train", "val"):
         change_labels(root, split, lambda label: np.where(label == 0, 0, 255).astype(np.uint8))
-    for classes, words in (
-        (1, "has one class, crack"),
-        (2, "has one class, crack"),
-    ):
+    for classes in (1, 2):
         settings = FOLDER | {"data.root": str(root), "model.num_classes": classes}
         line = refused_here(tmp_path / "run", settings)
-        assert words in line
+        assert "has one class, crack" in line
         assert "prepare custom --background NAME" in line
     config = config_lib.load(config_lib.shapes(), settings)
     with pytest.raises(UserError, match="has one class, crack"):

@@ -87,7 +87,7 @@ def main() -> None:
     else:
         model = models.build(config)
         tensors, found = checkpoints.read_checkpoint(source, model, part)
-        print(checkpoints.origin_table(model, part, source))
+        print(checkpoints.describe_origin(model, part, source))
         # Iteration, classes and settings are another model's where a part of it is fresh.
         found = found if part == "all" else {}
         set_origin(model, found, source)

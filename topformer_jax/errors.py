@@ -38,10 +38,6 @@ def explain_out_of_memory(error: BaseException, command: str) -> str | None:
     >>> error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
     >>> explain_out_of_memory(error, "predict")
     'out of memory, 8.00 GiB were asked for: lower evaluation.scale, or segment smaller pictures'
-
-    Args:
-        error: of any type.
-        command: whose settings the line names.
     """
     text = str(error)
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -56,12 +52,7 @@ def explain_out_of_memory(error: BaseException, command: str) -> str | None:
 
 @contextlib.contextmanager
 def report_out_of_memory(command: str, describe_state: Callable[[], str] = str) -> Iterator[None]:
-    """Turns an error that says that memory is exhausted into a UserError.
-
-    Args:
-        command: see `explain_out_of_memory`.
-        describe_state: says what is saved, for the end of the line.
-    """
+    """Turns an error that says that memory is exhausted into a UserError; its line ends with what is saved."""
     try:
         yield
     except Exception as error:

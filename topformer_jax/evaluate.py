@@ -117,7 +117,13 @@ def evaluate(
     scores = score_split(result, config, split)
     if is_first:
         print(format_table(scores, data_set.classes))
-        facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
+        unused = (
+            "per_device_batch_size",
+            *(("crop_size", "stride") if config.evaluation.mode == "whole" else ()),
+        )
+        settings = {key: value for key, value in config.evaluation.to_dict().items() if key not in unused}
+        facts = {"images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels"}
+        facts |= _describe(config, checkpoint, split, settings)
         if predict is not None:
             facts["devices"] = predict.runtime
             if predict.stretched_size:
@@ -171,12 +177,7 @@ def score_classifier(
         values = scores | {
             "images": len(source),
             "classes": {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels)},
-            "config": config.name,
-            "data": f"{config.data.dataset}, {config.data.root}",
-            "evaluation": ", ".join(f"{key} {value}" for key, value in settings.items()),
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "checkpoint": checkpoint,
-            "split": split,
+            **_describe(config, checkpoint, split, settings),
         }
         files.make_folder(workdir)
         files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
@@ -195,17 +196,16 @@ def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
     return f"{cli.table(rows)}\n{means}"
 
 
-def _describe(config: ConfigDict, result: EvaluationResult) -> dict[str, str]:
+def _describe(
+    config: ConfigDict, checkpoint: str, split: str, settings: Mapping[str, object]
+) -> dict[str, str]:
     """What was evaluated and how, for metrics.json and the report."""
-    unused = {"per_device_batch_size"}
-    if config.evaluation.mode == "whole":
-        unused |= {"crop_size", "stride"}
-    settings = config.evaluation.to_dict().items()
     return {
+        "checkpoint": checkpoint,
+        "split": split,
         "config": config.name,
         "data": f"{config.data.dataset}, {config.data.root or config.data.source}",
-        "images": f"{len(result.accuracy):,}, {result.confusion.sum():,} labelled pixels",
-        "evaluation": ", ".join(f"{key} {value}" for key, value in settings if key not in unused),
+        "evaluation": ", ".join(f"{key} {value}" for key, value in settings.items()),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 

@@ -52,7 +52,7 @@ def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifi
     """The network with its initial weights: fresh ones, or those of `config.init_from`."""
     model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
     if config.init_from:
-        processes.say(checkpoints.origin_table(model, config.init_part, config.init_from))
+        processes.say(checkpoints.describe_origin(model, config.init_part, config.init_from))
     return model
 
 
@@ -134,24 +134,21 @@ def print_banner(
     steps, start = config.schedule.steps, int(state.step)
     epochs = steps * config.batch_size / len(splits[0])
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    distillation = config.distillation
-    teacher = {"teacher": f"{distillation.config}, {distillation.checkpoint}"} if distillation.config else {}
-    logs.print_banner(
-        {
-            "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
-            f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
-            "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and "
-            f"{len(splits[1])} validation examples",
-            "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} "
-            f"processes, mesh {axes}",
-            "writing to": folder.path,
-            "starting": f"from checkpoint {start}"
-            if start
-            else f"from {config.init_from or 'fresh weights'}",
-        }
-        | teacher
-    )
+    device, distillation = jax.devices()[0].device_kind, config.distillation
+    rows = {
+        "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
+        f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
+        "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and {len(splits[1])} "
+        "validation examples",
+        "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
+        "devices": f"{jax.device_count()} x {device} in {jax.process_count()} processes, mesh {axes}",
+        "writing to": folder.path,
+        "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'fresh weights'}",
+        "teacher": distillation.config and f"{distillation.config}, {distillation.checkpoint}",
+    }
+    for name, value in rows.items():
+        if value:
+            print(f"{name:<10}  {value}", flush=True)
 
 
 def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:

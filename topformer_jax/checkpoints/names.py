@@ -43,13 +43,7 @@ SURPLUS = {
 def match_names(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], source: str, meta: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Brings names to the model's: without prefixes, with or without `backbone.`, without old aliases.
-
-    Args:
-        tensors: by the file's names.
-        shapes: the model's, by name.
-        source: the file, for what is printed.
-        meta: what the file says about itself.
+    """Brings a file's names to the model's: without prefixes, with or without `backbone.`, without old aliases.
 
     Returns:
         Tensors by the model's names; those of unknown names by their own, without prefixes.

@@ -36,12 +36,6 @@ def save_model(
 ) -> None:
     """Writes a model as one step of a checkpoint folder. Atomic: a temporary folder, then rename.
 
-    Args:
-        directory: the folder; it is made where it does not exist.
-        tensors: by official name, in this package's layout.
-        metadata: what JSON can hold: `config` and `meta`.
-        step: which must not exist in the folder.
-
     Raises:
         UserError: the step exists, or the folder cannot be written.
     """

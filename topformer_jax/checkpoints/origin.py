@@ -41,13 +41,7 @@ class Weights(Protocol):
 def set_origin(
     model: models.Segmenter | models.Classifier, metadata: Mapping[str, Any], source: object
 ) -> None:
-    """Sets a model's `classes`, `palette` and `checkpoint_config`.
-
-    Args:
-        model: is changed.
-        metadata: of its checkpoint; empty where there is none.
-        source: see `read_names`.
-    """
+    """Sets a model's `classes`, `palette` and `checkpoint_config`, of a checkpoint's metadata."""
     named = read_names(metadata, model.config, source)
     if named is not None:
         model.classes, model.palette = named.classes, named.palette
@@ -58,11 +52,6 @@ def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) 
     """Names and colours of a checkpoint's classes: its own, else those of the config that need no file, else None.
 
     Names or colours that cannot be the model's are left out, which is printed.
-
-    Args:
-        metadata: of the checkpoint.
-        config: of the model.
-        source: the checkpoint, for what is printed.
     """
     data, count = config.data, config.model.num_classes
     is_segmenter = config.task == "segmentation"

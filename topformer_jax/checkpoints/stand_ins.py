@@ -94,12 +94,7 @@ KNOWN: dict[str, Any] = {
 
 
 def add_stand_in(stand_ins: dict[str, Any], message: str) -> bool:
-    """Adds what the unpickler lacks, and returns whether it is worth to ask it again.
-
-    Args:
-        stand_ins: by the names in the file; is changed.
-        message: of the unpickler's error.
-    """
+    """Adds what an unpickler lacks, by its error's message, and returns whether it is worth to ask it again."""
     if asked := re.search(r"Unsupported global: GLOBAL (\S+)", message):
         name = asked[1] if "." in asked[1] else f"builtins.{asked[1]}"
         is_new = name not in stand_ins and len(stand_ins) < MOST

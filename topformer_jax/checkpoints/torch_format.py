@@ -95,11 +95,6 @@ def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Writes an mmcv file, `{"meta": metadata["meta"], "state_dict": ...}`, whole or not at all.
 
-    Args:
-        path: of the file, which must not exist.
-        tensors: by official name, in this package's layout.
-        metadata: of which a PyTorch file holds `meta` alone.
-
     Raises:
         UserError: PyTorch is not installed, the file exists, or it cannot be written.
     """

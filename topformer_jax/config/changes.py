@@ -25,12 +25,7 @@ WITHOUT_EFFECT = {"init_from", "init_part"}
 
 
 def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: object) -> list[str]:
-    """Compares the settings of a run's checkpoint with those of its next start.
-
-    Args:
-        stored: the checkpoint's settings, nested. A setting that it lacks had its default.
-        config: the settings of this start.
-        source: where the checkpoint is, for messages.
+    """Compares the settings of a run's checkpoint with those of its next start; one that it lacks had its default.
 
     Returns:
         A line for each setting that changed and now applies: "batch_size: 16 -> 32".

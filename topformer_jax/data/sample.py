@@ -32,11 +32,6 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
 
     Labels that cannot be read are passed over: the loader names them, or skips them.
 
-    Args:
-        config: of the data.
-        data_set: its classes.
-        splits: the opened ones, by name.
-
     Returns:
         Warnings, a line each: train holds one class, palettes differ, or labels have other names than their images.
 
