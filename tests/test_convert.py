@@ -120,6 +120,13 @@ def test_without_torch(tmp_path: pathlib.Path) -> None:
         (f"--checkpoint {{tmp}}/keys.pth --config {TINY} --output {{tmp}}/o", "no state dict"),
         (f"--checkpoint {{tmp}}/complex --config {TINY} --output {{tmp}}/o", "dense real numbers"),
         ("--checkpoint {tmp}/junk.pth --output {tmp}/o", "needs --config FILE"),
+        *(
+            (
+                f"--checkpoint x --output o.{suffix}",
+                f"o.{suffix}: expected FILE.pth, FILE.pt, FILE.safetensors, or",
+            )
+            for suffix in ("onnx", "bin", "pth.tar")
+        ),
         (f"--checkpoint {{tmp}}/junk.pth --config {TINY} --output ''", "needs --checkpoint PATH"),
         (f"--summary --config {TINY} --size 0x32", "at least 1x1"),
         ("--summary --config README.md", "README.md, line "),

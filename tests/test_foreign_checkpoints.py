@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from tests.parity import same_states
 from tests.reference import network as reference
-from topformer_jax import checkpoints, config, convert, models
+from topformer_jax import checkpoints, config, models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.errors import UserError
 
@@ -395,25 +395,3 @@ def test_programs_and_pickled_models(
     torch.save({"a": torch.ones(2)}, tmp_path / "protocol.pth", pickle_protocol=4)
     with pytest.raises(UserError, match=r"torch\.save it again with the default pickle_protocol"):
         checkpoints.read_checkpoint(tmp_path / "protocol.pth", tiny)
-
-
-@pytest.mark.parametrize("name", ["b.onnx", "b.bin", "b.pth.tar"])
-def test_convert_writes_no_folder_for_a_file(
-    pth: Pth, states: States, tmp_path: pathlib.Path, name: str
-) -> None:
-    words = [
-        "--config",
-        "topformer_t_ade",
-        "--checkpoint",
-        str(pth(states)),
-        "--output",
-        str(tmp_path / name),
-    ]
-    with (
-        mock.patch.object(sys, "argv", ["convert", *words]),
-        pytest.raises(
-            UserError, match=f"--output is .*{name}: expected FILE.pth, FILE.pt, FILE.safetensors, or"
-        ),
-    ):
-        convert.main()
-    assert not (tmp_path / name).exists()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import topformer_jax
 from tests.commands import command
@@ -208,7 +209,8 @@ SLIDE = {"evaluation.mode": "slide"} | WINDOWS
 def test_settings_that_a_score_depends_on(
     stored: dict, changes: dict, given: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = mock.Mock(classes=(), checkpoint_config=config.load("topformer_t_shapes", stored))
+    settings = FrozenConfigDict(config.load("topformer_t_shapes", stored))
+    weights = types.SimpleNamespace(classes=(), palette=(), checkpoint_config=settings)
     origin.print_differences(weights, config.load("topformer_t_shapes", changes), given=given)
     out = capsys.readouterr().out
     assert out == (f"the checkpoint was trained and scored with {said}\n" if said else "")

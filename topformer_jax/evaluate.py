@@ -149,11 +149,8 @@ def score_classifier(
 ) -> dict[str, float]:
     """Scores a classifier on a split of its config's data set, prints top-1 and top-5, and writes metrics.json.
 
-    Args:
-        model, workdir, checkpoint, split: see `evaluate`.
-
     Returns:
-        The scores as shares of 1, and those of every class.
+        The scores as shares of 1.
 
     Raises:
         UserError: the data cannot be read, or the output cannot be written.

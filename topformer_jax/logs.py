@@ -56,12 +56,6 @@ class RunLog:
     the work directory, and shows a progress bar on a terminal, plain lines elsewhere. A run resumed at `start`
     discards the records of later steps.
 
-    Args:
-        workdir: an existing folder.
-        start: the step that the run resumes from, 0 for a new run.
-        steps: the last step of the run.
-        active: whether this is the first process.
-
     Raises:
         UserError: (every method too) a file cannot be written.
     """
@@ -184,12 +178,9 @@ class _EventWriter:
 
 
 class Progress:
-    """The progress of a command: a bar on a terminal, elsewhere a line every 10 seconds; a context manager.
+    """The progress of a command over `total` items: a bar on a terminal, elsewhere a line every 10 seconds.
 
-    Args:
-        total: how many items there are.
-        unit: what they are, in the plural.
-        active: False shows nothing (on all processes but the first).
+    It is a context manager. `unit` names the items, in the plural; without `active` nothing is shown.
     """
 
     def __init__(self, total: int, unit: str, *, active: bool = True):

@@ -42,11 +42,6 @@ from topformer_jax.step import init_training
 def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)) -> None:
     """Trains until `schedule.steps`, from the newest checkpoint of the work directory.
 
-    Args:
-        config: the settings.
-        folder: of the run, for checkpoints, logs and images.
-        profile_steps: to trace with `jax.profiler` into `folder.local / "profile"`.
-
     Raises:
         UserError: the data, the devices, the work directory or a checkpoint do not fit the config; the loss
             became NaN.

@@ -184,11 +184,7 @@ def fresh_names(names: Iterable[str], part: str) -> set[str]:
 
 
 def check_state_dict(
-    found: Mapping[str, Shape],
-    expected: Mapping[str, Shape],
-    source: str,
-    *,
-    hint: Callable[[], str],
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], source: str, *, hint: Callable[[], str]
 ) -> None:
     """Checks that names and shapes are exactly the expected ones; `hint` says what to do if not.
 

@@ -50,10 +50,7 @@ def save_model(
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the metadata of a checkpoint folder's newest step, or of one step.
-
-    Args:
-        directory: a checkpoint folder, one of its step folders, or a training run's work directory.
+    """The tensors and the metadata of a step's folder, or of the newest step of a checkpoint folder or a run.
 
     Raises:
         UserError: the folder does not exist, holds no checkpoint, or is damaged.
@@ -158,10 +155,7 @@ class CheckpointStore:
     def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
         """Notes the score of a saved step, 0 to 1, by which the best one stays.
 
-        Args:
-            step, score: of an evaluation.
-            to_file: whether the file beside the steps gets it too; a step that it lacks is scored again if a run
-                goes on from there.
+        A run that goes on from a step whose score is not in the file, the one beside the steps, scores it again.
         """
         self._scores[step] = score
         if to_file and jax.process_index() == 0:
