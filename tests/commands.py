@@ -69,8 +69,9 @@ def command(main: Callable[[], None], *words: object) -> str:
 def refused_command(main: Callable[[], None], *words: object) -> str:
     """The line that a command ends with, in this process."""
     err = io.StringIO()
-    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        command(lambda: cli.run(main), *words)
+    argv = mock.patch.object(sys, "argv", ["command", *map(str, words)])
+    with argv, contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        cli.run(main)
     assert end.value.code == 2
     return only_line(err.getvalue().splitlines()[-1])
 

@@ -262,6 +262,11 @@ def _explain_misfit(
     """Why a checkpoint most likely does not fit, from the shapes that give it away, and what to do."""
     known = {re.sub(r"\.\d+\.", ".N.", name) for name in expected}  # of a block of any number
     unknown = [name for name in tensors if re.sub(r"\.\d+\.", ".N.", name) not in known]
+    if 2 * len(unknown) > len(tensors):
+        return (
+            f"it is of another network (names such as {unknown[0][:60]}): "
+            f"{len(tensors) - len(unknown)} of its {len(tensors)} tensors have names of TopFormer's"
+        )
     query = next((t for name, t in tensors.items() if name.endswith("blocks.0.attn.to_q.c.weight")), None)
     for name, variant in models.VARIANTS.items():
         if query is not None and sum(variant.channels) in query.shape and name != config.model.variant:
@@ -284,11 +289,6 @@ def _explain_misfit(
         return (
             f"it does not have the config's {classes} classes: use its own config, or a new last layer "
             "(convert --new-head, train --config.init_part=all_but_classes)"
-        )
-    if 2 * len(unknown) > len(tensors):
-        return (
-            f"it is of another network (names such as {' and '.join(name[:40] for name in unknown[:2])}): "
-            f"{len(tensors) - len(unknown)} of its {len(tensors)} tensors have names of TopFormer's"
         )
     if all(name in tensors and tensors[name].shape == shape for name, shape in expected.items()):
         return "no layer has a place for the unexpected: save the file without them, if they are not needed"
