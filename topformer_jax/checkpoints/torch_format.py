@@ -156,6 +156,7 @@ def _find_tensors(content: dict[Any, Any], torch: ModuleType, place: str = "") -
 def _to_numpy(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
     """A tensor without loss: 16-bit floats as float32, all integers as int64."""
     if isinstance(tensor, stand_ins.Array):
+        assert tensor.values is not None  # see `_find_tensors`
         tensor = torch.from_numpy(tensor.values.copy())
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
         raise UserError(
