@@ -291,7 +291,6 @@ def test_a_small_shared_memory(
 
 
 def test_what_tells_shared_memories_apart() -> None:
-    assert workers.name_shared_memory() == workers.name_shared_memory()
     assert processes.count_equal(workers.name_shared_memory()) == 1
     assert (
         workers.count_free_shared_memory()

@@ -89,14 +89,10 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
 
 
 class CheckpointStore:
-    """The checkpoints of a training run: the newest ones and the best one, written in the background.
+    """The checkpoints of a training run: the newest `max_to_keep` and the best one, written in the background.
 
-    Every process of a run makes one on the same folder and calls the same methods in the same order.
-
-    Args:
-        directory: the folder of the steps.
-        max_to_keep: how many of the newest steps are kept, beside the one of the best score. An older step is
-            deleted when its successor is complete.
+    Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
+    is deleted when its successor is complete.
 
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
