@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
     "cli": {"config", "files", "logs", "processes"},
-    "checkpoints": {"config", "data", "files", "models"},
+    "checkpoints": {"config", "data", "files", "models", "processes"},
     "inference": {"data", "metrics", "models", "ops", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},
     "step": {"data", "models", "ops", "optimizer", "sharding"},

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -19,6 +20,12 @@ from topformer_jax.errors import UserError
 from topformer_jax.native_messages import FATAL
 
 HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -189,6 +196,12 @@ def is_lost_connection(error: BaseException) -> bool:
 def report_lost_connection() -> None:
     """Prints the line that the coordination service's message becomes; once, if that comes too."""
     os.write(2, f"{FATAL}\n".encode())
+
+
+def count_equal(text: str) -> int:
+    """How many processes have the text that this one has; all processes must call it in the same order."""
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return int((gather_processes(own) == own).all(1).sum())
 
 
 def sum_over_processes(array: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
-from topformer_jax.errors import UserError
+from topformer_jax.errors import UserError, explain_out_of_memory
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
@@ -246,15 +246,15 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         # OpenCV would turn the indices into colours. Not by `PIL.Image.open`, which refuses large files.
         with PngImageFile(io.BytesIO(data)) as image:
             return np.array(image)
-    except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
-        raise _damaged(name) from None
+    except Exception as error:  # a damaged file raises OSError, SyntaxError, ValueError and others
+        raise _explain(error, name, data) from None
 
 
 def _decode(data: bytes, flags: int, name: str) -> np.ndarray:
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        array = None
+    except (cv2.error, MemoryError) as error:
+        raise _explain(error, name, data) from None
     if array is None:
         raise _damaged(name, data)
     return array
@@ -317,6 +317,17 @@ def _not_a_png(name: str) -> UserError:
 
 def _cut_off(name: str) -> UserError:
     return UserError(f"{name} is cut off: its end is missing; replace or remove it")
+
+
+def _explain(error: Exception, name: str, data: bytes) -> UserError:
+    """What an error of a decoder means."""
+    if explain_out_of_memory(error, ""):
+        return UserError(
+            f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller"
+        )
+    if "CV_IO_MAX_IMAGE" in str(error):
+        return UserError(f"{name} is larger than OpenCV reads, 2**30 pixels: cut it into smaller pictures")
+    return _damaged(name, data)
 
 
 def _damaged(name: str, data: bytes = b"") -> UserError:

@@ -1,8 +1,9 @@
 """A look at some labels before a training: whether they hold anything to learn. `check` reads all of them."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax.data import class_images, codecs, label_rules, loader, rules
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.example import Example, Source
+from topformer_jax.data.example import Example, SegmentationSource, Source
 from topformer_jax.data.inspection import ExampleFacts
 from topformer_jax.data.label_inspection import (
     BEYOND,
@@ -25,17 +26,13 @@ from topformer_jax.data.sources import FolderSource
 from topformer_jax.errors import UserError
 
 EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
+PIXELS = 2**28  # of these examples' labels: fewer examples of large ones
 
 
 def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
     """Looks for two classes in each split. Every process of a run sees the same examples.
 
     Labels that cannot be read are passed over: the loader names them, or skips them.
-
-    Args:
-        config: of the data.
-        data_set: its classes.
-        splits: the opened ones, by name.
 
     Returns:
         Warnings, a line each: train holds one class, labels are of several palettes or kinds, or have other names
@@ -56,9 +53,10 @@ def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, So
     classes = class_of_value(config.model.num_classes, config.data.reduce_zero_label)
     found = {name: LabelSplit(name, classes=classes, available=len(splits[name])) for name in splits}
     inspection = LabelInspection(config, data_set, found, classes)
+    chosen = {name: _choose_examples(source) for name, source in splits.items()}
     heads = {head for source in splits.values() for head in _read_heads(source)}
     for name, source in splits.items():
-        for label, depth in _read_sample(source, _count_values):
+        for label, depth in _read_sample(source, _count_values, chosen[name]):
             label = label._replace(name=f"{name}/{label.name}")
             found[name].add(ExampleFacts(label.name, label=label, depth=depth))
             is_plain = len(heads) <= 1 and not codecs.describe_depth(depth)
@@ -67,8 +65,9 @@ def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, So
     for finding in rules.dark_images(inspection):
         raise UserError(f"{config.data.root}: {finding.text}")
     findings = label_rules.find_in_sample(inspection)
+    is_whole = all(len(chosen[name]) == len(source) for name, source in splits.items())
     for finding in findings:
-        if finding.rule != "one-class" and all(len(source) <= EXAMPLES for source in splits.values()):
+        if finding.rule != "one-class" and is_whole:
             raise UserError(f"{config.data.root}: {finding.text}")
     said = (*label_rules.label_palettes(inspection), *label_rules.label_kinds(inspection), *findings)
     return [finding.text for finding in said]
@@ -76,7 +75,9 @@ def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, So
 
 def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
     source = splits["train"]
-    labels = _read_sample(source, lambda example: int(class_images.read_label(example, config)))
+    labels = _read_sample(
+        source, lambda example: int(class_images.read_label(example, config)), _spread(source)
+    )
     first = next(labels, None)
     if first is None or any(label != first for label in labels):
         return []
@@ -100,7 +101,16 @@ def _spread(source: Source) -> list[int]:
     return np.linspace(0, len(source) - 1, min(len(source), EXAMPLES)).round().astype(int).tolist()
 
 
-def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any]:
+def _choose_examples(source: Source) -> list[int]:
+    """Those of `_spread` whose labels have at most `PIXELS` together; one that cannot be read has none."""
+    indices, total = _spread(source), 0
+    for index in indices:
+        with contextlib.suppress(UserError):
+            total += math.prod(cast(SegmentationSource, source).label_size(index))
+    return indices[:: max(1, -(-total // PIXELS))]
+
+
+def _read_sample(source: Source, read: Callable[[Example], Any], indices: Sequence[int]) -> Iterator[Any]:
     """What `read` gives for examples of a source, but for those that cannot be read."""
 
     def read_example(index: int) -> Any:
@@ -109,7 +119,7 @@ def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any
         except UserError:
             return None
 
-    results = loader.map_in_threads(read_example, _spread(source))
+    results = loader.map_in_threads(read_example, indices)
     yield from (result for result in results if result is not None)
 
 
