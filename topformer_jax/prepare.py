@@ -107,6 +107,10 @@ def prepare(args: argparse.Namespace) -> None:
             )
         _pack(args.dataset, args.source, args.output, part)
         return
+    if source.resolve().is_relative_to(output.resolve()):
+        raise UserError(
+            f"--source {source} lies in --output {output}, where files are made and deleted: name another"
+        )
     if part != (1, 1) or files.is_in_bucket(args.output):
         raise UserError(
             f"--shard {args.shard} and --output {args.output}: a folder that has the layout is packed by several "
@@ -133,7 +137,7 @@ def prepare(args: argparse.Namespace) -> None:
         _pack(args.dataset, str(folder), args.output, part)
         for name in (writer.LISTING, writer.MANIFEST):
             files.write_file(packed / name, (folder / name).read_bytes())
-    shutil.rmtree(folder, ignore_errors=True)
+    writer.remove(folder, found.origin)
 
 
 def _make_folder(

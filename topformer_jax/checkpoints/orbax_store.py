@@ -4,7 +4,8 @@ Each step holds `model`, a flat dictionary of tensors by official name in this p
 `config` (the settings it belongs to) and `meta` (what an mmcv file says about itself: epoch, iteration, classes).
 Training adds `average` (the averaged tensors, with `ema_decay`) and `optimizer`. Where there is an average, it is
 what a reader of the model gets. A step is written once and never changed: the scores of a run's steps are in a file
-beside them, `scores.json`.
+beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array, which readers
+compare: neither OCDBT's files nor zstd's blocks have one.
 """
 
 import contextlib
@@ -12,10 +13,12 @@ import dataclasses
 import json
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -25,6 +28,48 @@ from topformer_jax.errors import UserError
 NO_SPACE = "no space is left on the disk"
 SCORES_FILE = "scores.json"
 EXIT_SECONDS = 10.0  # for which a process that has to end waits for a write in flight
+
+
+class Metadata(msgspec.Struct):
+    """What a checkpoint of this project says of itself; other entries are its writer's."""
+
+    meta: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    crc32: dict[str, int] = {}  # of each array's bytes, by its tree and its path
+
+    def __post_init__(self) -> None:
+        if groups := [
+            key for key in ("model", "data", "evaluation") if not isinstance(self.config.get(key, {}), dict)
+        ]:
+            raise ValueError(f"`config.{groups[0]}` holds no settings")
+
+
+def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
+    """The CRC-32 of each array that this process holds as a whole."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(trees)):
+        if getattr(leaf, "is_fully_replicated", True) or leaf.is_fully_addressable:
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = checksum(np.asarray(leaf))
+    return found
+
+
+def checksum(array: np.ndarray) -> int:
+    """The CRC-32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def check_sums(found: Mapping[str, int], stored: Mapping[str, int], where: object) -> None:
+    """Compares checksums of arrays with those that were stored, if any were.
+
+    Raises:
+        UserError: one differs: a disk or a copy has changed bits.
+    """
+    wrong = [name for name, value in found.items() if stored.get(name, value) != value]
+    if wrong:
+        raise UserError(
+            f"{where} is damaged: {len(wrong)} of {len(found)} arrays are not as they were written, {wrong[0][:80]} "
+            "for one: copy it again, or take another checkpoint"
+        )
 
 
 def save_model(
@@ -46,7 +91,10 @@ def save_model(
         if (directory / str(step)).exists():
             raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
         with _checkpointer(directory) as checkpointer:
-            checkpointer.save_checkpointables(step, {"model": dict(tensors)}, custom_metadata=dict(metadata))
+            trees = {"model": dict(tensors)}
+            checkpointer.save_checkpointables(
+                step, trees, custom_metadata={**metadata, "crc32": checksums(trees)}
+            )
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -76,7 +124,9 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
             if shapes is None:
                 raise UserError(f"{directory} is damaged: the tensors of step {step} cannot be read")
             like = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in shapes.items()}
-            tensors = checkpointer.load_checkpointables(step, {part: like})[part]
+            metadata, sums = _read_metadata(stored, directory)
+            loaded = checkpointer.load_checkpointables(step, {part: like})
+            check_sums(checksums(loaded), sums, directory)
     except UserError:
         raise
     except OSError as error:
@@ -85,7 +135,18 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
         raise UserError(
             f"{directory} is damaged, or not a checkpoint of this project: {_reason(error)}"
         ) from error
-    return {name: np.asarray(tensor) for name, tensor in tensors.items()}, stored.custom_metadata or {}
+    return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, metadata
+
+
+def _read_metadata(stored: Any, where: object) -> tuple[dict[str, Any], dict[str, int]]:
+    """A step's own metadata, of the types that `Metadata` says, and the checksums of its arrays.
+
+    Raises:
+        UserError: they are others.
+    """
+    custom = stored.custom_metadata or {}
+    sums = files.convert(custom, Metadata, f"the metadata of {where}").crc32
+    return {key: value for key, value in custom.items() if key != "crc32"}, sums
 
 
 class CheckpointStore:
@@ -145,7 +206,10 @@ class CheckpointStore:
         self._newest_started = step
         with self._report_write_error():
             self._checkpointer.save_checkpointables_async(
-                step, _non_empty(trees), force=True, custom_metadata=metadata
+                step,
+                _non_empty(trees),
+                force=True,
+                custom_metadata=metadata | {"crc32": checksums(_non_empty(trees))},
             )
 
     def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
@@ -162,9 +226,10 @@ class CheckpointStore:
         """The metadata that a step was saved with: `config` and `meta`."""
         with self._report_read_error(step):
             stored = self._checkpointer.checkpointables_metadata(step)
-            if not (stored.custom_metadata or {}).get("config"):
+            metadata, _ = _read_metadata(stored, step)
+            if not metadata.get("config"):
                 raise ValueError("its metadata holds no config")
-        return {"meta": {}, **stored.custom_metadata}
+        return {"meta": {}, **metadata}
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """One step's trees, with the structure, dtypes and shardings of the arrays in `like`."""
@@ -174,7 +239,10 @@ class CheckpointStore:
 
         described = jax.tree.map(describe, _non_empty(like))
         with self._report_read_error(step):
-            return {**like, **self._checkpointer.load_checkpointables(step, described)}
+            loaded = self._checkpointer.load_checkpointables(step, described)
+            _, sums = _read_metadata(self._checkpointer.checkpointables_metadata(step), step)
+            check_sums(checksums(loaded), sums, f"step {step}")
+            return {**like, **loaded}
 
     def wait(self) -> None:
         """Returns when all that `save` started is written."""
@@ -255,14 +323,12 @@ def _read_scores(path: files.Path) -> dict[int, float]:
         UserError: the file cannot be read, or holds something else.
     """
     with files.report_errors("read", path):
-        text = files.retry(lambda: path.read_text() if path.exists() else "{}")
-    try:
-        return {int(step): float(score) for step, score in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f'{path} is damaged: expected scores by step, such as {{"2000": 0.35}}; move it away, and the newest '
-            "step is scored again"
-        ) from None
+        if not files.retry(path.exists):
+            return {}
+    advice = (
+        '; expected scores by step, such as {"2000": 0.35}; move it away, and the newest step is scored again'
+    )
+    return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
 
 
 def _absolute(directory: str | os.PathLike[str]) -> files.Path:

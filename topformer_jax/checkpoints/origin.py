@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from topformer_jax import config as config_lib
 from topformer_jax import models, processes
 from topformer_jax.data import sources
-from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, name_classes
+from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, is_name, name_classes
 from topformer_jax.errors import UserError
 
 # The settings that change a score, by task.
@@ -59,7 +59,7 @@ def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) 
     classes: Any = meta.get("CLASSES")
     palette: Any = meta.get("PALETTE")
     left_out = ""
-    if classes and not (_is_list(classes) and all(isinstance(name, str) for name in classes)):
+    if classes and not (_is_list(classes) and all(map(is_name, classes))):
         classes, left_out = None, "meta.CLASSES, which is no list of names"
     elif classes and len(classes) != count:
         classes, left_out = None, f"meta.CLASSES, {len(classes)} names for {count} classes"

@@ -3,10 +3,12 @@
 PyTorch is imported when a file is read or written, and by nothing else here.
 """
 
+import contextlib
 import io
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -109,8 +111,8 @@ def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Map
 def _load(path: files.Path) -> Any:
     """What a file holds: tensors, plain containers, and stand-ins for all else."""
     torch = _import_torch()
-    with files.report_errors("read", path):
-        content = files.retry(path.read_bytes)
+    content = files.read_bytes(path, most=1 << 36)
+    _check_sums(content, path)
     known = dict(stand_ins.KNOWN)
     while True:
         allowed = [(stand_in, name) for name, stand_in in known.items()]
@@ -188,3 +190,16 @@ def _import_torch() -> ModuleType:
             "pip install 'topformer_jax[convert]' (from a clone: pip install -e '.[convert]')"
         ) from None
     return torch
+
+
+def _check_sums(content: bytes, path: files.Path) -> None:
+    """Raises a UserError where the bytes of a zip archive differ from their checksums, which PyTorch ignores."""
+    if not content.startswith(b"PK"):
+        return
+    damaged = None
+    with contextlib.suppress(Exception):  # PyTorch says why it is no archive of its own
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+    if damaged:
+        raise UserError(
+            f"{path} is damaged: {files.shorten(damaged)} in it is not as it was written; copy it again"
+        )

@@ -385,7 +385,7 @@ def _read_class_names(config: ConfigDict) -> tuple[tuple[str, ...], str]:
         return names, f"{class_folders.NAMES} in {root}" if shown else f"the folders of {root / 'train'}"
     folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
     name = class_folders.NAMES if (folder / class_folders.NAMES).exists() else records.CLASS_NAMES
-    return tuple(files.read_lines(folder / name)), f"{name} in {folder}"
+    return tuple(files.number_names(folder / name).values()), f"{name} in {folder}"
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
@@ -460,7 +460,7 @@ def _name_maker(dataset: str) -> str:
 
 def _read(path: str, count: int = -1) -> bytes:
     """A file's bytes, or the first `count` of them."""
-    with files.report_errors("read", path), open(path, "rb") as file:
+    with files.report_errors("read", path), files.open_regular(path) as file:
         return file.read(count)
 
 
@@ -479,7 +479,7 @@ def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
                 "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
             )
         file = next((file for file in places if file.exists()), None)
-    if file is not None and (lines := files.number_lines(file)):
+    if file is not None and (lines := files.number_names(file)):
         # Names that prepare took from annotations may look like anything.
         if config.data.source == "folder" and not (root / "manifest.json").exists():
             _check_class_lines(lines, file)

@@ -1,8 +1,11 @@
 """Worker processes and threads: how many there is a core for, and what processes have in common."""
 
+import concurrent.futures
 import multiprocessing
 import os
+import signal
 import threading
+from typing import Any
 
 from topformer_jax import files
 
@@ -46,3 +49,22 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+class WorkerPool(concurrent.futures.ProcessPoolExecutor):
+    """Processes that Ctrl-C means for their parent alone, from their first moment on: they inherit a blocked signal.
+
+    The parent gets a KeyboardInterrupt, since a command that ended at once would leave semaphores behind.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        super().__init__(*args, **options)
+
+    def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        """Starts a process where one is missing, and gives it a task."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*args, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -60,15 +60,31 @@ def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
 def map_matrix(key: str, table: Mapping[int, int], data: bytes, name: str) -> bytes:
     """As `map_values`, of the matrix `key` in a MATLAB file (version 5)."""
     with expect_fields(name):
-        values = np.asarray(read_mat(data, name)[key])
-    return encode(_look_up(table, values, name))
+        values = read_mat(data, name)[key]
+    return encode(_look_up(table, _take_matrix(values, name), name))
 
 
 def read_boundaries_benchmark(data: bytes, name: str) -> bytes:
     """The classes of a file of the Semantic Boundaries Dataset: GTcls.Segmentation, VOC's 0 to 20."""
     with expect_fields(name):
-        values = read_mat(data, name)["GTcls"][0, 0]["Segmentation"].astype(np.uint8)
-    return encode(values)
+        values = read_mat(data, name)["GTcls"][0, 0]["Segmentation"]
+    return encode(_look_up({label: label for label in range(21)}, _take_matrix(values, name), name))
+
+
+def _take_matrix(values: Any, name: str) -> np.ndarray:
+    """A variable of a MATLAB file as a matrix of class numbers.
+
+    Raises:
+        UserError: it is no matrix of whole numbers.
+    """
+    found = np.asarray(values)
+    is_whole = found.dtype.kind in "ui" or (found.dtype.kind == "f" and (np.rint(found) == found).all())
+    if found.ndim != 2 or found.size < 2 or not is_whole or np.abs(found).max() > 1 << 16:
+        shape = " x ".join(map(str, found.shape))
+        raise UserError(
+            f"{name} holds {found.dtype} of {shape}: expected a matrix of class numbers, one a pixel"
+        )
+    return found
 
 
 def read_mat(data: bytes, name: str) -> dict[str, Any]:
@@ -83,7 +99,7 @@ def read_mat(data: bytes, name: str) -> dict[str, Any]:
         return dict(loadmat(io.BytesIO(data)))
     except Exception as error:  # of many types
         raise UserError(
-            f"{name} cannot be read as a MATLAB file ({error}): fetch its archive again"
+            f"{name} cannot be read as a MATLAB file ({files.shorten(error, 120)}): fetch its archive again"
         ) from None
 
 
