@@ -1,6 +1,5 @@
 """Chromium without a window, driven through the DevTools protocol on a pipe: JSON messages that end with a zero."""
 
-import base64
 import collections
 import json
 import os
@@ -150,21 +149,3 @@ class Browser:
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
-
-    def resize(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
-        """Sets the size of the page in CSS pixels, and its colours."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=2 if phone else 1,
-            mobile=phone,
-        )
-        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.send("Emulation.setEmulatedMedia", features=features)
-
-    def screenshot(self, path: pathlib.Path, **options: Any) -> None:
-        """Writes what the page shows as a picture."""
-        kind = "jpeg" if path.suffix == ".jpg" else path.suffix[1:]
-        data = self.send("Page.captureScreenshot", format=kind, **options)["data"]
-        path.write_bytes(base64.b64decode(data))

@@ -41,23 +41,17 @@ def our_programs(model: models.Segmenter, images: np.ndarray) -> dict[str, Progr
         row: prepare_input(image, None, evaluation, shapes, dtype=dtype) for row, image in enumerate(images)
     }
     batch = make_global_batch(inputs, len(inputs), compiled.batch_sharding)
-    totals = compiled.zero_totals()
-    network = (tensors, batch.networks[0], np.bool_(False))
+    network = (tensors, batch.views[0])
 
     def label() -> jax.Array:
-        nonlocal totals
         views = compiled.compute_views(tensors, shapes, batch)
-        predictions, _, totals = compiled.predict_and_count(shapes.supports)(views, batch.tiles, totals)
+        predictions, _ = compiled.predict_and_count(views, batch.label)
         return predictions
 
     program = compiled.network(shapes, 0)
     logits = timing.start(f"{OURS}, logits", lambda: program(*network), program, *network)
-    after = (
-        compiled.compute_views(tensors, shapes, batch),
-        batch.tiles,
-        compiled.zero_totals(),
-    )
-    labels = timing.start(f"{OURS}, labels", label, compiled.predict_and_count(shapes.supports), *after)
+    after = compiled.compute_views(tensors, shapes, batch), batch.label
+    labels = timing.start(f"{OURS}, labels", label, compiled.predict_and_count, *after)
     peak = max(logits, labels, key=lambda program: program.memory_bytes or 0)  # one runs after the other
     memory = (peak.memory_bytes, peak.temporary_bytes)
     return {"logits": logits, "labels": Program(labels.run, labels.first_seconds, *memory)}

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import peers, samples, timing
 from benchmarks.timing import OURS, Program
+from tests.reference.loss import plain_cross_entropy
 from topformer_jax import cli
 from topformer_jax.ops import loss as loss_ops
 
@@ -22,7 +23,7 @@ from topformer_jax.ops import loss as loss_ops
 def our_program(
     name: str, function: Callable[..., loss_ops.LossSums], config: ConfigDict, *arguments: np.ndarray
 ) -> Program:
-    """Mean loss and gradient of logits and labels, by a function of ops/loss.py."""
+    """Mean loss and gradient of logits and labels, by a function of sums."""
 
     def mean(logits: Array, labels: Array) -> Array:
         sums = function(logits, labels.astype(jnp.int32), precision=config.model.precision)
@@ -43,7 +44,7 @@ def main() -> None:
     labels = samples.labels(args.batch, (args.size, args.size), classes)
     programs = {
         OURS: our_program(OURS, loss_ops.upsampled_cross_entropy, config, logits, labels),
-        "plain": our_program("plain", loss_ops.plain_cross_entropy, config, logits, labels),
+        "plain": our_program("plain", plain_cross_entropy, config, logits, labels),
     }
     case = f"{' x '.join(map(str, logits.shape))} to {args.size} x {args.size}"
     with peers.start(args, "loss", config, logits, labels) as torch_programs:

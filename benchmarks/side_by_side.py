@@ -13,6 +13,7 @@ two such runs come apart is the noise to compare with.
 
 import argparse
 import functools
+import io
 import json
 import pathlib
 import time
@@ -21,6 +22,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks import samples, timing
@@ -51,8 +54,6 @@ PLAIN: dict[str, Any] = {
     "ema_decay": 0.0,
 }
 MEANS = 20  # steps: a point of the drawn loss is the mean of so many
-WIDTH, HEIGHT, MARGIN = 760, 300, 50
-COLOURS = ("#1f6feb", "#d9480f", "#868e96", "#2b8a3e")
 
 Step = Callable[[Batch], tuple[float, float]]  # a batch to the loss, and to the seconds that the step took
 Weights = Callable[[], Mapping[str, Any]]
@@ -161,41 +162,26 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
     return run
 
 
-def draw(runs: list[dict[str, Any]]) -> str:
+def draw(runs: list[dict[str, Any]], path: files.Path) -> None:
     """The losses as lines and the scores as points, in one SVG picture."""
-    steps = max(len(run["losses"]) for run in runs)
-    top = max(run["losses"][0] for run in runs)
-
-    def place(number: float, share: float) -> str:
-        x = MARGIN + (WIDTH - 2 * MARGIN) * number / steps
-        return f"{x:.1f},{MARGIN + (HEIGHT - 2 * MARGIN) * (1 - share):.1f}"
-
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for index, (run, colour) in enumerate(zip(runs, COLOURS[: len(runs)], strict=True)):
-        losses = (
-            np.array(run["losses"][: len(run["losses"]) // MEANS * MEANS]).reshape(-1, MEANS).mean(axis=1)
-        )
-        points = " ".join(place(MEANS * (i + 0.5), loss / top) for i, loss in enumerate(losses))
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        for number, miou in run["miou"].items():
-            x, y = place(int(number), miou).split(",")
-            lines.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
-        scores = ", ".join(f"{100 * miou:.1f}" for miou in run["miou"].values())
-        row = MARGIN + 16 * index
-        text = f"{run['name']}: mIoU {scores}; {run['seconds'] / 3600:.2f} h"
-        lines.append(f'<text x="{WIDTH - MARGIN}" y="{row}" text-anchor="end" fill="{colour}">{text}</text>')
-    for share in (0, 0.5, 1):
-        y = place(0, share).split(",")[1]
-        lines.append(f'<text x="{MARGIN - 6}" y="{y}" text-anchor="end">{share * top:.2f}</text>')
-        lines.append(f'<text x="{WIDTH - MARGIN + 6}" y="{y}">{100 * share:.0f}</text>')
-    axis = (
-        f"steps (0 to {steps}); lines: loss (left, mean of {MEANS} steps); points: validation mIoU % (right)"
-    )
-    lines.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 16}" text-anchor="middle">{axis}</text></svg>')
-    return "\n".join(lines) + "\n"
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    scores = axes.twinx()
+    for number, run in enumerate(runs):
+        means = np.array(run["losses"][: len(run["losses"]) // MEANS * MEANS]).reshape(-1, MEANS).mean(1)
+        hours, final = run["seconds"] / 3600, 100 * list(run["miou"].values())[-1]
+        label = f"{run['name']}: mIoU {final:.1f}; {hours:.2f} h"
+        axes.plot(MEANS * (np.arange(len(means)) + 0.5), means, color=f"C{number}", label=label)
+        points = [(int(step), 100 * miou) for step, miou in run["miou"].items()]
+        scores.plot(*zip(*points, strict=True), "o", color=f"C{number}")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"loss, mean of {MEANS} steps (lines)")
+    scores.set_ylabel("validation mIoU % (points)")
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, format="svg")
+    files.write_file(path, image.getvalue())
 
 
 def main() -> None:
@@ -213,9 +199,7 @@ def main() -> None:
     if args.draw:
         if not args.output:
             raise UserError("--draw needs --output FILE.svg")
-        if len(args.draw) > len(COLOURS):
-            raise UserError(f"--draw takes up to {len(COLOURS)} files, these are {len(args.draw)}")
-        files.write_file(args.output, draw([read_run(path) for path in args.draw]))
+        draw([read_run(path) for path in args.draw], args.output)
         return
     if config is None or not (args.program and args.json):
         raise UserError(

@@ -1,4 +1,4 @@
-"""How long does training take to its first step, and each command to be imported?
+"""How long does training take to its first step?
 
   python -m benchmarks.start_up --repeats 1 --config configs/topformer_t_ade.py --config.batch_size=4
 
@@ -34,7 +34,6 @@ from benchmarks import start_up
 from topformer_jax import cli
 cli.run(lambda: print(json.dumps({{"import": imported, **start_up.time_phases({settings})}})))
 """
-IMPORT = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
 
 
 def time_phases(settings: dict[str, Any]) -> dict[str, float]:
@@ -90,11 +89,6 @@ def main() -> None:
         for name, found in runs.items()
         for phase in found[0]
     ]
-    files = sorted((ROOT / "topformer_jax").glob("*.py"))
-    commands = [f"topformer_jax.{file.stem}" for file in files if "\nif __name__ ==" in file.read_text()]
-    for module in ["jax", *commands]:
-        seconds = [run_python(IMPORT.format(module), {}) for _ in range(args.repeats)]
-        rows.append(timing.make_row("import", module, seconds))
     timing.report(f"start_up: {timing.describe(config)}", rows, args)
 
 

@@ -122,7 +122,6 @@ def _milliseconds(seconds: Mapping[str, float]) -> str:
 COLUMNS = {
     "images_per_second": ("images/s", 1, 1),
     "ratio": ("ratio to first", 1, 2),
-    "data_wait": ("waiting for data %", 100, 1),
     "miou": ("mIoU %", 100, 4),
     "first_seconds": ("first call s", 1, 2),
     "arguments_bytes": ("arguments MB", 1e-6, 1),

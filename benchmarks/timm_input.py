@@ -8,6 +8,7 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
+from topformer_jax.data.class_images import RAND_AUGMENT_STD
 from topformer_jax.data.sources import Example
 from topformer_jax.errors import UserError
 
@@ -30,9 +31,7 @@ def make_transform(config: ConfigDict) -> Callable[[Example], Any]:
         scale=data.crop_area,
         hflip=data.flip_prob,
         color_jitter=None,
-        auto_augment=f"rand-m{data.rand_augment:.0f}-mstd{data.rand_augment_std}"
-        if data.rand_augment
-        else None,
+        auto_augment=f"rand-m{data.rand_augment:.0f}-mstd{RAND_AUGMENT_STD}" if data.rand_augment else None,
         interpolation="bilinear",
         re_prob=data.erasing_prob,
         re_mode="pixel",

@@ -29,6 +29,7 @@ from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.workers import count_cores
 from topformer_jax.exporters import exported
+from topformer_jax.optimizer import MOMENTUM, RMS_DECAY
 
 Call = Callable[[], Any]
 Arrays = Mapping[str, np.ndarray]
@@ -100,10 +101,10 @@ def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
         optimizer = torch.optim.RMSprop(
             network.parameters(),
             lr=0.0,  # its mean square starts at 0, not at 1: the recipe's rate would make all weights infinite
-            alpha=settings.rms_decay,
+            alpha=RMS_DECAY,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
+            momentum=MOMENTUM,
         )
     else:
         loss_function = cross_entropy

@@ -1,7 +1,6 @@
 """What do the training step and the evaluation ask of a TPU chip? Compiled for slices that are not here.
 
   python -m benchmarks.tpu --config configs/topformer_b_ade.py --config.model.dtype=bfloat16 --plain --evaluation
-  python -m benchmarks.tpu --table FOLDER     # the table of docs/pods.md, from rows that FOLDER keeps
 
 Figures of one chip: memory for a program's arguments and for its temporary arrays; what it computes; what it reads
 and writes in its memory at most (`traffic.memory_bytes`) and by XLA's own count, which takes loops once; what
@@ -10,7 +9,6 @@ pip install -e '.[tpu-compile]'.
 """
 
 import os
-import pathlib
 import re
 import sys
 import time
@@ -23,19 +21,26 @@ import numpy as np
 from jax.experimental.topologies import get_topology_desc
 from ml_collections import ConfigDict
 
-from benchmarks import samples, timing, tpu_table, traffic
+from benchmarks import samples, timing, traffic
 from benchmarks.timing import Row
+from tests.reference.loss import plain_cross_entropy
 from topformer_jax import cli, models, sharding, step
 from topformer_jax import config as config_lib
 from topformer_jax.errors import UserError
 from topformer_jax.inference import compile_inference
-from topformer_jax.inference.geometry import ProgramShapes, view_flips
-from topformer_jax.inference.inputs import prepare_input
-from topformer_jax.inference.plan import plan_evaluation, plan_shapes
-from topformer_jax.ops.loss import plain_cross_entropy, upsampled_cross_entropy
+from topformer_jax.inference.inputs import prepare_input, view_flips
+from topformer_jax.inference.plan import ProgramShapes, plan_evaluation, plan_shapes
+from topformer_jax.ops.loss import upsampled_cross_entropy
 from topformer_jax.ops.tiled import ViewLogits
 
 IMAGES_PER_CHIP = 8  # of an evaluation: evaluation.per_device_batch_size off a CPU
+# By kind of chip: its memory's bytes a second, and bfloat16 operations a second.
+CHIPS = {
+    "v4": (1228e9, 275e12),
+    "v5e": (819e9, 197e12),
+    "v5p": (2765e9, 459e12),
+    "v6e": (1640e9, 918e12),
+}
 
 
 def slice_devices(name: str) -> Sequence[jax.Device]:
@@ -92,7 +97,6 @@ def step_row(case: str, config: ConfigDict, devices: Sequence[jax.Device], *, pl
         {name: abstract(x, sharding.batch_sharding(mesh)) for name, x in samples.batch(config).items()},
     )
     row = compile_row(case, "plain train step" if plain else "train step", train_step, *arguments)
-    row["images"], row["chips"] = config.batch_size / len(devices), len(devices)
     row["other_bytes"] = row["collective_bytes"] - summed_bytes(state, config)
     return row
 
@@ -137,45 +141,24 @@ def evaluation_rows(
     inputs = prepare_input(image, None, config.evaluation, shapes, dtype=programs.dtype.name)
     batch = jax.tree.map(lambda x: abstract(x, divided, IMAGES_PER_CHIP * mesh.size), inputs)
     tensors = jax.tree.map(lambda x: abstract(x, replicated), models.state_dict(model))
-    flip = jax.ShapeDtypeStruct((), jnp.bool_, sharding=replicated)
-    totals = jax.ShapeDtypeStruct((mesh.size, 2, programs.num_classes**2), jnp.int32, sharding=divided)
-    logits: list[Any] = [
-        abstract(jax.eval_shape(programs.network(shapes, ratio), tensors, network, flip), divided)
-        for ratio, network in enumerate(batch.networks)
-        for _ in view_flips(config.evaluation)
-    ]
-    views = [ViewLogits(*view) for view in zip(logits, batch.row_resizes, batch.column_resizes, strict=True)]
+    flips = len(view_flips(config.evaluation))
+    views = []
+    for number, view in enumerate(batch.views):
+        logits: Any = jax.eval_shape(programs.network(shapes, number // flips), tensors, view)
+        logits = abstract(logits, divided)
+        views.append(ViewLogits(logits, view.counts, view.rows, view.columns))
+    network = programs.network(shapes, 0)
     return [
-        compile_row(
-            case, "evaluation, logits", programs.network(shapes, 0), tensors, batch.networks[0], flip
-        ),
-        compile_row(
-            case,
-            "evaluation, count",
-            programs.predict_and_count(shapes.supports),
-            views,
-            batch.tiles,
-            totals,
-        ),
+        compile_row(case, "evaluation, logits", network, tensors, batch.views[0]),
+        compile_row(case, "evaluation, count", programs.predict_and_count, views, batch.label),
     ]
 
 
-def table_rows(program: tpu_table.Program) -> list[Row]:
-    """The rows of a program of the table."""
-    changes = {"model.dtype": "bfloat16", "batch_size": max(program.batch, 1)}
-    config = config_lib.load(config_lib.ade20k(program.variant), changes)
-    devices = slice_devices(program.slices)
-    case = f"{program.variant}, {program.slices}, {program.batch or 'evaluation'}"
-    if not program.batch:
-        shapes = plan_shapes([samples.SIZE], config.evaluation)
-        place = {"images": IMAGES_PER_CHIP, "chips": len(devices)}
-        return [row | place for row in evaluation_rows(case, config, devices, shapes)]
-    try:
-        return [step_row(case, config, devices, plain=False)]
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return [{"program": "train step", "failed": "out of memory"}]
+def add_bound(slices: str, images: float, row: Row) -> Row:
+    """Adds the images a second of a chip that its memory and its arithmetic allow, whichever takes longer."""
+    bytes_a_second, operations_a_second = CHIPS[slices.partition(":")[0]]
+    seconds = max(row["moved_bytes"] / bytes_a_second, row["operations"] / operations_a_second)
+    return row | {"images_per_second": images / seconds}
 
 
 def abstract(array: Any, sharding: jax.sharding.Sharding, *leading: int) -> jax.ShapeDtypeStruct:
@@ -187,16 +170,10 @@ def main() -> None:
     """The command."""
     parser = timing.make_parser(__doc__)
     parser.add_argument("--slices", nargs="+", default=["v5e:2x4", "v5e:16x16", "v4:2x2x2"])
-    parser.add_argument(
-        "--table", type=pathlib.Path, metavar="FOLDER", help="write the table of docs/pods.md; keep its rows"
-    )
     parser.add_argument("--batches", nargs="+", type=timing.positive, default=[32, 256, 2048], help="images")
     parser.add_argument("--evaluation", action="store_true", help="an evaluation's programs too")
     parser.add_argument("--plain", action="store_true", help="the step with the plainly written loss too")
     args, config = timing.parse(parser)
-    if args.table:
-        tpu_table.write_table(args.table, table_rows, tpu_table.find_commit())
-        return
     rows: list[Row] = []
     notes: list[str] = []
     for name in args.slices:
@@ -209,7 +186,8 @@ def main() -> None:
             settings = config_lib.load(config, {"batch_size": batch})
             for plain in (False, True) if args.plain else (False,):
                 try:
-                    rows.append(step_row(case, settings, devices, plain=plain))
+                    row = step_row(case, settings, devices, plain=plain)
+                    rows.append(add_bound(name, batch / len(devices), row))
                 except jax.errors.JaxRuntimeError as error:
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
@@ -218,7 +196,8 @@ def main() -> None:
                     notes.append(f"{case}, {form}: out of memory ({used[0] if used else 'of a chip'})")
         if args.evaluation:
             for plan, shapes in evaluation_plans(config, len(devices)).items():
-                rows += evaluation_rows(f"{name}, {plan}", config, devices, shapes)
+                found = evaluation_rows(f"{name}, {plan}", config, devices, shapes)
+                rows += [add_bound(name, IMAGES_PER_CHIP, row) for row in found]
     title = f"tpu: {timing.describe(config)}, crops {tuple(config.data.crop_size)}, a chip"
     timing.report(title, rows, args, notes)
 

@@ -242,7 +242,7 @@ def _too_large(label: np.ndarray) -> np.ndarray:
             lambda path: resave(path, orientation=8),
             "rotated by their EXIF orientation",
         ),
-        ("images/train/3.jpg", cut, "is cut off: its end is missing; copy or fetch it again"),
+        ("images/train/3.jpg", cut, "is cut off: its end is missing; replace or remove it"),
     ],
 )
 def test_a_file_that_does_not_fit(

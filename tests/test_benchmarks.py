@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import chromium, official_input, peers, samples, side_by_side, timing, tpu_table
-from benchmarks.timing import Program, Row
+from benchmarks import chromium, official_input, peers, samples, side_by_side, timing
+from benchmarks.timing import Program
 from tests.parity import settings_for
 from tests.test_class_images import write_images
 from topformer_jax import checkpoints, models
@@ -72,25 +72,12 @@ def _programs(rows: list[dict[str, Any]]) -> list[str]:
     return [row["program"] for row in rows]
 
 
-def test_checkpoints(run: Run, tmp_path: pathlib.Path) -> None:
-    rows = run("checkpoints", *TINY, "--steps", "3", "--folder", str(tmp_path / "trial"))
-    assert _programs(rows)[0] == "a save holds up the loop"
-    assert not list((tmp_path / "trial").iterdir())
-
-
 def test_train_step(run: Run) -> None:
     ours, theirs = run("train_step", *TINY, "--peer", "torch", "--variants", "eager+kept_memory")
     assert (ours["case"], theirs["program"]) == ("2 x 64 x 64", "torch eager+kept_memory")
     assert 0 < ours["temporary_bytes"] < ours["memory_bytes"]
     assert theirs["ratio"] == theirs["seconds"]["median"] / ours["seconds"]["median"]
     assert theirs["images_per_second"] == 2 / theirs["seconds"]["median"]
-
-
-def test_train_step_from_files(run: Run) -> None:
-    workers = "--config.data.num_workers=0"
-    rows = run("train_step", *TINY, workers, "--from-files", "--images", "3", "--seconds", "1")
-    assert _programs(rows) == ["step alone", "from files"]
-    assert 0 <= rows[1]["data_wait"] <= 1
 
 
 def test_exported(run: Run) -> None:
@@ -139,7 +126,7 @@ def test_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -
     assert np.allclose(found["ours"]["losses"], found["torch"]["losses"], rtol=2e-3, atol=0)
     assert found["ours"]["losses"][0] != found["ours"]["losses"][3]
     run_script("--draw", *(tmp_path / f"{name}.json" for name in found), "--output", tmp_path / "curves.svg")
-    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2
+    assert "ours: mIoU" in (tmp_path / "curves.svg").read_text()
     with pytest.raises(UserError, match="give --program"):
         run_script(*flags)
     (tmp_path / "cut.json").write_text("{")
@@ -220,18 +207,11 @@ def test_train_step_of_a_classifier(run: Run) -> None:
     assert (ours["case"], theirs["program"]) == ("2 x 64 x 64", TORCH)
 
 
-def test_depthwise(run: Run) -> None:
-    rows = run("depthwise", "--batch", "1", "--size", "8", "--channels", "4")
-    assert _programs(rows) == ["shifted", "library"] * 8
-    assert rows[-1]["case"] == "k5 s2 forward + backward"
-
-
 @pytest.mark.slow
 def test_start_up(run: Run) -> None:
     rows = run("start_up", *TINY)
     phases = ["import", "state", "first step", "dispatch", "whole process"]
-    assert _programs(rows)[:10] == phases * 2
-    assert {"jax", "topformer_jax.train"} <= set(_programs(rows)[10:])
+    assert _programs(rows) == phases * 2
 
 
 @pytest.mark.slow
@@ -240,35 +220,6 @@ def test_tpu(run: Run) -> None:
     rows = run("tpu", *TINY, "--slices", "v5e:2x4", "--batches", "4", "8", "--evaluation")
     assert _programs(rows) == ["train step", *["evaluation, logits", "evaluation, count"] * 3]
     assert rows[0]["other_bytes"] == 0  # the chips send each other gradients and sums alone
-
-
-def test_rows_of_the_tpu_table_are_kept(tmp_path: pathlib.Path) -> None:
-    """A program is compiled once a commit; what a page says around the table stays."""
-    compiled = []
-    figures = {"arguments_bytes": 2e6, "temporary_bytes": 3e6, "collective_bytes": 4e6, "compile_seconds": 5}
-
-    def compile_rows(program: tpu_table.Program) -> list[Row]:
-        compiled.append(program)
-        if program.batch == 64:
-            return [{"program": "train step", "failed": "out of memory"}]
-        work = {"moved_bytes": 819e6, "operations": 197e9}  # both take a millisecond
-        return [{"program": "train step", "images": 4, "chips": 8, **figures, **work}]
-
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{tpu_table.BEGIN}\nold\n{tpu_table.END}\nafter\n")
-    programs = [tpu_table.Program("tiny", "v5e:2x4", batch) for batch in (32, 64)]
-    for commit in ("a", "a", "b"):
-        tpu_table.write_table(tmp_path, compile_rows, commit, page=page, programs=programs)
-    assert compiled == programs * 2
-    text = page.read_text()
-    assert text.startswith(f"before\n{tpu_table.BEGIN}\n\nCommit b;")
-    assert text.endswith(f"|\n\n{tpu_table.END}\nafter\n")
-    assert "| tiny, train step, v5e:2x4, 32 | 8 | 4 | 2 | 3 | 0.82 | 0.197 | 4.00 | 4000 | 5 |\n" in text
-    assert "| tiny, train step, v5e:2x4, 64 | out of memory | |" in text
-    assert "Not compiled at this commit: tiny v5e:2x4 64." in tpu_table.format_block("a", [], programs[1:])
-    page.write_text("no markers")
-    with pytest.raises(UserError, match="to write the table between"):
-        tpu_table.write_table(tmp_path, compile_rows, "a", page=page, programs=programs)
 
 
 def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from topformer_jax import config, sharding
 from topformer_jax.data import class_augment
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Batch
-from topformer_jax.ops.class_loss import class_cross_entropy
+from topformer_jax.ops.loss import class_cross_entropy
 
 SIDE = 32
 

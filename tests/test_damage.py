@@ -22,7 +22,7 @@ from tests.test_packing import records_config
 from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
 from topformer_jax import checkpoints, config, demo, logs, prepare, run_folder
-from topformer_jax.checkpoints import safetensors_format
+from topformer_jax.checkpoints import safetensors_format, torch_format
 from topformer_jax.data import catalog, class_folders, sources
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported
@@ -152,7 +152,7 @@ def make_pth(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_transposed(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
-    tensors, metadata = checkpoints.load.read_any(path)
+    tensors, metadata = torch_format.read_pth(path)
     return {name.rpartition("/")[2]: tensor.T for name, tensor in tensors.items()}, metadata
 
 
@@ -324,7 +324,7 @@ KINDS: dict[str, Kind] = {
         lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
     ),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
-    "safetensors": Kind(make_safetensors, checkpoints.load.read_any, equals_tensors),
+    "safetensors": Kind(make_safetensors, safetensors_format.read_safetensors, equals_tensors),
     "pth": Kind(make_pth, read_transposed, equals_tensors),
     "shard": Kind(
         functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records

@@ -16,6 +16,7 @@ import torch
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import topformer_jax
@@ -23,14 +24,14 @@ from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import checkpoints, config, inference, models
 from topformer_jax.data.augment import normalize
 from topformer_jax.errors import UserError
-from topformer_jax.inference import compiled, geometry, predictor
-from topformer_jax.inference.inputs import prepare_input
-from topformer_jax.inference.plan import plan_shapes
+from topformer_jax.inference import compiled, predictor
+from topformer_jax.inference.inputs import LabelInput, prepare_input
+from topformer_jax.inference.plan import network_sizes, plan_shapes, window_grids
 from topformer_jax.metrics import compute_scores, count_confusions
 from topformer_jax.models.layers import BatchNorm
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
-from topformer_jax.ops.tiled import TILE, ViewLogits
+from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.sharding import make_inference_mesh
 
 MODES: dict[str, dict[str, Any]] = {
@@ -81,9 +82,9 @@ def test_tiles_are_the_resizes_in_a_row(
     )
     shapes = plan_shapes([size], evaluation)
     prepared = prepare_input(np.zeros((*size, 3), np.uint8), None, evaluation, shapes, dtype="float64")
-    (network,) = geometry.network_sizes(size, evaluation)
-    assert prepared.networks[0].image.shape == (*network, 3)
-    (tops, height), (lefts, width) = geometry.window_grid(network, evaluation)
+    (network,) = network_sizes(size, evaluation)
+    (_, (height, width), tops, lefts), *_ = window_grids(size, evaluation)
+    assert prepared.views[0].windows.shape == (len(tops) * len(lefts), height, width, 3)
     expected: list[np.ndarray] = []
     seen = []
     for number in range(1 + flip):
@@ -91,30 +92,25 @@ def test_tiles_are_the_resizes_in_a_row(
         patches = {(top, left): rng.normal(size=(1, *cells, classes)) for top in tops for left in lefts}
         whole = _official(patches, network, (height, width), size)
         expected.append(whole[:, :, ::-1] if number else whole)
-        joined = np.concatenate(
-            [np.concatenate([patches[top, left][0] for left in lefts], 1) for top in tops], 0
-        )
-        extents = [max(32, 1 << (side - 1).bit_length()) for side in joined.shape[:2]]
-        pad = [(0, extent - side) for extent, side in zip(extents, joined.shape[:2], strict=True)]
-        logits = jnp.asarray(np.pad(joined, [*pad, (0, 0)]).swapaxes(1, 2))
-        seen.append(ViewLogits(logits, prepared.row_resizes[number], prepared.column_resizes[number]))
-    found = _whole(seen, np.asarray(prepared.tiles.counts), size, classes)
+        stacked = np.concatenate(list(patches.values()))
+        pad = [(0, padded - side) for padded, side in zip(shapes.logits_size(0), cells, strict=True)]
+        logits = np.pad(stacked, [(0, 0), *pad, (0, 0)]).swapaxes(2, 3)
+        view = prepared.views[number]
+        seen.append(ViewLogits(jnp.asarray(logits), jnp.asarray(view.counts), view.rows, view.columns))
+    found = _whole(seen, prepared.label, classes)[: size[0], : size[1]]
     if flip:
         expected = [torch.softmax(torch.from_numpy(logits.copy()), -1).numpy() for logits in expected]
     assert np.abs(found - np.sum(expected, 0)[0]).max() <= 1e-12
 
 
-def _whole(seen: list[ViewLogits], grid: np.ndarray, size: Any, classes: int) -> np.ndarray:
+def _whole(seen: list[ViewLogits], label: LabelInput, classes: int) -> np.ndarray:
     """The scores of all tiles, put together."""
 
-    def use(carry: jax.Array, scores: jax.Array, tile: jax.Array) -> jax.Array:
-        return carry.at[tile].set(scores.swapaxes(1, 2))
+    def use(carry: jax.Array, scores: jax.Array, corner: Any) -> jax.Array:
+        return lax.dynamic_update_slice(carry, scores.swapaxes(1, 2), (*corner, jnp.int32(0)))
 
-    start = jnp.zeros((int(grid[0]), *TILE, classes), jnp.float64)
-    tiles = tiled.fold_tiles(
-        jax.tree.map(jnp.asarray, seen), jnp.int32(grid[0]), jnp.int32(grid[1]), start, use
-    )
-    return geometry.join_tiles(np.asarray(tiles), size)
+    start = jnp.zeros((*label.labels.shape, classes), jnp.float64)
+    return np.asarray(tiled.fold_tiles(jax.tree.map(jnp.asarray, seen), jnp.asarray(label.tiles), start, use))
 
 
 def test_argmax_is_the_first_of_equals() -> None:
@@ -156,7 +152,7 @@ def test_the_official_label_maps(golden: Callable, mode: str) -> None:
         image = np.asarray(
             cv2.imread(str(golden(f"mini_ade/images/validation/{file}")), cv2.IMREAD_COLOR_RGB)
         )
-        networks = geometry.network_sizes((image.shape[0], image.shape[1]), settings)
+        networks = network_sizes((image.shape[0], image.shape[1]), settings)
         assert [list(network) for network in networks for _ in range(1 + settings.flip)] == shapes
         expected = np.asarray(cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE))
         wrong += int((predictor(image) != expected).sum())
@@ -194,7 +190,9 @@ def test_a_model_is_evaluated_by_its_own_recipe() -> None:
             with pytest.raises(RuntimeError):
                 topformer_jax.segment(model, image)
         *_, batch = compute_views.call_args.args
-        sizes[recipe.name] = [tuple(map(int, seen.size[0])) for seen in batch.networks]
+        sizes[recipe.name] = [
+            tuple(map(int, np.argwhere(view.windows[0, 0].any(-1))[-1] + 1)) for view in batch.views
+        ]
     # mmsegmentation: (520, 520) without alignment; (2048, 448), up to multiples of 32.
     assert sizes == {"topformer_t_context60": [(371, 520)], "topformer_t_ade448": [(448, 640)]}
 
@@ -212,7 +210,7 @@ def test_segment_is_the_plain_formulation(small: models.Segmenter) -> None:
     assert labels.shape == (61, 77)
     assert labels.dtype == np.uint8
     shapes = plan_shapes([(61, 77)], model.config.evaluation)
-    fitted = np.asarray(prepare_input(image, None, model.config.evaluation, shapes).networks[0].image)
+    fitted = np.asarray(prepare_input(image, None, model.config.evaluation, shapes).views[0].windows[0])
     logits = jnp.asarray(run(model, normalize(fitted[None])))
     plain = resize(resize(logits, fitted.shape[:2]), (61, 77))[0]
     assert (np.asarray(plain).argmax(-1) != labels).mean() < 1e-3
@@ -236,11 +234,8 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
     inference.Predictor(_evaluated_by(again, scale=(64, 64)))(np.ones((49, 59, 3), np.uint8))
     programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
     shapes = plan_shapes([(50, 60)], model.config.evaluation, round_up=True)
-    for function, program in (
-        (programs.logits, programs.network(shapes, 0)),
-        (programs.predict_and_count, programs.predict_and_count(shapes.supports)),
-    ):
-        assert getattr(function, "cache_info")().currsize == 1  # noqa: B009
+    assert getattr(programs._network_of, "cache_info")().currsize == 1  # noqa: B009
+    for program in (programs.network(shapes, 0), programs.predict_and_count):
         assert getattr(program, "_cache_size")() == 1  # noqa: B009
 
 
@@ -251,10 +246,10 @@ def test_memory_of_a_large_picture(small: models.Segmenter) -> None:
     shapes = plan_shapes([(1024, 2048)], large.config.evaluation)
     image = prepare_input(np.zeros((1024, 2048, 3), np.uint8), None, large.config.evaluation, shapes)
     batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
-    logits: Any = jax.ShapeDtypeStruct((1, 128, 150, 256), jnp.float32)
-    views = [ViewLogits(logits, batch.row_resizes[0], batch.column_resizes[0])]
-    count = programs.predict_and_count(shapes.supports)
-    ours = count.lower(views, batch.tiles, programs.zero_totals()).compile()
+    logits: Any = jax.ShapeDtypeStruct((1, 1, 128, 150, 256), jnp.float32)
+    views = [ViewLogits(logits, batch.views[0].counts, batch.views[0].rows, batch.views[0].columns)]
+    count: Any = programs.predict_and_count
+    ours = count.lower(views, batch.label).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

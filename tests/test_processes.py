@@ -8,15 +8,14 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Any, ClassVar
 
 import pytest
 
-from tests.commands import LONGEST, finish, only_line, start, start_pair, wait_for
-from topformer_jax import native_messages, processes
+from tests.commands import LONGEST, finish, start, start_pair, wait_for
+from topformer_jax import processes
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.errors import UserError
 
@@ -29,48 +28,13 @@ CHANGES: dict[str, Any] = {
     "evaluate_every": 100_000,
 }
 PROFILE = ("--profile", "1:2")  # its file says that they train
-FATAL = """\
-E1125 03:51:59.332888   29433 coordination_service.cc:1549] [18216366] Use error polling to propagate the following \
-error to all tasks: UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):
-1
-The tasks have crashed. Check the task logs for an earlier error to debug further. [type='']
-F1125 03:51:59.335121   29444 client.h:80] Terminating process because the JAX distributed service detected fatal \
-errors. This most likely indicates that another task died; see the other task logs for more details.
-1
-*** Check failure stack trace: ***
-    @     0x7f1dbbf20634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
-"""
-LOST = (
-    "of this run ended or stopped answering; see its output, and start the same command again on every host"
-)
+# Our line, or that of JAX's coordination service where it notices first.
+LOST = re.compile("another process of this run ended or stopped answering|another task died")
 
 
 def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> None:
     """Returns when they have trained for some steps: the profile of the first two is written."""
     wait_for(pair, lambda: bool(list(workdir.glob("profile/**/*.xplane.pb"))))
-
-
-def filtered(text: str) -> str:
-    done = subprocess.run(
-        [sys.executable, native_messages.__file__], input=text, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == ""
-    return done.stderr
-
-
-def test_native_messages_become_one_line() -> None:
-    assert filtered(FATAL) == f"error: process 1 {LOST}\n"
-    assert filtered(f"{processes.FATAL}\n") == f"error: another process {LOST}\n"
-    assert filtered(f"{processes.FATAL}\n" + FATAL).count("error: ") == 1
-
-
-def test_other_native_messages_pass() -> None:
-    others = (
-        "W1125 03:51:32.991310   29362 slow.cc:90] Very slow compile\n  of a program\nSegmentation fault\n"
-    )
-    assert filtered(others) == others
-    notice = "W1125 03:51:32.991310   29362 preemption_notifier.cc:90] SIGTERM caught at 2026-11-25\n"
-    assert filtered(notice + others) == others
 
 
 def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
@@ -114,7 +78,7 @@ def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> N
     print(f"SIGKILL to process {number}: the other ended after {time.monotonic() - began:.1f} s")
     other = pair[1 - number]
     assert other.returncode not in (0, None)
-    assert LOST in only_line(outputs[1 - number][1])
+    assert LOST.search(outputs[1 - number][1]), outputs
 
 
 def has_steps(workdir: pathlib.Path, count: int) -> bool:

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from benchmarks import traffic
 from benchmarks.tpu import summed_bytes
 from tests.parity import distance
+from tests.reference.loss import plain_cross_entropy, plain_dice
 from topformer_jax import config, load, models, sharding
 from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.data import augment
 from topformer_jax.data.batch import Batch
 from topformer_jax.errors import UserError
-from topformer_jax.ops.loss import PixelLoss, plain_cross_entropy, plain_dice, upsampled_cross_entropy
+from topformer_jax.ops.loss import PixelLoss, upsampled_cross_entropy
 from topformer_jax.step import TrainState, average_decay, init_training
 
 Find = Callable[[str], pathlib.Path]

@@ -44,6 +44,9 @@ _starting = sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for w
 if _starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 if _starting:
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # no warnings of JAX's C++ code: it reads it when imported
     gc.disable()  # a fifth of the time that the imports take; `cli.run` enables it
 
 

@@ -16,8 +16,9 @@ from topformer_jax import metrics, models, processes, sharding
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.example import SegmentationSource
+from topformer_jax.data.transforms import Size
+from topformer_jax.errors import UserError
 from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
-from topformer_jax.inference.geometry import Size, join_tiles
 from topformer_jax.inference.inputs import padding_input, prepare_input
 from topformer_jax.inference.plan import EvalBatch
 
@@ -43,6 +44,20 @@ class EvaluationResult(NamedTuple):
     miou: Float[np.ndarray, " examples"]  # of each example alone
 
 
+def score_split(result: EvaluationResult, config: ConfigDict, split: str) -> metrics.Scores:
+    """The scores of what was counted.
+
+    Raises:
+        UserError: no label of the split has a pixel of a class.
+    """
+    if not result.confusion.any():
+        raise UserError(
+            f"no label of the {split} split in {config.data.root or config.data.source} has a pixel of a class, so "
+            "there is nothing to score: python -m topformer_jax.check says what the labels hold"
+        )
+    return metrics.compute_scores(result.confusion)
+
+
 def evaluate_split(
     model: models.Segmenter,
     source: sources.Source,
@@ -54,8 +69,8 @@ def evaluate_split(
 ) -> EvaluationResult:
     """Counts every example of a source exactly once, on all devices of all processes.
 
-    Each process reads and computes its rows of every batch; confusion matrices stay on the devices and are summed
-    once at the end. The integers do not depend on the number of devices, as long as
+    Each process reads and computes its rows of every batch and adds up their confusion matrices; they are summed over
+    processes at the end. The integers do not depend on the number of devices, as long as
     `evaluation.per_device_batch_size` stays the same.
 
     Args:
@@ -76,22 +91,22 @@ def evaluate_split(
     rows_per_device = _rows_per_device(config.evaluation.per_device_batch_size)
     rows = rows_per_device * mesh.size
     own_rows = local_rows(programs.batch_sharding, rows)
-    _, batches = plan_evaluation(
-        _read_sizes(source), config.evaluation, devices=mesh.size, rows_per_device=rows_per_device
-    )
+    sizes = _read_sizes(source)
+    _, batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=rows_per_device)
     dtype = programs.dtype.name
 
     def load(job: tuple[EvalBatch, int]) -> _LoadedExample:
         batch, index = job
         example = source[index]
         image, label = loader.decode_example(example, config)
-        inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.grid, dtype)
+        inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.label_size, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
     jobs = [(batch, index) for batch in batches for row in own_rows if (index := batch.rows[row]) is not None]
     # Hosts read the next batch while the devices compute this one.
     examples = loader.map_in_threads(load, jobs, ahead=len(own_rows))
-    totals = programs.zero_totals()
+    classes = config.model.num_classes
+    confusion = np.zeros((classes, classes), np.int64)  # of this process's rows
     scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
     in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
     started = 0
@@ -106,20 +121,18 @@ def evaluate_split(
         loaded = {row: next(examples) for row in own_rows if batch.rows[row] is not None}
         inputs = {row: example.inputs for row, example in loaded.items()}
         if len(inputs) < len(own_rows):
-            padding = padding_input(shapes, batch.grid, config.evaluation, dtype)
+            example = next(index for index in batch.rows if index is not None)
+            padding = padding_input(sizes[example], config.evaluation, shapes, batch.label_size, dtype)
             inputs = {row: inputs.get(row, padding) for row in own_rows}
         global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
         views = programs.compute_views(device_tensors, shapes, global_batch)
-        predictions, pixels, totals = programs.predict_and_count(shapes.supports)(
-            views, global_batch.tiles, totals
-        )
-        in_flight.append((loaded, predictions, pixels))
+        in_flight.append((loaded, *programs.predict_and_count(views, global_batch.label)))
         started += sum(index is not None for index in batch.rows)
         while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
-            _collect_batch(*in_flight.popleft(), scores, on_example)
+            _collect_batch(*in_flight.popleft(), confusion, scores, on_example)
     on_progress(started, "")
     scores = processes.sum_over_processes(scores)
-    confusion = processes.sum_over_processes(programs.read_totals(totals))
+    confusion = processes.sum_over_processes(confusion)
     return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
 
 
@@ -198,17 +211,22 @@ def _read_sizes(source: sources.Source) -> list[Size]:
 def _collect_batch(
     loaded: Mapping[int, _LoadedExample],
     predictions: Array,
-    pixels: Array,
+    counts: Array,
+    confusion: np.ndarray,
     scores: np.ndarray,
     on_example: Callable[[ExampleResult], None],
 ) -> None:
-    """Waits for a batch, and writes its examples' accuracy and mIoU into `scores`."""
-    pixels_of_row = _fetch_local_rows(pixels)
+    """Waits for a batch, adds its examples to `confusion`, and writes their accuracy and mIoU into `scores`."""
+    counts_of_row = _fetch_local_rows(counts)
     for row, example in loaded.items():
-        scores[example.index] = metrics.compute_image_scores(*pixels_of_row[row])
+        matrix = counts_of_row[row].reshape(confusion.shape)
+        confusion += matrix
+        scores[example.index] = metrics.compute_image_scores(
+            np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
+        )
 
         def prediction(row: int = row, label: Labels = example.label) -> Labels:
-            return join_tiles(_fetch_local_rows(predictions)[row], (label.shape[0], label.shape[1]))
+            return _fetch_local_rows(predictions)[row][: label.shape[0], : label.shape[1]]
 
         on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
 

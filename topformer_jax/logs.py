@@ -1,6 +1,7 @@
-"""What a command reports: a banner, a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
+"""What a command reports: a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
 
 import contextlib
+import datetime
 import io
 import logging
 import math
@@ -21,12 +22,6 @@ from topformer_jax import files
 from topformer_jax.errors import UserError
 
 PRINT_INTERVAL = 10  # seconds between lines of progress where there is no terminal
-
-
-def print_banner(rows: Mapping[str, object]) -> None:
-    """Prints what a run is about to do, one line a row: its name and its value."""
-    width = max(map(len, rows))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
 
 
 def silence_orbax_threads() -> None:
@@ -61,12 +56,6 @@ class RunLog:
     Appends to `metrics.jsonl` (one JSON object a line: `step`, `kind`, values) and writes TensorBoard events, both in
     the work directory, and shows a progress bar on a terminal, plain lines elsewhere. A run resumed at `start`
     discards the records of later steps.
-
-    Args:
-        workdir: an existing folder.
-        start: the step that the run resumes from, 0 for a new run.
-        steps: the last step of the run.
-        active: whether this is the first process.
 
     Raises:
         UserError: (every method too) a file cannot be written.
@@ -104,10 +93,11 @@ class RunLog:
             else f"correct {values['accuracy']:.1%}"
         )
         seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start)
+        left = datetime.timedelta(seconds=round(seconds_per_step * (self.steps - step)))
         line = (
             f"step {step}/{self.steps}  loss {values['loss']:.4f}  {accuracy}  "
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
-            f"waiting {values['data_wait']:.0%}  left {_format_duration(seconds_per_step * (self.steps - step))}"
+            f"waiting {values['data_wait']:.0%}  left {left}"
         )
         if values["skipped"]:
             line += f"  skipped {values['skipped']:.0f} unreadable"
@@ -215,12 +205,9 @@ def escape_output() -> Iterator[None]:
 
 
 class Progress:
-    """The progress of a command: a bar on a terminal, elsewhere a line every 10 seconds; a context manager.
+    """The progress of a command over `total` items: a bar on a terminal, elsewhere a line every 10 seconds.
 
-    Args:
-        total: how many items there are.
-        unit: what they are, in the plural.
-        active: False shows nothing (on all processes but the first).
+    It is a context manager. `unit` names the items, in the plural; without `active` nothing is shown.
     """
 
     def __init__(self, total: int, unit: str, *, active: bool = True):
@@ -310,9 +297,3 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=110)
     files.write_file(path, image.getvalue())
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

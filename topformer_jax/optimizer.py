@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 HEAD_PREFIX = "decode_head."
+RMS_DECAY, MOMENTUM = 0.9, 0.9  # of RMSprop: the mean squared gradient and the updates
 
 
 def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
@@ -104,7 +105,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     head = optax.stateless(scale_head)
     rate = optax.scale_by_learning_rate(lambda step: scaled_learning_rate(step, config))
     if settings.name == "rmsprop_tf":
-        rms = optax.scale_by_rms(settings.rms_decay, settings.eps, initial_scale=1.0)
-        return optax.chain(clip, decay, rms, head, rate, optax.trace(settings.momentum))
+        rms = optax.scale_by_rms(RMS_DECAY, settings.eps, initial_scale=1.0)
+        return optax.chain(clip, decay, rms, head, rate, optax.trace(MOMENTUM))
     adam = optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps)
     return optax.chain(clip, adam, decay, head, rate)

@@ -122,7 +122,7 @@ def prepare(args: argparse.Namespace) -> None:
     found = downloads.find(args.dataset, source, options)
     if found.table:
         print(cli.table(found.table))
-        print(*(f"note: {note}"[:300] for note in found.notes), sep="\n")
+        print(*(files.shorten(f"note: {note}", cli.LONGEST_LINE) for note in found.notes), sep="\n")
     if args.format == "folder":
         _make_folder(found, output, workers, args.verify)
         print(f"{output} is complete; use it with --config.data.root={output}")

@@ -2,9 +2,8 @@
 
 import atexit
 import contextlib
+import hashlib
 import os
-import pathlib
-import subprocess
 import sys
 import threading
 import time
@@ -16,9 +15,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from topformer_jax.errors import UserError
-from topformer_jax.native_messages import FATAL
 
 HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -59,29 +63,10 @@ def _initialize(coordinator: str | None = None, count: int | None = None, number
     from jax._src import distributed
 
     global _preemption
-    _explain_native_messages()
     jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     state = distributed.global_state
     _preemption, state.preemption_sync_manager = state.preemption_sync_manager, None
     atexit.register(setattr, state, "preemption_sync_manager", _preemption)  # JAX shuts it down
-
-
-def _explain_native_messages() -> None:
-    """Sends what C++ code prints through native_messages.py; Python's own standard error stays as it is."""
-    errors = os.dup(2)
-    script = pathlib.Path(__file__).with_name("native_messages.py")
-    # Of its own session: a Ctrl-C is for the run.
-    reader = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(script)],
-        stdin=subprocess.PIPE,
-        stderr=errors,
-        start_new_session=True,
-    )
-    assert reader.stdin is not None
-    os.dup2(reader.stdin.fileno(), 2)
-    reader.stdin.close()
-    sys.stderr = os.fdopen(errors, "w", buffering=1, errors="backslashreplace")
-    reader.returncode = 0  # it outlives this process, and nobody waits for it
 
 
 def wait_for_preemption(stopped: threading.Event) -> bool:
@@ -187,8 +172,15 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def report_lost_connection() -> None:
-    """Prints the line that the coordination service's message becomes; once, if that comes too."""
-    os.write(2, f"{FATAL}\n".encode())
+    """Says that another process is gone; where JAX's coordination service notices it first, it says so itself."""
+    line = "another process of this run ended or stopped answering; see its output, and start the same command again"
+    print(f"error: {line} on every host", file=sys.stderr, flush=True)
+
+
+def count_equal(text: str) -> int:
+    """How many processes have the text that this one has; all processes must call it in the same order."""
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return int((gather_processes(own) == own).all(1).sum())
 
 
 def sum_over_processes(array: np.ndarray) -> np.ndarray:

@@ -158,11 +158,6 @@ class RunFolder:
 class Lease:
     """Keeps a work directory for one run: a file that it renews, and that a successor takes over after a crash.
 
-    Args:
-        folder: the work directory.
-        renew_seconds: the time between renewals.
-        expired_seconds: the time after which a lease that was not renewed belongs to nobody.
-
     Raises:
         UserError: another run is using the folder, or the lease cannot be written.
     """

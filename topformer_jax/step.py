@@ -18,8 +18,13 @@ from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.data.class_augment import augment_classes
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.class_loss import class_cross_entropy
-from topformer_jax.ops.loss import LossSums, PixelLoss, upsampled_cross_entropy, upsampled_dice
+from topformer_jax.ops.loss import (
+    LossSums,
+    PixelLoss,
+    class_cross_entropy,
+    upsampled_cross_entropy,
+    upsampled_dice,
+)
 from topformer_jax.optimizer import build_optimizer, scaled_learning_rate
 
 Tensors = dict[str, Array]

@@ -81,12 +81,6 @@ def save_model(
 ) -> None:
     """Writes a model as one step of a checkpoint folder. Atomic: a temporary folder, then rename.
 
-    Args:
-        directory: the folder; it is made where it does not exist.
-        tensors: by official name, in this package's layout.
-        metadata: what JSON can hold: `config` and `meta`.
-        step: which must not exist in the folder.
-
     Raises:
         UserError: the step exists, or the folder cannot be written.
     """
@@ -104,10 +98,7 @@ def save_model(
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the metadata of a checkpoint folder's newest step, or of one step.
-
-    Args:
-        directory: a checkpoint folder, one of its step folders, or a training run's work directory.
+    """The tensors and the metadata of a step's folder, or of the newest step of a checkpoint folder or a run.
 
     Raises:
         UserError: the folder does not exist, holds no checkpoint, or is damaged.
@@ -159,17 +150,10 @@ def _read_metadata(stored: Any, where: object) -> tuple[dict[str, Any], dict[str
 
 
 class CheckpointStore:
-    """The checkpoints of a training run: the newest ones and the best one, written in the background.
+    """The checkpoints of a training run: the newest `max_to_keep` and the best one, written in the background.
 
-    Every process of a run makes one on the same folder and calls the same methods in the same order.
-
-    Args:
-        directory: the folder of the steps.
-        max_to_keep: how many of the newest steps are kept, beside the one of the best score. An older step is
-            deleted when its successor is complete.
-
-    Attributes:
-        newest_started: the step that this process saved last, or 0; it may not be complete yet.
+    Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
+    is deleted when its successor is complete.
 
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
@@ -177,7 +161,7 @@ class CheckpointStore:
 
     def __init__(self, directory: files.Path, max_to_keep: int):
         self.directory = directory
-        self.newest_started = 0
+        self._newest_started = 0
         self._scores = _read_scores(directory / SCORES_FILE)
         try:
             self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
@@ -193,6 +177,11 @@ class CheckpointStore:
         """The newest checkpoint's step; it may still be being written."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def describe_newest(self) -> str:
+        """What an error's line says of it."""
+        newest = self.latest
+        return "no step is saved yet" if newest is None else f"the newest saved step is {newest}"
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -212,9 +201,9 @@ class CheckpointStore:
             trees: of arrays, by what they are: `model`, `optimizer`, `average`; empty ones are skipped.
             metadata: what JSON can hold: `config` and `meta`.
         """
-        if step == self.newest_started:
+        if step == self._newest_started:
             return
-        self.newest_started = step
+        self._newest_started = step
         with self._report_write_error():
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -223,10 +212,13 @@ class CheckpointStore:
                 custom_metadata=metadata | {"crc32": checksums(_non_empty(trees))},
             )
 
-    def add_score(self, step: int, score: float) -> None:
-        """Notes the score of a saved step, 0 to 1, in a file beside the steps."""
+    def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
+        """Notes the score of a saved step, 0 to 1, by which the best one stays.
+
+        A run that goes on from a step whose score is not in the file, the one beside the steps, scores it again.
+        """
         self._scores[step] = score
-        if jax.process_index() == 0:
+        if to_file and jax.process_index() == 0:
             with jax.transfer_guard("allow"):
                 files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
@@ -298,11 +290,9 @@ class CheckpointStore:
             reason = NO_SPACE if "No space left" in str(error) else _reason(error)
             if jax.process_count() == 1:
                 self._checkpointer.reload()  # Orbax forgets older steps when a write starts
-            newest = self.latest
-            saved = "none is saved yet" if newest is None else f"the newest complete one is of step {newest}"
             raise UserError(
-                f"cannot write a checkpoint into {self.directory}: {reason}; {saved}; fix it and start the same "
-                "command again"
+                f"cannot write a checkpoint into {self.directory}: {reason}; {self.describe_newest()}; fix it and "
+                "start the same command again"
             ) from None
 
 

@@ -22,18 +22,10 @@ from topformer_jax.errors import UserError
 SUFFIX = ".safetensors"
 KEY, CRC_KEY = "topformer_jax", "topformer_jax_crc32"  # of the header
 # By the format's names.
+SIZES = {"F": (64, 32, 16), "I": (64, 32, 16, 8), "U": (8,)}
 DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+    f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind, sizes in SIZES.items() for bits in sizes
+} | {"BF16": jnp.bfloat16, "BOOL": np.bool_}
 
 
 class _Header(msgspec.Struct):
@@ -73,11 +65,6 @@ def write_safetensors(
     path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
     """Writes a file whole or not at all.
-
-    Args:
-        path: of the file, which must not exist.
-        tensors: by official name, in this package's layout.
-        metadata: `meta` and `config`, what JSON can hold.
 
     Raises:
         UserError: safetensors is not installed, the file exists, or it cannot be written.

@@ -138,7 +138,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "model.depthwise_impl": Setting(
             "auto",
-            "form of the depthwise convolutions, the stem and, in inference, 1x1 convolutions of few channels; auto: "
+            "form of the depthwise convolutions and, in inference, 1x1 convolutions of few channels; auto: "
             "shifted on a CPU and in training on a TPU, library elsewhere. library by name: every layer is one plain "
             "operation, resizes too",
             ("auto", "shifted", "library"),
@@ -192,7 +192,6 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.rand_augment": Setting(
             0.0, "of classification: magnitude of RandAugment, 9 as published; 0: off", Range(0, 10)
         ),
-        "data.rand_augment_std": Setting(0.5, "standard deviation of that magnitude", Range(0, 100)),
         "data.erasing_prob": Setting(
             0.0, "of classification: probability that a rectangle becomes noise", PROBABILITY
         ),
@@ -248,15 +247,11 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "optimizer.beta1": Setting(0.9, "decay of AdamW's mean gradient", BELOW_ONE),
         "optimizer.beta2": Setting(0.999, "decay of AdamW's mean squared gradient", BELOW_ONE),
-        "optimizer.rms_decay": Setting(0.9, "decay of RMSprop's mean squared gradient", BELOW_ONE),
-        "optimizer.momentum": Setting(0.9, "of RMSprop's updates", BELOW_ONE),
         "optimizer.eps": Setting(
             1e-8, "added to AdamW's denominator, or inside the root of RMSprop's", PROBABILITY
         ),
         "optimizer.weight_decay": Setting(
-            0.01,
-            "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient",
-            Range(0, 1000),
+            0.01, "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient", Range(0, 1000)
         ),
         "optimizer.no_decay_norm": Setting(
             False, "true: no weight decay on BatchNorm's scales and biases, nor on other biases"

@@ -15,7 +15,7 @@ Colour = tuple[int, int, int]  # red, green, blue
 class Layout:
     """Where a data set's files are below its root: the layouts that mmsegmentation documents.
 
-    `{split}` in a path stands for one of the words in `train` or `validation`: the first whose folder exists. A label
+    `{split}` in a path stands for one of the words in `train` or `validation`: the one whose folder exists. A label
     has its image's path with the suffix replaced (in a user's own set another ending will do, if all labels have it).
     Sub-folders are searched too.
     """
@@ -205,7 +205,7 @@ CUSTOM_LAYOUT = Layout(
     image_suffixes=IMAGE_SUFFIXES,
     label_suffix=".png",
     train=("train", "training"),
-    validation=("val", "validation"),
+    validation=("val", "valid", "validation"),
 )
 
 _context = _parse_table(_CONTEXT60, _context_layout)

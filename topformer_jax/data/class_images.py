@@ -20,6 +20,7 @@ from topformer_jax.data.transforms import Size
 from topformer_jax.errors import UserError
 
 ASPECT = (3 / 4, 4 / 3)  # width by height of a random crop
+RAND_AUGMENT_STD = 0.5  # of the magnitude
 TRIES = 10  # crops that are drawn before the centre is taken
 Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
 
@@ -62,9 +63,7 @@ def make_training_example(example: Example, config: ConfigDict, rng: np.random.G
         interpolation=cv2.INTER_LINEAR if is_small else cv2.INTER_AREA,
     )
     if config.data.rand_augment:
-        image = rand_augment(
-            image, magnitude=config.data.rand_augment, std=config.data.rand_augment_std, rng=rng
-        )
+        image = rand_augment(image, magnitude=config.data.rand_augment, std=RAND_AUGMENT_STD, rng=rng)
     return {"image": image, "label": read_label(example, config), "size": np.array(target, np.int32)}
 
 

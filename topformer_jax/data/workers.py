@@ -7,6 +7,8 @@ import signal
 import threading
 from typing import Any
 
+from topformer_jax import files
+
 
 def count_cores() -> int:
     """The cores that this process may use: in a container fewer than the machine has.
@@ -17,13 +19,24 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def count_free_shared_memory(folder: str = "/dev/shm") -> int | None:
+SHARED_MEMORY = "/dev/shm"
+
+
+def count_free_shared_memory() -> int | None:
     """The bytes that are free for shared memory, 64 MB in a container of Docker's; None where nobody can tell."""
     try:
-        status = os.statvfs(folder)
+        status = os.statvfs(SHARED_MEMORY)
     except (OSError, AttributeError):  # of other systems than Linux
         return None
     return status.f_bavail * status.f_frsize
+
+
+def name_shared_memory() -> str:
+    """What tells this process's shared memory from that of other hosts and containers."""
+    try:
+        return f"{files.read_boot_id()} {os.stat(SHARED_MEMORY).st_dev}"
+    except OSError:
+        return ""
 
 
 def end_with_parent() -> None:

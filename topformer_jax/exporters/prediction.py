@@ -22,7 +22,7 @@ from topformer_jax.data.transforms import (
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 from topformer_jax.inference import Predictor
-from topformer_jax.inference.geometry import network_sizes
+from topformer_jax.inference.plan import network_sizes
 
 # The settings that `stretch` replaces.
 STRETCHED = ("evaluation.scale", "evaluation.size_divisor", "evaluation.img_ratios")

@@ -4,29 +4,29 @@
       |  plan.plan_evaluation: which images share a canvas, a program and a batch                 (host, numpy)
       v
     ProgramShapes, EvalBatches
-      |  inputs.prepare_input: the image resized, its resize matrices and label tiles        (host, numpy)
+      |  inputs.prepare_input: the image resized, mirrored, cut into windows, with resize matrices    (host, numpy)
       v
     InferenceInput  -- rows of a batch, of any sizes -->  make_global_batch
-      |  CompiledInference.compute_views: normalize, network; per scale, mirrored or not        (devices)
+      |  CompiledInference.compute_views: normalize, network; for each view and window          (devices)
       v
-    logits [n, h/8, classes, w/8] of each view
+    logits [n, windows, h/8, classes, w/8] of each view
       |  CompiledInference.predict_and_count or .probabilities: a tile of pixels at a time (ops/tiled.py)   (devices)
       v
-    labels in tiles, counts of the confusion matrix  -- geometry.join_tiles -->  labels uint8 [h, w]
+    labels uint8 [n, rows, columns] at the top left of arrays of few sizes, counts of the confusion matrix
 
 As in mmsegmentation, logits are resized to the network's input (averaged where sliding windows overlap) and from
-there to the image; softmaxes of several views are averaged. `geometry`, `plan` and `inputs` are plain numpy,
-`compiled` holds what is jitted, `predictor` is what a user calls; `topformer_jax.evaluation` scores a data set.
+there to the image; softmaxes of several views are averaged. `plan` and `inputs` are plain numpy, `compiled` holds
+the jitted programs, `predictor` is what a user calls; `topformer_jax.evaluation` scores a data set.
 
 Words: a *view* is one look at an image, at one ratio, mirrored or not; a *window* is a crop of the network's input in
-mode "slide"; a *canvas* is the shape of the network's input, in which a window or an image lies at the top left
-(`models/area.py`); a *cell* is a pixel of the logits (stride 8); a *tile* is 32 x 128 pixels of the original image.
+mode "slide", and the whole input otherwise; a *canvas* is the shape of the network's input, in which a window lies at
+the top left (`models/area.py`); a *cell* is a pixel of the logits (stride 8); a *tile* is 32 x 128 pixels of the
+original image.
 """
 
 from topformer_jax.inference.compiled import CompiledInference, compile_inference, make_global_batch
-from topformer_jax.inference.geometry import ProgramShapes
 from topformer_jax.inference.inputs import InferenceInput
-from topformer_jax.inference.plan import EvalPlan, plan_evaluation
+from topformer_jax.inference.plan import EvalPlan, ProgramShapes, plan_evaluation
 from topformer_jax.inference.predictor import Predictor, segment
 
 __all__ = [

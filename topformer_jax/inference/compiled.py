@@ -1,7 +1,7 @@
 """The compiled programs of an evaluation: images to logits, logits to labels, counts and probabilities.
 
-The sizes of images are data in all of them: each is compiled once for the static shapes of a plan (`ProgramShapes`),
-with a branch for each of its few canvases, of which every device takes the one that its images lie on.
+The sizes of images are data in all of them: each is compiled once for the static shapes of a plan (`ProgramShapes`).
+The network has a branch for each of few canvases, of which every device takes the one that its images lie on.
 """
 
 import functools
@@ -15,22 +15,17 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Int32, UInt8
+from jaxtyping import Array, Float
 from ml_collections import FrozenConfigDict
 
 from topformer_jax import models, sharding
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference.geometry import ProgramShapes, ViewSizes, logits_size, view_flips
-from topformer_jax.inference.inputs import InferenceInput, LabelTiles, NetworkInput
+from topformer_jax.inference.inputs import InferenceInput, LabelInput, ViewInput, view_flips
+from topformer_jax.inference.plan import ProgramShapes
 from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.ops.tiled import ViewLogits, argmax_classes, fold_tiles, mean_probabilities, num_cells
-
-# A data set has more pixels than an int32 can count, and JAX has no wider integers by default. So a count is kept
-# in two int32 parts: count = lower + upper * 2**LOWER_BITS. It overflows at 2**51 pixels.
-LOWER_BITS = 20
-Supports = tuple[ViewSizes, ...]  # those of `ProgramShapes`
+from topformer_jax.ops.tiled import TILE, ViewLogits, argmax_classes, fold_tiles, mean_probabilities
 
 
 class CompiledInference:
@@ -41,10 +36,8 @@ class CompiledInference:
 
     Attributes:
         num_classes, evaluation, mesh: what the programs were made for.
-        logits: `(canvases, size)` to the program `(tensors, input, flip) -> [n, h, classes, w]`, the logits of all
-            windows of one ratio side by side; `size` is (h, w).
-        predict_and_count: `(supports)` to the program `(views, tiles, totals) -> (predictions, pixels, totals)`.
-        probabilities: `(supports)` to the program `(views, tiles) -> [n, tiles, rows, columns, classes]`.
+        predict_and_count: the program `(views, label) -> (predictions, counts)`, see `_predict_and_count`.
+        probabilities: the program `(views, label) -> [n, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
     """
@@ -66,189 +59,118 @@ class CompiledInference:
         self._precision = policy.precision
         batch, replicated = P(mesh.axis_names), P()
 
-        def make_program(function: Callable[..., Any], *in_specs: P, **options: Any) -> Callable[..., Any]:
-            """A function from static arguments to the program that they make of `function`, always the same one."""
-
-            @functools.cache
-            def program(*static: Any) -> Callable[..., Any]:
-                per_device = jax.shard_map(
-                    functools.partial(function, *static),
-                    mesh=mesh,
-                    in_specs=in_specs,
-                    out_specs=batch,
-                    check_vma=False,
-                )
-                return jax.jit(per_device, **options)
-
-            return program
+        def divide(function: Callable[..., Any], *in_specs: P, **options: Any) -> Callable[..., Any]:
+            per_device = jax.shard_map(
+                function, mesh=mesh, in_specs=in_specs, out_specs=batch, check_vma=False
+            )
+            return jax.jit(per_device, **options)
 
         # XLA's CPU backend prefers vectors of 256 bits. With 512 Tiny takes 100 ms instead of 111 ms on a CPU that
         # has them (8 x 512 x 512, 2 cores of AMD's Zen 4).
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         wide = {"xla_cpu_prefer_vector_width": 512} if on_cpu else None
-        self.logits = make_program(self._logits, replicated, batch, replicated, compiler_options=wide)
-        self.predict_and_count = make_program(self._predict_and_count, batch, batch, batch, donate_argnums=2)
-        self.probabilities = make_program(self._probabilities, batch, batch)
+
+        @functools.cache
+        def network_of(canvases: tuple[Size, ...], size: Size) -> Callable[..., Any]:
+            function = functools.partial(self._logits, canvases, size)
+            return divide(function, replicated, batch, compiler_options=wide)
+
+        self._network_of = network_of
+        self.predict_and_count = divide(self._predict_and_count, batch, batch)
+        self.probabilities = divide(self._probabilities, batch, batch)
 
     def compute_views(
         self, tensors: Mapping[str, Array], shapes: ProgramShapes, batch: InferenceInput
     ) -> list[ViewLogits]:
         """The logits of every view of a batch that lies on the mesh (see `make_global_batch`)."""
-        views = [
-            (ratio, flip) for ratio in range(len(shapes.canvases[0])) for flip in view_flips(self.evaluation)
-        ]
+        flips = len(view_flips(self.evaluation))
         return [
             ViewLogits(
-                self.network(shapes, ratio)(tensors, batch.networks[ratio], np.bool_(flip)), rows, columns
+                self.network(shapes, number // flips)(tensors, view), view.counts, view.rows, view.columns
             )
-            for (ratio, flip), rows, columns in zip(
-                views, batch.row_resizes, batch.column_resizes, strict=True
-            )
+            for number, view in enumerate(batch.views)
         ]
 
     def network(self, shapes: ProgramShapes, ratio: int) -> Callable[..., Any]:
-        """The program of `logits` for images of these shapes at a ratio; of equal canvases it is the same one."""
-        return self.logits(tuple(canvas[ratio] for canvas in shapes.canvases), logits_size(shapes, ratio))
-
-    def zero_totals(self) -> Int32[Array, "devices 2 pairs"]:
-        """What `predict_and_count` starts from: the two parts of each device's confusion matrix."""
-        zeros = np.zeros((self.mesh.size, 2, self.num_classes**2), np.int32)
-        return jax.make_array_from_callback(zeros.shape, self.batch_sharding, lambda index: zeros[index])
-
-    def read_totals(self, totals: Int32[Array, "devices 2 pairs"]) -> Int[np.ndarray, "classes classes"]:
-        """The confusion matrix, int64, summed over this process's devices; waits for them."""
-        parts = np.concatenate([np.asarray(shard.data) for shard in totals.addressable_shards])
-        lower, upper = parts.astype(np.int64).sum(0)
-        return (lower + (upper << LOWER_BITS)).reshape(self.num_classes, self.num_classes)
+        """The program `(tensors, view) -> logits` for images of these shapes at a ratio; always the same one."""
+        canvases = tuple(canvas[ratio] for canvas in shapes.canvases)
+        return self._network_of(canvases, shapes.logits_size(ratio))
 
     def _logits(
-        self, canvases: tuple[Size, ...], size: Size, tensors: Any, inputs: NetworkInput, flip: Array
-    ) -> Float[Array, "n h classes w"]:
-        """The logits of all windows side by side, padded to one of few sizes."""
-        if self.evaluation.flip:
-            mirrored = jax.vmap(_mirror)(jnp.asarray(inputs.image), jnp.asarray(inputs.size)[:, 1])
-            inputs = inputs._replace(image=jnp.where(flip, mirrored, inputs.image))
-        branches = [functools.partial(self._compute_windows, canvas=canvas, size=size) for canvas in canvases]
+        self, canvases: tuple[Size, ...], size: Size, tensors: Any, view: ViewInput
+    ) -> Float[Array, "n windows h classes w"]:
+        """The logits of each window, padded to `size`."""
+        branches = [functools.partial(self._compute_windows, canvas, size) for canvas in canvases]
 
-        def no_images(_: Any, inputs: NetworkInput) -> Array:
-            return jnp.zeros((len(inputs.image), size[0], self.num_classes, size[1]), self.dtype)
+        def no_images(_: Any, view: ViewInput) -> Array:
+            n, windows = view.windows.shape[:2]
+            return jnp.zeros((n, windows, size[0], self.num_classes, size[1]), self.dtype)
 
         # All images of a device lie on the same canvas.
-        return lax.switch(inputs.canvas[0], [*branches, no_images], tensors, inputs)
+        return lax.switch(view.canvas[0], [*branches, no_images], tensors, view)
 
     def _compute_windows(
-        self, tensors: Any, inputs: NetworkInput, *, canvas: Size, size: Size
-    ) -> Float[Array, "n h classes w"]:
-        """The logits of images on one canvas; `size` is that of the result."""
-        n, (height, width) = len(inputs.image), canvas
+        self, canvas: Size, size: Size, tensors: Any, view: ViewInput
+    ) -> Float[Array, "n windows h classes w"]:
+        """The logits of images on one canvas."""
         model = models.merge_state_dict(self._graphdef, tensors)
-        area = inputs.area.on_canvas(canvas)
-        if self.evaluation.mode == "whole":
-            logits = model(normalize(inputs.image[:, :height, :width], self.dtype), area=area)
+        area = view.area.on_canvas(canvas)
+        windows: Any = view.windows
+
+        def compute(images: Array) -> Float[Array, "n h classes w"]:
+            logits = model(normalize(images[:, : canvas[0], : canvas[1]], self.dtype), area=area)
             pad = [(0, padded - side) for padded, side in zip(size, logits.shape[1:3], strict=True)]
             return jnp.pad(logits, ((0, 0), *pad, (0, 0))).swapaxes(2, 3)
 
-        images, tops, lefts = map(jnp.asarray, (inputs.image, inputs.tops, inputs.lefts))
-        down, across = (jnp.max(inputs.counts[:, axis]) for axis in (0, 1))
+        if windows.shape[1] == 1:
+            return compute(windows[:, 0])[:, None]
 
         def add_window(number: Array, logits: Array) -> Array:
-            row, column = number // across, number % across
+            images = lax.dynamic_index_in_dim(windows, number, 1, keepdims=False)
+            return lax.dynamic_update_index_in_dim(logits, compute(images), number, 1)
 
-            def cut(image: Array, top: Array, left: Array) -> Array:
-                return lax.dynamic_slice(image, (top, left, jnp.zeros((), top.dtype)), (height, width, 3))
+        zeros = jnp.zeros((*windows.shape[:2], size[0], self.num_classes, size[1]), self.dtype)
+        return lax.fori_loop(0, jnp.max(view.counts[:, 0] * view.counts[:, 1]), add_window, zeros)
 
-            windows = jax.vmap(cut)(images, tops[:, row], lefts[:, column])
-            computed = model(normalize(windows, self.dtype), area=area)
-            zero = jnp.zeros((), row.dtype)
-            corner = (zero, row * num_cells(height), column * num_cells(width), zero)
-            return lax.dynamic_update_slice(logits, computed, corner)
-
-        zeros = jnp.zeros((n, *size, self.num_classes), self.dtype)
-        return lax.fori_loop(0, down * across, add_window, zeros).swapaxes(2, 3)
-
-    def _predict_and_count(
-        self, supports: Supports, views: list[ViewLogits], tiles: LabelTiles, totals: Array
-    ) -> tuple[Array, Array, Array]:
+    def _predict_and_count(self, views: list[ViewLogits], label: LabelInput) -> tuple[Array, Array]:
         """Predicts and counts a batch.
 
         Returns:
-            predictions: uint8 `[n, tiles, rows, columns]`.
-            pixels: int32 `[n, 3, classes]`: per class, the correct, labelled and predicted pixels of each image.
-            totals: with this batch added to each device's confusion matrix.
+            predictions: uint8 `[n, rows, columns]`, as the labels lie.
+            counts: int32 `[n, classes**2]`, the confusion matrix of each image: a row per label.
         """
-        classes = self.num_classes
 
-        def count_image(totals: Array, image: Any) -> tuple[Array, tuple[Array, Array]]:
-            views, tiles = image
+        def count_image(image: Any) -> tuple[Array, Array]:
+            views, (tiles, labels) = image
 
-            def count_tile(carry: Any, scores: Array, tile: Array) -> Any:
+            def count_tile(carry: Any, scores: Array, corner: Any) -> Any:
                 predictions, counts = carry
                 predicted = argmax_classes(scores)
-                counts = counts + count_confusions(tiles.labels[tile], predicted, classes)
-                return predictions.at[tile].set(predicted.astype(jnp.uint8)), counts
+                of_tile = lax.dynamic_slice(labels, corner, TILE)
+                counts = counts + count_confusions(of_tile, predicted, self.num_classes)
+                return lax.dynamic_update_slice(predictions, predicted.astype(jnp.uint8), corner), counts
 
-            init = (jnp.zeros_like(tiles.labels), jnp.zeros(classes**2, jnp.int32))
-            predictions, counts = self._fold_image(supports, views, tiles, init, count_tile)
-            matrix = counts.reshape(classes, classes)
-            of_class = functools.partial(jnp.sum, matrix, dtype=jnp.int32)  # 64 bits wide in 64-bit mode
-            pixels = jnp.stack([jnp.diagonal(matrix), of_class(axis=1), of_class(axis=0)])
-            return _add_counts(totals, counts), (predictions, pixels)
+            init = (jnp.zeros_like(labels), jnp.zeros(self.num_classes**2, jnp.int32))
+            return fold_tiles(views, tiles, init, count_tile, precision=self._precision)
 
-        totals, (predictions, pixels) = lax.scan(count_image, totals, (views, tiles))
-        return predictions, pixels, totals
+        return lax.map(count_image, (views, label))
 
     def _probabilities(
-        self, supports: Supports, views: list[ViewLogits], tiles: LabelTiles
-    ) -> Float[Array, "n tiles rows columns classes"]:
+        self, views: list[ViewLogits], label: LabelInput
+    ) -> Float[Array, "n rows columns classes"]:
         """The softmax at each pixel of the images, averaged over the views."""
 
         def image_probabilities(image: Any) -> Array:
-            views, tiles = image
+            views, (tiles, labels) = image
 
-            def write_tile(carry: Array, scores: Array, tile: Array) -> Array:
-                return carry.at[tile].set(mean_probabilities(scores, len(views)).swapaxes(1, 2))
+            def write_tile(carry: Array, scores: Array, corner: Any) -> Array:
+                found = mean_probabilities(scores, len(views)).swapaxes(1, 2)
+                return lax.dynamic_update_slice(carry, found, (*corner, jnp.zeros_like(corner[0])))
 
-            init = jnp.zeros((*tiles.labels.shape, self.num_classes), views[0].logits.dtype)
-            return self._fold_image(supports, views, tiles, init, write_tile)
+            init = jnp.zeros((*labels.shape, self.num_classes), self.dtype)
+            return fold_tiles(views, tiles, init, write_tile, precision=self._precision)
 
-        return lax.map(image_probabilities, (views, tiles))
-
-    def _fold_image(
-        self,
-        supports: Supports,
-        views: list[ViewLogits],
-        tiles: LabelTiles,
-        init: Any,
-        body: Callable[..., Any],
-    ) -> Any:
-        """`fold_tiles` of one image, with a branch for each of the supports."""
-        flips = len(view_flips(self.evaluation))
-
-        def fold(views: list[ViewLogits], *, choice: ViewSizes) -> Any:
-            narrow = [
-                view._replace(
-                    row_resize=view.row_resize.narrow(choice[number // flips][0]),
-                    column_resize=view.column_resize.narrow(choice[number // flips][1]),
-                )
-                for number, view in enumerate(views)
-            ]
-            count, across = tiles.counts
-            return fold_tiles(narrow, count, across, init, body, precision=self._precision)
-
-        branches = [functools.partial(fold, choice=choice) for choice in supports]
-        return lax.switch(tiles.support, branches, views)
-
-
-def _mirror(image: UInt8[Array, "h w 3"], width: Int32[Array, ""]) -> UInt8[Array, "h w 3"]:
-    """Mirrors an image of this width, which stays at the left of its buffer."""
-    return jnp.roll(image[:, ::-1], width - image.shape[1], axis=1)
-
-
-def _add_counts(totals: Int32[Array, "1 2 pairs"], counts: Int32[Array, " pairs"]) -> Array:
-    """Adds counts to totals in two parts, carrying from the lower to the upper one."""
-    lower = totals[0, 0] + counts % 2**LOWER_BITS
-    upper = totals[0, 1] + counts // 2**LOWER_BITS + lower // 2**LOWER_BITS
-    return jnp.stack([lower % 2**LOWER_BITS, upper])[None]
+        return lax.map(image_probabilities, (views, label))
 
 
 def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:
@@ -258,7 +180,7 @@ def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:
     again, so that nothing is compiled twice.
     """
     model.eval()
-    graphdef, _ = nnx.split(model)
+    graphdef = models.network_graphdef(model)
     return _cached_inference(graphdef, model.num_classes, model.policy, model.config.evaluation, mesh)
 
 

@@ -1,39 +1,77 @@
-"""Which images share a program and a batch: few canvases, few batches, every device busy.
+"""What the network sees of each image, which static shapes its programs have, and which images share a batch.
 
-All of it depends on the sizes of the images alone, so that every process makes the same plan.
+As in mmsegmentation, an image is resized to fit `evaluation.scale` (times each of `evaluation.img_ratios`) and then
+up to multiples of `evaluation.size_divisor`. Everything here runs on the host, in numpy, and depends on the sizes of
+the images only, so that every process makes the same plan.
 """
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax.data.transforms import Size
-from topformer_jax.inference.geometry import (
-    ProgramShapes,
-    ViewSizes,
-    choose_canvas,
-    label_grid,
-    largest_size,
-    logits_size,
-    needed_support,
-    network_sizes,
-    round_up_to_power,
-    tile_grid,
-    window_counts,
-    window_sizes,
-)
-from topformer_jax.ops.tiled import TILE
+from topformer_jax.data.transforms import Size, eval_size, multiply_scale
+from topformer_jax.ops.tiled import TILE, num_cells, tile_support
 
+ViewSizes = tuple[Size, ...]  # a (height, width) for each ratio
 # As few canvases as keep the padding under this share of the network's pixels: a fifth of a network's time is little
 # beside a program to compile.
 MAX_PADDING = 0.2
-# Likewise of the work that follows the network; and how many programs for it, at most.
-MAX_SUPPORT_PADDING, MAX_SUPPORTS = 0.3, 3
-MAX_MERGED = 200  # different shapes that are merged pair by pair; more are rounded first
+MAX_SIZES = 100  # different sizes that canvases are searched for; more are rounded up first
+
+
+class WindowGrid(NamedTuple):
+    """An image at one ratio, as the network sees it: resized, and cut into windows; in mode "whole" a single one."""
+
+    size: Size  # of the resized image
+    window: Size
+    tops: tuple[int, ...]  # first row of each window
+    lefts: tuple[int, ...]  # first column of each window
+
+
+class ProgramShapes(NamedTuple):
+    """What is static in the programs; images of many sizes fit into it (see `plan_shapes`)."""
+
+    canvases: tuple[ViewSizes, ...]  # of the network's input, a window; each image takes one of them
+    windows: tuple[int, ...]  # the most sliding windows of any image, for each ratio
+    support: ViewSizes  # cells of a window's logits (down, across) that a tile depends on at most
+    masked: bool  # False where every window fills its canvas: the plain network
+
+    def select_canvas(self, canvas: int) -> "ProgramShapes":
+        """The shapes for the images of one of the canvases."""
+        return self._replace(canvases=(self.canvases[canvas],))
+
+    def find_canvas(self, sizes: ViewSizes) -> int:
+        """The number of the smallest canvas that windows of these sizes fit into; there is one."""
+        fitting = [
+            number
+            for number, canvas in enumerate(self.canvases)
+            if np.all(np.array(sizes) <= np.array(canvas))
+        ]
+        return min(fitting, key=lambda number: _count_pixels(self.canvases[number]))
+
+    def canvas_size(self, ratio: int) -> Size:
+        """What windows of every canvas fit into."""
+        return _largest([canvas[ratio] for canvas in self.canvases])
+
+    def logits_size(self, ratio: int) -> Size:
+        """Height and width of a window's logits with padding."""
+        height, width = self.canvas_size(ratio)
+        return _largest([(num_cells(height), num_cells(width)), self.support[ratio]])
+
+    def fits(self, smaller: "ProgramShapes") -> bool:
+        """Whether what fits into other shapes fits into these, which have one canvas as the others."""
+        return all(
+            np.all(np.array(small) <= np.array(large))
+            for small, large in zip(smaller[:3], self[:3], strict=True)
+        )
+
+    def pixels(self) -> int:
+        """Of the network's input, for a single canvas."""
+        return _count_pixels(self.canvases[0])
 
 
 class EvalBatch(NamedTuple):
@@ -41,7 +79,7 @@ class EvalBatch(NamedTuple):
 
     shapes: ProgramShapes  # of its programs
     rows: tuple[int | None, ...]  # the example in each row; a device's first row has one, or none of its rows
-    grid: Size  # tiles that the labels of every example fit into
+    label_size: Size  # what the labels of every example fit into
 
 
 class EvalPlan(NamedTuple):
@@ -50,33 +88,50 @@ class EvalPlan(NamedTuple):
     shapes: ProgramShapes
     batches: tuple[EvalBatch, ...]
 
-    def used_rows(self) -> float:
-        """The share of all batches' rows that hold an example."""
-        rows = [index is not None for batch in self.batches for index in batch.rows]
-        return sum(rows) / max(len(rows), 1)
 
-    def padding(self, image_sizes: Sequence[Size], evaluation: ConfigDict) -> float:
-        """The share of the network's pixels that lie outside of an image, in rows that hold one."""
-        inside = total = 0
-        for size in image_sizes:
-            views = window_sizes(size, evaluation)
-            canvas = self.shapes.canvases[choose_canvas(self.shapes, views)]
-            windows = [down * across for down, across in window_counts(size, evaluation)]
-            inside += sum(n * h * w for n, (h, w) in zip(windows, views, strict=True))
-            total += sum(n * h * w for n, (h, w) in zip(windows, canvas, strict=True))
-        return 1 - inside / max(total, 1)
+def network_sizes(size: Size, evaluation: ConfigDict) -> ViewSizes:
+    """The sizes of the network's inputs for an image of `size`, one per ratio."""
+    return tuple(
+        eval_size(size, scale=multiply_scale(evaluation.scale, ratio), size_divisor=evaluation.size_divisor)
+        for ratio in evaluation.img_ratios
+    )
 
-    def num_programs(self) -> tuple[int, int]:
-        """How many programs it compiles: networks, and those that resize and count after them.
 
-        A branch counts as a program.
-        """
-        ratios = range(len(self.shapes.canvases[0]))
-        networks = {(ratio, canvas[ratio]) for canvas in self.shapes.canvases for ratio in ratios}
-        counting = {
-            (batch.grid, *(logits_size(batch.shapes, ratio) for ratio in ratios)) for batch in self.batches
-        }
-        return len(networks), len(counting) * len(self.shapes.supports)
+def axis_windows(pixels: int, window: int, stride: int) -> tuple[tuple[int, ...], int]:
+    """The first pixel of each window along an axis, and the windows' length.
+
+    Windows are `stride` apart; the last one is moved back to end with the axis, as in mmsegmentation's slide mode.
+
+    >>> axis_windows(pixels=700, window=512, stride=341)
+    ((0, 188), 512)
+    """
+    length = min(window, pixels)
+    count = max(pixels - window + stride - 1, 0) // stride + 1
+    return tuple(min(number * stride, pixels - length) for number in range(count)), length
+
+
+def window_grids(size: Size, evaluation: ConfigDict) -> tuple[WindowGrid, ...]:
+    """What the network sees of an image of `size`, one grid per ratio."""
+    grids = []
+    for resized in network_sizes(size, evaluation):
+        (tops, height), (lefts, width) = (
+            ((0,), resized[axis])
+            if evaluation.mode == "whole"
+            else axis_windows(resized[axis], evaluation.crop_size[axis], evaluation.stride[axis])
+            for axis in (0, 1)
+        )
+        grids.append(WindowGrid(resized, (height, width), tops, lefts))
+    return tuple(grids)
+
+
+def tile_grid(size: Size) -> Size:
+    """How many tiles cover an image, down and across."""
+    return -(-size[0] // TILE[0]), -(-size[1] // TILE[1])
+
+
+def padded_label_size(size: Size) -> Size:
+    """The array that an image's labels lie in: its sides are powers of two, at least 512 rows and 1024 columns."""
+    return max(512, _round_up_to_power(size[0])), max(1024, _round_up_to_power(size[1]))
 
 
 def plan_evaluation(
@@ -98,12 +153,12 @@ def plan_evaluation(
     if not image_sizes:
         return EvalPlan(plan_shapes([(1, 1)], evaluation), ())
     shapes = plan_shapes(image_sizes, evaluation)
-    canvases = [choose_canvas(shapes, window_sizes(size, evaluation)) for size in image_sizes]
-    grids = [label_grid(size) for size in image_sizes]
+    canvases = [shapes.find_canvas(_window_sizes(window_grids(size, evaluation))) for size in image_sizes]
+    label_sizes = [padded_label_size(size) for size in image_sizes]
     # Within a canvas, images of similar size share a batch, so that small ones do not wait for a large one.
     order = sorted(
         range(len(image_sizes)),
-        key=lambda index: (canvases[index], grids[index], math.prod(image_sizes[index]), index),
+        key=lambda index: (canvases[index], label_sizes[index], math.prod(image_sizes[index]), index),
     )
     chunks = []
     for canvas in range(len(shapes.canvases)):
@@ -116,9 +171,9 @@ def plan_evaluation(
         for number, chunk in enumerate(spread):
             first = number * devices // len(spread) * rows_per_device
             rows[first : first + len(chunk)] = chunk
-        largest = np.max([grids[index] for chunk in spread for index in chunk], axis=0)
+        label_size = _largest([label_sizes[index] for chunk in spread for index in chunk])
         batch_shapes = shapes.select_canvas(canvases[spread[0][0]]) if devices == 1 else shapes
-        batches.append(EvalBatch(batch_shapes, tuple(rows), (int(largest[0]), int(largest[1]))))
+        batches.append(EvalBatch(batch_shapes, tuple(rows), label_size))
     return EvalPlan(shapes, tuple(batches))
 
 
@@ -143,153 +198,109 @@ def plan_shapes(
         round_up: whether canvases are rounded up to one of few sizes, so that other images can share the programs.
     """
     number_of = collections.Counter(image_sizes)
-    sizes, counts = list(number_of), list(number_of.values())
-    inputs = [network_sizes(size, evaluation) for size in sizes]
-    windows = [window_sizes(size, evaluation) for size in sizes]
-    num_windows = [window_counts(size, evaluation) for size in sizes]
+    grids = {size: window_grids(size, evaluation) for size in number_of}
+    sizes = [_window_sizes(each) for each in grids.values()]
+    windows = [max(map(_count_windows, of_ratio)) for of_ratio in zip(*grids.values(), strict=True)]
     if round_up:
-        inputs, windows = ([_round_up(size) for size in sizes] for sizes in (inputs, windows))
-        num_windows = [
-            tuple((round_up_to_power(down), round_up_to_power(across)) for down, across in counts)
-            for counts in num_windows
+        limit = evaluation.crop_size if evaluation.mode == "slide" else (2**30, 2**30)
+        sizes = [
+            tuple(
+                (min(_round_up(height), limit[0]), min(_round_up(width), limit[1])) for height, width in views
+            )
+            for views in sizes
         ]
-        if evaluation.mode == "slide":
-            down, across = evaluation.crop_size
-            windows = [tuple((min(h, down), min(w, across)) for h, w in sizes) for sizes in windows]
-    canvases = merge_shapes(
-        [_flat(window) for window in windows],
-        counts,
-        lambda shape: shape[..., ::2] * shape[..., 1::2],
+        windows = [_round_up_to_power(count) for count in windows]
+    canvases = choose_canvases(
+        [tuple(side for size in views for side in size) for views in sizes],
+        list(number_of.values()),
         evaluation.max_canvases,
         MAX_PADDING,
     )
-    tiles = [math.prod(tile_grid(size)) * count for size, count in zip(sizes, counts, strict=True)]
-    supports = merge_shapes(
-        [_flat(needed_support(size, evaluation)) for size in sizes],
-        tiles,
-        _tile_work,
-        MAX_SUPPORTS,
-        MAX_SUPPORT_PADDING,
-    )
-    shapes = ProgramShapes(
-        tuple(_pairs(canvas) for canvas in canvases),
-        (),
-        (),
-        tuple(_pairs(support) for support in supports),
-        True,
-    )
-    of_canvas: list[list[int]] = [[] for _ in canvases]
-    for index, window in enumerate(windows):
-        of_canvas[choose_canvas(shapes, window)].append(index)
-    return shapes._replace(
-        buffers=tuple(
-            _largest([canvas, *(inputs[index] for index in group)])
-            for canvas, group in zip(shapes.canvases, of_canvas, strict=True)
-        ),
-        max_windows=tuple(_largest([num_windows[index] for index in group]) for group in of_canvas),
-        masked=round_up or any(window not in shapes.canvases for window in windows),
-    )
+    paired = tuple(tuple(zip(canvas[::2], canvas[1::2], strict=True)) for canvas in canvases)
+    supports = [
+        [
+            (
+                tile_support(size[0], grid.size[0], TILE[0], grid.window[0]),
+                tile_support(size[1], grid.size[1], TILE[1], grid.window[1]),
+            )
+            for grid in each
+        ]
+        for size, each in grids.items()
+    ]
+    support = tuple(_largest(of_ratio) for of_ratio in zip(*supports, strict=True))
+    masked = round_up or any(views not in paired for views in sizes)
+    return ProgramShapes(paired, tuple(windows), support, masked)
 
 
-def merge_shapes(
-    shapes: Sequence[tuple[int, ...]],
-    weights: Sequence[int],
-    work: Callable[[np.ndarray], np.ndarray],
-    limit: int,
-    max_padding: float,
+def choose_canvases(
+    sizes: Sequence[tuple[int, ...]], weights: Sequence[int], limit: int, max_padding: float
 ) -> list[tuple[int, ...]]:
-    """Few shapes into which all others fit: at most `limit`, and no more than keep the padding under `max_padding`.
+    """Few canvases into which images fit: at most `limit`, and no more than keep the padding under `max_padding`.
 
-    From one shape for each it merges, again and again, the two that cost least, and ends by giving each its cheapest
-    fitting shape.
+    It adds one after the other, and each time exchanges each for the one that leaves the fewest pixels to compute.
 
     Args:
-        shapes: to fit, of integers; one fits into another that is nowhere smaller.
-        weights: of each, how often it occurs.
-        work: of shapes `[..., numbers]`, what computing them takes: the last axis of the result is summed.
+        sizes: of the images: height and width, for each ratio.
+        weights: of each size, how often it occurs.
         limit: of the number of results.
-        max_padding: share of the whole work that may go into what is larger than needed.
+        max_padding: share of the pixels that may be padding.
     """
-    wanted = np.array(shapes, np.int64)
-    weight = np.array(weights, np.float64)
 
-    def total(chosen: np.ndarray) -> np.ndarray:
-        return work(chosen).sum(-1).astype(np.float64)
+    def count_pixels(sides: np.ndarray) -> np.ndarray:
+        return (sides[..., ::2] * sides[..., 1::2]).sum(-1).astype(np.float64)
 
-    needed = float((total(wanted) * weight).sum())
-    merged, counts = _round_to_few(wanted, weight)
-    best = merged
-    while True:
-        best = _refine(wanted, weight, merged, total)
-        if len(merged) == 1:
-            break
-        together = np.maximum(merged[:, None], merged[None])
-        cost = total(together) * (counts[:, None] + counts[None])
-        cost -= (total(merged) * counts)[:, None] + (total(merged) * counts)[None]
-        np.fill_diagonal(cost, np.inf)
-        first, second = np.unravel_index(np.argmin(cost), cost.shape)
-        rest = [index for index in range(len(merged)) if index not in (first, second)]
-        fewer = np.concatenate([merged[rest], together[first, second][None]])
-        if len(best) <= limit:
-            padded = (total(_fit(wanted, _refine(wanted, weight, fewer, total), total)) * weight).sum()
-            if needed / padded < 1 - max_padding:
-                break
-        merged, counts = fewer, np.append(counts[rest], counts[first] + counts[second])
-    return sorted(tuple(map(int, shape)) for shape in best)
+    wanted, weight = _round_to_few(np.array(sizes, np.int64), np.array(weights, np.float64))
+    pairs = np.maximum(wanted[:, None], wanted).reshape(-1, wanted.shape[1])
+    candidates = np.unique(np.concatenate([pairs, wanted.max(0)[None]]), axis=0)
+    fits = (wanted[:, None] <= candidates).all(-1)
+    # Of each size on each candidate, the pixels of all its images.
+    work = np.where(fits, count_pixels(candidates), np.inf) * weight[:, None]
+    needed = (count_pixels(wanted) * weight).sum()
+    chosen = [int(work.sum(0).argmin())]
+    while len(chosen) < limit and needed < (1 - max_padding) * work[:, chosen].min(1).sum():
+        chosen.append(chosen[0])
+        for place in 3 * list(reversed(range(len(chosen)))):
+            others = work[:, chosen[:place] + chosen[place + 1 :]].min(1)
+            chosen[place] = int(np.minimum(others[:, None], work).sum(0).argmin())
+    canvas_of = work[:, chosen].argmin(1)
+    canvases = [wanted[canvas_of == number].max(0) for number in np.unique(canvas_of)]
+    return sorted(tuple(map(int, canvas)) for canvas in canvases)
 
 
-def _round_to_few(wanted: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The different shapes with their weights; rounded up where there are too many to merge pair by pair."""
+def _round_to_few(sizes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most `MAX_SIZES` different sizes into which all fit, with their weights; rounded as little as possible."""
     step = 1
     while True:
-        rounded = -(-wanted // step) * step
-        merged, index = np.unique(rounded, axis=0, return_inverse=True)
-        if len(merged) <= MAX_MERGED:
-            # What a class holds, not what it was rounded to.
-            classes = [wanted[index.ravel() == number].max(0) for number in range(len(merged))]
-            return np.array(classes), np.bincount(index.ravel(), weight)
+        rounded, index = np.unique(-(-sizes // step), axis=0, return_inverse=True)
+        if len(rounded) <= MAX_SIZES:
+            classes = [sizes[index.ravel() == number].max(0) for number in range(len(rounded))]
+            return np.array(classes), np.bincount(index.ravel(), weights)
         step *= 2
 
 
-def _refine(
-    wanted: np.ndarray, weight: np.ndarray, chosen: np.ndarray, total: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """Gives each shape its cheapest fitting one, and shrinks these to what they hold."""
-    fitted = _fit(wanted, chosen, total)
-    classes = np.unique(fitted, axis=0)
-    return np.array([wanted[(fitted == shape).all(1)].max(0) for shape in classes])
+def _window_sizes(grids: Sequence[WindowGrid]) -> ViewSizes:
+    return tuple(grid.window for grid in grids)
 
 
-def _fit(wanted: np.ndarray, chosen: np.ndarray, total: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """For each shape, the cheapest of the chosen ones that it fits into."""
-    fits = (wanted[:, None] <= chosen[None]).all(-1)
-    return chosen[np.where(fits, total(chosen)[None], np.inf).argmin(1)]
+def _count_windows(grid: WindowGrid) -> int:
+    return len(grid.tops) * len(grid.lefts)
 
 
-def _tile_work(supports: np.ndarray) -> np.ndarray:
-    """Multiply-adds for a tile and class: its rows' and columns' products, from (down, across) cells."""
-    down, across = supports[..., ::2], supports[..., 1::2]
-    return down * across * TILE[1] + TILE[0] * down * TILE[1]
+def _count_pixels(sizes: ViewSizes) -> int:
+    return sum(height * width for height, width in sizes)
 
 
-def _round_up(sizes: ViewSizes) -> ViewSizes:
-    """Each side rounded up to one of four per power of two: 512, 640, 768, 896, 1024, ..."""
-
-    def round_side(pixels: int) -> int:
-        step = 1 << max((pixels - 1).bit_length() - 3, 3)
-        return -(-pixels // step) * step
-
-    return tuple((round_side(height), round_side(width)) for height, width in sizes)
+def _largest(sizes: Sequence[Size]) -> Size:
+    """The smallest size that all of them fit into."""
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
-def _flat(sizes: ViewSizes) -> tuple[int, ...]:
-    return tuple(side for size in sizes for side in size)
+def _round_up(pixels: int) -> int:
+    """One of four lengths per power of two: 512, 640, 768, 896, 1024, ..."""
+    step = 1 << max((pixels - 1).bit_length() - 3, 3)
+    return -(-pixels // step) * step
 
 
-def _largest(sizes: Sequence[ViewSizes]) -> ViewSizes:
-    """For each ratio, what all fit into."""
-    return tuple(largest_size(of_ratio) for of_ratio in zip(*sizes, strict=True))
-
-
-def _pairs(numbers: Sequence[int] | np.ndarray) -> ViewSizes:
-    return tuple((int(h), int(w)) for h, w in zip(numbers[::2], numbers[1::2], strict=True))
+def _round_up_to_power(count: int) -> int:
+    """The smallest power of two that is at least `count`, which is at least 1."""
+    return 1 << (count - 1).bit_length()

@@ -1,6 +1,5 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,9 +14,8 @@ from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
 from topformer_jax.errors import UserError
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.geometry import ProgramShapes, join_tiles, logits_size, view_flips
-from topformer_jax.inference.inputs import InferenceInput, LabelTiles, prepare_input
-from topformer_jax.inference.plan import plan_shapes
+from topformer_jax.inference.inputs import InferenceInput, LabelInput, prepare_input, view_flips
+from topformer_jax.inference.plan import ProgramShapes, network_sizes, plan_shapes
 from topformer_jax.ops.tiled import ViewLogits
 
 # Images as the network sees them but for the normalisation, to logits.
@@ -26,7 +24,6 @@ Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w cl
 _predictors: weakref.WeakKeyDictionary[nnx.Module, tuple[list[Any], "Predictor"]] = (
     weakref.WeakKeyDictionary()
 )
-MAX_PADDED = 2  # an image uses another image's program where that computes up to so many times its own pixels
 
 
 class Predictor:
@@ -35,7 +32,7 @@ class Predictor:
     How an image is resized, and whether windows, several scales or mirrored views are used, is the evaluation of
     the config that the model was loaded with (`model.config.evaluation`).
 
-    Images of many sizes share few compiled programs: one that fits an earlier program uses it.
+    Images of many sizes share few compiled programs, whose sizes are rounded up.
 
     Args:
         model: as `topformer_jax.load` returns it; it is switched to inference mode.
@@ -64,17 +61,10 @@ class Predictor:
         if network is not None and self._programs.evaluation.mode != "whole":
             raise UserError("another network sees whole images: set evaluation.mode=whole")
         self._network = network
-        self._shapes: list[ProgramShapes] = []
+        self._planned: list[ProgramShapes] = []
         if image_sizes:
             planned = plan_shapes(image_sizes, self._programs.evaluation, round_up=True)
-            # A program for each canvas, so that those of another folder can be among them.
-            self._shapes = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
-
-    def without_images(self) -> "Predictor":
-        """One with the same weights on the device; which images this one has seen does not matter to it."""
-        other = copy.copy(self)
-        other._shapes = []
-        return other
+            self._planned = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
@@ -82,55 +72,47 @@ class Predictor:
 
     def with_probabilities(self, image: Image) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
         """The class of each pixel, and the softmax over classes: 4 bytes per class and pixel."""
-        shapes, tiles, views = self._compute_views(image)
-        found = np.asarray(self._programs.probabilities(shapes.supports)(views, tiles))[0]
-        return self._predict_labels(image, shapes, tiles, views), join_tiles(found, image.shape[:2])
+        label, views = self._compute_views(image)
+        found = np.asarray(self._programs.probabilities(views, label))[0]
+        return self._predict_labels(image, label, views), found[: image.shape[0], : image.shape[1]]
 
-    def _compute_views(self, image: Image) -> tuple[ProgramShapes, LabelTiles, list[ViewLogits]]:
+    def _compute_views(self, image: Image) -> tuple[LabelInput, list[ViewLogits]]:
         programs = self._programs
         size = (image.shape[0], image.shape[1])
         shapes = self._find_shapes(size)
         prepared = prepare_input(image, None, programs.evaluation, shapes, dtype=programs.dtype.name)
         batch = make_global_batch({0: prepared}, 1, programs.batch_sharding)
         if self._network is not None:
-            return shapes, batch.tiles, self._run_network(self._network, shapes, prepared, batch)
-        return shapes, batch.tiles, programs.compute_views(self._tensors, shapes, batch)
+            return batch.label, self._run_network(self._network, size, shapes, batch)
+        return batch.label, programs.compute_views(self._tensors, shapes, batch)
 
     def _run_network(
-        self, network: Network, shapes: ProgramShapes, prepared: InferenceInput, batch: InferenceInput
+        self, network: Network, size: Size, shapes: ProgramShapes, batch: InferenceInput
     ) -> list[ViewLogits]:
         """The views' logits from another network, padded like the model's own."""
         views = []
-        for ratio, inputs in enumerate(prepared.networks):
-            height, width = inputs.size
-            for flip in view_flips(self._programs.evaluation):
-                image = np.asarray(inputs.image)[None, :height, :width]
-                logits = network(np.ascontiguousarray(image[:, :, ::-1] if flip else image))
-                down, across = logits_size(shapes, ratio)
-                pad = ((0, 0), (0, down - logits.shape[1]), (0, across - logits.shape[2]), (0, 0))
-                padded = np.pad(logits, pad).swapaxes(2, 3)
-                views.append(jax.device_put(padded, self._programs.batch_sharding))
-        return [
-            ViewLogits(*parts) for parts in zip(views, batch.row_resizes, batch.column_resizes, strict=True)
-        ]
+        flips = len(view_flips(self._programs.evaluation))
+        sizes = network_sizes(size, self._programs.evaluation)
+        for number, view in enumerate(batch.views):
+            ratio = number // flips
+            height, width = sizes[ratio]
+            logits = network(np.ascontiguousarray(np.asarray(view.windows)[0, :, :height, :width]))
+            down, across = shapes.logits_size(ratio)
+            pad = ((0, 0), (0, down - logits.shape[1]), (0, across - logits.shape[2]), (0, 0))
+            padded = np.pad(logits, pad).swapaxes(2, 3)[None]
+            placed = jax.device_put(padded, self._programs.batch_sharding)
+            views.append(ViewLogits(placed, view.counts, view.rows, view.columns))
+        return views
 
     def _find_shapes(self, size: Size) -> ProgramShapes:
-        """Those made before that the image fits into with the least padding; new ones where it would be too much."""
+        """The smallest of the planned shapes that the image fits into, or else its own, rounded up."""
         own = plan_shapes([size], self._programs.evaluation, round_up=True)
-        fitting = [shapes for shapes in self._shapes if shapes.fits(own)]
-        best = min(fitting, key=lambda shapes: shapes.pixels(), default=own)
-        if best.pixels() > MAX_PADDED * own.pixels():
-            best = own
-        if best not in self._shapes:
-            self._shapes.append(best)
-        return best
+        fitting = [shapes for shapes in self._planned if shapes.fits(own)]
+        return min(fitting, key=lambda shapes: shapes.pixels(), default=own)
 
-    def _predict_labels(
-        self, image: Image, shapes: ProgramShapes, tiles: LabelTiles, views: list[ViewLogits]
-    ) -> Labels:
-        programs = self._programs
-        predictions, _, _ = programs.predict_and_count(shapes.supports)(views, tiles, programs.zero_totals())
-        return join_tiles(np.asarray(predictions)[0], image.shape[:2])
+    def _predict_labels(self, image: Image, label: LabelInput, views: list[ViewLogits]) -> Labels:
+        predictions, _ = self._programs.predict_and_count(views, label)
+        return np.asarray(predictions)[0, : image.shape[0], : image.shape[1]]
 
 
 def _list_parts(module: nnx.Module) -> Iterator[Any]:
@@ -152,7 +134,7 @@ def _find_predictor(model: models.Segmenter | models.Classifier) -> Predictor:
     if predictor is None or not same:
         predictor = Predictor(model)
         _predictors[model] = list(_list_parts(model)), predictor  # in inference mode
-    return predictor.without_images()
+    return predictor
 
 
 def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:

@@ -23,10 +23,6 @@ from topformer_jax.models.area import zero_outside
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.depthwise import depthwise_conv, library_conv
 from topformer_jax.ops.pointwise import pointwise_conv
-from topformer_jax.ops.stem import stem_conv
-
-# A convolution of up to this many input channels uses `stem_conv`, which is written for images.
-STEM_MAX_INPUTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +34,8 @@ class DTypePolicy:
         param_dtype: that parameters and BatchNorm statistics are stored in.
         precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full
             float32: no TF32 on GPUs, no bfloat16 passes on TPUs.
-        depthwise_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.stem.stem_conv`, of
-            `ops.pointwise.pointwise_conv`, and of the functions in `ops.resample`.
+        depthwise_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.pointwise.pointwise_conv`, and of the
+            functions in `ops.resample`.
 
     >>> policy = DTypePolicy(dtype=jnp.bfloat16)
     >>> policy.accum_dtype, policy.matmul_precision
@@ -169,8 +165,6 @@ class Conv(nnx.Module):
             x = pointwise_conv(x, weight[0, 0], method=policy.depthwise_impl, precision=precision)
         elif group_inputs == 1 and self.groups == outputs:
             x = depthwise_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
-        elif group_inputs <= STEM_MAX_INPUTS and self.groups == 1:
-            x = stem_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
         else:
             x = library_conv(x, weight, stride=self.stride, groups=self.groups, precision=precision)
         return x if self.bias is None else x + self.bias[...].astype(policy.dtype)

@@ -49,12 +49,7 @@ def encode(labels: Labels) -> bytes:
 
 
 def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
-    """Replaces the values of a label file.
-
-    Args:
-        table: class index of each value that may occur.
-        data: a PNG of one channel.
-        name: of the file.
+    """Replaces the values of a PNG of one channel by a table of all that may occur.
 
     Raises:
         UserError: another value occurs, or the file is damaged.
@@ -111,14 +106,8 @@ def read_mat(data: bytes, name: str) -> dict[str, Any]:
 def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, name: str) -> bytes:
     """The class indices of a mask that shows each class in its colour.
 
-    Args:
-        colours: class index of each colour.
-        others: class index of pixels of other colours, if they are few (1 %); None: there may be none.
-        data: an image file.
-        name: of the file.
-
     Raises:
-        UserError: pixels have other colours.
+        UserError: pixels have other colours; up to 1 % of them may, where `others` gives these a class.
     """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     known = sorted((red << 16 | green << 8 | blue, label) for (red, green, blue), label in colours.items())
@@ -140,10 +129,7 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
 def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes:
     """Draws the polygons of a Cityscapes file, later ones over earlier ones, as json2labelImg of cityscapesScripts.
 
-    Args:
-        classes: label of each name, negative where it is not drawn; "cargroup" is "car".
-        data: a *_polygons.json.
-        name: of the file.
+    `classes` has a negative label for what is not drawn; "cargroup" is "car".
 
     Raises:
         UserError: a name is unknown, or the file is damaged.
@@ -166,11 +152,7 @@ def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes
 def map_segments(segments: Mapping[int, int], background: int, data: bytes, name: str) -> bytes:
     """The class indices of a COCO panoptic mask, whose colours are ids: red + 256 green + 65536 blue.
 
-    Args:
-        segments: label of each id.
-        background: label of the pixels without a segment (id 0).
-        data: a PNG.
-        name: of the file.
+    Pixels without a segment have id 0.
 
     Raises:
         UserError: an id is of no segment.
@@ -184,11 +166,7 @@ def draw_runs(
 ) -> bytes:
     """Draws masks that are stored as run lengths, later ones over earlier ones; 0 where there is none.
 
-    Args:
-        size: (height, width).
-        annotations: label and COCO's "counts" of each.
-        data: unused: the annotations are of one file for all images.
-        name: of the image.
+    `annotations` are pairs of a label and COCO's "counts"; `data` is unused: they are of one file for all images.
 
     Raises:
         UserError: the runs are not of this size.
@@ -205,7 +183,8 @@ class Region:
 
     label: int
     polygons: tuple[tuple[float, ...], ...] = ()
-    runs: str | tuple[int, ...] = ()
+    runs: str | Sequence[int] = ()
+    size: Size | None = None  # of the runs
 
 
 def take_polygons(polygons: Iterable[Sequence[float]], name: str) -> tuple[tuple[float, ...], ...]:
@@ -229,20 +208,14 @@ def box_region(label: int, x: float, y: float, width: float, height: float) -> R
 
 
 def draw_regions(
-    background: int, stated: Size | None, image: Member, regions: Sequence[Region], data: bytes, name: str
+    background: int, stated: Size | None, image: Member, regions: Sequence[Region], name: str
 ) -> bytes:
     """Draws the regions of a picture in the order of their areas, largest first, as pycocotools fills polygons.
 
-    Args:
-        background: label of the pixels that no region covers.
-        stated: (height, width) that the annotation names.
-        image: the picture.
-        regions: what to draw; of equal areas the later one is on top.
-        data: unused: the regions are known.
-        name: of the annotation.
+    Of equal areas the later one is on top.
 
     Raises:
-        UserError: the picture has another size than the annotation, or a region lies outside of it.
+        UserError: the picture has another size than the annotation states, or a region lies outside of it.
     """
     from pycocotools import mask as masks
 
@@ -250,7 +223,8 @@ def draw_regions(
     check_stated_size(stated, size, image.where, name)
     drawn = []
     for region in regions:
-        runs: str | Sequence[int] = region.runs
+        runs = region.runs
+        check_stated_size(region.size, size, image.where, f"a mask in {name}")
         for polygon in region.polygons:
             check_points(list(zip(polygon[::2], polygon[1::2], strict=True)), size, name)
         if region.polygons:

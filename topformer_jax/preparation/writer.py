@@ -89,10 +89,9 @@ def write(
     """Makes the files that are not there yet, and writes manifest and listing.
 
     Args:
-        plan: what to make; its order and the number of workers change nothing in the files.
-        output: the folder.
+        plan, output: what to make, and the folder.
         origin: what it is made of; a folder that was made of something else is refused.
-        workers: processes that read, convert and write; 0: this one.
+        workers: processes that read, convert and write, which changes nothing in the files; 0: this one.
         verify: also read what is there, and make again what has another checksum.
 
     Returns:

@@ -5,6 +5,7 @@ The page (`report.html.j2`) needs no other file and no network; this module comp
 
 import base64
 import functools
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ MAX_IMAGE_SIZE = 480, 720  # pixels: width and height of an embedded image, at m
 MAX_PNG_BYTES = 60_000  # a colour map that takes more as PNG is embedded as JPEG
 MAX_NAMED = 64  # classes: beyond, the axes of the matrix show label numbers instead of names
 MAX_NUMBERED = 24  # classes: beyond, the cells of the matrix show no numbers
-SHADES = 20  # of a cell's colour
+RIGHT, WRONG = (23, 134, 90), (224, 73, 31)  # red, green, blue
 MAX_CONFUSIONS = 20  # rows of the table of confusions
 
 Confusion = Int64[np.ndarray, "classes classes"]
@@ -77,7 +78,8 @@ def write_report(
         scores=scores,
         present=_class_rows(scores, confusion, data_set),
         absent=[_class_entry(data_set, label) for label in absent],
-        matrix=_matrix_drawing(confusion, data_set),
+        matrix=_draw_matrix(confusion, data_set),
+        numbered_axes=np.count_nonzero(confusion.sum(0) + confusion.sum(1)) > MAX_NAMED,
         confusions=_confusion_rows(confusion, data_set),
         galleries=galleries,
     )
@@ -128,53 +130,43 @@ def _confusion_rows(confusion: Confusion, data_set: DataSet) -> list[dict[str, A
     ]
 
 
-def _matrix_drawing(confusion: Confusion, data_set: DataSet) -> dict[str, Any] | None:
-    """The SVG coordinates of the matrix of the classes that occur, its rows normalised; None if none occurs."""
+def _draw_matrix(confusion: Confusion, data_set: DataSet) -> str | None:
+    """The matrix of the classes that occur as the data URI of a PNG file; None if none occurs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     present = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
     if not len(present):
         return None
     count = len(present)
-    shares = confusion[np.ix_(present, present)] / np.maximum(confusion[present].sum(1, keepdims=True), 1)
+    shares, colours = _colour_matrix(confusion[np.ix_(present, present)], confusion[present].sum(1))
     named = count <= MAX_NAMED
-    cell = min(max(900 / count, 5), 44)
-    font_size = min(13.0, 0.85 * cell) if named else 12
-    names = [_shorten(data_set.classes[label]) if named else str(label) for label in present]
-    margin = 0.63 * font_size * max(map(len, names)) + 10
-    marked = [place for place, label in enumerate(present) if named or label % 10 == 0]
-    numbered = np.argwhere(shares >= 0.005).tolist() if count <= MAX_NUMBERED else []
-
-    def middle(place: int) -> str:
-        return f"{margin + (place + 0.5) * cell:.1f}"
-
-    return {
-        "numbered_axes": not named,
-        "total": f"{margin + count * cell + 2:.0f}",
-        "margin": f"{margin:.1f}",
-        "edge": f"{margin - 5:.0f}",
-        "cell": f"{cell:.3f}",
-        "font_size": f"{font_size:.1f}",
-        "number_size": f"{cell * 0.36:.1f}",
-        "paths": _matrix_paths(shares),
-        "lines": "".join(f"M0 {x}h{count}M{x} 0v{count}" for x in [*marked, count]),
-        "ticks": [{"middle": middle(place), "name": names[place]} for place in marked],
-        "numbers": [
-            {"x": middle(x), "y": middle(y), "percent": f"{100 * shares[y, x]:.0f}"} for y, x in numbered
-        ],
-    }
+    figure = Figure(figsize=(min(3 + 0.3 * count, 12),) * 2, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(colours, interpolation="nearest")
+    places = np.flatnonzero(named | (present % 10 == 0))
+    names = [_shorten(data_set.classes[label]) if named else str(label) for label in present[places]]
+    axes.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
+    axes.set_yticks(places, names, fontsize=8, parse_math=False)
+    axes.xaxis.tick_top()
+    if count <= MAX_NUMBERED:
+        for row, column in np.argwhere(shares >= 0.005):
+            text = f"{100 * shares[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=100)
+    return f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
 
 
-def _matrix_paths(shares: Float[np.ndarray, "count count"]) -> list[dict[str, str]]:
-    """The matrix's coloured squares. One SVG path a shade: a file of thousands of cells stays small."""
-    shades = np.ceil(np.sqrt(shares) * SHADES).astype(int)  # the square root makes rare confusions visible
-    shades[shares < 0.001] = 0
-    diagonal = np.eye(len(shares), dtype=bool)
-    paths = []
-    for kind, mask in (("right", diagonal), ("wrong", ~diagonal)):
-        for shade in range(1, SHADES + 1):
-            squares = "".join(f"M{x} {y}h1v1h-1z" for y, x in np.argwhere((shades == shade) & mask))
-            if squares:
-                paths.append({"kind": kind, "opacity": f"{shade / SHADES:g}", "squares": squares})
-    return paths
+def _colour_matrix(
+    confusion: Confusion, labelled: Int64[np.ndarray, " classes"]
+) -> tuple[Float[np.ndarray, "classes classes"], Float[np.ndarray, "classes classes 3"]]:
+    """Each row as shares of its label's pixels, and its colours: green right, orange wrong, stronger for more."""
+    shares = confusion / np.maximum(labelled, 1)[:, None]
+    tint = np.where(np.eye(len(shares), dtype=bool)[..., None], RIGHT, WRONG) / 255
+    # The square root makes rare confusions visible.
+    return shares, 1 - np.sqrt(shares)[..., None] * (1 - tint)
 
 
 def _example_figure(example: ReportExample, data_set: DataSet) -> dict[str, Any]:
