@@ -31,7 +31,7 @@ from topformer_jax import cli, config, demo, files, logs
 from topformer_jax.data import sources
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import stablehlo_file
-from topformer_jax.preparation import labels, packing
+from topformer_jax.preparation import archives, labels, packing
 
 
 def refusal(action: Callable[[], Any]) -> str:
@@ -282,6 +282,14 @@ def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> 
         "irectory" in (line := refusal(lambda: files.read_bytes(path))) or "it is a pipe or a device" in line
     )
     assert f"cannot read {path}: " in refusal(lambda: logs.read_records(path))
+    if kind == "pipe":
+        member = archives.Member(str(tmp_path), path.name, 0, archives.IN_FOLDER)
+        assert f"cannot read {path}: " in refusal(member.read)
+
+
+def test_a_member_that_claims_too_much_is_not_read(tmp_path: pathlib.Path) -> None:
+    member = archives.Member(str(tmp_path / "x.zip"), "a.png", 2**31, archives.IN_ZIP)
+    assert "x.zip:a.png has 2,147,483,648 bytes, and at most" in refusal(member.read)
 
 
 def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:

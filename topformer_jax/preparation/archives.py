@@ -53,12 +53,16 @@ class Member:
             UserError: the archive is damaged or cut off here.
         """
         path, name = (self.path, "") if self.offset == IN_FOLDER else (self.archive, self.name)
+        if self.size > files.MOST_BYTES:  # a few kB of zeros may claim as much
+            raise UserError(
+                f"{self.where} has {self.size:,} bytes, and at most {files.MOST_BYTES:,} are read"
+            )
         with _report_damage(path, name, self.advice):
             if self.offset == IN_ZIP:
                 return _open_zip(self.archive).read(self.name)
             if self.offset == IN_GZIP:
                 return next(_stream(self.archive, {self.name}))[1]
-            with open(path, "rb") as file:
+            with files.open_regular(path) as file:
                 file.seek(max(self.offset, 0))
                 data = file.read(self.size)
             if len(data) != self.size:
