@@ -177,10 +177,10 @@ def test_layers(run: Run) -> None:
 
 
 def test_plan(run: Run) -> None:
-    rows = run("plan", *RECIPE, "--images", "200", "--rows", "8")
-    assert [row["case"] for row in rows] == [f"{name}, 200 images" for name in samples.DATA_SETS]
+    rows = run("plan", *RECIPE, "--images", "1000", "--rows", "8")
+    assert [row["case"] for row in rows] == [f"{name}, 1000 images" for name in samples.DATA_SETS]
     assert all(row["networks"] <= 4 for row in rows)
-    assert all(row["used_rows"] >= 0.95 for row in rows)
+    assert all(row["used_rows"] >= 0.97 for row in rows)
 
 
 def test_input(run: Run) -> None:
