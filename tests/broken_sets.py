@@ -51,6 +51,12 @@ def one(file: str, spoil: Callable[[pathlib.Path], object]) -> Callable[[pathlib
     return lambda root: spoil(root / file)
 
 
+def deepen(path: pathlib.Path) -> None:
+    """Puts a PNG of 12 bits in 16 in an image's place, under its name."""
+    pixels = np.asarray(cv2.imread(str(path))).astype(np.uint16) * 16
+    path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+
+
 def put(value: int, dtype: type = np.uint8) -> Change:
     """Writes a value into 5 pixels."""
 
@@ -134,6 +140,15 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, s
         *(PROBLEM, "unreadable-image", f"train: {IMAGE} is empty"),
     ),
     "cut-off image": (one(IMAGE, cut), {}, PROBLEM, "unreadable-image", f"train: {IMAGE} is cut off"),
+    "12 bits in 16": (
+        one(IMAGE, deepen),
+        {},
+        *(
+            PROBLEM,
+            "dark-images",
+            f"1 image ({IMAGE}) of 12 bits in 16, which would be nearly black: scale the values",
+        ),
+    ),
     "text instead of an image": (
         one("images/val/1.jpg", lambda path: path.write_text("no image")),
         {},

@@ -58,6 +58,24 @@ def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int =
     )
 
 
+def command(main: Callable[[], None], *words: object) -> str:
+    """What a command prints, in this process."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", ["command", *map(str, words)]), contextlib.redirect_stdout(out):
+        main()
+    return out.getvalue()
+
+
+def refused_command(main: Callable[[], None], *words: object) -> str:
+    """The line that a command ends with, in this process."""
+    err = io.StringIO()
+    argv = mock.patch.object(sys, "argv", ["command", *map(str, words)])
+    with argv, contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2
+    return only_line(err.getvalue().splitlines()[-1])
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as free:
@@ -138,16 +156,8 @@ def refused_run(workdir: Workdir, changes: dict[str, Any]) -> str:
 
 def refused(*words: str) -> str:
     """The command in this process, for what it refuses before there is anything to compile."""
-    err = io.StringIO()
-    with (
-        contextlib.chdir(ROOT),
-        mock.patch.object(sys, "argv", ["train", *words]),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
-    ):
-        cli.run(train.main)
-    assert end.value.code == 2
-    return only_line(err.getvalue())
+    with contextlib.chdir(ROOT):
+        return refused_command(train.main, *words)
 
 
 def refused_here(workdir: Workdir, changes: dict[str, Any]) -> str:

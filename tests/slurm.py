@@ -210,9 +210,11 @@ class Job:
         self.update(TimeLimit=str(int(hours) * 60 + int(minutes) + 2))
 
     def start_again(self) -> None:
-        """Waits until it runs once more, which it does at once: SLURM lets it wait for two minutes."""
+        """Waits until it runs once more, as soon as its last start has left the node: SLURM waits for two minutes."""
         self.wait_until_over()
         assert self.state == "PENDING", f"{self.describe()}\n{self.output}"
+        steps = rf"slurmstepd: \[{self.number}\."
+        self.wait_until(lambda: subprocess.run(["pgrep", "-f", steps], capture_output=True).returncode != 0)
         self.update(StartTime="now", TimeLimit="600")
         self.wait_until(lambda: self.state == "RUNNING")
 

@@ -148,7 +148,7 @@ def test_no_data_at_all(tmp_path: pathlib.Path) -> None:
     place = tmp_path / "nowhere"
     line = refused("--config", str(ROOT / "configs/topformer_t_ade.py"), f"--config.data.root={place}")
     for words in (
-        f"no ade20k in {place}: it does not exist; the layout must be images/{{training,validation}}/**/*.jpg",
+        f"no ade20k in {place}: it does not exist; the layout must be",
         "--config.data.root=DIR",
         "bash scripts/quickstart.sh",
     ):
@@ -242,7 +242,7 @@ def _too_large(label: np.ndarray) -> np.ndarray:
             lambda path: resave(path, orientation=8),
             "rotated by their EXIF orientation",
         ),
-        ("images/train/3.jpg", cut, "is cut off: its end is missing; copy or fetch it again"),
+        ("images/train/3.jpg", cut, "is cut off: its end is missing; replace or remove it"),
     ],
 )
 def test_a_file_that_does_not_fit(

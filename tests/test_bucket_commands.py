@@ -66,7 +66,8 @@ def contents(folder: Any) -> dict[str, bytes]:
 
 
 def weights(path: Any) -> dict[str, bytes]:
-    return {name: np.asarray(value).tobytes() for name, value in checkpoints.load.read_any(path)[0].items()}
+    tensors, _ = checkpoints.load.find_format(path).read(path)
+    return {name.removeprefix("state_dict/"): np.asarray(value).tobytes() for name, value in tensors.items()}
 
 
 def scores(folder: Any) -> dict[str, Any]:

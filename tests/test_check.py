@@ -224,8 +224,7 @@ def test_threads_do_not_change_the_report(spoilt: pathlib.Path, monkeypatch: pyt
         reports.append(check.format_report(found, label_rules.find(found)))
     assert reports[0] == reports[1]
     assert (
-        "images/train/0.jpg is cut off: its end is missing; copy or fetch it again (and 4 more: "
-        in reports[0]
+        "images/train/0.jpg is cut off: its end is missing; replace or remove it (and 4 more: " in reports[0]
     )
 
 

@@ -312,7 +312,7 @@ def test_threads_do_not_change_the_report(spoilt: pathlib.Path, monkeypatch: pyt
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
         reports.append(look_through(configure(spoilt))[0])
     assert reports[0] == reports[1]
-    assert f"train: train/{FIRST}/{FIRST}_3.JPEG is cut off: its end is missing; copy" in reports[0]
+    assert f"train: train/{FIRST}/{FIRST}_3.JPEG is cut off: its end is missing; replace" in reports[0]
     assert f"(and 2 more: train/{SECOND}/{SECOND}_3.JPEG, train/{THIRD}/{THIRD}_3.JPEG)" in reports[0]
     assert "train: 3 copies (" in reports[0]
 

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,8 +16,12 @@ import torch
 from tests.parity import INJECTIONS, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
+from topformer_jax import run as run_lib
 from topformer_jax.checkpoints import names, torch_format
 from topformer_jax.errors import UserError
+from topformer_jax.step import TrainState
+
+BIAS = "decode_head.conv_seg.bias"
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
@@ -33,65 +39,64 @@ def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, inj
     assert written["meta"] == {"iter": 3}
 
 
+@pytest.fixture
+def read(pth: Callable) -> Callable[..., tuple[dict[str, np.ndarray], dict[str, Any]]]:
+    """Writes a file and reads it into Tiny, or into another config's model."""
+
+    def read(content: Any, settings: Any = None, name: str = "model.pth") -> Any:
+        return checkpoints.read_checkpoint(
+            pth(content, name), models.build(settings or config.ade20k("tiny"))
+        )
+
+    return read
+
+
 @pytest.mark.parametrize("wrap", ["module.", "backbone-less", "aliases", "bare"])
-def test_spellings_of_names(pth: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
+def test_spellings_of_names(read: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
     """A DataParallel prefix, a missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
     old = {new: name for name, new in names.ALIASES.items()}
-    spelled = {
-        "module.": {f"module.{name}": tensor for name, tensor in states.items()},
-        "backbone-less": {name.removeprefix("backbone."): tensor for name, tensor in states.items()},
-        "aliases": {
-            ".".join(old.get(part, part) for part in name.split(".")): tensor
-            for name, tensor in states.items()
-        },
-        "bare": states,
-    }[wrap]
+    spell: dict[str, Callable[[str], str]] = {
+        "module.": lambda name: f"module.{name}",
+        "backbone-less": lambda name: name.removeprefix("backbone."),
+        "aliases": lambda name: ".".join(old.get(part, part) for part in name.split(".")),
+        "bare": lambda name: name,
+    }
+    spelled = {spell[wrap](name): tensor for name, tensor in states.items()}
     assert wrap == "bare" or set(spelled) != set(states)
-    path = pth(spelled if wrap == "bare" else {"state_dict": spelled})
-    settings = config.ade20k("tiny")
-    tensors, _ = checkpoints.read_checkpoint(path, models.build(settings))
+    tensors, _ = read(spelled if wrap == "bare" else {"state_dict": spelled})
     assert same_states({k: torch.from_numpy(torch_format.to_torch(v)) for k, v in tensors.items()}, states)
 
 
-def test_fuse2_is_no_alias_where_it_is_a_name(pth: Callable) -> None:
+def test_fuse2_is_no_alias_where_it_is_a_name(read: Callable) -> None:
     network = reference.Segmenter("tiny", 7, "fuse_multi")
     settings = settings_for("tiny", model__injection="fuse_multi", model__num_classes=7)
-    tensors, _ = checkpoints.read_checkpoint(
-        pth({"state_dict": network.state_dict()}), models.build(settings)
-    )
+    tensors, _ = read({"state_dict": network.state_dict()}, settings)
     assert "backbone.SIM.1.fuse2.conv.weight" in tensors
 
 
-def test_the_averaged_weights_come_first(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+def test_the_averaged_weights_come_first(read: Callable, states: dict[str, torch.Tensor]) -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in states.items()}
-    settings = config.ade20k("tiny")
-    model = models.build(settings)
     keys = ["state_dict_ema", "state_dict", "model"]
     for index in range(3):
         content = dict.fromkeys(keys[index + 1 :], zeros) | {keys[index]: states}
-        tensors, _ = checkpoints.read_checkpoint(pth(content | {"args": argparse.Namespace(lr=1)}), model)
-        name = "decode_head.conv_seg.bias"
-        np.testing.assert_array_equal(tensors[name], states[name].numpy())
+        tensors, _ = read(content | {"args": argparse.Namespace(lr=1)})
+        np.testing.assert_array_equal(tensors[BIAS], states[BIAS].numpy())
 
 
-def test_half_precision_files_are_widened(pth: Callable, states: dict[str, torch.Tensor]) -> None:
+def test_half_precision_files_are_widened(read: Callable, states: dict[str, torch.Tensor]) -> None:
     half = {name: t.bfloat16() if t.is_floating_point() else t for name, t in states.items()}
-    settings = config.ade20k("tiny")
-    tensors, _ = checkpoints.read_checkpoint(pth({"state_dict": half}), models.build(settings))
+    tensors, _ = read({"state_dict": half})
     name = "decode_head.conv_seg.weight"
     np.testing.assert_array_equal(torch_format.to_torch(tensors[name]), half[name].float().numpy())
 
 
-def test_every_misfit_is_named_with_both_shapes(pth: Callable, states: dict[str, torch.Tensor]) -> None:
-    broken = dict(states)
-    del broken["decode_head.conv_seg.bias"]
-    broken["backbone.extra"] = torch.zeros(3, 2)
-    broken["backbone.tpm.stem.0.c.weight"] = torch.zeros(16, 3, 5, 5)
-    settings = config.ade20k("tiny")
-    with pytest.raises(UserError) as error:
-        checkpoints.read_checkpoint(pth({"state_dict": broken}), models.build(settings))
-    assert error.value.line.startswith(str(pth({"state_dict": broken})))
-    assert "1 tensors missing, 1 unexpected, 1 of the wrong shape" in error.value.line
+def test_every_misfit_is_named_with_both_shapes(read: Callable, states: dict[str, torch.Tensor]) -> None:
+    broken = {name: tensor for name, tensor in states.items() if name != BIAS}
+    broken |= {"backbone.extra": torch.zeros(3, 2), "backbone.tpm.stem.0.c.weight": torch.zeros(16, 3, 5, 5)}
+    with pytest.raises(
+        UserError, match=r"^/.*pth does not .*: 1 tensors missing, 1 unexpected, 1 of the "
+    ) as error:
+        read({"state_dict": broken})
     assert error.value.details == [
         "  missing      decode_head.conv_seg.bias  config 150",
         "  unexpected   backbone.extra  file 3x2",
@@ -109,24 +114,16 @@ def test_an_injection_of_the_same_shapes(tmp_path: pathlib.Path) -> None:
         load(settings, tmp_path / "7", **{"model.injection": "fuse_multi"})
 
 
-def test_parameters_and_no_meta(pth: Callable, states: dict[str, torch.Tensor]) -> None:
-    grown = {
-        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
-        for name, tensor in states.items()
-    }
-    settings = config.ade20k("tiny")
-    path = pth({"state_dict": grown, "meta": None}, "weights.bin")
-    tensors, metadata = checkpoints.read_checkpoint(path, models.build(settings))
+def test_parameters_and_no_meta(read: Callable, states: dict[str, torch.Tensor]) -> None:
+    grown = {name: torch.nn.Parameter(t) if t.is_floating_point() else t for name, t in states.items()}
+    tensors, metadata = read({"state_dict": grown, "meta": None}, name="weights.bin")
     assert metadata == {"meta": {}}
-    name = "decode_head.conv_seg.bias"
-    np.testing.assert_array_equal(tensors[name], states[name].numpy())
+    np.testing.assert_array_equal(tensors[BIAS], states[BIAS].numpy())
 
 
-def test_a_name_that_comes_twice(pth: Callable, states: dict[str, torch.Tensor]) -> None:
-    twice = states | {"module.decode_head.conv_seg.bias": torch.zeros(150)}
-    settings = config.ade20k("tiny")
+def test_a_name_that_comes_twice(read: Callable, states: dict[str, torch.Tensor]) -> None:
     with pytest.raises(UserError, match=r"two tensors of .*model\.pth are decode_head\.conv_seg\.bias"):
-        checkpoints.read_checkpoint(pth({"state_dict": twice}), models.build(settings))
+        read({"state_dict": states | {f"module.{BIAS}": torch.zeros(150)}})
 
 
 @pytest.mark.parametrize(
@@ -144,9 +141,9 @@ def test_a_name_that_comes_twice(pth: Callable, states: dict[str, torch.Tensor])
         ),
     ],
 )
-def test_advice_on_a_wrong_checkpoint(pth: Callable, states: dict, settings: Any, advice: str) -> None:
+def test_advice_on_a_wrong_checkpoint(read: Callable, states: dict, settings: Any, advice: str) -> None:
     with pytest.raises(UserError, match=advice):
-        checkpoints.read_checkpoint(pth({"state_dict": states}), models.build(settings))
+        read({"state_dict": states}, settings)
 
 
 def test_nothing_is_overwritten(tmp_path: pathlib.Path, states: dict[str, torch.Tensor]) -> None:
@@ -181,7 +178,7 @@ def test_a_damaged_folder(tmp_path: pathlib.Path, states: dict[str, torch.Tensor
         checkpoints.read_model(tmp_path / "orbax")
 
 
-NAMES = ("backbone.tpm.stem.0.c.weight", "decode_head.conv_seg.bias")
+NAMES = ("backbone.tpm.stem.0.c.weight", BIAS)
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
@@ -292,8 +289,22 @@ def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> 
     store.close()
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a": 1}', '{"1": null}', "{"])
-def test_damaged_scores(tmp_path: pathlib.Path, text: str) -> None:
-    (tmp_path / "scores.json").write_text(text)
-    with pytest.raises(UserError, match=r"scores.json is damaged: expected scores by step"):
+def test_damaged_scores(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "scores.json").write_text('{"1": null}')
+    with pytest.raises(UserError, match=r"scores.json is not the JSON .*; expected scores by step"):
         checkpoints.CheckpointStore(tmp_path, 1)
+
+
+def test_a_score_is_noted_after_the_log_that_holds_it(tmp_path: pathlib.Path) -> None:
+    """While uploads fail, the file of scores lacks it: a run that goes on from there scores the step again."""
+    run, state = mock.Mock(spec=run_lib.Run), TrainState(0, {}, {}, None, {})
+    run.config, run.log, run.shutdown, run.folder = config.shapes(), mock.Mock(), mock.Mock(), mock.Mock()
+    run.store = store = checkpoints.CheckpointStore(tmp_path, 1)
+    noted = []
+    with mock.patch.object(run_lib, "_score_segmenter", return_value={"miou": 0.25}):
+        for step, run.folder.upload.return_value in ((1, False), (2, True)):
+            run_lib.evaluate_and_log(run, state, step)
+            noted.append([json.loads(path.read_text()) for path in tmp_path.iterdir()])
+    assert store.is_evaluated(1)  # the best checkpoint stays
+    assert noted == [[], [{"1": 0.25, "2": 0.25}]]
+    store.close()

@@ -112,6 +112,12 @@ def test_docstrings_of_recipes(configs: pathlib.Path) -> None:
         ({"model.head_channels": "wide"}, "model.head_channels cannot be 'wide': expected a number or none"),
         ({"model.depthwise_head": "yes"}, "expected a value like False (bool)"),
         ({"model.depthwise_head": 1}, "expected a value like False (bool)"),
+        (
+            {"batch_size": 4, "grad_accum_steps": 4, "data.crop_size": (64, 64)},
+            "batch_size is 4, grad_accum_steps 4: BatchNorm needs more than one value a channel, and a micro-batch "
+            "of one image is one pixel in the last layers; set batch_size to at least twice grad_accum_steps, or "
+            "data.crop_size larger than 64",
+        ),
     ],
 )
 def test_wrong_settings(overrides: dict, message: str) -> None:

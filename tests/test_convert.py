@@ -3,44 +3,34 @@
 import argparse
 import os
 import pathlib
-import subprocess
+import shlex
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from tests.commands import ROOT, command
+from tests.commands import refused_command as refused
 from tests.parity import same_states
 from tests.reference import network as reference
-from topformer_jax import checkpoints, config, load, models
+from topformer_jax import checkpoints, config, convert, load, models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.data.catalog import CATALOG
 
 Find = Callable[[str], pathlib.Path]
-ADE = {variant: f"configs/topformer_{variant[0]}_ade.py" for variant in ("tiny", "small", "base")}
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command as a user types it, in the project's folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "topformer_jax.convert", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
+ADE = {variant: f"topformer_{variant[0]}_ade" for variant in ("tiny", "small", "base")}
+TINY = ADE["tiny"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "tiny_init", "classification_tiny"])
 def test_golden_round_trip_through_the_command(golden: Find, tmp_path: pathlib.Path, name: str) -> None:
     source = golden(f"checkpoints/{name}.pth")
-    recipe = "configs/topformer_t_imagenet.py" if "class" in name else ADE[name.split("_")[0]]
-    there = command("--config", recipe, "--checkpoint", source, "--output", tmp_path / "orbax")
-    assert there.returncode == 0, there.stderr
-    back = command("--checkpoint", tmp_path / "orbax", "--output", tmp_path / "back.pth")
-    assert back.returncode == 0, back.stderr
+    recipe = "topformer_t_imagenet" if "class" in name else ADE[name.split("_")[0]]
+    command(convert.main, "--config", recipe, "--checkpoint", source, "--output", tmp_path / "orbax")
+    command(convert.main, "--checkpoint", tmp_path / "orbax", "--output", tmp_path / "back.pth")
     with torch.serialization.safe_globals([argparse.Namespace]):
         original = torch.load(source, weights_only=True)
     states = original.get("state_dict_ema", original["state_dict"])
@@ -59,18 +49,13 @@ def test_classifier_as_a_start(pth: Callable, tmp_path: pathlib.Path) -> None:
     network = reference.Classifier("tiny", 11)
     reference.randomize(network, seed=0)
     source = pth({"state_dict_ema": network.state_dict(), "state_dict": {}, "args": argparse.Namespace(lr=1)})
-    refused = command("--config", ADE["tiny"], "--checkpoint", source, "--output", tmp_path / "out")
-    assert refused.returncode == 2
-    assert "--init-from-classifier" in refused.stderr.splitlines()[-1]
+    words = ["--config", ADE["tiny"], "--checkpoint", source, "--output", tmp_path / "out"]
+    assert "--init-from-classifier" in refused(convert.main, *words)
     assert not (tmp_path / "out").exists()
-    flags = ("--output", tmp_path / "out", "--init-from-classifier")
-    done = command("--config", ADE["tiny"], "--checkpoint", source, *flags)
-    assert done.returncode == 0, done.stderr
-    table = {line.split()[0]: line.split()[-1] for line in done.stdout.splitlines()[1:-1]}
-    taken = {"backbone.tpm", "backbone.trans"}
-    assert {name for name, origin in table.items() if origin == str(source)} == taken
-    fresh = {"backbone.SIM", "decode_head.conv_seg", "decode_head.linear_fuse"}
-    assert {name for name, origin in table.items() if origin == "fresh"} == fresh
+    assert command(convert.main, *words, "--init-from-classifier").startswith(
+        f"{source}: state_dict_ema.* taken, the averages (321 tensors)\nfrom {source}: backbone.tpm, backbone.trans; "
+        "fresh: backbone.SIM, decode_head.conv_seg, decode_head.linear_fuse\n"
+    )
     model = load(config.ade20k("tiny"), tmp_path / "out")
     tensors = models.named_variables(model)
     for name, tensor in network.state_dict().items():
@@ -84,12 +69,8 @@ def test_classifier_as_a_start(pth: Callable, tmp_path: pathlib.Path) -> None:
 
 def test_new_head(pth: Callable, states: dict[str, torch.Tensor], tmp_path: pathlib.Path) -> None:
     source = pth({"meta": {"iter": 7, "CLASSES": ["a"]}, "state_dict": states})
-    recipe = "configs/topformer_t_context60.py"
-    done = command("--config", recipe, "--checkpoint", source, "--output", tmp_path / "out", "--new-head")
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines() if line.endswith("fresh")] == [
-        "decode_head.conv_seg"
-    ]
+    words = ["--config", "topformer_t_context60", "--checkpoint", source, "--output", tmp_path / "out"]
+    assert "; fresh: decode_head.conv_seg\n" in command(convert.main, *words, "--new-head")
     tensors, metadata = checkpoints.read_model(tmp_path / "out")
     assert tensors["decode_head.conv_seg.weight"].shape == (1, 1, 128, 60)
     name = "decode_head.linear_fuse.conv.weight"
@@ -111,10 +92,8 @@ class _Payload:
 
 def test_a_file_that_wants_to_run_code(pth: Callable, states: dict, tmp_path: pathlib.Path) -> None:
     source = pth({"state_dict": states, "meta": _Payload(tmp_path / "was here")})
-    refused = command("--config", ADE["tiny"], "--checkpoint", source, "--output", tmp_path / "out")
-    assert refused.returncode == 2
-    assert "is refused: it asks for posix.mkdir" in refused.stderr
-    assert len(refused.stderr.splitlines()) == 1
+    words = ["--config", ADE["tiny"], "--checkpoint", source, "--output", tmp_path / "out"]
+    assert "is refused: it asks for posix.mkdir" in refused(convert.main, *words)
     assert not (tmp_path / "was here").exists()
     assert not (tmp_path / "out").exists()
     torch.load(source, weights_only=False)  # the payload is a real one
@@ -122,63 +101,47 @@ def test_a_file_that_wants_to_run_code(pth: Callable, states: dict, tmp_path: pa
 
 
 def test_without_torch(tmp_path: pathlib.Path) -> None:
-    script = "import sys; sys.modules['torch'] = None; from topformer_jax import cli, convert; cli.run(convert.main)"
-    source = tmp_path / "x.pth"
-    source.write_bytes(b"needs PyTorch to be read")
-    arguments = ["--config", ADE["tiny"], "--checkpoint", str(source), "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parents[1],
-    )
-    assert done.returncode == 2
-    assert "pip install 'topformer_jax[convert]'" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    (tmp_path / "x.pth").write_bytes(b"needs PyTorch to be read")
+    words = ["--config", ADE["tiny"], "--checkpoint", tmp_path / "x.pth", "--output", tmp_path / "out"]
+    with mock.patch.dict(sys.modules, {"torch": None}):
+        assert "pip install 'topformer_jax[convert]'" in refused(convert.main, *words)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "message"),
     [
-        (["--checkpoint", "no.pth", "--config", ADE["tiny"], "--output", "{tmp}/o"], "no checkpoint no.pth"),
-        (["--checkpoint", "no", "--config", ADE["tiny"], "--output", "{tmp}/o"], "no checkpoint no"),
-        (["--checkpoint", "{tmp}", "--config", ADE["tiny"], "--output", "{tmp}/o"], "holds no checkpoint"),
-        (
-            ["--checkpoint", "{tmp}/junk.pth", "--config", ADE["tiny"], "--output", "{tmp}/o"],
-            "or a damaged one",
+        (f"--checkpoint no.pth --config {TINY} --output {{tmp}}/o", "no checkpoint no.pth"),
+        (f"--checkpoint no --config {TINY} --output {{tmp}}/o", "no checkpoint no"),
+        (f"--checkpoint {{tmp}} --config {TINY} --output {{tmp}}/o", "holds no checkpoint"),
+        (f"--checkpoint {{tmp}}/junk.pth --config {TINY} --output {{tmp}}/o", "or a damaged one"),
+        (f"--checkpoint {{tmp}}/cut.pth --config {TINY} --output {{tmp}}/o", "or a damaged one"),
+        (f"--checkpoint {{tmp}}/list.pth --config {TINY} --output {{tmp}}/o", "holds a list"),
+        (f"--checkpoint {{tmp}}/odd.pth --config {TINY} --output {{tmp}}/o", "no state dict"),
+        (f"--checkpoint {{tmp}}/keys.pth --config {TINY} --output {{tmp}}/o", "no state dict"),
+        (f"--checkpoint {{tmp}}/complex --config {TINY} --output {{tmp}}/o", "dense real numbers"),
+        ("--checkpoint {tmp}/junk.pth --output {tmp}/o", "needs --config FILE"),
+        *(
+            (
+                f"--checkpoint x --output o.{suffix}",
+                f"o.{suffix}: expected FILE.pth, FILE.pt, FILE.safetensors, or",
+            )
+            for suffix in ("onnx", "bin", "pth.tar")
         ),
-        (
-            ["--checkpoint", "{tmp}/cut.pth", "--config", ADE["tiny"], "--output", "{tmp}/o"],
-            "or a damaged one",
-        ),
-        (["--checkpoint", "{tmp}/list.pth", "--config", ADE["tiny"], "--output", "{tmp}/o"], "holds a list"),
-        (["--checkpoint", "{tmp}/odd.pth", "--config", ADE["tiny"], "--output", "{tmp}/o"], "no state dict"),
-        (["--checkpoint", "{tmp}/keys.pth", "--config", ADE["tiny"], "--output", "{tmp}/o"], "no state dict"),
-        (
-            ["--checkpoint", "{tmp}/complex", "--config", ADE["tiny"], "--output", "{tmp}/o"],
-            "dense real numbers",
-        ),
-        (["--checkpoint", "{tmp}/junk.pth", "--output", "{tmp}/o"], "needs --config FILE"),
-        (
-            ["--checkpoint", "{tmp}/junk.pth", "--config", ADE["tiny"], "--output", ""],
-            "needs --checkpoint PATH",
-        ),
-        (["--summary", "--config", ADE["tiny"], "--size", "0x32"], "at least 1x1"),
-        (["--summary", "--config", "README.md"], "README.md, line "),
-        (["--config", ADE["tiny"]], "needs --checkpoint PATH and --output PATH"),
-        (["--summary"], "--summary needs --config FILE"),
-        (["--summary", "--config", ADE["tiny"], "--size", "big"], "expected HEIGHTxWIDTH"),
-        (["--summary", "--config", "configs/topformer_b_ada.py"], "did you mean configs/topformer_b_ade.py"),
-        (
-            ["--summary", "--config", ADE["tiny"], "--config.modle.classes=3"],
-            "did you mean model.num_classes",
-        ),
-        (["--summary", "--config", ADE["tiny"], "--config.batch_size"], "has no value"),
-        (["--summary", "--config.batch_size=3"], "needs --config FILE"),
+        (f"--checkpoint {{tmp}}/junk.pth --config {TINY} --output ''", "needs --checkpoint PATH"),
+        (f"--summary --config {TINY} --size 0x32", "at least 1x1"),
+        ("--summary --config README.md", "README.md, line "),
+        (f"--config {TINY}", "needs --checkpoint PATH and --output PATH"),
+        ("--summary", "--summary needs --config FILE"),
+        (f"--summary --config {TINY} --size big", "expected HEIGHTxWIDTH"),
+        ("--summary --config configs/topformer_b_ada.py", "did you mean configs/topformer_b_ade.py"),
+        (f"--summary --config {TINY} --config.modle.classes=3", "did you mean model.num_classes"),
+        (f"--summary --config {TINY} --config.batch_size", "has no value"),
+        ("--summary --config.batch_size=3", "needs --config FILE"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path: pathlib.Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
     (tmp_path / "junk.pth").write_bytes(b"no checkpoint at all")
     torch.save({"a": torch.zeros(1000)}, tmp_path / "whole.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:2000])
@@ -186,22 +149,18 @@ def test_bad_input_is_one_line(tmp_path: pathlib.Path, arguments: list[str], mes
     torch.save({"state_dict": {3: torch.zeros(1)}}, tmp_path / "keys.pth")
     torch.save({"state_dict": {"a": torch.zeros(1, dtype=torch.complex64)}}, tmp_path / "complex")
     torch.save({"epoch": 3, "net": {"a": [torch.zeros(1)]}}, tmp_path / "odd.pth")
-    done = command(*[argument.format(tmp=tmp_path) for argument in arguments])
-    print(done.stderr.strip())
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(ROOT)
+    assert message in refused(convert.main, *shlex.split(words.format(tmp=tmp_path)))
     assert not (tmp_path / "o").exists()
 
 
-def test_summary_counts_what_the_paper_counts() -> None:
+@pytest.mark.parametrize(
+    ("variant", "parameters", "giga"),
+    [("tiny", 1_389_654, 0.6), ("small", 3_034_662, 1.2), ("base", 5_062_646, 1.8)],
+)
+def test_summary_counts_what_the_paper_counts(variant: str, parameters: int, giga: float) -> None:
     """Table 1 of the paper: 1.4 / 3.1 / 5.1 M parameters, 0.6 / 1.2 / 1.8 G multiply-adds at 512 x 512."""
-    paper = {"tiny": (1_389_654, 0.6), "small": (3_034_662, 1.2), "base": (5_062_646, 1.8)}
-    for variant, (parameters, giga) in paper.items():
-        done = command("--config", ADE[variant], "--summary", "--size", "512x512")
-        assert done.returncode == 0, done.stderr
-        total = done.stdout.splitlines()[-1].replace(",", "").split()
-        print(done.stdout)
-        assert int(total[1]) == parameters
-        assert abs(float(total[2]) / 1000 - giga) < 0.1
+    said = command(convert.main, "--config", ADE[variant], "--summary", "--size", "512x512")
+    total = said.splitlines()[-1].replace(",", "").split()
+    assert int(total[1]) == parameters
+    assert abs(float(total[2]) / 1000 - giga) < 0.1

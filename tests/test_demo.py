@@ -216,7 +216,7 @@ def test_folders_that_are_not_the_runtime(folder: pathlib.Path, tmp_path: pathli
     assert "holds react: expected npm's" in line(
         make_runtime(tmp_path / "a", '{"name": "react", "version": "1"}')
     )
-    assert "holds no package of npm" in line(make_runtime(tmp_path / "b", "[1"))
+    assert "is not the JSON file that was expected" in line(make_runtime(tmp_path / "b", "[1"))
     shutil.rmtree(make_runtime(tmp_path / "c") / "dist")
     assert "No such file or directory: expected npm's onnxruntime-web" in line(tmp_path / "c")
 

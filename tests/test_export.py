@@ -1,7 +1,5 @@
 """The export command, files in predict and evaluate, and what they say about mistakes."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -21,8 +19,9 @@ import pytest
 from flax import nnx
 
 import topformer_jax
-from tests.commands import LONGEST, only_line
-from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
+from tests.commands import LONGEST, command
+from tests.commands import refused_command as refused
+from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
@@ -31,28 +30,11 @@ SETTINGS = {"data.shapes.validation": 3, "data.shapes.size": 64, "evaluation.sca
 FLAGS = ["--config", "topformer_t_shapes", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
 
 
-def command(main: Callable[[], None], *words: object) -> str:
-    """What a command prints."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", ["command", *map(str, words)]), contextlib.redirect_stdout(out):
-        cli.run(main)
-    return out.getvalue()
-
-
 def run_command(name: str, *words: object) -> None:
     """A command in a process of its own."""
     subprocess.run(
         [sys.executable, "-m", f"topformer_jax.{name}", *map(str, words)], check=True, timeout=LONGEST
     )
-
-
-def refused(main: Callable[[], None], *words: object) -> str:
-    """The line that a command ends with."""
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        command(main, *words)
-    assert end.value.code == 2
-    return only_line(err.getvalue().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +79,11 @@ def test_no_file_names_a_folder_of_this_machine(weights: pathlib.Path, tmp_path:
     private += [f"--config.distillation.{name}=/secret/{name}" for name in ("config", "checkpoint")]
     start = [*FLAGS, *private, "--checkpoint", weights, "--output"]
     command(export.main, *start, tmp_path / "t.tflite", "--size", "64x64", "--logits")
-    command(export.main, *start, tmp_path / "t.safetensors")
     command(export.main, *start, tmp_path / "t.stablehlo", "--size", "64x64", "--logits")
     command(export.main, *start, tmp_path / "t.onnx", "--size", "64x64", "--logits")
     command(convert.main, *start, tmp_path / "c.safetensors")
     package = str(pathlib.Path(export.__file__).parent).encode()
-    assert len(list(tmp_path.iterdir())) == 6  # one beside t.stablehlo
+    assert len(list(tmp_path.iterdir())) == 5  # one beside t.stablehlo
     for path in tmp_path.iterdir():
         assert b"secret" not in path.read_bytes(), path
         assert package not in path.read_bytes(), path
@@ -138,7 +119,7 @@ def test_the_classes_have_the_files_names(files: pathlib.Path, tmp_path: pathlib
     assert said.startswith(
         "data.class_names differs from the checkpoint: label 0 is 'class 0' there, 'gradient' in the checkpoint "
         "(and 8 more); the checkpoint's own names are used\nthe checkpoint was trained and scored with "
-        "evaluation.scale=(176, 160); this command uses (64, 64): give --config.evaluation.scale='(176,160)'\n"
+        "evaluation.scale=(96, 96); this command uses (64, 64): give --config.evaluation.scale='(96,96)'\n"
     )
     with np.load(tmp_path / "out" / "a_probabilities.npz") as stored:
         assert tuple(stored["classes"]) == CATALOG["shapes"].classes
@@ -196,15 +177,6 @@ def test_the_official_label_maps(golden: Callable[[str], pathlib.Path], tmp_path
     assert sum((ours != theirs).sum() for theirs, ours in pairs) <= 1e-5 * sum(a.size for a, _ in pairs)
 
 
-def test_weights_alone(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "w.safetensors"
-    assert "wrote" in command(export.main, *FLAGS, "--checkpoint", weights, "--output", path)
-    tensors, metadata = checkpoints.load.read_any(path)
-    expected, _ = checkpoints.load.read_any(weights)
-    assert all(np.array_equal(tensors[name], expected[name]) for name in expected)
-    assert metadata["config"]["name"] == "topformer_t_shapes"
-
-
 def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
     start = [*FLAGS, "--checkpoint", weights, "--output"]
 
@@ -226,8 +198,7 @@ def test_what_cannot_be_exported(weights: pathlib.Path, files: pathlib.Path, tmp
     assert "it is of variant tiny, the config of base" in line(tmp_path / "t.onnx", *other)
     assert "--target web is for .onnx files alone" in line(tmp_path / "t.stablehlo", "--target", "web")
     assert "logits are at an eighth" in line(tmp_path / "t.onnx", "--logits", "--scale-labels", "1/2")
-    assert "--size is for files that compute" in line(tmp_path / "t.safetensors", "--size", "any")
-    assert "--keep-float is for files that" in line(tmp_path / "t.safetensors", "--keep-float", "stem")
+    assert "convert writes the weights alone" in line(tmp_path / "t.safetensors")
     (tmp_path / "file").write_text("")
     assert "cannot write" in line(tmp_path / "file" / "t.onnx", "--size", "64x64")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -307,10 +278,8 @@ def test_int8_of_a_classifier(drawn: pathlib.Path, tmp_path: pathlib.Path) -> No
     integers = ["--precision", "int8", "--images", tmp_path / "pictures"]
     said = command(export.main, *start, *integers, "--output", tmp_path / "c.tflite")
     assert "5 pictures: " in said
-    assert topformer_jax.exported(tmp_path / "c.tflite")(np.zeros((1, 64, 64, 3), np.uint8)).shape == (
-        1,
-        1000,
-    )
+    scores = topformer_jax.exported(tmp_path / "c.tflite")(np.zeros((1, 64, 64, 3), np.uint8))
+    assert scores.shape == (1, 1000)
     (tmp_path / "pictures" / "cut.jpg").write_bytes(b"cut off")
     assert "cut.jpg" in refused(export.main, *start, *integers, "--output", tmp_path / "d.tflite")
 

@@ -67,7 +67,12 @@ class Pair:
         function = network.make_function(
             self.for_export, output, stride, by_rows=FORMATS[format].BY_ROWS and output == "labels"
         )
-        return bytes(FORMATS[format].write(function, describe(output=output, stride=stride, **changes)))
+        facts = describe(output=output, stride=stride, config=self.config, **changes)
+        return bytes(FORMATS[format].write(function, facts))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(json.loads(self.settings.to_json()))
 
 
 def describe(**changes: Any) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def test_logits(format: str, variant: str, injection: str) -> None:
 def test_the_head_of_cityscapes(format: str) -> None:
     """Neither its width nor its convolutions are those of the other data sets."""
     cityscapes = Pair(config.cityscapes("base"))
-    file = open_data(format, cityscapes.export(format), output="logits")
+    file = open_data(format, cityscapes.export(format), config=cityscapes.config)
     assert distance(file(pictures(1)), cityscapes.expected(pictures(1), "logits")) < 1e-5
 
 
@@ -157,7 +162,7 @@ print(*exported.platforms, "topformer_jax" in sys.modules)
 )
 def test_outputs(format: str, output: str, stride: int) -> None:
     drawn = pair(prepare=fresh)
-    file = open_data(format, drawn.export(format, output, stride))
+    file = open_data(format, drawn.export(format, output, stride), output=output, stride=stride)
     found, expected = file(pictures(2)), drawn.expected(pictures(2), output, stride)
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
@@ -172,12 +177,13 @@ def test_outputs(format: str, output: str, stride: int) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_classifier(format: str) -> None:
     classifier = Pair(config.imagenet("tiny"))
-    file = open_data(format, classifier.export(format, "scores", size=(64, 64)), size=(64, 64))
+    facts = {"output": "scores", "config": classifier.config}
+    file = open_data(format, classifier.export(format, "scores", size=(64, 64)), size=(64, 64), **facts)
     found = file(pictures(2, (64, 64)))
     assert found.shape == (2, 1000)
     assert distance(found, classifier.expected(pictures(2, (64, 64)), "scores")) < 1e-5
     if format != "tflite":
-        any_size = open_data(format, classifier.export(format, "scores", size=None), size=None)
+        any_size = open_data(format, classifier.export(format, "scores", size=None), size=None, **facts)
         assert distance(any_size(pictures(1)), classifier.expected(pictures(1), "scores")) < 1e-5
 
 

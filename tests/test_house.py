@@ -30,8 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"ops"},
     "logs": {"files"},
     "visualize": {"data", "files", "metrics"},
-    "cli": {"config", "logs", "processes"},
-    "checkpoints": {"config", "data", "files", "models"},
+    "cli": {"config", "files", "logs", "processes"},
+    "checkpoints": {"config", "data", "files", "models", "processes"},
     "inference": {"data", "metrics", "models", "ops", "sharding"},
     "exporters": {"config", "data", "files", "inference", "models", "ops"},
     "step": {"data", "models", "ops", "optimizer", "sharding"},
@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "browse": BASE | DATA | SHARED,
     "check": BASE | DATA | SHARED,
     "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
-    "demo": BASE | SHARED | {"exporters"},
+    "demo": BASE | SHARED | {"config", "exporters"},
     "evaluate": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
     "export": BASE | DATA | NETWORK | SHARED | {"checkpoints", "exporters"},
     "preparation": {"data", "files", "logs"},
@@ -121,3 +121,9 @@ def test_no_test_knows_how_fast_the_machine_is() -> None:
     """Other machines need ten times as long: tests wait for events, or for LONGEST of tests/commands.py."""
     for file in (ROOT / "tests").glob("*.py"):
         assert not re.search(r"timeout\"?[=:] ?\d\d|monotonic\(\) \+ \d", file.read_text()), file
+
+
+def test_text_of_foreign_files_goes_through_one_reader() -> None:
+    """files.read_json gives typed values, or one line; json.loads is for what this process has written itself."""
+    pattern = re.compile(r"json\.loads?\((?!\w*\.?config\.to_json\(\))")
+    assert [str(file) for file in FILES if pattern.search(file.read_text())] == []

@@ -26,7 +26,9 @@ def test_no_number(tmp_path: pathlib.Path) -> None:
     """A learning rate that is harmless at the first step alone."""
     changes = {"schedule.lr": 1e30, "schedule.warmup_ratio": 1e-38, "checkpoint_every": 1}
     line = refused_run(tmp_path / "run", changes)
-    assert "is nan at step 3; the last good checkpoint is of step 2; lower schedule.lr" in line
+    assert (
+        "is nan at step 3: lower schedule.lr, or set optimizer.clip_norm; the newest saved step is 2" in line
+    )
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_a_full_disk_and_a_bad_picture_lose_nothing(
     disk(workdir.parent, "20m")
     line = refused_run(workdir, changes)
     assert f"cannot write a checkpoint into {workdir}/checkpoints: no space is left on the disk" in line
-    assert "the newest complete one is of step 3; fix it and start the same command again" in line
+    assert "the newest saved step is 3; fix it and start the same command again" in line
 
     disk(workdir.parent, "200m")
     whole = (root / "images/val/1.jpg").read_bytes()

@@ -32,7 +32,7 @@ def have_met(number: int) -> bool:
 
 def outcome(workdir: Any) -> tuple[dict[str, bytes], list[tuple[int, float]]]:
     """The last checkpoint's weights, and all losses of the log: each step once, whatever was computed twice."""
-    tensors, _ = checkpoints.load.read_any(workdir)
+    tensors, _ = checkpoints.read_model(workdir)
     records = logs.read_records(workdir / "metrics.jsonl")
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     return {name: np.asarray(value).tobytes() for name, value in tensors.items()}, losses

@@ -82,3 +82,12 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(capsys: pytest.C
         progress.print_line("skipped: a.jpg")
         progress.update(3)
     assert capsys.readouterr().out == "0/3 images  compiling for 512x512\nskipped: a.jpg\n3/3 images\n"
+
+
+def test_records_without_a_value_leave_gaps_in_the_curves(tmp_path: pathlib.Path) -> None:
+    records = [
+        {"step": step, "kind": "train", **values}
+        for step, values in ((1, {}), (2, {"loss": 0.5}), (3, {"loss": None}))
+    ]
+    logs.save_curves(records, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

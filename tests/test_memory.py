@@ -1,13 +1,16 @@
 """Memory that is not there: one line that says what to lower, nothing lost; a small /dev/shm; empty evaluations."""
 
+import itertools
 import mmap
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import cv2
 import jax
@@ -15,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.commands import FOLDER, ROOT, TINY, arguments, only_line
+from tests.commands import FOLDER, ROOT, TINY, arguments, command, only_line
 from tests.test_bad_input import rewrite
-from topformer_jax import checkpoints, cli, logs, train
+from topformer_jax import checkpoints, cli, evaluate, logs, processes, train
 from topformer_jax import config as config_lib
 from topformer_jax import run as run_lib
+from topformer_jax.data import codecs, loader, sources, workers
 from topformer_jax.errors import UserError, explain_out_of_memory
 from topformer_jax.run_folder import RunFolder
 
@@ -118,6 +122,33 @@ def test_a_command_ends_with_one_line(
     assert advice in line
 
 
+NO_MEMORY = "alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate 2700000000 bytes"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            cv2.error(NO_MEMORY),
+            "a.png does not fit into memory: lower data.num_workers, or make the picture smaller",
+        ),
+        (
+            MemoryError(),
+            "a.png does not fit into memory: lower data.num_workers, or make the picture smaller",
+        ),
+        (cv2.error("pixels <= CV_IO_MAX_IMAGE_PIXELS"), "a.png is larger than OpenCV reads, 2"),
+        (cv2.error("another one"), "a.png cannot be decoded: it is not an image, or damaged"),
+    ],
+)
+def test_a_picture_without_memory_is_not_damaged(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = cv2.imencode(".png", np.zeros((4, 6, 3), np.uint8))[1].tobytes()
+    monkeypatch.setattr(cv2, "imdecode", mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match=words):
+        codecs.decode_image(data, "a.png")
+
+
 # In a run
 
 
@@ -148,7 +179,7 @@ def test_a_step_without_memory_loses_nothing_else(
     monkeypatch.setattr(train, "init_training", init_training)
     with pytest.raises(UserError, match=r"out of memory, 262,144\.00 GiB were asked for") as error:
         run_here(tmp_path, {})
-    assert error.value.line.endswith(f"{ADVICE}; with that, it resumes from step 2")
+    assert error.value.line.endswith(f"{ADVICE}; the newest saved step is 2")
     assert checkpoints.CheckpointStore(tmp_path / "checkpoints", 3).latest == 2
     run_here(tmp_path, {})
     steps = [r["step"] for r in logs.read_records(tmp_path / "metrics.jsonl") if r["kind"] == "train"]
@@ -184,7 +215,7 @@ def test_a_training_that_does_not_fit(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 2, done.stdout + done.stderr
     line = only_line(done.stderr)
     assert "GiB were asked for: lower batch_size" in line
-    assert "no step was saved yet" in line
+    assert "no step is saved yet" in line
 
 
 def test_an_evaluation_of_nothing_ends_the_run(
@@ -204,10 +235,23 @@ def test_an_evaluation_of_nothing_ends_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(train, "look_at_labels", lambda *_: [])
         with pytest.raises(
-            UserError, match="the evaluation at step 2 gives nan: no label of the validation"
+            UserError, match=r"no label of the validation split in .* has a pixel of a class"
         ) as error:
             run_here(tmp_path / "run", changes)
     assert error.value.line.endswith("; step 2 is saved: the same command resumes from there")
+    words = [
+        "--config",
+        "topformer_t_shapes",
+        "--checkpoint",
+        tmp_path / "run",
+        "--workdir",
+        tmp_path / "scores",
+    ]
+    settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    with pytest.raises(
+        UserError, match=r"no label of the validation split in .* python -m topformer_jax\.check"
+    ):
+        command(evaluate.main, *words, *settings)
     shutil.copytree(tmp_path / "right", labels, dirs_exist_ok=True)
     run_here(tmp_path / "run", changes)
     records = logs.read_records(tmp_path / "run/metrics.jsonl")
@@ -218,42 +262,37 @@ def test_an_evaluation_of_nothing_ends_the_run(
 
 # Shared memory
 
-SHARED = """
-import itertools, zlib
-from topformer_jax import config as config_lib
-from topformer_jax.data import loader, sources
 
-if __name__ == "__main__":
-    for workers in (2, 0):
-        changes = {"data.num_workers": workers, "batch_size": 4, "data.crop_size": (512, 512)}
+@pytest.mark.parametrize(
+    ("megabytes", "processes_on_host", "said"),
+    [(100, 1, ""), (100, 2, "26 batches in it would need 104"), (2, 1, "13 batches in it would need 52")],
+)
+def test_a_small_shared_memory(
+    megabytes: int,
+    processes_on_host: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A batch has 4 MiB; of two workers there are at most 13. Those of one host's processes share the memory."""
+    monkeypatch.setattr(loader, "count_free_shared_memory", lambda: megabytes << 20)
+    found = []
+    for count in (2, 0):
+        changes = {"data.num_workers": count, "batch_size": 4, "data.crop_size": (512, 512)}
         config = config_lib.load(config_lib.shapes(), changes)
-        batches = loader.training_batches(sources.open_source(config, "train"), config)
-        print([zlib.crc32(batch["image"].tobytes()) for batch in itertools.islice(batches, 6)])
+        source = sources.open_source(config, "train")
+        batches = loader.training_batches(source, config, processes_on_host=processes_on_host)
+        found.append([zlib.crc32(batch["image"].tobytes()) for batch in itertools.islice(batches, 6)])
         batches.close()
-"""
+    assert found[0] == found[1]
+    line = f"note: /dev/shm has {megabytes} MB free, and {said} MB: the data workers send them through pipes, which "
+    end = "is slower; with Docker, docker run --shm-size=1g\n"
+    assert capsys.readouterr().out == (line + end if said else "")
 
 
-@pytest.mark.parametrize("megabytes", [2, 100])
-def test_a_small_shared_memory(tmp_path: pathlib.Path, megabytes: int) -> None:
-    """In a mount namespace with a small /dev/shm. A batch has 4 MiB; of two workers there are at most 13."""
-    (tmp_path / "program.py").write_text(SHARED)
-    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
-    if (
-        not shutil.which("unshare")
-        or subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode
-    ):
-        pytest.skip("no mount namespace: needs root")
-    command = f"{mount} && exec {sys.executable} {tmp_path}/program.py"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", command], env=environment, capture_output=True, text=True, check=False
+def test_what_tells_shared_memories_apart() -> None:
+    assert processes.count_equal(workers.name_shared_memory()) == 1
+    assert (
+        workers.count_free_shared_memory()
+        == os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    *said, by_workers, by_threads = done.stdout.splitlines()
-    assert by_workers == by_threads
-    if megabytes == 100:
-        assert said == []
-    else:
-        (line,) = said
-        assert line.startswith("note: /dev/shm has 2 MB free, and 13 batches in it would need 52 MB: ")
-        assert line.endswith("with Docker, docker run --shm-size=1g")

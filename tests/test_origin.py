@@ -1,29 +1,31 @@
 """What a checkpoint says of its classes and settings, and what commands say where their config or data differ."""
 
-import contextlib
-import io
 import json
 import pathlib
-import sys
+import types
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 import topformer_jax
+from tests.commands import command
+from tests.commands import refused_command as refused
 from tests.reference import network as reference
-from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
+from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict, sharding
 from topformer_jax.checkpoints import origin
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
+from topformer_jax.inference import compile_inference
 
 Find = Callable[[str], pathlib.Path]
 NAMES = [f"class {number}" for number in range(10)]  # of the folder that tests draw
@@ -36,21 +38,6 @@ def save(folder: pathlib.Path, settings: ConfigDict, meta: dict[str, Any]) -> pa
     tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
     checkpoints.save_model(folder, tensors, {"config": json.loads(settings.to_json()), "meta": meta})
     return folder
-
-
-def command(main: Callable[[], None], *words: object) -> str:
-    """What a command prints, whose programs are not kept: their arguments' descriptions have no shapes to check."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", ["command", *map(str, words)]), contextlib.redirect_stdout(out):
-        main()
-    return out.getvalue()
-
-
-def refused(main: Callable[[], None], *words: object) -> str:
-    """The line that a command ends with."""
-    with pytest.raises(UserError) as error:
-        command(main, *words)
-    return error.value.line
 
 
 def flags(changes: dict[str, Any], recipe: str = "topformer_t_shapes") -> list[str]:
@@ -81,18 +68,14 @@ def test_a_reordered_classes_txt(own: pathlib.Path, root: pathlib.Path, tmp_path
     assert before == after
     assert before.startswith(f"label,{','.join(NAMES)}\n")
     assert list(json.loads((tmp_path / "after/metrics.json").read_text())["classes"]) == NAMES
-    assert command(export.main, *words, "--output", tmp_path / "w.safetensors").startswith(line)
-    found = origin.read_names(
-        checkpoints.load.read_any(tmp_path / "w.safetensors")[1], config.load("topformer_t_shapes", OWN), "w"
-    )
-    assert found is not None
-    assert found.classes == tuple(NAMES)
+    settings = config.load("topformer_t_shapes", OWN | {"data.root": str(root)})
+    model = checkpoints.load_model(settings, own)
+    assert export.describe_origin(settings, "", model)["classes"] == NAMES
 
     (root / "classes.txt").write_text("one\ntwo\n")
     more = "names 2 classes, the checkpoint 10: the checkpoint's own names are used\n"
     assert command(convert.main, *words, "--output", tmp_path / "c.pth").count(more) == 1
     (root / "classes.txt").unlink()
-    settings = config.load("topformer_t_shapes", OWN | {"data.root": str(root)})
     assert len(sources.open_source(settings, "validation", classes=NAMES)) == 3
 
 
@@ -113,8 +96,8 @@ def test_predict_and_export_need_no_data_folder(
     start = mask.index(b"PLTE") + 4
     assert list(mask[start : start + 30]) == np.ravel(COLOURS).tolist()
 
-    command(export.main, *words, "--output", tmp_path / "w.safetensors")
-    facts = checkpoints.load.read_any(tmp_path / "w.safetensors")[1]
+    settings = config.load("topformer_t_shapes", OWN)
+    facts = export.describe_origin(settings, "", checkpoints.load_model(settings, own))
     assert (facts["classes"], facts["palette"]) == (NAMES, COLOURS)
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 5})
     words = [*flags(OWN | {"data.root": tmp_path / "no"}), "--checkpoint", unnamed, "--output", out]
@@ -136,7 +119,10 @@ def test_a_loaded_model_names_its_classes(pth: Callable, states: dict[str, torch
     named = topformer_jax.load(ade, **changes)
     assert (named.classes, named.palette[0]) == (tuple(names), (128, 0, 0))
     assert topformer_jax.load(ade, **{"data.dataset": "custom"}).classes == ()
+    mesh = sharding.make_inference_mesh(jax.devices()[:1])
     # A transform of flax gives a model back what it was traced with.
+    segmenters = [each for each in (model, other) if isinstance(each, models.Segmenter)]
+    assert len({id(compile_inference(each, mesh)) for each in segmenters}) == 1  # names change no program
     forward = nnx.jit(lambda model, images: model(images))
     for each, first in ((model, "thing 0"), (other, "wall"), (model, "thing 0")):
         forward(each, jnp.zeros((1, 64, 64, 3)))
@@ -174,57 +160,62 @@ def test_names_that_cannot_be_the_models(
     assert bool(printed) == bool(said)
 
 
-def differences(
-    changes: dict[str, Any],
-    stored: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-    recipe: str = "topformer_t_shapes",
-    given: tuple[str, ...] = (),
-) -> str:
-    """What a command of a recipe with changes says of a checkpoint whose settings are stored with others."""
-    settings = config.load(recipe, stored)
-    command_config = config.load(recipe, changes)
-    model = models.build(command_config)
-    model.checkpoint_config = origin.complete_config({"config": json.loads(settings.to_json())})
-    origin.print_differences(model, command_config, given=given)
-    return capsys.readouterr().out
+CAMVID = {"evaluation.scale": (480, 360)}
+ADE = {"evaluation.scale": (2048, 512), "evaluation.size_divisor": 32}
+MANY = {"evaluation.flip": True, "evaluation.img_ratios": (0.5, 1.0, 1.5)}
+WINDOWS = {"evaluation.crop_size": (64, 96)}
+SLIDE = {"evaluation.mode": "slide"} | WINDOWS
 
 
-def test_settings_that_a_score_depends_on(capsys: pytest.CaptureFixture[str]) -> None:
-    """The first is a run on 480 x 360 images that was scored with a recipe of ADE20K: 58.65 for its 49.95."""
-    camvid = {"evaluation.scale": (480, 360)}
-    ade = {"evaluation.scale": (2048, 512), "evaluation.size_divisor": 32}
-    assert differences(ade, camvid, capsys) == (
-        "the checkpoint was trained and scored with evaluation.scale=(480, 360), evaluation.size_divisor=1; this "
-        "command uses (2048, 512), 32: give --config.evaluation.scale='(480,360)' "
-        "--config.evaluation.size_divisor=1\n"
-    )
-    assert differences(camvid, camvid, capsys) == ""
-    unimportant = {"batch_size": 3, "evaluation.max_canvases": 2, "evaluation.per_device_batch_size": 3}
-    assert differences(camvid | unimportant, camvid, capsys) == ""
-    many = {"evaluation.flip": True, "evaluation.img_ratios": (0.5, 1.0, 1.5)}
-    assert differences({}, many, capsys) == (
-        "the checkpoint was trained and scored with evaluation.img_ratios=(0.5, 1.0, 1.5), evaluation.flip=True; "
-        "this command uses (1.0,), False: give --config.evaluation.img_ratios='(0.5,1.0,1.5)' "
-        "--config.evaluation.flip=true\n"
-    )
-    assert differences(many, {}, capsys, given=("evaluation.flip", "evaluation.img_ratios")) == ""
-    windows = {"evaluation.crop_size": (64, 96)}
-    assert differences(windows, {}, capsys) == ""  # nobody slides
-    slide = {"evaluation.mode": "slide"} | windows
-    assert "evaluation.mode=slide, evaluation.crop_size=(64, 96); this command uses whole, (512, 512)" in (
-        differences({}, slide, capsys)
-    )
-    assert differences(slide, {}, capsys, given=("evaluation.mode",)) == ""
-    everything = ade | many | slide | {"evaluation.stride": (48, 64)}
-    line = differences({}, everything, capsys)
-    assert " (and 2 more); this command uses" in line
-    assert line.endswith("give --config.KEY=VALUE for its own\n")
-    assert len(line) <= 300
-    small = {"data.crop_size": (64, 64), "evaluation.short_side": 72}
-    assert "evaluation.short_side=72, data.crop_size=(64, 64); this command uses 256, (224, 224)" in (
-        differences({}, small, capsys, recipe="topformer_t_imagenet")
-    )
+@pytest.mark.parametrize(
+    ("stored", "changes", "given", "said"),
+    [
+        # A run on 480 x 360 images that was scored with a recipe of ADE20K: 58.65 for its 49.95.
+        (
+            CAMVID,
+            ADE,
+            (),
+            "evaluation.scale=(480, 360), evaluation.size_divisor=1; this command uses (2048, 512), 32: give "
+            "--config.evaluation.scale='(480,360)' --config.evaluation.size_divisor=1",
+        ),
+        (CAMVID, CAMVID, (), ""),
+        (CAMVID | {"batch_size": 3, "evaluation.max_canvases": 2}, CAMVID, (), ""),
+        (
+            MANY,
+            {},
+            (),
+            "evaluation.img_ratios=(0.5, 1.0, 1.5), evaluation.flip=True; this command uses (1.0,), False: give "
+            "--config.evaluation.img_ratios='(0.5,1.0,1.5)' --config.evaluation.flip=true",
+        ),
+        ({}, MANY, ("evaluation.flip", "evaluation.img_ratios"), ""),
+        ({}, WINDOWS, (), ""),  # nobody slides
+        ({}, SLIDE, ("evaluation.mode",), ""),
+        (
+            SLIDE,
+            {},
+            (),
+            "evaluation.mode=slide, evaluation.crop_size=(64, 96); this command uses whole, (512, 512): give "
+            "--config.evaluation.mode=slide --config.evaluation.crop_size='(64,96)'",
+        ),
+        (
+            ADE | MANY | SLIDE | {"evaluation.stride": (48, 64)},
+            {},
+            (),
+            "evaluation.scale=(2048, 512), evaluation.size_divisor=32, evaluation.img_ratios=(0.5, 1.0, 1.5), "
+            "evaluation.flip=True, evaluation.mode=slide (and 2 more); this command uses (176, 160), 1, (1.0,), "
+            "False, whole: give --config.KEY=VALUE for its own",
+        ),
+    ],
+)
+def test_settings_that_a_score_depends_on(
+    stored: dict, changes: dict, given: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = FrozenConfigDict(config.load("topformer_t_shapes", stored))
+    weights = types.SimpleNamespace(classes=(), palette=(), checkpoint_config=settings)
+    origin.print_differences(weights, config.load("topformer_t_shapes", changes), given=given)
+    out = capsys.readouterr().out
+    assert out == (f"the checkpoint was trained and scored with {said}\n" if said else "")
+    assert len(out) <= 300
 
 
 def test_a_config_of_an_earlier_version() -> None:
@@ -245,7 +236,7 @@ def test_a_config_of_an_earlier_version() -> None:
 
 
 def test_evaluate_says_how_it_was_scored(
-    own: pathlib.Path, root: pathlib.Path, tmp_path: pathlib.Path
+    own: pathlib.Path, root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Flags that change it on purpose are no difference; label rules that shift every label are refused."""
     words = ["--checkpoint", own, "--workdir", tmp_path]
@@ -256,29 +247,40 @@ def test_evaluate_says_how_it_was_scored(
         "--config.evaluation.scale='(96,96)'\n"
     )
     assert "evaluation.flip" not in said
-    line = refused(evaluate.main, *flags(there | {"data.reduce_zero_label": "true"}), *words)
-    assert line == (
-        "the checkpoint was trained with data.reduce_zero_label=False, and this command's is True, which "
-        "shifts every label by one: give --config.data.reduce_zero_label=false"
+    shifted = there | {"data.reduce_zero_label": "true"}
+    said = "the checkpoint was trained with data.reduce_zero_label=false, and this command's is true"
+    assert refused(evaluate.main, *flags(shifted), *words) == (
+        f"error: {said}, which shifts every label by one: give --config.data.reduce_zero_label=false"
     )
+    names = [f"thing {number}" for number in range(10)]  # of another data set, which counts from 1
+    others = shifted | {"data.root": str(root), "data.class_names": names}
+    settings = config.load("topformer_t_shapes", others)
+    checkpoints.check_label_rules(checkpoints.load_model(settings, own), settings)
+    line = f"{said}: right if the labels of the two data sets are numbered otherwise\n"
+    assert capsys.readouterr().out.endswith(line)
 
 
-def test_an_exported_file_repeats_the_checkpoints_evaluation(
+def test_an_exported_file_has_the_commands_settings(
     own: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever config it was exported with; the size of its pictures is that config's, which is said."""
-    file = tmp_path / "w.safetensors"
+    """Where they differ from those that the checkpoint was scored with, export says so as evaluate does."""
     other = OWN | {"evaluation.scale": "(300,200)", "data.crop_size": "(64,96)"}
-    command(export.main, *flags(other), "--checkpoint", own, "--output", file)
-    found = origin.complete_config(checkpoints.load.read_any(file)[1])
-    assert found is not None
-    assert found.evaluation.scale == (96, 96)
-    settings = config.load("topformer_t_shapes", OWN | {"data.crop_size": (64, 96)})
-    model = checkpoints.load_model(settings, own)
-    origin.print_differences(model, settings, settings=("data.crop_size",))
+    shifted = other | {"data.reduce_zero_label": "true"}
+    for changes, line in ((other, "far enough"), (shifted, "which shifts every label by one: give ")):
+        settings = config.load("topformer_t_shapes", changes)
+        choices = export.Choices(size=(64, 96))
+        with (
+            mock.patch.object(export.network, "make_function", side_effect=UserError("far enough")),
+            pytest.raises(UserError, match=line),
+        ):
+            export.export_model(settings, str(own), tmp_path / "t.stablehlo", choices)
     assert capsys.readouterr().out.startswith(
-        "the checkpoint was trained and scored with data.crop_size=(128, 128); this command uses (64, 96): give "
+        "the checkpoint was trained and scored with evaluation.scale=(96, 96), data.crop_size=(128, 128); this "
+        "command uses (300, 200), (64, 96): give "
     )
+    settings = config.load("topformer_t_shapes", other)
+    facts = export.describe_origin(settings, "", checkpoints.load_model(settings, own))
+    assert facts["config"]["evaluation"]["scale"] == [300, 200]
 
 
 def official_init_segmentor(path: pathlib.Path, classes: int) -> tuple[Any, Any]:
@@ -312,11 +314,27 @@ def test_the_official_code_reads_what_convert_writes(dataset: str, tmp_path: pat
         assert official_init_segmentor(tmp_path / "t.pth", len(names)) == expected
 
 
-def test_convert_keeps_the_checkpoints_names(own: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_convert_keeps_what_the_checkpoint_says(own: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command(convert.main, "--checkpoint", own, "--output", tmp_path / "t.pth")
     assert official_init_segmentor(tmp_path / "t.pth", 10) == (NAMES, COLOURS)
     command(convert.main, *flags(OWN), "--checkpoint", tmp_path / "t.pth", "--output", tmp_path / "again")
     assert checkpoints.read_model(tmp_path / "again")[1]["meta"]["CLASSES"] == NAMES
+
+    other = OWN | {"evaluation.scale": "(300,200)", "data.reduce_zero_label": "true"}
+    said = command(convert.main, *flags(other), "--checkpoint", own, "--output", tmp_path / "kept")
+    assert (
+        "the checkpoint was trained and scored with evaluation.scale=(96, 96), data.reduce_zero_label=False; it "
+        "keeps them, and not (300, 200), True of the config\n"
+    ) in said
+    stored = checkpoints.read_model(tmp_path / "kept")[1]["config"]
+    assert (stored["evaluation"]["scale"], stored["data"]["reduce_zero_label"]) == ([96, 96], False)
+
+    # Settings of a version that had others: nobody can check names against them.
+    tensors, _ = checkpoints.read_model(own)
+    strange = {"config": {"evaluation": {"scale": 3}}, "meta": {"CLASSES": NAMES, "PALETTE": COLOURS}}
+    checkpoints.save_model(tmp_path / "strange", tensors, strange)
+    command(convert.main, "--checkpoint", tmp_path / "strange", "--output", tmp_path / "s.pth")
+    assert official_init_segmentor(tmp_path / "s.pth", 10) == (NAMES, COLOURS)
 
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 3})
     said = command(convert.main, "--checkpoint", unnamed, "--output", tmp_path / "u.pth")

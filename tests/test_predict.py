@@ -126,7 +126,7 @@ def test_links_are_followed_and_results_are_no_inputs(tmp_path: pathlib.Path) ->
         assert sorted(str(file.output) for file in listing.images) == ["a", "b_mask"]
         assert len(listing.results) == 2
         assert len(predict.list_images([str(inside)], folder).results) == 8
-    with pytest.raises(UserError, match="nothing but results of this command"):
+    with pytest.raises(UserError, match="nothing but 6 results of this command"):
         predict.list_images([str(out)], out)
 
 

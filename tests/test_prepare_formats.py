@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -165,7 +166,10 @@ def test_panoptic_pictures_of_one_name_and_masks_in_a_zip(tmp_path: pathlib.Path
 
 
 def test_panoptic_masks_beside_their_file(tmp_path: pathlib.Path) -> None:
-    """Mapillary's folders: training/images, training/v2.0/panoptic/panoptic_2020.json and masks beside it."""
+    """Mapillary's folders: training/images, training/v2.0/panoptic/panoptic_2020.json and masks beside it.
+
+    Pictures may lie beside them too.
+    """
     ids = np.full((H, W, 3), (1, 0, 0), np.uint8)
     files: dict[str, Any] = {"config_v2.0.json": {"labels": []}}
     for split in ("training", "validation"):
@@ -175,6 +179,10 @@ def test_panoptic_masks_beside_their_file(tmp_path: pathlib.Path) -> None:
     run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "coco")
     assert (label(tmp_path / "made", "train/a") == 1).all()
     assert (tmp_path / "made/images/val/a.jpg").exists()
+    for split in ("training", "validation"):
+        (tmp_path / f"x/{split}/images/a.jpg").rename(tmp_path / f"x/{split}/v2.0/panoptic/a.jpg")
+    run("custom", tmp_path / "x", tmp_path / "other", "--from", "coco")
+    assert (label(tmp_path / "other", "train/v2.0/panoptic/a") == 1).all()
 
 
 YAML = "path: ../sets/streets\ntrain: images/train\nval: images/val\ntest:\nnames:\n  0: cat\n  1: dog\n"
@@ -225,9 +233,50 @@ def test_yolo_of_roboflow(tmp_path: pathlib.Path) -> None:
     run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "yolo", *BACK)
     assert (tmp_path / "made/images/test/a.jpg").read_bytes() == picture(4)
     assert (label(tmp_path / "made", "test/a") == 1).all()
+    beside: dict[str, Any] = {
+        "data.yaml": "names: [cat, dog]\n"
+    }  # a .txt named like a list of test is its picture's label
+    beside |= {f"{name}.{end}": data for name in "012" for end, data in (("jpg", picture(1)), ("txt", ""))}
+    beside |= {"test_7.jpg": picture(2), "test_7.txt": "0 0 0 1 0 1 1\n"}
+    run("custom", write(tmp_path / "y", beside), tmp_path / "c", "--from", "yolo", *BACK)
+    assert [path.stem for path in (tmp_path / "c/images/test").iterdir()] == ["test_7"]
     write(tmp_path / "x", {"data.yaml": text.replace("../test/images", "../train/images")})
     line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "yolo", *BACK)
     assert "for test and for train: test on other pictures" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "folders", "expected"),
+    [
+        ("train: images\nval: images/b\n", "abc", "train a, train c, val b"),  # the nearest folder
+        ("train: 1.txt\nval: [2.txt]\ntest: 3.txt\n", "abc", "train a, val b, test c"),
+        ("", "abc", "train a, val b, test c"),  # autosplit_*.txt
+        ("train: images/a\nval: images/x_test\n", ("a", "x_test"), "train a, val x"),  # data.yaml decides
+    ],
+)
+def test_splits_of_yolo(
+    text: str,
+    folders: Sequence[str],
+    expected: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files: dict[str, Any] = {"data.yaml": f"{text}names: [cat, dog]\n", "labels/lost.txt": ""}
+    for folder in folders:
+        files[f"images/{folder}/{folder[0]}.jpg"] = picture(1)
+        files[f"labels/{folder}/{folder[0]}.txt"] = "0 0 0 1 0 1 1\n"
+    if folders == "abc" and "images" not in text:
+        words = "123" if text else ("autosplit_train", "autosplit_val", "autosplit_test")
+        files |= {f"{word}.txt": f"./images/{c}/{c}.jpg\n" for word, c in zip(words, folders, strict=True)}
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "yolo", *BACK)
+    made = [
+        f"{path.relative_to(tmp_path / 'made/images').parts[0]} {path.stem}"
+        for path in tmp_path.glob("made/**/*.jpg")
+    ]
+    assert sorted(made) == sorted(expected.split(", "))
+    assert re.search(
+        "left out, without a picture: labels/lost.txt +1$", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 HALVES = np.repeat([[0, 1]], H, 0).repeat(W // 2, 1)
@@ -289,8 +338,8 @@ def test_folders_of_voc(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     np.testing.assert_array_equal(label(tmp_path / "made", "train/a"), values)
     assert (tmp_path / "made/classes.txt").read_text().splitlines()[15] == "person"
     out = capsys.readouterr().out
-    assert "left out, pictures without a mask: JPEGImages/unlabelled.jpg" in out
-    assert "train.txt without picture and label: lost" in out
+    assert "left out, without a mask: JPEGImages/unlabelled.jpg" in out
+    assert "train.txt, but without picture or label: lost" in out
 
     write(tmp_path / "x", {"class_names.txt": "_background_\ncar\n"})
     assert "holds 15, which stands for no class" in refusal(
@@ -299,7 +348,26 @@ def test_folders_of_voc(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[st
     other = palette_png(values, *reversed(colours))
     write(tmp_path / "x", {"SegmentationClass/b.png": other})
     line = refusal("custom", tmp_path / "x", tmp_path / "c", "--from", "voc")
-    assert "a.png and SegmentationClass/b.png have different palettes" in line
+    assert "a.png and SegmentationClass/b.png have different palettes, so 15 may be two classes" in line
+    unused = [(n, n, n) if n in (15, 255) else (1, 2, 3) for n in range(256)]
+    write(tmp_path / "x", {"SegmentationClass/b.png": palette_png(values, *unused)})
+    (tmp_path / "x/class_names.txt").unlink()
+    run("custom", tmp_path / "x", tmp_path / "d", "--from", "voc")
+    write(tmp_path / "x", {"SegmentationClass/b.png": png(values)})
+    line = refusal("custom", tmp_path / "x", tmp_path / "e", "--from", "voc")
+    assert "SegmentationClass/b.png is grey and SegmentationClass/c.png has a palette" in line
+
+
+def test_a_mask_of_a_pictures_very_name_comes_first(tmp_path: pathlib.Path) -> None:
+    """a_gt.png is the mask of a_gt.jpg, and no second one of a.jpg."""
+    files: dict[str, Any] = {"classes.txt": "a\nb\n"}
+    for name, values in (("a", HALVES), ("a_gt", 1 - HALVES), ("b", HALVES)):
+        files |= {f"JPEGImages/{name}.jpg": picture(1), f"SegmentationClass/{name}.png": png(values)}
+    write(tmp_path / "x", files | {"train.txt": "a\na_gt\n", "val.txt": "b\n"})
+    run("custom", tmp_path / "x", tmp_path / "made", "--from", "voc", "--background", "border")
+    np.testing.assert_array_equal(label(tmp_path / "made", "train/a"), HALVES)
+    np.testing.assert_array_equal(label(tmp_path / "made", "train/a_gt"), 1 - HALVES)
+    assert (tmp_path / "made/classes.txt").read_text() == "a\nb\nborder\n"  # numbers stay
 
 
 ROW = {"category_id": 3, "segmentation": [box(0, 0, 9, 9)]}
@@ -345,6 +413,15 @@ ROW = {"category_id": 3, "segmentation": [box(0, 0, 9, 9)]}
             {"images": [{"id": 1, "file_name": "../../etc/b.jpg"}]},
             "names ../../etc/b.jpg, which is not below",
         ),
+        (
+            {"annotations": [{**ROW, "image_id": 1, "segmentation": {"size": [W, H], "counts": [0, H * W]}}]},
+            "a mask in x/train/x.json: a.jpg is of 40 x 60 pixels, but x/train/a.jpg has 60 x 40 (turned by its",
+        ),
+        (
+            {"images": [{"id": 1, "file_name": "b.jpg"}]},
+            "names b.jpg, which is not below --source for train (there is val/b.jpg)",
+        ),
+        ({"annotations": [{**ROW, "image_id": 1, "segmentation": [["a"]]}]}, "Expected `float`, got `str`"),
         ({"images": 3}, "Expected `array | null`, got `int` - at `$.images`"),
     ],
 )
@@ -352,7 +429,7 @@ def test_wrong_files_of_coco_are_one_line(
     change: dict[str, Any], line: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    files: dict[str, Any] = {f"{split}/a.jpg": picture(1) for split in ("train", "val")}
+    files: dict[str, Any] = {name: picture(1) for name in ("train/a.jpg", "val/a.jpg", "val/b.jpg")}
     for split in ("train", "val"):
         files[f"{split}/x.json"] = instances("a.jpg", ROW) | change
     write(tmp_path / "x", files)
@@ -374,7 +451,18 @@ def test_wrong_files_of_coco_are_one_line(
         ("yolo", {"labels/train/a.txt": "0 10 20 30 20 30 40\n"}, "lies outside of its picture"),
         ("yolo", {"data.yaml": "names: [a, [b]]\n"}, "x/data.yaml is not the YAML file that was expected"),
         ("yolo", {"data.yaml": "names: [no, yes]\n"}, "x/data.yaml is not the YAML file that was expected"),
-        ("yolo", {"data.yaml": "a: [\n"}, "x/data.yaml is not the YAML file that was expected"),
+        ("yolo", {"data.yaml": "names: [\n"}, "x/data.yaml is not the YAML file that was expected"),
+        (
+            "yolo",
+            {"data.yaml": "a: [\n"},
+            "x holds neither a data.yaml with names of classes nor a classes.txt",
+        ),
+        ("yolo", {"b.yaml": "names: [a]\n"}, "x/b.yaml and x/data.yaml both name classes, and differ"),
+        (
+            "yolo",
+            {"data.yaml": YAML.replace("images/train", "images/test"), "images/test/a.jpg": b""},
+            "x/images/test/a.jpg belongs to train by data.yaml and to test by its folder",
+        ),
         ("yolo", {"data.yaml": YAML.replace("images/val", "images/other")}, "for val, which is not below x"),
         ("cvat", {"labelmap.txt": "a:1,2::\n"}, "expected NAME RED GREEN BLUE (0 to 255), found 'a:1,2::'"),
         ("cvat", {"labelmap.txt": "a:1,2,3::\nb:1,2,3::\n"}, "gives a and b one colour, 1 2 3"),
@@ -383,7 +471,6 @@ def test_wrong_files_of_coco_are_one_line(
         ("roboflow-masks", {}, "holds no _classes.csv"),
         ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),
         ("labelme", {}, "x holds no .json of labelme"),
-        ("labelme", {"a.json": "{}"}, "a.json has neither shapes, as labelme's files, nor info and objects"),
     ],
 )
 def test_wrong_files_of_others_are_one_line(

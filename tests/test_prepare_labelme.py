@@ -2,6 +2,7 @@
 
 import base64
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,39 +140,19 @@ def test_shapes_are_drawn_as_labelme_draws_them(
     )
 
 
-def test_isat(tmp_path: pathlib.Path) -> None:
-    """Higher layers on top, whatever their order in the file; __background__ is the background."""
-    info = {"description": "ISAT", "name": "a.jpg", "width": W, "height": H, "depth": 3}
-    low, high = [[5, 5], [55, 5], [55, 35], [5, 35]], BOX
-    rows = [
-        {"category": "car", "group": 1, "segmentation": high, "layer": 2.0, "iscrowd": 0},
-        {"category": "road", "group": 2, "segmentation": low, "layer": 1.0},
-        {
-            "category": "__background__",
-            "group": 3,
-            "segmentation": [[50, 30], [54, 30], [54, 34]],
-            "layer": 3.0,
-        },
-    ]
-    files: dict[str, Any] = {}
-    for split in ("train", "val"):
-        files |= {f"{split}/a.jpg": picture(1), f"{split}/a.json": {"info": info, "objects": rows}}
-    found = make(tmp_path, files)
-    assert classes(tmp_path) == ["__background__", "car", "road"]
-    expected = np.where(polygon(low), 2, 0)
-    expected[polygon(high)] = 1
-    expected[polygon([[50, 30], [54, 30], [54, 34]])] = 0
-    np.testing.assert_array_equal(found, expected)
-
-
 def test_labels_that_are_numbers_or_differ_by_blanks(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = [[0, 0], [5, 0], [5, 5]]
-    found = make(tmp_path, drawn(shape("car ", BOX), shape("car", small), shape(1, small)), *BACK)  # type: ignore[arg-type]
+    small, corner = [[0, 0], [5, 0], [5, 5]], [[50, 0], [59, 0], [59, 9]]
+    found = make(
+        tmp_path,
+        drawn(shape("car ", BOX), shape("car", small), shape(1, small), shape("Void", corner)),  # type: ignore[arg-type]
+        *BACK,
+    )
     assert classes(tmp_path) == ["nothing", "1", "car"]
     expected = 2 * polygon(BOX)
     expected[polygon(small)] = 1
+    expected[polygon(corner)] = 255  # void is no class, whatever the background
     np.testing.assert_array_equal(found, expected)
     assert "labels by other names: 1 (written 1), car (written 'car ')" in capsys.readouterr().out
 
@@ -216,11 +197,13 @@ def test_the_folder_of_a_file_says_the_split(tmp_path: pathlib.Path) -> None:
 def test_pictures_without_a_file_are_counted(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And files of other tools, which end nothing."""
     files = drawn(shape("car", BOX)) | {"train/b.jpg": jpeg(1), "train/c.heic": b"x", "notes.txt": "x"}
-    make(tmp_path, files, *BACK)
+    make(tmp_path, files | {"a.json": "[]", "b.json": "{", "c.json": "[" * 100000, "d.yaml": "a: ["}, *BACK)
     out = capsys.readouterr().out
-    assert "left out, in no annotation: train/b.jpg" in out
-    assert "not read, other files: 1 .txt, 1 .heic" in out or "not read, other files: 1 .heic, 1 .txt" in out
+    assert re.search(r"left out, in no annotation: train/b.jpg +1$", out, re.MULTILINE)
+    assert re.search(r"left out, files without shapes: a.json, b.json, c.json +3$", out, re.MULTILINE)
+    assert re.search(r"not read: 1 .yaml, 1 .txt, 1 .heic +3$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +219,7 @@ def test_pictures_without_a_file_are_counted(
             drawn(shape("car", [[900, 9], [999, 9], [999, 30]])),
             "(999, 30) lies outside of its picture of 60 x 40",
         ),
-        (drawn(shape("car", BOX, "cuboid")), "shape 0 is a cuboid of 4 points, which covers no area"),
+        (drawn(shape("car", BOX, "cuboid")), "shape 0 is a cuboid of 4 points, which is not drawn: expected"),
         (
             drawn(shape("car", [[5, 6], [7, 7]], "mask") | {"mask": "eA=="}),
             "shape 0 holds a mask that is no picture",
@@ -247,7 +230,7 @@ def test_pictures_without_a_file_are_counted(
         ),
         (drawn(shape("car", BOX), imagePath="b.heic") | {"train/a.jpg": b""}, "a.jpg is empty"),
         (drawn(shape("car", [["1", 2]])), "Expected `float`, got `str` - at `$.shapes[0].points[0][0]`"),  # type: ignore[list-item]
-        ({"a.json": "[" * 100000}, "a.json is not the JSON file that was expected"),
+        ({"a.json": '"shapes"' + "[" * 100000}, "a.json is not the JSON file that was expected"),
     ],
 )
 def test_wrong_files_are_one_line(

@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import pathlib
+import shutil
+import unicodedata
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.miniatures import HEIGHT, WIDTH, grid, jpeg, png
+from tests.miniatures import HEIGHT, WIDTH, grid, jpeg, png, write_zip
 from tests.test_prepare import refusal, run, tree
 from topformer_jax import config as config_lib
 from topformer_jax import prepare
@@ -73,49 +76,24 @@ def read(root: pathlib.Path, split: str) -> dict[str, tuple[bytes | np.ndarray, 
     }
 
 
-def test_labelme(tmp_path: pathlib.Path) -> None:
-    inner = png(np.zeros((HEIGHT, WIDTH, 3)))
-    made = write(
-        tmp_path / "drawn",
-        {
-            "train/a.jpg": jpeg(1),
-            "train/a.json": labelme(
-                "a.jpg",
-                shape("road", [[0, 0], [7, 0], [7, 5], [0, 5]]),
-                shape("car", SQUARE),
-                shape("tree", [[7, 5], [6, 3]], "rectangle"),
-            ),
-            "train/town/b.json": labelme("..\\b.png", shape("car", [[3, 3], [4, 3]], "circle"), data=inner),
-            "val/c.jpg": jpeg(3),
-            "val/c.json": labelme("c.jpg"),
-        },
+def test_a_picture_inside_of_its_file(tmp_path: pathlib.Path) -> None:
+    inner = png(np.full((HEIGHT, WIDTH, 3), 9))
+    files = {
+        f"{split}/town/b.json": labelme(
+            "..\\b.png", shape("car", SQUARE), shape("tree", [[7, 5], [6, 3]], "rectangle"), data=inner
+        )
+        for split in ("train", "val")
+    }
+    run(
+        "custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "labelme", "--background", "void"
     )
-    assert (
-        "town/b.json: no shape covers 89.58% of the picture: give the rest a class by --background"
-        in refusal("custom", made, tmp_path / "made", "--from", "labelme")
-    )
-    run("custom", made, tmp_path / "made", "--from", "labelme", "--background", "void")
-    assert (tmp_path / "made/classes.txt").read_text() == "car\nroad\ntree\n"
-    train = read(tmp_path / "made", "train")
-    expected = np.full((HEIGHT, WIDTH), 1)
+    assert (tmp_path / "made/classes.txt").read_text() == "car\ntree\n"
+    expected = np.full((HEIGHT, WIDTH), 255)
     expected[1:5, 2:6] = 0  # the outline belongs to a shape
-    expected[3:6, 6:8] = 2
-    np.testing.assert_array_equal(train["a"][1], expected)
-    assert train["a"][0] == jpeg(1)
-    assert train["town/b"][0] == inner
-    circle = np.full((HEIGHT, WIDTH), 255)
-    circle[3, 2:5] = circle[2:5, 3] = 0
-    corners = train["town/b"][1][[2, 2, 4, 4], [2, 4, 2, 4]]
-    assert set(corners.tolist()) <= {0, 255}  # a circle of radius 1 may fill the square around it
-    circle[[2, 2, 4, 4], [2, 4, 2, 4]] = corners
-    np.testing.assert_array_equal(train["town/b"][1], circle)
-    assert (read(tmp_path / "made", "validation")["c"][1] == 255).all()
-
-    write(made, {"classes.txt": "tree\nroad\ncar\n"})
-    run("custom", made, tmp_path / "other", "--from", "labelme", "--background", "nothing")
-    assert (tmp_path / "other/classes.txt").read_text() == "nothing\ntree\nroad\ncar\n"
-    assert read(tmp_path / "other", "train")["a"][1][0, 0] == 2
-    assert (read(tmp_path / "other", "validation")["c"][1] == 0).all()
+    expected[3:6, 6:8] = 1
+    image, found = read(tmp_path / "made", "train")["town/b"]
+    assert image == inner
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_polygons_are_those_of_opencv(tmp_path: pathlib.Path) -> None:
@@ -153,40 +131,6 @@ def ids(*values: int) -> bytes:
     """A panoptic mask of stripes: red + 256 green + 65536 blue."""
     stripes = grid(*values)
     return png(np.stack([stripes & 255, stripes >> 8 & 255, stripes >> 16], -1))
-
-
-def panoptic(file: str, segments: dict[int, int]) -> dict[str, Any]:
-    rows = [{"id": number, "category_id": category, "iscrowd": 0} for number, category in segments.items()]
-    return {
-        "images": [{"id": 5, "file_name": file, "height": HEIGHT, "width": WIDTH}],
-        "annotations": [{"image_id": 5, "file_name": file.replace(".jpg", ".png"), "segments_info": rows}],
-        "categories": [{"id": 9, "name": "sky", "isthing": 0}, {"id": 2, "name": "cat", "isthing": 1}],
-    }
-
-
-def test_coco(tmp_path: pathlib.Path) -> None:
-    files = {
-        "train2017/000000000007.jpg": jpeg(1),
-        "val2017/000000000008.jpg": jpeg(2),
-        "annotations/panoptic_train2017.json": panoptic("000000000007.jpg", {3000000: 9, 256: 2, 7: 2}),
-        "annotations/panoptic_train2017/000000000007.png": ids(3000000, 256, 7, 0),
-        "annotations/panoptic_val2017.json": panoptic("000000000008.jpg", {1: 2}),
-        "annotations/panoptic_val2017/000000000008.png": ids(1),
-    }
-    source = write(tmp_path / "coco", files)
-    run("custom", source, tmp_path / "made", "--from", "coco")
-    assert (tmp_path / "made/classes.txt").read_text() == "cat\nsky\n"  # in the order of their ids
-    image, found = read(tmp_path / "made", "train")["000000000007"]
-    assert image == jpeg(1)
-    np.testing.assert_array_equal(found, grid(1, 0, 0, 255))
-    np.testing.assert_array_equal(read(tmp_path / "made", "validation")["000000000008"][1], grid(0))
-    write(source, {"annotations/panoptic_train2017/000000000007.png": ids(3000000, 11)})
-    line = refusal("custom", source, tmp_path / "b", "--from", "coco")
-    assert "000000000007.png holds 11, which stands for no class" in line
-    (source / "train2017/000000000007.jpg").unlink()
-    assert "names 000000000007.jpg, which is not below" in refusal(
-        "custom", source, tmp_path / "c", "--from", "coco"
-    )
 
 
 def test_colours(tmp_path: pathlib.Path) -> None:
@@ -252,9 +196,10 @@ def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
             {"a.json": labelme("a.jpg", shape("x", SQUARE))},
             "a.json is of a.jpg, which is not below --source: put it beside the file",
         ),
+        ("labelme", {"a.json": "[]"}, "holds no .json of labelme, with shapes (it holds 1 .json)"),
         (
             "labelme",
-            {"a.json": "[]"},
+            {"a.json": '[{"shapes": []}]'},
             "a.json is not the JSON file that was expected (Expected `object`, got `array`)",
         ),
         (
@@ -276,7 +221,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
                 },
                 **{f"{s}/a.jpg": jpeg(1) for s in ("train", "val")},
             },
-            "a.json: shape 0 is a polygon of 2 points, which covers no area: draw it as a polygon",
+            "a.json: shape 0 is a polygon of 2 points, which is not drawn: expected a polygon of 3 or",
         ),
         (
             "labelme",
@@ -285,7 +230,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
                 "train/a.json": labelme("a.jpg", shape("x", SQUARE)),
                 "train/a.jpg": jpeg(1),
             },
-            "gives no picture for validation (of 1): folders, lists or files named train, val and test say",
+            "gives no picture for validation: 1 of train (by a hash of the name and folder); put some into a",
         ),
         (
             "labelme",
@@ -413,12 +358,12 @@ def test_each_picture_goes_where_it_belongs(
     assert [sources.open_source(config, "validation")[n].image for n in (0, 1)] == [jpeg(3), jpeg(4)]
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert rows[:6] == [
-        "pictures labels",
+        "pictures labels other files",
         "train (by folder) 2 2",
         "validation (by folder) 1 1",
         "test (by folder) 2 2",
-        "left out, masks without a picture: masks/old.png 1",
-        "not read, other files: 1 .md",
+        "left out, without a picture: masks/old.png 1",
+        "not read: 1 .md 1",
     ]
 
 
@@ -434,22 +379,125 @@ def test_lists_divide_the_pictures(tmp_path: pathlib.Path, capsys: pytest.Captur
     assert made_names(tmp_path / "made") == {"train": {"a", "town/e"}, "val": {"b"}, "test": {"c"}}
     out = capsys.readouterr().out
     assert "left out, in no list: images/d.jpg" in out
-    assert "left out, in lists/VAL.txt without picture and label: lost" in out
+    assert "left out, in lists/VAL.txt, but without picture or label: lost" in out
     write(source, {"test.txt": "c\na\n"})
-    assert "a is in the list of t" in refusal("custom", source, tmp_path / "b", "--from", "colours")
-    write(source, colours_set("test/f") | {"test.txt": "c\n", "Train.txt": "a\nf\n"})
     line = refusal("custom", source, tmp_path / "b", "--from", "colours")
-    assert "images/test/f.jpg belongs to test and train, by its folder and by a list" in line
+    assert f"a is in {source}/Train.txt and in {source}/test.txt: a picture belongs to one" in line
+    for folder, split in (("test", "test"), ("val", "validation")):
+        write(source, colours_set(f"{folder}/f") | {"test.txt": "c\n", "Train.txt": "a\nf\n"})
+        line = refusal("custom", source, tmp_path / "b", "--from", "colours")
+        assert (
+            f"/f.jpg belongs to train by {source}/Train.txt and to {split} by its folder: make them" in line
+        )
+        shutil.rmtree(source / "images" / folder)
+        shutil.rmtree(source / "masks" / folder)
 
 
-def test_names_of_files_divide_the_pictures_where_all_have_them(tmp_path: pathlib.Path) -> None:
-    source = write(tmp_path / "x", colours_set("train_1", "TRAIN-2", "val3", "test4"))
+def test_lines_of_lists(tmp_path: pathlib.Path) -> None:
+    """A line is a path with blanks, or a path and its label's, whose name may be that of another picture."""
+    lists = {"train.txt": "/home/me/my street.jpg\nimages/s/e.jpg masks/f.png\n", "val.txt": "images/f.jpg\n"}
+    source = write(tmp_path / "x", colours_set("my street", "my", "s/e", "f") | lists)
     run("custom", source, tmp_path / "made", "--from", "colours")
-    assert made_names(tmp_path / "made") == {
-        "train": {"train_1", "TRAIN-2"},
-        "val": {"val3"},
-        "test": {"test4"},
-    }
+    assert made_names(tmp_path / "made") == {"train": {"my street", "s/e"}, "val": {"f"}}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "way"),
+    [
+        (["street_test/1", "test_a/2", "testset/3"], "test", "folder"),
+        (["Test-dev/1", "TEST2017/2", "set.test/3"], "test", "folder"),
+        (["valid/1", "devset/2", "val 2/3", "validation_b/4"], "validation", "folder"),
+        (["test_1", "street-TEST", "Test3"], "test", "file name"),
+        (["val_1", "dev-2", "VALID3"], "validation", "file name"),
+        (["trainset/1", "training_b/2"], "train", "folder"),
+        (["train_1", "street_train_2"], "train", "file name"),
+    ],
+)
+def test_words_of_splits(
+    names: list[str], expected: str, way: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A word at the begin or end of a folder's or a file's name, beside pictures of no stated split."""
+    others = [] if expected == "train" else ["a", "b", "c"]
+    others += ["train/test_x", "val/y"] if expected != "validation" else []
+    source = write(tmp_path / "x", colours_set(*names, *others))
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    found = made_names(tmp_path / "made")
+    out = capsys.readouterr().out
+    assert len(found[own.FOLDERS[expected]]) == len(names) + (expected == "train")
+    assert f"{expected} (by {way}" in out
+    assert ("of no stated split, which are of train: 3" in out) == (expected != "train")
+    if expected != "validation":
+        assert "test_x" in found["train"]  # its folder is stronger than its name
+
+
+def test_pictures_of_test_alone_are_refused(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "x", colours_set("train_1", "train_2", "train_3", "test_4"))
+    run("custom", source, tmp_path / "made", "--from", "colours")  # shares the pictures of train
+    assert made_names(tmp_path / "made")["test"] == {"test_4"}
+    source = write(tmp_path / "y", colours_set("test1", "test2"))
+    line = refusal("custom", source, tmp_path / "b", "--from", "colours")
+    assert "y gives no picture for train: 2 of test (by file name); put some into a folder train" in line
+
+
+@pytest.mark.parametrize("backup", ["backup.zip", "train/old/train.zip"])
+def test_a_backup_beside_its_files_is_not_read(
+    backup: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = colours_set("train/a", "val/b")
+    source = write(tmp_path / "x", files)
+    copies = {f"x/{name}": files[name] for name in ("images/train/a.jpg", "masks/train/a.png")}
+    write_zip(source / backup, copies)
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert f"left out, copies of files beside them: {backup}" in capsys.readouterr().out
+    assert made_names(tmp_path / "made") == {"train": {"a"}, "val": {"b"}}
+    write_zip(source / "c.zip", copies | {"x/images/train/c.jpg": jpeg(7)})
+    line = refusal("custom", source, tmp_path / "b", "--from", "colours")
+    assert "c.zip holds 2 of the pictures and masks that lie beside it, such as x/images/train/a.jpg" in line
+
+
+def test_strange_files_and_names(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Links that lead nowhere or back, a Mac's files and decompositions, names that are no UTF-8."""
+    names = unicodedata.normalize("NFC", "train/Zoë"), os.fsdecode(b"train/a\xff"), "val/b"
+    files = colours_set(*names)
+    files["masks/" + unicodedata.normalize("NFD", "train/Zoë.png")] = files.pop(f"masks/{names[0]}.png")
+    source = write(
+        tmp_path / "x", files | {"Icon\r": b"", "images/Icon\r": b"", "images/train/desktop.ini": b""}
+    )
+    (source / "images/loop").symlink_to(source)
+    (source / "notes.txt").symlink_to(source / "nowhere")
+    run("custom", source, tmp_path / "made", "--from", "colours")
+    assert made_names(tmp_path / "made") == {"train": {"Zoë", "a_"}, "val": {"b"}}
+    out = capsys.readouterr().out
+    assert (
+        "note: names that are no text, with _ in its place: 2 (images/train/a?.jpg, masks/train/a?.png)"
+        in out
+    )
+    assert "not read: 1 .txt" in out
+    (source / "masks/val/b.png").unlink()
+    (source / "masks/val/b.png").symlink_to(source / "nowhere")
+    line = refusal("custom", source, tmp_path / "b", "--from", "colours")
+    assert f"cannot read {source}/masks/val/b.png: No such file or directory" in line
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.rar", "a.7z", "a.json"])
+def test_a_source_is_a_folder_or_a_zip(name: str, tmp_path: pathlib.Path) -> None:
+    write(tmp_path, {name: b"x"})
+    line = refusal("custom", tmp_path / name, tmp_path / "b", "--from", "coco")
+    assert (
+        line
+        == f"{tmp_path / name} is neither a folder nor a .zip file: unpack it, and give the folder as --source"
+    )
+
+
+def test_a_background_of_masks_needs_void(tmp_path: pathlib.Path) -> None:
+    """It takes the last label: those of the other classes stay."""
+    files = colours_set("train/a", "val/b")
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours", "--background", "sky")
+    assert (tmp_path / "made/classes.txt").read_text() == "roof\nwater\nsky\n"
+    assert read(tmp_path / "made", "train")["a"][1][0].tolist() == [0] * 5 + [2] * 3
+    write(tmp_path / "x", {"classes.txt": "roof 9 9 9\nwater 0 0 0\n"})
+    line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "colours", "--background", "sky")
+    assert "no colour is void, so there is nothing for --background sky: leave it out" in line
 
 
 def test_without_a_validation_split_train_is_shared(tmp_path: pathlib.Path) -> None:
@@ -469,6 +517,9 @@ def test_archives_are_read_like_folders(tmp_path: pathlib.Path) -> None:
             archive.writestr(name, data)
     run("custom", tmp_path / "drawn.ZIP", tmp_path / "made", "--from", "colours")
     assert made_names(tmp_path / "made") == {"train": {"a"}, "val": {"a"}}
+    (tmp_path / "bad.zip").write_bytes(b"PK")
+    line = refusal("custom", tmp_path / "bad.zip", tmp_path / "b", "--from", "colours")
+    assert "is cut off, damaged or no such archive (File is not a zip file): replace or remove it" in line
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         archive.writestr("../../x.jpg", jpeg(1))
     line = refusal("custom", tmp_path / "bad.zip", tmp_path / "b", "--from", "colours")
@@ -507,6 +558,9 @@ def test_pictures_of_other_formats_are_read(suffix: str, tmp_path: pathlib.Path)
             "a.jpg has two masks, masks/train/a.bmp and masks/train/a.png: remove one",
         ),
         ({"masks/train/a_mask.png": b"x"}, "a.jpg has two masks"),
+        ({"classes.txt": "a 1 1 1\nvoid 0 0 0\na 2 2 2\n"}, "has the class 'a' twice"),
+        ({"classes.txt": "a 1 1 256\n"}, "found 'a 1 1 256'"),
+        ({"masks/train/a.png": b""}, "x/masks/train/a.png is empty: replace or remove it"),
         (
             {"masks/train/a.png": png(np.zeros((3, 4, 3)))},
             "a.png is of 4 x 3 pixels, but x/images/train/a.jpg has 8 x 6",

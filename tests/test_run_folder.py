@@ -269,7 +269,7 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
         assert (remote / name).exists()
     from topformer_jax import checkpoints
 
-    weights, same = (checkpoints.load.read_any(folder)[0] for folder in (local, remote))
+    weights, same = (checkpoints.read_model(folder)[0] for folder in (local, remote))
     assert weights.keys() == same.keys()
     assert all((weights[name] == same[name]).all() for name in weights)
 

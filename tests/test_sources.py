@@ -106,7 +106,9 @@ def test_other_splits(tmp_path: pathlib.Path) -> None:
     config = write(tmp_path, "custom")
     (tmp_path / "images/val").rename(tmp_path / "images/test")
     (tmp_path / "annotations/val").rename(tmp_path / "annotations/test")
-    with pytest.raises(UserError, match="images/val does not exist"):
+    with pytest.raises(
+        UserError, match=r"images/val does not exist \(to score on test: --config.data.validation_sp"
+    ):
         sources.open_source(config, "validation")
     chosen = config_lib.load(config, {"data.validation_split": "test"})
     assert sources.open_source(chosen, "validation")[0].name == "c"
@@ -212,9 +214,13 @@ def test_custom_data(tmp_path: pathlib.Path) -> None:
     (tmp_path / "images/train/a.png").write_bytes(PNG)
     assert "a.jpeg and a.png in " in refusal(config)
     (tmp_path / "images/train/a.png").unlink()
-    for folder in ("images", "annotations"):  # ADE20K's words for the splits will do
-        (tmp_path / folder / "train").rename(tmp_path / folder / "training")
-    assert len(sources.open_source(config, "train")) == 2
+    for folder, word, other in (("images", "Training", "VALID"), ("annotations", "TRAINING", "Valid")):
+        (tmp_path / folder / "train").rename(tmp_path / folder / word)
+        (tmp_path / folder / "val").rename(tmp_path / folder / other)
+    for split, count in (("train", 2), ("validation", 1)):
+        assert len(sources.open_source(config, split)) == count
+    (tmp_path / "images/val").mkdir()
+    assert "images/val and images/valid are both in " in refusal(config, "validation")
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,7 @@ def test_custom_data(tmp_path: pathlib.Path) -> None:
     [
         (["a.jpg", "b.BMP", "c.webp", "s/d.Tiff"], ["a.PNG", "b.png", "c.Png", "s/d.png"], ""),
         (["a.jpg", "ab.png"], ["a_mask.png", "ab_mask.png"], "labels have their images' names and _mask.png"),
+        (["Zoe\u0308.jpg"], ["Zo\u00eb.png"], ""),
         (["a.jpg", "b.png"], ["a.jpg.png", "b.png.png"], "labels have their images' whole names: a.jpg.png"),
     ],
 )
@@ -249,6 +256,12 @@ def test_names_of_labels(tmp_path: pathlib.Path, images: list[str], labels: list
         (["p1.jpg"], ["p10.png"], "annotations/train, which has p10.png ("),
         (["a.jpg", "b.jpg"], ["a_m.png", "b_n.png"], "2 images (a.jpg, b.jpg) in "),
         (["a.heic"], ["a.png"], "or *.tiff, but a.heic ("),
+        (
+            ["a.jpg"],
+            ["a_m.png", "a_n.png"],
+            "two labels, of their images' names and _m.png, and of their images'",
+        ),
+        (["a.jpg"], ["a.jpg.png", "a_n.png"], "two labels, of their images' whole names: a.jpg.png, and of"),
     ],
 )
 def test_names_that_do_not_fit(
@@ -337,7 +350,7 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
     assert "python -m topformer_jax.prepare ade20k --source DIR --output DIR --format array_record" in line
     assert "bash scripts/quickstart.sh" in line
     (tmp_path / "dataset_info.json").write_text("{}")
-    assert "cannot be opened" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
+    assert "features.json: No such file" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
 
 
 @pytest.mark.parametrize("left", [0, 0.5])

@@ -28,7 +28,7 @@ cli.answer_help(__name__, make_parser)
 import json
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -48,14 +48,14 @@ Rows = list[list[str]]
 
 def format_report(inspection: Inspection, findings: list[Finding]) -> str:
     """The report for a terminal: tables of the splits and of the classes, the findings, and the verdict."""
-    data, task = inspection.config.data, TASKS[inspection.config.task]
-    settings = [f"data.{name}={json.dumps(data[name])}" for name in task.settings]
+    data, (_, _, split_rows, class_rows, *_) = inspection.config.data, TASKS[inspection.config.task]
+    settings = [f", data.{name}={json.dumps(value)}" for name, value in _list_settings(inspection).items()]
     parts = [
-        f"{data.dataset} ({data.source}) in {data.root or 'memory'}: "
-        f"{', '.join([f'{len(inspection.data_set.classes)} classes', *settings])}",
-        cli.table(_split_rows(inspection) + task.split_rows(inspection)),
+        f"{data.dataset} ({data.source}) in {data.root or 'memory'}: {len(inspection.data_set.classes)} classes"
+        + "".join(settings),
+        cli.table(_split_rows(inspection) + split_rows(inspection)),
     ]
-    classes = task.class_rows(inspection)
+    classes = class_rows(inspection)
     parts += [cli.table(classes)] if classes else []
     for level, heading in HEADINGS.items():
         lines = [f"  {finding.rule}: {finding.text}" for finding in findings if finding.level == level]
@@ -68,15 +68,15 @@ def format_report(inspection: Inspection, findings: list[Finding]) -> str:
 
 def as_json(inspection: Inspection, findings: list[Finding]) -> str:
     """The report for scripts."""
-    data, task = inspection.config.data, TASKS[inspection.config.task]
+    data, split_json = inspection.config.data, TASKS[inspection.config.task][4]
     report = {
         "config": inspection.config.name,
         "dataset": data.dataset,
         "source": data.source,
         "root": data.root,
-        **{name: data[name] for name in task.settings},
+        **_list_settings(inspection),
         "splits": {
-            name: _split_json(split) | task.split_json(inspection, split)
+            name: _split_json(split) | split_json(inspection, split)
             for name, split in inspection.splits.items()
         },
         "findings": [finding._asdict() for finding in findings],
@@ -91,6 +91,12 @@ def count_problems(findings: list[Finding]) -> int:
 
 
 # Of every task
+
+
+def _list_settings(inspection: Inspection) -> dict[str, Any]:
+    """The settings of the data that decide what labels mean."""
+    names = ("reduce_zero_label",) if inspection.config.task == "segmentation" else ()
+    return {name: inspection.config.data[name] for name in names}
 
 
 def _split_rows(inspection: Inspection) -> Rows:
@@ -228,36 +234,15 @@ def _draw_classes(path: files.Path, inspection: ClassInspection) -> None:
     histogram.draw_image_counts(path, inspection.data_set, images)
 
 
-class Task(NamedTuple):
-    """What the command does for one task alone; each function takes what `inspect` returns."""
-
-    settings: tuple[str, ...]  # of the config's data, which decide what labels mean
-    inspect: Callable[..., Any]
-    find: Callable[[Any], list[Finding]]
-    split_rows: Callable[[Any], Rows]
-    class_rows: Callable[[Any], Rows]
-    split_json: Callable[[Any, Any], dict[str, Any]]
-    draw: Callable[[files.Path, Any], None]
-
-
-TASKS = {
-    "segmentation": Task(
-        settings=("reduce_zero_label",),
-        inspect=label_inspection.inspect,
-        find=label_rules.find,
-        split_rows=_label_rows,
-        class_rows=_class_pixel_rows,
-        split_json=_label_json,
-        draw=_draw_labels,
+# For each task: how its data are inspected, its rules, its rows of the two tables, its JSON and its picture.
+TASKS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "segmentation": (
+        *(label_inspection.inspect, label_rules.find),
+        *(_label_rows, _class_pixel_rows, _label_json, _draw_labels),
     ),
-    "classification": Task(
-        settings=(),
-        inspect=class_inspection.inspect,
-        find=class_rules.find,
-        split_rows=_class_rows,
-        class_rows=_class_image_rows,
-        split_json=_class_json,
-        draw=_draw_classes,
+    "classification": (
+        *(class_inspection.inspect, class_rules.find),
+        *(_class_rows, _class_image_rows, _class_json, _draw_classes),
     ),
 }
 
@@ -268,14 +253,14 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}: expected 1 or more")
-    task = TASKS[config.task]
+    inspect, find, *_, draw = TASKS[config.task]
     output = args.output or files.as_path("runs") / config.name / "check"
-    inspection = task.inspect(config, limit=args.limit, make_progress=logs.Progress)
-    findings = task.find(inspection)
+    inspection = inspect(config, limit=args.limit, make_progress=logs.Progress)
+    findings = find(inspection)
     report = format_report(inspection, findings)
     files.write_file(output / "report.txt", report)
     files.write_file(output / "report.json", as_json(inspection, findings))
-    task.draw(output / "classes.png", inspection)
+    draw(output / "classes.png", inspection)
     print(f"wrote {output}/report.txt, report.json and classes.png\n\n{report}", end="")
     if count_problems(findings):
         sys.exit(1)

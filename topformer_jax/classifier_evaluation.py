@@ -72,7 +72,7 @@ def evaluate_classifier(
     rows = (config.evaluation.per_device_batch_size or (16 if on_cpu else 128)) * mesh.size
     layout = sharding.batch_sharding(mesh)
     own_rows = local_rows(layout, rows)
-    program = _rank_program(nnx.graphdef(model), np.dtype(model.policy.accum_dtype), mesh)
+    program = _rank_program(models.network_graphdef(model), np.dtype(model.policy.accum_dtype), mesh)
 
     def load(index: int) -> tuple[np.ndarray, int]:
         example = source[index]

@@ -15,9 +15,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import logs
+from topformer_jax import files, logs
 from topformer_jax.config.listing import as_text
 from topformer_jax.errors import UserError, explain_out_of_memory
+
+LONGEST_LINE = 300  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,7 +127,7 @@ def size(flag: str, text: str) -> tuple[int, int]:
         UserError: the text is no size.
     """
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
+    if not (height.isdecimal() and width.isdecimal() and len(text) < 20):
         raise UserError(f"{flag} {text}: expected HEIGHTxWIDTH, e.g. 512x512")
     if min(int(height), int(width)) < 1:
         raise UserError(f"{flag} {text}: expected at least 1x1")
@@ -135,21 +137,22 @@ def size(flag: str, text: str) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
-    Compiled programs go into JAX's persistent cache in ~/.cache/topformer_jax, unless the environment sets another;
-    the process keeps freed memory.
+    Control characters of what it prints are escaped. Compiled programs go into JAX's persistent cache in
+    ~/.cache/topformer_jax, unless the environment sets another; the process keeps freed memory.
     """
     gc.enable()  # see topformer_jax/__init__.py
-    try:
-        _set_compilation_cache()
-        keep_freed_memory()
-        logs.silence_orbax_threads()
-        main()
-    except (Exception, KeyboardInterrupt) as error:
-        leave_others_on_error(type(error), error)
-        status = _report(error)
-        if status is None:
-            raise
-        sys.exit(status)
+    with logs.escape_output():
+        try:
+            _set_compilation_cache()
+            keep_freed_memory()
+            logs.silence_orbax_threads()
+            main()
+        except (Exception, KeyboardInterrupt) as error:
+            leave_others_on_error(type(error), error)
+            status = _report(error)
+            if status is None:
+                raise
+            sys.exit(status)
 
 
 def leave_others_on_error(_: object, error: BaseException | None, *rest: object) -> None:
@@ -177,9 +180,14 @@ def _report(error: BaseException) -> int | None:
     """Prints the line of an error that a user can mend, and returns the status to exit with; None for others."""
     if shortage := explain_out_of_memory(error, pathlib.Path(sys.argv[0]).stem):
         error = UserError(shortage)
+    if type(error).__name__ == "BrokenProcessPool":
+        error = UserError(
+            "a worker process was killed, perhaps for lack of memory: start the same command with fewer --workers"
+        )
     match error:
         case UserError():
-            print(*error.details, f"error: {error.line}", sep="\n", file=sys.stderr)
+            lines = (files.shorten(line, LONGEST_LINE) for line in (*error.details, f"error: {error.line}"))
+            print(*lines, sep="\n", file=sys.stderr)
             return 2
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EPIPE):
             print(
@@ -202,12 +210,14 @@ def cache_folder() -> pathlib.Path:
 def _set_compilation_cache() -> None:
     import jax
 
-    for name, value in (
-        ("jax_compilation_cache_dir", str(cache_folder())),
-        ("jax_persistent_cache_min_compile_time_secs", 0.5),
-    ):
-        if name.upper() not in os.environ:
-            jax.config.update(name, value)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        try:
+            files.make_private(cache_folder())
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        except (UserError, RuntimeError) as error:  # no home, say
+            print(f"note: compiled programs are not kept: {error}", flush=True)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def keep_freed_memory() -> None:

@@ -6,7 +6,8 @@
 
 The first reads an official (mmcv or timm) file into a folder that every command here takes; the second
 writes a file that the official code loads. Tensors must fit the model exactly, or an error names those that do not;
---init-from-classifier and --new-head are the only exceptions, and what they leave fresh is listed.
+--init-from-classifier and --new-head are the only exceptions, and what they leave fresh is listed. A checkpoint
+keeps the settings that it was made with.
 """
 
 from topformer_jax import cli
@@ -86,12 +87,13 @@ def main() -> None:
     else:
         model = models.build(config)
         tensors, found = checkpoints.read_checkpoint(source, model, part)
-        print(checkpoints.origin_table(model, part, source))
+        print(checkpoints.describe_origin(model, part, source))
         # Iteration, classes and settings are another model's where a part of it is fresh.
         found = found if part == "all" else {}
         set_origin(model, found, source)
-        checkpoints.print_differences(model, config)
-        metadata = {"config": config.to_dict(), "meta": found.get("meta", {})}
+        checkpoints.print_differences(model, config, also=("data.reduce_zero_label",), are_kept=True)
+        own = found["config"] if model.checkpoint_config is not None else config.to_dict()
+        metadata = {"config": own, "meta": found.get("meta", {})}
         settings, named = config, DataSet(model.classes, model.palette)
     metadata = metadata | {"meta": _make_meta(metadata, settings, named)}
     if is_file_path(args.output):
@@ -112,20 +114,20 @@ def _make_meta(
 ) -> dict[str, Any]:
     """A checkpoint's `meta` with its classes as mmcv names them: its own, or else as its data set has them.
 
-    A classifier's classes have no colours. Where nobody has names, there is no `CLASSES`.
+    A classifier's classes have no colours. Where nobody has names, there is no `CLASSES`. Without a config nobody
+    knows which are right: they stay as they are.
     """
-    meta = {
-        key: value for key, value in metadata.get("meta", {}).items() if key not in ("CLASSES", "PALETTE")
-    }
-    if config is not None and not (named and named.classes):
+    meta = dict(metadata.get("meta", {}))
+    if config is None:
+        return meta
+    if not (named and named.classes):
         try:
             named = sources.find_data_set(config)
         except UserError:  # it is not here
-            named = None
-    if named is not None:
-        names = {"CLASSES": list(named.classes), "PALETTE": [list(colour) for colour in named.palette]}
-        meta |= {key: value for key, value in names.items() if value}
-    return meta
+            named = DataSet((), ())
+    names = {"CLASSES": list(named.classes), "PALETTE": [list(colour) for colour in named.palette]}
+    rest = {key: value for key, value in meta.items() if key not in names}
+    return rest | {key: value for key, value in names.items() if value}
 
 
 if __name__ == "__main__":

@@ -45,11 +45,16 @@ import json
 import pathlib
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from topformer_jax import config as config_lib
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 
@@ -80,6 +85,16 @@ ISOLATION = {
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+MOST_RUNTIME_BYTES = 1 << 28  # of a file of the package
+
+
+class _Package(msgspec.Struct):
+    """npm's package.json; the version becomes the name of a folder and a part of addresses."""
+
+    name: str
+    version: Annotated[str, msgspec.Meta(pattern=r"\A[0-9][0-9A-Za-z.+-]{0,63}\Z")]
+
+
 Page = dict[str, bytes]  # files by their paths below the page's address
 
 
@@ -100,7 +115,7 @@ def find_files(
         raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
     for key in ("checkpoint", "size", "stride"):
         found = [
-            each["checkpoint"]["sha256"] if key == "checkpoint" else each[key]
+            each["checkpoint"].get("sha256") if key == "checkpoint" else each[key]
             for each in (description, other)
         ]
         if found[0] != found[1]:
@@ -122,7 +137,9 @@ def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
             f"{flag} {path} gives {description['output']}: the page shows labels, which a segmenter's file gives "
             "that is exported without --logits and --probabilities"
         )
-    return description
+    if not all(description.get(key) for key in ("classes", "palette", "checkpoint")):
+        raise UserError(f"{flag} {path} does not name its classes, colours and checkpoint: export it again")
+    return description | {"config": config_lib.complete(description["config"]).to_dict()}
 
 
 def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], runtime: files.Path) -> Page:
@@ -174,16 +191,10 @@ def _runtime_version(runtime: files.Path) -> str:
     """The version of an unpacked package."""
     path = runtime / "package.json"
     advice = f": expected npm's {RUNTIME} {VERSION}, unpacked"
-    with files.report_errors("read", path, advice):
-        text = path.read_bytes()
-    try:
-        facts = json.loads(text)
-        name, version = facts["name"], facts["version"]
-    except (ValueError, TypeError, KeyError):
-        name = version = ""
-    if name != RUNTIME or not version:
-        raise UserError(f"--runtime {runtime} holds {name or 'no package of npm'}{advice}")
-    return str(version)
+    facts = files.read_json(files.read_bytes(path, advice), _Package, path, advice)
+    if facts.name != RUNTIME:
+        raise UserError(f"--runtime {runtime} holds {files.shorten(facts.name)}{advice}")
+    return facts.version
 
 
 def fetch_runtime() -> pathlib.Path:
@@ -214,10 +225,12 @@ def fetch_runtime() -> pathlib.Path:
         try:
             with tarfile.open(archives[0]) as archive:
                 for name in names:
-                    content = archive.extractfile(f"package/{name}")
-                    assert content is not None
+                    member = archive.getmember(f"package/{name}")
+                    content = archive.extractfile(member)
+                    if content is None or member.size > MOST_RUNTIME_BYTES:
+                        raise tarfile.TarError(f"{name} is no file of its size")
                     files.write_file(folder / name, content.read())
-        except (tarfile.TarError, KeyError, EOFError) as error:
+        except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
             raise UserError(f"npm's {RUNTIME} {VERSION} is damaged: {error}{advice}") from None
     return folder
 
@@ -249,7 +262,7 @@ def write_page(page: Page, folder: files.Path) -> None:
 
 def sizes(page: Page) -> str:
     """A table of what a browser loads: for the first picture, and for WebGPU if it is chosen; raw and compressed."""
-    providers = json.loads(page["model.json"])["providers"]
+    providers = msgspec.json.decode(page["model.json"])["providers"]
     wasm = [name.partition("?")[0] for name in providers["wasm"]["files"]]
     small = [name for name in page if "/" not in name and not name.endswith(".onnx")]
     parts = {"page": small, "model": wasm[:1], "wasm": wasm[1:], "all": small + wasm}
@@ -279,6 +292,11 @@ class Server(http.server.ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             reason = files.explain(error)
             raise UserError(f"cannot serve at port {port}: {reason}; name another one as --port") from None
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Says nothing of a browser that left before its answer was there."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     @property
     def address(self) -> str:

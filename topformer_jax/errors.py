@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # What lowers the memory that a command needs.
 LESS_MEMORY = {
@@ -38,10 +38,6 @@ def explain_out_of_memory(error: BaseException, command: str) -> str | None:
     >>> error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
     >>> explain_out_of_memory(error, "predict")
     'out of memory, 8.00 GiB were asked for: lower evaluation.scale, or segment smaller pictures'
-
-    Args:
-        error: of any type.
-        command: whose settings the line names.
     """
     text = str(error)
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -55,12 +51,12 @@ def explain_out_of_memory(error: BaseException, command: str) -> str | None:
 
 
 @contextlib.contextmanager
-def report_out_of_memory(command: str) -> Iterator[None]:
-    """Turns an error that says that memory is exhausted into a UserError; see `explain_out_of_memory`."""
+def report_out_of_memory(command: str, describe_state: Callable[[], str] = str) -> Iterator[None]:
+    """Turns an error that says that memory is exhausted into a UserError; its line ends with what is saved."""
     try:
         yield
     except Exception as error:
         line = explain_out_of_memory(error, command)
         if line is None:
             raise
-        raise UserError(line) from None
+        raise UserError("; ".join(filter(None, [line, describe_state()]))) from None

@@ -57,7 +57,13 @@ from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.errors import UserError
-from topformer_jax.evaluation import EvaluationResult, ExampleResult, evaluate_images, evaluate_split
+from topformer_jax.evaluation import (
+    EvaluationResult,
+    ExampleResult,
+    evaluate_images,
+    evaluate_split,
+    score_split,
+)
 from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.inference import Predictor
 from topformer_jax.visualize import drawing, report
@@ -85,7 +91,7 @@ def evaluate(
         predict: an exported file that labels the images instead of the model, of which the config alone is used.
 
     Raises:
-        UserError: the data cannot be read, or an output cannot be written.
+        UserError: the data cannot be read, no label has a pixel of a class, or an output cannot be written.
     """
     config, weights = model.config, predict or model
     is_first = jax.process_index() == 0
@@ -97,6 +103,7 @@ def evaluate(
 
     def save_prediction(example: ExampleResult) -> None:
         if save_predictions:
+            files.require_inside(example.name, "the name of an example")
             path, labels = save_predictions / f"{example.name}.png", example.prediction()
             writes.add(lambda: drawing.write_labels(path, labels, data_set.palette))
 
@@ -108,10 +115,16 @@ def evaluate(
             else functools.partial(evaluate_images, predict, source, config)
         )
         result = score(on_example=save_prediction, on_progress=progress.update)
+    scores = score_split(result, config, split)
     if is_first:
-        scores = metrics.compute_scores(result.confusion)
         print(format_table(scores, data_set.classes))
-        facts = {"checkpoint": checkpoint, "split": split} | _describe(config, result)
+        unused = (
+            "per_device_batch_size",
+            *(("crop_size", "stride") if config.evaluation.mode == "whole" else ()),
+        )
+        settings = {key: value for key, value in config.evaluation.to_dict().items() if key not in unused}
+        facts = {"images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels"}
+        facts |= _describe(config, checkpoint, split, settings)
         if predict is not None:
             facts["devices"] = predict.runtime
             if predict.stretched_size:
@@ -137,11 +150,8 @@ def score_classifier(
 ) -> dict[str, float]:
     """Scores a classifier on a split of its config's data set, prints top-1 and top-5, and writes metrics.json.
 
-    Args:
-        model, workdir, checkpoint, split: see `evaluate`.
-
     Returns:
-        The scores as shares of 1, and those of every class.
+        The scores as shares of 1.
 
     Raises:
         UserError: the data cannot be read, or the output cannot be written.
@@ -165,12 +175,7 @@ def score_classifier(
         values = scores | {
             "images": len(source),
             "classes": {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels)},
-            "config": config.name,
-            "data": f"{config.data.dataset}, {config.data.root}",
-            "evaluation": ", ".join(f"{key} {value}" for key, value in settings.items()),
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "checkpoint": checkpoint,
-            "split": split,
+            **_describe(config, checkpoint, split, settings),
         }
         files.make_folder(workdir)
         files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
@@ -189,17 +194,16 @@ def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
     return f"{cli.table(rows)}\n{means}"
 
 
-def _describe(config: ConfigDict, result: EvaluationResult) -> dict[str, str]:
+def _describe(
+    config: ConfigDict, checkpoint: str, split: str, settings: Mapping[str, object]
+) -> dict[str, str]:
     """What was evaluated and how, for metrics.json and the report."""
-    unused = {"per_device_batch_size"}
-    if config.evaluation.mode == "whole":
-        unused |= {"crop_size", "stride"}
-    settings = config.evaluation.to_dict().items()
     return {
+        "checkpoint": checkpoint,
+        "split": split,
         "config": config.name,
         "data": f"{config.data.dataset}, {config.data.root or config.data.source}",
-        "images": f"{len(result.accuracy):,}, {result.confusion.sum():,} labelled pixels",
-        "evaluation": ", ".join(f"{key} {value}" for key, value in settings if key not in unused),
+        "evaluation": ", ".join(f"{key} {value}" for key, value in settings.items()),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 

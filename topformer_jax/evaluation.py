@@ -17,6 +17,7 @@ from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.example import SegmentationSource
 from topformer_jax.data.transforms import Size
+from topformer_jax.errors import UserError
 from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
 from topformer_jax.inference.inputs import padding_input, prepare_input
 from topformer_jax.inference.plan import EvalBatch
@@ -41,6 +42,20 @@ class EvaluationResult(NamedTuple):
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
     accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
     miou: Float[np.ndarray, " examples"]  # of each example alone
+
+
+def score_split(result: EvaluationResult, config: ConfigDict, split: str) -> metrics.Scores:
+    """The scores of what was counted.
+
+    Raises:
+        UserError: no label of the split has a pixel of a class.
+    """
+    if not result.confusion.any():
+        raise UserError(
+            f"no label of the {split} split in {config.data.root or config.data.source} has a pixel of a class, so "
+            "there is nothing to score: python -m topformer_jax.check says what the labels hold"
+        )
+    return metrics.compute_scores(result.confusion)
 
 
 def evaluate_split(

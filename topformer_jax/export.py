@@ -4,8 +4,8 @@
   python -m topformer_jax.export --config configs/topformer_t_ade.py --checkpoint T.pth --output t.tflite --logits
 
 OUTPUT's suffix is the format: .onnx (onnxruntime, browsers), .tflite (LiteRT, phones), .stablehlo (jax.export: CPUs,
-GPUs and TPUs), .safetensors (the weights alone). A file takes images, uint8 [n, h, w, 3], RGB, and gives labels,
-uint8 [n, h, w]; a classifier's gives scores [n, classes]. It describes itself: classes, colours, config, origin.
+GPUs and TPUs). A file takes images, uint8 [n, h, w, 3], RGB, and gives labels, uint8 [n, h, w]; a classifier's gives
+scores [n, classes]. It describes itself: classes, colours, config, origin.
 """
 
 from topformer_jax import cli, files
@@ -58,7 +58,6 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -72,7 +71,6 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, models
 from topformer_jax import config as config_lib
-from topformer_jax.checkpoints import safetensors_format
 from topformer_jax.data import sources
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Image
@@ -110,16 +108,12 @@ class Choices:
 def export_model(
     config: ConfigDict, checkpoint: str, output: files.Path, choices: Choices, pictures: Sequence[Image] = ()
 ) -> str:
-    """Writes an exported file, after it was run and compared with the model.
+    """Writes a file of the format of `output`'s suffix, after it was run and compared with the model.
 
-    Args:
-        config, checkpoint: the model.
-        output: the file, whose suffix is the format.
-        choices: what the file computes.
-        pictures: of any size: every second one gives int8 its ranges, on the others the file is compared too.
+    Of the pictures, of any size, every second one gives int8 its ranges; on the others the file is compared too.
 
     Returns:
-        What the comparison found, in one line.
+        What the comparison found.
 
     Raises:
         UserError: the choices contradict each other, the checkpoint does not fit, the file cannot be written, or it
@@ -132,7 +126,8 @@ def export_model(
         files.refuse_existing(exported.description_path(output))
     model = checkpoints.load_model(network.export_config(config), checkpoint)
     own_size = choices.size == tuple(config.data.crop_size)  # the config's, if the user gave no other one
-    checkpoints.print_differences(model, config, settings=("data.crop_size",) if own_size else ())
+    checkpoints.check_label_rules(model, config)
+    checkpoints.print_differences(model, config, also=("data.crop_size",) if own_size else ())
     tensors = models.state_dict(model)
     is_classifier = isinstance(model, models.Classifier)
     description = {
@@ -237,54 +232,26 @@ def describe_origin(
         names = {"classes": list(data_set.classes), "palette": [list(colour) for colour in data_set.palette]}
     elif model.classes:
         names = {"classes": list(model.classes)}
-    values = json.loads(config.to_json())
-    if model.checkpoint_config is not None:  # whose score the file should repeat
-        values["evaluation"] = model.checkpoint_config.evaluation.to_dict()
     digest = verification.checksum(models.state_dict(model))
     return names | {
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
         # Folders are nobody's business who gets the file.
-        "config": config_lib.hide_paths(values),
+        "config": config_lib.hide_paths(json.loads(config.to_json())),
         "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": digest},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
     }
-
-
-def _export_weights(args: argparse.Namespace, config: ConfigDict) -> None:
-    """Writes a file that computes nothing."""
-    for name in (
-        "logits",
-        "probabilities",
-        "scale_labels",
-        "size",
-        "target",
-        "precision",
-        "keep_float",
-        "images",
-    ):
-        if getattr(args, name) != make_parser().get_default(name):
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} is for files that compute, and {args.output} holds the weights alone")
-    model = checkpoints.load_model(config, args.checkpoint)
-    checkpoints.print_differences(model, config, settings=())
-    arrays = {name: np.asarray(value) for name, value in models.state_dict(model).items()}
-    origin = describe_origin(config, args.checkpoint, model)
-    meta = {"CLASSES": origin.get("classes"), "PALETTE": origin.get("palette")}  # which all readers know
-    checkpoints.write_checkpoint(args.output, arrays, origin | {"meta": meta})
-    print(f"wrote {args.output}: {len(arrays)} tensors")
 
 
 def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
-    suffix, suffixes = args.output.suffix.lower(), [*exported.FORMATS, safetensors_format.SUFFIX]
-    if suffix not in suffixes:
-        raise UserError(f"--output is {args.output}: expected a name that ends in {', '.join(suffixes)}")
-    if suffix == safetensors_format.SUFFIX:
-        _export_weights(args, config)
-        return
+    if args.output.suffix.lower() not in exported.FORMATS:
+        raise UserError(
+            f"--output is {args.output}: expected a name that ends in {', '.join(exported.FORMATS)}; "
+            "topformer_jax.convert writes the weights alone"
+        )
     kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
     if args.scale_labels not in SCALES:
         raise UserError(f"--scale-labels is {args.scale_labels}: expected one of {', '.join(SCALES)}")

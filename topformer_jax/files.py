@@ -3,15 +3,17 @@
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import logging
 import os
 import pathlib
 import re
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -25,6 +27,7 @@ else:
 
 RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
 WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
+MOST_BYTES = 1 << 30  # of a file that is read as a whole; lists of a million pictures have less
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no character of a name
 _unfinished: list[Path] = []  # files that are of no use yet
 Result = TypeVar("Result")
@@ -96,6 +99,20 @@ def make_folder(path: Path, alternative: str = "another folder") -> None:
             tempfile.TemporaryFile(dir=path).close()
 
 
+def make_private(path: pathlib.Path) -> None:
+    """Creates a folder whose files are executed, for this user alone.
+
+    Raises:
+        UserError: it cannot be created or written into, is another user's, or others may write into it.
+    """
+    with report_errors("write into", path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"others may write into {path}: delete it, and it is made anew for you alone")
+
+
 def refuse_existing(path: Path) -> None:
     """Raises a UserError where a file is there already, or nobody can tell."""
     with report_errors("write", path):
@@ -124,12 +141,12 @@ def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
     Readers see the old content or the new, never a part; a failed write leaves no file behind. An object in a bucket
-    appears whole by itself.
+    appears whole by itself. What UTF-8 cannot hold, of a file's name say, is escaped.
 
     Raises:
         UserError: writing fails; its line ends with the advice.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     if is_in_bucket(path):
         with report_errors("write", path, advice):
             retry(lambda: path.write_bytes(data))
@@ -208,6 +225,7 @@ def report_errors(action: str, path: str | os.PathLike[str], advice: str = "") -
 def explain(error: BaseException) -> str:
     """Why a request failed, in one line."""
     text = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    text = shorten(text, 200)
     if type(error) is FileNotFoundError and error.errno is None:  # as gcsfs raises it
         return "there is no such bucket or object, or this account may not see it"
     if "credentials" in text:
@@ -219,6 +237,38 @@ def explain(error: BaseException) -> str:
     return text
 
 
+def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
+    """The bytes of a file that somebody else may have written; a pipe or a device is not waited for.
+
+    Raises:
+        UserError: it cannot be read, is no regular file, or has more than `most` bytes; the advice ends its line.
+    """
+    with report_errors("read", path, advice):
+        if is_in_bucket(path):
+            return retry(path.read_bytes)
+        with open_regular(path) as file:
+            if (size := os.fstat(file.fileno()).st_size) > most:
+                raise UserError(
+                    f"cannot read {path}: it has {size:,} bytes, and at most {most:,} are read{advice}"
+                )
+            return file.read()
+
+
+def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+    """Opens a local file to read. A pipe would wait for its writer, and a device might never end.
+
+    Raises:
+        OSError: it is no regular file, or cannot be opened.
+    """
+    file = open(  # noqa: SIM115  the caller's
+        path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    )
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or a device", os.fspath(path))
+    return file
+
+
 def read_lines(file: Path) -> list[str]:
     """A text file's non-blank lines, stripped; see `number_lines`."""
     return list(number_lines(file).values())
@@ -228,32 +278,70 @@ def number_lines(file: Path) -> dict[int, str]:
     """A text file's non-blank lines, stripped, by their numbers from 1 on.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
     try:
-        with report_errors("read", file, "; expected one name a line"):
-            lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        text = read_bytes(file, "; expected one name a line").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
-    return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    lines = {}
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        if strange := CONTROL.search(line.strip("\t ").replace("\t", " ")):
+            raise UserError(
+                f"{file}: line {number} holds {strange[0]!r}: expected a name a line, of characters that show"
+            )
+        if line.strip():
+            lines[number] = line.strip()
+    return lines
 
 
-def read_json(data: bytes, kind: type[Result], where: str) -> Result:
+def number_names(file: Path) -> dict[int, str]:
+    """`number_lines` of a list whose lines are numbered by their places, such as the names of classes.
+
+    Raises:
+        UserError: as `number_lines` does, or a line before the last name is blank.
+    """
+    lines = number_lines(file)
+    if gaps := [number for number in range(1, max(lines, default=0)) if number not in lines]:
+        raise UserError(
+            f"{file}: line {gaps[0]} is blank, and the names after it would move: name it, or delete the line"
+        )
+    return lines
+
+
+def read_json(
+    data: bytes, kind: Callable[..., Result], where: object, advice: str = ": is it of another tool?"
+) -> Result:
     """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
 
     Args:
         data: the file's bytes.
-        kind: a msgspec.Struct, or another type that msgspec knows.
+        kind: a msgspec.Struct, or another type that msgspec knows, such as dict[str, int].
         where: the file, as an error names it.
+        advice: the end of the error.
 
     Raises:
         UserError: it is no JSON, or a value has another type than `kind` says; the line names its place.
     """
+    with _report_type(where, advice):
+        found: Result = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
+    return found
+
+
+def convert(value: object, kind: Callable[..., Result], where: object, advice: str = "") -> Result:
+    """`read_json` of what a library has decoded already."""
+    with _report_type(where, advice):
+        found: Result = msgspec.convert(value, kind)
+    return found
+
+
+@contextlib.contextmanager
+def _report_type(where: object, advice: str) -> Iterator[None]:
     try:
-        return msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+        yield
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise UserError(
-            f"{where} is not the JSON file that was expected ({str(error)[:120]}): is it of another tool?"
+            f"{where} is not the JSON file that was expected ({shorten(error, 120)}){advice}"
         ) from None
 
 

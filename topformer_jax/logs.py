@@ -1,31 +1,27 @@
-"""What a command reports: a banner, a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
+"""What a command reports: a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
 
 import contextlib
+import datetime
 import io
-import json
 import logging
 import math
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from tqdm import tqdm
 
 from topformer_jax import files
 from topformer_jax.errors import UserError
 
 PRINT_INTERVAL = 10  # seconds between lines of progress where there is no terminal
-
-
-def print_banner(rows: Mapping[str, object]) -> None:
-    """Prints what a run is about to do, one line a row: its name and its value."""
-    width = max(map(len, rows))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()), flush=True)
 
 
 def silence_orbax_threads() -> None:
@@ -61,12 +57,6 @@ class RunLog:
     the work directory, and shows a progress bar on a terminal, plain lines elsewhere. A run resumed at `start`
     discards the records of later steps.
 
-    Args:
-        workdir: an existing folder.
-        start: the step that the run resumes from, 0 for a new run.
-        steps: the last step of the run.
-        active: whether this is the first process.
-
     Raises:
         UserError: (every method too) a file cannot be written.
     """
@@ -79,7 +69,7 @@ class RunLog:
         if not active:
             return
         earlier = [record for record in read_records(self._path) if record["step"] <= start]
-        files.write_file(self._path, "".join(json.dumps(record) + "\n" for record in earlier))
+        files.write_file(self._path, b"".join(msgspec.json.encode(record) + b"\n" for record in earlier))
         self._events = _EventWriter(workdir / "tensorboard", start + 1)
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=False
@@ -103,10 +93,11 @@ class RunLog:
             else f"correct {values['accuracy']:.1%}"
         )
         seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start)
+        left = datetime.timedelta(seconds=round(seconds_per_step * (self.steps - step)))
         line = (
             f"step {step}/{self.steps}  loss {values['loss']:.4f}  {accuracy}  "
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
-            f"waiting {values['data_wait']:.0%}  left {_format_duration(seconds_per_step * (self.steps - step))}"
+            f"waiting {values['data_wait']:.0%}  left {left}"
         )
         if values["skipped"]:
             line += f"  skipped {values['skipped']:.0f} unreadable"
@@ -140,8 +131,8 @@ class RunLog:
             self._events.close()
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        with _report_write_error(self._path), self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        with files.report_errors("write", self._path), self._path.open("ab") as file:
+            file.write(msgspec.json.encode({"step": step, "kind": kind, **values}) + b"\n")
         self._events.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
 
 
@@ -157,7 +148,7 @@ class _EventWriter:
         from tensorboardX.record_writer import RecordWriter
 
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-        with _report_write_error(self._path):
+        with files.report_errors("write", self._path):
             folder.mkdir(exist_ok=True)
             self._writer = RecordWriter(str(self._path))
         self._write_event({"file_version": "brain.Event:2"}, 0)
@@ -182,18 +173,41 @@ class _EventWriter:
     def _write_event(self, content: Mapping[str, Any], step: int) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        with _report_write_error(self._path):
+        with files.report_errors("write", self._path):
             self._writer.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
             self._writer.flush()
 
 
-class Progress:
-    """The progress of a command: a bar on a terminal, elsewhere a line every 10 seconds; a context manager.
+class _Escaped:
+    """A stream of text whose terminal sees no control characters, and which can encode every name of a file."""
 
-    Args:
-        total: how many items there are.
-        unit: what they are, in the plural.
-        active: False shows nothing (on all processes but the first).
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text; what is no line break, tabulator or carriage return of a bar is escaped."""
+        shown = re.sub(
+            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text
+        )
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+
+@contextlib.contextmanager
+def escape_output() -> Iterator[None]:
+    """Has all that the process prints go through `_Escaped`: names of files and classes may hold anything."""
+    with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):
+        yield
+
+
+class Progress:
+    """The progress of a command over `total` items: a bar on a terminal, elsewhere a line every 10 seconds.
+
+    It is a context manager. `unit` names the items, in the plural; without `active` nothing is shown.
     """
 
     def __init__(self, total: int, unit: str, *, active: bool = True):
@@ -223,21 +237,35 @@ class Progress:
         self._bar.close()
 
 
+class _Head(msgspec.Struct):
+    """What every record of a metrics.jsonl has."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    kind: Literal["train", "evaluation"]
+
+
 def read_records(path: files.Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, none if there is no file; a line cut off by a crash is skipped.
+    """The records of a `metrics.jsonl`, none if there is no file; damaged lines are left out, which is said.
+
+    A crash may cut off the last line, of which nothing is said.
 
     Raises:
         UserError: the file exists but cannot be read.
     """
-    try:
-        lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; move it away") from None
-    records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and {"step", "kind"} <= record.keys()]
+    with files.report_errors("read", path, "; move it away"):
+        if not path.exists():
+            return []
+    records, damaged = [], []
+    lines = files.read_bytes(path, "; move it away").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            files.read_json(line, _Head, path)
+            records.append(files.read_json(line, dict[str, int | float | str | None], path))
+        except UserError:
+            damaged += [number] if line.endswith(b"\n") else []
+    if damaged:
+        print(f"left out of {path}: {len(damaged)} damaged lines, line {damaged[0]} is the first", flush=True)
+    return records
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
@@ -255,7 +283,11 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (kind, name) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        points = [(record["step"], record[name]) for record in records if record["kind"] == kind]
+        points = [
+            (record["step"], record[name])
+            for record in records
+            if record["kind"] == kind and isinstance(record.get(name), int | float)
+        ]
         axes.plot(
             *zip(*points, strict=True) if points else ([], []), marker="o" if kind == "evaluation" else ""
         )
@@ -265,18 +297,3 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, dpi=110)
     files.write_file(path, image.getvalue())
-
-
-@contextlib.contextmanager
-def _report_write_error(path: pathlib.Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -45,7 +45,7 @@ from topformer_jax import checkpoints, inference, logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
-from topformer_jax.data.codecs import decode_image, read_image_size
+from topformer_jax.data.codecs import decode_image, describe_depth, read_depth, read_image_size
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
 from topformer_jax.visualize import drawing
@@ -113,7 +113,8 @@ def list_images(arguments: Sequence[str], output: files.Path | None = None) -> L
                 )
             outputs |= {str(image): image.relative_to(path).with_suffix("") for image in images}
     if not outputs:
-        raise UserError(f"{' '.join(arguments)}: nothing but results of this command: name pictures")
+        there = f"nothing but {len(results)} results of this command" if results else "no image"
+        raise UserError(f"{' '.join(arguments)}: {there}: name pictures ({', '.join(IMAGE_SUFFIXES)})")
     _check_distinct(outputs)
     return Listing([ImageFile(*item) for item in outputs.items()], others, sorted({*results}))
 
@@ -127,15 +128,7 @@ def segment_files(
     probabilities: bool,
     progress: logs.Progress,
 ) -> list[str]:
-    """Segments each image and writes its results.
-
-    Args:
-        predictor: of the trained model, or of an exported file.
-        images: what to segment.
-        output: an existing folder.
-        data_set: names and colours of the classes.
-        probabilities: whether to write the probabilities of the classes too.
-        progress: shows the number of segmented images, and each error.
+    """Segments each image and writes its results into an existing folder.
 
     Returns:
         The errors of the images that cannot be read, a line each; these are skipped.
@@ -195,10 +188,13 @@ def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
 
 def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
     """Reads and decodes an image; returns the error, for the caller to go on with the next one."""
+    name = "standard input" if file.path == STDIN else file.path
     try:
-        if file.path == STDIN:
-            return file, decode_image(sys.stdin.buffer.read(), "standard input")
-        return file, decode_image(pathlib.Path(file.path).read_bytes(), file.path)
+        data = sys.stdin.buffer.read() if file.path == STDIN else pathlib.Path(file.path).read_bytes()
+        image = decode_image(data, name)
+        if words := describe_depth(read_depth(data, name)):
+            raise UserError(f"{name} has {words}")
+        return file, image
     except OSError as error:
         return file, UserError(f"{file.path} cannot be read: {error.strerror or error}")
     except UserError as error:

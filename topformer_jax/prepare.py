@@ -107,6 +107,10 @@ def prepare(args: argparse.Namespace) -> None:
             )
         _pack(args.dataset, args.source, args.output, part)
         return
+    if source.resolve().is_relative_to(output.resolve()):
+        raise UserError(
+            f"--source {source} lies in --output {output}, where files are made and deleted: name another"
+        )
     if part != (1, 1) or files.is_in_bucket(args.output):
         raise UserError(
             f"--shard {args.shard} and --output {args.output}: a folder that has the layout is packed by several "
@@ -118,7 +122,7 @@ def prepare(args: argparse.Namespace) -> None:
     found = downloads.find(args.dataset, source, options)
     if found.table:
         print(cli.table(found.table))
-        print(*(f"note: {note}"[:300] for note in found.notes), sep="\n")
+        print(*(files.shorten(f"note: {note}", cli.LONGEST_LINE) for note in found.notes), sep="\n")
     if args.format == "folder":
         _make_folder(found, output, workers, args.verify)
         print(f"{output} is complete; use it with --config.data.root={output}")
@@ -133,7 +137,7 @@ def prepare(args: argparse.Namespace) -> None:
         _pack(args.dataset, str(folder), args.output, part)
         for name in (writer.LISTING, writer.MANIFEST):
             files.write_file(packed / name, (folder / name).read_bytes())
-    shutil.rmtree(folder, ignore_errors=True)
+    writer.remove(folder, found.origin)
 
 
 def _make_folder(

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import hashlib
 import os
 import sys
 import threading
@@ -16,6 +17,12 @@ from jax.experimental import multihost_utils
 from topformer_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -168,6 +175,12 @@ def report_lost_connection() -> None:
     """Says that another process is gone; where JAX's coordination service notices it first, it says so itself."""
     line = "another process of this run ended or stopped answering; see its output, and start the same command again"
     print(f"error: {line} on every host", file=sys.stderr, flush=True)
+
+
+def count_equal(text: str) -> int:
+    """How many processes have the text that this one has; all processes must call it in the same order."""
+    own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return int((gather_processes(own) == own).all(1).sum())
 
 
 def sum_over_processes(array: np.ndarray) -> np.ndarray:

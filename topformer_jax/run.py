@@ -13,14 +13,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, errors, files, logs, metrics, models, sharding
+from topformer_jax import checkpoints, errors, files, logs, models, processes, sharding
 from topformer_jax import config as config_lib
 from topformer_jax.classifier_evaluation import evaluate_classifier
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.errors import UserError
-from topformer_jax.evaluation import ExampleResult, evaluate_split
+from topformer_jax.evaluation import ExampleResult, evaluate_split, score_split
 from topformer_jax.run_folder import RunFolder
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import TrainState
@@ -51,8 +51,8 @@ class Run:
 def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifier:
     """The network with its initial weights: fresh ones, or those of `config.init_from`."""
     model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
-    if config.init_from and jax.process_index() == 0:
-        print(checkpoints.origin_table(model, config.init_part, config.init_from))
+    if config.init_from:
+        processes.say(checkpoints.describe_origin(model, config.init_part, config.init_from))
     return model
 
 
@@ -134,24 +134,21 @@ def print_banner(
     steps, start = config.schedule.steps, int(state.step)
     epochs = steps * config.batch_size / len(splits[0])
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    distillation = config.distillation
-    teacher = {"teacher": f"{distillation.config}, {distillation.checkpoint}"} if distillation.config else {}
-    logs.print_banner(
-        {
-            "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
-            f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
-            "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and "
-            f"{len(splits[1])} validation examples",
-            "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} "
-            f"processes, mesh {axes}",
-            "writing to": folder.path,
-            "starting": f"from checkpoint {start}"
-            if start
-            else f"from {config.init_from or 'fresh weights'}",
-        }
-        | teacher
-    )
+    device, distillation = jax.devices()[0].device_kind, config.distillation
+    rows = {
+        "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
+        f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
+        "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and {len(splits[1])} "
+        "validation examples",
+        "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
+        "devices": f"{jax.device_count()} x {device} in {jax.process_count()} processes, mesh {axes}",
+        "writing to": folder.path,
+        "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'fresh weights'}",
+        "teacher": distillation.config and f"{distillation.config}, {distillation.checkpoint}",
+    }
+    for name, value in rows.items():
+        if value:
+            print(f"{name:<10}  {value}", flush=True)
 
 
 def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:
@@ -209,15 +206,10 @@ class Monitor:
         for at, values in enumerate(fetched, step - len(fetched) + 1):
             bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
             if bad:
-                newest = self._run.store.latest
-                saved = (
-                    f"the last good checkpoint is of step {newest}"
-                    if newest
-                    else "no checkpoint is saved yet"
-                )
+                name, value = bad[0].replace("_", " "), float(values[bad[0]])
                 raise UserError(
-                    f"the {bad[0].replace('_', ' ')} is {float(values[bad[0]])} at step {at}; {saved}; lower "
-                    "schedule.lr, or set optimizer.clip_norm"
+                    f"the {name} is {value} at step {at}: lower schedule.lr, or set optimizer.clip_norm; "
+                    f"{self._run.store.describe_newest()}"
                 )
         return fetched
 
@@ -264,18 +256,6 @@ def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
     run.store.save(step, _to_trees(state), {"config": json.loads(run.config.to_json()), "meta": meta})
 
 
-def report_out_of_memory(run: Run, _: object, error: BaseException | None, *rest: object) -> None:
-    """Raises a UserError if the loop ran out of memory; an ExitStack can call it.
-
-    Nothing can be saved: the failed step was given the state's memory.
-    """
-    line = error and errors.explain_out_of_memory(error, "train")
-    if line:
-        newest = run.store.latest
-        saved = f"with that, it resumes from step {newest}" if newest else "no step was saved yet"
-        raise UserError(f"{line}; {saved}") from None
-
-
 @contextlib.contextmanager
 def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> Iterator[None]:
     """Saves the state of a step if what follows fails with a UserError, so that nothing is computed twice."""
@@ -301,25 +281,17 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
             raise _EvaluationStopped
 
     evaluate = _score_classifier if run.config.task == "classification" else _score_segmenter
-    # A state whose evaluation needs too much memory can still be saved: see `save_on_error`.
-    with (
-        jax.transfer_guard("allow"),
-        errors.report_out_of_memory("evaluate"),
-    ):  # sizes and flags go to the devices with each batch
+    # Sizes and flags go to the devices with each batch.
+    with jax.transfer_guard("allow"), errors.report_out_of_memory("evaluate"):
         tensors = sharding.to_host(state.average or state.params | state.stats)
         try:
             scores = evaluate(run, tensors, step, stop_if_requested)
         except _EvaluationStopped:
             return
     run.log.log_evaluation(step, scores)
-    score = scores[SCORES[run.config.task]]
-    if math.isnan(score):
-        raise UserError(
-            f"the evaluation at step {step} gives nan: no label of the validation split in "
-            f"{run.config.data.root} has a pixel of a class"
-        )
-    run.folder.upload()  # a noted score says that the log holds it
-    run.store.add_score(step, score)
+    # A score in the file says that the log holds it.
+    is_logged = run.folder.upload()
+    run.store.add_score(step, scores[SCORES[run.config.task]], to_file=is_logged)
 
 
 def _score_segmenter(
@@ -346,7 +318,7 @@ def _score_segmenter(
     if rows:
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
         drawing.write_image(run.folder.local / "predictions" / f"{step:07}.png", grid)
-    scores = metrics.compute_scores(result.confusion)
+    scores = score_split(result, run.config, "validation")
     return {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
 
 

@@ -1,7 +1,6 @@
 """The folder of a training run: one run at a time, written locally and uploaded where it is in a bucket."""
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
@@ -11,9 +10,10 @@ import tempfile
 import threading
 import time
 import uuid
-from typing import Any
+from typing import Annotated
 
 import jax
+import msgspec
 
 from topformer_jax import files, processes
 from topformer_jax.errors import UserError
@@ -21,6 +21,18 @@ from topformer_jax.errors import UserError
 RENEW_SECONDS = 15.0
 EXPIRED_SECONDS = 60.0  # a run that has not renewed its lease for so long has crashed
 LEASE = "run.lock"
+
+
+class Record(msgspec.Struct):
+    """A run.lock: which process keeps the folder."""
+
+    run: str
+    host: str
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    boot: str = ""
+    namespace: str = ""
+    started: str | None = None
+    renewals: int = 0
 
 
 class RunFolder:
@@ -146,11 +158,6 @@ class RunFolder:
 class Lease:
     """Keeps a work directory for one run: a file that it renews, and that a successor takes over after a crash.
 
-    Args:
-        folder: the work directory.
-        renew_seconds: the time between renewals.
-        expired_seconds: the time after which a lease that was not renewed belongs to nobody.
-
     Raises:
         UserError: another run is using the folder, or the lease cannot be written.
     """
@@ -164,29 +171,27 @@ class Lease:
         self._folder = folder
         self._file = folder / LEASE
         self._renew_seconds = renew_seconds
-        self._record = {"run": uuid.uuid4().hex, **_this_process(), "renewals": 0}
+        self._record = _this_process()
         other = self._read()
         if other is not None:
             self._wait_until_free(other, renew_seconds, expired_seconds)
-        files.write_file(self._file, json.dumps(self._record))
+        files.write_file(self._file, msgspec.json.encode(self._record))
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew_in_turn, daemon=True)
         self._thread.start()
         processes.call_before_leaving(self.release)
 
-    def _read(self) -> dict[str, Any] | None:
-        """The record in the file; None where there is no file or it holds something else."""
+    def _read(self) -> Record | None:
+        """The record in the file; None where there is none."""
         with files.report_errors("read", self._file):
-            text = files.retry(lambda: self._file.read_text() if self._file.exists() else "")
-        with contextlib.suppress(ValueError):
-            record = json.loads(text)
-            if isinstance(record, dict) and {"run", "host", "pid"} <= record.keys():
-                return record
-        return None
+            if not files.retry(self._file.exists):
+                return None
+        advice = "; if no run uses the folder, delete it"
+        return files.read_json(files.read_bytes(self._file, advice), Record, self._file, advice)
 
-    def _wait_until_free(self, other: dict[str, Any], pause: float, expired: float) -> None:
+    def _wait_until_free(self, other: Record, pause: float, expired: float) -> None:
         """Returns when the other run is known to be gone."""
-        who = f"process {other['pid']} on {other['host']}"
+        who = f"process {other.pid} on {other.host}"
         if has_ended := _has_ended(other):
             return
         if has_ended is None:
@@ -210,16 +215,16 @@ class Lease:
 
     def _renew(self) -> None:
         found = self._read()
-        if found is not None and found["run"] != self._record["run"]:
+        if found is not None and found.run != self._record.run:
             self._released.set()
             print(
-                f"error: {self._folder} was taken over by process {found['pid']} on {found['host']}: this run ends",
+                f"error: {self._folder} was taken over by process {found.pid} on {found.host}: this run ends",
                 file=sys.stderr,
             )
             processes.leave(2)
-        self._record["renewals"] += 1
+        self._record.renewals += 1
         if not self._released.is_set():
-            files.write_file(self._file, json.dumps(self._record))
+            files.write_file(self._file, msgspec.json.encode(self._record))
 
     def release(self) -> None:
         """Leaves the folder to the next run."""
@@ -228,37 +233,33 @@ class Lease:
         self._released.set()
         self._thread.join(5)  # it may be waiting for a network
         with contextlib.suppress(Exception):  # it expires, or is a successor's by now
-            if json.loads(self._file.read_text())["run"] == self._record["run"]:
+            if (found := self._read()) and found.run == self._record.run:
                 self._file.unlink()
 
 
-def _this_process() -> dict[str, Any]:
-    """What tells a process from all others, also from those in other containers; "" where the kernel does not say."""
+def _this_process() -> Record:
+    """A new run in this process, also told from those in other containers; "" where the kernel does not say."""
     namespace = ""
     with contextlib.suppress(OSError):  # not a Linux
         namespace = os.readlink("/proc/self/ns/pid")
-    return {
-        "host": socket.gethostname(),
-        "boot": files.read_boot_id(),
-        "namespace": namespace,
-        "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-    }
+    pid, boot = os.getpid(), files.read_boot_id()
+    return Record(uuid.uuid4().hex, socket.gethostname(), pid, boot, namespace, _start_time(pid))
 
 
-def _has_ended(record: dict[str, Any]) -> bool | None:
+def _has_ended(record: Record) -> bool | None:
     """Whether the process of a lease has ended; None where it is another machine's, or the kernel does not say."""
     here = _this_process()
-    if not all(here[key] and here[key] == record.get(key) for key in ("host", "boot", "namespace")):
+    place = here.host, here.boot, here.namespace
+    if not all(place) or place != (record.host, record.boot, record.namespace):
         return None
     try:
-        os.kill(int(record["pid"]), 0)
+        os.kill(record.pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:  # another user's, which /proc may hide
         pass
-    started = _start_time(int(record["pid"]))
-    return None if started is None else started != record.get("started")
+    started = _start_time(record.pid)
+    return None if started is None else started != record.started
 
 
 def _start_time(pid: int) -> str | None:

@@ -76,10 +76,6 @@ class GracefulShutdown:
 
         A thread does it, so that nobody waits for the minutes in which the main thread compiles. With several
         processes either all leave or none: each says whether it has computed a step, and one that has keeps them all.
-
-        Args:
-            has_computed: tells whether this process has computed a step.
-            print_line: prints what happens.
         """
         self._has_computed, self._print_line = has_computed, print_line
         if self._received and self._is_alone:

@@ -27,31 +27,13 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax import logs, processes, sharding
+from topformer_jax import errors, logs, processes, sharding
+from topformer_jax import run as run_lib
 from topformer_jax.checkpoints import CheckpointStore
-from topformer_jax.data import loader, sources
+from topformer_jax.data import loader, sources, workers
 from topformer_jax.data.sample import look_at_labels
 from topformer_jax.profiler import StepProfiler, parse_steps
-from topformer_jax.run import (
-    Monitor,
-    Run,
-    check_changes,
-    evaluate_and_log,
-    evaluate_if_missing,
-    exit_if_stopped,
-    is_checkpoint_step,
-    is_evaluation_step,
-    is_log_step,
-    load_initial_model,
-    load_teacher,
-    print_banner,
-    print_results,
-    record_start,
-    report_out_of_memory,
-    restore_state,
-    save_checkpoint,
-    save_on_error,
-)
+from topformer_jax.run import Monitor, Run
 from topformer_jax.run_folder import RunFolder
 from topformer_jax.shutdown import GracefulShutdown
 from topformer_jax.step import init_training
@@ -59,11 +41,6 @@ from topformer_jax.step import init_training
 
 def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)) -> None:
     """Trains until `schedule.steps`, from the newest checkpoint of the work directory.
-
-    Args:
-        config: the settings.
-        folder: of the run, for checkpoints, logs and images.
-        profile_steps: to trace with `jax.profiler` into `folder.local / "profile"`.
 
     Raises:
         UserError: the data, the devices, the work directory or a checkpoint do not fit the config; the loss
@@ -78,25 +55,24 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     validation_source = sources.open_source(config, "validation", make_progress)
     splits = {"train": train_source, "validation": validation_source}
     for line in look_at_labels(config, data_set, splits):
-        if is_first:
-            print(f"warning: {line}")
+        processes.say(f"warning: {line}")
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
-    model = load_initial_model(config)
-    state, train_step = init_training(config, mesh, model, load_teacher(config))
+    model = run_lib.load_initial_model(config)
+    state, train_step = init_training(config, mesh, model, run_lib.load_teacher(config))
     folder.open()
     store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
     start = store.latest or 0
     changes: list[str] = []
     if start:
-        data_set, changes = check_changes(store, start, config, data_set)
-        state = restore_state(store, start, state)
+        data_set, changes = run_lib.check_changes(store, start, config, data_set)
+        state = run_lib.restore_state(store, start, state)
 
     # ---- banner
     if is_first:
-        print_banner(config, folder, mesh, state, (train_source, validation_source))
-        record_start(config, folder, start, changes)
+        run_lib.print_banner(config, folder, mesh, state, (train_source, validation_source))
+        run_lib.record_start(config, folder, start, changes)
     log = logs.RunLog(folder.local, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
     run = Run(config, folder, mesh, model, data_set, train_source, validation_source, store, log, shutdown)
@@ -107,6 +83,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            processes_on_host=processes.count_equal(workers.name_shared_memory()),
         ),
         sharding.batch_sharding(mesh),
     )
@@ -122,30 +99,30 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
             cleanup.callback(close)
         cleanup.push(cli.leave_others_on_error)
-        cleanup.push(functools.partial(report_out_of_memory, run))
-        evaluate_if_missing(run, state, start)
+        cleanup.enter_context(errors.report_out_of_memory("train", store.describe_newest))
+        run_lib.evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
-            with save_on_error(run, state, step - 1, monitor):
+            with run_lib.save_on_error(run, state, step - 1, monitor):
                 batch = monitor.next_batch()
             profiler.before(step)
             state, step_metrics = train_step(state, batch)
             profiler.after(step, step_metrics)
             monitor.add(step_metrics)
-            if not shutdown.check() and not is_log_step(config, step):
+            if not shutdown.check() and not run_lib.is_log_step(config, step):
                 continue
 
             monitor.log(step)
-            if shutdown.signal or is_checkpoint_step(config, step):
-                save_checkpoint(run, state, step)
-            if is_evaluation_step(config, step) and not shutdown.signal:
-                with save_on_error(run, state, step, monitor):
-                    evaluate_and_log(run, state, step)
-            exit_if_stopped(run, step)
+            if shutdown.signal or run_lib.is_checkpoint_step(config, step):
+                run_lib.save_checkpoint(run, state, step)
+            if run_lib.is_evaluation_step(config, step) and not shutdown.signal:
+                with run_lib.save_on_error(run, state, step, monitor):
+                    run_lib.evaluate_and_log(run, state, step)
+            run_lib.exit_if_stopped(run, step)
             monitor.restart_clock()
 
     # ---- the end
     if is_first:
-        print_results(run)
+        run_lib.print_results(run)
 
 
 def main() -> None:

@@ -10,11 +10,10 @@ Every format reads and writes the same: a model's tensors by official name in th
 A model's variables have the official names themselves, so what a reader returns needs no further mapping.
 """
 
-from topformer_jax.checkpoints.load import check_state_dict as check_state_dict
+from topformer_jax.checkpoints.load import describe_origin as describe_origin
 from topformer_jax.checkpoints.load import load_model as load_model
 from topformer_jax.checkpoints.load import load_segmenter as load_segmenter
 from topformer_jax.checkpoints.load import load_state_dict as load_state_dict
-from topformer_jax.checkpoints.load import origin_table as origin_table
 from topformer_jax.checkpoints.load import read_checkpoint as read_checkpoint
 from topformer_jax.checkpoints.load import write_checkpoint as write_checkpoint
 from topformer_jax.checkpoints.orbax_store import CheckpointStore as CheckpointStore

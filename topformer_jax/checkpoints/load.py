@@ -8,7 +8,6 @@ Another format is a module with a reader and a writer like `torch_format`'s, and
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -26,8 +25,7 @@ Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter |
 Tensors = dict[str, np.ndarray]
 Metadata = dict[str, Any]
 Shape = tuple[int, ...]
-# What of a checkpoint is taken: everything; all but the layer of the classes; the backbone of an ImageNet classifier.
-PARTS = ("all", "all_but_classes", "backbone")
+MOST_SHOWN = 4  # tensors of a kind: with what is said of names, an error has at most ten lines
 CLASS_LAYERS = ("decode_head.conv_seg.", "head.l.")  # the layers whose shape depends on the number of classes
 
 
@@ -119,8 +117,6 @@ def read_checkpoint(
         UserError: it cannot be read, does not fit, or holds NaN or infinity.
     """
     config = model.config
-    if part not in PARTS:
-        raise UserError(f"init_part is {part!r}: expected one of {', '.join(PARTS)}")
     if part == "backbone" and config.task != "segmentation":
         raise UserError(
             "only a segmenter can start from a classifier's backbone; the config is a classifier's"
@@ -131,7 +127,6 @@ def read_checkpoint(
     variables = models.named_variables(model)
     shapes = {name: variable.shape for name, variable in variables.items()}
     tensors = names.match_names(tensors, shapes, str(path), metadata.get("meta", {}))
-    check_network(tensors, shapes, str(path))
     fresh = fresh_names(variables, part)
     skipped = ("head.",) if part == "backbone" else ()  # the classifier's
     tensors = {
@@ -154,25 +149,10 @@ def read_checkpoint(
     return tensors, metadata
 
 
-def read_any(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
-    """What a checkpoint of any format holds, whatever model it belongs to: see `Format`.
-
-    Raises:
-        UserError: it does not exist or cannot be read.
-    """
-    path = files.as_path(path)
-    return find_format(path).read(path)
-
-
 def write_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint in the format of the path's suffix; without a known one, a checkpoint folder.
-
-    Args:
-        path: of a file or a folder that does not exist.
-        tensors: by official name, in this package's layout.
-        metadata: `config` and `meta`, as far as the format holds them.
+    """Writes a checkpoint in the format of the path's suffix (see `Format`); without a known one, a folder.
 
     Raises:
         UserError: it exists, or cannot be written.
@@ -203,38 +183,13 @@ def fresh_names(names: Iterable[str], part: str) -> set[str]:
     return {name for name in names if part == "all_but_classes" and name.startswith(CLASS_LAYERS)}
 
 
-def check_network(found: Iterable[str], expected: Iterable[str], source: str) -> None:
-    """Checks that at least half of a checkpoint's names are the model's, of a block of any number.
-
-    Raises:
-        UserError: they are another network's; it names some.
-    """
-    found, blocks = list(found), {re.sub(r"\.\d+\.", ".N.", name) for name in expected}
-    unknown = [name for name in found if re.sub(r"\.\d+\.", ".N.", name) not in blocks]
-    if 2 * len(unknown) > len(found):
-        raise UserError(
-            f"{source} is of another network (names such as {' and '.join(name[:60] for name in unknown[:2])}): "
-            f"{len(found) - len(unknown)} of its {len(found)} tensors have names of TopFormer's"
-        )
-
-
 def check_state_dict(
-    found: Mapping[str, Shape],
-    expected: Mapping[str, Shape],
-    source: str,
-    *,
-    hint: Callable[[], str] = lambda: "use the config that it was made with",
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], source: str, *, hint: Callable[[], str]
 ) -> None:
-    """Checks that names and shapes are exactly the expected ones.
-
-    Args:
-        found: shapes by name, of what was read.
-        expected: shapes by name, of the model.
-        source: what was read, for the message.
-        hint: what to do; called only if something does not fit.
+    """Checks that names and shapes are exactly the expected ones; `hint` says what to do if not.
 
     Raises:
-        UserError: tensors are missing, unexpected or of the wrong shape; its details name the first of each kind.
+        UserError: tensors are missing, unexpected or of the wrong shape; its details name one of each kind.
     """
     missing = [f"{name}  config {_describe(shape)}" for name, shape in expected.items() if name not in found]
     unexpected = [f"{name}  file {_describe(shape)}" for name, shape in found.items() if name not in expected]
@@ -246,9 +201,9 @@ def check_state_dict(
     if not (missing or unexpected or wrong_shape):
         return
     details = [
-        f"  {kind:<11}  {line}"
+        f"  {kind:<11}  {lines[0]}" + (f" (and {len(lines) - 1} more)" if lines[1:] else "")
         for kind, lines in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong_shape))
-        for line in _shorten(lines, 3)
+        if lines
     ]
     raise UserError(
         f"{source} does not fit the config: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
@@ -268,11 +223,8 @@ def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
     if not broken:
         return
     details = [
-        f"  {line}"
-        for line in _shorten(
-            [f"{name}  {n} of {tensors[name].size} values are NaN or infinite" for name, n in broken.items()],
-            9,
-        )
+        f"  {name}  {count} of {tensors[name].size} values are NaN or infinite"
+        for name, count in list(broken.items())[:MOST_SHOWN]
     ]
     first = ", ".join(list(broken)[:2]) + (", ..." if len(broken) > 2 else "")
     raise UserError(
@@ -283,12 +235,7 @@ def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
 
 
 def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
-    """Assigns tensors to a model's variables of the same name, in the variables' dtypes.
-
-    Args:
-        model: is changed.
-        tensors: by official name, in this package's layout; that they fit is the caller's to check.
-    """
+    """Assigns tensors to a model's variables of the same name, in the variables' dtypes, without a check."""
     variables = models.named_variables(model)
     for name, tensor in tensors.items():
         values = tensor.astype(variables[name].dtype, copy=False)
@@ -296,27 +243,30 @@ def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Non
         variables[name].set_value(jax.device_put(values, may_alias=False))
 
 
-def origin_table(model: nnx.Module, part: str, source: object) -> str:
-    """A table of a model's modules: tensors, parameters, and whether they come from a checkpoint or are fresh."""
-    variables = models.named_variables(model)
-    fresh = fresh_names(variables, part)
-    tensors: Counter[tuple[str, bool]] = Counter()
-    parameters: Counter[tuple[str, bool]] = Counter()
-    for name, variable in variables.items():
-        row = (".".join(name.split(".")[:2]), name in fresh)
-        tensors[row] += 1
-        parameters[row] += variable.size if isinstance(variable, nnx.Param) else 0
-    lines = [f"{'module':<26}{'tensors':>8}{'parameters':>13}  from"]
-    for (module, is_fresh), count in tensors.items():
-        origin = "fresh" if is_fresh else source
-        lines.append(f"{module:<26}{count:>8}{parameters[module, is_fresh]:>13,}  {origin}")
-    return "\n".join(lines)
+def describe_origin(model: nnx.Module, part: str, source: object) -> str:
+    """Which of a model's modules come from `part` of a checkpoint, and which are fresh."""
+    names = models.named_variables(model)
+    fresh = fresh_names(names, part)
+    taken, new = (
+        ", ".join(
+            dict.fromkeys(".".join(name.split(".")[:2]) for name in names if (name in fresh) == is_fresh)
+        )
+        for is_fresh in (False, True)
+    )
+    return f"from {source}: {taken}" + (f"; fresh: {new}" if new else "")
 
 
 def _explain_misfit(
     tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], config: ConfigDict
 ) -> str:
     """Why a checkpoint most likely does not fit, from the shapes that give it away, and what to do."""
+    known = {re.sub(r"\.\d+\.", ".N.", name) for name in expected}  # of a block of any number
+    unknown = [name for name in tensors if re.sub(r"\.\d+\.", ".N.", name) not in known]
+    if 2 * len(unknown) > len(tensors):
+        return (
+            f"it is of another network (names such as {unknown[0][:60]}): "
+            f"{len(tensors) - len(unknown)} of its {len(tensors)} tensors have names of TopFormer's"
+        )
     query = next((t for name, t in tensors.items() if name.endswith("blocks.0.attn.to_q.c.weight")), None)
     for name, variant in models.VARIANTS.items():
         if query is not None and sum(variant.channels) in query.shape and name != config.model.variant:
@@ -343,10 +293,6 @@ def _explain_misfit(
     if all(name in tensors and tensors[name].shape == shape for name, shape in expected.items()):
         return "no layer has a place for the unexpected: save the file without them, if they are not needed"
     return "use the config that it was made with"
-
-
-def _shorten(lines: list[str], most: int) -> list[str]:
-    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more"]
 
 
 def _describe(shape: Shape) -> str:

@@ -4,7 +4,8 @@ Each step holds `model`, a flat dictionary of tensors by official name in this p
 `config` (the settings it belongs to) and `meta` (what an mmcv file says about itself: epoch, iteration, classes).
 Training adds `average` (the averaged tensors, with `ema_decay`) and `optimizer`. Where there is an average, it is
 what a reader of the model gets. A step is written once and never changed: the scores of a run's steps are in a file
-beside them, `scores.json`.
+beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array, which readers
+compare: neither OCDBT's files nor zstd's blocks have one.
 """
 
 import contextlib
@@ -12,10 +13,12 @@ import dataclasses
 import json
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -27,6 +30,48 @@ SCORES_FILE = "scores.json"
 EXIT_SECONDS = 10.0  # for which a process that has to end waits for a write in flight
 
 
+class Metadata(msgspec.Struct):
+    """What a checkpoint of this project says of itself; other entries are its writer's."""
+
+    meta: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    crc32: dict[str, int] = {}  # of each array's bytes, by its tree and its path
+
+    def __post_init__(self) -> None:
+        if groups := [
+            key for key in ("model", "data", "evaluation") if not isinstance(self.config.get(key, {}), dict)
+        ]:
+            raise ValueError(f"`config.{groups[0]}` holds no settings")
+
+
+def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
+    """The CRC-32 of each array that this process holds as a whole."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(trees)):
+        if getattr(leaf, "is_fully_replicated", True) or leaf.is_fully_addressable:
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = checksum(np.asarray(leaf))
+    return found
+
+
+def checksum(array: np.ndarray) -> int:
+    """The CRC-32 of an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def check_sums(found: Mapping[str, int], stored: Mapping[str, int], where: object) -> None:
+    """Compares checksums of arrays with those that were stored, if any were.
+
+    Raises:
+        UserError: one differs: a disk or a copy has changed bits.
+    """
+    wrong = [name for name, value in found.items() if stored.get(name, value) != value]
+    if wrong:
+        raise UserError(
+            f"{where} is damaged: {len(wrong)} of {len(found)} arrays are not as they were written, {wrong[0][:80]} "
+            "for one: copy it again, or take another checkpoint"
+        )
+
+
 def save_model(
     directory: str | os.PathLike[str],
     tensors: Mapping[str, np.ndarray],
@@ -35,12 +80,6 @@ def save_model(
     step: int = 0,
 ) -> None:
     """Writes a model as one step of a checkpoint folder. Atomic: a temporary folder, then rename.
-
-    Args:
-        directory: the folder; it is made where it does not exist.
-        tensors: by official name, in this package's layout.
-        metadata: what JSON can hold: `config` and `meta`.
-        step: which must not exist in the folder.
 
     Raises:
         UserError: the step exists, or the folder cannot be written.
@@ -52,14 +91,14 @@ def save_model(
         if (directory / str(step)).exists():
             raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
         with _checkpointer(directory) as checkpointer:
-            checkpointer.save_checkpointables(step, {"model": dict(tensors)}, custom_metadata=dict(metadata))
+            trees = {"model": dict(tensors)}
+            checkpointer.save_checkpointables(
+                step, trees, custom_metadata={**metadata, "crc32": checksums(trees)}
+            )
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the metadata of a checkpoint folder's newest step, or of one step.
-
-    Args:
-        directory: a checkpoint folder, one of its step folders, or a training run's work directory.
+    """The tensors and the metadata of a step's folder, or of the newest step of a checkpoint folder or a run.
 
     Raises:
         UserError: the folder does not exist, holds no checkpoint, or is damaged.
@@ -85,7 +124,9 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
             if shapes is None:
                 raise UserError(f"{directory} is damaged: the tensors of step {step} cannot be read")
             like = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in shapes.items()}
-            tensors = checkpointer.load_checkpointables(step, {part: like})[part]
+            metadata, sums = _read_metadata(stored, directory)
+            loaded = checkpointer.load_checkpointables(step, {part: like})
+            check_sums(checksums(loaded), sums, directory)
     except UserError:
         raise
     except OSError as error:
@@ -94,21 +135,25 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
         raise UserError(
             f"{directory} is damaged, or not a checkpoint of this project: {_reason(error)}"
         ) from error
-    return {name: np.asarray(tensor) for name, tensor in tensors.items()}, stored.custom_metadata or {}
+    return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, metadata
+
+
+def _read_metadata(stored: Any, where: object) -> tuple[dict[str, Any], dict[str, int]]:
+    """A step's own metadata, of the types that `Metadata` says, and the checksums of its arrays.
+
+    Raises:
+        UserError: they are others.
+    """
+    custom = stored.custom_metadata or {}
+    sums = files.convert(custom, Metadata, f"the metadata of {where}").crc32
+    return {key: value for key, value in custom.items() if key != "crc32"}, sums
 
 
 class CheckpointStore:
-    """The checkpoints of a training run: the newest ones and the best one, written in the background.
+    """The checkpoints of a training run: the newest `max_to_keep` and the best one, written in the background.
 
-    Every process of a run makes one on the same folder and calls the same methods in the same order.
-
-    Args:
-        directory: the folder of the steps.
-        max_to_keep: how many of the newest steps are kept, beside the one of the best score. An older step is
-            deleted when its successor is complete.
-
-    Attributes:
-        newest_started: the step that this process saved last, or 0; it may not be complete yet.
+    Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
+    is deleted when its successor is complete.
 
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
@@ -116,7 +161,7 @@ class CheckpointStore:
 
     def __init__(self, directory: files.Path, max_to_keep: int):
         self.directory = directory
-        self.newest_started = 0
+        self._newest_started = 0
         self._scores = _read_scores(directory / SCORES_FILE)
         try:
             self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
@@ -132,6 +177,11 @@ class CheckpointStore:
         """The newest checkpoint's step; it may still be being written."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def describe_newest(self) -> str:
+        """What an error's line says of it."""
+        newest = self.latest
+        return "no step is saved yet" if newest is None else f"the newest saved step is {newest}"
 
     @property
     def best(self) -> tuple[int, float] | None:
@@ -151,18 +201,24 @@ class CheckpointStore:
             trees: of arrays, by what they are: `model`, `optimizer`, `average`; empty ones are skipped.
             metadata: what JSON can hold: `config` and `meta`.
         """
-        if step == self.newest_started:
+        if step == self._newest_started:
             return
-        self.newest_started = step
+        self._newest_started = step
         with self._report_write_error():
             self._checkpointer.save_checkpointables_async(
-                step, _non_empty(trees), force=True, custom_metadata=metadata
+                step,
+                _non_empty(trees),
+                force=True,
+                custom_metadata=metadata | {"crc32": checksums(_non_empty(trees))},
             )
 
-    def add_score(self, step: int, score: float) -> None:
-        """Notes the score of a saved step, 0 to 1, in a file beside the steps."""
+    def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
+        """Notes the score of a saved step, 0 to 1, by which the best one stays.
+
+        A run that goes on from a step whose score is not in the file, the one beside the steps, scores it again.
+        """
         self._scores[step] = score
-        if jax.process_index() == 0:
+        if to_file and jax.process_index() == 0:
             with jax.transfer_guard("allow"):
                 files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
@@ -170,9 +226,10 @@ class CheckpointStore:
         """The metadata that a step was saved with: `config` and `meta`."""
         with self._report_read_error(step):
             stored = self._checkpointer.checkpointables_metadata(step)
-            if not (stored.custom_metadata or {}).get("config"):
+            metadata, _ = _read_metadata(stored, step)
+            if not metadata.get("config"):
                 raise ValueError("its metadata holds no config")
-        return {"meta": {}, **stored.custom_metadata}
+        return {"meta": {}, **metadata}
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """One step's trees, with the structure, dtypes and shardings of the arrays in `like`."""
@@ -182,7 +239,10 @@ class CheckpointStore:
 
         described = jax.tree.map(describe, _non_empty(like))
         with self._report_read_error(step):
-            return {**like, **self._checkpointer.load_checkpointables(step, described)}
+            loaded = self._checkpointer.load_checkpointables(step, described)
+            _, sums = _read_metadata(self._checkpointer.checkpointables_metadata(step), step)
+            check_sums(checksums(loaded), sums, f"step {step}")
+            return {**like, **loaded}
 
     def wait(self) -> None:
         """Returns when all that `save` started is written."""
@@ -230,11 +290,9 @@ class CheckpointStore:
             reason = NO_SPACE if "No space left" in str(error) else _reason(error)
             if jax.process_count() == 1:
                 self._checkpointer.reload()  # Orbax forgets older steps when a write starts
-            newest = self.latest
-            saved = "none is saved yet" if newest is None else f"the newest complete one is of step {newest}"
             raise UserError(
-                f"cannot write a checkpoint into {self.directory}: {reason}; {saved}; fix it and start the same "
-                "command again"
+                f"cannot write a checkpoint into {self.directory}: {reason}; {self.describe_newest()}; fix it and "
+                "start the same command again"
             ) from None
 
 
@@ -265,14 +323,12 @@ def _read_scores(path: files.Path) -> dict[int, float]:
         UserError: the file cannot be read, or holds something else.
     """
     with files.report_errors("read", path):
-        text = files.retry(lambda: path.read_text() if path.exists() else "{}")
-    try:
-        return {int(step): float(score) for step, score in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f'{path} is damaged: expected scores by step, such as {{"2000": 0.35}}; move it away, and the newest '
-            "step is scored again"
-        ) from None
+        if not files.retry(path.exists):
+            return {}
+    advice = (
+        '; expected scores by step, such as {"2000": 0.35}; move it away, and the newest step is scored again'
+    )
+    return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
 
 
 def _absolute(directory: str | os.PathLike[str]) -> files.Path:

@@ -4,16 +4,16 @@ In its metadata `meta["CLASSES"]` and `meta["PALETTE"]`, mmcv's names, are the n
 `config` holds the settings that it was made with.
 """
 
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import models
+from topformer_jax import models, processes
 from topformer_jax.data import sources
-from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, name_classes
+from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, is_name, name_classes
 from topformer_jax.errors import UserError
 
 # The settings that change a score, by task.
@@ -41,13 +41,7 @@ class Weights(Protocol):
 def set_origin(
     model: models.Segmenter | models.Classifier, metadata: Mapping[str, Any], source: object
 ) -> None:
-    """Sets a model's `classes`, `palette` and `checkpoint_config`.
-
-    Args:
-        model: is changed.
-        metadata: of its checkpoint; empty where there is none.
-        source: see `read_names`.
-    """
+    """Sets a model's `classes`, `palette` and `checkpoint_config`, of a checkpoint's metadata."""
     named = read_names(metadata, model.config, source)
     if named is not None:
         model.classes, model.palette = named.classes, named.palette
@@ -58,11 +52,6 @@ def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) 
     """Names and colours of a checkpoint's classes: its own, else those of the config that need no file, else None.
 
     Names or colours that cannot be the model's are left out, which is printed.
-
-    Args:
-        metadata: of the checkpoint.
-        config: of the model.
-        source: the checkpoint, for what is printed.
     """
     data, count = config.data, config.model.num_classes
     is_segmenter = config.task == "segmentation"
@@ -70,14 +59,14 @@ def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) 
     classes: Any = meta.get("CLASSES")
     palette: Any = meta.get("PALETTE")
     left_out = ""
-    if classes and not (_is_list(classes) and all(isinstance(name, str) for name in classes)):
+    if classes and not (_is_list(classes) and all(map(is_name, classes))):
         classes, left_out = None, "meta.CLASSES, which is no list of names"
     elif classes and len(classes) != count:
         classes, left_out = None, f"meta.CLASSES, {len(classes)} names for {count} classes"
     elif palette and not (_is_list(palette) and len(palette) == count and all(map(_is_colour, palette))):
         palette, left_out = None, f"meta.PALETTE, which is not {count} colours [red, green, blue]"
-    if left_out and jax.process_index() == 0:
-        print(f"left out of {source}: {left_out}", flush=True)
+    if left_out:
+        processes.say(f"left out of {source}: {left_out}")
     if classes:
         named = name_classes(data.dataset, classes, [tuple(colour) for colour in palette or ()])
         return named if is_segmenter else DataSet(named.classes, ())
@@ -103,50 +92,53 @@ def print_differences(
     weights: Weights,
     config: ConfigDict,
     *,
-    settings: Collection[str] | None = None,
+    also: Collection[str] = (),
     given: Collection[str] = (),
+    are_kept: bool = False,
 ) -> None:
-    """Says in a line each where a command has other names or settings than a checkpoint; the first process prints.
+    """Says in a line each where a command has other names or settings than a checkpoint.
 
     Args:
         weights: the model or the exported file.
         config: the command's.
-        settings: those that matter to the command; by default all that change a score.
+        also: settings that matter to the command beside those that change a score.
         given: settings that the command's own flags have changed on purpose, of which nothing is said.
+        are_kept: whether the checkpoint's settings are used, not the command's.
     """
-    if jax.process_index():
-        return
-    lines = [sources.compare_classes(config, weights.classes)]
+    if line := sources.compare_classes(config, weights.classes):
+        processes.say(line)
     if weights.checkpoint_config is not None:
-        keys = SCORED_BY[config.task] if settings is None else settings
-        lines.append(
-            _compare_settings(weights.checkpoint_config, config, [key for key in keys if key not in given])
-        )
-    for line in filter(None, lines):
-        print(line, flush=True)
+        keys = [key for key in (*SCORED_BY[config.task], *also) if key not in given]
+        if line := _compare_settings(weights.checkpoint_config, config, keys, are_kept):
+            processes.say(line)
 
 
 def check_label_rules(weights: Weights, config: ConfigDict) -> None:
-    """Checks that the labels of a checkpoint's data set are read as its training did.
+    """Checks that the labels of a checkpoint's data set are read as its training did; says so of another data set.
+
+    A user's own data sets are the same one where they have the same classes.
 
     Raises:
         UserError: `data.reduce_zero_label` differs, which shifts every label by one.
     """
     stored = weights.checkpoint_config
-    if stored is None or stored.data.dataset != config.data.dataset:
+    if stored is None or stored.data.reduce_zero_label == config.data.reduce_zero_label:
         return
-    theirs, ours = stored.data.reduce_zero_label, config.data.reduce_zero_label
-    if theirs != ours:
-        raise UserError(
-            f"the checkpoint was trained with data.reduce_zero_label={theirs}, and this command's is {ours}, which "
-            f"shifts every label by one: give --config.data.reduce_zero_label={str(theirs).lower()}"
-        )
+    theirs, ours = (config_lib.as_typed(each.data.reduce_zero_label) for each in (stored, config))
+    text = f"the checkpoint was trained with data.reduce_zero_label={theirs}, and this command's is {ours}"
+    is_same = stored.data.dataset == config.data.dataset
+    if is_same and not (config.data.dataset == "custom" and sources.compare_classes(config, weights.classes)):
+        flag = f"--config.data.reduce_zero_label={theirs}"
+        raise UserError(f"{text}, which shifts every label by one: give {flag}")
+    processes.say(f"{text}: right if the labels of the two data sets are numbered otherwise")
 
 
-def _compare_settings(stored: FrozenConfigDict, config: ConfigDict, keys: Collection[str]) -> str:
+def _compare_settings(
+    stored: FrozenConfigDict, config: ConfigDict, keys: Collection[str], are_kept: bool
+) -> str:
     """The settings that differ, with both values; empty: none."""
     different = {}
-    for key in keys:
+    for key in dict.fromkeys(keys):
         group, name = key.split(".")
         theirs, ours = stored[group][name], config[group][name]
         if theirs != ours and (key not in WINDOWS or stored.evaluation.mode == "slide"):
@@ -155,17 +147,16 @@ def _compare_settings(stored: FrozenConfigDict, config: ConfigDict, keys: Collec
         return ""
     shown = dict(list(different.items())[:MOST_SHOWN])
     rest = f" (and {len(different) - len(shown)} more)" if len(different) > len(shown) else ""
-    line = (
-        f"the checkpoint was trained and scored with {', '.join(f'{key}={pair[0]}' for key, pair in shown.items())}"
-        f"{rest}; this command uses {', '.join(str(pair[1]) for pair in shown.values())}: give "
+    own = ", ".join(f"{key}={pair[0]}" for key, pair in shown.items()) + rest
+    line = f"the checkpoint was trained and scored with {own}; "
+    others = ", ".join(str(pair[1]) for pair in shown.values())
+    if are_kept:
+        return f"{line}it keeps them, and not {others} of the config"
+    line += f"this command uses {others}: give "
+    flags = " ".join(
+        f"--config.{key}={shlex.quote(config_lib.as_typed(pair[0]))}" for key, pair in shown.items()
     )
-    flags = " ".join(f"--config.{key}={_as_flag(pair[0])}" for key, pair in shown.items())
     return line + (flags if len(line + flags) <= LONGEST_LINE else "--config.KEY=VALUE for its own")
-
-
-def _as_flag(value: Any) -> str:
-    """A setting's value as a shell takes it."""
-    return f"'{value}'".replace(" ", "") if isinstance(value, tuple) else str(value).lower()
 
 
 def _is_list(value: Any) -> bool:

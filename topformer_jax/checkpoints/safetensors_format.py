@@ -1,36 +1,35 @@
 """safetensors files: official names and layout, without PyTorch in either direction.
 
-A string in the header, `topformer_jax`, holds `meta` and `config` as JSON. The library is imported when a file is
-read or written.
+A string in the header, `topformer_jax`, holds `meta` and `config` as JSON, and another one the CRC-32 of that string
+and of each tensor. The library is imported when a file is read or written.
 """
 
 import json
+import zlib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from topformer_jax import files
+from topformer_jax.checkpoints.orbax_store import Metadata, check_sums, checksum
 from topformer_jax.checkpoints.torch_format import from_torch, to_torch
 from topformer_jax.errors import UserError
 
 SUFFIX = ".safetensors"
-KEY = "topformer_jax"  # of the header
+KEY, CRC_KEY = "topformer_jax", "topformer_jax_crc32"  # of the header
 # By the format's names.
+SIZES = {"F": (64, 32, 16), "I": (64, 32, 16, 8), "U": (8,)}
 DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+    f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind, sizes in SIZES.items() for bits in sizes
+} | {"BF16": jnp.bfloat16, "BOOL": np.bool_}
+
+
+class _Header(msgspec.Struct):
+    strings: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
 def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -42,28 +41,30 @@ def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str,
         UserError: safetensors is not installed, or the file is damaged or none.
     """
     library = _import_safetensors()
-    with files.report_errors("read", path):
-        data = files.retry(path.read_bytes)
+    data = files.read_bytes(path, most=1 << 36)
     try:
         stored = library.deserialize(data)
-        metadata = _read_metadata(data)
     except (library.SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a safetensors file, or a damaged one: {error}") from None
+        raise UserError(
+            f"{path} is not a safetensors file, or a damaged one: {files.shorten(error, 120)}"
+        ) from None
     if not stored:
         raise UserError(f"{path} holds no tensors")
-    tensors = {name: _to_array(f"{path}: {name}", tensor) for name, tensor in stored}
-    return tensors, {"meta": {}} | metadata
+    strings = files.read_json(data[8 : 8 + int.from_bytes(data[:8], "little")], _Header, path).strings
+    text = strings.get(KEY, "{}").encode()
+    sums = files.read_json(strings.get(CRC_KEY, "{}").encode(), dict[str, int], path)
+    check_sums(
+        {KEY: zlib.crc32(text)} | {name: zlib.crc32(tensor["data"]) for name, tensor in stored}, sums, path
+    )
+    files.read_json(text, Metadata, path)  # checked, and returned with the entries that other versions have
+    tensors = {name: _to_array(f"{path}: {files.shorten(name)}", tensor) for name, tensor in stored}
+    return tensors, {"meta": {}, **files.read_json(text, dict[str, Any], path)}
 
 
 def write_safetensors(
     path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
     """Writes a file whole or not at all.
-
-    Args:
-        path: of the file, which must not exist.
-        tensors: by official name, in this package's layout.
-        metadata: `meta` and `config`, what JSON can hold.
 
     Raises:
         UserError: safetensors is not installed, the file exists, or it cannot be written.
@@ -72,15 +73,10 @@ def write_safetensors(
     files.refuse_existing(path)
     # Only contiguous arrays: of others the library writes the memory as it lies, and says nothing.
     contiguous = {name: to_torch(tensor) for name, tensor in tensors.items()}
-    header = {"format": "pt", KEY: json.dumps(dict(metadata))}
+    text = json.dumps(dict(metadata))
+    sums = {KEY: zlib.crc32(text.encode())} | {name: checksum(array) for name, array in contiguous.items()}
+    header = {"format": "pt", KEY: text, CRC_KEY: json.dumps(sums)}
     files.write_file(path, library.numpy.save(contiguous, header))
-
-
-def _read_metadata(data: bytes) -> dict[str, Any]:
-    """What `write_safetensors` put into the header; other programs' strings are left out."""
-    length = int.from_bytes(data[:8], "little")
-    strings = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    return dict(json.loads(strings.get(KEY, "{}")))
 
 
 def _to_array(what: str, stored: Mapping[str, Any]) -> np.ndarray:

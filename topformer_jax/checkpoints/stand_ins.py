@@ -62,6 +62,11 @@ class Array:
         values = dtype.read(data)
         self.values = None if values is None else values.reshape(shape, order="F" if is_fortran else "C")
 
+    @property
+    def holds_real_numbers(self) -> bool:
+        """Whether it can be a tensor."""
+        return self.values is not None and self.values.dtype.kind in "biuf"
+
 
 def read_scalar(dtype: Dtype, data: Any = None) -> Any:
     """numpy's scalar as a Python value."""
@@ -89,12 +94,7 @@ KNOWN: dict[str, Any] = {
 
 
 def add_stand_in(stand_ins: dict[str, Any], message: str) -> bool:
-    """Adds what the unpickler lacks, and returns whether it is worth to ask it again.
-
-    Args:
-        stand_ins: by the names in the file; is changed.
-        message: of the unpickler's error.
-    """
+    """Adds what an unpickler lacks, by its error's message, and returns whether it is worth to ask it again."""
     if asked := re.search(r"Unsupported global: GLOBAL (\S+)", message):
         name = asked[1] if "." in asked[1] else f"builtins.{asked[1]}"
         is_new = name not in stand_ins and len(stand_ins) < MOST

@@ -9,31 +9,17 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
     ('topformer_b_ade', 32, (512, 512))
 """
 
-from topformer_jax.config.changes import compare_configs
-from topformer_jax.config.loading import complete, hide_paths, load, recipe_names
-from topformer_jax.config.recipes import (
-    ade20k,
-    base_config,
-    camvid,
-    cityscapes,
-    coco_stuff10k,
-    imagenet,
-    pascal_context,
-    shapes,
-)
-
-__all__ = [
-    "ade20k",
-    "base_config",
-    "camvid",
-    "cityscapes",
-    "coco_stuff10k",
-    "compare_configs",
-    "complete",
-    "hide_paths",
-    "imagenet",
-    "load",
-    "pascal_context",
-    "recipe_names",
-    "shapes",
-]
+from topformer_jax.config.changes import compare_configs as compare_configs
+from topformer_jax.config.listing import as_typed as as_typed
+from topformer_jax.config.loading import complete as complete
+from topformer_jax.config.loading import hide_paths as hide_paths
+from topformer_jax.config.loading import load as load
+from topformer_jax.config.loading import recipe_names as recipe_names
+from topformer_jax.config.recipes import ade20k as ade20k
+from topformer_jax.config.recipes import base_config as base_config
+from topformer_jax.config.recipes import camvid as camvid
+from topformer_jax.config.recipes import cityscapes as cityscapes
+from topformer_jax.config.recipes import coco_stuff10k as coco_stuff10k
+from topformer_jax.config.recipes import imagenet as imagenet
+from topformer_jax.config.recipes import pascal_context as pascal_context
+from topformer_jax.config.recipes import shapes as shapes

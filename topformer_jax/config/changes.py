@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from topformer_jax.config.listing import as_typed
 from topformer_jax.config.loading import complete, flatten
 from topformer_jax.errors import UserError
 
@@ -24,12 +25,7 @@ WITHOUT_EFFECT = {"init_from", "init_part"}
 
 
 def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: object) -> list[str]:
-    """Compares the settings of a run's checkpoint with those of its next start.
-
-    Args:
-        stored: the checkpoint's settings, nested. A setting that it lacks had its default.
-        config: the settings of this start.
-        source: where the checkpoint is, for messages.
+    """Compares the settings of a run's checkpoint with those of its next start; one that it lacks had its default.
 
     Returns:
         A line for each setting that changed and now applies: "batch_size: 16 -> 32".
@@ -41,19 +37,19 @@ def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: objec
     changed = [key for key in now if before[key] != now[key]]
     for key in changed:
         if key in REFUSED or (key == "ema_decay" and not before[key]):
+            own = as_typed(before[key])
             raise UserError(
-                f"{source} holds a run with {key}={show(before[key])}, and the config has {show(now[key])}: set "
-                f"--config.{key}={show(before[key])} to resume it, or start a new run with another --workdir"
+                f"{source} holds a run with {key}={own}, and the config has {as_typed(now[key])}: set "
+                f"--config.{key}={own} to resume it, or start a new run with another --workdir"
             )
     return [
-        f"{key}: {show(before[key])} -> {show(now[key])}"
+        f"{key}: {_shorten(before[key])} -> {_shorten(now[key])}"
         + (" (without effect: the run goes on from its checkpoint)" if key in WITHOUT_EFFECT else "")
         for key in changed
         if key not in SILENT
     ]
 
 
-def show(value: object) -> str:
-    """A setting's value as a flag takes it, shortened."""
-    text = "none" if value is None else str(value)
+def _shorten(value: object) -> str:
+    text = as_typed(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -48,11 +48,6 @@ def check_together(values: Mapping[str, Any]) -> None:
             f"model.num_classes is {values['model.num_classes']}: expected 1 to 255 in segmentation, "
             "whose labels are bytes with 255 for void"
         )
-    if values["model.num_classes"] == 1:
-        raise UserError(
-            "model.num_classes is 1: one class is nothing to learn, its loss is 0 from the start; give what is "
-            "around it a class of its own (prepare custom --background NAME does for annotations), or add classes"
-        )
     if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
         raise UserError(
             f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"

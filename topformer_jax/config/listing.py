@@ -6,7 +6,11 @@ from topformer_jax.config.settings import GROUPS, Setting
 
 
 def as_typed(value: Any) -> str:
-    """A value as one writes it on the command line."""
+    """A setting's value as one writes it on the command line, where a shell needs quotes around a tuple.
+
+    >>> as_typed((480, 360)), as_typed(True), as_typed(None)
+    ('(480,360)', 'true', 'none')
+    """
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value).replace(", ", ",") if isinstance(value, tuple) else str(value)

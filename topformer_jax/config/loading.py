@@ -107,14 +107,14 @@ def _read(path: pathlib.Path) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(_explain(path, error)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} is not a config file: it must define get_config() that returns a ConfigDict")
     return config
 
 
-def _explain(path: pathlib.Path, error: Exception) -> str:
+def _explain(path: pathlib.Path, error: BaseException) -> str:
     """One line on what went wrong in a config file, and where."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]

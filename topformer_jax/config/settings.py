@@ -251,9 +251,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             1e-8, "added to AdamW's denominator, or inside the root of RMSprop's", PROBABILITY
         ),
         "optimizer.weight_decay": Setting(
-            0.01,
-            "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient",
-            Range(0, 1000),
+            0.01, "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient", Range(0, 1000)
         ),
         "optimizer.no_decay_norm": Setting(
             False, "true: no weight decay on BatchNorm's scales and biases, nor on other biases"

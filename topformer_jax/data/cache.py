@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -91,9 +90,10 @@ def copy_split(
         raise UserError(
             f"data.cache={cache} is a bucket: give a folder on a local disk, --config.data.cache=DIR"
         )
+    info, features = (files.read_bytes(source / name) for name in (records.INFO, records.FEATURES))
     with files.report_errors("read", source):
-        info, features = ((source / name).read_bytes() for name in (records.INFO, records.FEATURES))
-        sums = (source / records.CHECKSUMS).read_bytes() if (source / records.CHECKSUMS).exists() else b""
+        has_sums = (source / records.CHECKSUMS).exists()
+    sums = files.read_bytes(source / records.CHECKSUMS) if has_sums else b""
     digest = hashlib.sha256(b"\n".join([os.fspath(source).encode(), info, sums])).hexdigest()
     base = pathlib.Path(cache).expanduser()
     folder = base / f"{dataset}-{digest[:16]}"
@@ -116,15 +116,12 @@ def copy_split(
 
 def _describe(source: files.Path, names: list[str], sums: bytes) -> list[Shard]:
     """Sizes and checksums: those that preparation/packing.py wrote, else what the bucket or the disk says."""
-    try:
-        known = json.loads(sums)["shards"] if sums else {}
-        if sums:
-            return [Shard(name, known[name]["size"], known[name]["md5"]) for name in names]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{os.fspath(source)}/{records.CHECKSUMS} is damaged: build the data set again with "
-            "python -m topformer_jax.prepare"
-        ) from None
+    if sums:
+        where = f"{os.fspath(source)}/{records.CHECKSUMS}"
+        known = files.read_json(sums, records.Checksums, where, records.AGAIN).shards
+        if missing := [name for name in names if name not in known]:
+            raise UserError(f"{where} does not name {missing[0]}{records.AGAIN}")
+        return [Shard(name, known[name].size, known[name].md5) for name in names]
     with files.report_errors("read", source), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda name: _look_up(source / name), names))
 

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from topformer_jax import files
+from topformer_jax.errors import UserError
+
 SPLITS = ("train", "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders
 Colour = tuple[int, int, int]  # red, green, blue
@@ -12,7 +15,7 @@ Colour = tuple[int, int, int]  # red, green, blue
 class Layout:
     """Where a data set's files are below its root: the layouts that mmsegmentation documents.
 
-    `{split}` in a path stands for one of the words in `train` or `validation`: the first whose folder exists. A label
+    `{split}` in a path stands for one of the words in `train` or `validation`: the one whose folder exists. A label
     has its image's path with the suffix replaced (in a user's own set another ending will do, if all labels have it).
     Sub-folders are searched too.
     """
@@ -202,7 +205,7 @@ CUSTOM_LAYOUT = Layout(
     image_suffixes=IMAGE_SUFFIXES,
     label_suffix=".png",
     train=("train", "training"),
-    validation=("val", "validation"),
+    validation=("val", "valid", "validation"),
 )
 
 _context = _parse_table(_CONTEXT60, _context_layout)
@@ -218,6 +221,15 @@ CATALOG = {
     "camvid": _parse_table(_CAMVID, CUSTOM_LAYOUT),
     "shapes": _parse_table(_SHAPES, None),
 }
+
+
+def is_name(text: object) -> bool:
+    """Whether a text can be the name of a class: of one line, without control characters, and not blank.
+
+    >>> is_name("traffic light"), is_name(" "), is_name("a\\u2028b")
+    (True, False, False)
+    """
+    return isinstance(text, str) and bool(text.strip()) and not files.CONTROL.search(text)
 
 
 def name_classes(dataset: str, classes: Sequence[str], palette: Sequence[Colour] = ()) -> DataSet:
@@ -238,5 +250,12 @@ def custom(classes: Sequence[str]) -> DataSet:
 
     >>> custom(["sky", "sea"]).palette
     ((128, 0, 0), (0, 128, 0))
+
+    Raises:
+        UserError: a name is blank, or holds a line break or another control character.
     """
+    if strange := [number for number, name in enumerate(classes) if not is_name(name)]:
+        raise UserError(
+            f"class {strange[0]} has the name {classes[strange[0]][:40]!r}: expected a text of one line that shows"
+        )
     return DataSet(tuple(classes), _voc_colours(range(1, len(classes) + 1)), CUSTOM_LAYOUT)

@@ -40,7 +40,7 @@ class ClassFolderSource:
     def __getitem__(self, index: int) -> Example:
         name = os.fsdecode(self.images[index])
         path = os.path.join(self.root, name)
-        with files.report_errors("read", path), open(path, "rb") as file:
+        with files.report_errors("read", path), files.open_regular(path) as file:
             data = file.read()
         return Example(_stem(name), data, np.asarray(self.labels[index]), (path, f"the class of {path}"))
 
@@ -100,7 +100,7 @@ def read_class_names(root: str) -> tuple[str, ...]:
     file = _find_base(root) / NAMES
     if not file.exists():
         return tuple(folders)
-    names = tuple(files.read_lines(file))
+    names = tuple(files.number_names(file).values())
     if len(names) != len(folders):
         raise UserError(
             f"{file} names {len(names)} classes, {file.parent / 'train'} has {len(folders)} folders: "
@@ -154,7 +154,7 @@ def _read_list(base: pathlib.Path, word: str, numbers: dict[str, int]) -> list[t
     labels: dict[str, int] = {}
     for line in files.read_lines(file):
         name, _, label = line.rpartition(" ")
-        number = numbers.get(label, int(label) if label.isdecimal() else -1)
+        number = numbers.get(label, int(label) if label.isdecimal() and len(label) < 9 else -1)
         if not name or not 0 <= number < len(numbers):
             raise UserError(
                 f"{file} holds {line!r}: expected a file and its class, a number below {len(numbers)} or a folder of "

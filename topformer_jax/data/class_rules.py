@@ -71,6 +71,7 @@ RULES = (
     rules.missing_split,
     unread_images,
     rules.damaged_file,
+    rules.dark_images,
     rules.copies_within_a_split,
     rules.copies_between_the_splits,
     one_class,

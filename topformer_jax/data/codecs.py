@@ -19,7 +19,7 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
-from topformer_jax.errors import UserError
+from topformer_jax.errors import UserError, explain_out_of_memory
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
@@ -34,7 +34,7 @@ _OTHER_FILES = {
     rb"\s*<(\?xml|svg)": "an SVG or XML file",
     rb"\s*<(!doctype )?html": "a web page",
 }
-DEEP = 2**14  # of 16 bits: with values below it, a picture of 8 bits is nearly black
+DEEP = 14  # bits of 16: with values of so many, a picture of 8 bits is nearly black
 GREY, PALETTE = 0, 3  # colour types in a PNG's header
 
 # OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.
@@ -63,8 +63,8 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
         orient: whether to rotate by the EXIF orientation.
 
     Raises:
-        UserError: the file is empty, cut off, damaged or not an image; it holds floats, or 14 bits or less in 16; or
-            the array is not uint8 `[h, w, 3]`.
+        UserError: the file is empty, cut off, damaged or not an image, or it holds floats; or the array is not uint8
+            `[h, w, 3]`.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -73,15 +73,42 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
             )
         return data
     _check_complete(data, name)
-    _check_depth(data, name)
+    read_depth(data, name)
     flags = 0 if orient else cv2.IMREAD_IGNORE_ORIENTATION
-    if orient and data[4:12] == AVIF and _is_turned(data):  # OpenCV leaves AVIF as it is stored
-        with PIL.Image.open(io.BytesIO(data)) as picture:
-            return np.array(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
+    if orient and data[4:12] == AVIF:  # OpenCV leaves AVIF as it is stored
+        try:
+            with PIL.Image.open(io.BytesIO(data)) as picture:
+                return np.array(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
+        except Exception:  # a damaged file, or a Pillow without AVIF
+            raise _damaged(name, data) from None
     if reduction == 1:
         return _decode(data, flags | cv2.IMREAD_COLOR_RGB, name)
     image = _decode(data, flags | REDUCED[reduction], name)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_depth(data: bytes | np.ndarray, name: str) -> int:
+    """The bits that the largest value of a file of 16 bits takes; 0 for files of 8 bits.
+
+    Raises:
+        UserError: it holds floats, or cannot be decoded.
+    """
+    if isinstance(data, np.ndarray) or not (
+        data.startswith(TIFF) or (data.startswith(PNG) and data[24] == 16)
+    ):
+        return 0
+    pixels = _decode(data, cv2.IMREAD_UNCHANGED, name)
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise UserError(f"{name} holds {pixels.dtype} numbers, no colours: save it as PNG or JPEG, of 8 bits")
+    largest = pixels[..., :3].max() if pixels.ndim == 3 else pixels.max()
+    return int(largest).bit_length() if pixels.dtype == np.uint16 else 0
+
+
+def describe_depth(bits: int) -> str:
+    """What is said of pictures of 16 bits whose values take so few that they are nearly black in 8 bits; else ""."""
+    if not 0 < bits <= DEEP:
+        return ""
+    return f"{bits} bits in 16, which would be nearly black: scale the values, and save as 8 bits"
 
 
 def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
@@ -219,44 +246,24 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         # OpenCV would turn the indices into colours. Not by `PIL.Image.open`, which refuses large files.
         with PngImageFile(io.BytesIO(data)) as image:
             return np.array(image)
-    except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
-        raise _damaged(name) from None
+    except Exception as error:  # a damaged file raises OSError, SyntaxError, ValueError and others
+        raise _explain(error, name, data) from None
 
 
 def _decode(data: bytes, flags: int, name: str) -> np.ndarray:
     try:
         array = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        array = None
+    except (cv2.error, MemoryError) as error:
+        raise _explain(error, name, data) from None
     if array is None:
         raise _damaged(name, data)
     return array
 
 
-def _check_depth(data: bytes, name: str) -> None:
-    """Refuses pixels that 8 bits would not show: floats, and 10 to 14 bits in 16."""
-    if not data.startswith(TIFF) and not (data.startswith(PNG) and data[24] == 16):
-        return
-    pixels = _decode(data, cv2.IMREAD_UNCHANGED, name)
-    if pixels.dtype not in (np.uint8, np.uint16):
-        raise UserError(f"{name} holds {pixels.dtype} numbers, no colours: save it as PNG or JPEG, of 8 bits")
-    largest = int(pixels[..., :3].max()) if pixels.ndim == 3 else int(pixels.max())
-    if pixels.dtype == np.uint16 and 0 < largest < DEEP:
-        raise UserError(
-            f"{name} has {largest.bit_length()} bits in 16 (values up to {largest} of 65535), which would be nearly "
-            "black: scale them, and save it as 8 bits"
-        )
-
-
-def _is_turned(data: bytes) -> bool:
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1
-
-
 def _check_complete(data: bytes, name: str) -> None:
     """Raises a UserError for a file that is cut off: OpenCV would fill a JPEG up with grey."""
     if not data:
-        raise UserError(f"{name} is empty: copy or fetch it again")
+        raise UserError(f"{name} is empty: replace or remove it")
     if data.startswith(PNG):
         _check_png(data, name)
     elif data.startswith(JPEG) and not _has_jpeg_end(data):
@@ -300,7 +307,7 @@ def _check_png(data: bytes, name: str) -> None:
         right_start = position > len(PNG) or (length, kind) == (13, b"IHDR")
         checksum = struct.pack(">I", zlib.crc32(memoryview(data)[position + 4 : end - 4]))
         if not right_start or data[end - 4 : end] != checksum:
-            raise UserError(f"{name} is a damaged PNG: copy or fetch it again")
+            raise UserError(f"{name} is a damaged PNG: replace or remove it")
         position = end
 
 
@@ -309,11 +316,22 @@ def _not_a_png(name: str) -> UserError:
 
 
 def _cut_off(name: str) -> UserError:
-    return UserError(f"{name} is cut off: its end is missing; copy or fetch it again")
+    return UserError(f"{name} is cut off: its end is missing; replace or remove it")
+
+
+def _explain(error: Exception, name: str, data: bytes) -> UserError:
+    """What an error of a decoder means."""
+    if explain_out_of_memory(error, ""):
+        return UserError(
+            f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller"
+        )
+    if "CV_IO_MAX_IMAGE" in str(error):
+        return UserError(f"{name} is larger than OpenCV reads, 2**30 pixels: cut it into smaller pictures")
+    return _damaged(name, data)
 
 
 def _damaged(name: str, data: bytes = b"") -> UserError:
     for start, kind in _OTHER_FILES.items():
         if re.match(start, data[:40], re.DOTALL | re.IGNORECASE):
             return UserError(f"{name} is {kind}: save pictures as JPEG or PNG")
-    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; copy or fetch it again")
+    return UserError(f"{name} cannot be decoded: it is not an image, or damaged; replace or remove it")

@@ -47,6 +47,7 @@ class ExampleFacts(Generic[Label]):
     digest: bytes = b""
     size: Size | None = None  # of the image
     label: Label | None = None
+    depth: int = 0  # of an image of 16 bits: how many its values take
 
 
 # Of an example and the size of its image: what is kept of the label, and what is wrong with it.
@@ -100,6 +101,9 @@ class SplitFacts(Generic[Label]):
     images: dict[bytes, str] = dataclasses.field(default_factory=dict)  # the first image with each digest
     copies: Names = dataclasses.field(default_factory=Names)  # of images in the same split
     sizes: collections.Counter[Size] = dataclasses.field(default_factory=collections.Counter)
+    depths: dict[int, Names] = dataclasses.field(
+        default_factory=names_by_key
+    )  # images of 16 bits by those in use
 
     @property
     def is_whole(self) -> bool:
@@ -123,6 +127,8 @@ class SplitFacts(Generic[Label]):
             self.images[example.digest] = example.image
         if example.size:
             self.sizes[example.size] += 1
+        if example.depth:
+            self.depths[example.depth].add(example.image)
         if example.label is not None:
             self.add_label(example.label)
 
@@ -152,8 +158,7 @@ def read_splits(
     """Reads the splits' examples; the result does not depend on threads.
 
     Args:
-        splits: by name, to be filled.
-        open_split: opens one of them.
+        splits: by name, to be filled; `open_split` opens one of them.
         read_label: what is kept of a label, None where it cannot be read; and what is wrong with it.
         orient: whether images are rotated by their EXIF orientation.
         limit: how many examples of each to read; None: all.
@@ -205,14 +210,15 @@ def _read_examples(
 
 def _inspect_example(example: Example, read_label: LabelReader[Label], orient: bool) -> ExampleFacts[Label]:
     """Decodes an example's image and reads its label; what cannot be read is among its faults."""
-    name, size = example.where[0], None
+    name, size, depth = example.where[0], None, 0
     faults = []
     try:
         size = codecs.decode_image(example.image, name, orient=orient).shape[:2]
+        depth = codecs.read_depth(example.image, name)
     except UserError as error:
         faults.append(Fault.from_error("unreadable-image", name, error))
     label, more = read_label(example, size)
-    return ExampleFacts(name, (*faults, *more), _digest(example.image), size, label)
+    return ExampleFacts(name, (*faults, *more), _digest(example.image), size, label, depth)
 
 
 def _digest(image: bytes | np.ndarray) -> bytes:

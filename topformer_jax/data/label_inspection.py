@@ -3,9 +3,9 @@
 `label_rules.py` judges what is found here.
 """
 
-import collections
 import dataclasses
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,9 +32,8 @@ from topformer_jax.data.ramps import Ramps, count_ramps
 from topformer_jax.errors import UserError
 
 BEYOND = IGNORE_LABEL + 1  # the place of all values of 16 bits in tables of values
-RAMPED_SHARE = (
-    0.2  # of a label's borders: at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize
-)
+# Of a label's borders: at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
+RAMPED_SHARE = 0.2
 MIN_BORDERS = 20  # in a label, for a share of them to say anything
 ByValue = Int64[np.ndarray, "values=257"]
 
@@ -58,18 +57,13 @@ class LabelSplit(SplitFacts[LabelFacts]):
     classes: ByValue  # see `class_of_value`
     listing: sources.FolderListing | None = None  # of a folder
     kinds: dict[str, Names] = dataclasses.field(default_factory=names_by_key)  # labels by their file's kind
-    colours: dict[int, dict[bytes, str]] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(dict)
-    )  # of each value in palettes: the first label with each of two colours
+    # Of each value in palettes: the first label with each of two colours.
+    colours: dict[int, dict[bytes, str]] = dataclasses.field(default_factory=lambda: defaultdict(dict))
     labels: int = 0  # that could be read
     pixels: ByValue = dataclasses.field(default_factory=lambda: np.zeros(BEYOND + 1, np.int64))
-    holders: dict[int, Names] = dataclasses.field(
-        default_factory=names_by_key
-    )  # labels by the values in them
+    holders: dict[int, Names] = dataclasses.field(default_factory=names_by_key)  # labels by values
     largest: int = 0  # value
-    wrong: Names = dataclasses.field(
-        default_factory=Names
-    )  # labels with values that are neither class nor void
+    wrong: Names = dataclasses.field(default_factory=Names)  # labels with values of neither class nor void
     void: Names = dataclasses.field(default_factory=Names)  # labels without a pixel of any class
     bordered: int = 0  # labels with `MIN_BORDERS` borders
     ramped: Names = dataclasses.field(default_factory=Names)  # those with soft ones
@@ -140,10 +134,7 @@ def inspect(
 ) -> LabelInspection:
     """Reads the train and the validation split of the config's data set; the result does not depend on threads.
 
-    Args:
-        config: of the data.
-        limit: examples of each split that are read, from the first on; None: all.
-        make_progress: makes what shows how many examples are read, such as logs.Progress.
+    Of each split the first `limit` examples are read, or all.
 
     Raises:
         UserError: the config does not fit the data set, or neither split can be opened.
@@ -181,12 +172,7 @@ def is_class(classes: ByValue) -> Bool[np.ndarray, "values=257"]:
 
 
 def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, Sequence[Fault]]:
-    """Decodes a label and counts what is in it.
-
-    Args:
-        example: its label is read, by the name that it has in `where`.
-        size: of its image, which the label must have; None: unknown.
-    """
+    """Decodes a label, which should have its image's size, and counts what is in it."""
     data, name = example.label, example.where[1]
     try:
         values = codecs.read_label_values(data, name)
@@ -199,7 +185,7 @@ def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, 
         faults.append(Fault("size", name, _describe_sizes(example.image, size, values.shape)))
     pixels = np.bincount(np.minimum(values.astype(np.int64), BEYOND).ravel(), minlength=BEYOND + 1)
     largest = int(values.max(initial=0))
-    kind = _label_kind(data)
+    kind = label_kind(data)
     palette = codecs.read_palette(data) if isinstance(data, bytes) else b""
     return LabelFacts(name, kind, pixels.astype(np.int64), largest, count_ramps(values), palette), faults
 
@@ -224,7 +210,8 @@ def _describe_sizes(image: bytes | np.ndarray, size: Size, label: Size) -> str:
     return "has another size than its image: make it again at the image's size, with nearest neighbour"
 
 
-def _label_kind(label: bytes | np.ndarray) -> str:
+def label_kind(label: bytes | np.ndarray) -> str:
+    """What a label's file is, such as "grey PNG, 8 bits"."""
     if isinstance(label, np.ndarray):
         return "array"
     kind = "palette" if label[25] == codecs.PALETTE else "grey"

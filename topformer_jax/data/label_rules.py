@@ -305,6 +305,7 @@ FILE_RULES = (
     unread_files,
     label_names,
     rules.damaged_file,
+    rules.dark_images,
     rules.copies_within_a_split,
     rules.copies_between_the_splits,
 )

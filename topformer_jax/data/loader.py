@@ -37,9 +37,17 @@ _ENDLESS = 2**62  # examples; grain counts batches in floating point, which over
 
 
 def training_batches(
-    source: Source, config: ConfigDict, *, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    source: Source,
+    config: ConfigDict,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    processes_on_host: int = 1,
 ) -> "TrainingBatches":
     """An endless iterator over one process's rows of each global batch, from `start_step` on.
+
+    `processes_on_host` share one /dev/shm.
 
     Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
     an order of its own; batches run across the epochs' borders, so that no example is dropped.
@@ -74,7 +82,7 @@ def training_batches(
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=math.ceil(ahead / workers))
     # A worker process has one thread: one process a core, and OpenCV's own threads are off.
     dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if line := _explain_full_shared_memory(config, rows, options):
+    if line := _explain_full_shared_memory(config, rows, options, processes_on_host):
         pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, pipes)
         if process_index == 0:
@@ -82,7 +90,9 @@ def training_batches(
     return TrainingBatches(dataset.mp_prefetch(options, _start_worker), len(source))
 
 
-def _explain_full_shared_memory(config: ConfigDict, rows: int, options: grain.MultiprocessingOptions) -> str:
+def _explain_full_shared_memory(
+    config: ConfigDict, rows: int, options: grain.MultiprocessingOptions, processes: int
+) -> str:
     """What is said where the workers' batches do not fit into the free shared memory; empty: they do.
 
     A worker that writes more than fits dies without a word. Of each worker's batches there are as many as its buffer
@@ -90,7 +100,7 @@ def _explain_full_shared_memory(config: ConfigDict, rows: int, options: grain.Mu
     being copied by `TrainingBatches`.
     """
     channels = 3 + (config.task == "segmentation")  # bytes a pixel: the image's, and the label's
-    batches = options.num_workers * (2 * options.per_worker_buffer_size + 2) + 1
+    batches = processes * (options.num_workers * (2 * options.per_worker_buffer_size + 2) + 1)
     needed = rows * math.prod(config.data.crop_size) * channels * batches
     free = count_free_shared_memory()
     if free is None or needed <= free:

@@ -1,11 +1,11 @@
 """Data sets that `prepare --format array_record` packed: array_record shards in tensorflow-datasets' layout."""
 
-import contextlib
 import dataclasses
-import json
 import os
 import threading
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from topformer_jax import files
 from topformer_jax.data.codecs import read_label_size
@@ -19,6 +19,61 @@ CLASS_NAMES = "label.labels.txt"  # of a classifier's data set, a line a class
 CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
 LABEL_SIZES = "label_sizes.json"  # height and width of each label, by split
 PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished
+
+
+AGAIN = "; copy it, or build the data set again (python -m topformer_jax.prepare)"
+Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+
+
+class _Feature(msgspec.Struct, forbid_unknown_fields=True):
+    """A field of a record. tensorflow-datasets imports the module that a class's name begins with: only its own."""
+
+    pythonClassName: Literal[
+        "tensorflow_datasets.core.features.image_feature.Image",
+        "tensorflow_datasets.core.features.text_feature.Text",
+        "tensorflow_datasets.core.features.class_label_feature.ClassLabel",
+    ]
+    image: dict[str, Any] = {}
+    text: dict[str, Any] = {}
+    classLabel: dict[str, Any] = {}
+    description: str = ""
+
+
+class _FeatureNames(msgspec.Struct, forbid_unknown_fields=True):
+    features: dict[str, _Feature]
+
+
+class _Features(msgspec.Struct, forbid_unknown_fields=True):
+    """A features.json."""
+
+    pythonClassName: Literal["tensorflow_datasets.core.features.features_dict.FeaturesDict"]
+    featuresDict: _FeatureNames
+
+
+class _Split(msgspec.Struct):
+    name: str
+    shardLengths: list[Annotated[str, msgspec.Meta(pattern="^[0-9]{1,12}$")]]
+
+
+class _Info(msgspec.Struct):
+    """A dataset_info.json."""
+
+    name: str
+    splits: list[_Split]
+
+
+class Sum(msgspec.Struct):
+    """Size and MD5 sum of a shard."""
+
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+    md5: str
+
+
+class Checksums(msgspec.Struct):
+    """A checksums.json."""
+
+    source: str
+    shards: dict[str, Sum]
 
 
 def shard_names(dataset: str, split: str, count: int) -> list[str]:
@@ -42,9 +97,12 @@ class ArrayRecordSource:
     def __post_init__(self) -> None:
         import tensorflow_datasets as tfds  # takes half a second
 
+        folder = files.as_path(self.folder)
+        features = files.read_bytes(folder / FEATURES, AGAIN)
+        files.read_json(features, _Features, folder / FEATURES, AGAIN)
         skip = tfds.decode.SkipDecoding()
         try:
-            builder = tfds.builder_from_directory(files.as_path(self.folder))
+            builder = tfds.builder_from_directory(folder)
             decoders: Any = {"image": skip, "label": skip}
             self._records: Any = builder.as_data_source(self.split, decoders=decoders)
         except Exception as error:  # of many types, for a damaged file or a bucket
@@ -65,6 +123,7 @@ class ArrayRecordSource:
         try:
             record = self._records[index]
             name = record["name" if "name" in record else "file_name"].decode()
+            files.require_inside(name, "its name")
         except IndexError:
             raise
         except Exception as error:  # a damaged file raises errors of many types
@@ -98,16 +157,14 @@ class ArrayRecordSource:
         folder = files.as_path(self.folder)
         if not (text := read_label_sizes(folder)):
             return {}
-        sizes = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            rows = json.loads(text)[self.split]
-            sizes = {index: (int(height), int(width)) for index, (height, width) in enumerate(rows)}
-        if len(sizes) != len(self):
+        rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], folder / LABEL_SIZES, AGAIN).get(
+            self.split, []
+        )
+        if len(rows) != len(self):
             raise UserError(
-                f"{folder / LABEL_SIZES} does not hold the sizes of the {len(self)} labels of {self.split}: copy it "
-                "or build the data set again (python -m topformer_jax.prepare)"
+                f"{folder / LABEL_SIZES} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}"
             )
-        return sizes
+        return dict(enumerate(rows))
 
 
 def find_records(root: str, dataset: str, hint: str) -> files.Path:
@@ -134,9 +191,9 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
             "for each I); it goes on where it stopped"
         )
     raise UserError(
-        f"no array_record {dataset} in {root or 'data.root, which is empty'}: looked for "
-        f"{dataset}/{VERSION}/{INFO}; build it with python -m topformer_jax.prepare "
-        f"{dataset} --source DIR --output DIR --format array_record and give --config.data.root=DIR; {hint}"
+        f"no array_record {dataset} in {root or 'data.root, which is empty'}: build it with python -m "
+        f"topformer_jax.prepare {dataset} --source DIR --output DIR --format array_record and give "
+        f"--config.data.root=DIR; looked for {dataset}/{VERSION}/{INFO}; {hint}"
     )
 
 
@@ -148,7 +205,7 @@ def read_label_sizes(folder: files.Path) -> bytes:
     """
     path = folder / LABEL_SIZES
     with files.report_errors("read", path):
-        return files.retry(lambda: path.read_bytes() if path.exists() else b"")
+        return files.read_bytes(path) if files.retry(path.exists) else b""
 
 
 def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]:
@@ -157,12 +214,10 @@ def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]
     Raises:
         UserError: it is damaged or has no such split.
     """
-    try:
-        fields = json.loads(info)
-        lengths = {row["name"]: len(row["shardLengths"]) for row in fields["splits"]}
-        return shard_names(fields["name"], split, lengths[split])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{os.fspath(folder)}/{INFO} does not name the {split} split's shards: build it again with "
-            "python -m topformer_jax.prepare"
-        ) from None
+    where = f"{os.fspath(folder)}/{INFO}"
+    fields = files.read_json(info, _Info, where, AGAIN)
+    files.require_inside(fields.name, where)
+    lengths = {row.name: len(row.shardLengths) for row in fields.splits}
+    if split not in lengths:
+        raise UserError(f"{where} does not name the {split} split's shards{AGAIN}")
+    return shard_names(fields.name, split, lengths[split])

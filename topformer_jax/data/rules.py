@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from topformer_jax.data import codecs
 from topformer_jax.data.catalog import SPLITS
 from topformer_jax.data.inspection import Inspection, Names
 
@@ -65,6 +66,14 @@ def copies_between_the_splits(inspection: Inspection) -> Iterator[Finding]:
     if names.count:
         text = f"{names.of('image')} in both splits: scores will be too high; remove one of each"
         yield Finding("warning", "duplicates-between-splits", text)
+
+
+def dark_images(inspection: Inspection) -> Iterator[Finding]:
+    """Images of 16 bits, of which none uses the highest ones: such as a camera's 12 bits that were not scaled."""
+    depths = [item for split in inspection.splits.values() for item in split.depths.items()]
+    if words := codecs.describe_depth(max((bits for bits, _ in depths), default=0)):
+        names = sum((names for _, names in depths), Names())
+        yield Finding("problem", "dark-images", f"{names.of('image')} of {words}")
 
 
 def find_absent_classes(

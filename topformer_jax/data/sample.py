@@ -1,28 +1,32 @@
 """A look at some labels before a training: whether they hold anything to learn. `check` reads all of them."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax.data import class_images, codecs, label_rules, loader
+from topformer_jax.data import class_images, codecs, label_rules, loader, rules
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.example import Example, Source
+from topformer_jax.data.example import Example, SegmentationSource, Source
+from topformer_jax.data.inspection import ExampleFacts
 from topformer_jax.data.label_inspection import (
     BEYOND,
     LabelFacts,
     LabelInspection,
     LabelSplit,
     class_of_value,
+    label_kind,
 )
 from topformer_jax.data.ramps import Ramps
 from topformer_jax.data.sources import FolderSource
 from topformer_jax.errors import UserError
 
 EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
+PIXELS = 2**28  # of these examples' labels: fewer examples of large ones
 
 
 def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
@@ -30,13 +34,9 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
 
     Labels that cannot be read are passed over: the loader names them, or skips them.
 
-    Args:
-        config: of the data.
-        data_set: its classes.
-        splits: the opened ones, by name.
-
     Returns:
-        Warnings, a line each: train holds one class, palettes differ, or labels have other names than their images.
+        Warnings, a line each: train holds one class, labels are of several palettes or kinds, or have other names
+        than their images.
 
     Raises:
         UserError: a split's labels hold no class, and all were looked at.
@@ -53,23 +53,31 @@ def _find_in_maps(config: ConfigDict, data_set: DataSet, splits: Mapping[str, So
     classes = class_of_value(config.model.num_classes, config.data.reduce_zero_label)
     found = {name: LabelSplit(name, classes=classes, available=len(splits[name])) for name in splits}
     inspection = LabelInspection(config, data_set, found, classes)
-    palettes = {palette for source in splits.values() for palette in _read_palettes(source)}
+    chosen = {name: _choose_examples(source) for name, source in splits.items()}
+    heads = {head for source in splits.values() for head in _read_heads(source)}
     for name, source in splits.items():
-        for label in _read_sample(source, _count_values):
-            found[name].examples += 1
-            found[name].add_label(label)
-            if len(palettes) <= 1 and np.count_nonzero(inspection.class_pixels(name)) > 1:
+        for label, depth in _read_sample(source, _count_values, chosen[name]):
+            label = label._replace(name=f"{name}/{label.name}")
+            found[name].add(ExampleFacts(label.name, label=label, depth=depth))
+            is_plain = len(heads) <= 1 and not codecs.describe_depth(depth)
+            if is_plain and np.count_nonzero(inspection.class_pixels(name)) > 1:
                 break
+    for finding in rules.dark_images(inspection):
+        raise UserError(f"{config.data.root}: {finding.text}")
     findings = label_rules.find_in_sample(inspection)
+    is_whole = all(len(chosen[name]) == len(source) for name, source in splits.items())
     for finding in findings:
-        if finding.rule != "one-class" and all(len(source) <= EXAMPLES for source in splits.values()):
+        if finding.rule != "one-class" and is_whole:
             raise UserError(f"{config.data.root}: {finding.text}")
-    return [finding.text for finding in (*label_rules.label_palettes(inspection), *findings)]
+    said = (*label_rules.label_palettes(inspection), *label_rules.label_kinds(inspection), *findings)
+    return [finding.text for finding in said]
 
 
 def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
     source = splits["train"]
-    labels = _read_sample(source, lambda example: int(class_images.read_label(example, config)))
+    labels = _read_sample(
+        source, lambda example: int(class_images.read_label(example, config)), _spread(source)
+    )
     first = next(labels, None)
     if first is None or any(label != first for label in labels):
         return []
@@ -77,12 +85,15 @@ def _find_in_classes(config: ConfigDict, data_set: DataSet, splits: Mapping[str,
     return [f"train: {data_set.classes[first]} is the only class in {looked_at}: add images of the others"]
 
 
-def _read_palettes(source: Source) -> Iterator[bytes]:
-    """Those of a folder's labels, by their first bytes: reading all of each label takes long."""
-    if isinstance(source, FolderSource):
-        for index in _spread(source):
-            with contextlib.suppress(UserError):
-                yield source.read_palette(index)
+def _read_heads(source: Source) -> Iterator[tuple[str, bytes]]:
+    """Kinds and palettes of a folder's labels, by their first bytes: reading all of each label takes long."""
+    if not isinstance(source, FolderSource):
+        return
+    for index in _spread(source):
+        with contextlib.suppress(UserError):
+            head = source.read_label_head(index)
+            if head.startswith(codecs.PNG):
+                yield label_kind(head), codecs.read_palette(head)
 
 
 def _spread(source: Source) -> list[int]:
@@ -90,7 +101,16 @@ def _spread(source: Source) -> list[int]:
     return np.linspace(0, len(source) - 1, min(len(source), EXAMPLES)).round().astype(int).tolist()
 
 
-def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any]:
+def _choose_examples(source: Source) -> list[int]:
+    """Those of `_spread` whose labels have at most `PIXELS` together; one that cannot be read has none."""
+    indices, total = _spread(source), 0
+    for index in indices:
+        with contextlib.suppress(UserError):
+            total += math.prod(cast(SegmentationSource, source).label_size(index))
+    return indices[:: max(1, -(-total // PIXELS))]
+
+
+def _read_sample(source: Source, read: Callable[[Example], Any], indices: Sequence[int]) -> Iterator[Any]:
     """What `read` gives for examples of a source, but for those that cannot be read."""
 
     def read_example(index: int) -> Any:
@@ -99,14 +119,19 @@ def _read_sample(source: Source, read: Callable[[Example], Any]) -> Iterator[Any
         except UserError:
             return None
 
-    results = loader.map_in_threads(read_example, _spread(source))
+    results = loader.map_in_threads(read_example, indices)
     yield from (result for result in results if result is not None)
 
 
-def _count_values(example: Example) -> LabelFacts:
-    """A label's pixels by value. Counted by OpenCV, since `np.bincount` would take eight times the label's memory."""
+def _count_values(example: Example) -> tuple[LabelFacts, int]:
+    """A label's pixels by value, and the bits of its image where it has 16.
+
+    Counted by OpenCV, since `np.bincount` would take eight times the label's memory.
+    """
     values = codecs.read_label_values(example.label, example.where[1])
     counts = cv2.calcHist([values], [0], None, [2**16], [0, 2**16]).ravel().astype(np.int64)
     pixels = np.append(counts[:BEYOND], counts[BEYOND:].sum())
     palette = codecs.read_palette(example.label) if isinstance(example.label, bytes) else b""
-    return LabelFacts(example.name, "", pixels, int(values.max(initial=0)), Ramps(), palette)
+    kind, largest = label_kind(example.label), int(values.max(initial=0))
+    facts = LabelFacts(example.name, kind, pixels, largest, Ramps(), palette)
+    return facts, codecs.read_depth(example.image, example.name)

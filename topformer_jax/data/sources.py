@@ -8,6 +8,7 @@ import functools
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from topformer_jax import files
 from topformer_jax.data import cache, class_folders, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, SPLITS, Colour, DataSet, Layout, name_classes
-from topformer_jax.data.codecs import read_label_size, read_palette
+from topformer_jax.data.codecs import read_label_size
 from topformer_jax.data.example import Example, Source
 from topformer_jax.data.records import ArrayRecordSource
 from topformer_jax.errors import UserError
@@ -74,14 +75,9 @@ def find_data_set(config: ConfigDict, classes: Sequence[str] = (), palette: Sequ
 
 
 def compare_classes(config: ConfigDict, classes: Sequence[str]) -> str:
-    """What to say where the config's data set names its classes otherwise than a checkpoint.
+    """What to say where the config's data set names its classes otherwise than a checkpoint; "" where it does not.
 
-    Args:
-        config: the settings.
-        classes: the checkpoint's own; empty where it names none.
-
-    Returns:
-        A line; empty where there is no difference, or where the data set is not there to be read.
+    Nothing is said where the data set is not there to be read, or the checkpoint names no classes.
     """
     is_named = config.data.dataset in CATALOG or config.data.class_names or config.data.root
     if not classes or not is_named:
@@ -107,10 +103,6 @@ def compare_classes(config: ConfigDict, classes: Sequence[str]) -> str:
 def check_class_folders(config: ConfigDict, classes: Sequence[str]) -> None:
     """Checks that a classifier's folders number their classes as its checkpoint does: a renamed one moves others.
 
-    Args:
-        config: of a classifier.
-        classes: the checkpoint's own; empty where it names none.
-
     Raises:
         UserError: a name has another number.
     """
@@ -135,11 +127,7 @@ def open_source(
 ) -> Source:
     """Opens the "train" or "validation" split of the config's data set; with data.cache, copies its shards first.
 
-    Args:
-        config: the settings.
-        split: which one.
-        make_progress: makes what shows how much is copied, such as logs.Progress.
-        classes: see `find_data_set`.
+    `make_progress` makes what shows how much is copied, such as logs.Progress; `classes` as in `find_data_set`.
 
     >>> from topformer_jax import config
     >>> source = open_source(config.shapes(), "validation")
@@ -210,9 +198,9 @@ class FolderSource:
         label = os.path.join(self.root, self.labels[index])
         return read_label_size(_read(label, 24), label)
 
-    def read_palette(self, index: int) -> bytes:
-        """The palette of an example's label, if the file's first bytes hold it."""
-        return read_palette(_read(os.path.join(self.root, self.labels[index]), 4096))
+    def read_label_head(self, index: int) -> bytes:
+        """The first bytes of an example's label."""
+        return _read(os.path.join(self.root, self.labels[index]), 4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +261,9 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     if files.is_in_bucket(root):
         raise UserError(_pack_first(dataset, root))
     base = pathlib.Path(root).expanduser()
-    words = layout.train if split == "train" else layout.validation
-    word = next((w for w in words if (base / layout.images.format(split=w)).is_dir()), words[0])
+    word = _find_word(layout, base, layout.train if split == "train" else layout.validation)
     image_folder, label_folder = (
-        pathlib.PurePosixPath(text.format(split=word)) for text in (layout.images, layout.labels)
+        find_path(base, text.format(split=word)) for text in (layout.images, layout.labels)
     )
     needed = [base / image_folder, base / label_folder]
     if layout.names:
@@ -285,6 +272,8 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     if missing or not root:
         lacking = missing[0].relative_to(base) if missing and missing[0] != base else "it"
         why = "it is a file" if base.is_file() else f"{lacking} does not exist"
+        if split == "validation" and (base / find_path(base, layout.images.format(split="test"))).is_dir():
+            why += " (to score on test: --config.data.validation_split=test)"
         raise _not_found(dataset, layout, base, why if root else "data.root is empty")
 
     paths = frozenset(list_files(base / image_folder))
@@ -326,28 +315,55 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     return FolderListing(pairs, unlabelled if without else "", unused, unread, paths)
 
 
+def find_path(base: pathlib.Path, text: str) -> pathlib.PurePosixPath:
+    """A path below a folder, in the upper and lower case that it has there; as it is where it is not there."""
+    found = pathlib.PurePosixPath()
+    for part in pathlib.PurePosixPath(text).parts:
+        if not (base / found / part).exists() and (base / found).is_dir():
+            names = sorted(path.name for path in (base / found).iterdir())
+            part = next((name for name in names if name.lower() == part.lower()), part)
+        found /= part
+    return found
+
+
+def _find_word(layout: Layout, base: pathlib.Path, words: Sequence[str]) -> str:
+    """The word of a split whose folder of images is there; the first one where none is.
+
+    Raises:
+        UserError: several are.
+    """
+    there = [word for word in words if (base / find_path(base, layout.images.format(split=word))).is_dir()]
+    if len(there) > 1:
+        first, second = (layout.images.format(split=word) for word in there[:2])
+        raise UserError(
+            f"{first} and {second} are both in {base}: keep one, or choose by data.train_split, data.validation_split"
+        )
+    return there[0] if there else words[0]
+
+
 def _pair(images: dict[str, str], labels: dict[str, str], suffix: str) -> tuple[dict[str, str], str]:
     """The label of each image, both without suffix, and what is said if their names differ by one ending.
 
-    Args:
-        images, labels: paths by names without suffix.
-        suffix: of the labels.
+    Raises:
+        UserError: the labels of two endings are complete.
     """
     same = {name: name for name in images}
     if any(name in labels for name in images):
         return same, ""
-    if all(path in labels for path in images.values()):
-        return images, f"labels have their images' whole names: {min(images.values())}{suffix}"
     first = min(images)
-    endings = sorted(name.removeprefix(first) for name in labels if name.startswith(first))
-    for ending in endings:
-        if ending[0].isalnum() or ending.endswith("labelIds"):  # another image's, or Cityscapes' raw ids
-            continue
-        if all(name + ending in labels for name in images):
-            return {
-                name: name + ending for name in images
-            }, f"labels have their images' names and {ending}{suffix}"
-    return same, ""
+    found = {f"their images' whole names: {images[first]}{suffix}": images}
+    for ending in sorted(name.removeprefix(first) for name in labels if name.startswith(first)):
+        # Not another image's name, or Cityscapes' raw ids.
+        if not ending[0].isalnum() and not ending.endswith("labelIds"):
+            found[f"their images' names and {ending}{suffix}"] = {name: name + ending for name in images}
+    found = {
+        text: label_of for text, label_of in found.items() if all(map(labels.__contains__, label_of.values()))
+    }
+    if len({tuple(label_of.items()) for label_of in found.values()}) > 1:
+        first_text, second = list(found)[:2]
+        raise UserError(f"each image has two labels, of {first_text}, and of {second}: keep one of them")
+    text, label_of = next(iter(found.items()), ("", same))
+    return label_of, f"labels have {text}" if text else ""
 
 
 def _read_names(config: ConfigDict) -> tuple[tuple[str, ...], str]:
@@ -369,7 +385,7 @@ def _read_class_names(config: ConfigDict) -> tuple[tuple[str, ...], str]:
         return names, f"{class_folders.NAMES} in {root}" if shown else f"the folders of {root / 'train'}"
     folder = records.find_records(data.root, data.dataset, _TRY_WITHOUT_DATA)
     name = class_folders.NAMES if (folder / class_folders.NAMES).exists() else records.CLASS_NAMES
-    return tuple(files.read_lines(folder / name)), f"{name} in {folder}"
+    return tuple(files.number_names(folder / name).values()), f"{name} in {folder}"
 
 
 def _refuse_bucket_of_files(config: ConfigDict) -> None:
@@ -409,7 +425,7 @@ def _find_files(folder: pathlib.Path, paths: Iterable[str], suffixes: tuple[str,
         suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix.lower())), None)
         if suffix is None:
             continue
-        name = path[: -len(suffix)]
+        name = unicodedata.normalize("NFC", path[: -len(suffix)])  # a Mac's names are decomposed
         if name in found:
             pair = " and ".join(sorted([found[name], path]))
             raise UserError(f"{pair} in {folder} would be of one example: keep one of them, or rename it")
@@ -444,7 +460,7 @@ def _name_maker(dataset: str) -> str:
 
 def _read(path: str, count: int = -1) -> bytes:
     """A file's bytes, or the first `count` of them."""
-    with files.report_errors("read", path), open(path, "rb") as file:
+    with files.report_errors("read", path), files.open_regular(path) as file:
         return file.read(count)
 
 
@@ -463,7 +479,7 @@ def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
                 "--config.data.root=DIR, the folder that holds the custom data set and its classes.txt"
             )
         file = next((file for file in places if file.exists()), None)
-    if file is not None and (lines := files.number_lines(file)):
+    if file is not None and (lines := files.number_names(file)):
         # Names that prepare took from annotations may look like anything.
         if config.data.source == "folder" and not (root / "manifest.json").exists():
             _check_class_lines(lines, file)

@@ -2,16 +2,18 @@
 
 import contextlib
 import importlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
+from topformer_jax import config as config_lib
 from topformer_jax import files
+from topformer_jax.data.catalog import CATALOG, is_name
 from topformer_jax.errors import UserError
 
 # By suffix: the module of a format in this package, and the packages that it needs.
@@ -20,9 +22,25 @@ FORMATS = {
     ".tflite": ("litert_file", "ai-edge-litert"),
     ".stablehlo": ("stablehlo_file", "flatbuffers"),
 }
-NEEDED = {"output", "stride", "size", "precision", "config"}  # in every description
 KEY = "topformer_jax"  # of the description in files that have a place for it
 Run = Callable[[UInt8[np.ndarray, "n h w 3"]], Shaped[np.ndarray, "n ..."]]
+
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+
+
+class _Description(msgspec.Struct):
+    """What every exported file says of itself."""
+
+    output: Literal["labels", "logits", "probabilities", "scores"]
+    stride: Positive
+    size: tuple[Positive, Positive] | None
+    precision: str
+    config: dict[str, Any]
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
+    checkpoint: dict[str, str] = {}
 
 
 class Exported:
@@ -71,19 +89,12 @@ def open_exported(path: str | os.PathLike[str]) -> Exported:
     """
     target = files.as_path(path)
     module = import_format(target)
-    with files.report_errors("read", target):
-        data = files.retry(target.read_bytes)
+    data = files.read_bytes(target, most=1 << 32)
     if module.HOLDS_DESCRIPTION:
         return open_bytes(str(path), data, module)
     beside = description_path(target)
-    with files.report_errors("read", beside, "; export writes it beside the file, and they belong together"):
-        text = files.retry(beside.read_bytes)
-    try:
-        return open_bytes(str(path), data, module, json.loads(text))
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{beside} is damaged: {error}") from None
+    text = files.read_bytes(beside, "; export writes it beside the file, and they belong together")
+    return open_bytes(str(path), data, module, files.read_json(text, dict[str, Any], beside))
 
 
 def open_bytes(
@@ -91,13 +102,56 @@ def open_bytes(
 ) -> Exported:
     """`open_exported` of a file's content; formats without a place for the description get it from beside them."""
     try:
-        run, found = module.open_bytes(data)
+        run, text = module.open_bytes(data)
     except UserError as error:
         raise UserError(f"{name} {error.line}") from None
-    description = found if description is None else description
-    if not isinstance(description, Mapping) or not description.keys() >= NEEDED:
-        raise UserError(f"{name} was not written by python -m topformer_jax.export: it has no description")
-    return Exported(name, run, description, module.RUNTIME)
+    origin = f"{name} was not written by python -m topformer_jax.export: its description"
+    if description is None:
+        description = files.read_json(text, dict[str, Any], origin, "")
+    facts = files.convert(dict(description), _Description, origin)
+    config = config_lib.complete(facts.config)
+    _check_names(name, facts, config.data.dataset, config.model.num_classes)
+
+    def checked_run(images: np.ndarray) -> np.ndarray:
+        values = run(images)
+        _check_output(name, facts.output, config.model.num_classes, values)
+        return values
+
+    return Exported(name, checked_run, description, module.RUNTIME)
+
+
+def _check_names(name: str, facts: _Description, dataset: str, count: int) -> None:
+    """Raises a UserError where names or colours of a file cannot be those of its config's classes."""
+    known = CATALOG.get(dataset)
+    for what, found, own in (
+        ("names", facts.classes, known and known.classes),
+        ("colours", facts.palette, known and known.palette),
+    ):
+        if found and len(found) != count:
+            raise UserError(
+                f"{name} has {len(found)} {what} for the {count} classes of its config: export it again"
+            )
+        if own and found != own and sorted(found) == sorted(own):
+            raise UserError(f"{name} has the {what} of {dataset} in another order: export it again")
+    if strange := [text for text in facts.classes if not is_name(text)]:
+        raise UserError(f"{name} names a class {strange[0][:40]!r}, which is no name: export it again")
+
+
+def _check_output(name: str, output: str, count: int, values: np.ndarray) -> None:
+    """Raises a UserError where a file computes labels that no class has, numbers of other classes, or NaN."""
+    found = f"{name} gives {output}, {values.dtype} of shape {'x'.join(map(str, values.shape))}"
+    if values.ndim != {"labels": 3, "scores": 2}.get(output, 4) or (
+        output == "labels" and values.dtype != np.uint8
+    ):
+        raise UserError(f"{found}: it is not what its description says; export it again")
+    if output == "labels" and values.max(initial=0) >= count:
+        raise UserError(
+            f"{name} gives the label {values.max()}, and its config has {count} classes: export it again"
+        )
+    if output != "labels" and values.shape[-1] != count:
+        raise UserError(f"{found}, and its config has {count} classes: export it again")
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} gives NaN or infinity: export it again from a checkpoint that is whole")
 
 
 def description_path(path: files.Path) -> files.Path:

@@ -20,6 +20,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from jaxtyping import UInt8
 
+from topformer_jax import files
 from topformer_jax.data import workers
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Run, need_packages
@@ -183,17 +184,18 @@ def _append_note(data: bytes, description: Mapping[str, Any]) -> bytes:
     return stream.getvalue()
 
 
-def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
-    """What runs a file, and its description.
+def open_bytes(data: bytes) -> tuple[Run, bytes]:
+    """What runs a file, and the JSON text of its description.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        description: dict[str, Any] = {}
+        description = b"{}"
         if zipfile.is_zipfile(io.BytesIO(data)):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                description = json.loads(archive.read(NOTE)) if NOTE in archive.namelist() else {}
+                if NOTE in archive.namelist() and archive.getinfo(NOTE).file_size < files.MOST_BYTES:
+                    description = archive.read(NOTE)
         with _quiet():
             interpreter = Interpreter(model_content=data, num_threads=workers.count_cores())
             interpreter.allocate_tensors()

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from topformer_jax import files
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import onnx_labels, onnx_rules
 from topformer_jax.exporters.exported import KEY, Run
@@ -40,8 +41,8 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
-    """What runs a file, and its description.
+def open_bytes(data: bytes) -> tuple[Run, bytes]:
+    """What runs a file, and the JSON text of its description.
 
     Raises:
         UserError: it is damaged, or asks for a newer onnxruntime.
@@ -51,7 +52,7 @@ def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # pybind's own classes
-        reason = str(error).splitlines()[0]
+        reason = files.shorten(str(error).splitlines()[0], 150)
         if "opset" in reason or "IR version" in reason:
             raise UserError(f"needs a newer onnxruntime than {onnxruntime.__version__}: {reason}") from None
         raise UserError(f"is not an ONNX file, or a damaged one: {reason}") from None
@@ -60,7 +61,4 @@ def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
     def run(images: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(None, {INPUT: np.ascontiguousarray(images)})[0])
 
-    try:
-        return run, json.loads(properties.get(KEY, "{}"))
-    except ValueError:
-        return run, {}
+    return run, properties.get(KEY, "{}").encode()

@@ -64,10 +64,10 @@ class ExportedPredictor:
         self.runtime = self._exported.runtime
         if facts["output"] not in ("labels", "logits"):
             raise UserError(f"{path} gives {facts['output']}: expected a file of labels or logits")
-        self.classes: tuple[str, ...] = tuple(facts["classes"])
-        self.palette: tuple[Colour, ...] = tuple((r, g, b) for r, g, b in facts["palette"])
+        self.classes: tuple[str, ...] = tuple(facts.get("classes", ()))
+        self.palette: tuple[Colour, ...] = tuple((r, g, b) for r, g, b in facts.get("palette", ()))
         self.checkpoint_config: FrozenConfigDict | None = FrozenConfigDict(config.complete(facts["config"]))
-        classes = facts["config"]["model"]["num_classes"]
+        classes = self.checkpoint_config.model.num_classes
         if classes != model.config.model.num_classes:
             raise UserError(f"{path} has {classes} classes, the config {model.config.model.num_classes}")
         if evaluation.mode != "whole":

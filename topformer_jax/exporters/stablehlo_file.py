@@ -10,7 +10,11 @@ import flatbuffers  # noqa: F401  jax.export needs it
 import jax
 import jax.export
 import numpy as np
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
 
+from topformer_jax import files
 from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Run
 from topformer_jax.exporters.network import Function, input_shape
@@ -18,6 +22,15 @@ from topformer_jax.exporters.network import Function, input_shape
 HOLDS_DESCRIPTION = False
 BY_ROWS = True
 RUNTIME = f"jax {jax.__version__}"
+# Operations that run code of the process at an address or by a name that the file gives, or wait for another program.
+FOREIGN = (
+    "stablehlo.custom_call",
+    "stablehlo.infeed",
+    "stablehlo.outfeed",
+    "stablehlo.send",
+    "stablehlo.recv",
+)
+KNOWN_CALLS = ("Sharding", "shape_assertion")  # that run none
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -34,20 +47,42 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
         jax.config.update(name, before)
 
 
-def open_bytes(data: bytes) -> tuple[Run, dict[str, Any]]:
+def open_bytes(data: bytes) -> tuple[Run, bytes]:
     """What runs a file; it holds no description.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or holds calls of other code.
     """
     try:
         exported = jax.export.deserialize(bytearray(data))
+        if calls := find_foreign(exported):
+            raise UserError(f"calls {files.shorten(calls[0])}, which no file of export does: it is not run")
         call = jax.jit(exported.call)
         call.lower(jax.ShapeDtypeStruct(_example_shape(exported), np.uint8))
+    except UserError:
+        raise
     except Exception as error:  # of flatbuffers and of MLIR, classes of all kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = files.shorten((str(error).splitlines() or [type(error).__name__])[0], 150)
         raise UserError(f"is not a StableHLO file of jax.export, or a damaged one: {reason}") from None
-    return lambda images: np.asarray(call(images)), {}
+    return lambda images: np.asarray(call(images)), b"{}"
+
+
+def find_foreign(exported: jax.export.Exported) -> list[str]:
+    """What of a program would run other code than XLA's own, found before any of it is compiled."""
+    found = []
+
+    def visit(operation: ir.Operation) -> ir.WalkResult:
+        target = ""
+        if "call_target_name" in operation.attributes:
+            target = ir.StringAttr(operation.attributes["call_target_name"]).value
+        if operation.name in FOREIGN and target not in KNOWN_CALLS:
+            found.append(target or operation.name)
+        return ir.WalkResult.ADVANCE
+
+    with mlir.make_ir_context() as context:
+        module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        module.operation.walk(visit)
+    return found
 
 
 def _example_shape(exported: jax.export.Exported) -> tuple[int, ...]:

@@ -34,11 +34,7 @@ ADVICE = {
 
 
 class Comparison:
-    """What a file and the model give, over some batches.
-
-    Args:
-        output: of the file's description.
-        found, expected: by batch.
+    """What a file of some `output` and the model give, over some batches.
 
     Attributes:
         shares: of the labels that are equal, by batch; the label of logits and scores is the largest one's class.
@@ -104,9 +100,7 @@ def verify(
     """Compares a file with the model on pictures; but for int8, on a drawn scene and noise too, 1 and 2 at once.
 
     Args:
-        exported: of a file.
-        model: in float32, with its layers as they are evaluated.
-        same_model: of the same weights, with other operations.
+        model: in float32, with its layers as they are evaluated; `same_model` has other operations.
         pictures: for int8 at least one, since its ranges are not for noise.
         make_logits: makes a file of logits in the same way, which is compared where labels of one class show nothing.
 

@@ -180,7 +180,7 @@ def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:
     again, so that nothing is compiled twice.
     """
     model.eval()
-    graphdef, _ = nnx.split(model)
+    graphdef = models.network_graphdef(model)
     return _cached_inference(graphdef, model.num_classes, model.policy, model.config.evaluation, mesh)
 
 

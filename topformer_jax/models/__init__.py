@@ -1,5 +1,6 @@
 """The network, one file for each box of the paper's figure; config to model; model to tensors by name and back."""
 
+import copy
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
@@ -155,6 +156,14 @@ def merge_state_dict(graphdef: nnx.GraphDef, tensors: Mapping[str, Array]) -> An
         *path, last = (int(part) if part.isdigit() else part for part in name.split("."))
         functools.reduce(lambda branch, part: branch.setdefault(part, {}), path, nested)[last] = value
     return nnx.merge(graphdef, nested, copy=True)
+
+
+def network_graphdef(model: Segmenter | Classifier) -> nnx.GraphDef:
+    """The graph definition of a network alone, without settings and names: what is compiled depends on no others."""
+    network = copy.copy(model)
+    for name in {"config", "classes", "palette", "checkpoint_config"} & vars(network).keys():
+        delattr(network, name)
+    return nnx.graphdef(network)
 
 
 def _check_choice(key: str, value: str, known: Iterable[str]) -> None:

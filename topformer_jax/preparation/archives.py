@@ -14,9 +14,15 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from topformer_jax import files
+from topformer_jax.data.sources import list_files
 from topformer_jax.errors import UserError
 
+FETCH, REPLACE = (
+    "fetch it again",
+    "replace or remove it",
+)  # what to do with an official archive, and a user's file
 IN_ZIP, IN_FOLDER, IN_GZIP = -1, -2, -3  # instead of a position in a tar file
+_SYSTEM_FILES = ("Icon\r", "Thumbs.db", "desktop.ini")
 MOST_ZEROS = 1 << 20  # bytes at the end of a tar file: it is filled up to whole records
 
 
@@ -28,6 +34,7 @@ class Member:
     name: str
     size: int  # bytes
     offset: int  # of its content in a tar file
+    advice: str = FETCH  # where it is damaged
 
     @property
     def where(self) -> str:
@@ -45,12 +52,17 @@ class Member:
         Raises:
             UserError: the archive is damaged or cut off here.
         """
-        with _report_damage(self.archive, self.name):
+        path, name = (self.path, "") if self.offset == IN_FOLDER else (self.archive, self.name)
+        if self.size > files.MOST_BYTES:  # a few kB of zeros may claim as much
+            raise UserError(
+                f"{self.where} has {self.size:,} bytes, and at most {files.MOST_BYTES:,} are read"
+            )
+        with _report_damage(path, name, self.advice):
             if self.offset == IN_ZIP:
                 return _open_zip(self.archive).read(self.name)
             if self.offset == IN_GZIP:
                 return next(_stream(self.archive, {self.name}))[1]
-            with open(self.path if self.offset == IN_FOLDER else self.archive, "rb") as file:
+            with files.open_regular(path) as file:
                 file.seek(max(self.offset, 0))
                 data = file.read(self.size)
             if len(data) != self.size:
@@ -98,17 +110,18 @@ class Archive:
             yield from ((name, self[name].read()) for name in names)
 
 
-def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
+def open_archive(path: pathlib.Path, holds: str = "", advice: str = FETCH) -> Archive:
     """Lists a zip file, a tar file (plain or compressed by gzip) or a folder.
 
     Args:
         path: of the archive.
         holds: a file or a folder ("images/training/") in it; names are taken below the folder that holds this.
+        advice: what to do where it is damaged.
 
     Raises:
         UserError: it is cut off, damaged, or another archive.
     """
-    with _report_damage(path):
+    with _report_damage(path, advice=advice):
         if path.is_dir():
             found = list(_list_folder(path))
         elif path.suffix == ".json":
@@ -119,7 +132,7 @@ def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
             with path.open("rb") as file:
                 is_compressed = file.read(2) == b"\x1f\x8b"
             found = _list_gzip(path) if is_compressed else _list_tar(path)
-    found = [member for member in found if not _is_hidden(member.name)]
+    found = [dataclasses.replace(member, advice=advice) for member in found if not _is_hidden(member.name)]
     if not holds:
         return Archive(path, "", {member.name: member for member in found})
     for name in (member.name for member in found):
@@ -148,7 +161,7 @@ def fingerprint(path: pathlib.Path) -> list[int | str]:
     for member in _list_folder(path):
         size, count = size + member.size, count + 1
         digest.update(os.fsencode(f"{member.name}\n{member.size}\n"))
-        if member.name.lower().endswith((".json", ".txt", ".csv", ".yaml", ".yml")):
+        if member.size and member.name.lower().endswith((".json", ".txt", ".csv", ".yaml", ".yml")):
             digest.update(hashlib.sha256(member.read()).digest())
     return [size, count, digest.hexdigest()]
 
@@ -222,22 +235,20 @@ def _stream(path: str, names: set[str]) -> Iterator[tuple[str, bytes]]:
 
 
 def _list_folder(path: pathlib.Path) -> Iterator[Member]:
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = pathlib.Path(folder).relative_to(path)
-        for name in sorted(names):
-            if not name.startswith("."):
-                size = os.path.getsize(os.path.join(folder, name))
-                yield Member(str(path), (inside / name).as_posix(), size, IN_FOLDER)
+    for name in sorted(list_files(path)):
+        file = path / name
+        # A link that leads nowhere is listed, and named when it is read.
+        yield Member(str(path), name, file.stat().st_size if file.exists() else 0, IN_FOLDER)
 
 
 def _is_hidden(name: str) -> bool:
     """Whether some system left the file in the archive beside the real ones."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/") if part not in (".", ".."))
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1] in _SYSTEM_FILES
 
 
 @contextlib.contextmanager
-def _report_damage(path: str | os.PathLike[str], name: str = "") -> Iterator[None]:
+def _report_damage(path: str | os.PathLike[str], name: str = "", advice: str = FETCH) -> Iterator[None]:
     """Turns what reading a damaged archive raises into a UserError that names it, and its member if there is one."""
     with files.report_errors("read", path):
         try:
@@ -253,6 +264,5 @@ def _report_damage(path: str | os.PathLike[str], name: str = "") -> Iterator[Non
             why = f"at {name}: {error}" if name else f"{error}"
             size = os.path.getsize(path)
             raise UserError(
-                f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): fetch "
-                "it again"
+                f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): {advice}"
             ) from None

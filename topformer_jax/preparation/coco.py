@@ -1,8 +1,8 @@
 """Files of COCO's form: instances (polygons and run lengths) and panoptic ones (also in Mapillary's folders)."""
 
 import pathlib
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated
 
@@ -12,8 +12,8 @@ from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
-from topformer_jax.preparation.archives import Archive
-from topformer_jax.preparation.own import Annotations
+from topformer_jax.preparation.archives import Archive, Member
+from topformer_jax.preparation.own import Annotations, Pair
 
 BACKGROUNDS = ("background", "_background_", "__background__")  # categories that are what nothing covers
 Identity = int | str
@@ -51,13 +51,28 @@ class Segment(msgspec.Struct):
     category_id: Identity
 
 
-class Annotation(msgspec.Struct):
-    """A row of "annotations": an instance, or all segments of a panoptic mask."""
+class Instance(msgspec.Struct):
+    """What a row of "annotations" draws."""
 
-    image_id: Identity
     category_id: Identity | None = None
     segmentation: list[list[float]] | Runs | None = None
     bbox: list[float] | None = None  # x, y, width, height
+    iscrowd: int | bool | None = None
+
+
+class Instances(msgspec.Struct):
+    """The rows of one picture."""
+
+    annotations: list[Instance]
+
+
+class Annotation(msgspec.Struct, omit_defaults=True):
+    """A row of "annotations": an instance, whose outline is read when it is drawn, or all segments of a mask."""
+
+    image_id: Identity
+    category_id: Identity | None = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+    bbox: list[float] | None = None
     iscrowd: int | bool | None = None
     file_name: str | None = None
     segments_info: list[Segment] | None = None
@@ -80,7 +95,7 @@ class Content(msgspec.Struct):
         """Whether an annotation has a polygon, runs or a box; a file without any is of pictures of background."""
         if not self.annotations:
             return self.annotations is not None and bool(self.categories)
-        return any(row.segmentation or row.bbox for row in self.annotations)
+        return any(bytes(row.segmentation) not in (b"null", b"[]") or row.bbox for row in self.annotations)
 
 
 def read(source: Archive, background: str) -> Annotations:
@@ -89,12 +104,10 @@ def read(source: Archive, background: str) -> Annotations:
     Raises:
         UserError: a file is wrong, names a picture that is not there, or has other categories than the others.
     """
-    contents: dict[str, Content] = {}
-    for name, member in source.members.items():
-        if name.lower().endswith(".json"):
-            content = files.read_json(member.read(), Content, member.where)
-            if content.images is not None:
-                contents[name] = content
+    found = Annotations(source)
+    contents = {
+        name: content for name, content in found.read_json(Content, "images") if content.images is not None
+    }
     panoptic = [name for name, content in contents.items() if content.is_panoptic]
     chosen = panoptic or [name for name, content in contents.items() if content.has_instances]
     if not chosen:
@@ -102,28 +115,26 @@ def read(source: Archive, background: str) -> Annotations:
             f"{source.path} holds no .json of COCO with panoptic segments, polygons or run lengths "
             f"({own.describe(source)})"
         )
-    found = Annotations(source, [])
     kind = "panoptic segments" if panoptic else "polygons, run lengths or boxes"
-    found.leave_out(f"files without {kind}", (source[name] for name in contents if name not in chosen))
-    found.read.update(source[name] for name in chosen)
+    found.leave_out(
+        f"files without {kind}", (source[name] for name in contents if name not in chosen), own.FILES
+    )
     categories = _find_categories(found, {name: contents[name] for name in chosen})
     where = ", ".join(chosen)[:80]
-    names = own.list_classes(list(categories.values()), where, least=0)
-    known = [] if panoptic else BACKGROUNDS
-    if panoptic and not background:
-        found.classes, empty = names, IGNORE_LABEL  # COCO's own rule for what has no segment
-    else:
-        found.classes, empty = own.add_background(names, background, known, where)
-    own.list_classes(found.classes, where)
-    first = len(found.classes) - len(names)
-    table = {number: first + index for index, number in enumerate(categories)}
-    folders = {_mask_folder(source, name) for name in panoptic}
-    pictures = _index_pictures(source, folders)
+    known = () if panoptic else BACKGROUNDS
+    found.classes, table, empty = own.number_classes(categories, background, where, known)
+    if panoptic and empty is None:
+        empty = IGNORE_LABEL  # COCO's own rule for what has no segment
     if not panoptic:
         labels.require_pycocotools()
+        found.notes.append("overlapping regions are drawn by their area, the largest first")
+    folders = {name: _mask_folder(source, name) for name in panoptic}
+    masks = {_mask_name(folders[name], row) for name in panoptic for row in contents[name].annotations or ()}
+    index = own.index_ends(name for name in source.members if own.is_picture(name) and name not in masks)
+    label_of_rest = own.require_background(empty, where)
     for name in chosen:
         add = _add_panoptic if panoptic else _add_instances
-        add(found, name, contents[name], table, empty, pictures)
+        add(found, name, contents[name], table, label_of_rest, index)
     return found
 
 
@@ -135,14 +146,12 @@ def _find_categories(found: Annotations, contents: dict[str, Content]) -> dict[I
     for name, content in contents.items():
         where = found.source[name].where
         groups = {row.supercategory for row in content.categories}
-        numbers = Counter(row.id for row in content.categories)
-        twice = [number for number, count in numbers.items() if count > 1]
-        if twice:
-            raise UserError(
-                f"{where} has two categories of id {files.shorten(twice[0], 40)}: give each one its own"
-            )
-        these = {}
+        these: dict[Identity, str] = {}
         for row in sorted(content.categories, key=lambda row: (isinstance(row.id, str), row.id)):
+            if row.id in these:
+                raise UserError(
+                    f"{where} has two categories of id {files.shorten(row.id, 40)}: give each one its own"
+                )
             if row.id == 0 and row.supercategory == "none" and row.name in groups and row.id not in used:
                 found.notes.append(
                     f"no class: category {files.shorten(row.name)}, which names the group of the others"
@@ -162,50 +171,45 @@ def _mask_folder(source: Archive, name: str) -> str:
     return stem if any(path.startswith(f"{stem}/") for path in source.members) else name.rpartition("/")[0]
 
 
-def _index_pictures(source: Archive, mask_folders: set[str]) -> dict[str, list[str]]:
-    """The paths of pictures by each end of theirs: c.jpg, b/c.jpg, a/b/c.jpg."""
-    index: dict[str, list[str]] = defaultdict(list)
-    for name in filter(own.is_picture, source.members):
-        parts = name.split("/")
-        if "/".join(parts[:-1]) in mask_folders:
-            continue
-        for start in range(len(parts)):
-            index["/".join(parts[start:])].append(name)
-    return index
+def _mask_name(folder: str, row: Annotation) -> str:
+    return "/".join([*filter(None, [folder]), *own.split_path(row.file_name or "")])
 
 
 def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split: str, where: str) -> str:
-    """The path of a picture that a file names: of several the one of the file's split, or nearest to the file."""
-    parts = [part for part in file_name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    folder = name.rpartition("/")[0]
+    """The path of a picture that a file names: of several the one nearest to the file; never one of another split."""
+    parts = own.split_path(file_name)
+    folder, others = name.rpartition("/")[0], list[str]()
     for start in range(len(parts)):
-        found = index.get("/".join(parts[start:]), [])
-        if len(found) > 1:
-            found = [path for path in found if own.split_of_folders(path) == split] or found
-        if len(found) > 1:
-            found = [path for path in found if path.rpartition("/")[0] == folder] or found
-        if len(found) == 1:
-            return found[0]
+        present = index.get("/".join(parts[start:]), [])
+        found = [path for path in present if not split or own.split_of_folders(path) in ("", split)]
+        others = others or present
+        for choice in (
+            [path for path in found if own.split_of_folders(path) == split],
+            [path for path in found if path.rpartition("/")[0] == folder],
+            found,
+        ):
+            if len(choice) == 1:
+                return choice[0]
         if found:
             raise UserError(
                 f"{where} names {files.shorten(file_name, 80)}, of which there are {len(found)}: name its folder too"
             )
+    there = f" for {split} (there is {files.shorten(others[0])})" if others else ""
     raise UserError(
-        f"{where} names {files.shorten(file_name, 80)}, which is not below --source: copy it there"
+        f"{where} names {files.shorten(file_name, 80)}, which is not below --source{there}: copy it there"
     )
 
 
-def _split_of(name: str) -> str:
-    """The split that a file's folders or its name say."""
-    return own.split_of_folders(name) or own.split_of(pathlib.PurePosixPath(name).stem, among_others=True)
-
-
-def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annotation]]:
-    """The annotations of each picture.
+def _list_pictures(
+    found: Annotations, name: str, content: Content, index: dict[str, list[str]]
+) -> Iterator[tuple[Picture, str, str, list[Annotation]]]:
+    """The pictures of a file, each with its path, its split and its annotations.
 
     Raises:
-        UserError: one is of no picture, or two pictures have one id.
+        UserError: an annotation is of no picture, two pictures have one id, or one is not there.
     """
+    where = found.source[name].where
+    split = own.split_of_folders(name) or own.split_of(pathlib.PurePosixPath(name).stem)
     rows: dict[Identity, list[Annotation]] = {}
     for picture in content.images or ():
         if picture.id in rows:
@@ -219,7 +223,9 @@ def _rows_by_picture(content: Content, where: str) -> dict[Identity, list[Annota
                 f"{where}: annotation {number} is of image {files.shorten(row.image_id, 40)}, which it does not list"
             )
         rows[row.image_id].append(row)
-    return rows
+    for picture in content.images or ():
+        path = _find_picture(index, picture.file_name, name, split, where)
+        yield picture, path, split, rows[picture.id]
 
 
 def _add_panoptic(
@@ -228,32 +234,26 @@ def _add_panoptic(
     content: Content,
     table: dict[Identity, int],
     empty: int,
-    pictures: dict[str, list[str]],
+    index: dict[str, list[str]],
 ) -> None:
-    """Adds the pairs of a panoptic file, whose masks are in a folder of its name or beside it."""
-    source, where, split = found.source, found.source[name].where, _split_of(name)
-    folder = _mask_folder(source, name)
-    rows = _rows_by_picture(content, where)
-    missing = [row.file_name for row in content.images or () if not rows[row.id]]
-    if missing:
-        found.left_out.setdefault(f"pictures without a mask in {files.shorten(name)}", []).extend(missing)
-    for picture in content.images or ():
-        for row in rows[picture.id]:
-            file = (row.file_name or "").replace("\\", "/")
-            mask = f"{folder}/{file}".lstrip("/")
+    """Adds the pairs of a panoptic file."""
+    source, where, folder = found.source, found.source[name].where, _mask_folder(found.source, name)
+    missing = []
+    for picture, path, split, rows in _list_pictures(found, name, content, index):
+        if not rows:
+            missing.append(picture.file_name)
+        for row in rows:
+            mask = _mask_name(folder, row)
             if mask not in source.members:
                 raise UserError(
-                    f"{where} names the mask {files.shorten(file)}, which is not in {files.shorten(folder)}: "
-                    "put it there"
+                    f"{where} names the mask {files.shorten(mask)}, which is not there: put it there"
                 )
-            path = _find_picture(pictures, picture.file_name, name, split, where)
-            segments = {
-                segment.id: _label(segment.category_id, table, where) for segment in row.segments_info or ()
-            }
-            convert = partial(
-                labels.convert_mask, partial(labels.map_segments, segments, empty), source[path]
-            )
-            found.pairs.append(own.make_pair(path, source[path], source[mask], convert, split))
+            segments = {part.id: _label(part.category_id, table, where) for part in row.segments_info or ()}
+            convert = partial(labels.map_segments, segments, empty)
+            sized = partial(labels.convert_mask, convert, source[path])
+            found.pairs.append(Pair(path, source[path], source[mask], sized, split))
+    if missing:
+        found.left_out.append((f"without a mask in {files.shorten(name)}", own.PICTURES, missing))
 
 
 def _add_instances(
@@ -262,36 +262,35 @@ def _add_instances(
     content: Content,
     table: dict[Identity, int],
     empty: int,
-    pictures: dict[str, list[str]],
+    index: dict[str, list[str]],
 ) -> None:
     """Adds the pairs of a file of instances; a box without a mask is void."""
-    where, split = found.source[name].where, _split_of(name)
-    rows = _rows_by_picture(content, where)
     counts: Counter[str] = Counter()
-    for picture in content.images or ():
-        path = _find_picture(pictures, picture.file_name, name, split, where)
+    for picture, path, split, rows in _list_pictures(found, name, content, index):
         stated = (picture.height, picture.width) if picture.height and picture.width else None
-        regions = _regions_of(rows[picture.id], table, where, counts)
+        where = f"{found.source[name].where}: {files.shorten(picture.file_name, 80)}"
+        data = msgspec.json.encode({"annotations": rows})
+        _read_regions(data, table, where, counts)
         image = found.source[path]
-        convert = partial(labels.draw_regions, empty, stated, image, regions)
-        place = f"{where}: {files.shorten(picture.file_name, 80)}"
-        found.pairs.append(own.make_pair(path, image, b"", convert, split, place))
+        found.pairs.append(Pair(path, image, data, partial(_draw, table, empty, stated, image), split, where))
     found.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]
-    found.notes[:] = dict.fromkeys(
-        [*found.notes, "overlapping regions are drawn by their area, the largest first"]
-    )
 
 
-def _regions_of(
-    rows: Sequence[Annotation], table: dict[Identity, int], where: str, counts: Counter[str]
+def _draw(
+    table: dict[Identity, int], empty: int, stated: labels.Size | None, image: Member, data: bytes, name: str
+) -> bytes:
+    return labels.draw_regions(empty, stated, image, _read_regions(data, table, name, Counter()), name)
+
+
+def _read_regions(
+    data: bytes, table: dict[Identity, int], where: str, counts: Counter[str]
 ) -> list[labels.Region]:
     """What a picture's annotations draw."""
     regions = []
-    for row in rows:
+    for row in files.read_json(data, Instances, where).annotations:
         label = _label(row.category_id, table, where)
         if isinstance(row.segmentation, Runs):
-            runs = row.segmentation.counts
-            regions.append(labels.Region(label, runs=runs if isinstance(runs, str) else tuple(runs)))
+            regions.append(labels.Region(label, runs=row.segmentation.counts, size=row.segmentation.size))
         elif polygons := labels.take_polygons(row.segmentation or (), where):
             regions.append(labels.Region(label, polygons))
         elif row.bbox and len(row.bbox) == 4 and min(row.bbox[2:]) > 0:

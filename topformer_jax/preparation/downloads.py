@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from topformer_jax import files
-from topformer_jax.data import class_folders
+from topformer_jax.data import class_folders, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import coco, coco_stuff, imagenet, labelme, masks, own, pascal, scenes, yolo
@@ -202,7 +202,8 @@ def has_layout(dataset: str, source: str) -> bool:
     base = pathlib.Path(source).expanduser()
     if layout is None:
         return any(path.suffix.lower() in class_folders.SUFFIXES for path in (base / "train").glob("*/*"))
-    return any((base / layout.images.format(split=word)).is_dir() for word in layout.train)
+    paths = (layout.images.format(split=word) for word in layout.train)
+    return any((base / sources.find_path(base, path)).is_dir() for path in paths)
 
 
 def _find_own(source: pathlib.Path, options: Mapping[str, Any]) -> Found:
@@ -213,14 +214,14 @@ def _find_own(source: pathlib.Path, options: Mapping[str, Any]) -> Found:
             f"the pictures by --from {', '.join(READERS)}"
         )
     annotations = READERS[kind](own.open_source(source), " ".join(background.split()))
-    division = own.divide(annotations, validation)
+    plan, table = own.divide(annotations, validation)
     origin = {
         "dataset": "custom",
         "options": dict(options),
         "classes": annotations.classes,
         "archives": {source.name: [*fingerprint(source), *_checksum(source)]},
     }
-    return Found("custom", division.plan, origin, {}, division.table, division.notes)
+    return Found("custom", plan, origin, {}, table, annotations.notes)
 
 
 def _checksum(path: pathlib.Path) -> list[str]:

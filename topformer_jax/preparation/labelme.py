@@ -1,10 +1,10 @@
-"""labelme, and what writes files like it: X-AnyLabeling, ISAT."""
+"""labelme, and what writes files like it: X-AnyLabeling."""
 
 import base64
 import binascii
 import io
 import posixpath
-from collections import Counter, defaultdict
+import unicodedata
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
@@ -15,15 +15,17 @@ from PIL import Image, ImageDraw
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import JPEG, PNG, decode_image
+from topformer_jax.data.codecs import JPEG, PNG, decode_image, read_label_values
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive, Member
 from topformer_jax.preparation.own import Annotations, Pair
 from topformer_jax.preparation.writer import Convert
 
-IGNORED = "__ignore__"  # labelme's name of what is void
-BACKGROUNDS = ("_background_", "__background__")  # labelme's name of what nothing covers, and ISAT's
+IGNORED, BACKGROUND = (
+    "__ignore__",
+    "_background_",
+)  # labelme's names of what is void, and of what nothing covers
 _LISTS = ("classes.txt", "labels.txt")  # files that may give the order of the classes
 _LINE_WIDTH, _POINT_RADIUS = 10, 5  # pixels, as labelme's shape_to_mask
 _POLYGONS = ("polygon", "rectangle", "rotation", "oriented_rectangle", "quadrilateral")
@@ -41,51 +43,14 @@ class Shape(msgspec.Struct):
     mask: str | None = None  # a PNG in base64
 
 
-class IsatShape(msgspec.Struct):
-    """A polygon of ISAT; those of higher layers lie on top."""
+class Drawing(msgspec.Struct, omit_defaults=True):
+    """A file of labelme."""
 
-    category: str | int | float
-    segmentation: list[tuple[float, float]]
-    layer: float = 0
-
-
-class IsatInfo(msgspec.Struct):
-    """What ISAT says of the picture."""
-
-    name: str
-    width: Length | None = None
-    height: Length | None = None
-
-
-class Drawing(msgspec.Struct):
-    """A file of labelme (`shapes`) or ISAT (`info` and `objects`)."""
-
-    shapes: list[Shape] | None = None
+    shapes: list[Shape]
     imagePath: str | None = None
     imageData: str | None = None
     imageWidth: Length | None = None
     imageHeight: Length | None = None
-    info: IsatInfo | None = None
-    objects: list[IsatShape] | None = None
-
-
-def read_drawing(data: bytes, name: str) -> Drawing:
-    """A file of labelme, or one of ISAT in labelme's form.
-
-    Raises:
-        UserError: it is of another tool, or a value in it is wrong.
-    """
-    drawing = files.read_json(data, Drawing, name)
-    if drawing.shapes is not None:
-        return drawing
-    if drawing.info is None or drawing.objects is None:
-        raise UserError(
-            f"{name} has neither shapes, as labelme's files, nor info and objects, as ISAT's: move it away"
-        )
-    objects = sorted(drawing.objects, key=lambda shape: shape.layer)
-    shapes = [Shape(shape.category, shape.segmentation, "polygon") for shape in objects]
-    info = drawing.info
-    return Drawing(shapes, info.name, imageWidth=info.width, imageHeight=info.height)
 
 
 def read(source: Archive, background: str) -> Annotations:
@@ -96,46 +61,49 @@ def read(source: Archive, background: str) -> Annotations:
     Raises:
         UserError: a file is wrong, has no picture, or is not fully labelled though no background is known.
     """
-    names = [name for name in source.members if name.lower().endswith(".json")]
-    if not names:
-        raise UserError(f"{source.path} holds no .json of labelme ({own.describe(source)})")
-    found = Annotations(source, [])
+    found = Annotations(source)
     places: dict[str, str] = {}  # the first file of each label
     spelled: set[str] = set()  # labels that are called otherwise
-    kinds: Counter[str] = Counter()
-    pictures = _Pictures(source)
+    thin = 0
+    pictures = [*filter(own.is_picture, source.members)]
+    index, renamed = own.index_ends(pictures), 0
+    for path in pictures:
+        index[own.stem_of(path)].append(path)
     drawn = []
-    for name in names:
-        member = source[name]
-        drawing = read_drawing(member.read(), member.where)
-        for number, shape in enumerate(drawing.shapes or ()):
-            label = _name(shape, f"{member.where}: shape {number}")
-            places.setdefault(label, member.where)
+    for name, drawing in found.read_json(Drawing, "shapes"):
+        where = source[name].where
+        for number, shape in enumerate(drawing.shapes):
+            label = _name(shape, f"{where}: shape {number}")
+            places.setdefault(label, where)
             if label != shape.label:
                 spelled.add(f"{label} (written {shape.label!r})")
-            kinds[shape.shape_type or ""] += 1
-        drawn.append((name, *pictures.find(name, drawing, member.where)))
-    classes, table = _list_classes(found, places, background)
-    empty = table.get("")
-    for name, picture, image, extract in drawn:
+            thin += shape.shape_type in _THIN
+        picture, extract = _find_picture(source, index, name, drawing)
+        stated = own.split_path(drawing.imagePath or "")[-1:]
+        renamed += bool(stated) and not extract and stated != picture.split("/")[-1:]
+        drawing.imageData = None
+        drawn.append((name, picture, extract, msgspec.json.encode(drawing)))
+    if not drawn:
+        raise UserError(f"{source.path} holds no .json of labelme, with shapes ({own.describe(source)})")
+    found.classes, table = _list_classes(found, places, background)
+    is_covered = "" not in table
+    for name, picture, extract, data in drawn:
+        image, where = source[name if extract else picture], source[name].where
         convert = partial(draw_shapes, table, image, extract)
-        path, split = own.stem_of(picture), own.split_of_folders(name)
-        split = "" if split == own.split_of_folders(picture) else split
-        suffix = picture[len(path) :]
-        found.pairs.append(Pair(image, path, suffix, source[name], convert, split, extract=extract))
-    if empty is None:
-        _require_full_cover(found, table)
-        table[""] = IGNORE_LABEL
-    found.classes = own.list_classes(classes, str(source.path))
+        if is_covered:
+            _require_full_cover(table, image, extract, data, where)
+        split = own.split_of_folders(name)
+        found.pairs.append(Pair(picture, image, data, convert, split, where, extract))
+    table.setdefault("", IGNORE_LABEL)
     if spelled:
         found.notes.append(f"labels by other names: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}")
-    if thin := sum(kinds[kind] for kind in _THIN):
+    if thin:
         found.notes.append(
             f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
         )
-    if pictures.renamed:
+    if renamed:
         found.notes.append(
-            f"files that name another picture than the one of their own name, which is taken: {pictures.renamed}"
+            f"files whose imagePath is not there, with the picture of their own name: {renamed}"
         )
     return found
 
@@ -164,99 +132,77 @@ def _list_classes(
     if where:
         found.notes.append(f"the order of the classes is that of {where}")
     names = [" ".join(name.split()) for name in names]
-    strange = [label for label in places if label not in {*names, IGNORED, *BACKGROUNDS}]
+    strange = [label for label in places if label not in {*names, IGNORED, BACKGROUND}]
     if strange:
         raise UserError(
             f"{places[strange[0]]}: {files.shorten(strange[0])} is not in {where.rpartition('/')[2]}: "
             "add it there, or rename it here"
         )
     names = [name for name in names if name != IGNORED]
-    names += [name for name in BACKGROUNDS if name in places and name not in names]
+    if BACKGROUND in places and BACKGROUND not in names:
+        names.append(BACKGROUND)
     if not where:  # labelme's own tools give the background label 0
-        names.sort(key=lambda name: name not in BACKGROUNDS)
-    if background or any(name in BACKGROUNDS for name in names):
-        classes, empty = own.add_background(names, background, BACKGROUNDS, str(source.path))
-        table = {"": empty}
-    else:
-        classes, table = names, {}
-    table |= {name: label for label, name in enumerate(classes)}
-    if "" in table:
-        table |= {name: table[""] for name in BACKGROUNDS if name not in table}
-    return classes, table | {IGNORED: IGNORE_LABEL}
+        names.sort(key=lambda name: name != BACKGROUND)
+    where = where or str(source.path)
+    classes, numbers, empty = own.number_classes(dict(enumerate(names)), background, where, (BACKGROUND,))
+    table = {name: numbers[place] for place, name in enumerate(names)} | {IGNORED: IGNORE_LABEL}
+    return classes, table if empty is None else {"": empty, BACKGROUND: empty} | table
 
 
-def _require_full_cover(found: Annotations, table: Mapping[str, int]) -> None:
-    """Raises a UserError for the first picture that its shapes do not cover, or else all are drawn."""
+def _require_full_cover(
+    table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
+) -> None:
+    """Raises a UserError for a picture that its shapes do not cover."""
     probe = dict.fromkeys(table, 0) | {"": 1}
-    for pair in found.pairs:
-        assert isinstance(pair.label, Member)
-        where = pair.label.where
-        uncovered = float(np.mean(_draw(probe, pair.image, pair.extract, pair.label.read(), where)))
-        if uncovered:
-            raise UserError(
-                f"{where}: no shape covers {uncovered:.2%} of the picture: give the rest a class by --background "
-                f"NAME, or leave it out of training and scores by --background {own.VOID}"
-            )
-
-
-class _Pictures:
-    """Finds the pictures of labelme's files."""
-
-    def __init__(self, source: Archive):
-        self._source = source
-        self._by_file: dict[str, list[str]] = defaultdict(list)
-        self._by_stem: dict[str, list[str]] = defaultdict(list)
-        self.renamed = 0  # files that name another picture
-        for name in filter(own.is_picture, source.members):
-            self._by_file[name.rpartition("/")[2].lower()].append(name)
-            self._by_stem[own.stem_of(name)].append(name)
-
-    def find(self, name: str, drawing: Drawing, where: str) -> tuple[str, Member, Convert | None]:
-        """The picture's path, its file, and what takes it out of a file that is no picture.
-
-        Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one below the
-        source of that name; in this order.
-        """
-        source = self._source
-        stated = (drawing.imagePath or "").replace("\\", "/")
-        folder, stem = posixpath.dirname(name), name[: -len(".json")]
-        file = stated.rpartition("/")[2]
-        beside = [posixpath.normpath(posixpath.join(folder, path)) for path in (stated, file) if file]
-        for path in beside:
-            if path in source.members and own.is_picture(path):
-                return path, source[path], None
-        if drawing.imageData:
-            start = _decode64(drawing.imageData[:16], where)
-            suffix = ".jpg" if start.startswith(JPEG) else ".png" if start.startswith(PNG) else ".bmp"
-            return stem + suffix, source[name], extract_picture
-        if len(own_name := self._by_stem[stem]) == 1:
-            self.renamed += 1
-            return own_name[0], source[own_name[0]], None
-        split = own.split_of_folders(name)
-        others = self._by_file[file.lower()]
-        others = [path for path in others if own.split_of_folders(path) == split] or others
-        if len(others) == 1:
-            return others[0], source[others[0]], None
-        if file and not own.is_picture(file):
-            raise UserError(
-                f"{where} is of {files.shorten(file, 80)}, which is no picture that is read: {_SUFFIXES}"
-            )
-        why = (
-            f"which is there {len(others)} times: give its folder"
-            if others
-            else "which is not below --source"
-        )
+    if uncovered := float(np.mean(read_label_values(draw_shapes(probe, image, extract, data, name), name))):
         raise UserError(
-            f"{where} is of {files.shorten(stated, 80) or 'no picture'}, {why}: put it beside the file"
+            f"{name}: no shape covers {uncovered:.2%} of the picture: give the rest a class by --background "
+            f"NAME, or leave it out of training and scores by --background {own.VOID}"
         )
 
 
-_SUFFIXES = "save it as .jpg or .png"
+def _find_picture(
+    source: Archive, index: Mapping[str, list[str]], name: str, drawing: Drawing
+) -> tuple[str, Convert | None]:
+    """The path of a file's picture, and what takes it out of the file where it is in there.
+
+    Where `imagePath` says, beside the file, inside of it, beside it with its own name, or the only one of that name
+    below the source; in this order.
+    """
+    where = source[name].where
+    stated = unicodedata.normalize("NFC", drawing.imagePath or "").replace("\\", "/")
+    folder, stem = posixpath.dirname(name), name[: -len(".json")]
+    file = stated.rpartition("/")[2]
+    beside = [posixpath.normpath(posixpath.join(folder, path)) for path in (stated, file) if file]
+    for path in beside:
+        if path in source.members and own.is_picture(path):
+            return path, None
+    if drawing.imageData:
+        start = _decode64(drawing.imageData[:16], where)
+        suffix = ".jpg" if start.startswith(JPEG) else ".png" if start.startswith(PNG) else ".bmp"
+        return stem + suffix, extract_picture
+    if len(own_name := index.get(stem, [])) == 1:
+        return own_name[0], None
+    split = own.split_of_folders(name)
+    others = index.get(file, [])
+    others = [path for path in others if own.split_of_folders(path) == split] or others
+    if len(others) == 1:
+        return others[0], None
+    if file and not own.is_picture(file):
+        raise UserError(
+            f"{where} is of {files.shorten(file, 80)}, which is no picture that is read: save it as .jpg or .png"
+        )
+    why = (
+        f"there {len(others)} times: give its folder"
+        if others
+        else "not below --source: put it beside the file"
+    )
+    raise UserError(f"{where} is of {files.shorten(stated, 80) or 'no picture'}, which is {why}")
 
 
 def extract_picture(data: bytes, name: str) -> bytes:
     """The picture inside a file of labelme."""
-    return _decode64(read_drawing(data, name).imageData or "", name)
+    return _decode64(files.read_json(data, Drawing, name).imageData or "", name)
 
 
 def _decode64(text: str, where: str) -> bytes:
@@ -271,33 +217,21 @@ def draw_shapes(
 ) -> bytes:
     """Draws the shapes of a labelme file in their order, as labelme's shapes_to_label does.
 
-    Args:
-        table: label of each name; that of "" is for the pixels that no shape covers.
-        image: the picture.
-        extract: takes it out of a file that is no picture.
-        data: the file.
-        name: of the file.
+    The label of "" in `table` is for the pixels that no shape covers; `extract` takes the picture out of `image`.
 
     Raises:
         UserError: a shape covers no area, or lies outside of the picture; or the picture has another size.
     """
-    return labels.encode(_draw(table, image, extract, data, name))
-
-
-def _draw(
-    table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
-) -> labels.Labels:
-    drawing = read_drawing(data, name)
+    drawing = files.read_json(data, Drawing, name)
     if extract:
-        height, width, _ = decode_image(extract(data, name), f"the picture in {name}").shape
-        size = height, width
+        height, width, _ = decode_image(extract(image.read(), name), f"the picture in {name}").shape
     else:
-        size = labels.read_size(image)
-    stated = (drawing.imageHeight, drawing.imageWidth)
-    if stated[0] and stated[1]:
-        labels.check_stated_size((stated[0], stated[1]), size, image.where, name)
+        height, width = labels.read_size(image)
+    size = height, width
+    if drawing.imageHeight and drawing.imageWidth:
+        labels.check_stated_size((drawing.imageHeight, drawing.imageWidth), size, image.where, name)
     canvas = Image.new("L", size[::-1], table[""])
-    for number, shape in enumerate(drawing.shapes or ()):
+    for number, shape in enumerate(drawing.shapes):
         where = f"{name}: shape {number}"
         label = table[_name(shape, where)]
         kind = shape.shape_type or "polygon"
@@ -310,10 +244,10 @@ def _draw(
         )
         if not is_drawn:
             raise UserError(
-                f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which covers no area: "
-                "draw it as a polygon of 3 or more points, a rectangle or a circle"
+                f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which is not drawn: expected "
+                "a polygon of 3 or more points, a rectangle or circle of 2, a mask with a pixel, a line or a point"
             )
-    return np.asarray(canvas)
+    return labels.encode(np.asarray(canvas))
 
 
 def _draw_outline(

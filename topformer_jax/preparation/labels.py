@@ -49,12 +49,7 @@ def encode(labels: Labels) -> bytes:
 
 
 def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
-    """Replaces the values of a label file.
-
-    Args:
-        table: class index of each value that may occur.
-        data: a PNG of one channel.
-        name: of the file.
+    """Replaces the values of a PNG of one channel by a table of all that may occur.
 
     Raises:
         UserError: another value occurs, or the file is damaged.
@@ -65,15 +60,31 @@ def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
 def map_matrix(key: str, table: Mapping[int, int], data: bytes, name: str) -> bytes:
     """As `map_values`, of the matrix `key` in a MATLAB file (version 5)."""
     with expect_fields(name):
-        values = np.asarray(read_mat(data, name)[key])
-    return encode(_look_up(table, values, name))
+        values = read_mat(data, name)[key]
+    return encode(_look_up(table, _take_matrix(values, name), name))
 
 
 def read_boundaries_benchmark(data: bytes, name: str) -> bytes:
     """The classes of a file of the Semantic Boundaries Dataset: GTcls.Segmentation, VOC's 0 to 20."""
     with expect_fields(name):
-        values = read_mat(data, name)["GTcls"][0, 0]["Segmentation"].astype(np.uint8)
-    return encode(values)
+        values = read_mat(data, name)["GTcls"][0, 0]["Segmentation"]
+    return encode(_look_up({label: label for label in range(21)}, _take_matrix(values, name), name))
+
+
+def _take_matrix(values: Any, name: str) -> np.ndarray:
+    """A variable of a MATLAB file as a matrix of class numbers.
+
+    Raises:
+        UserError: it is no matrix of whole numbers.
+    """
+    found = np.asarray(values)
+    is_whole = found.dtype.kind in "ui" or (found.dtype.kind == "f" and (np.rint(found) == found).all())
+    if found.ndim != 2 or found.size < 2 or not is_whole or np.abs(found).max() > 1 << 16:
+        shape = " x ".join(map(str, found.shape))
+        raise UserError(
+            f"{name} holds {found.dtype} of {shape}: expected a matrix of class numbers, one a pixel"
+        )
+    return found
 
 
 def read_mat(data: bytes, name: str) -> dict[str, Any]:
@@ -88,21 +99,15 @@ def read_mat(data: bytes, name: str) -> dict[str, Any]:
         return dict(loadmat(io.BytesIO(data)))
     except Exception as error:  # of many types
         raise UserError(
-            f"{name} cannot be read as a MATLAB file ({error}): fetch its archive again"
+            f"{name} cannot be read as a MATLAB file ({files.shorten(error, 120)}): fetch its archive again"
         ) from None
 
 
 def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, name: str) -> bytes:
     """The class indices of a mask that shows each class in its colour.
 
-    Args:
-        colours: class index of each colour.
-        others: class index of pixels of other colours, if they are few (1 %); None: there may be none.
-        data: an image file.
-        name: of the file.
-
     Raises:
-        UserError: pixels have other colours.
+        UserError: pixels have other colours; up to 1 % of them may, where `others` gives these a class.
     """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     known = sorted((red << 16 | green << 8 | blue, label) for (red, green, blue), label in colours.items())
@@ -124,10 +129,7 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
 def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes:
     """Draws the polygons of a Cityscapes file, later ones over earlier ones, as json2labelImg of cityscapesScripts.
 
-    Args:
-        classes: label of each name, negative where it is not drawn; "cargroup" is "car".
-        data: a *_polygons.json.
-        name: of the file.
+    `classes` has a negative label for what is not drawn; "cargroup" is "car".
 
     Raises:
         UserError: a name is unknown, or the file is damaged.
@@ -150,11 +152,7 @@ def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes
 def map_segments(segments: Mapping[int, int], background: int, data: bytes, name: str) -> bytes:
     """The class indices of a COCO panoptic mask, whose colours are ids: red + 256 green + 65536 blue.
 
-    Args:
-        segments: label of each id.
-        background: label of the pixels without a segment (id 0).
-        data: a PNG.
-        name: of the file.
+    Pixels without a segment have id 0.
 
     Raises:
         UserError: an id is of no segment.
@@ -168,11 +166,7 @@ def draw_runs(
 ) -> bytes:
     """Draws masks that are stored as run lengths, later ones over earlier ones; 0 where there is none.
 
-    Args:
-        size: (height, width).
-        annotations: label and COCO's "counts" of each.
-        data: unused: the annotations are of one file for all images.
-        name: of the image.
+    `annotations` are pairs of a label and COCO's "counts"; `data` is unused: they are of one file for all images.
 
     Raises:
         UserError: the runs are not of this size.
@@ -189,7 +183,8 @@ class Region:
 
     label: int
     polygons: tuple[tuple[float, ...], ...] = ()
-    runs: str | tuple[int, ...] = ()
+    runs: str | Sequence[int] = ()
+    size: Size | None = None  # of the runs
 
 
 def take_polygons(polygons: Iterable[Sequence[float]], name: str) -> tuple[tuple[float, ...], ...]:
@@ -213,20 +208,14 @@ def box_region(label: int, x: float, y: float, width: float, height: float) -> R
 
 
 def draw_regions(
-    background: int, stated: Size | None, image: Member, regions: Sequence[Region], data: bytes, name: str
+    background: int, stated: Size | None, image: Member, regions: Sequence[Region], name: str
 ) -> bytes:
     """Draws the regions of a picture in the order of their areas, largest first, as pycocotools fills polygons.
 
-    Args:
-        background: label of the pixels that no region covers.
-        stated: (height, width) that the annotation names.
-        image: the picture.
-        regions: what to draw; of equal areas the later one is on top.
-        data: unused: the regions are known.
-        name: of the annotation.
+    Of equal areas the later one is on top.
 
     Raises:
-        UserError: the picture has another size than the annotation, or a region lies outside of it.
+        UserError: the picture has another size than the annotation states, or a region lies outside of it.
     """
     from pycocotools import mask as masks
 
@@ -234,7 +223,8 @@ def draw_regions(
     check_stated_size(stated, size, image.where, name)
     drawn = []
     for region in regions:
-        runs: str | Sequence[int] = region.runs
+        runs = region.runs
+        check_stated_size(region.size, size, image.where, f"a mask in {name}")
         for polygon in region.polygons:
             check_points(list(zip(polygon[::2], polygon[1::2], strict=True)), size, name)
         if region.polygons:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
+import msgspec
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
@@ -75,6 +76,16 @@ class Shard:
         return f"{records.PARTS}/{self.name}.json"
 
 
+class Part(msgspec.Struct):
+    """What is known of a finished shard: a file in records.PARTS."""
+
+    digest: str
+    size: int
+    md5: str
+    record_bytes: int
+    label_sizes: list[tuple[records.Side, records.Side]] = []
+
+
 def plan_shards(dataset: str, splits: Mapping[str, Source]) -> list[Shard]:
     """Divides the splits' examples into shards; every process comes to the same."""
     shards = []
@@ -123,31 +134,26 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
             _write(folder / shard.name, content)
         else:
             temporary.replace(pathlib.Path(folder) / shard.name)
-    part = {
-        "digest": shard.digest,
-        "size": len(content),
-        "md5": hashlib.md5(content, usedforsecurity=False).hexdigest(),
-        "record_bytes": record_bytes,
-        "label_sizes": sizes,
-    }
-    _write(folder / shard.part_name, json.dumps(part).encode())
+    md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    part = Part(shard.digest, len(content), md5, record_bytes, sizes)
+    _write(folder / shard.part_name, msgspec.json.encode(part))
 
 
-def find_part(folder: files.Path, shard: Shard) -> dict[str, Any] | None:
+def find_part(folder: files.Path, shard: Shard) -> Part | None:
     """What is known of a finished shard; None if it is missing, damaged, or of other files."""
     try:
-        part = json.loads((folder / shard.part_name).read_text())
+        part = msgspec.json.decode((folder / shard.part_name).read_bytes(), type=Part)
         system, inside = fsspec.core.url_to_fs(str(folder / shard.name))
         facts = system.info(inside)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, msgspec.MsgspecError, RecursionError):
         return None
-    if part.get("digest") != shard.digest or part["size"] != facts["size"]:
+    if part.digest != shard.digest or part.size != facts["size"]:
         return None
     md5 = cache.read_md5(facts)
     if not files.is_in_bucket(folder):
         with (folder / shard.name).open("rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    return part if md5 in ("", part["md5"]) else None
+    return part if md5 in ("", part.md5) else None
 
 
 def finish(
@@ -165,20 +171,16 @@ def finish(
             tfds.core.SplitInfo(
                 name=split,
                 shard_lengths=[shard.stop - shard.start for shard in mine],
-                num_bytes=sum(parts[shard]["record_bytes"] for shard in mine),
+                num_bytes=sum(parts[shard].record_bytes for shard in mine),
                 filename_template=builder._get_filename_template(split),
             )
         )
-        sizes[split] = [size for shard in mine for size in parts[shard].get("label_sizes", ())]
+        sizes[split] = [size for shard in mine for size in parts[shard].label_sizes]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
-    sums = {shard.name: {key: part[key] for key in ("size", "md5")} for shard, part in parts.items()}
-    _write(
-        folder / records.CHECKSUMS, json.dumps({"source": _digest(shards), "shards": sums}, indent=1).encode()
-    )
-    if all(
-        part.get("label_sizes") for part in parts.values()
-    ):  # not of numbers, nor of an earlier version's parts
-        others = others | {records.LABEL_SIZES: json.dumps(sizes, separators=(",", ":")).encode()}
+    sums = {shard.name: records.Sum(part.size, part.md5) for shard, part in parts.items()}
+    _write(folder / records.CHECKSUMS, msgspec.json.encode(records.Checksums(_digest(shards), sums)))
+    if all(part.label_sizes for part in parts.values()):  # not of numbers, nor of an earlier version's parts
+        others = others | {records.LABEL_SIZES: msgspec.json.encode(sizes)}
     for name, content in others.items():
         _write(folder / name, content)
     with tempfile.TemporaryDirectory() as place:
@@ -199,8 +201,9 @@ def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
     """
     if not (folder / records.INFO).exists():
         return False
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        if json.loads((folder / records.CHECKSUMS).read_text())["source"] == _digest(shards):
+    with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError, RecursionError):
+        text = (folder / records.CHECKSUMS).read_bytes()
+        if msgspec.json.decode(text, type=records.Checksums).source == _digest(shards):
             return True
     raise UserError(
         f"{folder} is there already, from other files or an earlier version: remove it, or give another --output"

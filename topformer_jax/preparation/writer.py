@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from topformer_jax import files
-from topformer_jax.data.workers import end_with_parent
+from topformer_jax.data.workers import WorkerPool, end_with_parent
 from topformer_jax.errors import UserError
 from topformer_jax.logs import Progress
 from topformer_jax.preparation.archives import Member
@@ -89,10 +89,9 @@ def write(
     """Makes the files that are not there yet, and writes manifest and listing.
 
     Args:
-        plan: what to make; its order and the number of workers change nothing in the files.
-        output: the folder.
+        plan, output: what to make, and the folder.
         origin: what it is made of; a folder that was made of something else is refused.
-        workers: processes that read, convert and write; 0: this one.
+        workers: processes that read, convert and write, which changes nothing in the files; 0: this one.
         verify: also read what is there, and make again what has another checksum.
 
     Returns:
@@ -123,7 +122,7 @@ def write(
                 for task in chunk:
                     record = records.get(task.path)
                     if record and _is_whole(output, record, verify):
-                        made[task.path] = record
+                        made[task.path] = dataclasses.replace(record, split=task.split, kind=task.kind)
                     else:
                         missing.append(task)
                 size = sum(task.size for task in chunk)
@@ -166,12 +165,34 @@ def is_made_of(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
     return "splits" in manifest and {key: manifest[key] for key in manifest if key != "splits"} == origin
 
 
+def remove(folder: pathlib.Path, origin: dict[str, Any]) -> None:
+    """Deletes what `write` made of `origin` in a folder: the files that its listing names, and their empty folders.
+
+    Raises:
+        UserError: the listing or the manifest is damaged.
+    """
+    if not is_made_of(folder, origin):
+        return
+    parents = {folder}
+    for record in _read_listing(folder):
+        files.require_inside(record.path, str(folder / LISTING))
+        path = folder / record.path
+        if path.resolve().is_relative_to(folder.resolve()) and _is_whole(folder, record, False):
+            path.unlink()
+        parents.update(parent for parent in path.parents if parent.is_relative_to(folder))
+    for name in (LISTING, MANIFEST):
+        (folder / name).unlink(missing_ok=True)
+    for parent in sorted(parents, key=lambda parent: -len(parent.parts)):
+        with contextlib.suppress(OSError):  # something else is in it
+            parent.rmdir()
+
+
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """What manifest.json of a folder says; empty where there is none."""
-    try:
-        return dict(json.loads((folder / MANIFEST).read_bytes()))
-    except (FileNotFoundError, ValueError):
+    path, advice = folder / MANIFEST, "; remove the folder, or name another --output"
+    if not path.exists():
         return {}
+    return files.read_json(files.read_bytes(path, advice), dict[str, Any], path, advice)
 
 
 def _claim(output: pathlib.Path, origin: dict[str, Any]) -> None:
@@ -200,7 +221,10 @@ def _write_manifest(output: pathlib.Path, manifest: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _open_listing(output: pathlib.Path) -> Iterator[Any]:
     """The listing, to append to; a second process that wants it is refused."""
-    with files.report_errors("write", output / LISTING), (output / LISTING).open("a+") as listing:
+    with (
+        files.report_errors("write", output / LISTING),
+        (output / LISTING).open("a+", errors="replace") as listing,
+    ):
         try:
             fcntl.flock(listing, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -213,9 +237,9 @@ def _open_listing(output: pathlib.Path) -> Iterator[Any]:
 
 
 def _read_listing(output: pathlib.Path) -> Iterator[Record]:
-    for line in (output / LISTING).read_text().splitlines():
+    for line in (output / LISTING).read_text(errors="replace").splitlines():
         fields = line.split("\t")
-        if len(fields) == 5 and fields[1].isdecimal() and len(fields[0]) == 64:
+        if len(fields) == 5 and fields[1].isdecimal() and len(fields[1]) < 16 and len(fields[0]) == 64:
             yield Record(fields[0], int(fields[1]), *fields[2:])
 
 
@@ -257,7 +281,7 @@ def _start(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | No
         yield None
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = WorkerPool(workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool
     finally:

@@ -1,6 +1,7 @@
 """Polygons of YOLO (Ultralytics): data.yaml, and a .txt of each picture below labels/ or beside it."""
 
 import math
+import pathlib
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -11,9 +12,7 @@ from topformer_jax import files
 from topformer_jax.errors import UserError
 from topformer_jax.preparation import coco, labels, own
 from topformer_jax.preparation.archives import Archive, Member
-from topformer_jax.preparation.own import Annotations
-
-_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+from topformer_jax.preparation.own import Annotations, Pair
 
 
 class Settings(msgspec.Struct):
@@ -33,97 +32,104 @@ def read(source: Archive, background: str) -> Annotations:
         UserError: a file is wrong, or no class of what nothing covers is known.
     """
     labels.require_pycocotools()
-    found = Annotations(source, [])
+    found = Annotations(source)
     settings, where = _read_settings(found)
-    if settings is None:
-        raise UserError(f"{source.path} holds neither a data.yaml with names of classes nor a classes.txt")
     names = settings.names or []
     rows = dict(enumerate(names)) if isinstance(names, list) else dict(sorted(names.items()))
-    classes = own.list_classes([str(name) for name in rows.values()], where, least=0)
-    found.classes, empty = own.add_background(classes, background, coco.BACKGROUNDS, where)
-    own.list_classes(found.classes, where)
-    first = len(found.classes) - len(classes)
-    table = {number: first + index for index, number in enumerate(rows)}
-    folders = _find_folders(source, settings, where)
+    named = {number: str(name) for number, name in rows.items()}
+    found.classes, table, background_label = own.number_classes(named, background, where, coco.BACKGROUNDS)
+    empty = own.require_background(background_label, where)
     counts: Counter[str] = Counter()
+    texts = set()
     for name in filter(own.is_picture, source.members):
         image = source[name]
         text = next((path for path in _label_names(name) if path in source.members), "")
-        split = next((split for folder, split in folders.items() if f"/{name}".startswith(f"/{folder}/")), "")
-        if folders and not split and not own.split_of_folders(name):
-            continue
-        label: Member | bytes = source[text] if text else b""
-        data = source[text].read() if text else b""
+        texts.add(text)
         place = source[text].where if text else f"{image.where} (no .txt)"
+        data = source[text].read() if text else b""
         regions = parse_regions(data, table, place)
         counts["pictures without a .txt, all background"] += not text
         counts["boxes without a polygon, whose pixels are void"] += sum(
             region.label == labels.IGNORE_LABEL for region in regions
         )
-        convert = partial(_draw, table, empty, image)
-        found.pairs.append(own.make_pair(name, image, label, convert, split, place))
-    if not any(isinstance(pair.label, Member) for pair in found.pairs):
+        label: Member | bytes = source[text] if text else b""
+        found.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image), "", place))
+    if texts <= {""}:
         raise UserError(
             f"{source.path} holds no .txt of polygons below labels/ or beside a picture ({own.describe(source)})"
         )
+    _divide(found, settings, where)
     found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
     found.notes.append("overlapping polygons are drawn by their area, the largest first")
+    lost = [name for name in source.members if "/labels/" in f"/{name}" and name.lower().endswith(".txt")]
+    found.leave_out("without a picture", (source[name] for name in lost if name not in texts), own.LABELS)
     return found
 
 
-def _read_settings(found: Annotations) -> tuple[Settings | None, str]:
-    """The data.yaml, or what a classes.txt says instead; and where."""
-    source = found.source
+def _read_settings(found: Annotations) -> tuple[Settings, str]:
+    """The data.yaml, or what a classes.txt says instead; and where.
+
+    Raises:
+        UserError: there is neither, or two differ.
+    """
+    source, listings = found.source, list[tuple[Settings, str]]()
     for name, member in source.members.items():
-        if not name.lower().endswith((".yaml", ".yml")):
+        if not name.lower().endswith((".yaml", ".yml")) or b"names" not in (data := member.read()):
             continue
         try:
-            settings = msgspec.yaml.decode(member.read(), type=Settings, strict=False)
+            settings = msgspec.yaml.decode(data, type=Settings, strict=False)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{member.where} is not the YAML file that was expected ({reason})") from None
         if settings.names:
             found.read.add(member)
-            return settings, member.where
-    if own.CLASSES in source.members:
+            listings.append((settings, member.where))
+    if not listings and own.CLASSES in source.members:
         found.read.add(source[own.CLASSES])
-        return Settings(list(source.lines(own.CLASSES))), source[own.CLASSES].where
-    return None, ""
+        listings.append((Settings(list(source.lines(own.CLASSES))), source[own.CLASSES].where))
+    if not listings:
+        raise UserError(f"{source.path} holds neither a data.yaml with names of classes nor a classes.txt")
+    for settings, where in listings[1:]:
+        if settings != listings[0][0]:
+            raise UserError(
+                f"{listings[0][1]} and {where} both name classes, and differ: move one of them away"
+            )
+    return listings[0]
 
 
-def _find_folders(source: Archive, settings: Settings, where: str) -> dict[str, str]:
-    """The split of each folder that data.yaml names; train's comes first where val is the same one.
+def _divide(found: Annotations, settings: Settings, where: str) -> None:
+    """Gives each pair the split that data.yaml says, by lists or by the nearest folder, and leaves others out.
 
     Raises:
-        UserError: a path is not below the source.
+        UserError: a path is not below the source, or the pictures of test are those of another split.
     """
-    found: dict[str, str] = {}
-    present = {
-        "/".join(parts[:end])
-        for name in source.members
-        for parts in [name.split("/")]
-        for end in range(1, len(parts))
-    }
-    for word, split in _SPLITS.items():
+    folders: dict[str, str] = {}
+    lists: dict[str, str] = {}
+    source = found.source
+    present = {str(parent) for name in source.members for parent in pathlib.PurePosixPath(name).parents}
+    for word, split in (("train", "train"), ("val", "validation"), ("test", "test")):
         entry = getattr(settings, word)
         for text in [entry] if isinstance(entry, str) else entry or ():
-            parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-            ends = ["/".join(parts[start:]) for start in range(len(parts))]
-            if any(end in source.members for end in ends) or not parts:
-                continue  # a list, which is read as such
-            folder = next((end for end in ends if end in present), None)
-            if folder is None:
-                if word == "test":  # Ultralytics writes the line without a test set too
-                    continue
+            parts = own.split_path(text)
+            ends = ["/".join(parts[start:]) for start in range(len(parts))] or ["."]
+            path = next((end for end in ends if end in source.members or end in present), "")
+            chosen = lists if path in source.members else folders
+            if path and chosen.setdefault(path, split) != split and split == "test":
+                raise UserError(
+                    f"{where} names {files.shorten(text)} for test and for {chosen[path]}: test on other pictures"
+                )
+            if not path and split != "test":  # Ultralytics writes the line without a test set too
                 raise UserError(
                     f"{where} names {files.shorten(text, 80)} for {word}, which is not below {source.path}"
                 )
-            if split == "test" and folder in found:
-                raise UserError(
-                    f"{where} names {files.shorten(text)} for test and for {found[folder]}: test on other pictures"
-                )
-            found.setdefault(folder, split)
-    return found
+    listed = own.read_lists(found, lists)
+    for number, pair in enumerate(found.pairs):
+        parents = map(str, pathlib.PurePosixPath(pair.name).parents)  # the nearest first
+        folder = next((parent for parent in parents if parent in folders), "")
+        pair.split = listed.get(number, ("", ""))[0] or folders.get(folder, "")
+    if folders or lists:
+        found.decider = pathlib.PurePath(where).name
+        found.pairs = [pair for pair in found.pairs if pair.split or own.split_of_folders(pair.name)]
 
 
 def _label_names(name: str) -> list[str]:
@@ -133,7 +139,9 @@ def _label_names(name: str) -> list[str]:
     return [f"{head}/labels/{tail}".lstrip("/"), beside] if images else [beside]
 
 
-def parse_regions(data: bytes, table: Mapping[int, int], name: str) -> list[labels.Region]:
+def parse_regions(
+    data: bytes, table: Mapping[int, int], name: str, size: labels.Size = (1, 1)
+) -> list[labels.Region]:
     """The lines CLASS X Y X Y ... of a label file, from 0 to 1; a line of a box (CLASS X Y WIDTH HEIGHT) is void.
 
     Raises:
@@ -146,34 +154,27 @@ def parse_regions(data: bytes, table: Mapping[int, int], name: str) -> list[labe
             continue
         where = f"{name}, line {number}"
         try:
-            values = [float(word) for word in words]
+            kind, *values = map(float, words)
         except ValueError:
-            values = [math.nan]
-        if not all(map(math.isfinite, values)) or len(words) < 5 or len(words) % 2 == 0 or values[0] % 1:
+            kind, values = math.nan, []
+        if len(values) < 4 or len(values) % 2 or kind % 1 or not all(map(math.isfinite, values)):
             raise UserError(
                 f"{where}: expected CLASS X Y X Y X Y ... with numbers from 0 to 1, found {line[:60]!r}"
             )
-        if int(values[0]) not in table:
+        if int(kind) not in table:
             raise UserError(
                 f"{where} is of class {files.shorten(words[0], 20)}, which data.yaml does not name"
             )
-        if len(words) == 5:
-            x, y, width, height = values[1:]
-            regions.append(
-                labels.box_region(labels.IGNORE_LABEL, x - width / 2, y - height / 2, width, height)
-            )
+        values = [value * size[1 - index % 2] for index, value in enumerate(values)]
+        if len(values) == 4:
+            x, y, width, height = values
+            corner = x - width / 2, y - height / 2
+            regions.append(labels.box_region(labels.IGNORE_LABEL, *corner, width, height))
         else:
-            regions.append(labels.Region(table[int(values[0])], (tuple(values[1:]),)))
+            regions.append(labels.Region(table[int(kind)], (tuple(values),)))
     return regions
 
 
 def _draw(table: Mapping[int, int], empty: int, image: Member, data: bytes, name: str) -> bytes:
-    height, width = labels.read_size(image)
-    regions = [
-        labels.Region(
-            region.label,
-            tuple(tuple(v * (height if i % 2 else width) for i, v in enumerate(p)) for p in region.polygons),
-        )
-        for region in parse_regions(data, table, name)
-    ]
-    return labels.draw_regions(empty, None, image, regions, data, name)
+    regions = parse_regions(data, table, name, labels.read_size(image))
+    return labels.draw_regions(empty, None, image, regions, name)

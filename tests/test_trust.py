@@ -1,0 +1,346 @@
+"""What a hostile file cannot do: run code, write or delete what is the user's, shift labels, fool a terminal."""
+
+import concurrent.futures.process
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import miniatures
+from tests.commands import ROOT, finish, wait_for
+from tests.test_damage import (
+    DESCRIPTION,
+    TABLE,
+    make_records,
+    read_classes,
+    read_description,
+    read_records,
+    run_prepare,
+)
+from topformer_jax import cli, config, demo, files, logs
+from topformer_jax.data import sources
+from topformer_jax.errors import UserError
+from topformer_jax.exporters import stablehlo_file
+from topformer_jax.preparation import archives, labels, packing
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in error.value.line
+    return error.value.line
+
+
+def test_prepare_deletes_what_it_wrote_alone(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "source").mkdir()
+    miniatures.ade20k(tmp_path / "source")
+    run_prepare(tmp_path, "ade20k", "--format", "array_record")
+    folder = tmp_path / "made/ade20k/files"
+    assert not folder.exists()
+    for name in ("mine/a.txt", "manifest.json"):  # of another program
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    run_prepare(tmp_path, "ade20k", "--format", "array_record")
+    assert sorted(path.name for path in folder.rglob("*")) == ["a.txt", "manifest.json", "mine"]
+    # A command that was stopped has left its own files beside the user's.
+    (folder / "manifest.json").write_bytes((tmp_path / "made/ade20k/1.0.0/manifest.json").read_bytes())
+    (folder / "files.tsv").write_text(
+        f"{'0' * 64}\t2\ttrain\timage\tmine/a.txt\n{'0' * 64}\t3\ttrain\timage\tmine/b.txt\n"
+    )
+    (folder / "mine/b.txt").write_text("four")
+    (folder / "out").symlink_to(tmp_path / "source")
+    run_prepare(tmp_path, "ade20k", "--format", "array_record")
+    assert sorted(path.name for path in folder.rglob("*")) == ["b.txt", "mine", "out"]
+    assert list((tmp_path / "source").iterdir())
+    (tmp_path / "made/source").symlink_to(tmp_path / "source")
+    (tmp_path / "source").rename(folder / "source")
+    assert "where files are made and deleted" in refusal(
+        lambda: run_prepare(tmp_path / "made/ade20k/files", "ade20k", "--output", str(tmp_path / "made"))
+    )
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "C:\\x", "a\nb", "\x1b[2J"])
+def test_names_of_records_stay_inside(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_folder = sources.open_folder
+
+    def rename(*args: Any) -> sources.FolderSource:
+        found = open_folder(*args)
+        object.__setattr__(found, "names", (name,))
+        return found
+
+    monkeypatch.setattr(packing.sources, "open_folder", rename)
+    path = make_records(tmp_path, "features.json")
+    assert "is no name for a file below a folder" in refusal(lambda: read_records(path))
+
+
+@pytest.mark.parametrize("change", ["first", "type", "second"])
+def test_features_run_no_module(change: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hostile_module.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = make_records(tmp_path, "features.json")
+    text = path.read_text()
+    known = '"tensorflow_datasets.core.features.text_feature.Text"'
+    assert known in text
+    changed = {
+        "first": text.replace(known, '"hostile_module.Text"'),
+        "type": text.replace(known, f'{known}, "type": "hostile_module.Text", "content": {{}}'),
+        "second": text.replace(known, f'{known}, "pythonClassName": "hostile_module.Text"'),
+    }
+    path.write_text(changed[change])
+    assert "features.json is not the JSON file that was expected" in refusal(lambda: read_records(path))
+    assert "hostile_module" not in sys.modules
+
+
+def cholesky(images: jax.Array) -> jax.Array:
+    return jnp.linalg.cholesky(images[0, :3, :3, 0].astype(jnp.float32))
+
+
+@pytest.mark.parametrize("function", [cholesky, lambda images: images + 1])
+def test_a_program_with_foreign_calls_is_not_compiled(function: Callable[[jax.Array], jax.Array]) -> None:
+    shape = jax.ShapeDtypeStruct((1, 8, 8, 3), np.uint8)
+    data = bytes(jax.export.export(jax.jit(function), platforms=("cpu",))(shape).serialize())
+    if function is cholesky:
+        assert "calls lapack_spotrf_ffi, which no file of export does" in refusal(
+            lambda: stablehlo_file.open_bytes(data)
+        )
+    else:
+        assert stablehlo_file.open_bytes(data)[0](np.zeros((1, 8, 8, 3), np.uint8)).max() == 1
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o500, None])
+def test_compiled_programs_are_this_users_alone(
+    mode: int | None,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    folder = tmp_path / "topformer_jax"
+    if mode is not None:
+        folder.mkdir()
+        folder.chmod(mode)
+    if mode == 0o500 and os.getuid() == 0:
+        pytest.skip("the root user writes everywhere")
+    try:
+        cli.run(lambda: None)
+        used = jax.config.values["jax_compilation_cache_dir"] == str(folder)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert used == (mode is None)
+    assert out.startswith("note: compiled programs are not kept: ") == (mode is not None)
+    assert out.count("\n") == (mode is not None)
+    if mode is None:
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_page_takes_no_folder_of_a_package(tmp_path: pathlib.Path) -> None:
+    for version in ("../../..", "1/../../x", "/etc", "", "1.0 onload=", "1\n"):
+        (tmp_path / "package.json").write_text(
+            f'{{"name": "onnxruntime-web", "version": {version!r}}}'.replace("'", '"')
+        )
+        assert "is not the JSON file that was expected" in refusal(lambda: demo._runtime_version(tmp_path))
+
+
+# Wrong in silence
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\n\nb\n",
+        "\na\nb\n",
+        "a\u2028b\nc\n",
+        "a\x0bb\nc\n",
+        "a\x85b\nc\n",
+        "a\n \t\nb\nc\n",
+        "a\n\x1b[31mb\nc\n",
+    ],
+)
+def test_classes_do_not_move(text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "classes.txt").write_text(text)
+    line = refusal(lambda: read_classes(tmp_path / "classes.txt"))
+    assert "classes.txt: line " in line
+    assert "is blank" in line or "expected a name a line" in line
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r", "", "\n\n\n"])
+def test_classes_of_other_systems(ending: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(
+        "\ufeffa\nb\nc".encode().replace(
+            b"\n", ending.strip(" ").encode()[:2] if ending in ("\r\n", "\r") else b"\n"
+        )
+        + ending.encode()
+    )
+    assert read_classes(tmp_path / "classes.txt") == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("names", ['("a","")', '("a"," ")', '("a","b\\u2028c")'])
+def test_names_in_a_config(names: str) -> None:
+    changes = {
+        "data.dataset": "custom",
+        "data.class_names": names,
+        "model.num_classes": 2,
+        "data.reduce_zero_label": False,
+    }
+    assert "class 1 has the name" in refusal(
+        lambda: sources.find_data_set(config.load(config.ade20k("tiny"), changes))
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full((4, 4), 0.5),
+        np.full((4, 4), 1j),
+        np.zeros((4, 4, 3)),
+        np.array(7),
+        np.array([[np.nan, 1.0]]),
+        np.array(["a", "b"]),
+        np.full((2, 2), 300),
+    ],
+)
+def test_labels_of_matlab_are_whole_numbers(values: np.ndarray) -> None:
+    line = refusal(lambda: labels.map_matrix("S", TABLE, miniatures.mat(S=values), "x.mat"))
+    assert "expected a matrix of class numbers" in line or "stands for no class" in line
+    struct = {"Segmentation": values}
+    refusal(lambda: labels.read_boundaries_benchmark(miniatures.mat(GTcls=struct), "x.mat"))
+
+
+PALETTE = DESCRIPTION["palette"]
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "words"),
+    [
+        ({}, np.full((1, 8, 8), 10, np.uint8), "gives the label 10, and its config has 10 classes"),
+        ({}, np.full((1, 8, 8), 1, np.int64), "gives labels, int64 of shape 1x8x8: it is not what"),
+        ({"output": "logits"}, np.full((1, 8, 8, 10), np.nan, np.float32), "gives NaN or infinity"),
+        ({"output": "logits"}, np.zeros((1, 8, 8, 11), np.float32), "and its config has 10 classes"),
+        ({"classes": DESCRIPTION["classes"][1:]}, None, "has 9 names for the 10 classes of its config"),
+        ({"palette": PALETTE[1:]}, None, "has 9 colours for the 10 classes of its config"),
+        ({"classes": DESCRIPTION["classes"][::-1]}, None, "has the names of shapes in another order"),
+        ({"palette": PALETTE[::-1]}, None, "has the colours of shapes in another order"),
+        ({"classes": [*DESCRIPTION["classes"][1:], "a\u2028b"]}, None, "which is no name"),
+    ],
+)
+def test_an_exported_file_that_differs_from_its_config(
+    change: dict[str, Any], values: np.ndarray | None, words: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(DESCRIPTION | change))
+    assert words in refusal(lambda: read_description(tmp_path / "x.json", values))
+
+
+@pytest.mark.parametrize(
+    "text", ["import sys; sys.exit()", "import sys; sys.exit(0)", "def get_config(): raise SystemExit"]
+)
+def test_a_config_that_exits_is_none(text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "x.py").write_text(text)
+    assert "x.py, line 1: SystemExit" in refusal(lambda: config.load(tmp_path / "x.py"))
+
+
+# Terminals, pipes and processes
+
+
+def test_the_terminal_sees_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        print("wrote \x1b[2Ja\u2028b\x9b31m\udcff")
+        raise UserError("no \x1b]0;x\x07 in\na\udcffb", ["detail \x08"])
+
+    with pytest.raises(SystemExit):
+        cli.run(main)
+    out, err = capsys.readouterr()
+    assert out == "wrote \\x1b[2Ja\\u2028b\\x9b31m\\udcff\n"
+    assert err == "detail ?\nerror: no ?]0;x? in?a?b\n"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> None:
+    path = pathlib.Path("/dev/zero") if kind == "device" else tmp_path / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    assert (
+        "irectory" in (line := refusal(lambda: files.read_bytes(path))) or "it is a pipe or a device" in line
+    )
+    assert f"cannot read {path}: " in refusal(lambda: logs.read_records(path))
+    if kind == "pipe":
+        member = archives.Member(str(tmp_path), path.name, 0, archives.IN_FOLDER)
+        assert f"cannot read {path}: " in refusal(member.read)
+
+
+def test_a_member_that_claims_too_much_is_not_read(tmp_path: pathlib.Path) -> None:
+    member = archives.Member(str(tmp_path / "x.zip"), "a.png", 2**31, archives.IN_ZIP)
+    assert "x.zip:a.png has 2,147,483,648 bytes, and at most" in refusal(member.read)
+
+
+def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:
+    """While its workers start, as a terminal sends it: to all processes of the command."""
+    (tmp_path / "source").mkdir()
+    miniatures.ade20k(tmp_path / "source")
+    words = [
+        "ade20k",
+        "--source",
+        str(tmp_path / "source"),
+        "--output",
+        str(tmp_path / "made"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "topformer_jax.prepare", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(
+        [process], lambda: len(children.read_text().split()) > 1
+    )  # multiprocessing's tracker, and a worker
+    os.killpg(process.pid, signal.SIGINT)
+    ((_, err),) = finish([process])
+    assert (err, process.returncode) == ("interrupted\n", 130)
+
+
+def test_a_killed_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise concurrent.futures.process.BrokenProcessPool(
+            "A process in the process pool was terminated abruptly"
+        )
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: a worker process was killed, perhaps for lack of memory"
+    )
+
+
+def test_a_browser_that_left_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with demo.Server({}, 0) as server:
+        for error in (ConnectionResetError(), BrokenPipeError(), ValueError("a mistake")):
+            try:
+                raise error
+            except Exception:
+                server.handle_error(None, ("127.0.0.1", 1))
+    assert capsys.readouterr().err.count("Traceback") == 1
