@@ -1,24 +1,26 @@
 """Draws the images of the README.
 
-python docs/images/draw.py speed                                       speed.svg, from speed.json
-python docs/images/draw.py shapes --checkpoint runs/topformer_t_shapes  shapes.png, from a trained model
+python docs/images/draw.py speed       speed.svg, from speed.json
+python docs/images/draw.py photograph --checkpoint T.pth --picture china.jpg  photograph.jpg, by TopFormer-T of ADE20K
 """
 
 import argparse
 import json
 import pathlib
 
+import cv2
 import matplotlib
+import numpy as np
 
 from topformer_jax import checkpoints, cli, config, inference
-from topformer_jax.data import loader, sources
-from topformer_jax.visualize import drawing
+from topformer_jax.data import codecs, sources
+from topformer_jax.visualize import drawing, legend
 
 FOLDER = pathlib.Path(__file__).parent
 COLUMNS = 3  # panels side by side
 BARS = {"ours": "#e06c00", "eager": "#b8bec6", "best": "#7d8794"}
 NAMES = {"ours": "topformer_jax", "eager": "PyTorch, eager", "best": "PyTorch, fastest variant"}
-EXAMPLES = (0, 1, 2, 5)  # validation scenes
+CREDIT = "Photograph: danielbuechele, CC BY 2.0 (flickr.com/photos/danielbuechele/6061409035)"
 
 
 def draw_speed(source: pathlib.Path, path: pathlib.Path) -> None:
@@ -46,17 +48,19 @@ def draw_speed(source: pathlib.Path, path: pathlib.Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def draw_shapes(checkpoint: pathlib.Path, path: pathlib.Path) -> None:
-    """Draws validation scenes in columns: image, label and prediction below each other."""
-    settings = config.load("topformer_t_shapes")
-    source, palette = sources.open_source(settings, "validation"), sources.find_data_set(settings).palette
-    predict = inference.Predictor(checkpoints.load_segmenter(settings, checkpoint))
-    columns = []
-    for index in EXAMPLES:
-        image, label = loader.decode_example(source[index], settings)
-        columns.append([image, *(drawing.colorize(each, palette) for each in (label, predict(image)))])
-    rows = [[column[row] for column in columns] for row in range(3)]
-    drawing.write_image(path, drawing.image_grid(rows, height=104))
+def draw_photograph(checkpoint: pathlib.Path, picture: pathlib.Path, path: pathlib.Path) -> None:
+    """Draws a photograph with its credit beside the overlay that `topformer_jax.predict` writes."""
+    settings = config.load("topformer_t_ade")
+    image = codecs.decode_image(picture.read_bytes(), str(picture))
+    labels = inference.Predictor(checkpoints.load_segmenter(settings, checkpoint))(image)
+    overlay = drawing.overlay(image, labels, sources.find_data_set(settings))
+    height, width, _ = image.shape
+    credit = legend.draw_line(f" {CREDIT}", 13, width)
+    both = legend.paste(
+        [(0, 0, image), (height + 8, 0, credit), (0, width + 8, overlay)], background=(255, 255, 255)
+    )
+    _, data = cv2.imencode(".jpg", both[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])
+    path.write_bytes(np.asarray(data).tobytes())
 
 
 def main() -> None:
@@ -64,15 +68,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("image", choices=["speed", "shapes"], help="which one to draw")
-    parser.add_argument("--checkpoint", type=pathlib.Path, metavar="PATH", help="of topformer_t_shapes")
+    parser.add_argument("image", choices=["speed", "photograph"], help="which one to draw")
+    parser.add_argument("--checkpoint", type=pathlib.Path, metavar="PATH", help="of topformer_t_ade")
+    parser.add_argument("--picture", type=pathlib.Path, metavar="FILE", help="the photograph")
     args = parser.parse_args()
     if args.image == "speed":
         draw_speed(FOLDER / "speed.json", FOLDER / "speed.svg")
-    elif args.checkpoint is None:
-        parser.error("shapes needs --checkpoint PATH")
+    elif args.checkpoint is None or args.picture is None:
+        parser.error("photograph needs --checkpoint PATH and --picture FILE")
     else:
-        draw_shapes(args.checkpoint, FOLDER / "shapes.png")
+        draw_photograph(args.checkpoint, args.picture, FOLDER / "photograph.jpg")
 
 
 if __name__ == "__main__":
