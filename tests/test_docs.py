@@ -28,6 +28,7 @@ from topformer_jax.config import checks
 from topformer_jax.config.settings import SETTINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 WRITTEN_BY_THE_READER = {"configs/streets.py"}
 # Commands that no test can run as they stand, by what they contain, and why. Their flags are checked all the same.
 NOT_RUN = {
@@ -60,10 +61,20 @@ PTH_FILES = {
     "TopFormer-B-context60.pth": "topformer_b_context60",
     "topformer-B-224-75.3.pth": "topformer_b_imagenet",
 }
-TRAINED_BEFORE = {
-    "evaluation.md": {"runs/topformer_b_ade": "topformer_b_ade"},
-    "performance.md": {"runs/topformer_t_shapes": "topformer_t_shapes"},
+TRAINED_BEFORE = {"evaluation.md": {"runs/topformer_b_ade": "topformer_b_ade"}}
+# What a sentence must not have, and what to write. CONTRIBUTING.md has a pair of examples for each.
+STYLE = {
+    r"^(?:Of|What|With what|So is|So are)\b": "begin with the subject",
+    r"^(?:How|Which|Whether)\b[^?]*, (?:the|a) \w+ (?:says|knows|tells)\b": "begin with the subject",
+    r"^Where (?:the|there|a|an|it|they|nothing|all|both|two)\b": "if",
+    r"\b(?:a|one) (?:file|line|row|page|process|script|bar|name|test|run|image)s? an? "
+    r"(?:box|kind|class|device|chip|core|split|slice|image|picture|step|question|module|host|test|task)\b": "per",
+    r"\b(?:images|pictures|samples|rows|sums|cores|chips|bytes)(?:/s)? an? \w+": "per",
+    r"\bthe \w+ (?:the|it|they|you) \w* ?(?:has|have|had|holds?|needs?|takes?|gives?|names?)\b": "that",
+    r"\b(?:[Mm]end|reckon|anew|in earnest|without (?:a|another) word|is yours to|hence|thereof)\b": "plain words",
+    r"\bbut for\b": "except",
 }
+LONGEST_SENTENCE = 40  # words
 SMALL = TINY | {
     "batch_size": 2,
     "data.num_workers": 0,
@@ -94,6 +105,23 @@ def commands_of(block: Block) -> list[str]:
     """The commands of a bash block, a line each."""
     lines = block.text.replace("\\\n", " ").splitlines() if block.language == "bash" else []
     return [re.sub(r"  +", " ", line).strip() for line in lines if line and not line.startswith("#")]
+
+
+def sentences(text: str) -> Iterator[str]:
+    """The sentences of Markdown: of paragraphs, list items and table cells, with code as one word."""
+    text = re.sub(r"^( *)```.*?^\1```$|^    [^\n]*$|^#[^\n]*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]+`", "`code`", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)).replace("**", "")
+    text = re.sub(r"^\|(.*)\|$", lambda row: "\n\n" + row[1].replace("|", "\n\n"), text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|^ *(?:-|\d+\.) ", text, flags=re.MULTILINE):
+        for sentence in re.split(r"(?<=[.!?:;]) (?=[A-Z`])", " ".join(paragraph.split())):
+            if sentence:
+                yield sentence
+
+
+def faults_of_style(sentence: str) -> list[str]:
+    """What to change in a sentence."""
+    faults = [advice for pattern, advice in STYLE.items() if re.search(pattern, sentence)]
+    return faults + ["fewer words"] * (len(sentence.split()) > LONGEST_SENTENCE)
 
 
 COMMANDS = {page.name: [c for block in blocks(page) for c in commands_of(block)] for page in PAGES}
@@ -142,7 +170,23 @@ def split_program(command: str) -> tuple[str, list[str]]:
     return "", []
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.name)
+def test_the_style(page: pathlib.Path) -> None:
+    text = re.sub(r"^\| not \| but \|\n.*?\n\n", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = {sentence: faults for sentence in sentences(text) if (faults := faults_of_style(sentence))}
+    assert not found, "\n".join(f"{faults}: {sentence}" for sentence, faults in found.items())
+
+
+def test_the_examples_of_style_are_told_apart() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| not | but |\n|---|---|\n")[1].split("\n\n")[0]
+    pairs = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    assert len(pairs) == 10
+    assert [before for before, _ in pairs if not faults_of_style(before)] == []
+    assert [after for _, after in pairs if faults_of_style(after)] == []
+    assert faults_of_style("word " * 41) == ["fewer words"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: page.name)
 def test_links_resolve(page: pathlib.Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("https://"):
@@ -221,10 +265,13 @@ def test_exceptions_are_still_needed() -> None:
         assert any(part in command for command in ALL_COMMANDS), f"no document has {part}"
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 140
+def test_the_documents_are_short() -> None:
+    readme, *others = (page.read_text() for page in PAGES if page.name != "settings.md")
+    assert len(readme.splitlines()) <= 120
+    assert len(readme.split()) <= 750
+    assert sum(len(text.split()) for text in (readme, *others)) <= 11_000
     for image in (ROOT / "docs/images").iterdir():
-        assert image.stat().st_size < 150_000
+        assert image.stat().st_size < 200_000
 
 
 def write_weights(path: pathlib.Path, recipe: str) -> None:
