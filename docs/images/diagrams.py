@@ -14,7 +14,7 @@ class Diagram:
     """An SVG of boxes, arrows and text, in pixels."""
 
     def __init__(self, width: int, height: int, title: str):
-        font = "font-family='Helvetica, Arial, sans-serif' font-size='13'"
+        font = f"font-family='Helvetica, Arial, sans-serif' font-size='13' fill='{INK}'"
         self.parts = [
             f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' {font}>",
             f"<title>{html.escape(title)}</title>",
@@ -24,8 +24,7 @@ class Diagram:
         ]
 
     def text(self, x: float, y: float, text: str, *, style: str = "text-anchor='middle'") -> None:
-        color = "" if "fill=" in style else f"fill='{INK}'"
-        self.parts.append(f"<text x='{x}' y='{y}' {color} {style}>{html.escape(text)}</text>")
+        self.parts.append(f"<text x='{x}' y='{y}' {style}>{html.escape(text)}</text>")
 
     def box(self, place: tuple[float, ...], text: str = "", fill: str = PLAIN, line: str = INK) -> None:
         """A box at (x, y, width, height) with lines of text in its middle."""
@@ -33,7 +32,7 @@ class Diagram:
         self.parts.append(
             f"<rect x='{x}' y='{y}' width='{width}' height='{height}' rx='4' fill='{fill}' stroke='{line}'/>"
         )
-        lines = text.split("\n") if text else []
+        lines = text.split("\n")
         for row, part in enumerate(lines):
             self.text(x + width / 2, y + height / 2 + 5 + 17 * (row - (len(lines) - 1) / 2), part)
 
@@ -140,12 +139,15 @@ def draw_mesh() -> None:
     d.arrow((397, 115), (463, 115))
     d.arrow((463, 145), (397, 145))
     d.text(430, 165, "sums", style="text-anchor='middle' font-size='12'")
-    notes = (
-        "axis data: every chip has images of its own; gradients and BatchNorm statistics are sums over all chips",
-        "axis fsdp: chips of one slice that share parameters and optimizer state (mesh.fsdp)",
+    d.text(
+        15,
+        258,
+        "axis data: each chip has its own images; gradients and BatchNorm statistics are summed",
+        style="",
     )
-    for row, note in enumerate(notes):
-        d.text(15, 258 + 22 * row, note, style="font-size='12'")
+    d.text(
+        15, 280, "axis fsdp: chips of a slice that share parameters and optimizer state (mesh.fsdp)", style=""
+    )
     d.write("mesh.svg")
 
 

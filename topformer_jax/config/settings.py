@@ -125,15 +125,15 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "model.dropout_ratio": Setting(0.1, "probability to drop a channel before the last layer", BELOW_ONE),
         "model.dtype": Setting(
             "float32",
-            "of activations; BatchNorm, softmax and logits are computed in at least float32",
+            "dtype of activations; BatchNorm, softmax and logits are computed in at least float32",
             ("float32", "bfloat16", "float64"),
         ),
         "model.param_dtype": Setting(
-            "float32", "of parameters and BatchNorm statistics", ("float32", "float64")
+            "float32", "dtype of parameters and BatchNorm statistics", ("float32", "float64")
         ),
         "model.precision": Setting(
             "highest",
-            "of float32 products; highest: full float32 on every backend; default: the backend's fastest",
+            "precision of float32 products; highest: full float32 on every backend; default: the backend's fastest",
             ("highest", "high", "default"),
         ),
         "model.depthwise_impl": Setting(
@@ -161,7 +161,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "where they are",
         ),
         "data.class_names": Setting(
-            (), "of a custom data set, in label order; empty: the lines of <root>/classes.txt"
+            (), "classes of a custom data set, in label order; empty: the lines of <root>/classes.txt"
         ),
         "data.train_split": Setting(
             "", "name of the folder or list that is trained on, e.g. trainval; empty: the data set's own"
@@ -187,17 +187,17 @@ GROUPS: dict[str, dict[str, Setting]] = {
             True, "change brightness, contrast, saturation and hue, each with probability 0.5"
         ),
         "data.crop_area": Setting(
-            (0.08, 1.0), "of classification: range of a random crop's share of its image", PROBABILITY
+            (0.08, 1.0), "classifiers: range of a random crop's share of its image", PROBABILITY
         ),
         "data.rand_augment": Setting(
-            0.0, "of classification: magnitude of RandAugment, 9 as published; 0: off", Range(0, 10)
+            0.0, "classifiers: magnitude of RandAugment, 9 as published; 0: off", Range(0, 10)
         ),
         "data.erasing_prob": Setting(
-            0.0, "of classification: probability that a rectangle becomes noise", PROBABILITY
+            0.0, "classifiers: probability that a rectangle becomes noise", PROBABILITY
         ),
         "data.mixup_alpha": Setting(
             0.0,
-            "of classification: images are mixed in pairs by a share of Beta(a, a); 0: off",
+            "classifiers: images are mixed in pairs by a share of Beta(a, a); 0: off",
             Range(0, 100),
         ),
         "data.skip_unreadable": Setting(
@@ -236,7 +236,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             Range(0, 10**6),
         ),
         "distillation.temperature": Setting(
-            1.0, "that the logits of both are divided by before the softmax", Range(0, 1000, open_low=True)
+            1.0, "divisor of both networks' logits before the softmax", Range(0, 1000, open_low=True)
         ),
     },
     "Optimizer": {
@@ -276,8 +276,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
             ("poly", "step", "cosine"),
         ),
         "schedule.power": Setting(1.0, "exponent of the polynomial decay; 1: linear", Range(0, 100)),
-        "schedule.decay_steps": Setting(3002, "steps of step between two decays", COUNT),
-        "schedule.decay_rate": Setting(0.973, "factor of each decay of step", PROBABILITY),
+        "schedule.decay_steps": Setting(3002, "steps between two decays of the policy step", COUNT),
+        "schedule.decay_rate": Setting(0.973, "factor of each decay of the policy step", PROBABILITY),
         "schedule.warmup_steps": Setting(1500, "steps of linear warm-up", Range(0, 10**9)),
         "schedule.warmup_ratio": Setting(1e-6, "factor on the learning rate at step 0", PROBABILITY),
     },
@@ -299,7 +299,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             (2048, 512), "pixels (long, short) that an image's sides are fitted into", PIXELS
         ),
         "evaluation.short_side": Setting(
-            256, "of classification: pixels of an image's short side before the centre is cropped", PIXELS
+            256, "classifiers: pixels of an image's short side before the centre is cropped", PIXELS
         ),
         "evaluation.size_divisor": Setting(
             1, "pixels; a fitted image is resized up to multiples of it, 32 for ADE20K", Range(1, 1024)
