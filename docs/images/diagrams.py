@@ -79,21 +79,11 @@ def draw_batch() -> None:
     d.text(15, 25, "host: worker processes", style=f"fill='{ACCENT}'")
     d.text(15, 225, "devices: one compiled step", style=f"fill='{ACCENT}'")
     host = (
-        "files or\narray_record",
-        "decode",
-        "resize, crop\n(seed, example)",
-        "batch\nuint8",
-        "copy ahead\nonto the mesh",
+        "files or\narray_record|decode|resize, crop\n(seed, example)|batch\nuint8|copy ahead\nonto the mesh"
     )
-    device = (
-        "flip, colours,\nnormalise",
-        "network",
-        "loss in tiles\nof the logits",
-        "gradients:\nsum over devices",
-        "AdamW,\nEMA",
-    )
+    device = "flip, colours,\nnormalise|network|loss in tiles\nof the logits|gradients:\nsum over devices|AdamW,\nEMA"
     for row, (texts, fill) in enumerate(((host, HOST), (device, DEVICE))):
-        for column, text in enumerate(texts):
+        for column, text in enumerate(texts.split("|")):
             x, y = 15 + column * 170, 40 + row * 115
             d.box((x, y, 130, 55), text, fill)
             if column:
