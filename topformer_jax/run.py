@@ -70,6 +70,16 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
     return checkpoints.load_segmenter(teacher, config.distillation.checkpoint)
 
 
+def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointStore:
+    """The checkpoints of a run; where the file of their scores is gone, its log has them."""
+
+    def read_log() -> dict[int, float]:
+        name, records = SCORES[config.task], logs.read_records(folder.path / "metrics.jsonl")
+        return {record["step"]: record[name] for record in records if isinstance(record.get(name), float)}
+
+    return checkpoints.CheckpointStore(folder.path / "checkpoints", config.max_to_keep, read_log)
+
+
 def check_changes(
     store: checkpoints.CheckpointStore, step: int, config: ConfigDict, data_set: DataSet
 ) -> tuple[DataSet, list[str]]:
