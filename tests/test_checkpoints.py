@@ -310,15 +310,18 @@ def test_scores_that_are_damaged_gone_or_of_no_step(
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config_of_run = config.load(config.shapes(), {"max_to_keep": 1})
+    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
+        assert (store.latest, capsys.readouterr().out) == (None, "")
     with contextlib.closing(checkpoints.CheckpointStore(scores.parent, 9)) as store:
         for step in (1, 2):
             store.save(step, {"model": {"x": jax.numpy.full(3, step)}}, {"config": {}})
-    for _ in range(2):  # the second time from the file
-        with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
-            assert (store.best, store.is_evaluated(9)) == ((1, 0.5), False)
-        assert json.loads(scores.read_text()) == {"1": 0.5, "2": 0.25}
-    assert capsys.readouterr().out == f"{scores} is missing: the log has the scores of 3 steps\n"
     with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
+        assert (store.best, store.is_evaluated(9)) == ((1, 0.5), False)
+        assert capsys.readouterr().out == f"{scores} has no scores: those of the log are taken (2)\n"
+        store.add_score(9, 1.0)
+    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
+        assert json.loads(scores.read_text()) == {"1": 0.5, "2": 0.25}
+        assert capsys.readouterr().out == ""
         store.save(3, {"model": {"x": jax.numpy.zeros(3)}}, {"config": {}})
     assert _steps(scores.parent) == ["1", "3"]
 

@@ -158,7 +158,7 @@ class CheckpointStore:
     Args:
         directory: of the steps.
         max_to_keep: how many of the newest steps stay.
-        read_log: the scores of steps, where there is no file of them: without any, the best step would not stay.
+        read_log: gives scores by step where `scores.json` has none: without any, the best step would not stay.
 
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
@@ -169,17 +169,23 @@ class CheckpointStore:
     ):
         self.directory = directory
         self._newest_started = 0
-        self._scores = _read_scores(directory / SCORES_FILE, read_log)
+        self._scores = _read_scores(directory / SCORES_FILE)
         try:
             self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
         except Exception as error:
             raise UserError(
                 f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
             ) from None
-        if gone := [step for step in self._scores if step > (self.latest or 0)]:
+        newest = self.latest or 0
+        if gone := [step for step in self._scores if step > newest]:
             for step in gone:  # never written, or moved away: the log loses its score, too
                 del self._scores[step]
             self._write_scores()
+        if newest and not self._scores:
+            self._scores |= {step: score for step, score in read_log().items() if step <= newest}
+            if self._scores:
+                said = f"those of the log are taken ({len(self._scores)})"
+                processes.say(f"{directory / SCORES_FILE} has no scores: {said}")
 
     @property
     def latest(self) -> int | None:
@@ -325,17 +331,15 @@ def _find_best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
     return max(evaluated)[1] if evaluated else None
 
 
-def _read_scores(path: files.Path, read_log: Callable[[], dict[int, float]]) -> dict[int, float]:
-    """The scores that a run has noted so far, in the file or else in its log.
+def _read_scores(path: files.Path) -> dict[int, float]:
+    """The scores that a run has noted so far.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
     with files.report_errors("read", path):
         if not files.retry(path.exists):
-            if logged := read_log():
-                processes.say(f"{path} is missing: the log has the scores of {len(logged)} steps")
-            return logged
+            return {}
     advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and those of the log are taken'
     return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
 
