@@ -307,7 +307,8 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     )
     used = {label_of.get(name, name) for name in found}
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
-    there = f", which has {files.shorten(unused[0], 40)}" if unused else ""
+    others = unused or (() if labels else sorted(paths))
+    there = f", which has {files.shorten(others[0], 40)}" if others else ""
     unlabelled = (
         f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
         f"*{layout.label_suffix} in {base / label_folder}{there} ({_name_maker(dataset)})"
