@@ -110,6 +110,7 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
         UserError: pixels have other colours; up to 1 % of them may, where `others` gives these a class.
     """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    _require_opaque(data, name)
     known = sorted((red << 16 | green << 8 | blue, label) for (red, green, blue), label in colours.items())
     keys, values = (np.array(column) for column in zip(*known, strict=True))
     places = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
@@ -124,6 +125,17 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
             "lossless images in the colours of the classes"
         )
     return encode(np.where(strange, others or 0, values[places]).astype(np.uint8))
+
+
+def _require_opaque(data: bytes, name: str) -> None:
+    """Raises a UserError for a mask with transparent pixels, whose colours are not seen."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim < 3 or pixels.shape[2] < 4:
+        return
+    if clear := float((pixels[..., 3] < (255 if pixels.dtype == np.uint8 else 65535)).mean()):
+        raise UserError(
+            f"{name}: {clear:.2%} of the pixels are transparent: save the mask without transparency"
+        )
 
 
 def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes:
