@@ -184,6 +184,10 @@ def test_panoptic_masks_beside_their_file(tmp_path: pathlib.Path) -> None:
         (tmp_path / f"x/{split}/images/a.jpg").rename(tmp_path / f"x/{split}/v2.0/panoptic/a.jpg")
     run("custom", tmp_path / "x", tmp_path / "other", "--from", "coco")
     assert (label(tmp_path / "other", "train/v2.0/panoptic/a") == 1).all()
+    deep = cv2.imencode(".png", ids.astype(np.uint16))[1].tobytes()
+    write(tmp_path / "x", {f"{split}/v2.0/panoptic/a.png": deep})
+    line = refusal("custom", tmp_path / "x", tmp_path / "deep", "--from", "coco")
+    assert "panoptic/a.png holds none of its 1 segments: is it the mask of another picture?" in line
 
 
 YAML = "path: ../sets/streets\ntrain: images/train\nval: images/val\ntest:\nnames:\n  0: cat\n  1: dog\n"
@@ -434,7 +438,7 @@ ROW = {"category_id": 3, "segmentation": [box(0, 0, 9, 9)]}
         ),
         (
             {"annotations": [{**ROW, "image_id": 1, "segmentation": {"size": [W, H], "counts": [0, H * W]}}]},
-            "a mask in x/train/x.json: a.jpg is of 40 x 60 pixels, but x/train/a.jpg has 60 x 40 (turned by its",
+            "a mask in x/train/x.json: a.jpg is of 40 x 60 pixels, but x/train/a.jpg has 60 x 40 (the sides",
         ),
         (
             {"images": [{"id": 1, "file_name": "b.jpg"}]},

@@ -314,7 +314,10 @@ def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> Non
     write(tmp_path / "x", {"val/a.json": labelme("a.jpg", shape("x", SQUARE))})
     line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "labelme", *BACK)
     assert "val/a.json is of 8 x 6 pixels, but" in line
-    assert "val/a.jpg has 6 x 8 (turned by its EXIF orientation): give both one size" in line
+    assert (
+        "val/a.jpg has 6 x 8 (the sides the other way round, as by an EXIF orientation): give both one size"
+        in line
+    )
 
 
 def colours_set(*names: str, suffix: str = ".jpg") -> dict[str, Any]:

@@ -167,9 +167,13 @@ def map_segments(segments: Mapping[int, int], background: int, data: bytes, name
     Pixels without a segment have id 0.
 
     Raises:
-        UserError: an id is of no segment.
+        UserError: an id is of no segment, or the mask has none of them.
     """
     ids = decode_image(data, name).astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
+    if segments and not np.isin(ids, [*segments]).any():
+        raise UserError(
+            f"{name} holds none of its {len(segments)} segments: is it the mask of another picture?"
+        )
     return encode(_look_up({0: background, **segments}, ids, name))
 
 
@@ -309,7 +313,7 @@ def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> byt
 def check_stated_size(stated: Size | None, size: Size, picture: str, name: str) -> None:
     """Raises a UserError where a picture has another (height, width) than its annotation states, if it states one."""
     if stated and stated != size:
-        turned = " (turned by its EXIF orientation)" if stated == size[::-1] else ""
+        turned = " (the sides the other way round, as by an EXIF orientation)" if stated == size[::-1] else ""
         raise UserError(
             f"{name} is of {stated[1]} x {stated[0]} pixels, but {picture} has {size[1]} x {size[0]}{turned}: give "
             "both one size"

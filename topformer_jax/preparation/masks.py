@@ -25,28 +25,14 @@ _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp")  # without loss
 _COLOUR = re.compile(r"(.*\S)(?:\s+|:)(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(:[^:]*:[^:]*)?", re.ASCII)
 
 
-def read_colours(source: Archive, background: str) -> Annotations:
-    """Pictures below images/, masks of their names below masks/, and classes.txt with NAME RED GREEN BLUE lines.
+def read_colours(listing: str, folder: str, source: Archive, background: str) -> Annotations:
+    """Pictures, masks of their names below a folder, and a file that lists the colour of each class.
+
+    This is CVAT's "Segmentation mask" with labelmap.txt, or with classes.txt a user's own; then pictures need a mask.
 
     Raises:
         UserError: a line is wrong, a colour is there twice, or a picture has no mask.
     """
-    return _read_masks_in_colours(source, background, own.CLASSES, "masks", is_complete=True)
-
-
-def read_cvat(source: Archive, background: str) -> Annotations:
-    """CVAT's "Segmentation mask": labelmap.txt, JPEGImages/, SegmentationClass/ and, of several subsets, ImageSets/.
-
-    Raises:
-        UserError: labelmap.txt is wrong, or there are no pictures.
-    """
-    return _read_masks_in_colours(source, background, "labelmap.txt", "segmentationclass", is_complete=False)
-
-
-def _read_masks_in_colours(
-    source: Archive, background: str, listing: str, folder: str, *, is_complete: bool
-) -> Annotations:
-    """The pairs of pictures and masks whose colours a file lists."""
     found, colours = Annotations(source), dict[labels.Colour, str]()
     lines, where = found.read_classes(listing)
     if not where:
@@ -70,13 +56,8 @@ def _read_masks_in_colours(
         )
     found.classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
     convert = partial(labels.map_colours, table, None)
-    _pair(
-        found,
-        _in_folders(source, _PICTURES),
-        _in_folders(source, (folder,)),
-        convert,
-        is_complete=is_complete,
-    )
+    pictures, drawn = _in_folders(source, _PICTURES), _in_folders(source, (folder,))
+    _pair(found, pictures, drawn, convert, is_complete=listing == own.CLASSES)
     return found
 
 
