@@ -103,6 +103,10 @@ class Content(msgspec.Struct):
         return any(bytes(row.segmentation) not in (b"null", b"[]") for row in self.annotations or ())
 
 
+# Pictures of a file, each with its path, its split and its annotations.
+Listed = Iterator[tuple[Picture, str, str, list[Annotation]]]
+
+
 def read(source: Archive, background: str) -> Annotations:
     """Finds the annotation files, panoptic ones before those of instances, and the pictures that they name.
 
@@ -141,7 +145,7 @@ def read(source: Archive, background: str) -> Annotations:
     label_of_rest = own.require_background(empty, where)
     for name in chosen:
         add = _add_panoptic if panoptic else _add_instances
-        add(found, name, contents[name], table, label_of_rest, index)
+        add(found, name, _list_pictures(found, name, contents[name], index), table, label_of_rest)
     return found
 
 
@@ -223,9 +227,7 @@ def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split:
     )
 
 
-def _list_pictures(
-    found: Annotations, name: str, content: Content, index: dict[str, list[str]]
-) -> Iterator[tuple[Picture, str, str, list[Annotation]]]:
+def _list_pictures(found: Annotations, name: str, content: Content, index: dict[str, list[str]]) -> Listed:
     """The pictures of a file, each with its path, its split and its annotations.
 
     Raises:
@@ -252,17 +254,12 @@ def _list_pictures(
 
 
 def _add_panoptic(
-    found: Annotations,
-    name: str,
-    content: Content,
-    table: dict[Identity, int],
-    empty: int,
-    index: dict[str, list[str]],
+    found: Annotations, name: str, listed: Listed, table: dict[Identity, int], empty: int
 ) -> None:
     """Adds the pairs of a panoptic file."""
     source, where, folder = found.source, found.source[name].where, _mask_folder(found.source, name)
     missing = []
-    for picture, path, split, rows in _list_pictures(found, name, content, index):
+    for picture, path, split, rows in listed:
         if not rows:
             missing.append(picture.file_name)
         for row in rows:
@@ -280,16 +277,11 @@ def _add_panoptic(
 
 
 def _add_instances(
-    found: Annotations,
-    name: str,
-    content: Content,
-    table: dict[Identity, int],
-    empty: int,
-    index: dict[str, list[str]],
+    found: Annotations, name: str, listed: Listed, table: dict[Identity, int], empty: int
 ) -> None:
     """Adds the pairs of a file of instances; a box without a mask is void."""
     counts: Counter[str] = Counter()
-    for picture, path, split, rows in _list_pictures(found, name, content, index):
+    for picture, path, split, rows in listed:
         stated = (picture.height, picture.width) if picture.height and picture.width else None
         where = f"{found.source[name].where}: {files.shorten(picture.file_name, 80)}"
         data = msgspec.json.encode({"annotations": rows})

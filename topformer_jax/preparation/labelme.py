@@ -283,10 +283,8 @@ def _draw_mask(canvas: Image.Image, shape: Shape, label: int, where: str) -> boo
             inside = np.array(file)
     except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
         raise UserError(f"{where} holds a mask that is no picture") from None
-    (x, y), (right, bottom) = shape.points
-    if inside.ndim != 2 or not inside.any() or abs(right - x + 1 - inside.shape[1]) > 1:
-        return False
-    if abs(bottom - y + 1 - inside.shape[0]) > 1:
+    sides = np.diff(np.array(shape.points), axis=0)[0, ::-1] + 1
+    if inside.ndim != 2 or not inside.any() or (abs(sides - inside.shape) > 1).any():
         return False
     corner = tuple(round(value) for value in shape.points[0])
     canvas.paste(label, (corner[0], corner[1]), Image.fromarray((inside > 0).astype(np.uint8) * 255))

@@ -51,7 +51,7 @@ def read(source: Archive, background: str) -> Annotations:
         texts.add(text)
         place = source[text].where if text else f"{image.where} (no .txt)"
         data = source[text].read() if text else b""
-        polygons += len(parse_regions(data, table, place, counts=counts))
+        polygons += len(parse_regions(data, table, place, counts))
         counts["pictures without a .txt, all background"] += not text
         counts["pictures with an empty .txt, all background"] += bool(text) and not data.strip()
         label: Member | bytes = source[text] if text else b""
@@ -154,11 +154,7 @@ def _label_names(name: str) -> list[str]:
 
 
 def parse_regions(
-    data: bytes,
-    table: Mapping[int, int],
-    name: str,
-    size: labels.Size = (1, 1),
-    counts: Counter[str] | None = None,
+    data: bytes, table: Mapping[int, int], name: str, counts: Counter[str], size: labels.Size = (1, 1)
 ) -> list[labels.Region]:
     """The lines CLASS X Y X Y ... of a label file, from 0 to 1; a line of a box (CLASS X Y WIDTH HEIGHT) is void.
 
@@ -186,8 +182,7 @@ def parse_regions(
         values = [value * size[1 - index % 2] for index, value in enumerate(values)]
         if len(values) == 4:
             x, y, width, height = values
-            if counts is not None:
-                counts[_BOXES] += 1
+            counts[_BOXES] += 1
             corner = x - width / 2, y - height / 2
             regions.append(labels.box_region(labels.IGNORE_LABEL, *corner, width, height))
         else:
@@ -196,5 +191,5 @@ def parse_regions(
 
 
 def _draw(table: Mapping[int, int], empty: int, image: Member, data: bytes, name: str) -> bytes:
-    regions = parse_regions(data, table, name, labels.read_size(image))
+    regions = parse_regions(data, table, name, Counter(), labels.read_size(image))
     return labels.draw_regions(empty, None, image, regions, name)
