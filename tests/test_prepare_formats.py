@@ -208,6 +208,7 @@ def test_yolo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
         "images/val/a.jpg": picture(3),
         "images/val/b.jpg": picture(4),
         "labels/val/b.txt": "\n",
+        "masks/train/a.png": png(np.zeros((H, W))),
         "labels/train/a.txt": "\n".join(lines) + "\n",
         "labels/val/a.txt": "1 0.5 0.5 0.2 0.4\n",
     }
@@ -225,6 +226,7 @@ def test_yolo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     np.testing.assert_array_equal(label(tmp_path / "made", "val/a"), boxed)
     out = capsys.readouterr().out
     assert "pictures without a .txt, all background: 1" in out
+    assert "left out, in no annotation: masks/train/a.png" in out
     assert "pictures with an empty .txt, all background: 1" in out
     assert "boxes without a polygon, whose pixels are void: 1" in out
 
@@ -505,8 +507,23 @@ def test_wrong_files_of_coco_are_one_line(
         ),
         ("cvat", {"labelmap.txt": "a:1,2::\n"}, "expected NAME RED GREEN BLUE (0 to 255), found 'a:1,2::'"),
         ("cvat", {"labelmap.txt": "a:1,2,3::\nb:1,2,3::\n"}, "gives a and b one colour, 1 2 3"),
-        ("cvat", {}, "x holds no labelmap.txt: put it there (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
+        (
+            "cvat",
+            {},
+            "x holds no labelmap.txt with the colours of the classes (it holds 2 .jpg, 2 .txt, 1 .yaml)",
+        ),
         ("voc", {}, "x holds no picture below segmentationclass/ (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
+        (
+            "voc",
+            {"SegmentationClass/a.png": b"", "classes.txt": "classes:\na\nb\n"},
+            "x/classes.txt: line 1 is a heading, 'classes:': expected one class name a line",
+        ),
+        (
+            "yolo",
+            {"data.yaml": "", "labels/classes.txt": "a\n \nb\n"},
+            "labels/classes.txt has a blank line between",
+        ),
+        ("yolo", {"data.yaml": "", "classes.txt": "0 a\n1 b\n"}, "line 1 is a number and a name, '0 a'"),
         ("roboflow-masks", {}, "holds no _classes.csv"),
         ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),
         ("labelme", {}, "x holds no .json of labelme"),

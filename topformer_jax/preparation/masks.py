@@ -36,7 +36,9 @@ def read_colours(listing: str, folder: str, source: Archive, background: str) ->
     found, colours = Annotations(source), dict[labels.Colour, str]()
     lines, where = found.read_classes(listing)
     if not where:
-        raise UserError(f"{source.path} holds no {listing}: put it there ({own.describe(source)})")
+        raise UserError(
+            f"{source.path} holds no {listing} with the colours of the classes ({own.describe(source)})"
+        )
     for line in lines:
         match = _COLOUR.fullmatch(line)
         if line.startswith("#") and listing != own.CLASSES:
@@ -107,7 +109,7 @@ def read_voc(source: Archive, background: str) -> Annotations:
         UserError: there are no masks, or one value of them is in two colours.
     """
     found = Annotations(source)
-    lines, where = found.read_classes(own.CLASSES, "class_names.txt", "labels.txt")
+    lines, where = found.read_classes(own.CLASSES, "class_names.txt", "labels.txt", is_order=True)
     if not where:
         lines, where = list(CATALOG["voc2012"].classes), "PASCAL VOC"
         found.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")

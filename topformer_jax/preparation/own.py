@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from topformer_jax import files
+from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.errors import UserError
@@ -77,11 +78,12 @@ class Annotations:
             self.left_out.append((reason, column, [member.name for member in members]))
             self.read.update(members)
 
-    def read_classes(self, *names: str) -> tuple[list[str], str]:
+    def read_classes(self, *names: str, is_order: bool = False) -> tuple[list[str], str]:
         """The lines of the first of these files that is there, in whatever folder, and where; ([], "") without one.
 
         Raises:
-            UserError: files of one name differ.
+            UserError: files of one name differ; or the order of the lines numbers the classes (`is_order`), and a
+                line is more or less than a name.
         """
         source = self.source
         for file in names:
@@ -94,7 +96,12 @@ class Annotations:
                     )
             if found:
                 self.read.update(source[name] for name in found)
-                return lines[0], source[found[0]].where
+                where, text = source[found[0]].where, source[found[0]].read()
+                if is_order and len(text.strip().splitlines()) > len(lines[0]):
+                    raise UserError(f"{where} has a blank line between names: name it, or delete it")
+                if is_order:
+                    sources.check_class_lines(dict(enumerate(lines[0], 1)), where)
+                return lines[0], where
         return [], ""
 
     def read_json(self, kind: type[Content], field: str) -> Iterator[tuple[str, Content]]:

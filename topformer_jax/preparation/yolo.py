@@ -52,7 +52,6 @@ def read(source: Archive, background: str) -> Annotations:
         place = source[text].where if text else f"{image.where} (no .txt)"
         data = source[text].read() if text else b""
         polygons += len(parse_regions(data, table, place, counts))
-        counts["pictures without a .txt, all background"] += not text
         counts["pictures with an empty .txt, all background"] += bool(text) and not data.strip()
         label: Member | bytes = source[text] if text else b""
         found.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image), "", place))
@@ -63,6 +62,12 @@ def read(source: Archive, background: str) -> Annotations:
     if polygons == counts[_BOXES]:
         raise UserError(f"{source.path} has no polygon in a .txt, and boxes say no pixel's class")
     _divide(found, settings, where)
+    homes = {pair.name.rpartition("/")[0] for pair in found.pairs if pair.label}
+    # Others are no pictures to learn from: plots, masks.
+    found.pairs = [
+        pair for pair in found.pairs if pair.label or pair.split or pair.name.rpartition("/")[0] in homes
+    ]
+    counts["pictures without a .txt, all background"] = sum(not pair.label for pair in found.pairs)
     found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
     found.notes.append("overlapping polygons are drawn by their area, the largest first")
     lost = [name for name in source.members if "/labels/" in f"/{name}" and name.lower().endswith(".txt")]
@@ -92,7 +97,7 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
         if settings.names:
             found.read.add(member)
             listings.append((settings, member.where))
-    lines, where = ([], "") if listings else found.read_classes(own.CLASSES)
+    lines, where = ([], "") if listings else found.read_classes(own.CLASSES, is_order=True)
     if where:
         listings.append((Settings([*lines]), where))
     if not listings:
