@@ -53,6 +53,7 @@ def _describe_processor() -> str:
     return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(names)})])
 
 
+os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)  # JAX has set it here; commands in other processes set their own
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _open_cache()
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -281,7 +281,7 @@ def test_names_that_do_not_fit(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sky\n\nsea\nsky\n", ": line 4 repeats 'sky' of 1: give each class another name"),
+        ("sky\nwood\nsea\nsky\n", ": line 4 repeats 'sky' of 1: give each class another name"),
         ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name a line"),
         ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
         ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),

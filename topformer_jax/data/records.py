@@ -191,9 +191,8 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
             "for each I); it goes on where it stopped"
         )
     raise UserError(
-        f"no array_record {dataset} in {root or 'data.root, which is empty'}: build it with python -m "
-        f"topformer_jax.prepare {dataset} --source DIR --output DIR --format array_record and give "
-        f"--config.data.root=DIR; looked for {dataset}/{VERSION}/{INFO}; {hint}"
+        f"no {dataset}/{VERSION}/{INFO} in {root or 'data.root, which is empty'}: build it with python -m "
+        f"topformer_jax.prepare {dataset} --source DIR --output DIR --format array_record; {hint}"
     )
 
 

@@ -311,7 +311,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     there = f", which has {files.shorten(others[0], 40)}" if others else ""
     unlabelled = (
         f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
-        f"*{layout.label_suffix} in {base / label_folder}{there} ({_name_maker(dataset)})"
+        f"*{layout.label_suffix} in {label_folder}{there} ({_name_maker(dataset)})"
     )
     return FolderListing(pairs, unlabelled if without else "", unused, unread, paths)
 
