@@ -3,6 +3,7 @@
 Every broken file is refused by a UserError with its name, before OpenCV fills what is missing with grey.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -35,7 +36,7 @@ _OTHER_FILES = {
     rb"\s*<(!doctype )?html": "a web page",
 }
 DEEP = 14  # bits of 16: with values of so many, a picture of 8 bits is nearly black
-GREY, PALETTE = 0, 3  # colour types in a PNG's header
+GREY, PALETTE, GREY_ALPHA = 0, 3, 4  # colour types in a PNG's header
 
 # OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
@@ -109,6 +110,16 @@ def describe_depth(bits: int) -> str:
     if not 0 < bits <= DEEP:
         return ""
     return f"{bits} bits in 16, which would be nearly black: scale the values, and save as 8 bits"
+
+
+def is_turned_unseen(data: bytes | np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a JPEG's EXIF orientation turns or mirrors it, and it has this (height, width) either way."""
+    if isinstance(data, np.ndarray) or not data.startswith(JPEG) or b"Exif" not in data[:4096]:
+        return False
+    with contextlib.suppress(Exception), PIL.Image.open(io.BytesIO(data)) as image:
+        orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        return orientation in (2, 3, 4) or (orientation > 4 and size[0] == size[1])
+    return False
 
 
 def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
@@ -234,9 +245,8 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         raise _not_a_png(name)
     colour_type = data[25]
     if colour_type not in (GREY, PALETTE):
-        raise ColourLabelError(
-            f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
-        )
+        what = "has transparency" if colour_type == GREY_ALPHA else "is a colour image"
+        raise ColourLabelError(f"{name} {what}: labels are PNG files of one channel that holds class indices")
     if colour_type == GREY:
         flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         values, bits = _decode(data, flags, name), data[24]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from topformer_jax import files
@@ -151,8 +152,8 @@ RELEASES: dict[str, tuple[Release, ...]] = {
 READERS: dict[str, own.Reader] = {
     "labelme": labelme.read,
     "coco": coco.read,
-    "colours": masks.read_colours,
-    "cvat": masks.read_cvat,
+    "colours": partial(masks.read_colours, own.CLASSES, "masks"),
+    "cvat": partial(masks.read_colours, "labelmap.txt", "segmentationclass"),
     "yolo": yolo.read,
     "roboflow-masks": masks.read_roboflow,
     "voc": masks.read_voc,

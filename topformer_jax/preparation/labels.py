@@ -110,6 +110,7 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
         UserError: pixels have other colours; up to 1 % of them may, where `others` gives these a class.
     """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    _require_opaque(data, name)
     known = sorted((red << 16 | green << 8 | blue, label) for (red, green, blue), label in colours.items())
     keys, values = (np.array(column) for column in zip(*known, strict=True))
     places = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
@@ -124,6 +125,17 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
             "lossless images in the colours of the classes"
         )
     return encode(np.where(strange, others or 0, values[places]).astype(np.uint8))
+
+
+def _require_opaque(data: bytes, name: str) -> None:
+    """Raises a UserError for a mask with transparent pixels, whose colours are not seen."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim < 3 or pixels.shape[2] < 4:
+        return
+    if clear := float((pixels[..., 3] < (255 if pixels.dtype == np.uint8 else 65535)).mean()):
+        raise UserError(
+            f"{name}: {clear:.2%} of the pixels are transparent: save the mask without transparency"
+        )
 
 
 def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes:
@@ -155,9 +167,13 @@ def map_segments(segments: Mapping[int, int], background: int, data: bytes, name
     Pixels without a segment have id 0.
 
     Raises:
-        UserError: an id is of no segment.
+        UserError: an id is of no segment, or the mask has none of them.
     """
     ids = decode_image(data, name).astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
+    if segments and not np.isin(ids, [*segments]).any():
+        raise UserError(
+            f"{name} holds none of its {len(segments)} segments: is it the mask of another picture?"
+        )
     return encode(_look_up({0: background, **segments}, ids, name))
 
 
@@ -297,7 +313,7 @@ def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> byt
 def check_stated_size(stated: Size | None, size: Size, picture: str, name: str) -> None:
     """Raises a UserError where a picture has another (height, width) than its annotation states, if it states one."""
     if stated and stated != size:
-        turned = " (turned by its EXIF orientation)" if stated == size[::-1] else ""
+        turned = " (the sides the other way round, as by an EXIF orientation)" if stated == size[::-1] else ""
         raise UserError(
             f"{name} is of {stated[1]} x {stated[0]} pixels, but {picture} has {size[1]} x {size[0]}{turned}: give "
             "both one size"
