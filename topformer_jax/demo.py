@@ -59,6 +59,7 @@ from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"  # of npm
+UNPACKED = f": expected npm's {RUNTIME} {VERSION}, unpacked"
 # The package's files by what they compute with. Those of wasm are half as many bytes.
 RUNTIME_FILES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
@@ -156,14 +157,12 @@ def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], 
     page: Page = {}
     providers = {}
     for provider, path in paths.items():
-        with files.report_errors("read", path):
-            data = files.retry(path.read_bytes)
+        data = files.read_bytes(path)
         model = "model.onnx" if path == paths["wasm"] else f"model_{provider}.onnx"
         page[model] = data
         names = [model, *(f"{folder}/{name}" for name in RUNTIME_FILES[provider])]
-        with files.report_errors("read", runtime, f": expected npm's {RUNTIME} {VERSION}, unpacked"):
-            for name in RUNTIME_FILES[provider]:
-                page[f"{folder}/{name}"] = (runtime / "dist" / name).read_bytes()
+        for name in RUNTIME_FILES[provider]:
+            page[f"{folder}/{name}"] = files.read_bytes(runtime / "dist" / name, UNPACKED, MOST_RUNTIME_BYTES)
         # A name for each content: what a browser has kept of another file is never mistaken for this one.
         address = f"{model}?{hashlib.sha256(data).hexdigest()[:16]}"
         size = sum(len(page[name]) for name in names)
@@ -190,10 +189,9 @@ def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], 
 def _runtime_version(runtime: files.Path) -> str:
     """The version of an unpacked package."""
     path = runtime / "package.json"
-    advice = f": expected npm's {RUNTIME} {VERSION}, unpacked"
-    facts = files.read_json(files.read_bytes(path, advice), _Package, path, advice)
+    facts = files.read_json(files.read_bytes(path, UNPACKED), _Package, path, UNPACKED)
     if facts.name != RUNTIME:
-        raise UserError(f"--runtime {runtime} holds {files.shorten(facts.name)}{advice}")
+        raise UserError(f"--runtime {runtime} holds {files.shorten(facts.name)}{UNPACKED}")
     return facts.version
 
 

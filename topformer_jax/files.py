@@ -274,14 +274,16 @@ def read_lines(file: Path) -> list[str]:
     return list(number_lines(file).values())
 
 
-def number_lines(file: Path) -> dict[int, str]:
-    """A text file's non-blank lines, stripped, by their numbers from 1 on.
+def number_lines(file: Path | str, data: bytes | None = None) -> dict[int, str]:
+    """A text file's non-blank lines, stripped, by their numbers from 1 on; `data` is its content if it is known.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
     try:
-        text = read_bytes(file, "; expected one name a line").decode("utf-8-sig")
+        text = (read_bytes(as_path(file), "; expected one name a line") if data is None else data).decode(
+            "utf-8-sig"
+        )
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
     lines = {}
@@ -295,13 +297,13 @@ def number_lines(file: Path) -> dict[int, str]:
     return lines
 
 
-def number_names(file: Path) -> dict[int, str]:
+def number_names(file: Path | str, data: bytes | None = None) -> dict[int, str]:
     """`number_lines` of a list whose lines are numbered by their places, such as the names of classes.
 
     Raises:
         UserError: as `number_lines` does, or a line before the last name is blank.
     """
-    lines = number_lines(file)
+    lines = number_lines(file, data)
     if gaps := [number for number in range(1, max(lines, default=0)) if number not in lines]:
         raise UserError(
             f"{file}: line {gaps[0]} is blank, and the names after it would move: name it, or delete the line"

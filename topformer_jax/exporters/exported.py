@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from jaxtyping import Shaped, UInt8
 from topformer_jax import config as config_lib
 from topformer_jax import files
 from topformer_jax.data.catalog import CATALOG, is_name
-from topformer_jax.errors import UserError
+from topformer_jax.errors import UserError, explain_out_of_memory
 
 # By suffix: the module of a format in this package, and the packages that it needs.
 FORMATS = {
@@ -23,6 +24,9 @@ FORMATS = {
     ".stablehlo": ("stablehlo_file", "flatbuffers"),
 }
 KEY = "topformer_jax"  # of the description in files that have a place for it
+# Before the CRC-32 at the end of a file: a row of ONNX's metadata, the comment of LiteRT's archive.
+SEAL = b"\x72\x11\x0a\x05crc32\x12\x08"
+SEAL_BYTES = len(SEAL) + 8
 Run = Callable[[UInt8[np.ndarray, "n h w 3"]], Shaped[np.ndarray, "n ..."]]
 
 
@@ -101,6 +105,8 @@ def open_bytes(
     name: str, data: bytes, module: ModuleType, description: Mapping[str, Any] | None = None
 ) -> Exported:
     """`open_exported` of a file's content; formats without a place for the description get it from beside them."""
+    if data[-SEAL_BYTES:-8] == SEAL and data != seal(data[:-SEAL_BYTES]):
+        raise UserError(f"{name} is damaged, its bytes are not those that were written: copy it again")
     try:
         run, text = module.open_bytes(data)
     except UserError as error:
@@ -113,11 +119,21 @@ def open_bytes(
     _check_names(name, facts, config.data.dataset, config.model.num_classes)
 
     def checked_run(images: np.ndarray) -> np.ndarray:
-        values = run(images)
+        try:
+            values = run(images)
+        except Exception as error:  # of the runtimes, classes of all kinds
+            if explain_out_of_memory(error, ""):
+                raise
+            raise UserError(f"{name} cannot be run ({files.shorten(error, 120)}): export it again") from None
         _check_output(name, facts.output, config.model.num_classes, values)
         return values
 
     return Exported(name, checked_run, description, module.RUNTIME)
+
+
+def seal(data: bytes) -> bytes:
+    """A file with the CRC-32 of its bytes at its end, which `open_bytes` compares where it is there."""
+    return data + SEAL + b"%08x" % zlib.crc32(data)
 
 
 def _check_names(name: str, facts: _Description, dataset: str, count: int) -> None:

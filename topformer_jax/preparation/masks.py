@@ -131,7 +131,7 @@ def read_voc(source: Archive, background: str) -> Annotations:
     """
     lists = (own.CLASSES, "class_names.txt", "labels.txt")
     listed = next((name for name in lists if name in source.members), "")
-    lines = source.lines(listed) if listed else list(CATALOG["voc2012"].classes)
+    lines = source.lines(listed, by_place=True) if listed else list(CATALOG["voc2012"].classes)
     where = source[listed].where if listed else "PASCAL VOC"
     values = {IGNORE_LABEL: own.VOID} | dict(enumerate(name for name in lines if name != "__ignore__"))
     names, table, _ = own.number_classes(values, background, where, of_masks=True)

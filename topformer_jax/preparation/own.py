@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import IMAGE_SUFFIXES
+from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
 from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, REPLACE, Archive, Member, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
@@ -250,7 +250,7 @@ def number_classes(
         UserError: a name is blank, has a line break, or is there twice.
     """
     for number, name in enumerate(names.values()):
-        if not name.strip() or len(name.splitlines()) > 1 or files.CONTROL.search(name):
+        if not is_name(name):
             raise UserError(
                 f"{where}: the name of class {number} is {name[:60]!r}: give it a name of one line"
             )

@@ -236,7 +236,9 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
     shards = plan_shards(dataset, splits)
     folder = files.as_path(output) / dataset / records.VERSION
     names = pathlib.Path(source).expanduser() / "classes.txt"
-    others = {names.name: names.read_bytes()} if dataset in ("custom", "imagenet") and names.exists() else {}
+    others = (
+        {names.name: files.read_bytes(names)} if dataset in ("custom", "imagenet") and names.exists() else {}
+    )
     with (
         files.report_errors("write", folder, ADVICE),
         tempfile.TemporaryDirectory() as empty,

@@ -86,7 +86,7 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
             listings.append((settings, member.where))
     if not listings and own.CLASSES in source.members:
         found.read.add(source[own.CLASSES])
-        listings.append((Settings(list(source.lines(own.CLASSES))), source[own.CLASSES].where))
+        listings.append((Settings([*source.lines(own.CLASSES, by_place=True)]), source[own.CLASSES].where))
     if not listings:
         raise UserError(f"{source.path} holds neither a data.yaml with names of classes nor a classes.txt")
     for settings, where in listings[1:]:
