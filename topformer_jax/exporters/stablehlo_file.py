@@ -80,6 +80,7 @@ def find_foreign(exported: jax.export.Exported) -> list[str]:
         return ir.WalkResult.ADVANCE
 
     with mlir.make_ir_context() as context:
+        context.attach_diagnostic_handler(lambda _: True)  # which MLIR would print
         module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
         module.operation.walk(visit)
     return found

@@ -118,12 +118,11 @@ def open_archive(path: pathlib.Path, holds: str = "", advice: str = FETCH) -> Ar
             found = list(_list_folder(path))
         elif path.suffix == ".json":
             found = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
-        elif path.suffix.lower() == ".zip":
-            found = _list_zip(path)
         else:
             with files.open_regular(path) as file:
                 is_compressed = file.read(2) == b"\x1f\x8b"
-            found = _list_gzip(path) if is_compressed else _list_tar(path)
+            is_zip = path.suffix.lower() == ".zip"
+            found = _list_zip(path) if is_zip else _list_gzip(path) if is_compressed else _list_tar(path)
     found = [dataclasses.replace(member, advice=advice) for member in found if not _is_hidden(member.name)]
     if not holds:
         return Archive(path, "", {member.name: member for member in found})
@@ -160,10 +159,11 @@ def fingerprint(path: pathlib.Path) -> list[int | str]:
 
 @functools.lru_cache(maxsize=4)  # a worker reads many files of one archive, and its list may be long
 def _open_zip(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(files.open_regular(path))
+    return zipfile.ZipFile(path)
 
 
 def _list_zip(path: pathlib.Path) -> list[Member]:
+    _open_zip.cache_clear()  # of a file that was another one
     infos = _open_zip(str(path)).infolist()
     return [Member(str(path), info.filename, info.file_size, IN_ZIP) for info in infos if not info.is_dir()]
 
@@ -199,7 +199,7 @@ def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
 
 def _list_gzip(path: pathlib.Path) -> list[Member]:
     """Reads the whole file, and so checks its length and checksum."""
-    with gzip.open(files.open_regular(path)) as file:
+    with gzip.open(path) as file:
         with tarfile.open(fileobj=file, mode="r|") as tar:
             found = [
                 Member(str(path), info.name.removeprefix("./"), info.size, IN_GZIP)
@@ -224,7 +224,7 @@ def _stream(path: str, names: set[str]) -> Iterator[tuple[str, bytes]]:
     missing = set(names)
     with (
         _report_damage(path),
-        gzip.open(files.open_regular(path)) as file,
+        gzip.open(path) as file,
         tarfile.open(fileobj=file, mode="r|") as tar,
     ):
         for info in _list_files(tar, files.MOST_BYTES):
