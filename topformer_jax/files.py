@@ -13,7 +13,8 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -232,7 +233,7 @@ def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
             return file.read()
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a local file to read; an OSError for a pipe, which would wait for its writer, or a device."""
     file = open(  # noqa: SIM115  the caller's
         path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
