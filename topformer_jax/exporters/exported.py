@@ -105,7 +105,10 @@ def open_bytes(
     """`open_exported` of a file's content, and of the description where the format has no place for it."""
     is_sealed = data[-SEAL_BYTES:-8] == SEAL or description is not None  # MLIR crashes on damaged bytes
     if is_sealed and data != seal(data[:-SEAL_BYTES]):
-        raise UserError(f"{name} is damaged, or of an earlier version: copy it or export it again")
+        raise UserError(
+            f"{name} is damaged, or of an earlier version: copy it or export it again (what another tool changed must "
+            "not keep the metadata crc32)"
+        )
     try:
         run, text = module.open_bytes(data)
     except UserError as error:
