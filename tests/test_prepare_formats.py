@@ -521,7 +521,7 @@ def test_wrong_files_of_coco_are_one_line(
         (
             "yolo",
             {"data.yaml": "", "labels/classes.txt": "a\n \nb\n"},
-            "labels/classes.txt has a blank line between",
+            "labels/classes.txt: line 2 is blank, and the names",
         ),
         ("yolo", {"data.yaml": "", "classes.txt": "0 a\n1 b\n"}, "line 1 is a number and a name, '0 a'"),
         ("roboflow-masks", {}, "holds no _classes.csv"),

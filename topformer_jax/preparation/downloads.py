@@ -229,7 +229,7 @@ def _checksum(path: pathlib.Path) -> list[str]:
     """The SHA-256 of an archive, which may be made anew with the same size; of a folder none."""
     if path.is_dir():
         return []
-    with files.report_errors("read", path), path.open("rb") as file:
+    with files.report_errors("read", path), files.open_regular(path) as file:
         return [hashlib.file_digest(file, "sha256").hexdigest()]
 
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 from topformer_jax import files
 from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import IMAGE_SUFFIXES
+from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
 from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, REPLACE, Archive, Member, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
@@ -88,7 +88,7 @@ class Annotations:
         source = self.source
         for file in names:
             found = [name for name in source.members if name.lower().rpartition("/")[2] == file]
-            lines = [source.lines(name) for name in found]
+            lines = [source.lines(name, by_place=is_order) for name in found]
             for name, others in zip(found, lines, strict=True):
                 if others != lines[0]:
                     raise UserError(
@@ -96,9 +96,7 @@ class Annotations:
                     )
             if found:
                 self.read.update(source[name] for name in found)
-                where, text = source[found[0]].where, source[found[0]].read()
-                if is_order and len(text.strip().splitlines()) > len(lines[0]):
-                    raise UserError(f"{where} has a blank line between names: name it, or delete it")
+                where = source[found[0]].where
                 if is_order:
                     sources.check_class_lines(dict(enumerate(lines[0], 1)), where)
                 return lines[0], where
@@ -280,7 +278,7 @@ def number_classes(
         UserError: a name is blank, has a line break, or is there twice.
     """
     for number, name in enumerate(names.values()):
-        if not name.strip() or len(name.splitlines()) > 1 or files.CONTROL.search(name):
+        if not is_name(name):
             raise UserError(
                 f"{where}: the name of class {number} is {name[:60]!r}: give it a name of one line"
             )
