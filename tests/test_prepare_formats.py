@@ -110,6 +110,7 @@ def test_instances_of_coco(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "left out, in no annotation: images/train/stray.jpg" in out
     assert "left out, files without polygons, run lengths or boxes: annotations/captions_val.json" in out
+    assert "pictures without annotations, all background in annotations/instances_val.json: 1" in out
     assert "crowds, drawn as their class in annotations/instances_train.json: 1" in out
     assert "boxes without a mask, whose pixels are void in annotations/instances_train.json: 1" in out
     assert "annotations without an area, left out in annotations/instances_train.json: 1" in out
@@ -183,6 +184,10 @@ def test_panoptic_masks_beside_their_file(tmp_path: pathlib.Path) -> None:
         (tmp_path / f"x/{split}/images/a.jpg").rename(tmp_path / f"x/{split}/v2.0/panoptic/a.jpg")
     run("custom", tmp_path / "x", tmp_path / "other", "--from", "coco")
     assert (label(tmp_path / "other", "train/v2.0/panoptic/a") == 1).all()
+    deep = cv2.imencode(".png", ids.astype(np.uint16))[1].tobytes()
+    write(tmp_path / "x", {f"{split}/v2.0/panoptic/a.png": deep})
+    line = refusal("custom", tmp_path / "x", tmp_path / "deep", "--from", "coco")
+    assert "panoptic/a.png holds none of its 1 segments: is it the mask of another picture?" in line
 
 
 YAML = "path: ../sets/streets\ntrain: images/train\nval: images/val\ntest:\nnames:\n  0: cat\n  1: dog\n"
@@ -201,6 +206,9 @@ def test_yolo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
         "images/train/a.JPG": picture(1),
         "images/train/b.jpg": picture(2),
         "images/val/a.jpg": picture(3),
+        "images/val/b.jpg": picture(4),
+        "labels/val/b.txt": "\n",
+        "masks/train/a.png": png(np.zeros((H, W))),
         "labels/train/a.txt": "\n".join(lines) + "\n",
         "labels/val/a.txt": "1 0.5 0.5 0.2 0.4\n",
     }
@@ -218,6 +226,8 @@ def test_yolo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     np.testing.assert_array_equal(label(tmp_path / "made", "val/a"), boxed)
     out = capsys.readouterr().out
     assert "pictures without a .txt, all background: 1" in out
+    assert "left out, in no annotation: masks/train/a.png" in out
+    assert "pictures with an empty .txt, all background: 1" in out
     assert "boxes without a polygon, whose pixels are void: 1" in out
 
 
@@ -308,6 +318,21 @@ def test_cvat(text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     assert "left out, in no annotation: SegmentationObject/a.png" in out
 
 
+def test_several_tasks_of_cvat(tmp_path: pathlib.Path) -> None:
+    """Each has the list of classes; pictures of one name may have equal masks."""
+    mask = png(HALVES[..., None] * np.array([128, 0, 9]))
+    task: dict[str, Any] = {"labelmap.txt": "background:0,0,0::\ncar:128,0,9::\n"}
+    task |= {"JPEGImages/a.jpg": picture(1), "SegmentationClass/a.png": mask}
+    files = {"train.zip": zip_of(task)} | {f"val/{name}": data for name, data in task.items()}
+    files["val/JPEGImages/a.jpg"] = picture(2)
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "cvat")
+    for split in ("train", "val"):
+        np.testing.assert_array_equal(label(tmp_path / "made", f"{split}/a"), HALVES)
+    write(tmp_path / "x", {"val/labelmap.txt": "car:0,0,0::\nbackground:128,0,9::\n"})
+    line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "cvat")
+    assert "labelmap.txt has other classes than " in line
+
+
 def test_masks_of_roboflow(tmp_path: pathlib.Path) -> None:
     files: dict[str, Any] = {}
     for split in ("train", "valid", "test"):
@@ -318,9 +343,9 @@ def test_masks_of_roboflow(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "made/classes.txt").read_text() == "background\ncrack\n"
     for split in ("train", "val", "test"):
         np.testing.assert_array_equal(label(tmp_path / "made", f"{split}/a"), HALVES)
-    write(tmp_path / "x", {"train/a_mask.png": png(HALVES)})
+    write(tmp_path / "x", {"train/a_mask.png": png(255 * HALVES)})
     line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "roboflow-masks")
-    assert "train/a_mask.png holds 1, which stands for no class" in line
+    assert "train/a_mask.png holds 255, which stands for no class" in line
 
 
 def test_folders_of_voc(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,13 +440,22 @@ ROW = {"category_id": 3, "segmentation": [box(0, 0, 9, 9)]}
         ),
         (
             {"annotations": [{**ROW, "image_id": 1, "segmentation": {"size": [W, H], "counts": [0, H * W]}}]},
-            "a mask in x/train/x.json: a.jpg is of 40 x 60 pixels, but x/train/a.jpg has 60 x 40 (turned by its",
+            "a mask in x/train/x.json: a.jpg is of 40 x 60 pixels, but x/train/a.jpg has 60 x 40 (the sides",
         ),
         (
             {"images": [{"id": 1, "file_name": "b.jpg"}]},
             "names b.jpg, which is not below --source for train (there is val/b.jpg)",
         ),
         ({"annotations": [{**ROW, "image_id": 1, "segmentation": [["a"]]}]}, "Expected `float`, got `str`"),
+        (
+            {"images": [{"id": 1, "file_name": "a.JPG"}]},
+            "a.JPG, which is not below --source for train (there is train/a.jpg): copy it there, or correct the name",
+        ),
+        ({"images": [{"id": 1, "file_name": "x.json"}]}, "names x.json, which is no picture that is read"),
+        (
+            {"annotations": [{"category_id": 3, "image_id": 1, "bbox": [1, 1, 2, 2]}]},
+            "train/x.json, val/x.json has no polygons or run lengths: boxes say no pixel's class",
+        ),
         ({"images": 3}, "Expected `array | null`, got `int` - at `$.images`"),
     ],
 )
@@ -464,10 +498,32 @@ def test_wrong_files_of_coco_are_one_line(
             "x/images/test/a.jpg belongs to train by data.yaml and to test by its folder",
         ),
         ("yolo", {"data.yaml": YAML.replace("images/val", "images/other")}, "for val, which is not below x"),
+        ("yolo", {"data.yaml": YAML + "nc: 3\n"}, "x/data.yaml has 2 names and says nc: 3: make them agree"),
+        ("yolo", {"data.yaml": YAML + "kpt_shape: [17, 2]\n"}, "its labels are points of poses, no polygons"),
+        (
+            "yolo",
+            {f"labels/{split}/a.txt": "0 0.5 0.5 0.2 0.2\n" for split in ("train", "val")},
+            "x has no polygon in a .txt, and boxes say no pixel's class",
+        ),
         ("cvat", {"labelmap.txt": "a:1,2::\n"}, "expected NAME RED GREEN BLUE (0 to 255), found 'a:1,2::'"),
         ("cvat", {"labelmap.txt": "a:1,2,3::\nb:1,2,3::\n"}, "gives a and b one colour, 1 2 3"),
-        ("cvat", {}, "x holds no labelmap.txt: put it there (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
-        ("voc", {}, "x: images/train/a.jpg has no mask, of its name and with one of"),
+        (
+            "cvat",
+            {},
+            "x holds no labelmap.txt with the colours of the classes (it holds 2 .jpg, 2 .txt, 1 .yaml)",
+        ),
+        ("voc", {}, "x holds no picture below segmentationclass/ (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
+        (
+            "voc",
+            {"SegmentationClass/a.png": b"", "classes.txt": "classes:\na\nb\n"},
+            "x/classes.txt: line 1 is a heading, 'classes:': expected one class name a line",
+        ),
+        (
+            "yolo",
+            {"data.yaml": "", "labels/classes.txt": "a\n \nb\n"},
+            "labels/classes.txt: line 2 is blank, and the names",
+        ),
+        ("yolo", {"data.yaml": "", "classes.txt": "0 a\n1 b\n"}, "line 1 is a number and a name, '0 a'"),
         ("roboflow-masks", {}, "holds no _classes.csv"),
         ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),
         ("labelme", {}, "x holds no .json of labelme"),

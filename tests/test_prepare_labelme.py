@@ -199,9 +199,11 @@ def test_pictures_without_a_file_are_counted(
 ) -> None:
     """And files of other tools, which end nothing."""
     files = drawn(shape("car", BOX)) | {"train/b.jpg": jpeg(1), "train/c.heic": b"x", "notes.txt": "x"}
+    files |= {"train/d.jpg": picture(1), "train/d.json": labelme("d.jpg", size=(H, W))}
     make(tmp_path, files | {"a.json": "[]", "b.json": "{", "c.json": "[" * 100000, "d.yaml": "a: ["}, *BACK)
     out = capsys.readouterr().out
     assert re.search(r"left out, in no annotation: train/b.jpg +1$", out, re.MULTILINE)
+    assert "files without a shape, all background: 1" in out
     assert re.search(r"left out, files without shapes: a.json, b.json, c.json +3$", out, re.MULTILINE)
     assert re.search(r"not read: 1 .yaml, 1 .txt, 1 .heic +3$", out, re.MULTILINE)
 
@@ -209,7 +211,7 @@ def test_pictures_without_a_file_are_counted(
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        (drawn(shape(None, BOX)), "Expected `int | float | str`, got `null` - at `$.shapes[0].label`"),  # type: ignore[arg-type]
+        (drawn(shape(None, BOX)), "train/a.json: shape 0 has a blank label: give it a name"),  # type: ignore[arg-type]
         (drawn(shape("  ", BOX)), "train/a.json: shape 0 has a blank label: give it a name"),
         (
             drawn(shape("car", BOX), imageWidth=2 * W),
@@ -223,6 +225,12 @@ def test_pictures_without_a_file_are_counted(
         (
             drawn(shape("car", [[5, 6], [7, 7]], "mask") | {"mask": "eA=="}),
             "shape 0 holds a mask that is no picture",
+        ),
+        (
+            drawn(
+                shape("car", [[5, 6], [9, 7]], "mask") | {"mask": base64.b64encode(png(255 * MASK)).decode()}
+            ),
+            "shape 0 is a mask of 2 points, which is not drawn: expected a polygon of 3 or more points, a rectangle",
         ),
         (
             drawn(shape("car", BOX)) | {"train/b.json": labelme("a.jpg")},

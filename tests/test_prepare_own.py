@@ -205,7 +205,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
         (
             "labelme",
             {"a.json": {"shapes": [{}]}},
-            "expected (Object missing required field `label` - at `$.shapes[0]`)",
+            "expected (Object missing required field `points` - at `$.shapes[0]`)",
         ),
         (
             "labelme",
@@ -250,7 +250,7 @@ def test_records_of_own_data(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
         (
             "colours",
             {"classes.txt": "road 1 2 3\nsea 3 2 1\n", "images/a.jpg": jpeg(1)},
-            "images/a.jpg has no mask, of its name and with one of .png",
+            "x holds no picture below masks/ (it holds 1 .",
         ),
         ("coco", {"images/a.jpg": jpeg(1)}, "holds no .json of COCO with panoptic segments, polygons or"),
         (
@@ -314,7 +314,10 @@ def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> Non
     write(tmp_path / "x", {"val/a.json": labelme("a.jpg", shape("x", SQUARE))})
     line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "labelme", *BACK)
     assert "val/a.json is of 8 x 6 pixels, but" in line
-    assert "val/a.jpg has 6 x 8 (turned by its EXIF orientation): give both one size" in line
+    assert (
+        "val/a.jpg has 6 x 8 (the sides the other way round, as by an EXIF orientation): give both one size"
+        in line
+    )
 
 
 def colours_set(*names: str, suffix: str = ".jpg") -> dict[str, Any]:
@@ -539,6 +542,7 @@ def test_pictures_of_other_formats_are_read(suffix: str, tmp_path: pathlib.Path)
     )
     files = colours_set("train/a", "val/a", suffix=suffix)
     files |= {name: file.getvalue() for name in files if name.endswith(suffix)}
+    files["images/test/a.jpg"] = b"without a mask"
     run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "colours")
     (made,) = (tmp_path / "made/images/train").iterdir()
     np.testing.assert_array_equal(np.array(Image.open(made)), pixels)
@@ -564,6 +568,15 @@ def test_pictures_of_other_formats_are_read(suffix: str, tmp_path: pathlib.Path)
         (
             {"masks/train/a.png": png(np.zeros((3, 4, 3)))},
             "a.png is of 4 x 3 pixels, but x/images/train/a.jpg has 8 x 6",
+        ),
+        (
+            {"masks/train/a.png": png(np.zeros((HEIGHT, WIDTH, 4)))},
+            "a.png: 100.00% of the pixels are transparent: save the mask without transparency",
+        ),
+        (
+            {"images/train/b.jpg": jpeg(1), "masks/train/b-seg.png": b""},
+            "images/train/b.jpg has no mask: expected its name, or this and _mask, -mask, _label, _gt, with one of "
+            ".png, .bmp, .tif, .tiff, .webp; there are 3 pictures and 3 masks (such as masks/train/b-seg.png)",
         ),
         ({"classes.txt": b"\xff\xfe"}, "classes.txt is not UTF-8 text"),
         (

@@ -281,7 +281,7 @@ def test_names_that_do_not_fit(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("sky\n\nsea\nsky\n", ": line 4 repeats 'sky' of 1: give each class another name"),
+        ("sky\nsea\nsky\n", ": line 3 repeats 'sky' of 1: give each class another name"),
         ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name a line"),
         ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
         ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
@@ -362,7 +362,8 @@ def test_records_that_are_damaged(tmp_path: pathlib.Path, left: float) -> None:
     (file,) = pathlib.Path(folder).glob("*train.array_record*")
     file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
     with pytest.raises(
-        UserError, match=r"record 1 of train in .* cannot be read \(.*\): copy it or build it again"
+        UserError,
+        match=r"record 1 of train in .* cannot be read \(.*\); copy it, or build the data set again",
     ):
         source[1]
 

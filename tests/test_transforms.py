@@ -276,6 +276,7 @@ def test_sizes_must_agree() -> None:
     [
         (_encoded(_picture(), ".png"), "label.png is a colour image: labels are PNG files of one channel"),
         (_encoded(_picture()[..., 0], ".jpg"), "label.png is not a PNG"),
+        (_png((4, 4, 8, 4, 0), b""), "label.png has transparency: labels are PNG files of one channel"),
         (_encoded(_picture()[..., 0], ".png")[:-3], "label.png is cut off"),
         (b"", "label.png is empty"),
         (b"text", "label.png is not a PNG"),

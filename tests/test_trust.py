@@ -1,12 +1,16 @@
 """What a hostile file cannot do: run code, write or delete what is the user's, shift labels, fool a terminal."""
 
 import concurrent.futures.process
+import functools
+import gzip
 import json
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +25,20 @@ from tests.commands import ROOT, finish, wait_for
 from tests.test_damage import (
     DESCRIPTION,
     TABLE,
+    make_exported,
     make_records,
     read_classes,
     read_description,
     read_records,
+    run_exported,
     run_prepare,
 )
+from tests.test_sources import JPEG, PNG
 from topformer_jax import cli, config, demo, files, logs
-from topformer_jax.data import sources
+from topformer_jax.data import codecs, sources
 from topformer_jax.errors import UserError
-from topformer_jax.exporters import stablehlo_file
-from topformer_jax.preparation import archives, labels, packing
+from topformer_jax.exporters import exported, stablehlo_file
+from topformer_jax.preparation import archives, labels, masks, packing
 
 
 def refusal(action: Callable[[], Any]) -> str:
@@ -159,7 +166,63 @@ def test_the_page_takes_no_folder_of_a_package(tmp_path: pathlib.Path) -> None:
         assert "is not the JSON file that was expected" in refusal(lambda: demo._runtime_version(tmp_path))
 
 
+@pytest.mark.parametrize("compression", ["w", "w:gz"])
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [(124, b"\xff" * 12), (124, b"\x80" + b"\x7f" * 11), (124, b"77777777777\0"), (156, b"S")],
+    ids=["below 0", "huge", "8 GB", "sparse"],
+)
+def test_sizes_in_a_tar_file(place: int, content: bytes, compression: str, tmp_path: pathlib.Path) -> None:
+    data = bytearray(miniatures.tar_bytes({"a.txt": b"x", "b.txt": b"y"}))
+    data[place : place + len(content)] = content
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path = tmp_path / "x.tar"
+    path.write_bytes(gzip.compress(data) if compression == "w:gz" else data)
+    assert "is cut off, damaged or no such archive" in refusal(lambda: archives.open_archive(path))
+
+
+def test_a_picture_that_claims_too_much() -> None:
+    place = JPEG.find(b"\xff\xc0") + 5
+    bomb = JPEG[:place] + b"\x75\x30\x75\x30" + JPEG[place + 4 :]  # 30,000 x 30,000
+    assert "x.jpg is cut off" in refusal(lambda: codecs.decode_image(bomb, "x.jpg"))
+    for change, words in (
+        (struct.pack(">II", 1 << 20, 1 << 20), "is larger than OpenCV reads"),
+        (struct.pack(">II", 0, 4), "is a damaged PNG"),
+        (PNG[16:24] + b"\x07", "is a damaged PNG"),
+    ):
+        header = b"IHDR" + (change + PNG[16 + len(change) : 29])
+        bad = PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + PNG[33:]
+        assert words in refusal(functools.partial(codecs.read_label_values, bad, "x.png"))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
+    for name in ("x.zip", "x.tar"):
+        os.mkfifo(tmp_path / name)
+        assert "it is a pipe or a device" in refusal(
+            functools.partial(archives.open_archive, tmp_path / name)
+        )
+
+
 # Wrong in silence
+
+
+@pytest.mark.parametrize("text", ["a\n\nb\n", "a\x0bb\n", "a\u2028b\n"])
+def test_names_in_an_archive_do_not_move(text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "class_names.txt").write_text(text)
+    line = refusal(lambda: masks.read_voc(archives.open_archive(tmp_path), ""))
+    assert "class_names.txt: line " in line
+
+
+@pytest.mark.parametrize("suffix", exported.FORMATS)
+def test_an_exported_file_has_a_checksum(suffix: str, tmp_path: pathlib.Path) -> None:
+    path = make_exported(tmp_path, suffix)
+    data = path.read_bytes()
+    for place in (0, len(data) // 2, -1):
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        assert "is damaged, or of an earlier version" in refusal(lambda: run_exported(path))
 
 
 @pytest.mark.parametrize(

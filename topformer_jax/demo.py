@@ -59,6 +59,7 @@ from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"  # of npm
+UNPACKED = f": expected npm's {RUNTIME} {VERSION}, unpacked"
 # The package's files by what they compute with. Those of wasm are half as many bytes.
 RUNTIME_FILES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
@@ -115,8 +116,7 @@ def find_files(
         raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
     for key in ("checkpoint", "size", "stride"):
         found = [
-            each["checkpoint"].get("sha256") if key == "checkpoint" else each[key]
-            for each in (description, other)
+            each[key].get("sha256") if key == "checkpoint" else each[key] for each in (description, other)
         ]
         if found[0] != found[1]:
             raise UserError(f"--webgpu {webgpu} has another {key} than {path}: {found[1]} and {found[0]}")
@@ -124,11 +124,7 @@ def find_files(
 
 
 def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
-    """What an exported file says of itself.
-
-    Raises:
-        UserError: it cannot be read, is damaged, or is no ONNX file of labels, which the page shows.
-    """
+    """What an exported file says of itself; a UserError for one that is no ONNX file of labels, which are shown."""
     if path.suffix.lower() != ".onnx":
         raise UserError(f"{flag} {path}: expected an .onnx file, which the page runs")
     description = open_exported(path).description
@@ -143,27 +139,17 @@ def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
 
 
 def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], runtime: files.Path) -> Page:
-    """The page: its sources, the exported files, what they say of themselves, and the runtime.
-
-    Args:
-        paths, description: of the exported files, from `find_files`.
-        runtime: the folder of npm's onnxruntime-web.
-
-    Raises:
-        UserError: a file cannot be read, or the folder is not the runtime's.
-    """
+    """The page: its sources, the exported files (from `find_files`), what they say of themselves, and the runtime."""
     folder = f"{RUNTIME}-{_runtime_version(runtime)}"
     page: Page = {}
     providers = {}
     for provider, path in paths.items():
-        with files.report_errors("read", path):
-            data = files.retry(path.read_bytes)
+        data = files.read_bytes(path)
         model = "model.onnx" if path == paths["wasm"] else f"model_{provider}.onnx"
         page[model] = data
         names = [model, *(f"{folder}/{name}" for name in RUNTIME_FILES[provider])]
-        with files.report_errors("read", runtime, f": expected npm's {RUNTIME} {VERSION}, unpacked"):
-            for name in RUNTIME_FILES[provider]:
-                page[f"{folder}/{name}"] = (runtime / "dist" / name).read_bytes()
+        for name in RUNTIME_FILES[provider]:
+            page[f"{folder}/{name}"] = files.read_bytes(runtime / "dist" / name, UNPACKED, MOST_RUNTIME_BYTES)
         # A name for each content: what a browser has kept of another file is never mistaken for this one.
         address = f"{model}?{hashlib.sha256(data).hexdigest()[:16]}"
         size = sum(len(page[name]) for name in names)
@@ -190,19 +176,14 @@ def build_page(paths: Mapping[str, files.Path], description: Mapping[str, Any], 
 def _runtime_version(runtime: files.Path) -> str:
     """The version of an unpacked package."""
     path = runtime / "package.json"
-    advice = f": expected npm's {RUNTIME} {VERSION}, unpacked"
-    facts = files.read_json(files.read_bytes(path, advice), _Package, path, advice)
+    facts = files.read_json(files.read_bytes(path, UNPACKED), _Package, path, UNPACKED)
     if facts.name != RUNTIME:
-        raise UserError(f"--runtime {runtime} holds {files.shorten(facts.name)}{advice}")
+        raise UserError(f"--runtime {runtime} holds {files.shorten(facts.name)}{UNPACKED}")
     return facts.version
 
 
 def fetch_runtime() -> pathlib.Path:
-    """The folder of onnxruntime-web in the cache, fetched with npm the first time.
-
-    Raises:
-        UserError: there is no npm, it cannot fetch the package, or the cache cannot be written.
-    """
+    """The folder of onnxruntime-web in the cache, fetched with npm the first time."""
     folder = cli.cache_folder() / f"{RUNTIME}-{VERSION}"
     names = [f"dist/{name}" for names in RUNTIME_FILES.values() for name in names] + ["package.json"]
     if all((folder / name).exists() for name in names):
@@ -245,11 +226,7 @@ def _reason(printed: str) -> str:
 
 
 def write_page(page: Page, folder: files.Path) -> None:
-    """Writes a page into a new folder, an empty one, or over an earlier page.
-
-    Raises:
-        UserError: the folder holds something else, or cannot be written.
-    """
+    """Writes a page into a new folder, an empty one, or over an earlier page; a UserError for any other."""
     with files.report_errors("write into", folder):
         found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     own = {name.split("/")[0] for name in page} | {"model_webgpu.onnx"}
@@ -277,11 +254,7 @@ def sizes(page: Page) -> str:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a page to this machine, isolated so that wasm has threads.
-
-    Raises:
-        UserError: the port is in use or out of range.
-    """
+    """Serves a page to this machine, isolated so that wasm has threads; a UserError where the port is in use."""
 
     daemon_threads = True
 

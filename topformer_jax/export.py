@@ -217,8 +217,7 @@ def read_pictures(folder: files.Path) -> list[Image]:
         raise UserError(f"--images {folder} holds no picture: looked for {', '.join(IMAGE_SUFFIXES)}")
     pictures = []
     for path in paths[:: -(-len(paths) // MOST_PICTURES)]:
-        with files.report_errors("read", path):
-            pictures.append(decode_image(path.read_bytes(), str(path)))
+        pictures.append(decode_image(files.read_bytes(path), str(path)))
     return pictures
 
 

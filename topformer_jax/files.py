@@ -13,7 +13,8 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from io import BufferedReader
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -80,15 +81,7 @@ def absolute(path: Path) -> Path:
 
 
 def make_folder(path: Path, alternative: str = "another folder") -> None:
-    """Creates a folder and its missing parents, and checks that files can be written into it.
-
-    Args:
-        path: of the folder.
-        alternative: what the error message suggests to name instead.
-
-    Raises:
-        UserError: the folder cannot be created or written into.
-    """
+    """Creates a folder and its parents; a UserError, which suggests to name `alternative`, if it is not writable."""
     with report_errors("write into", path, f"; name {alternative}"):
         if is_in_bucket(path):
             probe = temporary_path(path / "probe")
@@ -100,11 +93,7 @@ def make_folder(path: Path, alternative: str = "another folder") -> None:
 
 
 def make_private(path: pathlib.Path) -> None:
-    """Creates a folder whose files are executed, for this user alone.
-
-    Raises:
-        UserError: it cannot be created or written into, is another user's, or others may write into it.
-    """
+    """Creates a folder of files that are executed; a UserError if anybody but this user may write into it."""
     with report_errors("write into", path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -140,11 +129,8 @@ def read_boot_id() -> str:
 def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
-    Readers see the old content or the new, never a part; a failed write leaves no file behind. An object in a bucket
-    appears whole by itself. What UTF-8 cannot hold, of a file's name say, is escaped.
-
-    Raises:
-        UserError: writing fails; its line ends with the advice.
+    Readers see the old content or the new, never a part; a failed write, a UserError, leaves no file behind. An
+    object in a bucket appears whole by itself. What UTF-8 cannot hold, of a file's name say, is escaped.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     if is_in_bucket(path):
@@ -180,21 +166,14 @@ def delete_unfinished() -> None:
 
 
 class WriteQueue:
-    """Writes many files by threads, since a bucket answers each request late.
-
-    A context manager, whose end waits for all of them.
-    """
+    """Writes many files by threads, since a bucket answers late; the end of the context waits for all of them."""
 
     def __init__(self) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(WRITERS)
         self._waiting: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     def add(self, write: Callable[[], None]) -> None:
-        """Has a thread call `write`, and waits while too many others are due.
-
-        Raises:
-            Exception: what an earlier one raised.
-        """
+        """Has a thread call `write`, and waits while too many others are due; raises what an earlier one raised."""
         while len(self._waiting) >= WRITERS:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(write))
@@ -225,7 +204,7 @@ def report_errors(action: str, path: str | os.PathLike[str], advice: str = "") -
 def explain(error: BaseException) -> str:
     """Why a request failed, in one line."""
     text = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
-    text = shorten(text, 200)
+    text = shorten(text, 140)
     if type(error) is FileNotFoundError and error.errno is None:  # as gcsfs raises it
         return "there is no such bucket or object, or this account may not see it"
     if "credentials" in text:
@@ -254,12 +233,8 @@ def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
             return file.read()
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
-    """Opens a local file to read. A pipe would wait for its writer, and a device might never end.
-
-    Raises:
-        OSError: it is no regular file, or cannot be opened.
-    """
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Opens a local file to read; an OSError for a pipe, which would wait for its writer, or a device."""
     file = open(  # noqa: SIM115  the caller's
         path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
     )
@@ -274,14 +249,16 @@ def read_lines(file: Path) -> list[str]:
     return list(number_lines(file).values())
 
 
-def number_lines(file: Path) -> dict[int, str]:
-    """A text file's non-blank lines, stripped, by their numbers from 1 on.
+def number_lines(file: Path | str, data: bytes | None = None) -> dict[int, str]:
+    """A text file's non-blank lines, stripped, by their numbers from 1 on; `data` is its content if it is known.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
     try:
-        text = read_bytes(file, "; expected one name a line").decode("utf-8-sig")
+        text = (read_bytes(as_path(file), "; expected one name a line") if data is None else data).decode(
+            "utf-8-sig"
+        )
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
     lines = {}
@@ -295,13 +272,9 @@ def number_lines(file: Path) -> dict[int, str]:
     return lines
 
 
-def number_names(file: Path) -> dict[int, str]:
-    """`number_lines` of a list whose lines are numbered by their places, such as the names of classes.
-
-    Raises:
-        UserError: as `number_lines` does, or a line before the last name is blank.
-    """
-    lines = number_lines(file)
+def number_names(file: Path | str, data: bytes | None = None) -> dict[int, str]:
+    """`number_lines` of names that are numbered by their places, such as classes: none before the last is blank."""
+    lines = number_lines(file, data)
     if gaps := [number for number in range(1, max(lines, default=0)) if number not in lines]:
         raise UserError(
             f"{file}: line {gaps[0]} is blank, and the names after it would move: name it, or delete the line"
@@ -314,14 +287,9 @@ def read_json(
 ) -> Result:
     """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
 
-    Args:
-        data: the file's bytes.
-        kind: a msgspec.Struct, or another type that msgspec knows, such as dict[str, int].
-        where: the file, as an error names it.
-        advice: the end of the error.
-
     Raises:
-        UserError: it is no JSON, or a value has another type than `kind` says; the line names its place.
+        UserError: it is no JSON, or a value has another type than `kind`, which msgspec knows; the line names `where`
+            and the value's place.
     """
     with _report_type(where, advice):
         found: Result = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)

@@ -27,11 +27,9 @@ PRINT_INTERVAL = 10  # seconds between lines of progress where there is no termi
 def silence_orbax_threads() -> None:
     """Keeps what Orbax's threads print out of a command's output, which is one line for an error.
 
-    When a checkpoint is damaged or the disk is full, each of Orbax's threads logs a traceback of its own (absl),
-    leaves futures and coroutines behind that asyncio reports when they are collected, and calls back into an event
-    loop that is closed by then: up to a thousand lines, some of them long after the error was raised. They come from
-    other threads and from the garbage collector, so that nothing around the call could catch them; hence these
-    settings of the process, for commands alone. Reading and writing without errors prints nothing.
+    When a checkpoint is damaged or the disk is full, Orbax's threads log tracebacks (absl), leave futures behind that
+    asyncio reports when they are collected, and call back into an event loop that is closed: up to a thousand lines,
+    which nothing around the call could catch.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -76,26 +74,19 @@ class RunLog:
         )
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs the metrics of a training step and the estimated time left.
+        """Logs the metrics of a training step, from 1 on, and the estimated time left.
 
-        Args:
-            step: its number, from 1.
-            values: at least loss, pixel_accuracy (of a classifier: accuracy), learning_rate, images_per_second,
-                data_wait (the share of the time in which the devices waited for data) and skipped (unreadable
-                examples).
+        `values` are at least loss, pixel_accuracy (of a classifier: accuracy), learning_rate, images_per_second,
+        data_wait (the share of time in which the devices waited for data) and skipped (unreadable examples).
         """
         if not self.active:
             return
         self._record(step, "train", values)
-        accuracy = (
-            f"pixels {values['pixel_accuracy']:.1%}"
-            if "pixel_accuracy" in values
-            else f"correct {values['accuracy']:.1%}"
-        )
+        word, key = ("pixels", "pixel_accuracy") if "pixel_accuracy" in values else ("correct", "accuracy")
         seconds_per_step = (time.monotonic() - self._start_time) / (step - self._start)
         left = datetime.timedelta(seconds=round(seconds_per_step * (self.steps - step)))
         line = (
-            f"step {step}/{self.steps}  loss {values['loss']:.4f}  {accuracy}  "
+            f"step {step}/{self.steps}  loss {values['loss']:.4f}  {word} {values[key]:.1%}  "
             f"lr {values['learning_rate']:.2e}  {values['images_per_second']:.1f} images/s  "
             f"waiting {values['data_wait']:.0%}  left {left}"
         )
@@ -137,11 +128,7 @@ class RunLog:
 
 
 class _EventWriter:
-    """Writes TensorBoard's event file with tensorboardX's RecordWriter (TFRecord framing).
-
-    Not with its SummaryWriter, which writes from a thread: a full disk ends the thread, and
-    then its callers wait forever.
-    """
+    """Writes TensorBoard's event file. tensorboardX's SummaryWriter would wait forever on a full disk."""
 
     def __init__(self, folder: pathlib.Path, step: int):
         from tensorboardX.proto.event_pb2 import SessionLog
@@ -159,11 +146,8 @@ class _EventWriter:
         """Writes the finite values; TensorBoard cannot plot the others."""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        scalars = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in values.items()
-            if math.isfinite(value)
-        ]
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in finite.items()]
         self._write_event({"summary": Summary(value=scalars)}, step)
 
     def close(self) -> None:
@@ -269,11 +253,7 @@ def read_records(path: files.Path) -> list[dict[str, Any]]:
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
-    """Plots loss, accuracy, the main score and learning rate over the steps into a PNG file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Plots loss, accuracy, the main score and learning rate over the steps into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

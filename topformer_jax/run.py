@@ -70,6 +70,16 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
     return checkpoints.load_segmenter(teacher, config.distillation.checkpoint)
 
 
+def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointStore:
+    """The checkpoints of a run; where the file of their scores has none, its log may."""
+
+    def read_log() -> dict[int, float]:
+        name, records = SCORES[config.task], logs.read_records(folder.path / "metrics.jsonl")
+        return {record["step"]: record[name] for record in records if isinstance(record.get(name), float)}
+
+    return checkpoints.CheckpointStore(folder.path / "checkpoints", config.max_to_keep, read_log)
+
+
 def check_changes(
     store: checkpoints.CheckpointStore, step: int, config: ConfigDict, data_set: DataSet
 ) -> tuple[DataSet, list[str]]:
@@ -290,8 +300,7 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
             return
     run.log.log_evaluation(step, scores)
     # A score in the file says that the log holds it.
-    is_logged = run.folder.upload()
-    run.store.add_score(step, scores[SCORES[run.config.task]], to_file=is_logged)
+    run.store.add_score(step, scores[SCORES[run.config.task]], to_file=run.folder.upload())
 
 
 def _score_segmenter(

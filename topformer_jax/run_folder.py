@@ -38,19 +38,9 @@ class Record(msgspec.Struct):
 class RunFolder:
     """Where a run writes everything but checkpoints.
 
-    Files in a bucket cannot be appended to. Where the folder is in one, the files are written into a local folder,
-    and those that have changed are uploaded at an interval, at each checkpoint and at the end. A network that fails
-    makes them late, and ends nothing before the end.
-
-    A context manager, which closes what `open` opened.
-
-    Args:
-        path: of the folder; it is made where it does not exist.
-        upload_every: seconds.
-
-    Attributes:
-        path: as the user knows it.
-        local: where the files are written; the same if it is no bucket's.
+    Files in a bucket cannot be appended to. Where the folder is in one, the files are written into a folder `local`,
+    and what has changed is uploaded every `upload_every` seconds, at each checkpoint and at the end. A network
+    that fails makes them late. A context manager, which closes what `open` opened.
     """
 
     def __init__(self, path: files.Path, upload_every: int):
@@ -65,11 +55,7 @@ class RunFolder:
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        """Makes the folder, and has the first process keep it for this run: see `Lease`.
-
-        Raises:
-            UserError: the folder cannot be written, or another run is using it.
-        """
+        """Makes the folder, and has the first process keep it for this run: see `Lease`."""
         is_remote = files.is_in_bucket(self.path)
         files.make_folder(self.path if is_remote else self.path / "checkpoints", "another --workdir")
         if jax.process_index() == 0:
@@ -130,11 +116,8 @@ class RunFolder:
     def close(self, seconds: float) -> None:
         """Uploads the rest, deletes the local folder, and leaves the run's folder to the next run.
 
-        Args:
-            seconds: for which it tries to upload.
-
         Raises:
-            UserError: not all of it could be uploaded; says where it is.
+            UserError: for so many seconds not all of it could be uploaded; says where it is.
         """
         try:
             if self._thread is not None:
@@ -268,6 +251,4 @@ def _start_time(pid: int) -> str | None:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return (
-        "" if fields[0] in "ZX" else fields[19]
-    )  # a dead process stays until its parent asks for its status
+    return "" if fields[0] in "ZX" else fields[19]  # a dead process stays until its parent asks for it

@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 
 from topformer_jax import errors, logs, processes, sharding
 from topformer_jax import run as run_lib
-from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.data import loader, sources, workers
 from topformer_jax.data.sample import look_at_labels
 from topformer_jax.profiler import StepProfiler, parse_steps
@@ -62,7 +61,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     model = run_lib.load_initial_model(config)
     state, train_step = init_training(config, mesh, model, run_lib.load_teacher(config))
     folder.open()
-    store = CheckpointStore(folder.path / "checkpoints", config.max_to_keep)
+    store = run_lib.open_store(config, folder)
     start = store.latest or 0
     changes: list[str] = []
     if start:

@@ -4,8 +4,8 @@ Each step holds `model`, a flat dictionary of tensors by official name in this p
 `config` (the settings it belongs to) and `meta` (what an mmcv file says about itself: epoch, iteration, classes).
 Training adds `average` (the averaged tensors, with `ema_decay`) and `optimizer`. Where there is an average, it is
 what a reader of the model gets. A step is written once and never changed: the scores of a run's steps are in a file
-beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array, which readers
-compare: neither OCDBT's files nor zstd's blocks have one.
+beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array that the first
+process holds as a whole, which readers compare: neither OCDBT's files nor zstd's blocks have one.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from topformer_jax import files
+from topformer_jax import files, processes
 from topformer_jax.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
@@ -126,7 +126,7 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
             like = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in shapes.items()}
             metadata, sums = _read_metadata(stored, directory)
             loaded = checkpointer.load_checkpointables(step, {part: like})
-            check_sums(checksums(loaded), sums, directory)
+            check_sums(checksums(loaded), sums, directory if is_step else directory / str(step))
     except UserError:
         raise
     except OSError as error:
@@ -155,11 +155,18 @@ class CheckpointStore:
     Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
     is deleted when its successor is complete.
 
+    Args:
+        directory: of the steps.
+        max_to_keep: how many of the newest steps stay.
+        read_log: gives scores by step where `scores.json` has none: without any, the best step would not stay.
+
     Raises:
         UserError: by every method: the folder cannot be read or written, with what to do.
     """
 
-    def __init__(self, directory: files.Path, max_to_keep: int):
+    def __init__(
+        self, directory: files.Path, max_to_keep: int, read_log: Callable[[], dict[int, float]] = dict
+    ):
         self.directory = directory
         self._newest_started = 0
         self._scores = _read_scores(directory / SCORES_FILE)
@@ -169,8 +176,16 @@ class CheckpointStore:
             raise UserError(
                 f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
             ) from None
-        for step in [step for step in self._scores if step > (self.latest or 0)]:
-            del self._scores[step]  # of a checkpoint that was moved away
+        newest = self.latest or 0
+        if gone := [step for step in self._scores if step > newest]:
+            for step in gone:  # never written, or moved away: the log loses its score, too
+                del self._scores[step]
+            self._write_scores()
+        if newest and not self._scores:
+            self._scores |= {step: score for step, score in read_log().items() if step <= newest}
+            if self._scores:
+                said = f"those of the log are taken ({len(self._scores)})"
+                processes.say(f"{directory / SCORES_FILE} has no scores: {said}")
 
     @property
     def latest(self) -> int | None:
@@ -204,13 +219,10 @@ class CheckpointStore:
         if step == self._newest_started:
             return
         self._newest_started = step
+        trees = _non_empty(trees)
         with self._report_write_error():
-            self._checkpointer.save_checkpointables_async(
-                step,
-                _non_empty(trees),
-                force=True,
-                custom_metadata=metadata | {"crc32": checksums(_non_empty(trees))},
-            )
+            metadata = metadata | {"crc32": checksums(trees)}
+            self._checkpointer.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
 
     def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
         """Notes the score of a saved step, 0 to 1, by which the best one stays.
@@ -218,9 +230,12 @@ class CheckpointStore:
         A run that goes on from a step whose score is not in the file, the one beside the steps, scores it again.
         """
         self._scores[step] = score
-        if to_file and jax.process_index() == 0:
-            with jax.transfer_guard("allow"):
-                files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
+        if to_file:
+            self._write_scores()
+
+    def _write_scores(self) -> None:
+        if jax.process_index() == 0:
+            files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
     def read_metadata(self, step: int) -> dict[str, Any]:
         """The metadata that a step was saved with: `config` and `meta`."""
@@ -241,7 +256,7 @@ class CheckpointStore:
         with self._report_read_error(step):
             loaded = self._checkpointer.load_checkpointables(step, described)
             _, sums = _read_metadata(self._checkpointer.checkpointables_metadata(step), step)
-            check_sums(checksums(loaded), sums, f"step {step}")
+            check_sums(checksums(loaded), sums, "it")
             return {**like, **loaded}
 
     def wait(self) -> None:
@@ -325,9 +340,7 @@ def _read_scores(path: files.Path) -> dict[int, float]:
     with files.report_errors("read", path):
         if not files.retry(path.exists):
             return {}
-    advice = (
-        '; expected scores by step, such as {"2000": 0.35}; move it away, and the newest step is scored again'
-    )
+    advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and those of the log are taken'
     return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
 
 

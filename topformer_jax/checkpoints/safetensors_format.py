@@ -16,7 +16,7 @@ import numpy as np
 
 from topformer_jax import files
 from topformer_jax.checkpoints.orbax_store import Metadata, check_sums, checksum
-from topformer_jax.checkpoints.torch_format import from_torch, to_torch
+from topformer_jax.checkpoints.torch_format import from_torch, json_part, to_torch
 from topformer_jax.errors import UserError
 
 SUFFIX = ".safetensors"
@@ -73,7 +73,7 @@ def write_safetensors(
     files.refuse_existing(path)
     # Only contiguous arrays: of others the library writes the memory as it lies, and says nothing.
     contiguous = {name: to_torch(tensor) for name, tensor in tensors.items()}
-    text = json.dumps(dict(metadata))
+    text = json.dumps(json_part(dict(metadata)))
     sums = {KEY: zlib.crc32(text.encode())} | {name: checksum(array) for name, array in contiguous.items()}
     header = {"format": "pt", KEY: text, CRC_KEY: json.dumps(sums)}
     files.write_file(path, library.numpy.save(contiguous, header))

@@ -5,6 +5,7 @@ PyTorch is imported when a file is read or written, and by nothing else here.
 
 import contextlib
 import io
+import math
 import pickle
 import re
 import warnings
@@ -91,7 +92,7 @@ def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"or nothing but tensors; found {found}"
         )
     meta = content.get("meta")
-    return tensors, {"meta": _json_part(meta) if isinstance(meta, dict) else {}}
+    return tensors, {"meta": json_part(meta) if isinstance(meta, dict) else {}}
 
 
 def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -170,15 +171,16 @@ def _to_numpy(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
     return (tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)).numpy()
 
 
-def _json_part(value: Any) -> Any:
-    """The part of a `meta` that JSON can hold; other values become null."""
+def json_part(value: Any) -> Any:
+    """The part of a metadata that JSON can hold; other values become null, as NaN does."""
     if isinstance(value, stand_ins.Array):
-        return None if value.values is None else value.values.tolist()
+        return None if value.values is None else json_part(value.values.tolist())
     if isinstance(value, dict):
-        return {str(key): _json_part(item) for key, item in value.items()}
+        return {str(key): json_part(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_part(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else None
+        return [json_part(item) for item in value]
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value if isinstance(value, str | int | float | bool | None) and is_finite else None
 
 
 def _import_torch() -> ModuleType:

@@ -107,7 +107,9 @@ def _read(path: pathlib.Path) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config() if callable(get_config) else None
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of the file's own too
         raise UserError(_explain(path, error)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} is not a config file: it must define get_config() that returns a ConfigDict")
@@ -126,7 +128,9 @@ def _explain(path: pathlib.Path, error: BaseException) -> str:
     if quoted := re.search("[\"'](.+?)[\"']", text):
         return f"{place}: {checks.unknown(quoted[1])}"
     reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error).split("\n")[0]
-    return f"{place}: {type(error).__name__}: {reason}" if reason else f"{place}: {type(error).__name__}"
+    return (
+        f"{place}: {type(error).__name__}: {reason[:200]}" if reason else f"{place}: {type(error).__name__}"
+    )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,10 +29,9 @@ WAIT = 0.5  # seconds between looks at what another process has copied
 
 
 class Progress(Protocol):
-    """Shows how much is copied; logs.Progress is one."""
+    """Shows how much is copied, as logs.Progress does."""
 
-    def update(self, done: int) -> None:
-        """Shows how many megabytes there are by now."""
+    def update(self, done: int) -> None: ...
 
     def __enter__(self) -> Any: ...
 
@@ -42,19 +41,13 @@ class Progress(Protocol):
 MakeProgress = Callable[[int, str], Progress]  # of the total, and of what the numbers count
 
 
-class Silence:
+class Silence(contextlib.nullcontext[Any]):
     """Shows nothing."""
 
     def __init__(self, total: int, unit: str):
-        pass
+        super().__init__(self)
 
     def update(self, done: int) -> None:
-        pass
-
-    def __enter__(self) -> "Silence":
-        return self
-
-    def __exit__(self, *_: object) -> None:
         pass
 
 
@@ -75,13 +68,6 @@ def copy_split(
     The folder's name holds a digest of the source's path, dataset_info.json and checksums.json, so that versions of
     a data set are never mixed. A shard gets its name when it is whole and its checksum right; a copy that was
     interrupted goes on with the others.
-
-    Args:
-        source: the folder that preparation/packing.py wrote, often in a bucket.
-        dataset: its name.
-        split: "train" or "validation".
-        cache: the folder for all copies (data.cache).
-        make_progress: makes what shows the megabytes copied so far.
 
     Raises:
         UserError: the disk is too small, the source cannot be read or a copy differs from its checksum.
@@ -146,7 +132,6 @@ def _is_there(folder: pathlib.Path, shard: Shard) -> bool:
 
 
 def _bytes_there(folder: pathlib.Path, shards: list[Shard]) -> int:
-    """How much of the shards is copied: whole files, and what is being written."""
     total = sum(shard.size for shard in shards if _is_there(folder, shard))
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
@@ -201,13 +186,9 @@ def _check_space(folder: pathlib.Path, missing: list[Shard], what: str) -> None:
     needed, free = sum(shard.size for shard in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{folder.parent} is too small: {what} need {_megabytes(needed)} more, {_megabytes(free)} are free; "
-            "--config.data.cache=DIR names another disk"
+            f"{folder.parent} is too small: {what} need {needed / MEGABYTE:,.1f} MB more, {free / MEGABYTE:,.1f} MB "
+            "are free; --config.data.cache=DIR names another disk"
         )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / MEGABYTE:,.1f} MB"
 
 
 def _copy(

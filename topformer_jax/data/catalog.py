@@ -229,7 +229,7 @@ def is_name(text: object) -> bool:
     >>> is_name("traffic light"), is_name(" "), is_name("a\\u2028b")
     (True, False, False)
     """
-    return isinstance(text, str) and bool(text.strip()) and not files.CONTROL.search(text)
+    return isinstance(text, str) and bool(text.strip(" \ufeff\u200b")) and not files.CONTROL.search(text)
 
 
 def name_classes(dataset: str, classes: Sequence[str], palette: Sequence[Colour] = ()) -> DataSet:

@@ -3,6 +3,7 @@
 Every broken file is refused by a UserError with its name, before OpenCV fills what is missing with grey.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -35,7 +36,11 @@ _OTHER_FILES = {
     rb"\s*<(!doctype )?html": "a web page",
 }
 DEEP = 14  # bits of 16: with values of so many, a picture of 8 bits is nearly black
-GREY, PALETTE = 0, 3  # colour types in a PNG's header
+GREY, PALETTE, GREY_ALPHA = 0, 3, 4  # colour types in a PNG's header
+# By colour type: the bits that a value may have.
+_PNG_DEPTHS = {GREY: (1, 2, 4, 8, 16), 2: (8, 16), PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+MOST_PIXELS = 1 << 30  # that OpenCV reads
+MOST_JPEG_PIXELS = 1024  # a byte: each block takes a bit at least
 
 # OpenCV logs broken files to stderr; the UserError already names them. OpenCV 5 moved the function; 0 is silent.
 (getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel)(0)
@@ -109,6 +114,16 @@ def describe_depth(bits: int) -> str:
     if not 0 < bits <= DEEP:
         return ""
     return f"{bits} bits in 16, which would be nearly black: scale the values, and save as 8 bits"
+
+
+def is_turned_unseen(data: bytes | np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a JPEG's EXIF orientation turns or mirrors it, and it has this (height, width) either way."""
+    if isinstance(data, np.ndarray) or not data.startswith(JPEG) or b"Exif" not in data[:4096]:
+        return False
+    with contextlib.suppress(Exception), PIL.Image.open(io.BytesIO(data)) as image:
+        orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
+        return orientation in (2, 3, 4) or (orientation > 4 and size[0] == size[1])
+    return False
 
 
 def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
@@ -234,9 +249,8 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         raise _not_a_png(name)
     colour_type = data[25]
     if colour_type not in (GREY, PALETTE):
-        raise ColourLabelError(
-            f"{name} is a colour image: labels are PNG files of one channel that holds class indices"
-        )
+        what = "has transparency" if colour_type == GREY_ALPHA else "is a colour image"
+        raise ColourLabelError(f"{name} {what}: labels are PNG files of one channel that holds class indices")
     if colour_type == GREY:
         flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
         values, bits = _decode(data, flags, name), data[24]
@@ -266,8 +280,10 @@ def _check_complete(data: bytes, name: str) -> None:
         raise UserError(f"{name} is empty: replace or remove it")
     if data.startswith(PNG):
         _check_png(data, name)
-    elif data.startswith(JPEG) and not _has_jpeg_end(data):
-        raise _cut_off(name)
+    elif data.startswith(JPEG):
+        height, width = read_jpeg_size(data) or (0, 0)
+        if not _has_jpeg_end(data) or height * width > MOST_JPEG_PIXELS * len(data):
+            raise _cut_off(name)
 
 
 def _has_jpeg_end(data: bytes) -> bool:
@@ -309,6 +325,15 @@ def _check_png(data: bytes, name: str) -> None:
         if not right_start or data[end - 4 : end] != checksum:
             raise UserError(f"{name} is a damaged PNG: replace or remove it")
         position = end
+    width, height, depth, colour, *methods = struct.unpack(">IIBBBBB", data[16:29])
+    if width * height > MOST_PIXELS:
+        raise _too_large(name)
+    if (
+        not width * height
+        or depth not in _PNG_DEPTHS.get(colour, ())
+        or methods not in ([0, 0, 0], [0, 0, 1])
+    ):
+        raise UserError(f"{name} is a damaged PNG: replace or remove it")
 
 
 def _not_a_png(name: str) -> UserError:
@@ -319,6 +344,10 @@ def _cut_off(name: str) -> UserError:
     return UserError(f"{name} is cut off: its end is missing; replace or remove it")
 
 
+def _too_large(name: str) -> UserError:
+    return UserError(f"{name} is larger than OpenCV reads, 2**30 pixels: cut it into smaller pictures")
+
+
 def _explain(error: Exception, name: str, data: bytes) -> UserError:
     """What an error of a decoder means."""
     if explain_out_of_memory(error, ""):
@@ -326,7 +355,7 @@ def _explain(error: Exception, name: str, data: bytes) -> UserError:
             f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller"
         )
     if "CV_IO_MAX_IMAGE" in str(error):
-        return UserError(f"{name} is larger than OpenCV reads, 2**30 pixels: cut it into smaller pictures")
+        return _too_large(name)
     return _damaged(name, data)
 
 

@@ -47,6 +47,7 @@ class LabelFacts(NamedTuple):
     largest: int  # value
     ramps: Ramps
     palette: bytes = b""  # red, green, blue of each value
+    turned: str = ""  # the image, if its EXIF orientation turns it and its size does not show it
 
 
 @dataclasses.dataclass
@@ -64,6 +65,7 @@ class LabelSplit(SplitFacts[LabelFacts]):
     holders: dict[int, Names] = dataclasses.field(default_factory=names_by_key)  # labels by values
     largest: int = 0  # value
     wrong: Names = dataclasses.field(default_factory=Names)  # labels with values of neither class nor void
+    turned: Names = dataclasses.field(default_factory=Names)  # images, see `LabelFacts`
     void: Names = dataclasses.field(default_factory=Names)  # labels without a pixel of any class
     bordered: int = 0  # labels with `MIN_BORDERS` borders
     ramped: Names = dataclasses.field(default_factory=Names)  # those with soft ones
@@ -78,6 +80,8 @@ class LabelSplit(SplitFacts[LabelFacts]):
     def add_label(self, label: LabelFacts) -> None:
         """Adds what one label holds."""
         self.labels += 1
+        if label.turned:
+            self.turned.add(label.turned)
         self.kinds[label.kind].add(label.name)
         self.pixels += label.pixels
         self.largest = max(self.largest, label.largest)
@@ -187,7 +191,9 @@ def read_label(example: Example, size: Size | None) -> tuple[LabelFacts | None, 
     largest = int(values.max(initial=0))
     kind = label_kind(data)
     palette = codecs.read_palette(data) if isinstance(data, bytes) else b""
-    return LabelFacts(name, kind, pixels.astype(np.int64), largest, count_ramps(values), palette), faults
+    turned = example.where[0] if size and codecs.is_turned_unseen(example.image, size) else ""
+    facts = LabelFacts(name, kind, pixels.astype(np.int64), largest, count_ramps(values), palette, turned)
+    return facts, faults
 
 
 def _describe_channels(label: bytes | np.ndarray) -> str:

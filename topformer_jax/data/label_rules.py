@@ -288,6 +288,14 @@ def small_images(inspection: LabelInspection) -> Iterator[Finding]:
         yield Finding("note", "small-images", text)
 
 
+def turned_images(inspection: LabelInspection) -> Iterator[Finding]:
+    """Images that their EXIF orientation turns by 180 degrees, mirrors, or that are square: sizes tell nothing."""
+    names = sum((split.turned for split in inspection.splits.values()), Names())
+    if names.count:
+        text = f"{names.of('image')} turned or mirrored by the EXIF orientation: make sure that the labels are too"
+        yield Finding("warning", "turned-images", text)
+
+
 def rare_classes(inspection: LabelInspection) -> Iterator[Finding]:
     """Classes with few pixels: learned late, and their IoU varies from run to run."""
     pixels = inspection.class_pixels("train")
@@ -324,6 +332,7 @@ CLASS_RULES = (
     one_class,
     classes_that_never_occur,
     small_images,
+    turned_images,
     rare_classes,
 )
 

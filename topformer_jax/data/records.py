@@ -19,8 +19,6 @@ CLASS_NAMES = "label.labels.txt"  # of a classifier's data set, a line a class
 CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
 LABEL_SIZES = "label_sizes.json"  # height and width of each label, by split
 PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished
-
-
 AGAIN = "; copy it, or build the data set again (python -m topformer_jax.prepare)"
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
@@ -107,8 +105,7 @@ class ArrayRecordSource:
             self._records: Any = builder.as_data_source(self.split, decoders=decoders)
         except Exception as error:  # of many types, for a damaged file or a bucket
             raise UserError(
-                f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}): build it "
-                "again with python -m topformer_jax.prepare"
+                f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}){AGAIN}"
             ) from None
         self._sizes: dict[int, tuple[int, int]] | None = None  # by index
         self._lock = threading.Lock()
@@ -128,8 +125,7 @@ class ArrayRecordSource:
             raise
         except Exception as error:  # a damaged file raises errors of many types
             raise UserError(
-                f"record {index} of {self.split} in {self.folder} cannot be read ({files.explain(error)}): copy it "
-                "or build it again (python -m topformer_jax.prepare)"
+                f"record {index} of {self.split} in {self.folder} cannot be read ({files.explain(error)}){AGAIN}"
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         example = Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
@@ -138,8 +134,7 @@ class ArrayRecordSource:
             if found != size:
                 raise UserError(
                     f"{example.where[1]} has {found[1]} x {found[0]} pixels, "
-                    f"{LABEL_SIZES} says {size[1]} x {size[0]}: copy both or build them again "
-                    "(python -m topformer_jax.prepare)"
+                    f"{LABEL_SIZES} says {size[1]} x {size[0]}{AGAIN}"
                 )
         return example
 
@@ -168,15 +163,10 @@ class ArrayRecordSource:
 
 
 def find_records(root: str, dataset: str, hint: str) -> files.Path:
-    """The folder that preparation/packing.py wrote: the root itself, or below it.
-
-    Args:
-        root: data.root, which may be in a bucket.
-        dataset: the data set's name.
-        hint: the end of the message if there is no such folder.
+    """The folder that preparation/packing.py wrote: data.root itself, or below it.
 
     Raises:
-        UserError: there is none, it is incomplete, or the bucket does not answer.
+        UserError: there is none (the line ends with `hint`), it is incomplete, or the bucket does not answer.
     """
     base = files.as_path(root)
     folders = (base, base / VERSION, base / dataset / VERSION)
@@ -191,29 +181,20 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
             "for each I); it goes on where it stopped"
         )
     raise UserError(
-        f"no array_record {dataset} in {root or 'data.root, which is empty'}: build it with python -m "
-        f"topformer_jax.prepare {dataset} --source DIR --output DIR --format array_record and give "
-        f"--config.data.root=DIR; looked for {dataset}/{VERSION}/{INFO}; {hint}"
+        f"no {dataset}/{VERSION}/{INFO} in {root or 'data.root, which is empty'}: build it with python -m "
+        f"topformer_jax.prepare {dataset} --source DIR --output DIR --format array_record; {hint}"
     )
 
 
 def read_label_sizes(folder: files.Path) -> bytes:
-    """label_sizes.json as it is; empty where an earlier version packed the data set, or its labels are numbers.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """label_sizes.json as it is; empty where an earlier version packed the data set, or its labels are numbers."""
     path = folder / LABEL_SIZES
     with files.report_errors("read", path):
         return files.read_bytes(path) if files.retry(path.exists) else b""
 
 
 def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]:
-    """The names of a split's files, of what dataset_info.json says.
-
-    Raises:
-        UserError: it is damaged or has no such split.
-    """
+    """The names of a split's files, of what dataset_info.json says; a UserError where it names no such split."""
     where = f"{os.fspath(folder)}/{INFO}"
     fields = files.read_json(info, _Info, where, AGAIN)
     files.require_inside(fields.name, where)

@@ -26,7 +26,7 @@ from topformer_jax.data.sources import FolderSource
 from topformer_jax.errors import UserError
 
 EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
-PIXELS = 2**28  # of these examples' labels: fewer examples of large ones
+PIXELS = 2**28  # of these examples' labels, about: fewer examples of large ones
 
 
 def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
@@ -102,7 +102,7 @@ def _spread(source: Source) -> list[int]:
 
 
 def _choose_examples(source: Source) -> list[int]:
-    """Those of `_spread` whose labels have at most `PIXELS` together; one that cannot be read has none."""
+    """`_spread`, or every n-th of it: about `PIXELS` in their labels together, where all can be read."""
     indices, total = _spread(source), 0
     for index in indices:
         with contextlib.suppress(UserError):

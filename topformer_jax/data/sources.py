@@ -307,10 +307,11 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     )
     used = {label_of.get(name, name) for name in found}
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
-    there = f", which has {files.shorten(unused[0], 40)}" if unused else ""
+    others = unused or (() if labels else sorted(paths))
+    there = f", which has {files.shorten(others[0], 40)}" if others else ""
     unlabelled = (
         f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
-        f"*{layout.label_suffix} in {base / label_folder}{there} ({_name_maker(dataset)})"
+        f"*{layout.label_suffix} in {label_folder}{there} ({_name_maker(dataset)})"
     )
     return FolderListing(pairs, unlabelled if without else "", unused, unread, paths)
 
@@ -482,7 +483,7 @@ def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
     if file is not None and (lines := files.number_names(file)):
         # Names that prepare took from annotations may look like anything.
         if config.data.source == "folder" and not (root / "manifest.json").exists():
-            _check_class_lines(lines, file)
+            check_class_lines(lines, file, " (names with commas: --config.data.class_names)")
         _refuse_repetition(lines, f"{file}: line")
         return tuple(lines.values()), f"{file.name} in {file.parent}"
     why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
@@ -492,7 +493,7 @@ def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
     )
 
 
-def _check_class_lines(lines: Mapping[int, str], file: files.Path) -> None:
+def check_class_lines(lines: Mapping[int, str], file: files.Path | str, advice: str = "") -> None:
     """Refuses lines that are more or less than a name: the classes after them would have other numbers."""
     are_numbered = all(_NUMBERED.match(line) for line in lines.values())
     for number, line in lines.items():
@@ -505,7 +506,7 @@ def _check_class_lines(lines: Mapping[int, str], file: files.Path) -> None:
         if kind := next((kind for kind, holds in kinds.items() if holds), ""):
             raise UserError(
                 f"{file}: line {number} is {kind}, {files.shorten(line, 40)!r}: expected one class name a line, in "
-                "the order of the labels, and nothing else (names with commas: --config.data.class_names)"
+                f"the order of the labels, and nothing else{advice}"
             )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from jaxtyping import Shaped, UInt8
 from topformer_jax import config as config_lib
 from topformer_jax import files
 from topformer_jax.data.catalog import CATALOG, is_name
-from topformer_jax.errors import UserError
+from topformer_jax.errors import UserError, explain_out_of_memory
 
 # By suffix: the module of a format in this package, and the packages that it needs.
 FORMATS = {
@@ -23,9 +24,10 @@ FORMATS = {
     ".stablehlo": ("stablehlo_file", "flatbuffers"),
 }
 KEY = "topformer_jax"  # of the description in files that have a place for it
+# Before the CRC-32 at the end of a file: a row of ONNX's metadata, the comment of LiteRT's archive.
+SEAL = b"\x72\x11\x0a\x05crc32\x12\x08"
+SEAL_BYTES = len(SEAL) + 8
 Run = Callable[[UInt8[np.ndarray, "n h w 3"]], Shaped[np.ndarray, "n ..."]]
-
-
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 
@@ -100,7 +102,13 @@ def open_exported(path: str | os.PathLike[str]) -> Exported:
 def open_bytes(
     name: str, data: bytes, module: ModuleType, description: Mapping[str, Any] | None = None
 ) -> Exported:
-    """`open_exported` of a file's content; formats without a place for the description get it from beside them."""
+    """`open_exported` of a file's content, and of the description where the format has no place for it."""
+    is_sealed = data[-SEAL_BYTES:-8] == SEAL or description is not None  # MLIR crashes on damaged bytes
+    if is_sealed and data != seal(data[:-SEAL_BYTES]):
+        raise UserError(
+            f"{name} is damaged, or of an earlier version: copy it or export it again (what a tool changed must "
+            "not keep the metadata crc32)"
+        )
     try:
         run, text = module.open_bytes(data)
     except UserError as error:
@@ -113,15 +121,24 @@ def open_bytes(
     _check_names(name, facts, config.data.dataset, config.model.num_classes)
 
     def checked_run(images: np.ndarray) -> np.ndarray:
-        values = run(images)
+        try:
+            values = run(images)
+        except Exception as error:  # of the runtimes, classes of all kinds
+            if explain_out_of_memory(error, ""):
+                raise
+            raise UserError(f"{name} cannot be run ({files.shorten(error, 120)}): export it again") from None
         _check_output(name, facts.output, config.model.num_classes, values)
         return values
 
     return Exported(name, checked_run, description, module.RUNTIME)
 
 
+def seal(data: bytes) -> bytes:
+    """A file with the CRC-32 of its bytes at its end, which `open_bytes` compares where it is there."""
+    return data + SEAL + b"%08x" % zlib.crc32(data)
+
+
 def _check_names(name: str, facts: _Description, dataset: str, count: int) -> None:
-    """Raises a UserError where names or colours of a file cannot be those of its config's classes."""
     known = CATALOG.get(dataset)
     for what, found, own in (
         ("names", facts.classes, known and known.classes),

@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from topformer_jax import files
 from topformer_jax.data import workers
 from topformer_jax.errors import UserError
-from topformer_jax.exporters.exported import Run, need_packages
+from topformer_jax.exporters.exported import SEAL_BYTES, Run, need_packages, seal
 from topformer_jax.exporters.litert_operations import use_own_operations
 from topformer_jax.exporters.network import Function
 
@@ -181,7 +181,8 @@ def _append_note(data: bytes, description: Mapping[str, Any]) -> bytes:
     with zipfile.ZipFile(stream, "a") as archive:
         note = zipfile.ZipInfo(NOTE, date_time=(1980, 1, 1, 0, 0, 0))  # equal exports have equal bytes
         archive.writestr(note, json.dumps(dict(description), indent=1))
-    return stream.getvalue()
+        archive.comment = bytes(SEAL_BYTES)
+    return seal(stream.getvalue()[:-SEAL_BYTES])
 
 
 def open_bytes(data: bytes) -> tuple[Run, bytes]:
@@ -203,8 +204,8 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
             [tensor["index"] for tensor in tensors]
             for tensors in (interpreter.get_input_details(), interpreter.get_output_details())
         )
-    except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # of many types
+        reason = files.shorten(str(error) or type(error).__name__, 150)
         raise UserError(f"is not a LiteRT file, or a damaged one: {reason}") from None
 
     def run(images: np.ndarray) -> np.ndarray:

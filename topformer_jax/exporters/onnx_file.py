@@ -12,7 +12,7 @@ import onnxruntime
 from topformer_jax import files
 from topformer_jax.errors import UserError
 from topformer_jax.exporters import onnx_labels, onnx_rules
-from topformer_jax.exporters.exported import KEY, Run
+from topformer_jax.exporters.exported import KEY, Run, seal
 from topformer_jax.exporters.network import Function, input_shape
 from topformer_jax.exporters.onnx_graph import Graph, Value
 
@@ -38,7 +38,7 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     model.producer_name, model.producer_version = KEY, description["versions"][KEY]
     onnx.helper.set_model_props(model, {KEY: json.dumps(dict(description))})
     onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString())
+    return seal(bytes(model.SerializeToString()))
 
 
 def open_bytes(data: bytes) -> tuple[Run, bytes]:
@@ -51,14 +51,14 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
     options.log_severity_level = 3  # errors alone
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        text = session.get_modelmeta().custom_metadata_map.get(KEY, "{}")
     except Exception as error:  # pybind's own classes
-        reason = files.shorten(str(error).splitlines()[0], 150)
+        reason = files.shorten(error, 150)
         if "opset" in reason or "IR version" in reason:
             raise UserError(f"needs a newer onnxruntime than {onnxruntime.__version__}: {reason}") from None
         raise UserError(f"is not an ONNX file, or a damaged one: {reason}") from None
-    properties = session.get_modelmeta().custom_metadata_map
 
     def run(images: np.ndarray) -> np.ndarray:
         return np.asarray(session.run(None, {INPUT: np.ascontiguousarray(images)})[0])
 
-    return run, properties.get(KEY, "{}").encode()
+    return run, text.encode()

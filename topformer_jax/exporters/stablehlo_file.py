@@ -16,7 +16,7 @@ from jax.interpreters import mlir
 
 from topformer_jax import files
 from topformer_jax.errors import UserError
-from topformer_jax.exporters.exported import Run
+from topformer_jax.exporters.exported import Run, seal
 from topformer_jax.exporters.network import Function, input_shape
 
 HOLDS_DESCRIPTION = False
@@ -42,7 +42,7 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     before = jax.config.values[name]
     jax.config.update(name, ".*")
     try:
-        return bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape).serialize())
+        return seal(bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape).serialize()))
     finally:
         jax.config.update(name, before)
 
@@ -80,6 +80,7 @@ def find_foreign(exported: jax.export.Exported) -> list[str]:
         return ir.WalkResult.ADVANCE
 
     with mlir.make_ir_context() as context:
+        context.attach_diagnostic_handler(lambda _: True)  # which MLIR would print
         module = stablehlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
         module.operation.walk(visit)
     return found

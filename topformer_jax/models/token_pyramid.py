@@ -73,7 +73,8 @@ class TokenPyramid(nnx.Module):
     def __call__(
         self, images: Float[Array, "n h w 3"], area: ImageArea = WHOLE
     ) -> list[Float[Array, "n _h _w _c"]]:
-        x = sequential(self.stem, images, area.size_at(1))
+        with jax.named_scope("stem"):
+            x = sequential(self.stem, images, area.size_at(1))
         stride = 2
         tokens = []
         for index, block_stride in enumerate(self.strides):

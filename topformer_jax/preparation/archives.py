@@ -9,7 +9,6 @@ import os
 import pathlib
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -83,17 +82,10 @@ class Archive:
             raise UserError(f"{self.path} holds no {self.root}{name}: fetch it again")
         return self.members[name]
 
-    def lines(self, name: str) -> list[str]:
-        """The lines of a text file, without those that are blank.
-
-        Raises:
-            UserError: it is not UTF-8.
-        """
-        try:
-            text = self[name].read().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise UserError(f"{self[name].where} is not UTF-8 text: save it as UTF-8") from None
-        return [line.strip() for line in text.splitlines() if line.strip()]
+    def lines(self, name: str, *, by_place: bool = False) -> list[str]:
+        """The lines of a text file, without those that are blank: see files.number_lines, files.number_names."""
+        number = files.number_names if by_place else files.number_lines
+        return list(number(self[name].where, self[name].read()).values())
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """The sorted names of the files below a folder ("images/") that have a suffix, without both."""
@@ -126,12 +118,11 @@ def open_archive(path: pathlib.Path, holds: str = "", advice: str = FETCH) -> Ar
             found = list(_list_folder(path))
         elif path.suffix == ".json":
             found = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
-        elif path.suffix.lower() == ".zip":
-            found = _list_zip(path)
         else:
-            with path.open("rb") as file:
+            with files.open_regular(path) as file:
                 is_compressed = file.read(2) == b"\x1f\x8b"
-            found = _list_gzip(path) if is_compressed else _list_tar(path)
+            is_zip = path.suffix.lower() == ".zip"
+            found = _list_zip(path) if is_zip else _list_gzip(path) if is_compressed else _list_tar(path)
     found = [dataclasses.replace(member, advice=advice) for member in found if not _is_hidden(member.name)]
     if not holds:
         return Archive(path, "", {member.name: member for member in found})
@@ -145,7 +136,7 @@ def open_archive(path: pathlib.Path, holds: str = "", advice: str = FETCH) -> Ar
 
 def open_nested(member: Member) -> list[Member]:
     """Lists a tar file that is a member of a tar file."""
-    with _report_damage(member.archive, member.name), open(member.archive, "rb") as file:
+    with _report_damage(member.archive, member.name), files.open_regular(member.archive) as file:
         file.seek(member.offset)
         return _list_members(file, member.archive, member.offset + member.size)
 
@@ -172,12 +163,13 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _list_zip(path: pathlib.Path) -> list[Member]:
+    _open_zip.cache_clear()  # of a file that was another one
     infos = _open_zip(str(path)).infolist()
     return [Member(str(path), info.filename, info.file_size, IN_ZIP) for info in infos if not info.is_dir()]
 
 
 def _list_tar(path: pathlib.Path) -> list[Member]:
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         return _list_members(file, str(path), path.stat().st_size)
 
 
@@ -186,8 +178,7 @@ def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
     with tarfile.TarFile(fileobj=file) as tar:
         found = [
             Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
-            for info in tar
-            if info.isfile()
+            for info in _list_files(tar, end)
         ]
         # A tar file ends with blocks of zeros: where they are missing, its end is. A damaged header, or zeros in the
         # middle (a download with holes), end tarfile's listing without a word.
@@ -212,19 +203,31 @@ def _list_gzip(path: pathlib.Path) -> list[Member]:
         with tarfile.open(fileobj=file, mode="r|") as tar:
             found = [
                 Member(str(path), info.name.removeprefix("./"), info.size, IN_GZIP)
-                for info in tar
-                if info.isfile()
+                for info in _list_files(tar, files.MOST_BYTES)
             ]
         while file.read(1 << 20):
             pass
     return found
 
 
+def _list_files(tar: tarfile.TarFile, most: int) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar file; tarfile would go back for a size below 0, and for hours over one that is not there."""
+    for info in tar:
+        if not 0 <= info.size <= most or info.issparse():
+            raise tarfile.ReadError(f"{files.shorten(info.name)} has {info.size:,} bytes, or holes")
+        if info.isfile():
+            yield info
+
+
 def _stream(path: str, names: set[str]) -> Iterator[tuple[str, bytes]]:
     """Names and bytes of files in a tar file that is compressed by gzip, in one pass."""
     missing = set(names)
-    with _report_damage(path), gzip.open(path) as file, tarfile.open(fileobj=file, mode="r|") as tar:
-        for info in tar:
+    with (
+        _report_damage(path),
+        gzip.open(path) as file,
+        tarfile.open(fileobj=file, mode="r|") as tar,
+    ):
+        for info in _list_files(tar, files.MOST_BYTES):
             name = info.name.removeprefix("./")
             if name in missing:
                 content: Any = tar.extractfile(info)
@@ -253,15 +256,10 @@ def _report_damage(path: str | os.PathLike[str], name: str = "", advice: str = F
     with files.report_errors("read", path):
         try:
             yield
-        except (
-            zipfile.BadZipFile,
-            tarfile.TarError,
-            zlib.error,
-            EOFError,
-            gzip.BadGzipFile,
-            RuntimeError,
-        ) as error:
-            why = f"at {name}: {error}" if name else f"{error}"
+        except Exception as error:  # of many types
+            if isinstance(error, UserError | OSError) and not isinstance(error, gzip.BadGzipFile):
+                raise
+            why = files.shorten(f"at {name}: {error}" if name else error, 120)
             size = os.path.getsize(path)
             raise UserError(
                 f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): {advice}"

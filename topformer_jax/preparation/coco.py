@@ -95,7 +95,16 @@ class Content(msgspec.Struct):
         """Whether an annotation has a polygon, runs or a box; a file without any is of pictures of background."""
         if not self.annotations:
             return self.annotations is not None and bool(self.categories)
-        return any(bytes(row.segmentation) not in (b"null", b"[]") or row.bbox for row in self.annotations)
+        return self.has_outlines or any(row.bbox for row in self.annotations)
+
+    @property
+    def has_outlines(self) -> bool:
+        """Whether an annotation has a polygon or runs."""
+        return any(bytes(row.segmentation) not in (b"null", b"[]") for row in self.annotations or ())
+
+
+# Pictures of a file, each with its path, its split and its annotations.
+Listed = Iterator[tuple[Picture, str, str, list[Annotation]]]
 
 
 def read(source: Archive, background: str) -> Annotations:
@@ -126,15 +135,17 @@ def read(source: Archive, background: str) -> Annotations:
     if panoptic and empty is None:
         empty = IGNORE_LABEL  # COCO's own rule for what has no segment
     if not panoptic:
+        if not any(contents[name].has_outlines for name in chosen):
+            raise UserError(f"{where} has no polygons or run lengths: boxes say no pixel's class")
         labels.require_pycocotools()
         found.notes.append("overlapping regions are drawn by their area, the largest first")
     folders = {name: _mask_folder(source, name) for name in panoptic}
     masks = {_mask_name(folders[name], row) for name in panoptic for row in contents[name].annotations or ()}
-    index = own.index_ends(name for name in source.members if own.is_picture(name) and name not in masks)
+    index = own.index_ends(name for name in source.members if name not in masks)
     label_of_rest = own.require_background(empty, where)
     for name in chosen:
         add = _add_panoptic if panoptic else _add_instances
-        add(found, name, contents[name], table, label_of_rest, index)
+        add(found, name, _list_pictures(found, name, contents[name], index), table, label_of_rest)
     return found
 
 
@@ -159,7 +170,9 @@ def _find_categories(found: Annotations, contents: dict[str, Content]) -> dict[I
             else:
                 these[row.id] = row.name
         if categories not in (None, these):
-            raise UserError(f"{where} has other categories than {first}: give all files the same")
+            raise UserError(
+                f"{where} has other categories than {first}: give all files the same, or move it away"
+            )
         categories = these
     found.notes[:] = dict.fromkeys(found.notes)
     return categories or {}
@@ -181,7 +194,8 @@ def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split:
     folder, others = name.rpartition("/")[0], list[str]()
     for start in range(len(parts)):
         present = index.get("/".join(parts[start:]), [])
-        found = [path for path in present if not split or own.split_of_folders(path) in ("", split)]
+        found = [path for path in present if own.is_picture(path)]
+        found = [path for path in found if not split or own.split_of_folders(path) in ("", split)]
         others = others or present
         for choice in (
             [path for path in found if own.split_of_folders(path) == split],
@@ -194,15 +208,26 @@ def _find_picture(index: dict[str, list[str]], file_name: str, name: str, split:
             raise UserError(
                 f"{where} names {files.shorten(file_name, 80)}, of which there are {len(found)}: name its folder too"
             )
-    there = f" for {split} (there is {files.shorten(others[0])})" if others else ""
+    if others and not own.is_picture(others[0]):
+        raise UserError(
+            f"{where} names {files.shorten(file_name, 80)}, which is no picture that is read: save it as .jpg or .png"
+        )
+    if not others:  # the name in other letters, or with another suffix
+        stem = own.stem_of("".join(parts[-1:])).lower()
+        others = [
+            path
+            for key in index
+            if "/" not in key and own.stem_of(key).lower() == stem
+            for path in index[key]
+        ]
+    there = (f" for {split}" if split else "") + f" (there is {files.shorten(others[0])})" if others else ""
     raise UserError(
-        f"{where} names {files.shorten(file_name, 80)}, which is not below --source{there}: copy it there"
+        f"{where} names {files.shorten(file_name, 80)}, which is not below --source{there}: copy it there, or "
+        "correct the name"
     )
 
 
-def _list_pictures(
-    found: Annotations, name: str, content: Content, index: dict[str, list[str]]
-) -> Iterator[tuple[Picture, str, str, list[Annotation]]]:
+def _list_pictures(found: Annotations, name: str, content: Content, index: dict[str, list[str]]) -> Listed:
     """The pictures of a file, each with its path, its split and its annotations.
 
     Raises:
@@ -229,17 +254,12 @@ def _list_pictures(
 
 
 def _add_panoptic(
-    found: Annotations,
-    name: str,
-    content: Content,
-    table: dict[Identity, int],
-    empty: int,
-    index: dict[str, list[str]],
+    found: Annotations, name: str, listed: Listed, table: dict[Identity, int], empty: int
 ) -> None:
     """Adds the pairs of a panoptic file."""
     source, where, folder = found.source, found.source[name].where, _mask_folder(found.source, name)
     missing = []
-    for picture, path, split, rows in _list_pictures(found, name, content, index):
+    for picture, path, split, rows in listed:
         if not rows:
             missing.append(picture.file_name)
         for row in rows:
@@ -257,20 +277,16 @@ def _add_panoptic(
 
 
 def _add_instances(
-    found: Annotations,
-    name: str,
-    content: Content,
-    table: dict[Identity, int],
-    empty: int,
-    index: dict[str, list[str]],
+    found: Annotations, name: str, listed: Listed, table: dict[Identity, int], empty: int
 ) -> None:
     """Adds the pairs of a file of instances; a box without a mask is void."""
     counts: Counter[str] = Counter()
-    for picture, path, split, rows in _list_pictures(found, name, content, index):
+    for picture, path, split, rows in listed:
         stated = (picture.height, picture.width) if picture.height and picture.width else None
         where = f"{found.source[name].where}: {files.shorten(picture.file_name, 80)}"
         data = msgspec.json.encode({"annotations": rows})
         _read_regions(data, table, where, counts)
+        counts["pictures without annotations, all background"] += not rows
         image = found.source[path]
         found.pairs.append(Pair(path, image, data, partial(_draw, table, empty, stated, image), split, where))
     found.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]

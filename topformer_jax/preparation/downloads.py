@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from topformer_jax import files
@@ -151,8 +152,8 @@ RELEASES: dict[str, tuple[Release, ...]] = {
 READERS: dict[str, own.Reader] = {
     "labelme": labelme.read,
     "coco": coco.read,
-    "colours": masks.read_colours,
-    "cvat": masks.read_cvat,
+    "colours": partial(masks.read_colours, own.CLASSES, "masks"),
+    "cvat": partial(masks.read_colours, "labelmap.txt", "segmentationclass"),
     "yolo": yolo.read,
     "roboflow-masks": masks.read_roboflow,
     "voc": masks.read_voc,
@@ -228,7 +229,7 @@ def _checksum(path: pathlib.Path) -> list[str]:
     """The SHA-256 of an archive, which may be made anew with the same size; of a folder none."""
     if path.is_dir():
         return []
-    with files.report_errors("read", path), path.open("rb") as file:
+    with files.report_errors("read", path), files.open_regular(path) as file:
         return [hashlib.file_digest(file, "sha256").hexdigest()]
 
 

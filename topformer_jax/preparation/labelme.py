@@ -37,8 +37,8 @@ Length = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 class Shape(msgspec.Struct):
     """A shape of labelme or X-AnyLabeling."""
 
-    label: str | int | float
     points: list[tuple[float, float]]
+    label: str | int | float | None = None
     shape_type: str | None = None
     mask: str | None = None  # a PNG in base64
 
@@ -64,7 +64,7 @@ def read(source: Archive, background: str) -> Annotations:
     found = Annotations(source)
     places: dict[str, str] = {}  # the first file of each label
     spelled: set[str] = set()  # labels that are called otherwise
-    thin = 0
+    thin = empty = 0
     pictures = [*filter(own.is_picture, source.members)]
     index, renamed = own.index_ends(pictures), 0
     for path in pictures:
@@ -72,6 +72,7 @@ def read(source: Archive, background: str) -> Annotations:
     drawn = []
     for name, drawing in found.read_json(Drawing, "shapes"):
         where = source[name].where
+        empty += not drawing.shapes
         for number, shape in enumerate(drawing.shapes):
             label = _name(shape, f"{where}: shape {number}")
             places.setdefault(label, where)
@@ -97,6 +98,8 @@ def read(source: Archive, background: str) -> Annotations:
     table.setdefault("", IGNORE_LABEL)
     if spelled:
         found.notes.append(f"labels by other names: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}")
+    if empty:
+        found.notes.append(f"files without a shape, all background: {empty}")
     if thin:
         found.notes.append(
             f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
@@ -110,7 +113,7 @@ def read(source: Archive, background: str) -> Annotations:
 
 def _name(shape: Shape, where: str) -> str:
     """A shape's label as the name of a class: numbers as text, blanks like one."""
-    label = " ".join(str(shape.label).split())
+    label = "" if shape.label is None else " ".join(str(shape.label).split())
     if not label:
         raise UserError(f"{where} has a blank label: give it a name")
     return label
@@ -121,14 +124,11 @@ def _list_classes(
 ) -> tuple[list[str], dict[str, int]]:
     """The classes, and the label of each name; that of "" is for what no shape covers, where it is known."""
     source = found.source
-    listed = next((name for name in _LISTS if name in source.members), "")
+    names, where = found.read_classes(*_LISTS)
     beside = source.path.parent / _LISTS[1]
-    where, names = "", sorted(places)
-    if listed:
-        where, names = source[listed].where, source.lines(listed)
-        found.read.add(source[listed])
-    elif beside.is_file() and set(places) <= set(lines := files.read_lines(beside)):
+    if not where and beside.is_file() and set(places) <= set(lines := files.read_lines(beside)):
         where, names = str(beside), lines
+    names = names if where else sorted(places)
     if where:
         found.notes.append(f"the order of the classes is that of {where}")
     names = [" ".join(name.split()) for name in names]
@@ -245,7 +245,7 @@ def draw_shapes(
         if not is_drawn:
             raise UserError(
                 f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which is not drawn: expected "
-                "a polygon of 3 or more points, a rectangle or circle of 2, a mask with a pixel, a line or a point"
+                "a polygon of 3 or more points, a rectangle or circle of 2, a mask of its box, a line or a point"
             )
     return labels.encode(np.asarray(canvas))
 
@@ -283,7 +283,8 @@ def _draw_mask(canvas: Image.Image, shape: Shape, label: int, where: str) -> boo
             inside = np.array(file)
     except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
         raise UserError(f"{where} holds a mask that is no picture") from None
-    if inside.ndim != 2 or not inside.any():
+    sides = np.diff(np.array(shape.points), axis=0)[0, ::-1] + 1
+    if inside.ndim != 2 or not inside.any() or (abs(sides - inside.shape) > 1).any():
         return False
     corner = tuple(round(value) for value in shape.points[0])
     canvas.paste(label, (corner[0], corner[1]), Image.fromarray((inside > 0).astype(np.uint8) * 255))

@@ -49,11 +49,7 @@ def encode(labels: Labels) -> bytes:
 
 
 def map_values(table: Mapping[int, int], data: bytes, name: str) -> bytes:
-    """Replaces the values of a PNG of one channel by a table of all that may occur.
-
-    Raises:
-        UserError: another value occurs, or the file is damaged.
-    """
+    """Replaces the values of a PNG of one channel by a table of all that may occur; a UserError for another one."""
     return encode(_look_up(table, read_label_values(data, name), name))
 
 
@@ -72,11 +68,7 @@ def read_boundaries_benchmark(data: bytes, name: str) -> bytes:
 
 
 def _take_matrix(values: Any, name: str) -> np.ndarray:
-    """A variable of a MATLAB file as a matrix of class numbers.
-
-    Raises:
-        UserError: it is no matrix of whole numbers.
-    """
+    """A variable of a MATLAB file as a matrix of class numbers; a UserError if it is none of whole numbers."""
     found = np.asarray(values)
     is_whole = found.dtype.kind in "ui" or (found.dtype.kind == "f" and (np.rint(found) == found).all())
     if found.ndim != 2 or found.size < 2 or not is_whole or np.abs(found).max() > 1 << 16:
@@ -88,11 +80,7 @@ def _take_matrix(values: Any, name: str) -> np.ndarray:
 
 
 def read_mat(data: bytes, name: str) -> dict[str, Any]:
-    """The variables of a MATLAB file.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The variables of a MATLAB file; a UserError if it is damaged."""
     from scipy.io import loadmat
 
     try:
@@ -110,6 +98,7 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
         UserError: pixels have other colours; up to 1 % of them may, where `others` gives these a class.
     """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    _require_opaque(data, name)
     known = sorted((red << 16 | green << 8 | blue, label) for (red, green, blue), label in colours.items())
     keys, values = (np.array(column) for column in zip(*known, strict=True))
     places = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
@@ -126,13 +115,21 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
     return encode(np.where(strange, others or 0, values[places]).astype(np.uint8))
 
 
+def _require_opaque(data: bytes, name: str) -> None:
+    """Raises a UserError for a mask with transparent pixels, whose colours are not seen."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim < 3 or pixels.shape[2] < 4:
+        return
+    if clear := float((pixels[..., 3] < (255 if pixels.dtype == np.uint8 else 65535)).mean()):
+        raise UserError(
+            f"{name}: {clear:.2%} of the pixels are transparent: save the mask without transparency"
+        )
+
+
 def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes:
     """Draws the polygons of a Cityscapes file, later ones over earlier ones, as json2labelImg of cityscapesScripts.
 
     `classes` has a negative label for what is not drawn; "cargroup" is "car".
-
-    Raises:
-        UserError: a name is unknown, or the file is damaged.
     """
     content = files.read_json(data, _Scene, name)
     canvas = Image.new("L", (content.imgWidth, content.imgHeight), IGNORE_LABEL)
@@ -144,6 +141,7 @@ def draw_cityscapes(classes: Mapping[str, int], data: bytes, name: str) -> bytes
             raise UserError(
                 f"{name}: {files.shorten(shape.label, 80)} is no class of Cityscapes: fetch its archive again"
             )
+        check_points(shape.polygon, (content.imgHeight, content.imgWidth), name)
         if label >= 0:
             ImageDraw.Draw(canvas).polygon(shape.polygon, fill=label)
     return encode(np.asarray(canvas))
@@ -155,9 +153,13 @@ def map_segments(segments: Mapping[int, int], background: int, data: bytes, name
     Pixels without a segment have id 0.
 
     Raises:
-        UserError: an id is of no segment.
+        UserError: an id is of no segment, or the mask has none of them.
     """
     ids = decode_image(data, name).astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
+    if segments and not np.isin(ids, [*segments]).any():
+        raise UserError(
+            f"{name} holds none of its {len(segments)} segments: is it the mask of another picture?"
+        )
     return encode(_look_up({0: background, **segments}, ids, name))
 
 
@@ -167,9 +169,6 @@ def draw_runs(
     """Draws masks that are stored as run lengths, later ones over earlier ones; 0 where there is none.
 
     `annotations` are pairs of a label and COCO's "counts"; `data` is unused: they are of one file for all images.
-
-    Raises:
-        UserError: the runs are not of this size.
     """
     labels = np.zeros(size, np.uint8)
     for label, counts in annotations:
@@ -188,11 +187,7 @@ class Region:
 
 
 def take_polygons(polygons: Iterable[Sequence[float]], name: str) -> tuple[tuple[float, ...], ...]:
-    """The polygons of 3 or more points.
-
-    Raises:
-        UserError: one has an odd number of coordinates.
-    """
+    """The polygons of 3 or more points; a UserError for an odd number of coordinates."""
     found = []
     for polygon in polygons:
         if len(polygon) % 2:
@@ -250,11 +245,7 @@ def require_pycocotools() -> None:
 
 
 def _read_runs(counts: str | Sequence[int], size: Size, name: str) -> Sequence[int]:
-    """COCO's run lengths of a mask of a size.
-
-    Raises:
-        UserError: they are of another one. pycocotools 2.0.11 gives unset memory where they are too short.
-    """
+    """COCO's run lengths of a mask of this size alone: pycocotools 2.0.11 gives unset memory for too short ones."""
     runs = decode_runs(counts) if isinstance(counts, str) else counts
     if sum(runs) != size[0] * size[1] or min(runs, default=0) < 0:
         raise UserError(
@@ -270,11 +261,7 @@ def _fill_runs(runs: Sequence[int], size: Size) -> Bool[np.ndarray, "h w"]:
 
 
 def read_size(image: Member) -> Size:
-    """(height, width) of a picture as it is decoded.
-
-    Raises:
-        UserError: it is no picture, or damaged.
-    """
+    """(height, width) of a picture as it is decoded."""
     is_plain = image.offset == IN_FOLDER and image.name.lower().endswith((".jpg", ".jpeg", ".png"))
     size = read_image_size(image.path) if is_plain else None
     if size is None:
@@ -284,11 +271,7 @@ def read_size(image: Member) -> Size:
 
 
 def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> bytes:
-    """Converts a mask, which has the size of its picture.
-
-    Raises:
-        UserError: it has another one.
-    """
+    """Converts a mask; a UserError if it has another size than its picture."""
     label = convert(data, name)
     check_stated_size(read_label_size(label, name), read_size(image), image.where, name)
     return label
@@ -297,7 +280,7 @@ def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> byt
 def check_stated_size(stated: Size | None, size: Size, picture: str, name: str) -> None:
     """Raises a UserError where a picture has another (height, width) than its annotation states, if it states one."""
     if stated and stated != size:
-        turned = " (turned by its EXIF orientation)" if stated == size[::-1] else ""
+        turned = " (the sides the other way round, as by an EXIF orientation)" if stated == size[::-1] else ""
         raise UserError(
             f"{name} is of {stated[1]} x {stated[0]} pixels, but {picture} has {size[1]} x {size[0]}{turned}: give "
             "both one size"

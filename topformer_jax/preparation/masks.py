@@ -25,32 +25,21 @@ _MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp")  # without loss
 _COLOUR = re.compile(r"(.*\S)(?:\s+|:)(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(:[^:]*:[^:]*)?", re.ASCII)
 
 
-def read_colours(source: Archive, background: str) -> Annotations:
-    """Pictures below images/, masks of their names below masks/, and classes.txt with NAME RED GREEN BLUE lines.
+def read_colours(listing: str, folder: str, source: Archive, background: str) -> Annotations:
+    """Pictures, masks of their names below a folder, and a file that lists the colour of each class.
+
+    This is CVAT's "Segmentation mask" with labelmap.txt, or with classes.txt a user's own; then pictures need a mask.
 
     Raises:
         UserError: a line is wrong, a colour is there twice, or a picture has no mask.
     """
-    return _read_masks_in_colours(source, background, own.CLASSES, "masks", is_complete=True)
-
-
-def read_cvat(source: Archive, background: str) -> Annotations:
-    """CVAT's "Segmentation mask": labelmap.txt, JPEGImages/, SegmentationClass/ and, of several subsets, ImageSets/.
-
-    Raises:
-        UserError: labelmap.txt is wrong, or there are no pictures.
-    """
-    return _read_masks_in_colours(source, background, "labelmap.txt", "segmentationclass", is_complete=False)
-
-
-def _read_masks_in_colours(
-    source: Archive, background: str, listing: str, folder: str, *, is_complete: bool
-) -> Annotations:
-    """The pairs of pictures and masks whose colours a file lists."""
-    if listing not in source.members:
-        raise UserError(f"{source.path} holds no {listing}: put it there ({own.describe(source)})")
-    where, colours = source[listing].where, dict[labels.Colour, str]()
-    for line in source.lines(listing):
+    found, colours = Annotations(source), dict[labels.Colour, str]()
+    lines, where = found.read_classes(listing)
+    if not where:
+        raise UserError(
+            f"{source.path} holds no {listing} with the colours of the classes ({own.describe(source)})"
+        )
+    for line in lines:
         match = _COLOUR.fullmatch(line)
         if line.startswith("#") and listing != own.CLASSES:
             continue
@@ -67,16 +56,10 @@ def _read_masks_in_colours(
         raise UserError(
             f"{where}: no colour is {own.VOID}, so there is nothing for --background {background}: leave it out"
         )
-    classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
-    found = Annotations(source, classes, read={source[listing]})
+    found.classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
     convert = partial(labels.map_colours, table, None)
-    _pair(
-        found,
-        _in_folders(source, _PICTURES),
-        _in_folders(source, (folder,)),
-        convert,
-        is_complete=is_complete,
-    )
+    pictures, drawn = _in_folders(source, _PICTURES), _in_folders(source, (folder,))
+    _pair(found, pictures, drawn, convert, is_complete=listing == own.CLASSES)
     return found
 
 
@@ -86,18 +69,14 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
     Raises:
         UserError: there is no _classes.csv, or they differ.
     """
-    listings = [name for name in source.members if name.rpartition("/")[2] == "_classes.csv"]
-    if not listings:
+    found = Annotations(source)
+    lines, where = found.read_classes("_classes.csv")
+    if not where:
         raise UserError(
             f"{source.path} holds no _classes.csv, as Roboflow writes it ({own.describe(source)})"
         )
-    contents = {name: _read_values(source, name) for name in listings}
-    first = contents[listings[0]]
-    if other := next((name for name in listings if contents[name] != first), ""):
-        raise UserError(f"{source[other].where} has other classes than {listings[0]}: give all the same")
-    values = {IGNORE_LABEL: own.VOID} | first
-    names, table, _ = own.number_classes(values, background, source[listings[0]].where, of_masks=True)
-    found = Annotations(source, names, read={source[name] for name in listings})
+    values = _read_values(lines, where)
+    found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
     masks = {name: own.stem_of(name) for name in source.members if name.lower().endswith("_mask.png")}
     pictures = {
         name: own.stem_of(name) for name in filter(own.is_picture, source.members) if name not in masks
@@ -106,16 +85,16 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
     return found
 
 
-def _read_values(source: Archive, name: str) -> dict[int, str]:
+def _read_values(lines: Sequence[str], where: str) -> dict[int, str]:
     """The class of each value that a _classes.csv lists, in the order of the values."""
     found: dict[int, str] = {}
-    rows = [[cell.strip() for cell in row] for row in csv.reader(source.lines(name)) if row]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
     for number, row in enumerate(rows):
         is_value = re.fullmatch(r"\d{1,9}", row[0], re.ASCII)
         if len(row) != 2 or not (is_value or number == 0):
-            raise UserError(f"{source[name].where}: expected PIXEL VALUE,CLASS, found {','.join(row)[:60]!r}")
+            raise UserError(f"{where}: expected PIXEL VALUE,CLASS, found {','.join(row)[:60]!r}")
         if is_value and (int(row[0]) in found or int(row[0]) > IGNORE_LABEL):
-            raise UserError(f"{source[name].where}: the value {row[0]} is there twice, or is above 255")
+            raise UserError(f"{where}: the value {row[0]} is there twice, or is above 255")
         if is_value:
             found[int(row[0])] = row[1]
     return dict(sorted(found.items()))
@@ -129,16 +108,14 @@ def read_voc(source: Archive, background: str) -> Annotations:
     Raises:
         UserError: there are no masks, or one value of them is in two colours.
     """
-    lists = (own.CLASSES, "class_names.txt", "labels.txt")
-    listed = next((name for name in lists if name in source.members), "")
-    lines = source.lines(listed) if listed else list(CATALOG["voc2012"].classes)
-    where = source[listed].where if listed else "PASCAL VOC"
-    values = {IGNORE_LABEL: own.VOID} | dict(enumerate(name for name in lines if name != "__ignore__"))
-    names, table, _ = own.number_classes(values, background, where, of_masks=True)
-    found = Annotations(source, names, read={source[listed]} if listed else set())
-    if not listed:
+    found = Annotations(source)
+    lines, where = found.read_classes(own.CLASSES, "class_names.txt", "labels.txt", is_order=True)
+    if not where:
+        lines, where = list(CATALOG["voc2012"].classes), "PASCAL VOC"
         found.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")
-    masks = _in_folders(source, ("segmentationclasspng",)) or _in_folders(source, ("segmentationclass",))
+    values = {IGNORE_LABEL: own.VOID} | dict(enumerate(name for name in lines if name != "__ignore__"))
+    found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
+    masks = _in_folders(source, ("segmentationclasspng",), ("segmentationclass",))
     _compare_palettes(source, [name for name in masks if name.lower().endswith(".png")])
     _pair(found, _in_folders(source, _PICTURES), masks, partial(labels.map_values, table), is_complete=False)
     return found
@@ -164,15 +141,24 @@ def _compare_palettes(source: Archive, masks: Sequence[str]) -> None:
                 )
 
 
-def _in_folders(source: Archive, folders: Sequence[str]) -> dict[str, str]:
-    """Pictures that lie below one of these folders: their paths without this folder and the suffix."""
+def _in_folders(source: Archive, *choices: Sequence[str]) -> dict[str, str]:
+    """Pictures below the first of these folders that have any: their paths without this folder and the suffix.
+
+    Raises:
+        UserError: there are none.
+    """
     found = {}
-    for name in filter(own.is_picture, source.members):
-        parts = name.split("/")
-        place = next((index for index, part in enumerate(parts[:-1]) if part.lower() in folders), None)
-        if place is not None:
-            found[name] = own.stem_of("/".join([*parts[:place], *parts[place + 1 :]]))
-    return found
+    for folders in choices:
+        for name in filter(own.is_picture, source.members):
+            parts = name.split("/")
+            place = next((index for index, part in enumerate(parts[:-1]) if part.lower() in folders), None)
+            if place is not None:
+                found[name] = own.stem_of("/".join([*parts[:place], *parts[place + 1 :]]))
+        if found:
+            return found
+    raise UserError(
+        f"{source.path} holds no picture below {' or '.join(choices[-1])}/ ({own.describe(source)})"
+    )
 
 
 def _pair(
@@ -183,7 +169,9 @@ def _pair(
     *,
     is_complete: bool,
 ) -> None:
-    """Adds the pairs of pictures and masks of one key, by their paths; `is_complete` refuses a picture without one.
+    """Adds the pairs of pictures and masks of one key, by their paths.
+
+    `is_complete` refuses a picture without a mask, but for those in folders of test.
 
     Raises:
         UserError: a picture has two masks, or none.
@@ -206,11 +194,13 @@ def _pair(
         left.discard(mine[0])
         sized = partial(labels.convert_mask, convert, source[name])
         found.pairs.append(Pair(name, source[name], source[mine[0]], sized))
-    if not found.pairs or (without and is_complete):
-        expected = f"{without[0]} has no mask, of its name" if without else "no picture has a mask"
+    lacking = [name for name in without if is_complete and own.split_of_folders(name) != "test"]
+    if not found.pairs or lacking:
+        one = f"{files.shorten(lacking[0])} has no mask" if lacking else "no picture has a mask"
+        there = f" (such as {files.shorten(min(left))})" if left else ""
         raise UserError(
-            f"{source.path}: {expected} and with one of {', '.join(_MASK_SUFFIXES)}; there are {len(pictures)} "
-            f"pictures and {len(masks)} masks"
+            f"{source.path}: {one}: expected its name, or this and {', '.join(_MASK_ENDS)}, with one of "
+            f"{', '.join(_MASK_SUFFIXES)}; there are {len(pictures)} pictures and {len(masks)} masks{there}"
         )
     found.leave_out("without a mask", (source[name] for name in without))
     found.leave_out("without a picture", (source[name] for name in masks if name in left), own.LABELS)

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from topformer_jax import files
+from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import IMAGE_SUFFIXES
+from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
 from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, REPLACE, Archive, Member, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
@@ -76,6 +77,30 @@ class Annotations:
         if members:
             self.left_out.append((reason, column, [member.name for member in members]))
             self.read.update(members)
+
+    def read_classes(self, *names: str, is_order: bool = False) -> tuple[list[str], str]:
+        """The lines of the first of these files that is there, in whatever folder, and where; ([], "") without one.
+
+        Raises:
+            UserError: files of one name differ; or the order of the lines numbers the classes (`is_order`), and a
+                line is more or less than a name.
+        """
+        source = self.source
+        for file in names:
+            found = [name for name in source.members if name.lower().rpartition("/")[2] == file]
+            lines = [source.lines(name, by_place=is_order) for name in found]
+            for name, others in zip(found, lines, strict=True):
+                if others != lines[0]:
+                    raise UserError(
+                        f"{source[name].where} has other classes than {found[0]}: give all the same"
+                    )
+            if found:
+                self.read.update(source[name] for name in found)
+                where = source[found[0]].where
+                if is_order:
+                    sources.check_class_lines(dict(enumerate(lines[0], 1)), where)
+                return lines[0], where
+        return [], ""
 
     def read_json(self, kind: type[Content], field: str) -> Iterator[tuple[str, Content]]:
         """The names and contents of the .json files that have a field; others are left out, and counted.
@@ -161,6 +186,9 @@ def _open_inner(name: str, member: Member, beside: Mapping[str, Member]) -> dict
     ]
     if new and len(copies) == len(new):
         return {name: member}
+    # Two tasks may have equal masks, such as empty ones, of different pictures.
+    others = {stem_of(key.rpartition("/")[2]) for key in {*new} - {*copies}}
+    copies = [key for key in copies if stem_of(key.rpartition("/")[2]) not in others]
     if pictures := [key for key in copies if is_picture(key)]:
         raise UserError(
             f"{member.where} holds {len(pictures)} of the pictures and masks that lie beside it, such as "
@@ -250,7 +278,7 @@ def number_classes(
         UserError: a name is blank, has a line break, or is there twice.
     """
     for number, name in enumerate(names.values()):
-        if not name.strip() or len(name.splitlines()) > 1 or files.CONTROL.search(name):
+        if not is_name(name):
             raise UserError(
                 f"{where}: the name of class {number} is {name[:60]!r}: give it a name of one line"
             )

@@ -72,7 +72,6 @@ class Shard:
 
     @property
     def part_name(self) -> str:
-        """Of the file that says that the shard is finished."""
         return f"{records.PARTS}/{self.name}.json"
 
 
@@ -131,12 +130,12 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
         writer.close()
         content = temporary.read_bytes()
         if in_bucket:
-            _write(folder / shard.name, content)
+            files.write_file(folder / shard.name, content, ADVICE)
         else:
             temporary.replace(pathlib.Path(folder) / shard.name)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     part = Part(shard.digest, len(content), md5, record_bytes, sizes)
-    _write(folder / shard.part_name, msgspec.json.encode(part))
+    files.write_file(folder / shard.part_name, msgspec.json.encode(part), ADVICE)
 
 
 def find_part(folder: files.Path, shard: Shard) -> Part | None:
@@ -178,27 +177,25 @@ def finish(
         sizes[split] = [size for shard in mine for size in parts[shard].label_sizes]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
     sums = {shard.name: records.Sum(part.size, part.md5) for shard, part in parts.items()}
-    _write(folder / records.CHECKSUMS, msgspec.json.encode(records.Checksums(_digest(shards), sums)))
+    files.write_file(
+        folder / records.CHECKSUMS, msgspec.json.encode(records.Checksums(_digest(shards), sums)), ADVICE
+    )
     if all(part.label_sizes for part in parts.values()):  # not of numbers, nor of an earlier version's parts
         others = others | {records.LABEL_SIZES: msgspec.json.encode(sizes)}
     for name, content in others.items():
-        _write(folder / name, content)
+        files.write_file(folder / name, content, ADVICE)
     with tempfile.TemporaryDirectory() as place:
         builder.info.write_to_directory(place)
         names = [records.CLASS_NAMES] if builder.classes else []
         for name in (*names, records.FEATURES, records.INFO):
-            _write(folder / name, (pathlib.Path(place) / name).read_bytes())
+            files.write_file(folder / name, (pathlib.Path(place) / name).read_bytes(), ADVICE)
     with contextlib.suppress(OSError):  # two processes may finish at once
         epath.Path(folder / records.PARTS).rmtree()
     return []
 
 
 def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
-    """Whether the folder holds all of these shards.
-
-    Raises:
-        UserError: it holds a whole data set of other files.
-    """
+    """Whether the folder holds all of these shards; a UserError where it holds those of other files."""
     if not (folder / records.INFO).exists():
         return False
     with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError, RecursionError):
@@ -211,13 +208,7 @@ def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
 
 
 def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)) -> tuple[files.Path, str]:
-    """Writes both splits, or a part of their shards.
-
-    Args:
-        dataset: the name of the layout.
-        source: the folder.
-        output: a folder or a bucket.
-        part: (I, N): shards I, I + N, ... of all.
+    """Writes both splits of a folder, or of N = `part[1]` parts of their shards the one of number `part[0]`.
 
     Returns:
         Their folder, and what is missing there in one line, "" if it is complete.
@@ -236,7 +227,9 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
     shards = plan_shards(dataset, splits)
     folder = files.as_path(output) / dataset / records.VERSION
     names = pathlib.Path(source).expanduser() / "classes.txt"
-    others = {names.name: names.read_bytes()} if dataset in ("custom", "imagenet") and names.exists() else {}
+    others = (
+        {names.name: files.read_bytes(names)} if dataset in ("custom", "imagenet") and names.exists() else {}
+    )
     with (
         files.report_errors("write", folder, ADVICE),
         tempfile.TemporaryDirectory() as empty,
@@ -265,8 +258,3 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
 
 def _digest(shards: list[Shard]) -> str:
     return hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
-
-
-def _write(path: files.Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all, and its folder: another process may have removed it."""
-    files.write_file(path, content, ADVICE)

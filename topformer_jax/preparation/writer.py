@@ -45,11 +45,7 @@ class Task:
         return len(self.source) if isinstance(self.source, bytes) else self.source.size
 
     def make(self) -> bytes:
-        """The file's bytes.
-
-        Raises:
-            UserError: what it is made of is damaged, or not what it should be.
-        """
+        """The file's bytes; a UserError where what it is made of is damaged, or not what it should be."""
         data = self.source if isinstance(self.source, bytes) else self.source.read()
         if self.convert is None:
             return data
@@ -88,17 +84,13 @@ def write(
 ) -> dict[str, Any]:
     """Makes the files that are not there yet, and writes manifest and listing.
 
-    Args:
-        plan, output: what to make, and the folder.
-        origin: what it is made of; a folder that was made of something else is refused.
-        workers: processes that read, convert and write, which changes nothing in the files; 0: this one.
-        verify: also read what is there, and make again what has another checksum.
+    By `workers` processes, 0 for this one alone; `verify` also makes again what has another checksum.
 
     Returns:
         The manifest's splits: images, labels, bytes and SHA-256 of each.
 
     Raises:
-        UserError: a file cannot be made or written, or the folder holds something else.
+        UserError: a file cannot be made or written, or the folder was made of something else than `origin`.
     """
     _claim(output, origin)
     with _open_listing(output) as listing, _start(workers) as pool:
@@ -166,11 +158,7 @@ def is_made_of(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
 
 
 def remove(folder: pathlib.Path, origin: dict[str, Any]) -> None:
-    """Deletes what `write` made of `origin` in a folder: the files that its listing names, and their empty folders.
-
-    Raises:
-        UserError: the listing or the manifest is damaged.
-    """
+    """Deletes what `write` made of `origin` in a folder: the files that its listing names, and empty folders."""
     if not is_made_of(folder, origin):
         return
     parents = {folder}
@@ -255,11 +243,7 @@ def _is_whole(output: pathlib.Path, record: Record, verify: bool) -> bool:
 
 
 def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """The tasks, some at a time.
-
-    Raises:
-        UserError: two tasks would write one file, or one a file outside of the folder.
-    """
+    """The tasks, some at a time; a UserError where two would write one file, or one a file outside of the folder."""
     chunk: list[Task] = []
     paths: set[str] = set()
     for task in tasks:
@@ -297,21 +281,13 @@ def _start_worker() -> None:
 def _summarize(records: Iterable[Record]) -> dict[str, Any]:
     """For each split: how many images and labels, their bytes, and one SHA-256 of all checksums and paths."""
     splits: dict[str, Any] = {}
-    for record in sorted(records, key=lambda record: record.path):
-        if record.kind == "list":
-            continue
-        split = splits.setdefault(
-            record.split, {"image": 0, "label": 0, "bytes": 0, "sha256": hashlib.sha256()}
-        )
-        split[record.kind] += 1
-        split["bytes"] += record.size
-        split["sha256"].update(f"{record.sha256}  {record.path}\n".encode())
-    return {
-        name: {
-            "images": s["image"],
-            "labels": s["label"],
-            "bytes": s["bytes"],
-            "sha256": s["sha256"].hexdigest(),
+    made = sorted((record for record in records if record.kind != "list"), key=lambda record: record.path)
+    for name in sorted({record.split for record in made}):
+        mine = [record for record in made if record.split == name]
+        lines = "".join(f"{record.sha256}  {record.path}\n" for record in mine)
+        splits[name] = {
+            f"{kind}s": sum(record.kind == kind for record in mine) for kind in ("image", "label")
         }
-        for name, s in sorted(splits.items())
-    }
+        splits[name]["bytes"] = sum(record.size for record in mine)
+        splits[name]["sha256"] = hashlib.sha256(lines.encode()).hexdigest()
+    return splits

@@ -14,6 +14,8 @@ from topformer_jax.preparation import coco, labels, own
 from topformer_jax.preparation.archives import Archive, Member
 from topformer_jax.preparation.own import Annotations, Pair
 
+_BOXES = "boxes without a polygon, whose pixels are void"
+
 
 class Settings(msgspec.Struct):
     """What a data.yaml says; paths are of folders, or of lists of pictures."""
@@ -23,6 +25,8 @@ class Settings(msgspec.Struct):
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     test: str | list[str] | None = None
+    nc: int | None = None
+    kpt_shape: list[int] | None = None
 
 
 def read(source: Archive, background: str) -> Annotations:
@@ -40,29 +44,38 @@ def read(source: Archive, background: str) -> Annotations:
     found.classes, table, background_label = own.number_classes(named, background, where, coco.BACKGROUNDS)
     empty = own.require_background(background_label, where)
     counts: Counter[str] = Counter()
-    texts = set()
+    texts, polygons = set(), 0
     for name in filter(own.is_picture, source.members):
         image = source[name]
         text = next((path for path in _label_names(name) if path in source.members), "")
         texts.add(text)
         place = source[text].where if text else f"{image.where} (no .txt)"
         data = source[text].read() if text else b""
-        regions = parse_regions(data, table, place)
-        counts["pictures without a .txt, all background"] += not text
-        counts["boxes without a polygon, whose pixels are void"] += sum(
-            region.label == labels.IGNORE_LABEL for region in regions
-        )
+        polygons += len(parse_regions(data, table, place, counts))
+        counts["pictures with an empty .txt, all background"] += bool(text) and not data.strip()
         label: Member | bytes = source[text] if text else b""
         found.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image), "", place))
     if texts <= {""}:
         raise UserError(
             f"{source.path} holds no .txt of polygons below labels/ or beside a picture ({own.describe(source)})"
         )
+    if polygons == counts[_BOXES]:
+        raise UserError(f"{source.path} has no polygon in a .txt, and boxes say no pixel's class")
     _divide(found, settings, where)
+    homes = {pair.name.rpartition("/")[0] for pair in found.pairs if pair.label}
+    # Others are no pictures to learn from: plots, masks.
+    found.pairs = [
+        pair for pair in found.pairs if pair.label or pair.split or pair.name.rpartition("/")[0] in homes
+    ]
+    counts["pictures without a .txt, all background"] = sum(not pair.label for pair in found.pairs)
     found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
     found.notes.append("overlapping polygons are drawn by their area, the largest first")
     lost = [name for name in source.members if "/labels/" in f"/{name}" and name.lower().endswith(".txt")]
-    found.leave_out("without a picture", (source[name] for name in lost if name not in texts), own.LABELS)
+    found.leave_out(
+        "without a picture",
+        (source[name] for name in lost if name not in texts and source[name] not in found.read),
+        own.LABELS,
+    )
     return found
 
 
@@ -84,9 +97,9 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
         if settings.names:
             found.read.add(member)
             listings.append((settings, member.where))
-    if not listings and own.CLASSES in source.members:
-        found.read.add(source[own.CLASSES])
-        listings.append((Settings(list(source.lines(own.CLASSES))), source[own.CLASSES].where))
+    lines, where = ([], "") if listings else found.read_classes(own.CLASSES, is_order=True)
+    if where:
+        listings.append((Settings([*lines]), where))
     if not listings:
         raise UserError(f"{source.path} holds neither a data.yaml with names of classes nor a classes.txt")
     for settings, where in listings[1:]:
@@ -94,7 +107,13 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
             raise UserError(
                 f"{listings[0][1]} and {where} both name classes, and differ: move one of them away"
             )
-    return listings[0]
+    settings, where = listings[0]
+    count = len(settings.names or ())
+    if settings.nc not in (None, count):
+        raise UserError(f"{where} has {count} names and says nc: {settings.nc}: make them agree")
+    if settings.kpt_shape:
+        raise UserError(f"{where} has a kpt_shape: its labels are points of poses, no polygons")
+    return settings, where
 
 
 def _divide(found: Annotations, settings: Settings, where: str) -> None:
@@ -140,7 +159,7 @@ def _label_names(name: str) -> list[str]:
 
 
 def parse_regions(
-    data: bytes, table: Mapping[int, int], name: str, size: labels.Size = (1, 1)
+    data: bytes, table: Mapping[int, int], name: str, counts: Counter[str], size: labels.Size = (1, 1)
 ) -> list[labels.Region]:
     """The lines CLASS X Y X Y ... of a label file, from 0 to 1; a line of a box (CLASS X Y WIDTH HEIGHT) is void.
 
@@ -168,6 +187,7 @@ def parse_regions(
         values = [value * size[1 - index % 2] for index, value in enumerate(values)]
         if len(values) == 4:
             x, y, width, height = values
+            counts[_BOXES] += 1
             corner = x - width / 2, y - height / 2
             regions.append(labels.box_region(labels.IGNORE_LABEL, *corner, width, height))
         else:
@@ -176,5 +196,5 @@ def parse_regions(
 
 
 def _draw(table: Mapping[int, int], empty: int, image: Member, data: bytes, name: str) -> bytes:
-    regions = parse_regions(data, table, name, labels.read_size(image))
+    regions = parse_regions(data, table, name, Counter(), labels.read_size(image))
     return labels.draw_regions(empty, None, image, regions, name)
