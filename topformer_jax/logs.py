@@ -67,7 +67,7 @@ class RunLog:
         if not active:
             return
         earlier = [record for record in read_records(self._path) if record["step"] <= start]
-        files.write_file(self._path, b"".join(msgspec.json.encode(record) + b"\n" for record in earlier))
+        files.write_file(self._path, b"".join(map(_encode_line, earlier)))
         self._events = _EventWriter(workdir / "tensorboard", start + 1)
         self._bar = tqdm(
             total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=False
@@ -123,7 +123,7 @@ class RunLog:
 
     def _record(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         with files.report_errors("write", self._path), self._path.open("ab") as file:
-            file.write(msgspec.json.encode({"step": step, "kind": kind, **values}) + b"\n")
+            file.write(_encode_line({"step": step, "kind": kind, **values}))
         self._events.write_scalars({f"{kind}/{name}": value for name, value in values.items()}, step)
 
 
@@ -226,6 +226,11 @@ class _Head(msgspec.Struct):
 
     step: Annotated[int, msgspec.Meta(ge=0)]
     kind: Literal["train", "evaluation"]
+
+
+def _encode_line(record: Mapping[str, Any]) -> bytes:
+    """One line, with blanks as `json.dumps` writes them: scripts search for '"step": 40'."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=0) + b"\n"
 
 
 def read_records(path: files.Path) -> list[dict[str, Any]]:
