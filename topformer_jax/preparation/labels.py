@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import decode_image, read_image_size, read_label_size, read_label_values
+from topformer_jax.data.codecs import PNG, decode_image, read_image_size, read_label_size, read_label_values
 from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, Member
 from topformer_jax.preparation.writer import Convert
@@ -117,6 +117,9 @@ def map_colours(colours: Mapping[Colour, int], others: int | None, data: bytes, 
 
 def _require_opaque(data: bytes, name: str) -> None:
     """Raises a UserError for a mask with transparent pixels, whose colours are not seen."""
+    # A PNG without an alpha channel (a bit of its colour type) or a tRNS chunk is not decoded once more.
+    if data.startswith(PNG) and not data[25] & 4 and b"tRNS" not in data:
+        return
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.ndim < 3 or pixels.shape[2] < 4:
         return
