@@ -12,9 +12,11 @@ import numpy as np
 
 from benchmarks import peers, samples, timing
 from benchmarks.timing import OURS
-from topformer_jax import checkpoints, cli, metrics, models, sharding
-from topformer_jax.errors import UserError
-from topformer_jax.evaluation import evaluate_split
+from topformer_jax import checkpoints, models
+from topformer_jax.inference import metrics
+from topformer_jax.inference.evaluation import evaluate_split
+from topformer_jax.runtime import cli, sharding
+from topformer_jax.runtime.errors import UserError
 
 
 def compare_results(rows: list[timing.Row], programs: dict[str, timing.Program]) -> list[str]:

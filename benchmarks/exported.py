@@ -21,10 +21,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import inference, peers, samples, timing
 from benchmarks.timing import OURS, Program
-from topformer_jax import checkpoints, cli, files, models
+from topformer_jax import checkpoints, models
 from topformer_jax.data.codecs import decode_image
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network
+from topformer_jax.runtime import cli, files
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.version import __version__
 
 SUFFIXES = (".onnx", ".tflite")

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import peers, samples, timing
 from benchmarks.timing import OURS, Program
-from topformer_jax import cli, models, sharding
-from topformer_jax import config as config_lib
+from topformer_jax import config as config_lib, models
 from topformer_jax.inference import compile_inference, make_global_batch
 from topformer_jax.inference.inputs import prepare_input
 from topformer_jax.inference.plan import plan_shapes
+from topformer_jax.runtime import cli, sharding
 
 
 def whole_image(config: ConfigDict, size: int) -> ConfigDict:

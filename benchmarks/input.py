@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 from benchmarks import samples, timing, timm_input
 from benchmarks.official_input import make_example
 from benchmarks.timing import OURS, Program, Row
-from topformer_jax import cli
 from topformer_jax import config as config_lib
-from topformer_jax.data import class_folders, loader, sources
+from topformer_jax.data import loader, sources
+from topformer_jax.data.classification import folders as class_folders
 from topformer_jax.data.sources import Example
 from topformer_jax.data.workers import count_cores
+from topformer_jax.runtime import cli
 
 LEAST_BATCHES = 8  # of a run
 

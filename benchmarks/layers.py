@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 
 from benchmarks import samples, timing
 from benchmarks.timing import OURS, Row
-from topformer_jax import cli, models, sharding, step
-from topformer_jax import config as config_lib
-from topformer_jax.errors import UserError
+from topformer_jax import config as config_lib, models
 from topformer_jax.models.layers import sequential
 from topformer_jax.ops import loss as loss_ops
+from topformer_jax.runtime import cli, sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import step
 
 SIDE, LARGE = 2048, 1 << 26  # of the matrices, and numbers in the arrays whose rates are the bounds
 Part = tuple[str, Any, Callable[..., Any], tuple[Any, ...]]  # name, module, how it is called, its inputs

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from benchmarks import peers, samples, timing
 from benchmarks.timing import OURS, Program
 from tests.reference.loss import plain_cross_entropy
-from topformer_jax import cli
 from topformer_jax.ops import loss as loss_ops
+from topformer_jax.runtime import cli
 
 
 def our_program(

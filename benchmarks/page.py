@@ -22,9 +22,10 @@ from benchmarks import chromium, samples, timing
 from benchmarks.chromium import Browser
 from benchmarks.exported import write_file
 from benchmarks.timing import Program
-from topformer_jax import cli, demo
-from topformer_jax.errors import UserError
+from topformer_jax import demo
 from topformer_jax.exporters import exported
+from topformer_jax.runtime import cli
+from topformer_jax.runtime.errors import UserError
 
 FILES = (("web", 1), ("web", 2), ("cpu", 1), ("cpu", 2))  # target and stride
 

@@ -20,8 +20,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.timing import Program
-from topformer_jax import cli
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import cli
+from topformer_jax.runtime.errors import UserError
 
 WORDS = ("eager", "channels_last", "compile", "kept_memory")
 # The fastest variant on a CPU, by question; on CUDA it is channels_last+compile.

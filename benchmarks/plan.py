@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from benchmarks import samples, timing
-from topformer_jax import cli
 from topformer_jax import config as config_lib
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference import EvalPlan, plan_evaluation
 from topformer_jax.inference.plan import window_grids
+from topformer_jax.runtime import cli
 
 RECIPES = {
     "ade20k": "topformer_b_ade",

@@ -27,16 +27,18 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks import samples, timing
-from topformer_jax import cli, files, metrics, models, sharding, step
-from topformer_jax import config as config_lib
+from topformer_jax import config as config_lib, models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.workers import count_cores
-from topformer_jax.errors import UserError
-from topformer_jax.evaluation import evaluate_split
-from topformer_jax.optimizer import scaled_learning_rate
+from topformer_jax.inference import metrics
+from topformer_jax.inference.evaluation import evaluate_split
+from topformer_jax.runtime import cli, files, sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import step
+from topformer_jax.training.optimizer import scaled_learning_rate
 
 PLAIN: dict[str, Any] = {
     "model.drop_path_rate": 0.0,

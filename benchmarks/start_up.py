@@ -20,8 +20,9 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks import samples, timing
-from topformer_jax import cli, sharding, step
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import cli, sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import step
 
 ROOT = pathlib.Path(__file__).parents[1]
 DISPATCHES = 7
@@ -31,7 +32,7 @@ start = time.perf_counter()
 import topformer_jax.train
 imported = time.perf_counter() - start
 from benchmarks import start_up
-from topformer_jax import cli
+from topformer_jax.runtime import cli
 cli.run(lambda: print(json.dumps({{"import": imported, **start_up.time_phases({settings})}})))
 """
 

@@ -8,9 +8,9 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from topformer_jax.data.class_images import RAND_AUGMENT_STD
+from topformer_jax.data.classification.images import RAND_AUGMENT_STD
 from topformer_jax.data.sources import Example
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 
 def make_transform(config: ConfigDict) -> Callable[[Example], Any]:

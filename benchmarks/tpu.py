@@ -24,14 +24,15 @@ from ml_collections import ConfigDict
 from benchmarks import samples, timing, traffic
 from benchmarks.timing import Row
 from tests.reference.loss import plain_cross_entropy
-from topformer_jax import cli, models, sharding, step
-from topformer_jax import config as config_lib
-from topformer_jax.errors import UserError
+from topformer_jax import config as config_lib, models
 from topformer_jax.inference import compile_inference
 from topformer_jax.inference.inputs import prepare_input, view_flips
 from topformer_jax.inference.plan import ProgramShapes, plan_evaluation, plan_shapes
 from topformer_jax.ops.loss import upsampled_cross_entropy
 from topformer_jax.ops.tiled import ViewLogits
+from topformer_jax.runtime import cli, sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import step
 
 IMAGES_PER_CHIP = 8  # of an evaluation: evaluation.per_device_batch_size off a CPU
 # By kind of chip: its memory's bytes a second, and bfloat16 operations a second.

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from benchmarks import peers, samples, timing
 from benchmarks.timing import OURS, Row
-from topformer_jax import cli, models, sharding, step
+from topformer_jax import models
+from topformer_jax.runtime import cli, sharding
+from topformer_jax.training import step
 
 RUN = 0.2  # seconds of steps that follow each other without waiting
 

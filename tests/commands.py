@@ -14,7 +14,8 @@ from unittest import mock
 
 import pytest
 
-from topformer_jax import cli, train
+from topformer_jax import train
+from topformer_jax.runtime import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 LONGEST = 1800.0  # seconds that a test waits for anything: for what hangs, not for what is slow

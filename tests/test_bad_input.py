@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.commands import FOLDER, ROOT, refused, refused_here, refused_run, run
-from topformer_jax import logs
 from topformer_jax.data import codecs
+from topformer_jax.runtime import logs
 
 CLASSES = 10  # as many as the shapes have, so that all runs share the compiled programs
 Spoil = Callable[[pathlib.Path], object]

@@ -21,7 +21,7 @@ from tests.test_class_images import write_images
 from topformer_jax import checkpoints, models
 from topformer_jax.data import loader, transforms
 from topformer_jax.data.augment import normalize
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 Run = Callable[..., list[dict[str, Any]]]
 RECIPE = ("--config", "configs/topformer_t_ade.py")

@@ -14,9 +14,9 @@ import pytest
 
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import ROOT, arguments, finish, free_port, start_pair, wait_for
-from topformer_jax import checkpoints, logs, models
-from topformer_jax import config as config_lib
+from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import shapes
+from topformer_jax.runtime import logs
 
 __all__ = ["bucket", "storage"]
 

@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config, load, models
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("recipe", [config.pascal_context("tiny", classes=59), config.imagenet("tiny")])

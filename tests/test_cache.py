@@ -21,11 +21,11 @@ from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
 from tests.test_sources import JPEG
 from topformer_jax import config as config_lib
-from topformer_jax import logs
 from topformer_jax.data import cache, loader, sources
-from topformer_jax.errors import UserError
-from topformer_jax.files import read_boot_id
 from topformer_jax.preparation import packing
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.files import read_boot_id
 
 __all__ = ["bucket", "files", "small_shards", "storage"]
 TABLES = {"dataset_info.json", "features.json", "label_sizes.json"}
@@ -153,7 +153,7 @@ def test_a_failing_bucket_is_tried_again_and_then_named(
 
 PROGRAM = """
 import sys
-from topformer_jax import config, logs
+from topformer_jax import config; from topformer_jax.runtime import logs
 from topformer_jax.data import sources
 settings = {"data.source": "array_record", "data.root": sys.argv[1], "data.cache": sys.argv[2]}
 source = sources.open_source(config.load(config.ade20k("tiny"), settings), "train", logs.Progress)
@@ -173,7 +173,7 @@ def test_processes_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: 
 
 COPIER = """
 import sys
-from topformer_jax import files
+from topformer_jax.runtime import files
 from topformer_jax.data import cache
 arguments = files.as_path(sys.argv[1]), "ade20k"
 cache.copy_split(*arguments, "validation", sys.argv[2])

@@ -8,7 +8,7 @@ import pytest
 from topformer_jax import config
 from topformer_jax.config import changes
 from topformer_jax.config.settings import SETTINGS
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

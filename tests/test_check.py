@@ -19,11 +19,10 @@ from tests import broken_sets
 from tests.broken_sets import BROKEN, CLASSES, COUNTS, IMAGE, PROBLEM, WARNING, every, labels, put
 from tests.commands import run_check
 from tests.test_bad_input import cut, rewrite
-from topformer_jax import check
-from topformer_jax import config as config_lib
-from topformer_jax.data import label_inspection, label_rules, ramps, rules
-from topformer_jax.errors import UserError
+from topformer_jax import check, config as config_lib
+from topformer_jax.inspection import label_rules, labels as label_inspection, ramps, rules
 from topformer_jax.preparation import packing
+from topformer_jax.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

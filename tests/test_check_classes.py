@@ -18,12 +18,13 @@ from tests.broken_sets import PROBLEM, WARNING
 from tests.commands import run_check
 from tests.test_bad_input import Spoil, cut, resave
 from tests.test_class_images import FOLDERS, write_images
-from topformer_jax import check
-from topformer_jax import config as config_lib
-from topformer_jax.data import class_folders, class_inspection, class_rules, records
-from topformer_jax.data.rules import Finding
-from topformer_jax.errors import UserError
+from topformer_jax import check, config as config_lib
+from topformer_jax.data import records
+from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.inspection import class_rules, classes as class_inspection
+from topformer_jax.inspection.rules import Finding
 from topformer_jax.preparation import packing
+from topformer_jax.runtime.errors import UserError
 
 FIRST, SECOND, THIRD = FOLDERS
 IMAGE = f"train/{FIRST}/{FIRST}_0.JPEG"

@@ -17,11 +17,11 @@ import torch
 from tests.parity import INJECTIONS, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
-from topformer_jax import run as run_lib
 from topformer_jax.checkpoints import names, torch_format
-from topformer_jax.errors import UserError
-from topformer_jax.run_folder import RunFolder
-from topformer_jax.step import TrainState
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import run as run_lib
+from topformer_jax.training.run_folder import RunFolder
+from topformer_jax.training.step import TrainState
 
 BIAS = "decode_head.conv_seg.bias"
 

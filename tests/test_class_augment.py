@@ -8,11 +8,12 @@ import torch
 from ml_collections import ConfigDict
 
 from benchmarks import traffic
-from topformer_jax import config, sharding
-from topformer_jax.data import class_augment
+from topformer_jax import config
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Batch
+from topformer_jax.data.classification import augment as class_augment
 from topformer_jax.ops.loss import class_cross_entropy
+from topformer_jax.runtime import sharding
 
 SIDE = 32
 

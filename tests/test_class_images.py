@@ -14,10 +14,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from topformer_jax import config
-from topformer_jax.data import cache, class_folders, class_images, codecs, loader, shapes, sources
+from topformer_jax.data import cache, codecs, loader, shapes, sources
+from topformer_jax.data.classification import folders as class_folders, images as class_images
 from topformer_jax.data.example import Example
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import packing
+from topformer_jax.runtime.errors import UserError
 
 FOLDERS = ("n01440764", "n02102040", "n03000684")
 

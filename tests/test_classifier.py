@@ -20,13 +20,15 @@ from benchmarks import traffic
 from benchmarks.tpu import summed_bytes
 from tests import commands
 from tests.reference import network as reference
-from topformer_jax import browse, checkpoints, config, convert, load, logs, models, sharding
-from topformer_jax.classifier_evaluation import compute_ranks, evaluate_classifier
-from topformer_jax.data import class_images, loader, sources
+from topformer_jax import browse, checkpoints, config, convert, load, models
+from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import normalize
-from topformer_jax.errors import UserError
+from topformer_jax.data.classification import images as class_images
+from topformer_jax.inference.classification import compute_ranks, evaluate_classifier
 from topformer_jax.preparation import packing
-from topformer_jax.step import init_training
+from topformer_jax.runtime import logs, sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.step import init_training
 
 CLASSES = 6
 SMALL: dict[str, Any] = {

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from topformer_jax import browse, check, cli, convert, evaluate, predict, train
+from topformer_jax import browse, check, convert, evaluate, predict, train
 from topformer_jax.config.settings import SETTINGS
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import cli
+from topformer_jax.runtime.errors import UserError
 
 # Page faults of a block of 256 MiB that is filled and freed, the first time and the third, by a thread as XLA's are.
 FAULTS = """
 import ctypes, resource, sys, threading
-from topformer_jax import cli
+from topformer_jax.runtime import cli
 cli._ACCELERATORS = sys.argv[1:]
 cli.keep_freed_memory()
 libc = ctypes.CDLL(None)

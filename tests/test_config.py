@@ -15,9 +15,9 @@ from topformer_jax.config import checks
 from topformer_jax.config.listing import as_markdown, as_typed
 from topformer_jax.config.settings import SETTINGS
 from topformer_jax.data.catalog import CATALOG
-from topformer_jax.errors import UserError
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.ops.depthwise import METHODS
+from topformer_jax.runtime.errors import UserError
 
 # variant, classes, crop, training scale, test scale, align, zero label void, batch, steps, learning rate,
 # head width (None: the variant's), depthwise head

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.commands import ROOT, command
-from tests.commands import refused_command as refused
+from tests.commands import ROOT, command, refused_command as refused
 from tests.parity import same_states
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, convert, load, models

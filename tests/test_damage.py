@@ -21,12 +21,15 @@ from tests import miniatures
 from tests.test_packing import records_config
 from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
-from topformer_jax import checkpoints, config, demo, logs, prepare, run_folder
+from topformer_jax import checkpoints, config, demo, prepare
 from topformer_jax.checkpoints import safetensors_format, torch_format
-from topformer_jax.data import catalog, class_folders, codecs, sources
-from topformer_jax.errors import UserError
+from topformer_jax.data import catalog, codecs, sources
+from topformer_jax.data.classification import folders as class_folders
 from topformer_jax.exporters import exported
 from topformer_jax.preparation import labels, packing
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import run_folder
 
 EACH = 64  # damages of each kind of file in the whole campaign
 SAMPLE = 2  # that always run

@@ -22,8 +22,7 @@ import pytest
 import torch
 
 import topformer_jax
-from benchmarks import chromium
-from benchmarks import page as page_lib
+from benchmarks import chromium, page as page_lib
 from benchmarks.chromium import Browser
 from benchmarks.page import choose_device, open_page, read_bytes, read_shown, show, text_of
 from tests.commands import LONGEST, free_port
@@ -31,8 +30,8 @@ from tests.test_export import command, refused
 from topformer_jax import checkpoints, config, demo, export
 from topformer_jax.data import shapes
 from topformer_jax.data.augment import normalize
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, onnx_file
+from topformer_jax.runtime.errors import UserError
 
 SIZE = (96, 128)
 

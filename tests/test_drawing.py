@@ -9,7 +9,7 @@ from PIL import Image, ImageFont
 
 from topformer_jax.data import codecs
 from topformer_jax.data.catalog import CATALOG, custom
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, legend
 
 SHAPES = CATALOG["shapes"]

@@ -19,11 +19,10 @@ from ml_collections import ConfigDict
 
 from benchmarks import samples
 from tests.commands import LONGEST, finish, free_port
-from topformer_jax import config as config_lib
-from topformer_jax import inference, models
+from topformer_jax import config as config_lib, inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.evaluation import ExampleResult, evaluate_split
+from topformer_jax.inference.evaluation import ExampleResult, evaluate_split
 from topformer_jax.inference.inputs import prepare_input
 from topformer_jax.inference.plan import plan_shapes
 

@@ -20,12 +20,12 @@ import pytest
 from flax import nnx
 
 import topformer_jax
-from tests.commands import LONGEST, command
-from tests.commands import refused_command as refused
-from topformer_jax import checkpoints, cli, config, convert, evaluate, export, models, predict
+from tests.commands import LONGEST, command, refused_command as refused
+from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
 from topformer_jax.data.catalog import CATALOG
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
+from topformer_jax.runtime import cli
+from topformer_jax.runtime.errors import UserError
 
 SETTINGS = {"data.shapes.validation": 3, "data.shapes.size": 64, "evaluation.scale": "(96,96)"}
 FLAGS = ["--config", "topformer_t_shapes", *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
@@ -290,7 +290,7 @@ def test_ctrl_c_deletes_what_is_unfinished(tmp_path: pathlib.Path) -> None:
 import os, pathlib, signal, sys
 sys.orig_argv, sys.argv = ["python", "-m", "topformer_jax.export"], ["-m"]
 import topformer_jax
-from topformer_jax import files
+from topformer_jax.runtime import files
 path = pathlib.Path(os.environ["UNFINISHED"])
 with files.unfinished(path):
     path.write_text("half")

@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 from tests.parity import INJECTIONS, distance, settings_for
 from tests.test_folding import randomized
 from topformer_jax import config, models
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import (
     exported,
     litert_file,
@@ -37,6 +36,7 @@ from topformer_jax.exporters import (
 from topformer_jax.exporters.exported import Exported
 from topformer_jax.exporters.onnx_graph import Graph
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, pooling_matrix
+from topformer_jax.runtime.errors import UserError
 
 FORMATS: dict[str, Any] = {"onnx": onnx_file, "tflite": litert_file, "stablehlo": stablehlo_file}
 SIZE = (70, 99)

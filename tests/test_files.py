@@ -8,8 +8,8 @@ from etils import epath
 from tests import machines
 from tests.bucket import Bucket, bucket, storage
 from tests.machines import run_at_once
-from topformer_jax import files
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 __all__ = ["bucket", "storage"]
 
@@ -56,7 +56,7 @@ def test_another_error_comes_first() -> None:
 
 WRITER = """
 import os, pathlib, sys
-from topformer_jax import files
+from topformer_jax.runtime import files
 path, content = pathlib.Path(sys.argv[1]), sys.argv[2] * 300_000
 assert os.getpid() == 1
 print("ready")
@@ -80,7 +80,7 @@ def test_two_hosts_write_one_file(tmp_path: pathlib.Path) -> None:
 
 PROBER = """
 import os, sys
-from topformer_jax import files
+from topformer_jax.runtime import files
 folder = files.as_path(sys.argv[1])
 folder.exists()  # the first request takes longer
 assert os.getpid() == 1

@@ -21,7 +21,7 @@ from tests.parity import same_states
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, models
 from topformer_jax.checkpoints import torch_format
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 States = dict[str, torch.Tensor]
 Pth = Callable[..., pathlib.Path]

@@ -8,54 +8,23 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "topformer_jax"
-# What each part of the package may import, besides itself and errors: from numerics up to commands.
-BASE = {"version", "errors", "files"}
-DATA = {"config", "data"}
-NETWORK = {"ops", "models"}
-SHARED = {"cli", "logs", "metrics", "processes", "sharding", "visualize"}
-SCORING = {"checkpoints", "classifier_evaluation", "evaluation", "inference"}
-ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "version": set(),
-    "files": set(),
-    "config": set(),
-    "metrics": set(),
-    "optimizer": set(),
-    "profiler": set(),
-    "sharding": set(),
-    "processes": set(),
-    "shutdown": {"processes"},
-    "ops": set(),
-    "data": {"files", "ops"},
-    "models": {"ops"},
-    "logs": {"files"},
-    "visualize": {"data", "files", "metrics"},
-    "cli": {"config", "files", "logs", "processes"},
-    "checkpoints": {"config", "data", "files", "models", "processes"},
-    "inference": {"data", "metrics", "models", "ops", "sharding"},
-    "exporters": {"config", "data", "files", "inference", "models", "ops"},
-    "step": {"data", "models", "ops", "optimizer", "sharding"},
-    "classifier_evaluation": {"data", "evaluation", "models", "processes", "sharding"},
-    "evaluation": {"data", "inference", "metrics", "models", "processes", "sharding"},
-    "run_folder": {"files", "processes"},
-    "run": BASE | DATA | NETWORK | SHARED | SCORING | {"run_folder", "shutdown", "step"},
-    # Commands, which do not import each other.
-    "browse": BASE | DATA | SHARED,
-    "check": BASE | DATA | SHARED,
-    "convert": BASE | DATA | NETWORK | SHARED | {"checkpoints"},
-    "demo": BASE | SHARED | {"config", "exporters"},
-    "evaluate": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
-    "export": BASE | DATA | NETWORK | SHARED | {"checkpoints", "exporters"},
-    "preparation": {"data", "files", "logs"},
-    "prepare": BASE | DATA | {"cli", "preparation"},
-    "predict": BASE | DATA | NETWORK | SHARED | SCORING | {"exporters"},
-    "train": BASE
-    | DATA
-    | NETWORK
-    | SHARED
-    | {"checkpoints", "profiler", "run", "run_folder", "shutdown", "step"},
-    "__init__": {"checkpoints", "config", "data", "exporters", "inference", "models", "version"},
-}
+COMMANDS = "train evaluate predict convert export prepare check browse demo"
+# The package from bottom to top. A part imports parts of lower layers, never one of its own layer.
+LAYERS = [
+    layer.split()
+    for layer in (
+        "version runtime",
+        "config",
+        "cli ops",
+        "models data",
+        "checkpoints inference",
+        "exporters visualize",
+        "inspection preparation",
+        "training",
+        COMMANDS + " __init__",
+    )
+]
+HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 # The only files that import PyTorch, when it is needed: the reading and writing of its files.
 TORCH_FILES = {"checkpoints/torch_format.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -82,18 +51,33 @@ def _imports(tree: ast.AST) -> list[tuple[str, int]]:
     return found
 
 
+def _part(name: str) -> str:
+    """The part of the package that holds a module: its folder or file at the root; `runtime.cli` is its own."""
+    first, *rest = name.split(".")[1:]
+    return "cli" if [first, *rest[:1]] == ["runtime", "cli"] else first
+
+
 @pytest.mark.parametrize("file", FILES, ids=_name)
 def test_imports_go_one_way(file: pathlib.Path) -> None:
-    part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    part = _part(".".join(file.relative_to(ROOT).with_suffix("").parts))
     for name, column in _imports(ast.parse(file.read_text())):
         first, *rest = name.split(".")
-        if first == "topformer_jax" and rest and rest[0] in parts:
-            assert rest[0] in ALLOWED[part] | {part, "errors"}, f"{file} imports {name}"
+        if first == "topformer_jax" and rest and _part(name) in HEIGHT:
+            other = _part(name)
+            assert other == part or HEIGHT[other] < HEIGHT[part], f"{file} imports {name}"
         assert first not in ("benchmarks", "tests"), f"{file} imports {name}, which is not shipped"
         if first in ("torch", "tensorflow"):
             assert column > 0, f"{file} imports {name} before it is needed"
             assert str(file.relative_to(PACKAGE)) in TORCH_FILES, f"{file} imports {name}"
+
+
+def test_the_root_holds_commands_and_folders() -> None:
+    """What only one command uses stands in a folder: the root shows what is what."""
+    modules = {file.stem for file in PACKAGE.glob("*.py")}
+    assert modules == {*COMMANDS.split(), "__init__", "version"}
+    folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    assert len(folders) <= 12
+    assert modules | folders | {"cli"} == set(HEIGHT)
 
 
 @pytest.mark.parametrize("file", [*FILES, *SCRIPTS], ids=_name)

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from jax import lax
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -23,16 +22,16 @@ import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import checkpoints, config, inference, models
 from topformer_jax.data.augment import normalize
-from topformer_jax.errors import UserError
 from topformer_jax.inference import compiled, predictor
 from topformer_jax.inference.inputs import LabelInput, prepare_input
+from topformer_jax.inference.metrics import compute_scores, count_confusions
 from topformer_jax.inference.plan import network_sizes, plan_shapes, window_grids
-from topformer_jax.metrics import compute_scores, count_confusions
 from topformer_jax.models.layers import BatchNorm
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
 from topformer_jax.ops.tiled import ViewLogits
-from topformer_jax.sharding import make_inference_mesh
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.sharding import make_inference_mesh
 
 MODES: dict[str, dict[str, Any]] = {
     "single": {},

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.commands import FOLDER, LONGEST, ROOT, arguments, only_line, refused_run, run, start
-from topformer_jax import logs
 from topformer_jax.checkpoints.orbax_store import SCORES_FILE
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
 
 
 def test_no_number(tmp_path: pathlib.Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import FOLDER, LONGEST, finish, free_port, start_pair
 from tests.test_processes import LOST
-from topformer_jax import checkpoints, logs
+from topformer_jax import checkpoints
+from topformer_jax.runtime import logs
 
 __all__ = ["bucket", "storage"]
 

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from tests.commands import LONGEST
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import packing
+from topformer_jax.runtime.errors import UserError
 
 EXAMPLES = 10
 Arrays = dict[str, np.ndarray]  # a batch, to be looked through by name
@@ -181,7 +181,7 @@ def test_an_error_in_a_worker_leaves_nothing_behind(broken: ConfigDict) -> None:
     program = f"""
 import topformer_jax.config as config_lib
 from topformer_jax.data import loader, sources
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 if __name__ == "__main__":
     changes = {{"data.root": {broken.data.root!r}}}

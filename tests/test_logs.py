@@ -7,7 +7,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from topformer_jax import logs
+from topformer_jax.runtime import logs
 
 NAMES = ("loss", "pixel_accuracy", "learning_rate", "images_per_second", "data_wait", "skipped")
 

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from hypothesis import given, strategies as st
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from benchmarks import traffic
 from tests.parity import distance, to_nchw, to_nhwc

@@ -21,7 +21,7 @@ from tests.bucket import Bucket, bucket, storage
 from tests.commands import TINY, comes_to_pass, start, start_pair
 from tests.test_processes import CHANGES as LONG
 from topformer_jax import config, train
-from topformer_jax.run_folder import RunFolder
+from topformer_jax.training.run_folder import RunFolder
 
 __all__ = ["bucket", "storage"]
 

@@ -21,12 +21,12 @@ import pytest
 
 from tests.commands import FOLDER, ROOT, TINY, arguments, command, only_line
 from tests.test_bad_input import rewrite
-from topformer_jax import checkpoints, cli, evaluate, logs, processes, train
-from topformer_jax import config as config_lib
-from topformer_jax import run as run_lib
+from topformer_jax import checkpoints, config as config_lib, evaluate, train
 from topformer_jax.data import codecs, loader, sources, workers
-from topformer_jax.errors import UserError, explain_out_of_memory
-from topformer_jax.run_folder import RunFolder
+from topformer_jax.runtime import cli, logs, processes
+from topformer_jax.runtime.errors import UserError, explain_out_of_memory
+from topformer_jax.training import run as run_lib
+from topformer_jax.training.run_folder import RunFolder
 
 HUGE = 2**46  # numbers: more bytes than a process can address, whatever the machine has
 ADVICE = "lower batch_size or data.crop_size, or raise grad_accum_steps (smaller micro-batches)"
@@ -204,7 +204,7 @@ def test_a_training_that_does_not_fit(tmp_path: pathlib.Path) -> None:
     """A process that may have 8 GiB, and a step that needs more."""
     program = (
         "import resource, sys\n"
-        "from topformer_jax import cli, train\n"
+        "from topformer_jax.runtime import cli; from topformer_jax import train\n"
         "resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))\n"
         "sys.argv[0] = 'train'\n"
         "cli.run(train.main)\n"

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
 

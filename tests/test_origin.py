@@ -17,15 +17,15 @@ from flax import nnx
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import topformer_jax
-from tests.commands import command
-from tests.commands import refused_command as refused
+from tests.commands import command, refused_command as refused
 from tests.reference import network as reference
-from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict, sharding
+from topformer_jax import checkpoints, config, convert, evaluate, export, models, predict
 from topformer_jax.checkpoints import origin
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG
-from topformer_jax.errors import UserError
 from topformer_jax.inference import compile_inference
+from topformer_jax.runtime import sharding
+from topformer_jax.runtime.errors import UserError
 
 Find = Callable[[str], pathlib.Path]
 NAMES = [f"class {number}" for number in range(10)]  # of the folder that tests draw

@@ -13,7 +13,8 @@ from tests.miniatures import png
 from tests.test_export import command
 from tests.test_prepare_formats import palette_png
 from tests.test_prepare_own import labelme, shape, write
-from topformer_jax import check, cli, evaluate, export, predict, prepare, train
+from topformer_jax import check, evaluate, export, predict, prepare, train
+from topformer_jax.runtime import cli
 
 SIDE = 72
 SPLITS = {"train": "abcd", "val": "ef"}

@@ -17,14 +17,13 @@ from ml_collections import ConfigDict
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import finish
 from tests.test_sources import JPEG, PNG
-from topformer_jax import config as config_lib
-from topformer_jax import files as files_lib
-from topformer_jax import models, prepare
+from topformer_jax import config as config_lib, models, prepare
 from topformer_jax.data import sources
 from topformer_jax.data.example import SegmentationSource
-from topformer_jax.errors import UserError
-from topformer_jax.evaluation import evaluate_split
+from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.preparation import packing
+from topformer_jax.runtime import files as files_lib
+from topformer_jax.runtime.errors import UserError
 
 __all__ = ["bucket", "storage"]
 ROOT = pathlib.Path(__file__).parents[1]
@@ -175,7 +174,7 @@ def run(*arguments: str) -> subprocess.Popen[str]:
     """The command, in a process of its own, with a shard for two examples."""
     program = f"""
 import sys
-from topformer_jax import cli, prepare
+from topformer_jax.runtime import cli; from topformer_jax import prepare
 from topformer_jax.preparation import packing
 packing.SHARD_BYTES = {2 * (len(JPEG) + len(PNG))}
 sys.argv = ["prepare", "ade20k", "--format", "array_record", *{list(arguments)}]
@@ -287,8 +286,8 @@ sys.modules["gcsfs"] = None
 from topformer_jax import config
 from topformer_jax.data import sources
 from topformer_jax.data.example import SegmentationSource
-from topformer_jax.errors import UserError
-from topformer_jax.evaluation import evaluate_split
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.inference.evaluation import evaluate_split
 settings = {"data.source": "array_record", "data.root": "gs://somewhere/records"}
 try:
     sources.open_source(config.load(config.ade20k("tiny"), settings), "train")

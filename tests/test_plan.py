@@ -5,8 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from ml_collections import ConfigDict
 
 from benchmarks.plan import count_programs, padding, used_rows

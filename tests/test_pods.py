@@ -8,7 +8,7 @@ import yaml  # type: ignore[import-untyped]
 from tests.cloud import UNTIL_PREEMPTED, Cloud, write_clone, write_program
 from tests.commands import ROOT
 from tests.test_docs import Block, blocks, commands_of, parser_of, split_program
-from topformer_jax.cli import Parser
+from topformer_jax.runtime.cli import Parser
 from topformer_jax.train import make_parser
 
 # ---- GKE

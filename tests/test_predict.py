@@ -15,7 +15,7 @@ import pytest
 from tests.commands import LONGEST
 from topformer_jax import checkpoints, config, inference, load, models, predict
 from topformer_jax.data.codecs import decode_image, decode_label, read_image_size
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ["--config", "configs/topformer_t_shapes.py", "--config.evaluation.scale=(96,64)"]

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 
 from tests import miniatures
-from topformer_jax import config as config_lib
-from topformer_jax import prepare
+from topformer_jax import config as config_lib, prepare
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, scenes
+from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALL: dict[str, Callable[[pathlib.Path], object]] = {
@@ -41,7 +40,7 @@ def kill_or_rename(path, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(path, target)
 pathlib.Path.replace = kill_or_rename
-from topformer_jax import cli, prepare
+from topformer_jax.runtime import cli; from topformer_jax import prepare
 from topformer_jax.preparation import writer
 writer._CHUNK_FILES = 1
 cli.run(prepare.main)
@@ -493,7 +492,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path: pathlib.Path) -> N
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"  # less than a picture
-        "from topformer_jax import cli, prepare\n"
+        "from topformer_jax.runtime import cli; from topformer_jax import prepare\n"
         "cli.run(prepare.main)\n"
     )
     words = ["ade20k", "--source", str(tmp_path), "--output", str(tmp_path / "made"), "--workers", "0"]

@@ -18,8 +18,7 @@ from PIL import Image
 
 from tests.miniatures import HEIGHT, WIDTH, grid, jpeg, png, write_zip
 from tests.test_prepare import refusal, run, tree
-from topformer_jax import config as config_lib
-from topformer_jax import prepare
+from topformer_jax import config as config_lib, prepare
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
 from topformer_jax.preparation import downloads, own

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.commands import LONGEST, finish, start, start_pair, wait_for
-from topformer_jax import processes
 from topformer_jax.checkpoints import CheckpointStore
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import processes
+from topformer_jax.runtime.errors import UserError
 
 # Nothing is logged, saved or scored before the end: only the signal asks for it.
 CHANGES: dict[str, Any] = {

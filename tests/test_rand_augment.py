@@ -10,8 +10,8 @@ import PIL.Image
 import pytest
 from PIL import ImageEnhance, ImageOps
 
-from topformer_jax.data import rand_augment as ours
 from topformer_jax.data import shapes
+from topformer_jax.data.classification import rand_augment as ours
 
 FILL = (124, 116, 104)
 Picture = PIL.Image.Image

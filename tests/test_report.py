@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from topformer_jax.data.catalog import CATALOG, DataSet
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, report
 
 HOSTILE = '<b onload="x">&"\'</style>'

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.parity import distance, to_nchw, to_nhwc
 from topformer_jax.ops.resample import adaptive_avg_pool, bilinear_matrix, pooling_matrix, resize

@@ -14,9 +14,10 @@ import pytest
 from tests import cloud, machines
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import LONGEST, only_line, refused_run, run, start
-from topformer_jax import files, logs, run_folder
-from topformer_jax.errors import UserError
-from topformer_jax.run_folder import LEASE, Lease, RunFolder
+from topformer_jax.runtime import files, logs
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import run_folder
+from topformer_jax.training.run_folder import LEASE, Lease, RunFolder
 
 __all__ = ["bucket", "storage"]
 
@@ -32,7 +33,7 @@ def test_one_run_at_a_time(tmp_path: pathlib.Path) -> None:
 
 def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path) -> None:
     code = (
-        "import os, pathlib; from topformer_jax.run_folder import Lease; "
+        "import os, pathlib; from topformer_jax.training.run_folder import Lease; "
         f"Lease(pathlib.Path({str(tmp_path)!r})); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
@@ -53,15 +54,15 @@ def test_a_crashed_run_that_nobody_has_waited_for_leaves_the_folder(tmp_path: pa
 
 HOLDER = """
 import pathlib, sys, time
-from topformer_jax.run_folder import Lease
+from topformer_jax.training.run_folder import Lease
 Lease(pathlib.Path(sys.argv[1]), renew_seconds=0.2)
 print("there")
 time.sleep(1000)
 """
 SUCCESSOR = """
 import os, pathlib, sys
-from topformer_jax.errors import UserError
-from topformer_jax.run_folder import Lease
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.run_folder import Lease
 if len(sys.argv) > 2:
     os.setgroups([])
     os.setgid(int(sys.argv[2]))
@@ -138,7 +139,7 @@ def test_a_renewed_lease_is_respected(tmp_path: pathlib.Path, monkeypatch: pytes
 
 def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
     code = (
-        "import time, pathlib; from topformer_jax.run_folder import Lease; "
+        "import time, pathlib; from topformer_jax.training.run_folder import Lease; "
         f"Lease(pathlib.Path({str(tmp_path)!r}), renew_seconds=0.1); "
         f"print('there', flush=True); time.sleep({LONGEST})"
     )

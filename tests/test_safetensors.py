@@ -13,9 +13,10 @@ import safetensors.torch
 import torch
 
 from tests.parity import same_states
-from topformer_jax import checkpoints, config, files, models
+from topformer_jax import checkpoints, config, models
 from topformer_jax.checkpoints import safetensors_format, torch_format
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 States = dict[str, torch.Tensor]

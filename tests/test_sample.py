@@ -16,11 +16,12 @@ from tests.test_bad_input import rewrite
 from tests.test_prepare import run as prepare
 from tests.test_prepare_own import SQUARE, labelme, shape, write
 from topformer_jax import config as config_lib
-from topformer_jax.data import label_inspection, sources
+from topformer_jax.data import sources
 from topformer_jax.data.example import Example
-from topformer_jax.data.sample import EXAMPLES, look_at_labels
-from topformer_jax.errors import UserError
+from topformer_jax.inspection import labels as label_inspection
+from topformer_jax.inspection.sample import EXAMPLES, look_at_labels
 from topformer_jax.preparation import packing
+from topformer_jax.runtime.errors import UserError
 
 Change = Callable[[np.ndarray], np.ndarray]
 

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import pytest
 
-from topformer_jax import config, sharding
-from topformer_jax.errors import UserError
+from topformer_jax import config
+from topformer_jax.runtime import sharding
+from topformer_jax.runtime.errors import UserError
 
 
 def _mesh(devices: Any = None, **changes: int) -> jax.sharding.Mesh:

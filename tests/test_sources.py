@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from topformer_jax import config as config_lib
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.catalog import CATALOG
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import packing
+from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6)

@@ -15,13 +15,14 @@ from benchmarks import traffic
 from benchmarks.tpu import summed_bytes
 from tests.parity import distance
 from tests.reference.loss import plain_cross_entropy, plain_dice
-from topformer_jax import config, load, models, sharding
+from topformer_jax import config, load, models
 from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.data import augment
 from topformer_jax.data.batch import Batch
-from topformer_jax.errors import UserError
 from topformer_jax.ops.loss import PixelLoss, upsampled_cross_entropy
-from topformer_jax.step import TrainState, average_decay, init_training
+from topformer_jax.runtime import sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.step import TrainState, average_decay, init_training
 
 Find = Callable[[str], pathlib.Path]
 

@@ -24,12 +24,14 @@ from tests.commands import (
     run,
     start,
 )
-from topformer_jax import checkpoints, config, load, logs, profiler, train
+from topformer_jax import checkpoints, config, load, train
 from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
-from topformer_jax.errors import UserError
-from topformer_jax.run import STEPS_IN_FLIGHT, limit_steps_in_flight, load_teacher, wait_for_batch
-from topformer_jax.run_folder import RunFolder
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import profiler
+from topformer_jax.training.run import STEPS_IN_FLIGHT, limit_steps_in_flight, load_teacher, wait_for_batch
+from topformer_jax.training.run_folder import RunFolder
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:

@@ -14,13 +14,12 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from topformer_jax.data import codecs, transforms
 from topformer_jax.data.codecs import decode_image, decode_label
 from topformer_jax.data.transforms import fit_size, random_resize_crop
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 Find = Callable[[str], pathlib.Path]
 sides = st.integers(1, 90)

@@ -34,11 +34,12 @@ from tests.test_damage import (
     run_prepare,
 )
 from tests.test_sources import JPEG, PNG
-from topformer_jax import cli, config, demo, files, logs
+from topformer_jax import config, demo
 from topformer_jax.data import codecs, sources
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, stablehlo_file
 from topformer_jax.preparation import archives, labels, masks, packing
+from topformer_jax.runtime import cli, files, logs
+from topformer_jax.runtime.errors import UserError
 
 
 def refusal(action: Callable[[], Any]) -> str:

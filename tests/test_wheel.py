@@ -36,7 +36,7 @@ def test_the_wheel_holds_the_package_and_the_recipes(wheel: pathlib.Path) -> Non
         for path in (ROOT / "topformer_jax").rglob("*")
         if path.suffix in (".py", ".typed", ".j2") or path.parent.name == "page"
     }
-    assert {"topformer_jax/py.typed", "topformer_jax/page/index.html"} <= files
+    assert {"topformer_jax/py.typed", "topformer_jax/visualize/page/index.html"} <= files
     recipes = {f"topformer_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -34,7 +34,7 @@ def _interrupted(*_: object) -> None:
     """Ends a command at once: an exception can get lost in one of JAX's callbacks, and the command would go on."""
     os.write(2, b"interrupted\n")
     try:
-        sys.modules["topformer_jax.files"].delete_unfinished()
+        sys.modules["topformer_jax.runtime.files"].delete_unfinished()
     finally:  # also while that module is being imported
         os._exit(130)
 
@@ -74,8 +74,7 @@ def load(
     Raises:
         UserError: the config or the checkpoint is wrong, or they do not fit each other.
     """
-    from topformer_jax import checkpoints
-    from topformer_jax import config as config_lib
+    from topformer_jax import checkpoints, config as config_lib
 
     return checkpoints.load_model(config_lib.load(config, overrides), checkpoint)
 

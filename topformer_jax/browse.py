@@ -6,7 +6,7 @@ Takes the batch of training's first step (or of --step), after crop, flip and co
 classifier it shows images with the names of their classes, after RandAugment, erasing and mixup.
 """
 
-from topformer_jax import cli, files
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -30,12 +30,12 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import logs
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
 from topformer_jax.data.batch import Batch, Image
-from topformer_jax.data.class_augment import augment_classes
-from topformer_jax.errors import UserError
+from topformer_jax.data.classification.augment import augment_classes
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing
 
 

@@ -8,7 +8,7 @@ each. Exit status: 0 if training would start, 1 if it would not or would learn n
 --output gets this report as report.txt and report.json, and as classes.png how often each class occurs.
 """
 
-from topformer_jax import cli, files
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -32,14 +32,19 @@ from typing import Any
 
 import numpy as np
 
-from topformer_jax import logs
-from topformer_jax.data import class_inspection, class_rules, label_inspection, label_rules
-from topformer_jax.data.class_inspection import ClassInspection, ClassSplit
-from topformer_jax.data.inspection import Inspection, SplitFacts
-from topformer_jax.data.label_inspection import LabelInspection, LabelSplit
-from topformer_jax.data.rules import Finding, Level
-from topformer_jax.errors import UserError
-from topformer_jax.visualize import histogram
+from topformer_jax.inspection import (
+    class_rules,
+    classes as class_inspection,
+    histogram,
+    label_rules,
+    labels as label_inspection,
+)
+from topformer_jax.inspection.classes import ClassInspection, ClassSplit
+from topformer_jax.inspection.facts import Inspection, SplitFacts
+from topformer_jax.inspection.labels import LabelInspection, LabelSplit
+from topformer_jax.inspection.rules import Finding, Level
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
 
 HEADINGS: dict[Level, str] = {"problem": "PROBLEMS", "warning": "WARNINGS", "note": "NOTES"}
 SMALLEST_CLASSES = 10  # which the table of a classifier's classes shows if there are more than MAX_NAMED

@@ -10,7 +10,7 @@ writes a file that the official code loads. Tensors must fit the model exactly, 
 keeps the settings that it was made with.
 """
 
-from topformer_jax import cli
+from topformer_jax.runtime import cli
 
 
 def make_parser() -> cli.Parser:
@@ -44,14 +44,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, files, models
-from topformer_jax import config as config_lib
+from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.checkpoints.load import check_finite, find_format, is_file_path
 from topformer_jax.checkpoints.origin import complete_config, read_names, set_origin
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.errors import UserError
 from topformer_jax.models.summary import summary
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.version import __version__
 
 

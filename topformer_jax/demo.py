@@ -10,7 +10,7 @@ onnxruntime-web, comes from npm the first time, into the cache folder.
 
 import argparse
 
-from topformer_jax import cli, files
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,8 +55,8 @@ from typing import Annotated, Any
 import msgspec
 
 from topformer_jax import config as config_lib
-from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
+from topformer_jax.runtime.errors import UserError
 
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"  # of npm
 UNPACKED = f": expected npm's {RUNTIME} {VERSION}, unpacked"
@@ -69,7 +69,7 @@ RUNTIME_FILES = {
         "ort-wasm-simd-threaded.asyncify.wasm",
     ),
 }
-SOURCES = pathlib.Path(__file__).parent / "page"
+SOURCES = pathlib.Path(__file__).parent / "visualize" / "page"
 KINDS = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",

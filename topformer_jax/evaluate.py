@@ -9,8 +9,8 @@ directory; of a classifier it prints top-1 and top-5, and writes metrics.json. O
 command on each, as for training.
 """
 
-from topformer_jax import cli, files
 from topformer_jax.data.catalog import SPLITS
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -51,21 +51,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, logs, metrics, models, processes, sharding
-from topformer_jax import config as config_lib
-from topformer_jax.classifier_evaluation import evaluate_classifier
+from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.errors import UserError
-from topformer_jax.evaluation import (
+from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
+from topformer_jax.inference import Predictor, metrics
+from topformer_jax.inference.classification import evaluate_classifier
+from topformer_jax.inference.evaluation import (
     EvaluationResult,
     ExampleResult,
     evaluate_images,
     evaluate_split,
     score_split,
 )
-from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
-from topformer_jax.inference import Predictor
+from topformer_jax.runtime import logs, processes, sharding
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, report
 
 

@@ -8,7 +8,7 @@ GPUs and TPUs). A file takes images, uint8 [n, h, w, 3], RGB, and gives labels, 
 scores [n, classes]. It describes itself: classes, colours, config, origin.
 """
 
-from topformer_jax import cli, files
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -69,15 +69,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, models
-from topformer_jax import config as config_lib
+from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import sources
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Image
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.data.codecs import decode_image
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import exported, network, verification
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.version import __version__
 
 SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}

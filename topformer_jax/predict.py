@@ -11,7 +11,7 @@ OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
 
 import pathlib
 
-from topformer_jax import cli, files
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -41,13 +41,14 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
-from topformer_jax import checkpoints, inference, logs
+from topformer_jax import checkpoints, inference
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.data.codecs import decode_image, describe_depth, read_depth, read_image_size
-from topformer_jax.errors import UserError
 from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
+from topformer_jax.runtime import logs
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing
 
 STDIN = "-"

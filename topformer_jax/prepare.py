@@ -12,7 +12,7 @@ that has the layout already: array_record files are packed of it, and --output m
 
 import argparse
 
-from topformer_jax import cli
+from topformer_jax.runtime import cli
 
 DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
@@ -74,12 +74,12 @@ from typing import Any
 
 from etils import epath
 
-from topformer_jax import files
 from topformer_jax.data import records, sources
 from topformer_jax.data.catalog import SPLITS
 from topformer_jax.data.workers import count_cores
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import downloads, writer
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 
 def prepare(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ Ctrl-C and SIGTERM save before they end it. On several hosts, start the same com
 recognised, elsewhere give --coordinator, --processes and --process-id.
 """
 
-from topformer_jax import cli, files
+from topformer_jax.runtime import cli, files
 
 
 def make_parser() -> cli.Parser:
@@ -27,15 +27,15 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax import errors, logs, processes, sharding
-from topformer_jax import run as run_lib
 from topformer_jax.data import loader, sources, workers
-from topformer_jax.data.sample import look_at_labels
-from topformer_jax.profiler import StepProfiler, parse_steps
-from topformer_jax.run import Monitor, Run
-from topformer_jax.run_folder import RunFolder
-from topformer_jax.shutdown import GracefulShutdown
-from topformer_jax.step import init_training
+from topformer_jax.inspection.sample import look_at_labels
+from topformer_jax.runtime import errors, logs, processes, sharding
+from topformer_jax.training import run as run_lib
+from topformer_jax.training.profiler import StepProfiler, parse_steps
+from topformer_jax.training.run import Monitor, Run
+from topformer_jax.training.run_folder import RunFolder
+from topformer_jax.training.shutdown import GracefulShutdown
+from topformer_jax.training.step import init_training
 
 
 def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)) -> None:

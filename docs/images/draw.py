@@ -12,8 +12,9 @@ import cv2
 import matplotlib
 import numpy as np
 
-from topformer_jax import checkpoints, cli, config, inference
+from topformer_jax import checkpoints, config, inference
 from topformer_jax.data import codecs, sources
+from topformer_jax.runtime import cli
 from topformer_jax.visualize import drawing, legend
 
 FOLDER = pathlib.Path(__file__).parent

@@ -10,16 +10,22 @@ Every format reads and writes the same: a model's tensors by official name in th
 A model's variables have the official names themselves, so what a reader returns needs no further mapping.
 """
 
-from topformer_jax.checkpoints.load import describe_origin as describe_origin
-from topformer_jax.checkpoints.load import load_model as load_model
-from topformer_jax.checkpoints.load import load_segmenter as load_segmenter
-from topformer_jax.checkpoints.load import load_state_dict as load_state_dict
-from topformer_jax.checkpoints.load import read_checkpoint as read_checkpoint
-from topformer_jax.checkpoints.load import write_checkpoint as write_checkpoint
-from topformer_jax.checkpoints.orbax_store import CheckpointStore as CheckpointStore
-from topformer_jax.checkpoints.orbax_store import read_model as read_model
-from topformer_jax.checkpoints.orbax_store import save_model as save_model
-from topformer_jax.checkpoints.origin import Weights as Weights
-from topformer_jax.checkpoints.origin import check_label_rules as check_label_rules
-from topformer_jax.checkpoints.origin import print_differences as print_differences
-from topformer_jax.checkpoints.origin import read_names as read_names
+from topformer_jax.checkpoints.load import (
+    describe_origin as describe_origin,
+    load_model as load_model,
+    load_segmenter as load_segmenter,
+    load_state_dict as load_state_dict,
+    read_checkpoint as read_checkpoint,
+    write_checkpoint as write_checkpoint,
+)
+from topformer_jax.checkpoints.orbax_store import (
+    CheckpointStore as CheckpointStore,
+    read_model as read_model,
+    save_model as save_model,
+)
+from topformer_jax.checkpoints.origin import (
+    Weights as Weights,
+    check_label_rules as check_label_rules,
+    print_differences as print_differences,
+    read_names as read_names,
+)

@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from topformer_jax import files, models
+from topformer_jax import models
 from topformer_jax.checkpoints import names, orbax_store, safetensors_format, torch_format
 from topformer_jax.checkpoints.origin import set_origin
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter | models.Classifier)
 Tensors = dict[str, np.ndarray]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from topformer_jax import processes
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import processes
+from topformer_jax.runtime.errors import UserError
 
 Shape = tuple[int, ...]
 # The same modules' names in older checkpoints, and today's.

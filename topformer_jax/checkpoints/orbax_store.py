@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from topformer_jax import files, processes
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files, processes
+from topformer_jax.runtime.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
 SCORES_FILE = "scores.json"

@@ -10,11 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from topformer_jax import config as config_lib
-from topformer_jax import models, processes
+from topformer_jax import config as config_lib, models
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG, Colour, DataSet, custom, is_name, name_classes
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import processes
+from topformer_jax.runtime.errors import UserError
 
 # The settings that change a score, by task.
 SCORED_BY = {

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 
-from topformer_jax import files
 from topformer_jax.checkpoints.orbax_store import Metadata, check_sums, checksum
 from topformer_jax.checkpoints.torch_format import from_torch, json_part, to_torch
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 SUFFIX = ".safetensors"
 KEY, CRC_KEY = "topformer_jax", "topformer_jax_crc32"  # of the header

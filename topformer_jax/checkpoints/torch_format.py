@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from topformer_jax import files, processes
 from topformer_jax.checkpoints import stand_ins
 from topformer_jax.checkpoints.names import STATE_DICT_KEYS
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files, processes
+from topformer_jax.runtime.errors import UserError
 
 Shape = tuple[int, ...]
 SUFFIXES = (".pth", ".pt")

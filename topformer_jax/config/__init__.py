@@ -11,15 +11,19 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
 
 from topformer_jax.config.changes import compare_configs as compare_configs
 from topformer_jax.config.listing import as_typed as as_typed
-from topformer_jax.config.loading import complete as complete
-from topformer_jax.config.loading import hide_paths as hide_paths
-from topformer_jax.config.loading import load as load
-from topformer_jax.config.loading import recipe_names as recipe_names
-from topformer_jax.config.recipes import ade20k as ade20k
-from topformer_jax.config.recipes import base_config as base_config
-from topformer_jax.config.recipes import camvid as camvid
-from topformer_jax.config.recipes import cityscapes as cityscapes
-from topformer_jax.config.recipes import coco_stuff10k as coco_stuff10k
-from topformer_jax.config.recipes import imagenet as imagenet
-from topformer_jax.config.recipes import pascal_context as pascal_context
-from topformer_jax.config.recipes import shapes as shapes
+from topformer_jax.config.loading import (
+    complete as complete,
+    hide_paths as hide_paths,
+    load as load,
+    recipe_names as recipe_names,
+)
+from topformer_jax.config.recipes import (
+    ade20k as ade20k,
+    base_config as base_config,
+    camvid as camvid,
+    cityscapes as cityscapes,
+    coco_stuff10k as coco_stuff10k,
+    imagenet as imagenet,
+    pascal_context as pascal_context,
+    shapes as shapes,
+)

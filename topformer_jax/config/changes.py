@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax.config.listing import as_typed
 from topformer_jax.config.loading import complete, flatten
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 # The state of a run has no place for them, or its labels would mean something else.
 REFUSED = {

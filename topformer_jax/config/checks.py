@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from topformer_jax.config.settings import LONGEST_SIDE, SETTINGS
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 TRANSFORMER_STRIDE = 64  # of the segmenter: pixels of the image that a pixel of its smallest map stands for
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from topformer_jax.config import checks
 from topformer_jax.config.recipes import base_config
 from topformer_jax.config.settings import SETTINGS
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 PATHS = ("data.root", "data.cache", "init_from", "distillation.config", "distillation.checkpoint")

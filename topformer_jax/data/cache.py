@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import fsspec
 
-from topformer_jax import files
 from topformer_jax.data import records
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 THREADS = 8  # shards copied at once
 PIECE = 16 << 20  # bytes that one request asks for

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from topformer_jax import files
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 SPLITS = ("train", "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # of pictures in folders

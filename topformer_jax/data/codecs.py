@@ -20,7 +20,7 @@ import PIL.ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
-from topformer_jax.errors import UserError, explain_out_of_memory
+from topformer_jax.runtime.errors import UserError, explain_out_of_memory
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"

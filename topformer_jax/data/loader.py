@@ -26,11 +26,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from topformer_jax.data import class_images, codecs, transforms
+from topformer_jax.data import codecs, transforms
 from topformer_jax.data.batch import Batch, Image, Labels
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.sources import Example, Source
 from topformer_jax.data.workers import count_cores, count_free_shared_memory, end_with_parent
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
 _ENDLESS = 2**62  # examples; grain counts batches in floating point, which overflows for sys.maxsize

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from topformer_jax import files
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.data.example import Example
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 VERSION = "1.0.0"  # of the layout
 INFO = "dataset_info.json"  # written last: without it the data set is incomplete

@@ -13,14 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
-from topformer_jax import files
-from topformer_jax.data import cache, class_folders, records, shapes
+from topformer_jax.data import cache, records, shapes
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, SPLITS, Colour, DataSet, Layout, name_classes
+from topformer_jax.data.classification import folders as class_folders
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.data.example import Example, Source
 from topformer_jax.data.records import ArrayRecordSource
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 _NUMBERED = re.compile(r"\d+[\s:=.)-]+\S")  # a line of a list of classes with their numbers
 _HEADING = re.compile(r"(class|label)(es|s)?([ _-]?names?)?:?|names?:?|.*:", re.IGNORECASE)

@@ -7,7 +7,7 @@ import signal
 import threading
 from typing import Any
 
-from topformer_jax import files
+from topformer_jax.runtime import files
 
 
 def count_cores() -> int:

@@ -11,5 +11,4 @@
 The packages of a format are imported when it is used; a missing one is one line.
 """
 
-from topformer_jax.exporters.exported import Exported as Exported
-from topformer_jax.exporters.exported import open_exported as open_exported
+from topformer_jax.exporters.exported import Exported as Exported, open_exported as open_exported

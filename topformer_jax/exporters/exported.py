@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from topformer_jax import config as config_lib
-from topformer_jax import files
 from topformer_jax.data.catalog import CATALOG, is_name
-from topformer_jax.errors import UserError, explain_out_of_memory
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError, explain_out_of_memory
 
 # By suffix: the module of a format in this package, and the packages that it needs.
 FORMATS = {

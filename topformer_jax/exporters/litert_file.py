@@ -20,12 +20,12 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from jaxtyping import UInt8
 
-from topformer_jax import files
 from topformer_jax.data import workers
-from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import SEAL_BYTES, Run, need_packages, seal
 from topformer_jax.exporters.litert_operations import use_own_operations
 from topformer_jax.exporters.network import Function
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 HOLDS_DESCRIPTION = True
 BY_ROWS = False

@@ -15,8 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from topformer_jax import config as config_lib
-from topformer_jax import models
+from topformer_jax import config as config_lib, models
 from topformer_jax.data.augment import normalize
 from topformer_jax.models.folding import fold_batch_norms
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from topformer_jax import files
-from topformer_jax.errors import UserError
 from topformer_jax.exporters import onnx_labels, onnx_rules
 from topformer_jax.exporters.exported import KEY, Run, seal
 from topformer_jax.exporters.network import Function, input_shape
 from topformer_jax.exporters.onnx_graph import Graph, Value
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 HOLDS_DESCRIPTION = True
 BY_ROWS = False

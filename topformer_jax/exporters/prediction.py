@@ -19,10 +19,10 @@ from topformer_jax.data.transforms import (
     multiply_scale,
     resize_image,
 )
-from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import open_exported
 from topformer_jax.inference import Predictor
 from topformer_jax.inference.plan import network_sizes
+from topformer_jax.runtime.errors import UserError
 
 # The settings that `stretch` replaces.
 STRETCHED = ("evaluation.scale", "evaluation.size_divisor", "evaluation.img_ratios")

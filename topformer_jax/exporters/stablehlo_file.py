@@ -14,10 +14,10 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from topformer_jax import files
-from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Run, seal
 from topformer_jax.exporters.network import Function, input_shape
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 HOLDS_DESCRIPTION = False
 BY_ROWS = True

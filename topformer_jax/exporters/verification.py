@@ -11,9 +11,9 @@ from jaxtyping import Array, UInt8
 
 from topformer_jax import models
 from topformer_jax.data import shapes
-from topformer_jax.errors import UserError
 from topformer_jax.exporters.exported import Exported
 from topformer_jax.exporters.network import make_function
+from topformer_jax.runtime.errors import UserError
 
 Model = models.Segmenter | models.Classifier
 # How much of a file's labels may differ from the model's, and its other outputs, by their spread. A dead layer

@@ -16,7 +16,7 @@
 
 As in mmsegmentation, logits are resized to the network's input (averaged where sliding windows overlap) and from
 there to the image; softmaxes of several views are averaged. `plan` and `inputs` are plain numpy, `compiled` holds
-the jitted programs, `predictor` is what a user calls; `topformer_jax.evaluation` scores a data set.
+the jitted programs, `predictor` is what a user calls; `topformer_jax.inference.evaluation` scores a data set.
 
 Words: a *view* is one look at an image, at one ratio, mirrored or not; a *window* is a crop of the network's input in
 mode "slide", and the whole input otherwise; a *canvas* is the shape of the network's input, in which a window lies at

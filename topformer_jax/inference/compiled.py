@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 from ml_collections import FrozenConfigDict
 
-from topformer_jax import models, sharding
+from topformer_jax import models
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference.inputs import InferenceInput, LabelInput, ViewInput, view_flips
+from topformer_jax.inference.metrics import count_confusions
 from topformer_jax.inference.plan import ProgramShapes
-from topformer_jax.metrics import count_confusions
 from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.ops.tiled import TILE, ViewLogits, argmax_classes, fold_tiles, mean_probabilities
+from topformer_jax.runtime import sharding
 
 
 class CompiledInference:

@@ -9,14 +9,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from topformer_jax import models, sharding
+from topformer_jax import models
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
-from topformer_jax.errors import UserError
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
 from topformer_jax.inference.inputs import InferenceInput, LabelInput, prepare_input, view_flips
 from topformer_jax.inference.plan import ProgramShapes, network_sizes, plan_shapes
 from topformer_jax.ops.tiled import ViewLogits
+from topformer_jax.runtime import sharding
+from topformer_jax.runtime.errors import UserError
 
 # Images as the network sees them but for the normalisation, to logits.
 Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]

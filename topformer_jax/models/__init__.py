@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from topformer_jax.errors import UserError
 from topformer_jax.models.classifier import Classifier
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.models.topformer import Segmenter
 from topformer_jax.models.variants import VARIANTS
 from topformer_jax.ops.depthwise import METHODS
+from topformer_jax.runtime.errors import UserError
 
 DTYPES: dict[str, DTypeLike] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 PRECISIONS = ("highest", "high", "default")

@@ -12,9 +12,9 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-from topformer_jax import files
 from topformer_jax.data.sources import list_files
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 FETCH, REPLACE = (
     "fetch it again",

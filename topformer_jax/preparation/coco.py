@@ -8,12 +8,12 @@ from typing import Annotated
 
 import msgspec
 
-from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive, Member
 from topformer_jax.preparation.own import Annotations, Pair
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 BACKGROUNDS = ("background", "_background_", "__background__")  # categories that are what nothing covers
 Identity = int | str

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from topformer_jax import files
-from topformer_jax.data import class_folders, sources
+from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
-from topformer_jax.errors import UserError
+from topformer_jax.data.classification import folders as class_folders
 from topformer_jax.preparation import coco, coco_stuff, imagenet, labelme, masks, own, pascal, scenes, yolo
 from topformer_jax.preparation.archives import fingerprint, open_archive
 from topformer_jax.preparation.writer import Plan
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import Archive, open_nested
 from topformer_jax.preparation.writer import Plan, Task
+from topformer_jax.runtime.errors import UserError
 
 _GROUND_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 

@@ -13,14 +13,14 @@ import msgspec
 import numpy as np
 from PIL import Image, ImageDraw
 
-from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.codecs import JPEG, PNG, decode_image, read_label_values
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive, Member
 from topformer_jax.preparation.own import Annotations, Pair
 from topformer_jax.preparation.writer import Convert
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 IGNORED, BACKGROUND = (
     "__ignore__",

@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw
 
-from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.codecs import PNG, decode_image, read_image_size, read_label_size, read_label_values
-from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, Member
 from topformer_jax.preparation.writer import Convert
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 Labels = UInt8[np.ndarray, "h w"]
 Size = tuple[int, int]  # height, width

@@ -8,15 +8,15 @@ from functools import partial
 
 import numpy as np
 
-from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.data.codecs import read_label_values, read_palette
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive
 from topformer_jax.preparation.own import Annotations, Pair
 from topformer_jax.preparation.writer import Convert
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 _PICTURES = ("images", "jpegimages", "img", "image")  # folders, in lower case
 _MASK_ENDS = ("_mask", "-mask", "_label", "_gt")  # that a mask's name may have behind its picture's

@@ -14,13 +14,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from topformer_jax import files
 from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
-from topformer_jax.errors import UserError
 from topformer_jax.preparation.archives import IN_FOLDER, REPLACE, Archive, Member, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 CLASSES = "classes.txt"
 VOID = "void"  # the name, in any case, of what is no class

@@ -20,11 +20,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from topformer_jax import files
-from topformer_jax.data import cache, class_folders, records, sources
+from topformer_jax.data import cache, records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
+from topformer_jax.data.classification import folders as class_folders
 from topformer_jax.data.codecs import read_label_size
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 Source = sources.FolderSource | class_folders.ClassFolderSource
 ADVICE = "; the same command goes on from here"

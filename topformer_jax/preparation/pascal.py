@@ -6,11 +6,11 @@ from typing import Annotated
 
 import msgspec
 
-from topformer_jax import files
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import Archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 # The 59 classes' numbers among PASCAL Context's 459 labels (labels.txt), in the order of the classes.
 _CONTEXT_IDS = """

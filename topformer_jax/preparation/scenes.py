@@ -5,10 +5,10 @@ from functools import partial
 
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import Archive
 from topformer_jax.preparation.writer import Plan, Task, plan_of
+from topformer_jax.runtime.errors import UserError
 
 # Names of Cityscapes' raw ids 0 to 33 (cityscapesScripts, helpers/labels.py). Those that are no classes are void.
 _CITYSCAPES_IDS = """

@@ -13,11 +13,11 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from topformer_jax import files
 from topformer_jax.data.workers import WorkerPool, end_with_parent
-from topformer_jax.errors import UserError
-from topformer_jax.logs import Progress
 from topformer_jax.preparation.archives import Member
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.logs import Progress
 
 MANIFEST = "manifest.json"  # what was made of which archives: counts and a checksum a split
 LISTING = "files.tsv"  # a line for each file that is complete: SHA-256, bytes, split, kind, path

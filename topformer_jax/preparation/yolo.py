@@ -8,11 +8,11 @@ from functools import partial
 
 import msgspec
 
-from topformer_jax import files
-from topformer_jax.errors import UserError
 from topformer_jax.preparation import coco, labels, own
 from topformer_jax.preparation.archives import Archive, Member
 from topformer_jax.preparation.own import Annotations, Pair
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 _BOXES = "boxes without a polygon, whose pixels are void"
 

@@ -12,10 +12,10 @@ import numpy as np
 import PIL.Image
 from jaxtyping import UInt8
 
-from topformer_jax import files
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import legend
 from topformer_jax.visualize.legend import BLACK, WHITE, Canvas, Colour
 

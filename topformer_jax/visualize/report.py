@@ -14,9 +14,10 @@ import jinja2
 import numpy as np
 from jaxtyping import Float, Int64
 
-from topformer_jax import files, metrics
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 from topformer_jax.data.catalog import DataSet
+from topformer_jax.inference import metrics
+from topformer_jax.runtime import files
 from topformer_jax.visualize import drawing
 from topformer_jax.visualize.legend import Colour
 

@@ -1,6 +1,6 @@
 """One example of a classifier on the host: a random crop to train on, or the centre to evaluate. uint8 in and out.
 
-Flip, normalisation, erasing and mixup follow on the device (`class_augment.py`).
+Flip, normalisation, erasing and mixup follow on the device (`augment.py`).
 """
 
 import math
@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from topformer_jax.data import codecs
 from topformer_jax.data.batch import Image
+from topformer_jax.data.classification.rand_augment import rand_augment
 from topformer_jax.data.example import Example
-from topformer_jax.data.rand_augment import rand_augment
 from topformer_jax.data.transforms import Size
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 ASPECT = (3 / 4, 4 / 3)  # width by height of a random crop
 RAND_AUGMENT_STD = 0.5  # of the magnitude

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
-from topformer_jax import models, processes, sharding
-from topformer_jax.data import class_images, loader, sources
+from topformer_jax import models
+from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import normalize
-from topformer_jax.evaluation import local_rows
+from topformer_jax.data.classification import images as class_images
+from topformer_jax.inference.evaluation import local_rows
+from topformer_jax.runtime import processes, sharding
 
 NO_IMAGE = -1  # the label of a row that fills a batch up
 

@@ -1,6 +1,6 @@
 """What the files of a data set hold: each example is read once, and of each split only sums and a few names are kept.
 
-Here is what all tasks share; `label_inspection.py` counts label maps, `class_inspection.py` the images of classes.
+Here is what all tasks share; `labels.py` counts label maps, `classes.py` the images of classes.
 `rules.py` judges what is found. The memory does not grow with the examples, but for 16 bytes and a name of each.
 """
 
@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from topformer_jax.data import cache, codecs, loader
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.class_folders import ClassFolderSource
+from topformer_jax.data.classification.folders import ClassFolderSource
 from topformer_jax.data.example import Example, Source
 from topformer_jax.data.sources import FolderSource
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 SHOWN_NAMES = 3
 Size = tuple[int, int]  # (height, width) in pixels

@@ -1,4 +1,4 @@
-"""What is wrong or suspicious in a data set: a small function a rule, over what `inspection.py` has counted.
+"""What is wrong or suspicious in a data set: a small function a rule, over what `facts.py` has counted.
 
 A rule's docstring says what it sees and why that is suspicious; its findings say what to change. At a problem
 training would stop, or learn nonsense; with a warning it would go on; a note is worth knowing. Here are the rules
@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from topformer_jax.data import codecs
 from topformer_jax.data.catalog import SPLITS
-from topformer_jax.data.inspection import Inspection, Names
+from topformer_jax.inspection.facts import Inspection, Names
 
 Level = Literal["problem", "warning", "note"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 # A local path, or epath's of a bucket, which has the same methods.
 if TYPE_CHECKING:

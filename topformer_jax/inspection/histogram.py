@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from topformer_jax import files
 from topformer_jax.data.catalog import DataSet
+from topformer_jax.runtime import files
 
 MAX_NAMED = 50  # classes of a classifier: more are a curve without names
 Counts = Mapping[str, Int64[np.ndarray, " classes"]]  # by the name of the split

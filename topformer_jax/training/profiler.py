@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 
 def parse_steps(text: str | None) -> range:

@@ -19,7 +19,7 @@ from topformer_jax.data import cache, codecs, sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import SPLITS
 from topformer_jax.data.example import Example
-from topformer_jax.data.inspection import (
+from topformer_jax.inspection.facts import (
     Fault,
     Inspection,
     Names,
@@ -28,8 +28,8 @@ from topformer_jax.data.inspection import (
     names_by_key,
     read_splits,
 )
-from topformer_jax.data.ramps import Ramps, count_ramps
-from topformer_jax.errors import UserError
+from topformer_jax.inspection.ramps import Ramps, count_ramps
+from topformer_jax.runtime.errors import UserError
 
 BEYOND = IGNORE_LABEL + 1  # the place of all values of 16 bits in tables of values
 # Of a label's borders: at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.

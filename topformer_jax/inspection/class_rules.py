@@ -1,12 +1,13 @@
-"""The rules of classifiers' data sets (see `rules.py`), over what `class_inspection.py` has counted."""
+"""The rules of classifiers' data sets (see `rules.py`), over what `classes.py` has counted."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from topformer_jax.data import class_folders, rules
-from topformer_jax.data.class_inspection import ClassInspection
-from topformer_jax.data.rules import Finding, list_classes
+from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.inspection import rules
+from topformer_jax.inspection.classes import ClassInspection
+from topformer_jax.inspection.rules import Finding, list_classes
 
 UNEVEN = 20  # times as many images in the largest class as in the smallest one
 

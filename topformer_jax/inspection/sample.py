@@ -9,11 +9,14 @@ import cv2
 import numpy as np
 from ml_collections import ConfigDict
 
-from topformer_jax.data import class_images, codecs, label_rules, loader, rules
+from topformer_jax.data import codecs, loader
 from topformer_jax.data.catalog import DataSet
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.example import Example, SegmentationSource, Source
-from topformer_jax.data.inspection import ExampleFacts
-from topformer_jax.data.label_inspection import (
+from topformer_jax.data.sources import FolderSource
+from topformer_jax.inspection import label_rules, rules
+from topformer_jax.inspection.facts import ExampleFacts
+from topformer_jax.inspection.labels import (
     BEYOND,
     LabelFacts,
     LabelInspection,
@@ -21,9 +24,8 @@ from topformer_jax.data.label_inspection import (
     class_of_value,
     label_kind,
 )
-from topformer_jax.data.ramps import Ramps
-from topformer_jax.data.sources import FolderSource
-from topformer_jax.errors import UserError
+from topformer_jax.inspection.ramps import Ramps
+from topformer_jax.runtime.errors import UserError
 
 EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
 PIXELS = 2**28  # of these examples' labels, about: fewer examples of large ones

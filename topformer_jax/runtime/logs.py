@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from tqdm import tqdm
 
-from topformer_jax import files
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 PRINT_INTERVAL = 10  # seconds between lines of progress where there is no terminal
 

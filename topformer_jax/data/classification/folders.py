@@ -13,9 +13,9 @@ import pathlib
 
 import numpy as np
 
-from topformer_jax import files
 from topformer_jax.data.example import Example
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files
+from topformer_jax.runtime.errors import UserError
 
 NAMES = "classes.txt"
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp")  # in lower case

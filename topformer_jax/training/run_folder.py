@@ -15,8 +15,8 @@ from typing import Annotated
 import jax
 import msgspec
 
-from topformer_jax import files, processes
-from topformer_jax.errors import UserError
+from topformer_jax.runtime import files, processes
+from topformer_jax.runtime.errors import UserError
 
 RENEW_SECONDS = 15.0
 EXPIRED_SECONDS = 60.0  # a run that has not renewed its lease for so long has crashed

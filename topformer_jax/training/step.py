@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from topformer_jax import models, sharding
+from topformer_jax import models
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
-from topformer_jax.data.class_augment import augment_classes
+from topformer_jax.data.classification.augment import augment_classes
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import (
     LossSums,
@@ -25,7 +25,8 @@ from topformer_jax.ops.loss import (
     upsampled_cross_entropy,
     upsampled_dice,
 )
-from topformer_jax.optimizer import build_optimizer, scaled_learning_rate
+from topformer_jax.runtime import sharding
+from topformer_jax.training.optimizer import build_optimizer, scaled_learning_rate
 
 Tensors = dict[str, Array]
 # Folded into the seed's key, so that dropout draws other numbers than the augmentation of the same seed.

@@ -9,7 +9,7 @@ from types import FrameType
 
 import jax
 
-from topformer_jax import processes
+from topformer_jax.runtime import processes
 
 
 class GracefulShutdown:

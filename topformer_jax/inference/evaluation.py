@@ -12,15 +12,22 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from topformer_jax import metrics, models, processes, sharding
+from topformer_jax import models
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.example import SegmentationSource
 from topformer_jax.data.transforms import Size
-from topformer_jax.errors import UserError
-from topformer_jax.inference import InferenceInput, compile_inference, make_global_batch, plan_evaluation
+from topformer_jax.inference import (
+    InferenceInput,
+    compile_inference,
+    make_global_batch,
+    metrics,
+    plan_evaluation,
+)
 from topformer_jax.inference.inputs import padding_input, prepare_input
 from topformer_jax.inference.plan import EvalBatch
+from topformer_jax.runtime import processes, sharding
+from topformer_jax.runtime.errors import UserError
 
 BATCHES_IN_FLIGHT = 2  # dispatched to the devices and not yet fetched
 

@@ -12,12 +12,21 @@ import numpy as np
 from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from topformer_jax.data import cache, class_images, sources
+from topformer_jax.data import cache, sources
 from topformer_jax.data.catalog import IMAGE_SUFFIXES, SPLITS
-from topformer_jax.data.class_folders import ClassFolderSource
+from topformer_jax.data.classification import images as class_images
+from topformer_jax.data.classification.folders import ClassFolderSource
 from topformer_jax.data.example import Example
-from topformer_jax.data.inspection import SHOWN_NAMES, Fault, Inspection, Names, Size, SplitFacts, read_splits
-from topformer_jax.errors import UserError
+from topformer_jax.inspection.facts import (
+    SHOWN_NAMES,
+    Fault,
+    Inspection,
+    Names,
+    Size,
+    SplitFacts,
+    read_splits,
+)
+from topformer_jax.runtime.errors import UserError
 
 
 @dataclasses.dataclass

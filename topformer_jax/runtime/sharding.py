@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from ml_collections import ConfigDict
 
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 FSDP_MIN_SIZE = 4096  # numbers; a smaller array stays whole on every device, since gathering it costs more
 

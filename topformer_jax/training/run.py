@@ -13,17 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from topformer_jax import checkpoints, errors, files, logs, models, processes, sharding
-from topformer_jax import config as config_lib
-from topformer_jax.classifier_evaluation import evaluate_classifier
+from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.errors import UserError
-from topformer_jax.evaluation import ExampleResult, evaluate_split, score_split
-from topformer_jax.run_folder import RunFolder
-from topformer_jax.shutdown import GracefulShutdown
-from topformer_jax.step import TrainState
+from topformer_jax.inference.classification import evaluate_classifier
+from topformer_jax.inference.evaluation import ExampleResult, evaluate_split, score_split
+from topformer_jax.runtime import errors, files, logs, processes, sharding
+from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.run_folder import RunFolder
+from topformer_jax.training.shutdown import GracefulShutdown
+from topformer_jax.training.step import TrainState
 from topformer_jax.visualize import drawing
 
 SCORES = {"segmentation": "miou", "classification": "top1"}  # by which the best checkpoint is chosen

@@ -15,9 +15,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax import files, logs
 from topformer_jax.config.listing import as_text
-from topformer_jax.errors import UserError, explain_out_of_memory
+from topformer_jax.runtime import files, logs
+from topformer_jax.runtime.errors import UserError, explain_out_of_memory
 
 LONGEST_LINE = 300  # characters of an error
 
@@ -162,7 +162,7 @@ def leave_others_on_error(_: object, error: BaseException | None, *rest: object)
     """
     import jax
 
-    from topformer_jax import processes
+    from topformer_jax.runtime import processes
 
     if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
         return

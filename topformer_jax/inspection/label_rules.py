@@ -1,15 +1,15 @@
-"""The rules of segmentation data sets (see `rules.py`), over what `label_inspection.py` has counted."""
+"""The rules of segmentation data sets (see `rules.py`), over what `labels.py` has counted."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from topformer_jax.data import rules
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.inspection import SHOWN_NAMES, Names
-from topformer_jax.data.label_inspection import BEYOND, LabelInspection, LabelSplit
-from topformer_jax.data.rules import Finding, Level, list_classes
 from topformer_jax.data.transforms import fit_size
+from topformer_jax.inspection import rules
+from topformer_jax.inspection.facts import SHOWN_NAMES, Names
+from topformer_jax.inspection.labels import BEYOND, LabelInspection, LabelSplit
+from topformer_jax.inspection.rules import Finding, Level, list_classes
 
 ZERO_LABEL_IS_VOID = ("ade20k", "context59")  # in the label files of these data sets, and 255 is in none
 CITYSCAPES_CLASSES, LARGEST_CITYSCAPES_ID = 19, 33

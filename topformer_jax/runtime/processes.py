@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from topformer_jax.errors import UserError
+from topformer_jax.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
 

@@ -1,0 +1,1 @@
+"""Data of classification only: folders of classes, decoding, augmentation."""
