@@ -230,7 +230,7 @@ def test_the_table_knows_what_the_code_knows() -> None:
         ("model.injection", INJECTIONS),
         ("model.dtype", models.DTYPES),
         ("model.precision", models.PRECISIONS),
-        ("model.depthwise_impl", METHODS),
+        ("model.conv_impl", METHODS),
         ("data.dataset", [*CATALOG, "imagenet", "custom"]),
     ):
         legal = SETTINGS[key].legal

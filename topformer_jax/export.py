@@ -146,7 +146,7 @@ def export_model(
         pictures = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
     others = pictures[1::2] or pictures
     # The layers as they are evaluated, not as they are exported.
-    plain = models.build(config_lib.load(model.config, {"model.depthwise_impl": "auto"}))
+    plain = models.build(config_lib.load(model.config, {"model.conv_impl": "auto"}))
     checkpoints.load_state_dict(plain, {name: np.asarray(value) for name, value in tensors.items()})
     plain.eval()
 

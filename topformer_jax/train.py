@@ -88,8 +88,8 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     )
     profiler = StepProfiler(profile_steps, folder.local / "profile", folder.path / "profile")
     monitor = Monitor(run, batches)
-    processes.call_before_leaving(store.wait_before_exit)
-    shutdown.leave_unless(monitor.has_computed, log.print_line)
+    processes.call_before_exit(store.wait_before_exit)
+    shutdown.set_early_exit_callback(monitor.has_computed, log.print_line)
 
     # ---- the loop
     # An implicit transfer would make the host wait at every step.
@@ -97,7 +97,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         # The last one is called first, and all of them are called, whatever one of them raises.
         for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
             cleanup.callback(close)
-        cleanup.push(cli.leave_others_on_error)
+        cleanup.push(cli.abort_run_on_error)
         cleanup.enter_context(errors.report_out_of_memory("train", store.describe_newest))
         run_lib.evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):

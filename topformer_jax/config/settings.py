@@ -136,7 +136,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "precision of float32 products; highest: full float32 on every backend; default: the backend's fastest",
             ("highest", "high", "default"),
         ),
-        "model.depthwise_impl": Setting(
+        "model.conv_impl": Setting(
             "auto",
             "form of the depthwise convolutions and, in inference, 1x1 convolutions of few channels; auto: "
             "shifted on a CPU and in training on a TPU, library elsewhere. library by name: every layer is one plain "

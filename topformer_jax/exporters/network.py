@@ -1,7 +1,7 @@
 """The network as exported files compute it: pictures in, labels (or logits, or probabilities) out.
 
 It is the model's own modules with BatchNorms folded and each layer as one plain operation
-(`model.depthwise_impl=library`), so that a new block or injection needs nothing here.
+(`model.conv_impl=library`), so that a new block or injection needs nothing here.
 """
 
 import functools
@@ -22,7 +22,7 @@ from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize
 
 Function = Callable[[UInt8[Array, "n h w 3"]], Array]
 EXPORT_SETTINGS = {
-    "model.depthwise_impl": "library",
+    "model.conv_impl": "library",
     "model.dtype": "float32",
     "model.param_dtype": "float32",
 }

@@ -93,14 +93,14 @@ class Comparison:
 def verify(
     exported: Exported,
     model: Model,
-    same_model: Model,
+    alternative_model: Model,
     pictures: Sequence[UInt8[np.ndarray, "h w 3"]] = (),
     make_logits: Callable[[], Exported] | None = None,
 ) -> str:
     """Compares a file with the model on pictures; but for int8, on a drawn scene and noise too, 1 and 2 at once.
 
     Args:
-        model: in float32, with its layers as they are evaluated; `same_model` has other operations.
+        model: in float32, with its layers as they are evaluated; `alternative_model` has other operations.
         pictures: for int8 at least one, since its ranges are not for noise.
         make_logits: makes a file of logits in the same way, which is compared where labels of one class show nothing.
 
@@ -117,7 +117,7 @@ def verify(
     batches = [part for images in drawn for part in (images[:1], images[1:])]
     batches += [picture[None] for picture in pictures]
     reference, same = (
-        jax.jit(make_function(form, output, facts["stride"], fold=False)) for form in (model, same_model)
+        jax.jit(make_function(form, output, facts["stride"], fold=False)) for form in (model, alternative_model)
     )
     expected = [np.asarray(reference(images)) for images in batches]
     found = Comparison(output, map(exported, batches), expected)
@@ -141,7 +141,7 @@ def verify(
     counts += f", {len(pictures)} pictures" if pictures else ""
     said = f"compared in its runtime at {tried}{counts}: {said}"
     if found.most_common > MOST_COMMON and make_logits is not None:
-        logits = verify(make_logits(), model, same_model, pictures)
+        logits = verify(make_logits(), model, alternative_model, pictures)
         said += f"\nnearly all of these labels are of one class; as a file of logits, {logits}"
     return said
 

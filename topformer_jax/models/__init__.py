@@ -61,7 +61,7 @@ def _build(config: ConfigDict) -> Segmenter | Classifier:
         ("dtype", DTYPES),
         ("param_dtype", ("float32", "float64")),
         ("precision", PRECISIONS),
-        ("depthwise_impl", METHODS),
+        ("conv_impl", METHODS),
     ):
         _check_choice(f"model.{key}", settings[key], known)
     if (
@@ -70,7 +70,7 @@ def _build(config: ConfigDict) -> Segmenter | Classifier:
     ):
         raise UserError("float64 was asked for, but JAX is in 32-bit mode: set JAX_ENABLE_X64=1")
     policy = DTypePolicy(
-        DTYPES[settings.dtype], DTYPES[settings.param_dtype], settings.precision, settings.depthwise_impl
+        DTYPES[settings.dtype], DTYPES[settings.param_dtype], settings.precision, settings.conv_impl
     )
     variant = VARIANTS[settings.variant]
     rng = np.random.default_rng(config.seed)

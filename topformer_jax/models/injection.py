@@ -30,7 +30,7 @@ class _Injection(nnx.Module):
         matrices: Matrices | None,
     ) -> Float[Array, "n h w c"]:
         _, h, w, _ = local.shape
-        method, precision = self.policy.depthwise_impl, self.policy.matmul_precision
+        method, precision = self.policy.conv_impl, self.policy.matmul_precision
         return resize(semantics, (h, w), matrices=matrices, method=method, precision=precision)
 
 

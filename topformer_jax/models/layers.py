@@ -34,7 +34,7 @@ class DTypePolicy:
         param_dtype: that parameters and BatchNorm statistics are stored in.
         precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full
             float32: no TF32 on GPUs, no bfloat16 passes on TPUs.
-        depthwise_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.pointwise.pointwise_conv`, and of the
+        conv_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.pointwise.pointwise_conv`, and of the
             functions in `ops.resample`.
 
     >>> policy = DTypePolicy(dtype=jnp.bfloat16)
@@ -45,7 +45,7 @@ class DTypePolicy:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     precision: str | None = "highest"
-    depthwise_impl: str = "auto"
+    conv_impl: str = "auto"
 
     @property
     def accum_dtype(self) -> np.dtype:
@@ -162,9 +162,9 @@ class Conv(nnx.Module):
             x = zero_outside(x, size)
         precision = policy.matmul_precision
         if kernel == 1 and self.stride == 1 and self.groups == 1:
-            x = pointwise_conv(x, weight[0, 0], method=policy.depthwise_impl, precision=precision)
+            x = pointwise_conv(x, weight[0, 0], method=policy.conv_impl, precision=precision)
         elif group_inputs == 1 and self.groups == outputs:
-            x = depthwise_conv(x, weight, self.stride, method=policy.depthwise_impl, precision=precision)
+            x = depthwise_conv(x, weight, self.stride, method=policy.conv_impl, precision=precision)
         else:
             x = library_conv(x, weight, stride=self.stride, groups=self.groups, precision=precision)
         return x if self.bias is None else x + self.bias[...].astype(policy.dtype)

@@ -29,7 +29,7 @@ def summary(config: ConfigDict, size: tuple[int, int]) -> list[tuple[str, ...]]:
     """
     # The shifted depthwise convolution consists of multiplications; only the library's is counted as a convolution.
     config = config.copy_and_resolve_references()
-    config.model.depthwise_impl = "library"
+    config.model.conv_impl = "library"
     model = build(config)
     model.eval()
     parameters: Counter[str] = Counter()

@@ -43,7 +43,7 @@ class PyramidPool(nnx.Module):
                 x,
                 size,
                 matrices=area.matrices_between(stride, STRIDES[-1] * self.stride),
-                method=self.policy.depthwise_impl,
+                method=self.policy.conv_impl,
                 precision=self.policy.matmul_precision,
             )
             for stride, x in zip(STRIDES, tokens, strict=True)
@@ -198,7 +198,7 @@ class DecodeHead(nnx.Module):
         finest, *others = feature_maps
         _, h, w, _ = finest.shape
         _, finest_stride, *strides = STRIDES
-        method, precision = self.policy.depthwise_impl, self.policy.matmul_precision
+        method, precision = self.policy.conv_impl, self.policy.matmul_precision
         x = finest
         for stride, other in zip(strides, others, strict=True):
             matrices = area.matrices_between(stride, finest_stride)

@@ -148,14 +148,14 @@ def run(main: Callable[[], None]) -> None:
             logs.silence_orbax_threads()
             main()
         except (Exception, KeyboardInterrupt) as error:
-            leave_others_on_error(type(error), error)
+            abort_run_on_error(type(error), error)
             status = _report(error)
             if status is None:
                 raise
             sys.exit(status)
 
 
-def leave_others_on_error(_: object, error: BaseException | None, *rest: object) -> None:
+def abort_run_on_error(_: object, error: BaseException | None, *rest: object) -> None:
     """Ends a process of several at once if it fails: what closes it in order would wait for the others.
 
     Its arguments are those of `__exit__`, so that an ExitStack can call it first.
@@ -166,14 +166,14 @@ def leave_others_on_error(_: object, error: BaseException | None, *rest: object)
 
     if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
         return
-    processes.wait_if_leaving()  # the others may have left a moment earlier
+    processes.wait_if_exiting()  # the others may have left a moment earlier
     if processes.is_lost_connection(error):
         processes.report_lost_connection()
-        processes.leave(1)
+        processes.hard_exit(1)
     status = _report(error)
     if status is None:
         traceback.print_exception(error)
-    processes.leave(status or 1)
+    processes.hard_exit(status or 1)
 
 
 def _report(error: BaseException) -> int | None:

@@ -119,41 +119,41 @@ def has_reached_stop(moment: int) -> bool:
 
 
 _preemption: Any = None  # JAX's; not where Orbax finds it
-_leaving = threading.Event()  # this process is about to end together with the others
-_before_leaving: list[Callable[[], object]] = []
+_exiting = threading.Event()  # this process is about to end together with the others
+_before_exit: list[Callable[[], object]] = []
 
 
-def call_before_leaving(function: Callable[[], object]) -> None:
-    """Has `leave` call a function, which must not wait for other processes."""
-    _before_leaving.append(function)
+def call_before_exit(function: Callable[[], object]) -> None:
+    """Has `hard_exit` call a function, which must not wait for other processes."""
+    _before_exit.append(function)
 
 
-def leave(status: int) -> NoReturn:
+def hard_exit(status: int) -> NoReturn:
     """Ends this process at once, without waiting for the others: they are waiting for it and see that it is gone."""
     # The last one first: a work directory stays this run's until its writes have ended.
-    for function in (*reversed(_before_leaving), sys.stdout.flush, sys.stderr.flush):
+    for function in (*reversed(_before_exit), sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(Exception):
             function()
     os._exit(status)
 
 
-def leave_together(status: int, report: Callable[[], object], stopped: threading.Event) -> None:
-    """`leave` where all processes have agreed to; returns only once `stopped`.
+def hard_exit_all(status: int, report: Callable[[], object], stopped: threading.Event) -> None:
+    """`hard_exit` where all processes have agreed to; returns only once `stopped`.
 
     Each waits until all have answered: one that ended earlier would look dead to the others.
     """
-    _leaving.set()
-    if do_all_agree("leaving", True, stopped):
+    _exiting.set()
+    if do_all_agree("exiting", True, stopped):
         with contextlib.suppress(Exception):
             report()
         if jax.process_count() > 1 and jax.process_index() == 0:
             time.sleep(2)  # it serves the others
-        leave(status)
+        hard_exit(status)
 
 
-def wait_if_leaving() -> None:
-    """Does not return where another thread is about to end this process: see `leave_together`."""
-    if _leaving.is_set():
+def wait_if_exiting() -> None:
+    """Does not return where another thread is about to end this process: see `hard_exit_all`."""
+    if _exiting.is_set():
         threading.Event().wait()
 
 

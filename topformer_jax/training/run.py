@@ -60,7 +60,7 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
     """The network to distil from, which computes with the dtypes of this run; None without distillation."""
     if not config.distillation.config:
         return None
-    same = {f"model.{key}": config.model[key] for key in ("dtype", "precision", "depthwise_impl")}
+    same = {f"model.{key}": config.model[key] for key in ("dtype", "precision", "conv_impl")}
     teacher = config_lib.load(config.distillation.config, same)
     if teacher.model.num_classes != config.model.num_classes:
         raise UserError(

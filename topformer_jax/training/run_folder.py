@@ -162,7 +162,7 @@ class Lease:
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew_in_turn, daemon=True)
         self._thread.start()
-        processes.call_before_leaving(self.release)
+        processes.call_before_exit(self.release)
 
     def _read(self) -> Record | None:
         """The record in the file; None where there is none."""
@@ -204,7 +204,7 @@ class Lease:
                 f"error: {self._folder} was taken over by process {found.pid} on {found.host}: this run ends",
                 file=sys.stderr,
             )
-            processes.leave(2)
+            processes.hard_exit(2)
         self._record.renewals += 1
         if not self._released.is_set():
             files.write_file(self._file, msgspec.json.encode(self._record))

@@ -55,12 +55,12 @@ class GracefulShutdown:
             return
         if self._received and number == signal.SIGINT:
             print("interrupted", file=sys.stderr)
-            processes.leave(128 + number)
+            processes.hard_exit(128 + number)
         self._received = number
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)
         elif self._has_computed is not None:
-            self._leave_early()
+            self._exit_early()
 
     def _watch_others(self) -> None:
         if not processes.wait_for_preemption(self._stopped):
@@ -69,9 +69,9 @@ class GracefulShutdown:
         while self._has_computed is None and not self._stopped.wait(0.1):
             pass
         if not self._stopped.is_set():
-            self._leave_early()
+            self._exit_early()
 
-    def leave_unless(self, has_computed: Callable[[], bool], print_line: Callable[[str], None]) -> None:
+    def set_early_exit_callback(self, has_computed: Callable[[], bool], print_line: Callable[[str], None]) -> None:
         """Lets a signal end all processes at once where it loses nothing; from now on, and now if one has come.
 
         A thread does it, so that nobody waits for the minutes in which the main thread compiles. With several
@@ -79,12 +79,12 @@ class GracefulShutdown:
         """
         self._has_computed, self._print_line = has_computed, print_line
         if self._received and self._is_alone:
-            self._leave_early()
+            self._exit_early()
 
-    def _leave_early(self) -> None:
+    def _exit_early(self) -> None:
         assert self._has_computed is not None
         if processes.do_all_agree("leave early", not self._has_computed(), self._stopped):
-            processes.leave_together(
+            processes.hard_exit_all(
                 128 + self._received,
                 lambda: self._print_line("stopped before a step was computed; start the same command again"),
                 self._stopped,
@@ -92,7 +92,7 @@ class GracefulShutdown:
 
     def check(self) -> bool:
         """Whether the run ends here. Every process must call it at the same moments: each step, each batch scored."""
-        processes.wait_if_leaving()
+        processes.wait_if_exiting()
         if not self.signal:
             if self._is_alone:
                 self.signal = self._received
