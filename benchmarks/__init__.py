@@ -6,7 +6,6 @@
   python -m benchmarks.input        files to training crops
   python -m benchmarks.evaluate     files to the confusion matrix
   python -m benchmarks.start_up     seconds to the first step, and to import each command
-  python -m benchmarks.depthwise    the shifted depthwise convolution beside XLA's
   python -m benchmarks.tpu          memory, arithmetic and traffic of a TPU slice, by its compiler
 
 `--peer torch` runs PyTorch beside ours in train_step, inference, loss and evaluate. Without `--config`

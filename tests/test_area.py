@@ -15,7 +15,7 @@ from flax import nnx
 from tests.parity import distance, model_from, normalize, run, settings_for, to_nchw, to_nhwc
 from tests.reference import network as reference
 from topformer_jax import config, load, models
-from topformer_jax.models.area import WHOLE, ImageArea, image_mask, make_image_area, zero_outside
+from topformer_jax.models.layers import WHOLE, ImageArea, image_mask, make_image_area, zero_outside
 from topformer_jax.ops.resample import adaptive_avg_pool, resize
 
 CANVAS = (192, 256)

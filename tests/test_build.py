@@ -50,7 +50,7 @@ def test_a_model_carries_its_config(recipe: ConfigDict) -> None:
         ("model.variant", "bse", "did you mean 'base'"),
         ("model.injection", "muli_sum", "did you mean 'multi_sum'"),
         ("model.dtype", "float16", "expected one of float32, bfloat16, float64"),
-        ("model.conv_impl", "fast", "expected one of auto, shifted, library"),
+        ("model.conv_impl", "fast", "expected auto or single_op"),
         ("model.precision", "tf32", "expected one of highest, high, default"),
         ("model.dtype", "float64", "JAX_ENABLE_X64"),
         ("model.num_classes", 0, "expected 1 to 100,000"),

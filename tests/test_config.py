@@ -16,7 +16,7 @@ from topformer_jax.config.listing import as_markdown, as_typed
 from topformer_jax.config.settings import SETTINGS
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.models.injection import INJECTIONS
-from topformer_jax.ops.depthwise import METHODS
+from topformer_jax.ops.convolution import METHODS
 from topformer_jax.runtime.errors import UserError
 
 # variant, classes, crop, training scale, test scale, align, zero label void, batch, steps, learning rate,
@@ -229,7 +229,6 @@ def test_the_table_knows_what_the_code_knows() -> None:
         ("model.variant", models.VARIANTS),
         ("model.injection", INJECTIONS),
         ("model.dtype", models.DTYPES),
-        ("model.precision", models.PRECISIONS),
         ("model.conv_impl", METHODS),
         ("data.dataset", [*CATALOG, "imagenet", "custom"]),
     ):

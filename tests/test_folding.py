@@ -11,7 +11,7 @@ from tests.parity import INJECTIONS, distance, run, settings_for
 from tests.test_area import _masked_logits
 from topformer_jax import config, models
 from topformer_jax.models import layers
-from topformer_jax.models.folding import fold_batch_norms
+from topformer_jax.models.layers import fold_batch_norms
 
 
 def randomized(model: Any) -> Any:

@@ -267,7 +267,7 @@ def test_output_sizes(h: int, w: int) -> None:
 
 
 def test_products_are_full_float32_unless_asked_otherwise() -> None:
-    assert _precisions(load(config.ade20k("tiny"), **{"model.conv_impl": "library"})) == {"HIGHEST"}
+    assert _precisions(load(config.ade20k("tiny"), **{"model.conv_impl": "single_op"})) == {"HIGHEST"}
     assert _precisions(load(config.ade20k("tiny"), **{"model.precision": "default"})) == {"DEFAULT"}
 
 

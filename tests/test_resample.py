@@ -32,7 +32,7 @@ def test_golden(golden: Find, operation: str) -> None:
 
 
 @pytest.mark.parametrize("operation", [resize, adaptive_avg_pool])
-@pytest.mark.parametrize("method", ["auto", "library"])
+@pytest.mark.parametrize("method", ["auto", "single_op"])
 def test_narrow_products_ask_for_no_precision(operation: Callable, method: str) -> None:
     """A precision is that of float32 products; narrower ones are exact already."""
     for dtype, precision in (("float32", "HIGHEST"), ("bfloat16", None)):

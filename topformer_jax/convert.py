@@ -49,7 +49,6 @@ from topformer_jax.checkpoints.load import check_finite, find_format, is_file_pa
 from topformer_jax.checkpoints.origin import complete_config, read_names, set_origin
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.models.summary import summary
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.version import __version__
@@ -63,7 +62,7 @@ def main() -> None:
             raise UserError("--summary needs --config FILE")
         size = cli.size("--size", args.size) if args.size else tuple(config.data.crop_size)
         print(f"TopFormer {config.model.variant}, {config.model.num_classes} classes, {size[0]} x {size[1]}")
-        print(cli.table(summary(config, size)))
+        print(cli.table(models.summary(config, size)))
         return
     if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")

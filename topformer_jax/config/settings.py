@@ -138,10 +138,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
         ),
         "model.conv_impl": Setting(
             "auto",
-            "form of the depthwise convolutions and, in inference, 1x1 convolutions of few channels; auto: "
-            "shifted on a CPU and in training on a TPU, library elsewhere. library by name: every layer is one plain "
-            "operation, resizes too",
-            ("auto", "shifted", "library"),
+            "form of convolutions, resizes and pooling; auto: the fastest form for the device; single_op: one plain "
+            "operation per layer, as exporters need",
+            ("auto", "single_op"),
         ),
     },
     "Data": {

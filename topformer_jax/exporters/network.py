@@ -1,7 +1,7 @@
 """The network as exported files compute it: pictures in, labels (or logits, or probabilities) out.
 
 It is the model's own modules with BatchNorms folded and each layer as one plain operation
-(`model.conv_impl=library`), so that a new block or injection needs nothing here.
+(`model.conv_impl=single_op`), so that a new block or injection needs nothing here.
 """
 
 import functools
@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib, models
 from topformer_jax.data.augment import normalize
-from topformer_jax.models.folding import fold_batch_norms
+from topformer_jax.models.layers import fold_batch_norms
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize
 
 Function = Callable[[UInt8[Array, "n h w 3"]], Array]
 EXPORT_SETTINGS = {
-    "model.conv_impl": "library",
+    "model.conv_impl": "single_op",
     "model.dtype": "float32",
     "model.param_dtype": "float32",
 }
@@ -79,7 +79,7 @@ def make_function(
 @functools.partial(jax.jit, static_argnames="size")
 def enlarge(logits: Float[Array, "n h w classes"], size: Any) -> Float[Array, "n height width classes"]:
     """The resize of the logits; by its name exporters know it, and may take an operation of their own."""
-    return resize(logits, size, method="library")
+    return resize(logits, size, method="single_op")
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -117,7 +117,8 @@ def verify(
     batches = [part for images in drawn for part in (images[:1], images[1:])]
     batches += [picture[None] for picture in pictures]
     reference, same = (
-        jax.jit(make_function(form, output, facts["stride"], fold=False)) for form in (model, alternative_model)
+        jax.jit(make_function(form, output, facts["stride"], fold=False))
+        for form in (model, alternative_model)
     )
     expected = [np.asarray(reference(images)) for images in batches]
     found = Comparison(output, map(exported, batches), expected)

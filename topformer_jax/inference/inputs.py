@@ -17,7 +17,7 @@ from topformer_jax.inference.plan import (
     tile_grid,
     window_grids,
 )
-from topformer_jax.models.area import WHOLE, ImageArea, make_image_area
+from topformer_jax.models.layers import WHOLE, ImageArea, make_image_area
 from topformer_jax.ops.tiled import TILE, BandedResize, resize_matrices, split_into_bands
 
 Arrays = Array | np.ndarray  # on the host for one image, on the devices for a batch

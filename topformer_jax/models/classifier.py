@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict
 
 from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy
-from topformer_jax.models.topformer import Backbone, Images
-from topformer_jax.models.variants import Variant
+from topformer_jax.models.topformer import Backbone, Images, Network
 
 
 class Linear(nnx.Module):
@@ -29,51 +28,25 @@ class Linear(nnx.Module):
 class ClassifierHead(nnx.Module):
     """BatchNorm, dropout, and a linear layer, with the official keys `bn` and `l`; all in `policy.accum_dtype`."""
 
-    def __init__(
-        self,
-        features: int,
-        num_classes: int,
-        dropout_ratio: float,
-        *,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
-    ):
+    def __init__(self, features: int, settings: ConfigDict, *, policy: DTypePolicy, rng: np.random.Generator):
         self.bn = BatchNorm(features, policy=policy.accum_policy)
-        self.dropout = Dropout(dropout_ratio, broadcast_dims=())
-        self.l = Linear(features, num_classes, policy=policy.accum_policy, rng=rng)
+        self.dropout = Dropout(settings.dropout_ratio, broadcast_dims=())
+        self.l = Linear(features, settings.num_classes, policy=policy.accum_policy, rng=rng)
 
     def __call__(self, x: Float[Array, "n c"], rngs: nnx.Rngs | None) -> Float[Array, "n classes"]:
         # After BatchNorm, which would otherwise learn the variance of values that dropout has scaled.
         return self.l(self.dropout(self.bn(x), rngs))
 
 
-class Classifier(Backbone):
+class Classifier(Backbone, Network):
     """The backbone with pooling stride 1 and without injections; mean over all positions; `ClassifierHead`.
 
-    Takes normalised RGB images and returns logits in float32 or wider. `topformer_jax.load` and `models.build` make
-    one from a config, and set `config` to it.
+    Takes normalised RGB images and returns logits in float32 or wider. `settings` are `config.model`.
     """
 
-    # All settings that the model was built from. Static: a part of the graph definition.
-    config: FrozenConfigDict
-    # As a segmenter's; a classifier's classes have no colours.
-    classes: tuple[str, ...] = ()
-    palette: tuple[tuple[int, int, int], ...] = ()
-    checkpoint_config: FrozenConfigDict | None = None
-
-    def __init__(
-        self,
-        variant: Variant,
-        num_classes: int,
-        *,
-        depths: int = 4,
-        drop_path_rate: float = 0.1,
-        dropout_ratio: float = 0.0,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
-    ):
-        super().__init__(variant, 1, depths=depths, drop_path_rate=drop_path_rate, policy=policy, rng=rng)
-        self.head = ClassifierHead(sum(self.channels), num_classes, dropout_ratio, policy=policy, rng=rng)
+    def __init__(self, settings: ConfigDict, *, policy: DTypePolicy, rng: np.random.Generator):
+        super().__init__(settings, 1, policy=policy, rng=rng)
+        self.head = ClassifierHead(sum(self.channels), settings, policy=policy, rng=rng)
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None

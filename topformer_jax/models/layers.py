@@ -1,15 +1,15 @@
-"""The layers that the network is built from: convolution, BatchNorm, blocks of the two, activations, dropout.
+"""The layers of the network: convolution, BatchNorm, blocks of the two, activations, dropout; images on canvases.
 
-Attribute names are the keys of the official checkpoints (`c`, `bn`, `weight`, `running_mean`, ...), so the path of
-a parameter in the model is its official name. Feature maps are `[n, h, w, c]`, kernels `[k, k, in / groups, out]`.
-`model.train()` and `model.eval()` of flax switch BatchNorm and dropout between training and inference.
-Constructors take a numpy generator `rng` and draw their initial weights from it in the order of construction.
+Attribute names are the keys of the official checkpoints (`c`, `bn`, `weight`, ...), so the path of a parameter is its
+official name. Feature maps are `[n, h, w, c]`, kernels `[k, k, in / groups, out]`. Constructors draw initial weights
+from a numpy generator `rng` in the order of construction.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,25 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
-from topformer_jax.models.area import zero_outside
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.depthwise import depthwise_conv, library_conv
-from topformer_jax.ops.pointwise import pointwise_conv
+from topformer_jax.ops.convolution import conv
+from topformer_jax.ops.resample import Matrices, bilinear_matrix, pooling_matrix
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class DTypePolicy:
-    """The dtypes, the precision and the depthwise implementation of a model; all its layers share one policy.
+    """The dtypes, the precision and the form of the operations; all layers of a model share one policy.
 
     Attributes:
         dtype: of activations, and of the weights in each operation.
         param_dtype: that parameters and BatchNorm statistics are stored in.
-        precision: `precision=` of convolutions and matrix products of float32 or float64. "highest" is full
-            float32: no TF32 on GPUs, no bfloat16 passes on TPUs.
-        conv_impl: `method` of `ops.depthwise.depthwise_conv`, of `ops.pointwise.pointwise_conv`, and of the
-            functions in `ops.resample`.
+        precision: `precision=` of float32 and float64 products. "highest" is full float32: no TF32 on GPUs, no
+            bfloat16 passes on TPUs.
+        conv_impl: `method` of `ops.convolution.conv` and of the functions in `ops.resample`.
 
     >>> policy = DTypePolicy(dtype=jnp.bfloat16)
     >>> policy.accum_dtype, policy.matmul_precision
@@ -54,7 +54,7 @@ class DTypePolicy:
 
     @property
     def accum_policy(self) -> "DTypePolicy":
-        """This policy with activations in `accum_dtype`: that of the layers which compute the logits."""
+        """This policy with activations in `accum_dtype`, for the layers that compute the logits."""
         return dataclasses.replace(self, dtype=self.accum_dtype)
 
     @property
@@ -63,10 +63,8 @@ class DTypePolicy:
         return self.precision if jnp.dtype(self.dtype) == self.accum_dtype else None
 
     def init_param(self, values: np.ndarray) -> Array:
-        """A parameter's initial values as a JAX array of `param_dtype`.
-
-        Numpy draws them, because JAX would compile a program for each new shape; `jnp.asarray` does that too.
-        """
+        """A parameter's initial values as a JAX array of `param_dtype`."""
+        # From numpy by device_put: jax.random and jnp.asarray would compile a program for each new shape.
         return jax.device_put(values.astype(np.dtype(self.param_dtype)), may_alias=False)
 
 
@@ -96,9 +94,7 @@ def hsigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def make_divisible(channels: int, divisor: int = 8) -> int:
-    """Rounds a channel count to the nearest multiple of `divisor`, or to the next one up if it would lose over 10 %.
-
-    The rule of MobileNet and of the official code (`_make_divisible`).
+    """Rounds channels to the nearest multiple of `divisor`, or up if that loses over 10 % (`_make_divisible`).
 
     >>> [make_divisible(channels) for channels in (1, 19, 48, 92)]
     [8, 24, 48, 96]
@@ -108,10 +104,7 @@ def make_divisible(channels: int, divisor: int = 8) -> int:
 
 
 def sequential(layers: Iterable[Any], x: Array, size: Int32[Array, "n 2"] | None = None) -> Array:
-    """Applies modules and functions in order, as `torch.nn.Sequential` does.
-
-    The layers stay a plain `nnx.List`, so that their indices are those in the checkpoint's keys. `size`: see `Conv`.
-    """
+    """Applies modules and functions in order, as `torch.nn.Sequential` does; `size`: see `Conv`."""
     for layer in layers:
         x = layer(x, size) if isinstance(layer, ConvBN) else layer(x)
     return x
@@ -157,25 +150,24 @@ class Conv(nnx.Module):
         """The convolution of feature maps, or of an image at the top left of each: `size` is its (height, width)."""
         policy = self.policy
         weight = self.weight[...].astype(policy.dtype)
-        kernel, _, group_inputs, outputs = weight.shape
-        if kernel > 1:
+        if len(weight) > 1:
             x = zero_outside(x, size)
-        precision = policy.matmul_precision
-        if kernel == 1 and self.stride == 1 and self.groups == 1:
-            x = pointwise_conv(x, weight[0, 0], method=policy.conv_impl, precision=precision)
-        elif group_inputs == 1 and self.groups == outputs:
-            x = depthwise_conv(x, weight, self.stride, method=policy.conv_impl, precision=precision)
-        else:
-            x = library_conv(x, weight, stride=self.stride, groups=self.groups, precision=precision)
+        x = conv(
+            x,
+            weight,
+            self.stride,
+            groups=self.groups,
+            method=policy.conv_impl,
+            precision=policy.matmul_precision,
+        )
         return x if self.bias is None else x + self.bias[...].astype(policy.dtype)
 
 
 class BatchNorm(nnx.Module):
-    """PyTorch's BatchNorm (`torch.nn.BatchNorm2d`) over all axes but the last: eps 1e-5, momentum 0.1.
+    """PyTorch's BatchNorm (`torch.nn.BatchNorm2d`) over all axes except the last: eps 1e-5, momentum 0.1.
 
-    In training the batch is normalised with its mean and its biased variance, and the running statistics become
-    `0.9 * running + 0.1 * batch` with the batch's *unbiased* variance. The statistics are those of the global batch
-    (SyncBN): under `jit` a mean over a sharded axis spans all devices. They are computed in `policy.accum_dtype`.
+    Training normalises with the mean and the biased variance of the global batch (SyncBN), and the running
+    statistics become `0.9 * running + 0.1 * batch` with the *unbiased* variance, all in `policy.accum_dtype`.
 
     Raises:
         ValueError: in training, where a channel has a single value.
@@ -191,17 +183,14 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(policy.init_param(np.zeros(features)))
         self.running_mean = nnx.BatchStat(policy.init_param(np.zeros(features)))
         self.running_var = nnx.BatchStat(policy.init_param(np.ones(features)))
-        # Not used in any computation; it is here because the official checkpoints have it.
+        # No computation uses it; the official checkpoints have it.
         self.num_batches_tracked = nnx.BatchStat(jax.device_put(np.zeros((), np.int32)))
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
         accum_dtype = self.policy.accum_dtype
         values = x.astype(accum_dtype)
         if self.use_running_average:
-            mean, variance = (
-                self.running_mean[...].astype(accum_dtype),
-                self.running_var[...].astype(accum_dtype),
-            )
+            mean, variance = (each[...].astype(accum_dtype) for each in (self.running_mean, self.running_var))
         else:
             # Flattened to [pixels, channels]: XLA's CPU backend then fuses the centring and the squaring into the
             # variance's reduction. Over four axes it writes the centred values to memory first.
@@ -210,9 +199,8 @@ class BatchNorm(nnx.Module):
             variance = jnp.square(flat - mean).mean(0)
             self._update_running(mean, variance, len(flat))
         scale = self.weight[...].astype(accum_dtype) * lax.rsqrt(variance + self.eps)
-        return (values * scale + (self.bias[...].astype(accum_dtype) - mean * scale)).astype(
-            self.policy.dtype
-        )
+        shift = self.bias[...].astype(accum_dtype) - mean * scale
+        return (values * scale + shift).astype(self.policy.dtype)
 
     def _update_running(self, mean: Array, variance: Array, count: int) -> None:
         """Updates the running statistics from a batch of `count` values a channel."""
@@ -228,10 +216,7 @@ class BatchNorm(nnx.Module):
 
 
 class ConvBN(nnx.Module):
-    """Convolution without bias, then BatchNorm. Keys `c` and `bn`, as in the official backbone.
-
-    `folding.fold_batch_norms` makes the BatchNorm a part of the convolution, and `bn` None.
-    """
+    """Convolution without bias, then BatchNorm (None once folded). Keys `c` and `bn`, as in the official backbone."""
 
     def __init__(
         self,
@@ -255,10 +240,7 @@ class ConvBN(nnx.Module):
 
 
 class ConvModule(nnx.Module):
-    """1x1 convolution, BatchNorm, activation: mmcv's `ConvModule`, with its keys `conv` and `bn`.
-
-    Without `norm` the convolution has a bias instead.
-    """
+    """1x1 convolution, BatchNorm or bias, activation: mmcv's `ConvModule`, with its keys `conv` and `bn`."""
 
     def __init__(
         self,
@@ -278,18 +260,15 @@ class ConvModule(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w inputs"]) -> Float[Array, "n h w outputs"]:
         x = self.conv(x)
-        if self.bn is not None:
-            x = self.bn(x)
+        x = x if self.bn is None else self.bn(x)
         return x if self.activation is None else self.activation(x)
 
 
 class Dropout(nnx.Module):
-    """Dropout that can drop whole channels or whole samples; the identity in inference.
+    """In training a value becomes 0 with probability `rate`, else `x / (1 - rate)`; the identity in inference.
 
-    In training a value becomes 0 with probability `rate`, and otherwise `x / (1 - rate)`. `broadcast_dims` are the
-    axes of `[n, h, w, c]` that share one draw: (1, 2) drops whole channels of a sample (torch's `Dropout2d`),
-    (1, 2, 3) whole samples (drop path). The draw depends only on the call's key, `rngs.dropout()`, and on the
-    position in the batch.
+    `broadcast_dims` are the axes of `[n, h, w, c]` that share one draw: (1, 2) drops whole channels of a sample
+    (torch's `Dropout2d`), (1, 2, 3) whole samples (drop path).
 
     Raises:
         ValueError: in training with a rate above 0, where the call has no `rngs`.
@@ -308,3 +287,130 @@ class Dropout(nnx.Module):
         shape = [1 if axis in self.broadcast_dims else extent for axis, extent in enumerate(x.shape)]
         keep = jax.random.bernoulli(rngs.dropout(), 1 - self.rate, shape)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+def fold_batch_norms(model: Model) -> Model:
+    """A copy of a model or a part of one, for inference, whose convolutions include the BatchNorms after them.
+
+    Raises:
+        ValueError: the model is in training mode.
+
+    >>> from topformer_jax import config, models
+    >>> model = models.build(config.ade20k("tiny"))
+    >>> model.eval()
+    >>> len(models.state_dict(model)), len(models.state_dict(fold_batch_norms(model)))
+    (376, 132)
+    """
+    folded = nnx.clone(model)
+    for _, module in list(nnx.iter_modules(folded)):
+        if isinstance(module, ConvBN | ConvModule) and module.bn is not None:
+            _fold(module.c if isinstance(module, ConvBN) else module.conv, module.bn)
+            module.bn = None
+    return folded
+
+
+def _fold(conv: Conv, norm: BatchNorm) -> None:
+    """Includes the BatchNorm after a convolution in its weight and bias, computed in float64."""
+    if not norm.use_running_average:
+        raise ValueError("BatchNorms can be folded in inference mode only: call model.eval() first")
+    weight, shift, mean, variance = (
+        np.asarray(value[...], np.float64)
+        for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
+    assert conv.bias is None, "the convolution before a BatchNorm has no bias"
+    scale = weight / np.sqrt(variance + norm.eps)
+    dtype = conv.weight[...].dtype
+    conv.bias = nnx.data(nnx.Param(jax.device_put((shift - mean * scale).astype(dtype))))
+    kernel = np.asarray(conv.weight[...], np.float64)
+    conv.weight = nnx.Param(jax.device_put((kernel * scale).astype(dtype)))
+
+
+# Images of different sizes on one canvas. The network has one program for each input shape, the canvas. A smaller
+# image lies at the top left, and its size is data. The layers compute exactly what they would for the image alone:
+# a convolution above 1x1 first sets everything outside to zero, as its own padding; pooling and resizes use the
+# matrices of the image's own size, padded with zeros; attention gives no weight to keys outside.
+
+# The resizes inside the segmenter, (stride before, stride after): pooling of the tokens, and the bilinear resizes of
+# the injections and the head.
+RESIZES: dict[tuple[int, int], Callable[[int, int, str], np.ndarray]] = {
+    **dict.fromkeys([(4, 64), (8, 64), (16, 64), (32, 64)], pooling_matrix),
+    **dict.fromkeys([(64, 8), (64, 16), (64, 32), (16, 8), (32, 8)], bilinear_matrix),
+}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("size", "matrices"), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class ImageArea:
+    """The sizes of a batch's images on their canvas; `make_image_area` makes it for one image.
+
+    Attributes:
+        size: int32 `[n, 2]`, (height, width) of each image, pixels of the network's input.
+        matrices: of the resizes in `RESIZES`, for rows and columns, each `[n, after, before]`.
+    """
+
+    size: Int32[np.ndarray | Array, "*n 2"] | None = None
+    matrices: Mapping[tuple[int, int], Matrices] = dataclasses.field(default_factory=dict)
+
+    def size_at(self, stride: int) -> Int32[Array, "n 2"] | None:
+        """The images' sizes on feature maps of a stride; None for `WHOLE`."""
+        return None if self.size is None else jnp.asarray((self.size - 1) // stride + 1)
+
+    def matrices_between(self, before: int, after: int) -> Matrices | None:
+        """The matrices of a resize from one stride to another; None for `WHOLE`."""
+        return self.matrices.get((before, after))
+
+    def on_canvas(self, canvas: tuple[int, int]) -> "ImageArea":
+        """The same images on a smaller canvas: the corners of the matrices."""
+        height, width = canvas
+
+        def corner(matrix: Any, side: int, before: int, after: int) -> Any:
+            return matrix[..., : _ceil_divide(side, after), : _ceil_divide(side, before)]
+
+        matrices = {
+            (before, after): (corner(rows, height, before, after), corner(columns, width, before, after))
+            for (before, after), (rows, columns) in self.matrices.items()
+        }
+        return ImageArea(self.size, matrices)
+
+
+# Every image fills its canvas: the plain network.
+WHOLE = ImageArea()
+
+
+def make_image_area(size: tuple[int, int], canvas: tuple[int, int], dtype: str) -> ImageArea:
+    """The area of one image, in numpy, without the batch axis.
+
+    `size` and `canvas` are (height, width) in pixels of the network's input; `dtype` is that of the matrices.
+    """
+    rows, columns = (_axis_matrices(size[axis], canvas[axis], dtype) for axis in (0, 1))
+    return ImageArea(np.array(size, np.int32), {key: (rows[key], columns[key]) for key in RESIZES})
+
+
+@functools.lru_cache(maxsize=512)
+def _axis_matrices(pixels: int, canvas: int, dtype: str) -> dict[tuple[int, int], np.ndarray]:
+    """The matrices of one axis; cached, since images of a data set share few sizes."""
+    matrices = {}
+    for (before, after), make in RESIZES.items():
+        matrix = np.zeros((_ceil_divide(canvas, after), _ceil_divide(canvas, before)), dtype)
+        small = make(_ceil_divide(pixels, before), _ceil_divide(pixels, after), dtype)
+        matrix[: small.shape[0], : small.shape[1]] = small
+        matrices[before, after] = matrix
+    return matrices
+
+
+def _ceil_divide(pixels: int, stride: int) -> int:
+    return -(-pixels // stride)
+
+
+def image_mask(size: Int32[Array, "n 2"], height: int, width: int) -> Bool[Array, "n height width"]:
+    """Whether each position of feature maps lies inside the images, whose sizes are at the maps' stride."""
+    rows = jnp.arange(height, dtype=size.dtype) < size[:, :1]
+    columns = jnp.arange(width, dtype=size.dtype) < size[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def zero_outside(x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None) -> Float[Array, "n h w c"]:
+    """Feature maps with zeros outside the images; unchanged if `size` is None."""
+    if size is None:
+        return x
+    return jnp.where(image_mask(size, *x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))

@@ -8,8 +8,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from topformer_jax.models.area import WHOLE, ImageArea
-from topformer_jax.models.layers import ConvBN, DTypePolicy, make_divisible, sequential
+from topformer_jax.models.layers import (
+    WHOLE,
+    ConvBN,
+    DTypePolicy,
+    ImageArea,
+    make_divisible,
+    sequential,
+)
 
 
 class Block(NamedTuple):

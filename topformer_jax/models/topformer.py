@@ -1,21 +1,19 @@
-"""The network put together: backbone, decode head, segmenter."""
+"""The network put together: the table of its sizes, backbone, decode head, segmenter."""
 
+import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from topformer_jax.models.area import WHOLE, ImageArea
 from topformer_jax.models.injection import INJECTIONS
-from topformer_jax.models.layers import Conv, ConvModule, Dropout, DTypePolicy
-from topformer_jax.models.token_pyramid import TokenPyramid
+from topformer_jax.models.layers import WHOLE, Conv, ConvModule, Dropout, DTypePolicy, ImageArea
+from topformer_jax.models.token_pyramid import Block, TokenPyramid
 from topformer_jax.models.transformer import Transformer
-from topformer_jax.models.variants import Variant
 from topformer_jax.ops.resample import Matrices, adaptive_avg_pool, resize
 
 Images = Array | np.ndarray
@@ -23,11 +21,56 @@ STRIDES = (4, 8, 16, 32)  # of the tokens
 SEMANTICS_STRIDE = 64  # of the transformer in the segmenter
 
 
-class PyramidPool(nnx.Module):
-    """Pools the tokens of all scales to one size and concatenates their channels.
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One size of the network.
 
-    The size is that of the coarsest scale divided by `stride`, rounded up.
+    Attributes:
+        rows: (depthwise kernel, expansion ratio, output channels, stride) of each block of the token pyramid.
+        taps: the blocks (counted from 0) whose outputs are the tokens of strides 4, 8, 16 and 32.
+        head_channels: of the injections and the head.
+        heads: of the attention.
     """
+
+    rows: tuple[tuple[int, int, int, int], ...]
+    taps: tuple[int, ...]
+    head_channels: int
+    heads: int
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the token pyramid."""
+        return tuple(Block(*row) for row in self.rows)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the tokens of strides 4, 8, 16 and 32."""
+        return tuple(self.blocks[tap].channels for tap in self.taps)
+
+
+# fmt: off
+VARIANTS = {
+    "tiny": Variant(
+        ((3, 1, 16, 1), (3, 4, 16, 2), (3, 3, 16, 1), (5, 3, 32, 2), (5, 3, 32, 1), (3, 3, 64, 2), (3, 3, 64, 1),
+         (5, 6, 96, 2), (5, 6, 96, 1)),
+        taps=(2, 4, 6, 8), head_channels=128, heads=4,
+    ),
+    "small": Variant(
+        ((3, 1, 16, 1), (3, 4, 24, 2), (3, 3, 24, 1), (5, 3, 48, 2), (5, 3, 48, 1), (3, 3, 96, 2), (3, 3, 96, 1),
+         (5, 6, 128, 2), (5, 6, 128, 1), (3, 6, 128, 1)),
+        taps=(2, 4, 6, 9), head_channels=192, heads=6,
+    ),
+    "base": Variant(
+        ((3, 1, 16, 1), (3, 4, 32, 2), (3, 3, 32, 1), (5, 3, 64, 2), (5, 3, 64, 1), (3, 3, 128, 2), (3, 3, 128, 1),
+         (5, 6, 160, 2), (5, 6, 160, 1), (3, 6, 160, 1)),
+        taps=(2, 4, 6, 9), head_channels=256, heads=8,
+    ),
+}
+# fmt: on
+
+
+class PyramidPool(nnx.Module):
+    """Pools the tokens of all scales to the coarsest one's size divided by `stride`, and joins their channels."""
 
     def __init__(self, stride: int, policy: DTypePolicy):
         self.stride = stride
@@ -52,28 +95,31 @@ class PyramidPool(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """Token pyramid, pooling and transformer: what segmenter and classifier share.
+    """Token pyramid, pooling and transformer, which segmenter and classifier share.
 
-    `pool_stride` is the stride of the pooling after the coarsest scale (officially `c2t_stride`): 2 in the segmenter,
-    whose transformer thus runs at stride 64, and 1 in the classifier. `depths` are the transformer's blocks.
+    Args:
+        settings: `config.model`.
+        pool_stride: of the pooling after the coarsest scale (officially `c2t_stride`): 2 in the segmenter, whose
+            transformer thus runs at stride 64, and 1 in the classifier.
+        policy: see `DTypePolicy`.
+        rng: draws the initial weights.
     """
 
     def __init__(
-        self,
-        variant: Variant,
-        pool_stride: int,
-        *,
-        depths: int,
-        drop_path_rate: float,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
+        self, settings: ConfigDict, pool_stride: int, *, policy: DTypePolicy, rng: np.random.Generator
     ):
+        variant = VARIANTS[settings.variant]
         self.policy = policy
         self.channels = variant.channels
         self.tpm = TokenPyramid(variant.blocks, variant.taps, policy=policy, rng=rng)
         self.ppa = PyramidPool(pool_stride, policy)
         self.trans = Transformer(
-            sum(self.channels), variant.heads, depths, drop_path_rate=drop_path_rate, policy=policy, rng=rng
+            sum(self.channels),
+            variant.heads,
+            settings.depths,
+            drop_path_rate=settings.drop_path_rate,
+            policy=policy,
+            rng=rng,
         )
 
     def extract_features(
@@ -111,28 +157,24 @@ def _no_injection(local: Array, semantics: Array, matrices: Matrices | None = No
 class TopFormer(Backbone):
     """The backbone with a semantics injection at strides 8, 16 and 32 (not at 4).
 
-    Returns:
-        The three injected feature maps, finest first, with `head_channels` channels each.
+    Returns the three injected feature maps, finest first, with `head_channels` channels each.
     """
 
     def __init__(
-        self,
-        variant: Variant,
-        *,
-        injection: str,
-        head_channels: int,
-        depths: int,
-        drop_path_rate: float,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
+        self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: np.random.Generator
     ):
-        super().__init__(variant, 2, depths=depths, drop_path_rate=drop_path_rate, policy=policy, rng=rng)
-        injected: list[Callable[..., Array]] = [
-            INJECTIONS[injection](channels, head_channels, policy=policy, rng=rng)
-            for channels in self.channels[1:]
-        ]
+        super().__init__(settings, 2, policy=policy, rng=rng)
+        injection = INJECTIONS[settings.injection]
         # As officially, slot 0 has no weights: the tokens of stride 4 are an input of the transformer only.
-        self.SIM = nnx.List([_no_injection, *injected])
+        self.SIM = nnx.List(
+            [
+                _no_injection,
+                *(
+                    injection(channels, head_channels, policy=policy, rng=rng)
+                    for channels in self.channels[1:]
+                ),
+            ]
+        )
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None, area: ImageArea = WHOLE
@@ -154,39 +196,27 @@ class TopFormer(Backbone):
 class DecodeHead(nnx.Module):
     """The head: sum of the feature maps at the finest one's size, 1x1 conv-BN-ReLU, dropout, 1x1 conv to classes.
 
-    Args:
-        head_channels: channels of the feature maps.
-        num_classes: channels of the logits.
-        depthwise: the first convolution has one weight a channel (officially `is_dw`, of the Tiny configs).
-        dropout_ratio: probability that a channel of a sample is dropped (`Dropout2d`).
-        policy: see `DTypePolicy`; the logits are in `policy.accum_dtype`.
-        rng: draws the initial weights.
+    With `depthwise_head` the first convolution has one weight per channel (officially `is_dw`). The logits are in
+    `policy.accum_dtype`.
     """
 
     def __init__(
-        self,
-        head_channels: int,
-        num_classes: int,
-        *,
-        depthwise: bool,
-        dropout_ratio: float,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
+        self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: np.random.Generator
     ):
         self.policy = policy
-        # mmcv initialises this layer with the fan-out of a full convolution, also where it is depthwise.
+        # mmcv initialises this layer with the fan-out of a full convolution, also if it is depthwise.
         self.linear_fuse = ConvModule(
             head_channels,
             head_channels,
-            head_channels if depthwise else 1,
+            head_channels if settings.depthwise_head else 1,
             activation=jax.nn.relu,
             std=math.sqrt(2 / head_channels),
             policy=policy,
             rng=rng,
         )
-        self.dropout = Dropout(dropout_ratio, broadcast_dims=(1, 2))
+        self.dropout = Dropout(settings.dropout_ratio, broadcast_dims=(1, 2))
         self.conv_seg = Conv(
-            head_channels, num_classes, bias=True, std=0.01, policy=policy.accum_policy, rng=rng
+            head_channels, settings.num_classes, bias=True, std=0.01, policy=policy.accum_policy, rng=rng
         )
 
     def __call__(
@@ -195,11 +225,10 @@ class DecodeHead(nnx.Module):
         rngs: nnx.Rngs | None = None,
         area: ImageArea = WHOLE,
     ) -> Float[Array, "n h w classes"]:
-        finest, *others = feature_maps
-        _, h, w, _ = finest.shape
+        x, *others = feature_maps
+        _, h, w, _ = x.shape
         _, finest_stride, *strides = STRIDES
         method, precision = self.policy.conv_impl, self.policy.matmul_precision
-        x = finest
         for stride, other in zip(strides, others, strict=True):
             matrices = area.matrices_between(stride, finest_stride)
             x = x + resize(other, (h, w), matrices=matrices, method=method, precision=precision)
@@ -207,70 +236,38 @@ class DecodeHead(nnx.Module):
         return self.conv_seg(x.astype(self.policy.accum_dtype))
 
 
-class Segmenter(nnx.Module):
-    """The whole network: normalised RGB images to logits at stride 8, in float32 or wider.
+class Network(nnx.Module):
+    """What `models.build` and `topformer_jax.load` attach to a model; static parts of its graph definition.
 
-    `topformer_jax.load` and `models.build` make one from a config, and set `config` to it.
-
-    Args:
-        variant: a value of `VARIANTS`.
-        num_classes: channels of the logits.
-        injection: a key of `INJECTIONS`.
-        head_channels: of injections and head; None: the variant's own.
-        depthwise_head: `depthwise` of `DecodeHead`.
-        depths: transformer blocks.
-        drop_path_rate: in training, of the last transformer block; the first has 0.
-        dropout_ratio: in training, of the head's channels.
-        policy: see `DTypePolicy`.
-        rng: draws the initial weights.
+    Attributes:
+        config: all settings that the model was built from, those of evaluation too.
+        classes: their names in label order, if known.
+        palette: their colours; a classifier has none.
+        checkpoint_config: the settings that the checkpoint was made with, if it holds them.
     """
 
-    # All settings that the model was built from, those of evaluation too. Static: a part of the graph definition.
     config: FrozenConfigDict
-    # Names of the classes in label order, their colours, and the settings that the checkpoint was made with, as far
-    # as `topformer_jax.load` finds them. Static too.
     classes: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     checkpoint_config: FrozenConfigDict | None = None
 
-    def __init__(
-        self,
-        variant: Variant,
-        num_classes: int,
-        *,
-        injection: str = "multi_sum",
-        head_channels: int | None = None,
-        depthwise_head: bool = False,
-        depths: int = 4,
-        drop_path_rate: float = 0.1,
-        dropout_ratio: float = 0.1,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
-    ):
-        self.num_classes, self.policy = num_classes, policy
-        head_channels = variant.head_channels if head_channels is None else head_channels
-        self.backbone = TopFormer(
-            variant,
-            injection=injection,
-            head_channels=head_channels,
-            depths=depths,
-            drop_path_rate=drop_path_rate,
-            policy=policy,
-            rng=rng,
-        )
-        self.decode_head = DecodeHead(
-            head_channels,
-            num_classes,
-            depthwise=depthwise_head,
-            dropout_ratio=dropout_ratio,
-            policy=policy,
-            rng=rng,
-        )
+
+class Segmenter(Network):
+    """The whole network: normalised RGB images to logits at stride 8, in float32 or wider.
+
+    `settings` are `config.model`; `topformer_jax.load` and `models.build` make one from a config.
+    """
+
+    def __init__(self, settings: ConfigDict, *, policy: DTypePolicy, rng: np.random.Generator):
+        self.num_classes, self.policy = settings.num_classes, policy
+        head_channels = settings.head_channels or VARIANTS[settings.variant].head_channels
+        self.backbone = TopFormer(settings, head_channels, policy=policy, rng=rng)
+        self.decode_head = DecodeHead(settings, head_channels, policy=policy, rng=rng)
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None, area: ImageArea = WHOLE
     ) -> Float[Array, "n h8 w8 classes"]:
-        """The logits; those of images on larger canvases are at the top left, what is around them means nothing."""
+        """The logits; those of images on larger canvases are at the top left, and the rest means nothing."""
         feature_maps = self.backbone(images, rngs, area)
         with jax.named_scope("decode_head"):
             return self.decode_head(feature_maps, rngs, area)

@@ -6,8 +6,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from topformer_jax.models.area import image_mask
-from topformer_jax.models.layers import Conv, ConvBN, Dropout, DTypePolicy, relu6, sequential
+from topformer_jax.models.layers import (
+    Conv,
+    ConvBN,
+    Dropout,
+    DTypePolicy,
+    image_mask,
+    relu6,
+    sequential,
+)
 
 
 class Attention(nnx.Module):

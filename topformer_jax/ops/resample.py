@@ -38,15 +38,15 @@ def resize(
         images: any feature maps; the result has their dtype, sums are computed in at least float32.
         size: (height, width) of the result, pixels.
         matrices: of every image, instead of those that `size` asks for: images on a canvas have sizes of their own.
-        method: "library" for two plain products with one matrix for all images: what exporters take, also of sizes
-            that only the file's user knows. Others: a product for each image and row, which training needs.
+        method: "single_op": two products with one matrix for all images, as exporters need; sizes may be symbols.
+            "auto": a product for each image and row, which is faster in training.
         precision: of the two matrix products.
 
     >>> resize(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1), (1, 4)).ravel().tolist()
     [0.0, 0.25, 0.75, 1.0]
     """
     with jax.named_scope("resize"):
-        if method == "library" and matrices is None:
+        if method == "single_op" and matrices is None:
             return library_resize(images, size=tuple(size), precision=precision)
         return _resample(images, size, matrices, bilinear_matrix, precision)
 
@@ -75,7 +75,7 @@ def adaptive_avg_pool(
     [0.5, 1.5, 2.5]
     """
     with jax.named_scope("pool"):
-        if method == "library" and matrices is None:
+        if method == "single_op" and matrices is None:
             return library_pool(images, size=tuple(size), precision=precision)
         return _resample(images, size, matrices, pooling_matrix, precision)
 
@@ -84,7 +84,7 @@ def adaptive_avg_pool(
 def library_resize(
     images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
 ) -> Float[Array, "n height width c"]:
-    """`resize` by method "library"; by its name exporters know it, and may take an operation of their own."""
+    """`resize` with method "single_op"; by its name exporters know it, and may take an operation of their own."""
     return _multiply_axes(images, size, bilinear_matrix, precision)
 
 
@@ -92,7 +92,7 @@ def library_resize(
 def library_pool(
     images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
 ) -> Float[Array, "n height width c"]:
-    """`adaptive_avg_pool` by method "library"; see `library_resize`."""
+    """`adaptive_avg_pool` with method "single_op"; see `library_resize`."""
     return _multiply_axes(images, size, pooling_matrix, precision)
 
 

@@ -71,7 +71,9 @@ class GracefulShutdown:
         if not self._stopped.is_set():
             self._exit_early()
 
-    def set_early_exit_callback(self, has_computed: Callable[[], bool], print_line: Callable[[str], None]) -> None:
+    def set_early_exit_callback(
+        self, has_computed: Callable[[], bool], print_line: Callable[[str], None]
+    ) -> None:
         """Lets a signal end all processes at once where it loses nothing; from now on, and now if one has come.
 
         A thread does it, so that nobody waits for the minutes in which the main thread compiles. With several
