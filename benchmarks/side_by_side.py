@@ -38,7 +38,7 @@ from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.runtime import cli, files, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import step
-from topformer_jax.training.optimizer import scaled_learning_rate
+from topformer_jax.training.step import scaled_learning_rate
 
 PLAIN: dict[str, Any] = {
     "model.drop_path_rate": 0.0,
@@ -47,7 +47,6 @@ PLAIN: dict[str, Any] = {
     "loss.class_weight": (),
     "loss.label_smoothing": 0.0,
     "loss.ohem_threshold": 0.0,
-    "loss.dice_weight": 0.0,
     "distillation.config": "",
     "distillation.checkpoint": "",
     "optimizer.clip_norm": 0.0,

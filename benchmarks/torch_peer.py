@@ -29,7 +29,7 @@ from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.workers import count_cores
 from topformer_jax.exporters import exported
-from topformer_jax.training.optimizer import MOMENTUM, RMS_DECAY
+from topformer_jax.training.step import MOMENTUM, RMS_DECAY
 
 Call = Callable[[], Any]
 Arrays = Mapping[str, np.ndarray]

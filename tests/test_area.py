@@ -74,7 +74,6 @@ def test_images_of_many_sizes_share_a_batch(variant: str, injection: str) -> Non
         model__num_classes=7,
         model__depthwise_head=False,
         model__dtype="float64",
-        model__param_dtype="float64",
     )
     model = model_from(network, settings)
     network.double().eval()

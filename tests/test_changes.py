@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from topformer_jax import config
-from topformer_jax.config import changes
+from topformer_jax.config import loading
 from topformer_jax.config.settings import SETTINGS
 from topformer_jax.runtime.errors import UserError
 
@@ -18,7 +18,7 @@ def compare(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def test_the_groups_name_settings_once() -> None:
-    groups = (changes.REFUSED, changes.SILENT, changes.WITHOUT_EFFECT)
+    groups = (loading.REFUSED, loading.SILENT, loading.WITHOUT_EFFECT)
     names = [name for group in groups for name in group]
     assert len(names) == len({*names})
     assert {*names} <= SETTINGS.keys()

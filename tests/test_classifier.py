@@ -210,7 +210,6 @@ def test_eight_devices_train_as_one(x64: None, root: pathlib.Path, steps: int) -
         "batch_size": 16 * steps,
         "grad_accum_steps": steps,
         "model.dtype": "float64",
-        "model.param_dtype": "float64",
         "data.rand_augment": 9.0,
         "data.erasing_prob": 0.5,
         "data.mixup_alpha": 0.4,
@@ -274,5 +273,5 @@ def test_ranks_of_equal_logits_and_of_none() -> None:
 
 
 def test_other_commands_know_segmentation_alone(root: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="this command knows segmentation alone"):
+    with pytest.raises(UserError, match="this command needs a segmenter"):
         checkpoints.load_segmenter(config.load("topformer_t_imagenet", SMALL))

@@ -11,9 +11,8 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config, models
-from topformer_jax.config import checks
-from topformer_jax.config.listing import as_markdown, as_typed
-from topformer_jax.config.settings import SETTINGS
+from topformer_jax.config.loading import parse
+from topformer_jax.config.settings import SETTINGS, as_markdown, as_typed
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.ops.convolution import METHODS
@@ -240,9 +239,9 @@ def test_the_table_knows_what_the_code_knows() -> None:
 def test_defaults_are_legal() -> None:
     defaults = config.load(config.base_config())
     for key, setting in SETTINGS.items():
-        assert checks.parse(key, setting.default) == setting.default
+        assert parse(key, setting.default) == setting.default
         text = as_typed(setting.default)
-        assert checks.parse(key, text) == setting.default or isinstance(setting.default, str)
+        assert parse(key, text) == setting.default or isinstance(setting.default, str)
     assert defaults.model.head_channels is None
 
 

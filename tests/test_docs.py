@@ -24,7 +24,7 @@ from PIL import Image
 
 from tests.commands import LONGEST, ROOT, TINY
 from topformer_jax import checkpoints, config, models
-from topformer_jax.config import checks
+from topformer_jax.config import loading
 from topformer_jax.config.settings import SETTINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -230,7 +230,7 @@ def test_named_settings_exist(page: pathlib.Path) -> None:
     for key, value in re.findall(r"--config\.([\w.]+)=('[^']*'|[^\s`]+)", page.read_text()):
         if key != "KEY":
             assert key in SETTINGS, f"{page.name} sets {key}"
-            checks.parse(key, value.strip("'"))
+            loading.parse(key, value.strip("'"))
 
 
 @pytest.mark.parametrize("command", ALL_COMMANDS)

@@ -85,7 +85,6 @@ def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, An
         evaluation__per_device_batch_size=2,
         evaluation__max_canvases=2,
         model__dtype="float64",
-        model__param_dtype="float64",
         **changes,
     )
     sizes = [(43, 53), (97, 66), (30, 30)]

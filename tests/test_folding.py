@@ -41,9 +41,7 @@ def images(dtype: str, height: int = 70, width: int = 99) -> np.ndarray:
 )
 @pytest.mark.usefixtures("x64")
 def test_the_network_in_float64(variant: str, injection: str) -> None:
-    settings = settings_for(
-        variant, model__injection=injection, model__dtype="float64", model__param_dtype="float64"
-    )
+    settings = settings_for(variant, model__injection=injection, model__dtype="float64")
     model = randomized(models.build(settings))
     folded = fold_batch_norms(model)
     assert batch_norms(model) > 40
@@ -54,11 +52,7 @@ def test_the_network_in_float64(variant: str, injection: str) -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_the_classifier_in_float64() -> None:
-    model = randomized(
-        models.build(
-            config.load(config.imagenet("tiny"), {"model.dtype": "float64", "model.param_dtype": "float64"})
-        )
-    )
+    model = randomized(models.build(config.load(config.imagenet("tiny"), {"model.dtype": "float64"})))
     folded = fold_batch_norms(model)
     assert batch_norms(folded) == 1  # the head's, which follows none
     found = run(folded, images("float64", 64, 64))
@@ -68,9 +62,7 @@ def test_the_classifier_in_float64() -> None:
 @pytest.mark.usefixtures("x64")
 def test_images_on_a_canvas() -> None:
     """The shifts that fill what is outside of an image stay outside."""
-    model = randomized(
-        models.build(settings_for("tiny", model__dtype="float64", model__param_dtype="float64"))
-    )
+    model = randomized(models.build(settings_for("tiny", model__dtype="float64")))
     pictures = [images("float64")[0], images("float64", 33, 128)[0]]
     pairs = zip(
         _masked_logits(fold_batch_norms(model), pictures, (96, 128)),

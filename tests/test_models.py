@@ -182,7 +182,7 @@ def test_random_classifiers(h: int, w: int, variant: str, depths: int) -> None:
     network = reference.Classifier(variant, 11, depths=depths)
     reference.randomize(network, seed=h)
     images = np.random.default_rng(w).normal(size=(2, h, w, 3))
-    floats = {"model.dtype": "float64", "model.param_dtype": "float64"}
+    floats = {"model.dtype": "float64"}
     changes = {"model.num_classes": 11, "model.depths": depths} | floats
     with jax.enable_x64(True), torch.no_grad():
         model = model_from(network, config.load(config.imagenet(variant), changes))
@@ -316,7 +316,6 @@ def _float64(variant: str, injection: str, depthwise: bool, width: int | None, *
         model__depthwise_head=depthwise,
         model__head_channels=width,
         model__dtype="float64",
-        model__param_dtype="float64",
         **{f"model__{key}": value for key, value in others.items()},
     )
 

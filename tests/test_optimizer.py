@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from topformer_jax import config
-from topformer_jax.training.optimizer import build_optimizer, learning_rate
+from topformer_jax.training.step import build_optimizer, learning_rate
 
 Find = Callable[[str], pathlib.Path]
 

@@ -256,7 +256,6 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
         "checkpoint_every": 5,
         "data.shapes.validation": 5,
         "model.dtype": "float64",
-        "model.param_dtype": "float64",
     }
     runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
     for devices, workdir in runs.items():

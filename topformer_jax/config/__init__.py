@@ -9,9 +9,8 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
     ('topformer_b_ade', 32, (512, 512))
 """
 
-from topformer_jax.config.changes import compare_configs as compare_configs
-from topformer_jax.config.listing import as_typed as as_typed
 from topformer_jax.config.loading import (
+    compare_configs as compare_configs,
     complete as complete,
     hide_paths as hide_paths,
     load as load,
@@ -27,3 +26,4 @@ from topformer_jax.config.recipes import (
     pascal_context as pascal_context,
     shapes as shapes,
 )
+from topformer_jax.config.settings import as_typed as as_typed

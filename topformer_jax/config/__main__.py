@@ -1,5 +1,5 @@
 """Prints docs/settings.md."""
 
-from topformer_jax.config.listing import as_markdown
+from topformer_jax.config.settings import as_markdown
 
 print(as_markdown())

@@ -1,5 +1,6 @@
-"""`load`: a recipe's name, a config file or a config becomes a checked config."""
+"""`load`: a recipe's name, a config file or a config becomes a checked config; what a resumed run may change."""
 
+import ast
 import difflib
 import os
 import pathlib
@@ -11,15 +12,30 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from topformer_jax.config import checks
 from topformer_jax.config.recipes import base_config
-from topformer_jax.config.settings import SETTINGS
+from topformer_jax.config.settings import LONGEST_SIDE, SETTINGS, as_typed
 from topformer_jax.runtime.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 PATHS = ("data.root", "data.cache", "init_from", "distillation.config", "distillation.checkpoint")
 # A wheel holds the recipes inside the package, a clone beside it.
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+TRANSFORMER_STRIDE = 64  # of the segmenter: pixels of the image for each pixel of its smallest map
+
+# What may differ between a checkpoint's config and that of the run that resumes it. The first group would not fit the
+# state, or change the meaning of labels.
+REFUSED = {
+    *("task", "data.reduce_zero_label", "optimizer.name", "model.variant", "model.num_classes"),
+    *("model.injection", "model.head_channels", "model.depthwise_head", "model.depths"),
+}
+# These change neither what the model learns nor its scores.
+SILENT = {
+    *("name", "log_every", "checkpoint_every", "evaluate_every", "upload_every", "max_to_keep"),
+    *("data.num_workers", "data.prefetch", "data.cache", "mesh.data", "mesh.fsdp", "mesh.slices"),
+    *("evaluation.per_device_batch_size", "data.class_names"),  # class names have a check of their own
+}
+# A resumed run reads its checkpoint instead.
+WITHOUT_EFFECT = {"init_from", "init_part"}
 
 
 def load(
@@ -42,20 +58,20 @@ def load(
     values = flatten(config.to_dict()) | dict(overrides or {})
     for key in values:
         if key not in SETTINGS:
-            raise checks.unknown(key)
+            raise _unknown(key)
     if missing := [key for key in SETTINGS if key not in values]:
         raise UserError(
             f"the config has no {missing[0]}: start from a recipe, e.g. topformer_jax.config.ade20k('tiny')"
         )
-    values = {key: checks.parse(key, value) for key, value in values.items()}
-    checks.check_together(values)
+    values = {key: parse(key, value) for key, value in values.items()}
+    _check_together(values)
     checked = base_config()
     checked.update_from_flattened_dict(values)
     return checked.lock()
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:
-    """A config of nested values that an earlier version stored: settings added since have their defaults.
+    """A config from nested values that another version stored: new settings get their defaults, unknown ones go.
 
     >>> complete({"evaluation": {"scale": [480, 360]}}).evaluation.scale
     (480, 360)
@@ -64,6 +80,32 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
         UserError: a value is not legal.
     """
     return load(base_config(), {key: value for key, value in flatten(values).items() if key in SETTINGS})
+
+
+def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: object) -> list[str]:
+    """Compares the config of a run's checkpoint with that of its next start.
+
+    Returns:
+        A line for each setting that changed and now applies: "batch_size: 16 -> 32".
+
+    Raises:
+        UserError: a setting changed that the run cannot change.
+    """
+    before, now = (flatten(each.to_dict()) for each in (complete(stored), config))
+    changed = [key for key in now if before[key] != now[key]]
+    for key in changed:
+        if key in REFUSED or (key == "ema_decay" and not before[key]):
+            own = as_typed(before[key])
+            raise UserError(
+                f"{source} holds a run with {key}={own}, and the config has {as_typed(now[key])}: set "
+                f"--config.{key}={own} to resume it, or start a new run with another --workdir"
+            )
+    return [
+        f"{key}: {_shorten(as_typed(before[key]))} -> {_shorten(as_typed(now[key]))}"
+        + (" (without effect: the run goes on from its checkpoint)" if key in WITHOUT_EFFECT else "")
+        for key in changed
+        if key not in SILENT
+    ]
 
 
 def hide_paths(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -80,13 +122,21 @@ def hide_paths(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def recipe_names() -> list[str]:
     """The names that `load` and `--config` take: those of the files in configs/."""
     return sorted(path.stem for path in RECIPES.glob("*.py"))
 
 
 def _find(source: str | os.PathLike[str]) -> pathlib.Path:
-    """The file that a path or a recipe's name stands for."""
+    """The file of a path or of a recipe's name."""
     path = pathlib.Path(source)
     if os.path.isfile(path):
         return path
@@ -109,7 +159,7 @@ def _read(path: pathlib.Path) -> ConfigDict:
         config = get_config() if callable(get_config) else None
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # of the file's own too
+    except BaseException as error:  # any that the file raises, SystemExit too
         raise UserError(_explain(path, error)) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path} is not a config file: it must define get_config() that returns a ConfigDict")
@@ -126,16 +176,140 @@ def _explain(path: pathlib.Path, error: BaseException) -> str:
     inner = error.args[0] if isinstance(error, AttributeError) and error.args else None
     text = str(inner.args[0]) if isinstance(inner, KeyError) and inner.args else ""
     if quoted := re.search("[\"'](.+?)[\"']", text):
-        return f"{place}: {checks.unknown(quoted[1])}"
+        return f"{place}: {_unknown(quoted[1])}"
     reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error).split("\n")[0]
-    return (
-        f"{place}: {type(error).__name__}: {reason[:200]}" if reason else f"{place}: {type(error).__name__}"
-    )
+    return f"{place}: {type(error).__name__}" + (f": {reason[:200]}" if reason else "")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _unknown(key: str) -> UserError:
+    """The error for a setting that does not exist; `key` may lack the group."""
+    near = difflib.get_close_matches(key, SETTINGS, 1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else "--help-config of any command lists all of them"
+    return UserError(f"there is no setting {key}: {hint}")
+
+
+def parse(key: str, value: Any) -> Any:
+    """A legal value of a setting, from text ("0.1", "(512, 512)", "true") or from a Python value.
+
+    Raises:
+        UserError: the value has another type than the setting, or is not legal.
+    """
+    default = SETTINGS[key].default
+    if isinstance(value, str) and not isinstance(default, str):
+        words = {"true": True, "false": False, "none": None}
+        try:
+            value = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deeply
+            raise _wrong_type(key, value) from None
+    if value is None and default is None:
+        return None
+    if not isinstance(default, tuple):
+        return _parse_one(key, value, int if default is None else type(default), value)
+    if not isinstance(value, (list, tuple)) or (default and not value) or len(default) == 2 != len(value):
+        raise _wrong_type(key, value)
+    return tuple(_parse_one(key, part, _part_type(key), value) for part in value)
+
+
+def _parse_one(key: str, value: Any, kind: type, whole: Any) -> Any:
+    """A value of a setting, or one of the values of its tuple `whole`, as the setting's type."""
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or isinstance(value, bool) != (kind is bool):
+        raise _wrong_type(key, whole)
+    setting = SETTINGS[key]
+    if setting.legal is not None and value not in setting.legal:
+        near = difflib.get_close_matches(value, setting.legal, 1) if isinstance(setting.legal, tuple) else []
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"{key} is {_show(whole)}: {hint}expected {setting.expected}")
+    return kind(value)
+
+
+def _part_type(key: str) -> type:
+    """The type of each value of a tuple; one that is empty by default holds numbers if it has a range."""
+    setting = SETTINGS[key]
+    return type(setting.default[0]) if setting.default else str if setting.legal is None else float
+
+
+def _wrong_type(key: str, value: Any) -> UserError:
+    default = SETTINGS[key].default
+    example = default
+    if default == ():
+        example = ("name", "name") if _part_type(key) is str else (1.0, 2.5)
+    kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
+    return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """Raises a UserError if settings, by dotted key, do not go together."""
+    is_classification = values["task"] == "classification"
+    classes, weights = values["model.num_classes"], len(values["loss.class_weight"])
+    if not is_classification and classes > 255:
+        raise UserError(
+            f"model.num_classes is {classes}: expected 1 to 255 in segmentation, whose labels are bytes with 255 for "
+            "void"
+        )
+    if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
+        raise UserError(
+            f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
+        )
+    if weights not in (0, classes):
+        raise UserError(
+            f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
+        )
+    for key in ("loss.class_weight", "loss.ohem_threshold", "distillation.config"):
+        if is_classification and values[key]:
+            raise UserError(f"{key} is {_show(values[key])}: it is for task=segmentation only")
+    if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):
+        raise UserError(
+            "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
+        )
+    for key in ("data.ratio_range", "data.crop_area"):
+        low, high = values[key]
+        if low > high or high == 0:
+            raise UserError(f"{key} is {(low, high)}: expected the smaller number first, and one above 0")
+    rows = values["batch_size"] // values["grad_accum_steps"]
+    if is_classification and values["data.mixup_alpha"] and rows % 2:
+        raise UserError(
+            f"data.mixup_alpha mixes pairs, and a micro-batch has {rows} images: set batch_size to an even multiple "
+            "of grad_accum_steps, or data.mixup_alpha=0"
+        )
+    _check_sizes(values)
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises a UserError if sizes leave BatchNorm a single value, or make an image too large or too small."""
+    is_classification = values["task"] == "classification"
+    side, crop = values["evaluation.short_side"], max(values["data.crop_size"])
+    # The smallest map of such a micro-batch is one pixel of one image.
+    if values["batch_size"] == values["grad_accum_steps"] and (
+        is_classification or crop <= TRANSFORMER_STRIDE
+    ):
+        way_out = "" if is_classification else f", or data.crop_size larger than {TRANSFORMER_STRIDE}"
+        raise UserError(
+            f"batch_size is {values['batch_size']}, grad_accum_steps {values['grad_accum_steps']}: BatchNorm needs "
+            "more than one value a channel, and a micro-batch of one image is one pixel in the last layers; set "
+            f"batch_size to at least twice grad_accum_steps{way_out}"
+        )
+    if is_classification and side < crop:
+        raise UserError(
+            f"evaluation.short_side is {side}: expected at least {crop}, the longer side of data.crop_size"
+        )
+    for ratios, scale in (("data.ratio_range", "data.scale"), ("evaluation.img_ratios", "evaluation.scale")):
+        longest = max(values[ratios]) * max(values[scale])
+        if longest > LONGEST_SIDE:
+            raise UserError(
+                f"{ratios} is {_show(values[ratios])}: with {scale}={values[scale]} an image's long side would be "
+                f"{longest:,.0f} pixels, at most {LONGEST_SIDE:,} are possible"
+            )
+
+
+def _show(value: Any) -> str:
+    """The repr of a value in at most 60 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

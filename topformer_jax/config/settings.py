@@ -1,6 +1,6 @@
-"""The table of settings: each one's default, meaning with its unit, and legal values, once.
+"""The table of settings: each one's default, meaning with its unit, and legal values.
 
-`base_config`, the checks of `load`, `--help-config` and docs/settings.md are made from it.
+`base_config`, the checks of `load`, `--help-config` and docs/settings.md come from it.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class Range:
 class Setting:
     """One row of the table.
 
-    The default gives the type: a tuple of two takes two values, any other tuple takes any number of them, and None
-    stands for "no value" beside the whole numbers in `legal`.
+    The default gives the type: a tuple of two takes two values, any other tuple any number of them, and None stands
+    for "no value" beside the whole numbers in `legal`.
     """
 
     default: Any
@@ -125,11 +125,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "model.dropout_ratio": Setting(0.1, "probability to drop a channel before the last layer", BELOW_ONE),
         "model.dtype": Setting(
             "float32",
-            "dtype of activations; BatchNorm, softmax and logits are computed in at least float32",
+            "dtype of activations; BatchNorm, softmax, logits and parameters have at least float32",
             ("float32", "bfloat16", "float64"),
-        ),
-        "model.param_dtype": Setting(
-            "float32", "dtype of parameters and BatchNorm statistics", ("float32", "float64")
         ),
         "model.precision": Setting(
             "highest",
@@ -224,7 +221,6 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "pixels whose class has this probability or more do not count, e.g. 0.7; 0: all count",
             PROBABILITY,
         ),
-        "loss.dice_weight": Setting(0.0, "factor on the Dice loss, which is added", Range(0, 10**6)),
     },
     "Distillation": {
         "distillation.config": Setting("", "the teacher's recipe or config file; empty: no distillation"),
@@ -326,3 +322,49 @@ GROUPS: dict[str, dict[str, Setting]] = {
     },
 }
 SETTINGS: dict[str, Setting] = {key: row for group in GROUPS.values() for key, row in group.items()}
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as you write it on the command line (a shell needs quotes around a tuple).
+
+    >>> as_typed((480, 360)), as_typed(True), as_typed(None)
+    ('(480,360)', 'true', 'none')
+    """
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value).replace(", ", ",") if isinstance(value, tuple) else str(value)
+
+
+def as_text() -> str:
+    """The table for a terminal, for --help-config."""
+    lines = ["Every setting with its default; change one by --config.KEY=VALUE."]
+    for title, group in GROUPS.items():
+        lines += ["", title]
+        for key, row in group.items():
+            lines += [f"  {key}={as_typed(row.default)}", f"      {row.meaning} [{row.expected}]"]
+    return "\n".join(lines)
+
+
+def as_markdown() -> str:
+    """The table as docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "`python -m topformer_jax.config > docs/settings.md` makes this page from the table in",
+        "`topformer_jax/config/settings.py`; `--help-config` of any command prints it too. The defaults are those of",
+        "`config.base_config()`; recipes change some of them. To change one, add `--config.KEY=VALUE` to a command,",
+        '`load(..., **{"KEY": VALUE})` in Python, or an assignment in a config file.',
+    ]
+    for title, group in GROUPS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| setting | default | legal values | meaning |",
+            "|---|---|---|---|",
+        ]
+        for key, row in group.items():
+            default = as_typed(row.default)
+            cells = (f"`{key}`", f"`{default}`" if default else "", row.expected, row.meaning)
+            lines.append(f"| {' | '.join(cells)} |".replace("<", "&lt;"))
+    return "\n".join(lines)

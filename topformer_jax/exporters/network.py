@@ -24,7 +24,6 @@ Function = Callable[[UInt8[Array, "n h w 3"]], Array]
 EXPORT_SETTINGS = {
     "model.conv_impl": "single_op",
     "model.dtype": "float32",
-    "model.param_dtype": "float32",
 }
 
 

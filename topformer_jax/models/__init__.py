@@ -44,14 +44,9 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
     (1, 60, 65, 59)
     """
     settings = config.model
-    if (
-        "float64" in (settings.dtype, settings.param_dtype)
-        and jax.dtypes.canonicalize_dtype(np.float64) != np.float64
-    ):
+    if settings.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         raise UserError("float64 was asked for, but JAX is in 32-bit mode: set JAX_ENABLE_X64=1")
-    policy = DTypePolicy(
-        DTYPES[settings.dtype], DTYPES[settings.param_dtype], settings.precision, settings.conv_impl
-    )
+    policy = DTypePolicy(DTYPES[settings.dtype], settings.precision, settings.conv_impl)
     network = Classifier if config.task == "classification" else Segmenter
     model = network(settings, policy=policy, rng=np.random.default_rng(config.seed))
     model.config = FrozenConfigDict(config)

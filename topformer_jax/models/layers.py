@@ -32,7 +32,6 @@ class DTypePolicy:
 
     Attributes:
         dtype: of activations, and of the weights in each operation.
-        param_dtype: that parameters and BatchNorm statistics are stored in.
         precision: `precision=` of float32 and float64 products. "highest" is full float32: no TF32 on GPUs, no
             bfloat16 passes on TPUs.
         conv_impl: `method` of `ops.convolution.conv` and of the functions in `ops.resample`.
@@ -43,13 +42,12 @@ class DTypePolicy:
     """
 
     dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     precision: str | None = "highest"
     conv_impl: str = "auto"
 
     @property
     def accum_dtype(self) -> np.dtype:
-        """The dtype of BatchNorm statistics, softmax and logits: `dtype`, but at least float32."""
+        """The dtype of parameters, BatchNorm statistics, softmax and logits: `dtype`, but at least float32."""
         return at_least_float32(self.dtype)
 
     @property
@@ -63,9 +61,9 @@ class DTypePolicy:
         return self.precision if jnp.dtype(self.dtype) == self.accum_dtype else None
 
     def init_param(self, values: np.ndarray) -> Array:
-        """A parameter's initial values as a JAX array of `param_dtype`."""
+        """A parameter's initial values as a JAX array."""
         # From numpy by device_put: jax.random and jnp.asarray would compile a program for each new shape.
-        return jax.device_put(values.astype(np.dtype(self.param_dtype)), may_alias=False)
+        return jax.device_put(values.astype(self.accum_dtype), may_alias=False)
 
 
 @jax.custom_jvp

@@ -1,16 +1,12 @@
-"""The loss of logits resized to the labels' size, without ever storing the resized logits; and a classifier's loss.
+"""The loss of logits resized to the labels' size, without storing the resized logits; and a classifier's loss.
 
-For 150 classes and 512 x 512 pixels the resized logits are 157 MB an image, and their gradient as much again: in the
-official code, writing and reading them is most of a training step. Here the labels are cut into tiles. For each tile
-the logits are resized, and its part of the loss and of the gradient is computed at once; only these are stored.
-
-The file reads downwards: what is computed, the sizes of tiles, a tile's scores and their softmax, its loss and the
-gradient of its scores, and the loop that adds them up.
+For 150 classes and 512 x 512 pixels the resized logits take 157 MB per image, and their gradient as much again: in
+the official code, writing and reading them is most of a training step. Here a loop goes over tiles of the labels. For
+each tile it resizes the logits and adds its part of the loss and of the gradient; only these are stored.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,18 +25,17 @@ Labels = Int[Array, "n height width"]
 
 @dataclasses.dataclass(frozen=True)
 class PixelLoss:
-    """Per-pixel loss configuration; by default the cross-entropy.
+    """The loss of a pixel: by default the cross-entropy.
 
-    With weights, smoothing or both it is `torch.nn.functional.cross_entropy(reduction="none")` of the same arguments.
+    With weights and smoothing it equals `torch.nn.functional.cross_entropy(reduction="none")`.
 
     Attributes:
         class_weight: factor on the loss of the pixels of each class; all 1 if empty.
         label_smoothing: share of the target that is spread evenly over all classes.
-        ohem_threshold: pixels whose class has this probability or more do not count (online hard example mining by
-            threshold); 0: all count.
+        ohem_threshold: pixels whose class has this probability or more do not count; 0: all count.
         distillation_weight: factor on `temperature**2 * KL(teacher, student)`, the divergence of the softmaxes of
             logits divided by the temperature, added at each labelled pixel (Hinton et al. 2015).
-        temperature: see there.
+        temperature: divisor of both logits in the divergence.
     """
 
     class_weight: tuple[float, ...] = ()
@@ -54,7 +49,7 @@ CROSS_ENTROPY = PixelLoss()
 
 
 class LossSums(NamedTuple):
-    """Sums over the pixels of a batch, to be divided by the caller after adding up devices and micro-batches.
+    """Sums over the pixels of a batch, which the caller adds up over micro-batches and then divides.
 
     Attributes:
         loss: the sum of the losses of the pixels whose label is not `IGNORE_LABEL`.
@@ -79,7 +74,7 @@ def upsampled_cross_entropy(
     """Resizes the logits bilinearly to the labels' size and sums the losses of the pixels.
 
     Values and gradients are those of the textbook formulation up to rounding. The forward pass computes the gradient
-    together with the loss, and the backward pass only scales it. Only `loss` has a gradient, in `logits` only.
+    too, and the backward pass only scales it. Only `loss` has a gradient, with respect to `logits` only.
 
     Args:
         logits: float32 or float64.
@@ -87,8 +82,8 @@ def upsampled_cross_entropy(
         teacher: logits to distil from; None: without distillation.
         pixel_loss: the loss of a pixel.
         precision: of matrix products.
-        devices: that the batch is sharded over. The sums do not depend on it; with the right number no images move
-            between devices.
+        devices: the batch is sharded over. The sums do not depend on it; with the right number no images move between
+            devices.
 
     >>> logits = jnp.zeros((1, 2, 2, 4)).at[..., 3].set(100.0)
     >>> labels = jnp.full((1, 16, 16), 3).at[0, :2].set(IGNORE_LABEL)
@@ -99,20 +94,6 @@ def upsampled_cross_entropy(
     with jax.named_scope("loss"):
         loss, correct = _cross_entropy_sums(logits, labels, teacher, pixel_loss, precision, devices)
         return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != IGNORE_LABEL))
-
-
-def upsampled_dice(
-    logits: Logits, labels: Labels, *, precision: str | None = "highest", devices: int = 1
-) -> Float[Array, " n"]:
-    """The Dice loss of each image, of logits resized bilinearly to the labels' size.
-
-    The mean over all classes of `1 - (2 sum(p t) + 1) / (sum(p**2) + sum(t) + 1)`: sums over the image's labelled
-    pixels, p the softmax, t whether the class is the label. mmsegmentation's DiceLoss of exponent 2 and smooth 1, but
-    that counts the squares of unlabelled pixels too. Arguments as for `upsampled_cross_entropy`; the backward pass
-    goes over the tiles once more.
-    """
-    with jax.named_scope("dice"):
-        return _dice(logits, labels, precision, devices)
 
 
 def class_cross_entropy(
@@ -159,8 +140,8 @@ class Tiling(NamedTuple):
     Attributes:
         height, width: of a tile at most, pixels.
         images: that a device computes together at most.
-        lookups: whether the label's score is looked up, and the softmax's shift bounded, or else both are reductions
-            over the classes.
+        lookups: whether to look up the label's score and bound the softmax's shift; else both are reductions over
+            the classes.
     """
 
     height: int
@@ -169,20 +150,18 @@ class Tiling(NamedTuple):
     lookups: bool
 
 
-# Small tiles: one array of the scores of all their classes fits the cores' caches. XLA writes and reads such an array
-# for each reduction, so the fewer of them the better: 4 x 64 x 64 x 150 logits take 130 ms, and 240 ms with
-# reductions for the label's score and the maximum and with matrix products for the rows (2 cores).
+# Small tiles, whose scores fit the caches. XLA writes and reads the scores for each reduction: 4 x 64 x 64 x 150
+# logits take 130 ms, and 240 ms with reductions instead of look-ups and with matrix products for the rows (2 cores).
 CPU = Tiling(8, 128, 2**31, lookups=True)
-# Tiles of whole rows. XLA fuses all reductions over the classes with the scores' computation, so the scores are never
-# written to memory. By the estimates of XLA's compiler for TPUs the loss takes a sixth of the time that it takes with
-# smaller tiles, and the arrays of 8 images fit a fast memory of 128 MB.
+# Tiles of whole rows. XLA fuses all reductions over the classes with the scores' computation and never writes the
+# scores. The TPU compiler estimates a sixth of the time of smaller tiles; 8 images fit a fast memory of 128 MB.
 ACCELERATOR = Tiling(8, 2**31, 8, lookups=False)
 # With all logits this close to each other, `exp` of the distance to a bound of the maximum is above 0.
 SAFE_RANGE = 80
 
 
 class Softmax(NamedTuple):
-    """The softmax of the scores in a tile, `exponentials / total`, and what it is made from.
+    """The softmax of the scores in a tile, `exponentials / total`, and its parts.
 
     Attributes:
         scores: `[n, rows, classes, columns]`.
@@ -203,7 +182,7 @@ class Softmax(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The pixels of a tile: their labels, and what their scores are interpolated from.
+    """The pixels of a tile: their labels, and the cells that their scores are interpolated from.
 
     Attributes:
         label: int32 `[n, rows, columns]`.
@@ -291,9 +270,7 @@ def _weigh_rows(vertical: Array, patch: Array) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _add_cross_entropy(
-    tile: Tile, _: None, *, pixel_loss: PixelLoss, distil: bool
-) -> tuple[tuple[Array, Array], Array]:
+def _compute_tile_loss(tile: Tile, pixel_loss: PixelLoss) -> tuple[tuple[Array, Array], Array]:
     """The loss and the number of correct pixels of each image in a tile, and the gradient of the scores.
 
     With the target's weights a (of the label's class, and of all of them where labels are smoothed), the loss is
@@ -327,7 +304,7 @@ def _add_cross_entropy(
     score_grad -= jnp.where(tile.is_label, label_weight[:, :, None], 0)
     if smoothing:
         score_grad -= jnp.where(counts[:, :, None], each_weight, 0)
-    if not distil:
+    if len(tile.patches) == 1:  # without a teacher
         return (loss, correct), score_grad
     divergence, divergence_grad = _compute_divergence(tile, pixel_loss, softmax)
     return (loss + divergence, correct), score_grad + divergence_grad
@@ -350,106 +327,39 @@ def _compute_divergence(tile: Tile, pixel_loss: PixelLoss, softmax: Softmax) -> 
     return temperature**2 * jnp.sum(factor * divergence, (1, 2)), score_grad
 
 
-def _add_overlap(tile: Tile, _: None) -> tuple[list[Array], Array]:
-    """What the Dice loss is made from, `[n, classes]` each: sums of p t, p**2 and t; its gradient is not needed."""
-    softmax, target = _mask_softmax(tile)
-    sums = [jnp.sum(x, (1, 3)) for x in (softmax * target, softmax**2, target)]
-    return sums, jnp.zeros_like(softmax)
-
-
-def _add_overlap_gradient(tile: Tile, by_sums: tuple[Array, Array]) -> tuple[list[Array], Array]:
-    """The gradient of the scores, given the loss's gradient in the sums of p t and of p**2, `[n, classes]` each."""
-    softmax, target = _mask_softmax(tile)
-    by_shared, by_squares = (x[:, None, :, None] for x in by_sums)
-    by_softmax = by_shared * target + 2 * by_squares * softmax
-    return [], softmax * (by_softmax - jnp.sum(by_softmax * softmax, 2, keepdims=True))
-
-
-def _mask_softmax(tile: Tile) -> tuple[Array, Array]:
-    """The softmax and the one-hot labels `[n, rows, classes, columns]`, 0 where a pixel has no label."""
-    softmax = tile.compute_softmax(0)
-    valid = tile.valid[:, :, None]
-    target = (tile.is_label & valid).astype(softmax.scores.dtype)
-    return jnp.where(valid, softmax.exponentials / softmax.total[:, :, None], 0), target
-
-
-# From a tile and the slice of each per-image array to what is summed, arrays `[n, ...]`, and the gradient of the
-# first map's scores, `[n, rows, classes, columns]`.
-TileLoss = Callable[[Tile, Any], tuple[Any, Array]]
-
-
-def _sum_tiles(
-    tile_loss: TileLoss,
-    zeros: Any,
-    arrays: tuple[tuple[Array, ...], Array, Any],
-    *,
-    precision: str | None,
-    devices: int,
-    with_gradient: bool,
-) -> tuple[Any, Array | None]:
-    """Sums what a function computes of each tile.
-
-    Args:
-        tile_loss: the function.
-        zeros: what the sums of one image start from: arrays without the axis of images.
-        arrays: maps of logits, all `[n, h, w, classes]`; labels `[n, height, width]`; and what `tile_loss` gets
-            besides, arrays `[n, ...]`.
-        precision: of matrix products.
-        devices: that the batch is sharded over. The sums do not depend on it; with the right number no images move
-            between devices.
-        with_gradient: whether the gradient of the first map is computed too.
-
-    Returns:
-        The sums of each image, `[n, ...]`, and the gradient, `[n, h, w, classes]` or None.
-    """
-    run = functools.partial(
-        _sum_groups, tile_loss, zeros, precision=precision, devices=devices, with_gradient=with_gradient
-    )
-    return lax.platform_dependent(
-        arrays,
-        cpu=functools.partial(run, tiling=CPU),
-        default=functools.partial(run, tiling=ACCELERATOR),
-    )
-
-
 def _sum_groups(
-    tile_loss: TileLoss, zeros: Any, arrays: Any, *, devices: int, tiling: Tiling, **options: Any
-) -> Any:
-    """Runs `_sum_group` on groups of at most `tiling.images` images a device, one group after the other."""
+    maps: tuple[Array, ...], labels: Array, *, devices: int, tiling: Tiling, **options: Any
+) -> tuple[Array, Array, Array]:
+    """Runs `_sum_group` on groups of at most `tiling.images` images per device, one group after the other."""
 
-    def run(group: Any) -> Any:
-        return _sum_group(tile_loss, zeros, group, tiling=tiling, **options)
+    def run(group: tuple[tuple[Array, ...], Array]) -> tuple[Array, Array, Array]:
+        return _sum_group(*group, tiling=tiling, **options)
 
-    # A group has equally many images from each device. Where devices hold unequal numbers, all images are one group.
-    n = len(arrays[1])
+    # A group has equally many images from each device. If devices hold unequal numbers, all images are one group.
+    n = len(labels)
     per_device = n // devices if n % devices == 0 else 1
     divisors = (count for count in range(1, per_device + 1) if per_device % count == 0)
     groups = next(count for count in divisors if per_device // count <= tiling.images)
     if groups == 1:
-        return run(arrays)
+        return run((maps, labels))
     # Groups interleave, so that no image moves to another device.
-    split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), arrays)
+    split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), (maps, labels))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(run, split))
 
 
 def _sum_group(
-    tile_loss: TileLoss,
-    zeros: Any,
-    arrays: tuple[tuple[Array, ...], Array, Any],
-    *,
-    precision: str | None,
-    with_gradient: bool,
-    tiling: Tiling,
-) -> tuple[Any, Array | None]:
-    """`_sum_tiles` of one group. The loop keeps separate sums for each image: summing over a sharded batch would need
-    communication at every tile.
+    maps: tuple[Array, ...], labels: Array, *, pixel_loss: PixelLoss, precision: str | None, tiling: Tiling
+) -> tuple[Array, Array, Array]:
+    """The loss and the number of correct pixels of each image, `[n]`, and the gradient of the first map.
+
+    `maps` are the logits, and the teacher's if there is one, all `[n, h, w, classes]`. The sums stay separate for
+    each image: summing over a sharded batch would need communication at every tile.
     """
-    maps, labels, extra = arrays
     n, height, width = labels.shape
     _, h, w, classes = maps[0].shape
-    dtype = maps[0].dtype.name
-    down, pad_rows = _cut_axis(h, height, tiling.height, True, dtype)
-    across, pad_columns = _cut_axis(w, width, tiling.width, False, dtype)
+    dtype = maps[0].dtype
+    down, pad_rows = _cut_axis(h, height, tiling.height, True, dtype.name)
+    across, pad_columns = _cut_axis(w, width, tiling.width, False, dtype.name)
     tiles_down, rows, cell_rows = down.weights.shape
     tiles_across, columns, cell_columns = across.weights.shape
     labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), pad_rows, pad_columns), constant_values=IGNORE_LABEL)
@@ -459,8 +369,8 @@ def _sum_group(
     is_near = tuple(jnp.max(each) - jnp.min(each) < SAFE_RANGE for each in maps)
     zero = jnp.int32(0)
 
-    def add_tile(number: Array, carry: Any) -> Any:
-        sums, gradient = carry
+    def add_tile(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        loss, correct, gradient = carry
         number = number.astype(jnp.int32)  # with x64 enabled the loop counts in int64
         row, column = number // tiles_across, number % tiles_across
         corner = (zero, down.starts[row], zero, across.starts[column])
@@ -474,19 +384,14 @@ def _sum_group(
             tiling.lookups,
             precision,
         )
-        terms, score_grad = tile_loss(tile, extra)
-        sums = jax.tree.map(jnp.add, sums, terms)
-        if with_gradient:
-            old = lax.dynamic_slice(gradient, corner, shape)
-            gradient = lax.dynamic_update_slice(gradient, old + tile.pull_back(score_grad), corner)
-        return sums, gradient
+        (tile_loss, tile_correct), score_grad = _compute_tile_loss(tile, pixel_loss)
+        old = lax.dynamic_slice(gradient, corner, shape)
+        gradient = lax.dynamic_update_slice(gradient, old + tile.pull_back(score_grad), corner)
+        return loss + tile_loss, correct + tile_correct, gradient
 
-    start = (
-        jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), zeros),
-        jnp.zeros_like(maps[0]) if with_gradient else None,
-    )
-    sums, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
-    return sums, gradient.swapaxes(2, 3) if with_gradient else None
+    start = jnp.zeros(n, dtype), jnp.zeros(n, jnp.int32), jnp.zeros_like(maps[0])
+    loss, correct, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
+    return loss, correct, gradient.swapaxes(2, 3)
 
 
 def _cut_axis(
@@ -521,29 +426,25 @@ def _cross_entropy_sums(
     devices: int,
 ) -> tuple[Array, Array]:
     """The loss and the number of correct pixels of each image, `[n]` each."""
-    return _sum_cross_entropy(logits, labels, teacher, pixel_loss, precision, devices, False)[0]
+    return _sum_with_gradient(logits, labels, teacher, pixel_loss, precision, devices)[0]
 
 
-def _sum_cross_entropy(
+def _sum_with_gradient(
     logits: Array,
     labels: Array,
     teacher: Array | None,
     pixel_loss: PixelLoss,
     precision: str | None,
     devices: int,
-    with_gradient: bool = True,
-) -> tuple[tuple[Array, Array], Any]:
-    maps = (logits,) if teacher is None else (logits, teacher)
-    tile_loss = functools.partial(_add_cross_entropy, pixel_loss=pixel_loss, distil=teacher is not None)
-    zeros = jnp.zeros((), logits.dtype), jnp.zeros((), jnp.int32)
-    return _sum_tiles(
-        tile_loss,
-        zeros,
-        (maps, labels, None),
-        precision=precision,
-        devices=devices,
-        with_gradient=with_gradient,
+) -> tuple[tuple[Array, Array], Array]:
+    sums = functools.partial(_sum_groups, pixel_loss=pixel_loss, precision=precision, devices=devices)
+    loss, correct, gradient = lax.platform_dependent(
+        (logits,) if teacher is None else (logits, teacher),
+        labels,
+        cpu=functools.partial(sums, tiling=CPU),
+        default=functools.partial(sums, tiling=ACCELERATOR),
     )
+    return (loss, correct), gradient
 
 
 def _scale_gradient(
@@ -556,43 +457,4 @@ def _scale_gradient(
     return gradient * cotangents[0][:, None, None, None], None, None
 
 
-_cross_entropy_sums.defvjp(_sum_cross_entropy, _scale_gradient)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dice(logits: Array, labels: Array, precision: str | None, devices: int) -> Array:
-    return _forward_dice(logits, labels, precision, devices)[0]
-
-
-def _forward_dice(logits: Array, labels: Array, precision: str | None, devices: int) -> tuple[Array, Any]:
-    zeros = [jnp.zeros(logits.shape[-1], logits.dtype)] * 3
-    (shared, squares, pixels), _ = _sum_tiles(
-        _add_overlap,
-        zeros,
-        ((logits,), labels, None),
-        precision=precision,
-        devices=devices,
-        with_gradient=False,
-    )
-    above, below = 2 * shared + 1, squares + pixels + 1
-    return jnp.mean(1 - above / below, -1), (logits, labels, above, below)
-
-
-def _backward_dice(
-    precision: str | None, devices: int, residuals: Any, cotangent: Array
-) -> tuple[Array | None, None]:
-    logits, labels, above, below = residuals
-    scale = cotangent[:, None] / logits.shape[-1]
-    by_sums = -2 * scale / below, scale * above / below**2
-    _, gradient = _sum_tiles(
-        _add_overlap_gradient,
-        [],
-        ((logits,), labels, by_sums),
-        precision=precision,
-        devices=devices,
-        with_gradient=True,
-    )
-    return gradient, None
-
-
-_dice.defvjp(_forward_dice, _backward_dice)
+_cross_entropy_sums.defvjp(_sum_with_gradient, _scale_gradient)

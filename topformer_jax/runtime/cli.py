@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax.config.listing import as_text
+from topformer_jax.config.settings import as_text
 from topformer_jax.runtime import files, logs
 from topformer_jax.runtime.errors import UserError, explain_out_of_memory
 

@@ -1,16 +1,17 @@
-"""The training step: the state, and a pure function from it and a batch to the next state."""
+"""The training step: the state, the optimizer, and a pure function from a state and a batch to the next state."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from topformer_jax import models
@@ -18,20 +19,15 @@ from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.data.classification.augment import augment_classes
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import (
-    LossSums,
-    PixelLoss,
-    class_cross_entropy,
-    upsampled_cross_entropy,
-    upsampled_dice,
-)
+from topformer_jax.ops.loss import LossSums, PixelLoss, class_cross_entropy, upsampled_cross_entropy
 from topformer_jax.runtime import sharding
-from topformer_jax.training.optimizer import build_optimizer, scaled_learning_rate
 
 Tensors = dict[str, Array]
-# Folded into the seed's key, so that dropout draws other numbers than the augmentation of the same seed.
+# Folded into the seed's key, so that dropout draws other numbers than the augmentation with the same seed.
 DROPOUT_STREAM = 0x64726F70
 ACCURACY = {"segmentation": "pixel_accuracy", "classification": "accuracy"}  # its name among the metrics
+HEAD_PREFIX = "decode_head."
+RMS_DECAY, MOMENTUM = 0.9, 0.9  # of RMSprop: the mean squared gradient and the updates
 
 
 @jax.tree_util.register_dataclass
@@ -39,14 +35,12 @@ ACCURACY = {"segmentation": "pixel_accuracy", "classification": "accuracy"}  # i
 class TrainState:
     """Everything that a step changes. Tensors are stored by official name.
 
-    Fields are of any type because trees of shapes and of shardings are `TrainState`s too.
-
     Attributes:
         step: int32 scalar, steps made so far; with the config it determines the data position and all random draws.
         params: parameters, `{name: array}`.
         stats: BatchNorm statistics, `{name: array}`.
         optimizer: optax's state.
-        average: moving averages of params and stats where `config.ema_decay` is on, else `{}`.
+        average: moving averages of params and stats if `config.ema_decay` is on, else `{}`.
     """
 
     step: Any
@@ -56,9 +50,12 @@ class TrainState:
     average: Any
 
 
+# The structure of a state with a sharding for each array; see `sharding.state_sharding`.
+StateSharding: TypeAlias = TrainState
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 CrossEntropy = Callable[..., LossSums]
-LossFunction = Callable[..., tuple[LossSums, Array]]
+# From parameters, statistics, a micro-batch and a random key to the loss's sums and the next statistics.
+Forward = Callable[[Tensors, Tensors, Batch, Array], tuple[LossSums, Tensors]]
 
 
 def init_training(
@@ -73,10 +70,9 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: `loss` (what is minimized: the mean cross-entropy, plus distillation and Dice where they are on),
-    `pixel_accuracy` (of the labelled pixels of the augmented crops; in classification `accuracy`, of the augmented
-    images), `learning_rate` (the backbone's), `gradient_norm` (before clipping). The state that goes in is donated:
-    use the one that comes out.
+    device: `loss` (the mean cross-entropy, plus distillation if it is on), `pixel_accuracy` (of the labelled pixels
+    of the augmented crops; in classification `accuracy`, of the augmented images), `learning_rate` (the backbone's),
+    `gradient_norm` (before clipping). The step donates its state: use the one that it returns.
 
     Args:
         config: the settings.
@@ -92,16 +88,17 @@ def init_training(
     state = init_state(config, model)
     layout = sharding.state_sharding(state, mesh)
     train_step = build_train_step(config, model, mesh, layout, teacher=teacher)
-    if teacher is not None:
-        tensors = jax.device_put(models.state_dict(teacher), sharding.replicated(mesh))
-        return jax.device_put(state, layout), lambda state, batch: train_step(state, batch, tensors)
-    return jax.device_put(state, layout), train_step
+    state = jax.device_put(state, layout)
+    if teacher is None:
+        return state, train_step
+    tensors = jax.device_put(models.state_dict(teacher), sharding.replicated(mesh))
+    return state, lambda state, batch: train_step(state, batch, tensors)
 
 
 def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
     """The state at step 0 from a model's weights, on the default device."""
     params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
-    # Under jit: by itself optax compiles one program per shape of its zeros, which takes 2 s.
+    # Under jit: by itself optax compiles one program for each shape of its zeros, which takes 2 s.
     optimizer_state = jax.jit(build_optimizer(config).init)(params)
     average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer_state, average)
@@ -111,41 +108,34 @@ def build_train_step(
     config: ConfigDict,
     model: nnx.Module,
     mesh: Mesh,
-    layout: TrainState,
+    layout: StateSharding,
     cross_entropy: CrossEntropy = upsampled_cross_entropy,
     teacher: nnx.Module | None = None,
 ) -> Any:
-    """The `TrainStep` of a model as a function with jit's `lower`; the model is switched to training mode.
-
-    With a teacher, its tensors by name are a third argument of the step.
+    """The `TrainStep` of a model as a jitted function; switches the model to training mode.
 
     Args:
         config: the settings.
-        model: the network; its weights are not used.
+        model: the network; the step does not use its weights.
         mesh: the devices.
-        layout: the sharding of every array of the state, see `sharding.state_sharding`.
+        layout: the sharding of every array of the state.
         cross_entropy: of segmentation; takes the arguments of `upsampled_cross_entropy`.
-        teacher: the network to distil from; its weights are not used.
+        teacher: the network to distil from; its tensors by name are a third argument of the step.
     """
     model.train()
-    graphdef, *_ = nnx.split(model)
-    teacher_graphdef = None
-    in_shardings: Any = (layout, sharding.batch_sharding(mesh))
+    in_shardings: tuple[Any, ...] = (layout, sharding.batch_sharding(mesh))
     if teacher is not None:
         teacher.eval()
-        teacher_graphdef = nnx.graphdef(teacher)
         in_shardings += (sharding.replicated(mesh),)
-    step = functools.partial(
-        _apply_step,
+    forward = functools.partial(
+        _forward,
         config=config,
-        graphdefs=(graphdef, teacher_graphdef),
-        loss_function=functools.partial(
-            _sum_losses, config=config, cross_entropy=cross_entropy, devices=mesh.size
-        ),
-        layout=layout,
+        graphdef=nnx.graphdef(model),
+        teacher_graphdef=None if teacher is None else nnx.graphdef(teacher),
+        cross_entropy=functools.partial(cross_entropy, devices=mesh.size),
     )
     return jax.jit(
-        step,
+        functools.partial(_apply_step, config=config, forward=forward, layout=layout),
         in_shardings=in_shardings,
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
@@ -158,32 +148,21 @@ def _apply_step(
     teacher_tensors: Tensors | None = None,
     *,
     config: ConfigDict,
-    graphdefs: tuple[nnx.GraphDef, nnx.GraphDef | None],
-    loss_function: LossFunction,
-    layout: TrainState,
+    forward: Callable[..., tuple[LossSums, Tensors]],
+    layout: StateSharding,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics.
-
-    `graphdefs` are the network's and the teacher's.
-    """
-    optimizer = build_optimizer(config)
-    graphdef, teacher_graphdef = graphdefs
-    if teacher_graphdef is not None and teacher_tensors is not None:
-        loss_function = functools.partial(
-            loss_function, teacher=models.merge_state_dict(teacher_graphdef, teacher_tensors)
-        )
-    gradients, stats, (loss, correct, valid) = _accumulate_gradients(
-        state, batch, config, graphdef, loss_function, layout
-    )
+    """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
+    forward = functools.partial(forward, teacher_tensors=teacher_tensors)
+    gradients, stats, sums = _accumulate_gradients(state, batch, config, forward, layout)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        updates, optimizer_state = build_optimizer(config).update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
     tensors = params | stats
     decay = average_decay(state.step, config)
     average = {name: _move_average(old, tensors[name], decay) for name, old in state.average.items()}
     metrics = {
-        "loss": loss,
-        ACCURACY[config.task]: correct / jnp.maximum(valid, 1),
+        "loss": sums.loss,
+        ACCURACY[config.task]: sums.correct / jnp.maximum(sums.valid, 1),
         "learning_rate": scaled_learning_rate(state.step, config),
         "gradient_norm": optax.tree.norm(gradients),
     }
@@ -191,82 +170,79 @@ def _apply_step(
 
 
 def _accumulate_gradients(
-    state: TrainState,
-    batch: Batch,
-    config: ConfigDict,
-    graphdef: nnx.GraphDef,
-    loss_function: LossFunction,
-    layout: TrainState,
-) -> tuple[Tensors, Tensors, list[Array]]:
-    """Gradients and loss of a batch, summed over its micro-batches, and the BatchNorm statistics after it.
+    state: TrainState, batch: Batch, config: ConfigDict, forward: Forward, layout: StateSharding
+) -> tuple[Tensors, Tensors, LossSums]:
+    """Gradients by parameter name, BatchNorm statistics after the batch, and its mean loss and counts.
 
     Parameters that are divided over devices are gathered once, at the start, and their gradients divided again as
-    soon as they are there. Left to itself XLA would divide feature maps by channels too, and move them for it.
-
-    Returns:
-        The gradients by parameter name, the statistics by name, and [loss, correct pixels, labelled pixels].
+    soon as they are there. XLA by itself would divide feature maps by channels too, and move them for it.
     """
     count = config.grad_accum_steps
     # Interleaved, so that each device's share of a micro-batch consists of the device's own examples.
     micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    accum_dtype = at_least_float32(models.DTYPES[config.model.dtype])
-    pixels = batch["label"].size
-    valid_pixels = jnp.sum(batch["label"] != IGNORE_LABEL)
-    has_void = config.task == "segmentation"
-    divisor = jnp.maximum(valid_pixels, 1) if has_void and config.ignore_void_in_mean else pixels
+    divisor: Any = batch["label"].size
+    if config.task == "segmentation" and config.ignore_void_in_mean:
+        divisor = jnp.maximum(jnp.sum(batch["label"] != IGNORE_LABEL), 1)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
-
     whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
 
-    def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, tuple]:
-        model = models.merge_state_dict(graphdef, params | stats)
-        rngs = nnx.Rngs(dropout=key)
-        if config.task == "classification":
-            images, classes = augment_classes(micro_batch, config, accum_dtype)
-            smoothing = config.loss.label_smoothing
-            sums = class_cross_entropy(model(images, rngs=rngs), *classes, smoothing=smoothing)
-            dice = jnp.zeros_like(sums.loss)
-        else:
-            images, labels = augment(
-                micro_batch,
-                config.seed,
-                flip=config.data.flip_prob,
-                photometric=config.data.photometric_distortion,
-                dtype=accum_dtype,
-            )
-            sums, dice = loss_function(model(images, rngs=rngs), labels, images)
-        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + dice / len(batch["label"])
-        return loss, (models.state_dict(model, nnx.BatchStat), loss, sums.correct, sums.valid)
+    def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, Any]:
+        sums, stats = forward(params, stats, micro_batch, key)
+        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype)
+        return loss, (stats, sums._replace(loss=loss))
 
     def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
-        stats, gradients, sums = carry
+        stats, gradients, total = carry
         micro_batch, key = inputs
-        grads, (stats, *terms) = jax.grad(compute_loss, has_aux=True)(whole, stats, micro_batch, key)
+        grads, (stats, sums) = jax.grad(compute_loss, has_aux=True)(whole, stats, micro_batch, key)
         grads = jax.lax.with_sharding_constraint(grads, layout.params)
-        return (stats, jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, sums, terms)), None
+        return (stats, jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, total, sums)), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     counter = jnp.zeros((), jnp.sum(jnp.zeros(0, bool)).dtype)  # int32, or int64 in 64-bit mode
-    init = (state.stats, zeros, [jnp.zeros((), accum_dtype), counter, counter])
+    loss = jnp.zeros((), at_least_float32(models.DTYPES[config.model.dtype]))
+    carry: Any = (state.stats, zeros, LossSums(loss, counter, counter))
     inputs = (micro_batches, jax.random.split(key, count))
     if count == 1:
-        (stats, gradients, sums), _ = add_micro_batch(init, jax.tree.map(lambda x: x[0], inputs))
+        carry, _ = add_micro_batch(carry, jax.tree.map(lambda x: x[0], inputs))
     else:
-        (stats, gradients, sums), _ = jax.lax.scan(add_micro_batch, init, inputs)
-    return gradients, stats, sums
+        carry, _ = jax.lax.scan(add_micro_batch, carry, inputs)
+    stats, gradients, total = carry
+    return gradients, stats, total
 
 
-def _sum_losses(
-    logits: Array,
-    labels: Array,
-    images: Array,
-    teacher: Callable[[Array], Array] | None = None,
+def _forward(
+    params: Tensors,
+    stats: Tensors,
+    batch: Batch,
+    key: Array,
     *,
+    teacher_tensors: Tensors | None,
     config: ConfigDict,
+    graphdef: nnx.GraphDef,
+    teacher_graphdef: nnx.GraphDef | None,
     cross_entropy: CrossEntropy,
-    devices: int,
-) -> tuple[LossSums, Array]:
-    """The sums over the pixels of a batch, and the sum of the weighted Dice losses of its images."""
+) -> tuple[LossSums, Tensors]:
+    """A `Forward`: augments a micro-batch, runs the network and sums the loss."""
+    model = models.merge_state_dict(graphdef, params | stats)
+    rngs = nnx.Rngs(dropout=key)
+    dtype = at_least_float32(models.DTYPES[config.model.dtype])
+    if config.task == "classification":
+        images, classes = augment_classes(batch, config, dtype)
+        smoothing = config.loss.label_smoothing
+        sums = class_cross_entropy(model(images, rngs=rngs), *classes, smoothing=smoothing)
+        return sums, models.state_dict(model, nnx.BatchStat)
+    images, labels = augment(
+        batch,
+        config.seed,
+        flip=config.data.flip_prob,
+        photometric=config.data.photometric_distortion,
+        dtype=dtype,
+    )
+    logits, teacher_logits = model(images, rngs=rngs), None
+    if teacher_graphdef is not None and teacher_tensors is not None:
+        teacher = models.merge_state_dict(teacher_graphdef, teacher_tensors)
+        teacher_logits = jax.lax.stop_gradient(teacher(images))
     pixel_loss = PixelLoss(
         tuple(config.loss.class_weight),
         config.loss.label_smoothing,
@@ -274,20 +250,16 @@ def _sum_losses(
         config.distillation.weight,
         config.distillation.temperature,
     )
-    teacher_logits = None if teacher is None else jax.lax.stop_gradient(teacher(images))
-    options: Any = {"precision": config.model.precision, "devices": devices}
-    sums = cross_entropy(logits, labels, teacher_logits, pixel_loss=pixel_loss, **options)
-    weight = config.loss.dice_weight
-    dice = (
-        weight * jnp.sum(upsampled_dice(logits, labels, **options)) if weight else jnp.zeros((), logits.dtype)
+    sums = cross_entropy(
+        logits, labels, teacher_logits, pixel_loss=pixel_loss, precision=config.model.precision
     )
-    return sums, dice
+    return sums, models.state_dict(model, nnx.BatchStat)
 
 
 def average_decay(step: Array, config: ConfigDict) -> float | Array:
     """The decay of the moving averages at a step, counted from 0: `ema_decay`, or with `ema_warmup` less at first.
 
-    As in TensorFlow's `ExponentialMovingAverage(num_updates=step)`, they reach back over a ninth of the steps then.
+    As in TensorFlow's `ExponentialMovingAverage(num_updates=step)`.
 
     >>> from topformer_jax import config
     >>> settings = config.load(config.camvid("tiny"), {"ema_decay": 0.99, "ema_warmup": True})
@@ -307,3 +279,91 @@ def _move_average(old: Array, new: Array, decay: float | Array) -> Array:
     if isinstance(decay, Array):
         decay = decay.astype(old.dtype)
     return decay * old + (1 - decay) * new
+
+
+def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
+    """The backbone's learning rate at a step (counted from 0), by `schedule.policy`.
+
+        poly(i) = (lr - min_lr) * ((steps - i) / steps) ** power + min_lr
+        cosine(i) = (lr - min_lr) * (1 + cos(pi * i / steps)) / 2 + min_lr
+        step(i) = lr * decay_rate ** floor(i / decay_steps)
+        warm-up, i < w: start * (1 - (1 - i / w) * (1 - ratio))
+
+    `start` is poly(i) in mmcv's poly, and lr in the other two, which are timm's schedulers (`CosineLRScheduler`,
+    `StepLRScheduler`, without prefix). timm's step changes at the first epoch after the time, here it is exact.
+
+    >>> from topformer_jax import config
+    >>> schedule = config.ade20k("tiny").schedule
+    >>> [f"{learning_rate(step, schedule):.1e}" for step in (0, 750, 80_000, 160_000)]
+    ['3.0e-10', '1.5e-04', '1.5e-04', '0.0e+00']
+    """
+    dtype = jnp.zeros(()).dtype  # float32, or float64 with x64 enabled
+    step = jnp.asarray(step)
+    if schedule.policy == "step":
+        decays = (step // schedule.decay_steps).astype(dtype)
+        rate = schedule.lr * jnp.asarray(schedule.decay_rate, dtype) ** decays
+    else:
+        # Only integers are subtracted: float32 would lose digits.
+        remaining = jnp.maximum(schedule.steps - step, 0).astype(dtype) / schedule.steps
+        share = (
+            remaining**schedule.power
+            if schedule.policy == "poly"
+            else (1 - jnp.cos(jnp.pi * remaining)) / 2  # the angle is pi minus the formula's
+        )
+        rate = (schedule.lr - schedule.min_lr) * share
+        rate = rate + schedule.min_lr
+    warmup = schedule.warmup_steps
+    if warmup == 0:
+        return rate
+    done, rest = step.astype(dtype), jnp.maximum(warmup - step, 0).astype(dtype)
+    start = rate if schedule.policy == "poly" else jnp.asarray(schedule.lr, dtype)
+    return jnp.where(step < warmup, start * ((done + schedule.warmup_ratio * rest) / warmup), rate)
+
+
+def scaled_learning_rate(step: ArrayLike, config: ConfigDict) -> Float[Array, ""]:
+    """`learning_rate`, times `batch_size / schedule.base_batch_size` if that is not 0 (Goyal et al. 2017).
+
+    >>> from topformer_jax import config
+    >>> changes = {"batch_size": 64, "schedule.base_batch_size": 16}
+    >>> f"{scaled_learning_rate(80_000, config.load(config.ade20k('tiny'), changes)):.1e}"
+    '6.0e-04'
+    """
+    rate, base = learning_rate(step, config.schedule), config.schedule.base_batch_size
+    return rate * (config.batch_size / base) if base else rate
+
+
+def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The rule `optimizer.name` for dictionaries of gradients and parameters by official name.
+
+    `adamw` has PyTorch's form: the decay is decoupled, times the learning rate. `rmsprop_tf` is timm's `RMSpropTF`:
+    g + weight_decay * p is divided by sqrt(mean square + eps), whose mean square starts at 1, and the learning rate
+    comes before the momentum.
+
+    `head_lr_mult` multiplies the head's learning rate, and AdamW's weight decay with it. Every parameter decays: the
+    official config exempts names with `norm` in them, but BatchNorm is called `bn` there. `no_decay_norm` exempts
+    BatchNorm and biases, as timm does. `clip_norm` > 0 clips the gradient's global norm.
+    """
+    settings = config.optimizer
+
+    def scale_head(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        multiplier = settings.head_lr_mult
+        return {
+            name: update * multiplier if name.startswith(HEAD_PREFIX) else update
+            for name, update in updates.items()
+        }
+
+    def decay_mask(params: optax.Params) -> dict[str, bool]:
+        return {
+            name: not (settings.no_decay_norm and (".bn." in name or name.endswith(".bias")))
+            for name in params
+        }
+
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm > 0 else optax.identity()
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=decay_mask)
+    head = optax.stateless(scale_head)
+    rate = optax.scale_by_learning_rate(lambda step: scaled_learning_rate(step, config))
+    if settings.name == "rmsprop_tf":
+        rms = optax.scale_by_rms(RMS_DECAY, settings.eps, initial_scale=1.0)
+        return optax.chain(clip, decay, rms, head, rate, optax.trace(MOMENTUM))
+    adam = optax.scale_by_adam(settings.beta1, settings.beta2, settings.eps)
+    return optax.chain(clip, adam, decay, head, rate)
