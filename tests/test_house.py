@@ -31,7 +31,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = [
     path for folder in ("configs", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-LONGEST_FUNCTION = 95  # lines with docstring and comments; the loop of training
+LONGEST_FUNCTION = 60  # lines with docstring and comments
+THE_LOOP = "topformer_jax/train.py", "train"  # may be longer
 
 
 def _name(file: pathlib.Path) -> str:
@@ -85,7 +86,7 @@ def test_files_and_functions_stay_short(file: pathlib.Path) -> None:
     text = file.read_text()
     assert len(text.splitlines()) <= 600
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and (_name(file), node.name) != THE_LOOP:
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= LONGEST_FUNCTION, f"{node.name} in {file} has {length} lines"
 

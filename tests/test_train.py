@@ -29,8 +29,13 @@ from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training import profiler
-from topformer_jax.training.run import STEPS_IN_FLIGHT, limit_steps_in_flight, load_teacher, wait_for_batch
+from topformer_jax.training.run import (
+    STEPS_IN_FLIGHT,
+    limit_steps_in_flight,
+    load_teacher,
+    parse_steps,
+    wait_for_batch,
+)
 from topformer_jax.training.run_folder import RunFolder
 
 
@@ -189,7 +194,7 @@ def test_profile(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("steps", ["3", "3:2", "0:1", "a:b"])
 def test_profile_of_no_steps(steps: str) -> None:
     with pytest.raises(UserError, match="expected FIRST:LAST"):
-        profiler.parse_steps(steps)
+        parse_steps(steps)
 
 
 def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

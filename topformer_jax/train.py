@@ -27,12 +27,11 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
-from topformer_jax.data import loader, sources, workers
+from topformer_jax.data import sources
 from topformer_jax.inspection.sample import look_at_labels
 from topformer_jax.runtime import errors, logs, processes, sharding
 from topformer_jax.training import run as run_lib
-from topformer_jax.training.profiler import StepProfiler, parse_steps
-from topformer_jax.training.run import Monitor, Run
+from topformer_jax.training.run import Monitor, Run, StepProfiler, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
 from topformer_jax.training.step import init_training
@@ -52,8 +51,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     make_progress = functools.partial(logs.Progress, active=is_first)
     train_source = sources.open_source(config, "train", make_progress)
     validation_source = sources.open_source(config, "validation", make_progress)
-    splits = {"train": train_source, "validation": validation_source}
-    for line in look_at_labels(config, data_set, splits):
+    for line in look_at_labels(config, data_set, {"train": train_source, "validation": validation_source}):
         processes.say(f"warning: {line}")
 
     # ---- state
@@ -74,18 +72,19 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         run_lib.record_start(config, folder, start, changes)
     log = logs.RunLog(folder.local, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
-    run = Run(config, folder, mesh, model, data_set, train_source, validation_source, store, log, shutdown)
-    batches = loader.to_device(
-        loader.training_batches(
-            train_source,
-            config,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            processes_on_host=processes.count_equal(workers.name_shared_memory()),
-        ),
-        sharding.batch_sharding(mesh),
+    run = Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        model=model,
+        data_set=data_set,
+        train_source=train_source,
+        validation_source=validation_source,
+        store=store,
+        log=log,
+        shutdown=shutdown,
     )
+    batches = run_lib.open_batches(run, start)
     profiler = StepProfiler(profile_steps, folder.local / "profile", folder.path / "profile")
     monitor = Monitor(run, batches)
     processes.call_before_exit(store.wait_before_exit)
@@ -93,12 +92,15 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
 
     # ---- the loop
     # An implicit transfer would make the host wait at every step.
-    with contextlib.ExitStack() as cleanup, jax.transfer_guard("disallow"):
-        # The last one is called first, and all of them are called, whatever one of them raises.
-        for close in (shutdown.restore_handlers, store.close, log.close, profiler.close, batches.close):
-            cleanup.callback(close)
-        cleanup.push(cli.abort_run_on_error)
-        cleanup.enter_context(errors.report_out_of_memory("train", store.describe_newest))
+    with contextlib.ExitStack() as at_exit, jax.transfer_guard("disallow"):
+        # Each of these runs, in reverse order, even if another one raises.
+        at_exit.callback(shutdown.restore_handlers)
+        at_exit.callback(store.close)
+        at_exit.callback(log.close)
+        at_exit.callback(profiler.close)
+        at_exit.callback(batches.close)
+        at_exit.push(cli.abort_run_on_error)
+        at_exit.enter_context(errors.report_out_of_memory("train", store.describe_newest))
         run_lib.evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with run_lib.save_on_error(run, state, step - 1, monitor):

@@ -1,9 +1,11 @@
-"""What a training run consists of, and what its loop calls: restore, monitor, evaluate, save, stop."""
+"""The parts of a training run, and what its loop calls: restore, monitor, profile, evaluate, save, stop."""
 
 import contextlib
 import dataclasses
 import json
 import math
+import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.data import loader, sources
+from topformer_jax.data import loader, sources, workers
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.classification import evaluate_classifier
@@ -32,9 +34,9 @@ STEPS_IN_FLIGHT = 2  # handed to the devices before the host waits for the first
 POLL_SECONDS = 0.01  # between looks at the devices while the next batch is not there
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """What stays the same during a run, for the calls of the loop."""
+    """The parts that stay the same during a run."""
 
     config: ConfigDict
     folder: RunFolder
@@ -57,7 +59,7 @@ def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifi
 
 
 def load_teacher(config: ConfigDict) -> models.Segmenter | None:
-    """The network to distil from, which computes with the dtypes of this run; None without distillation."""
+    """The network to distil from, with the dtypes of this run; None without distillation."""
     if not config.distillation.config:
         return None
     same = {f"model.{key}": config.model[key] for key in ("dtype", "precision", "conv_impl")}
@@ -71,7 +73,7 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
 
 
 def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointStore:
-    """The checkpoints of a run; where the file of their scores has none, its log may."""
+    """The checkpoints of a run; its log may hold scores that the file of scores lacks."""
 
     def read_log() -> dict[int, float]:
         name, records = SCORES[config.task], logs.read_records(folder.path / "metrics.jsonl")
@@ -83,11 +85,10 @@ def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointS
 def check_changes(
     store: checkpoints.CheckpointStore, step: int, config: ConfigDict, data_set: DataSet
 ) -> tuple[DataSet, list[str]]:
-    """Compares a checkpoint with what this start would go on with.
+    """Compares a checkpoint with the config and the data of this start.
 
     Returns:
-        The data set with the names and colours that the checkpoint has for its classes, and a line for each
-        difference.
+        The data set with the checkpoint's names and colours of the classes, and a line for each difference.
 
     Raises:
         UserError: the run cannot go on with such a change.
@@ -106,7 +107,7 @@ def check_changes(
 
 
 def restore_state(store: checkpoints.CheckpointStore, step: int, state: TrainState) -> TrainState:
-    """The state of a checkpoint, with the layout on devices of the given one."""
+    """The state of a checkpoint, laid out on the devices as the given one."""
     trees = store.restore(step, _to_trees(state))
     return TrainState(
         jax.device_put(np.int32(step), state.step.sharding),
@@ -123,7 +124,7 @@ def _to_trees(state: TrainState) -> dict[str, Any]:
 
 
 def record_start(config: ConfigDict, folder: RunFolder, start: int, changes: Sequence[str]) -> None:
-    """Says what changed since the last start, and keeps the settings of each start; fetches an earlier log."""
+    """Prints what changed since the last start, stores the settings of this one, and fetches an earlier log."""
     for change in changes:
         print(f"changed since step {start}: {change}")
     text = config.to_json(indent=2)
@@ -140,7 +141,7 @@ def print_banner(
     state: TrainState,
     splits: tuple[sources.Source, sources.Source],
 ) -> None:
-    """Says what the run is about to do, a line per fact."""
+    """Prints the facts of the run, one per line."""
     steps, start = config.schedule.steps, int(state.step)
     epochs = steps * config.batch_size / len(splits[0])
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -161,17 +162,27 @@ def print_banner(
             print(f"{name:<10}  {value}", flush=True)
 
 
-def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:
-    """Waits until the devices have at most `STEPS_IN_FLIGHT` of the last steps to compute; copies nothing.
+def open_batches(run: Run, start: int) -> loader.DeviceBatches:
+    """The batches after a step, on the devices."""
+    batches = loader.training_batches(
+        run.train_source,
+        run.config,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        processes_on_host=processes.count_equal(workers.name_shared_memory()),
+    )
+    return loader.to_device(batches, sharding.batch_sharding(run.mesh))
 
-    The devices always have a step to go on with. A signal is answered after these steps, not at the next log step.
-    """
+
+def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:
+    """Waits until at most `STEPS_IN_FLIGHT` steps are left to compute, so that a signal is answered soon."""
     if len(metrics) > STEPS_IN_FLIGHT:
         metrics[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
 
 
 def wait_for_batch(batches: loader.DeviceBatches, metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Waits until the next batch is there; returns the seconds in which the devices had computed all steps."""
+    """Waits for the next batch; returns the seconds in which the devices had nothing to compute."""
     idle_since = None
     while not batches.wait(POLL_SECONDS):
         if idle_since is None and (not metrics or metrics[-1]["loss"].is_ready()):
@@ -180,7 +191,7 @@ def wait_for_batch(batches: loader.DeviceBatches, metrics: Sequence[Mapping[str,
 
 
 class Monitor:
-    """Keeps the metrics of each step on the device, and logs their means when the loop synchronises."""
+    """Keeps the metrics of each step on the device, and logs their means on log steps."""
 
     def __init__(self, run: Run, batches: loader.DeviceBatches):
         self._run = run
@@ -191,27 +202,27 @@ class Monitor:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts the time over which the next log measures its rates."""
+        """Starts the clock for the rates of the next log line."""
         self._start, self._data_wait_seconds = time.perf_counter(), 0.0
 
     def next_batch(self) -> Batch:
-        """The next batch; counts the time in which the devices have nothing to compute meanwhile."""
+        """The next batch; counts the time in which the devices wait for it."""
         self._data_wait_seconds += wait_for_batch(self._batches, self._pending)
         return next(self._batches)
 
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of one more step, and waits for the step `STEPS_IN_FLIGHT` before it."""
+        """Adds the metrics of a step, and waits for the step `STEPS_IN_FLIGHT` before it."""
         self._pending.append(step_metrics)
         if self._first_loss is None:
             self._first_loss = step_metrics["loss"]
         limit_steps_in_flight(self._pending)
 
     def has_computed(self) -> bool:
-        """Whether this process has computed a step, which a signal must not lose."""
+        """Whether this process has computed a step."""
         return self._first_loss is not None and self._first_loss.is_ready()
 
     def fetch(self, step: int) -> list[Mapping[str, Any]]:
-        """The metrics of the steps up to `step` that were not fetched yet; a UserError if one is not finite."""
+        """The new metrics of the steps up to `step`; a UserError if one is not finite."""
         fetched, self._pending = jax.device_get(self._pending), []
         for at, values in enumerate(fetched, step - len(fetched) + 1):
             bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
@@ -224,7 +235,7 @@ class Monitor:
         return fetched
 
     def log(self, step: int) -> None:
-        """Logs the means since the last call, the rates, and the examples that were skipped as unreadable."""
+        """Logs the means since the last call, the rates, and the unreadable examples."""
         run, batches = self._run, self._batches
         fetched = self.fetch(step)
         elapsed = time.perf_counter() - self._start
@@ -237,29 +248,86 @@ class Monitor:
         run.log.log_step(step, means | {"skipped": batches.skipped})
         if run.log.active:
             for index in sorted(batches.unreadable - self._reported_unreadable):
-                run.log.print_line(
-                    f"skipped: {loader.explain_unreadable(run.train_source, index, run.config)}"
-                )
+                reason = loader.explain_unreadable(run.train_source, index, run.config)
+                run.log.print_line(f"skipped: {reason}")
         self._reported_unreadable = batches.unreadable
 
 
+def parse_steps(text: str | None) -> range:
+    """The steps of `--profile FIRST:LAST`, both included; none for None.
+
+    >>> parse_steps("3:5")
+    range(3, 6)
+
+    Raises:
+        UserError: the text has another form, or the first step is not from 1 to the last one.
+    """
+    if text is None:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--profile is {text!r}: expected FIRST:LAST, two steps from 1 on, for example 20:24")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+class StepProfiler:
+    """A `jax.profiler` trace of some steps, for TensorBoard's profile plugin or Perfetto.
+
+    Call `before` and `after` around every step, and `close` at the end.
+
+    Args:
+        steps: to trace.
+        folder: a local one.
+        name: of the folder, as the user knows it.
+    """
+
+    def __init__(self, steps: range, folder: pathlib.Path, name: object):
+        self._steps = steps
+        self._name = name
+        self._folder = folder
+        self._is_tracing = False
+
+    def before(self, step: int) -> None:
+        """Starts the trace before the first chosen step, or a later one if a run resumes among them."""
+        if step in self._steps and not self._is_tracing:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_tracing = True
+
+    def after(self, step: int, outputs: Any) -> None:
+        """Ends the trace after the last chosen step, once the devices have computed its outputs."""
+        if self._is_tracing and step == self._steps[-1]:
+            jax.block_until_ready(outputs)
+            self.close()
+
+    def close(self) -> None:
+        """Ends the trace if one is running."""
+        if self._is_tracing:
+            self._is_tracing = False
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"cannot write the profile into {self._folder}: {error}") from None
+            if jax.process_index() == 0:
+                print(f"wrote the profile into {self._name}")
+
+
 def is_log_step(config: ConfigDict, step: int) -> bool:
-    """Whether the host waits for the devices after this step and logs: then, too, where it saves or evaluates."""
+    """Whether the host waits for the devices and logs after this step; it does before it saves or evaluates."""
     return step % config.log_every == 0 or is_checkpoint_step(config, step)
 
 
 def is_checkpoint_step(config: ConfigDict, step: int) -> bool:
-    """Whether the state is saved after this step; it is wherever the validation split is scored."""
+    """Whether the run saves the state after this step; it does before it evaluates."""
     return step % config.checkpoint_every == 0 or is_evaluation_step(config, step)
 
 
 def is_evaluation_step(config: ConfigDict, step: int) -> bool:
-    """Whether the validation split is scored after this step."""
+    """Whether the run scores the validation split after this step."""
     return step == config.schedule.steps or step % config.evaluate_every == 0
 
 
 def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
-    """Starts to save a checkpoint in the background; nothing where the step is saved already."""
+    """Starts to save a checkpoint in the background, unless the step is saved already."""
     # mmcv expects an epoch; a run here counts steps only.
     meta = {"epoch": 0, "iter": step, "CLASSES": run.data_set.classes, "PALETTE": run.data_set.palette}
     run.folder.upload()  # the log of what a resumed run will not do again
@@ -268,7 +336,7 @@ def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
 
 @contextlib.contextmanager
 def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> Iterator[None]:
-    """Saves the state of a step if what follows fails with a UserError, so that nothing is computed twice."""
+    """Saves the state of a step if its body fails with a UserError, so that no step is computed twice."""
     try:
         yield
     except UserError as error:
@@ -284,7 +352,7 @@ def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> I
 
 
 def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
-    """Scores the validation split with a saved state, and logs and notes the scores; not if a signal comes."""
+    """Scores the validation split with a saved state and stores the scores, unless a signal comes."""
 
     def stop_if_requested(*_: object) -> None:
         if run.shutdown.check():
@@ -299,14 +367,14 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
         except _EvaluationStopped:
             return
     run.log.log_evaluation(step, scores)
-    # A score in the file says that the log holds it.
+    # The file has a score only when the log has it.
     run.store.add_score(step, scores[SCORES[run.config.task]], to_file=run.folder.upload())
 
 
 def _score_segmenter(
     run: Run, tensors: Mapping[str, Any], step: int, on_progress: Callable[..., None]
 ) -> dict[str, float]:
-    """The scores; writes a grid of predictions."""
+    """The scores of a segmenter; writes a grid of predictions."""
     palette = run.data_set.palette
     rows: list[list[np.ndarray]] = []
 
@@ -316,14 +384,8 @@ def _score_segmenter(
             rows.append([example.image, *(drawing.colorize(each, palette) for each in labels)])
 
     assert isinstance(run.model, models.Segmenter)
-    result = evaluate_split(
-        run.model,
-        run.validation_source,
-        run.mesh,
-        tensors=tensors,
-        on_example=add_to_grid,
-        on_progress=on_progress,
-    )
+    hooks: Any = {"on_example": add_to_grid, "on_progress": on_progress}
+    result = evaluate_split(run.model, run.validation_source, run.mesh, tensors=tensors, **hooks)
     if rows:
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
         drawing.write_image(run.folder.local / "predictions" / f"{step:07}.png", grid)
@@ -346,15 +408,14 @@ class _EvaluationStopped(Exception):
 
 
 def evaluate_if_missing(run: Run, state: TrainState, step: int) -> None:
-    """Makes up for the evaluation of the resumed step, if a signal came before it was done."""
-    if not step or not is_evaluation_step(run.config, step) or run.store.is_evaluated(step):
-        return
-    evaluate_and_log(run, state, step)
-    exit_if_stopped(run, step)
+    """Evaluates the resumed step, if a signal interrupted its evaluation."""
+    if step and is_evaluation_step(run.config, step) and not run.store.is_evaluated(step):
+        evaluate_and_log(run, state, step)
+        exit_if_stopped(run, step)
 
 
 def exit_if_stopped(run: Run, step: int) -> None:
-    """Ends the process with 128 + the signal's number if there was one; the step must have been saved."""
+    """Ends the process with 128 + the signal's number if there was one, after the saved step is written."""
     if run.shutdown.signal:
         run.store.wait()
         run.log.print_line(f"stopped at step {step} and saved; the same command resumes from here")
@@ -362,7 +423,7 @@ def exit_if_stopped(run: Run, step: int) -> None:
 
 
 def print_results(run: Run) -> None:
-    """Draws the curves, and says where everything is."""
+    """Draws the curves, and prints where the results are."""
     workdir, local = run.folder.path, run.folder.local
     logs.save_curves(logs.read_records(local / "metrics.jsonl"), local / "curves.png")
     grids = f", predictions in {workdir / 'predictions'}" if run.config.task == "segmentation" else ""

@@ -1,4 +1,4 @@
-"""The folder of a training run: one run at a time, written locally and uploaded where it is in a bucket."""
+"""The folder of a training run: one run at a time; a folder in a bucket is written locally and uploaded."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ LEASE = "run.lock"
 
 
 class Record(msgspec.Struct):
-    """A run.lock: which process keeps the folder."""
+    """The content of run.lock: the process that uses the folder."""
 
     run: str
     host: str
@@ -36,11 +36,10 @@ class Record(msgspec.Struct):
 
 
 class RunFolder:
-    """Where a run writes everything but checkpoints.
+    """The place for everything that a run writes except checkpoints; a context manager.
 
-    Files in a bucket cannot be appended to. Where the folder is in one, the files are written into a folder `local`,
-    and what has changed is uploaded every `upload_every` seconds, at each checkpoint and at the end. A network
-    that fails makes them late. A context manager, which closes what `open` opened.
+    Files in a bucket cannot grow. For a bucket the files go into a folder `local`, and changed ones are uploaded
+    every `upload_every` seconds, at each checkpoint and at the end; a failing network makes them late.
     """
 
     def __init__(self, path: files.Path, upload_every: int):
@@ -55,7 +54,7 @@ class RunFolder:
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        """Makes the folder, and has the first process keep it for this run: see `Lease`."""
+        """Makes the folder, and takes its `Lease` on the first process."""
         is_remote = files.is_in_bucket(self.path)
         files.make_folder(self.path if is_remote else self.path / "checkpoints", "another --workdir")
         if jax.process_index() == 0:
@@ -74,7 +73,7 @@ class RunFolder:
         self.close(files.RETRY_SECONDS if kind is None else 0.0)
 
     def fetch(self, name: str) -> None:
-        """Copies a file of an earlier start, if there is one, from the bucket into the local folder."""
+        """Copies a file of an earlier start, if there is one, from the bucket."""
         remote = self.path / name
         if self._thread is not None:
             with files.report_errors("read", remote):
@@ -82,7 +81,7 @@ class RunFolder:
                     (self.local / name).write_bytes(files.retry(remote.read_bytes))
 
     def upload(self) -> bool:
-        """Uploads what has changed, and returns whether all of it arrived; if not, says so once."""
+        """Uploads changed files, and returns whether all arrived; prints the first failure."""
         if self._thread is None:
             return True
         with self._lock:
@@ -91,10 +90,8 @@ class RunFolder:
                     self._upload_file(file)
             except Exception as error:
                 if not self._is_late:
-                    print(
-                        f"late: cannot write into {self.path}: {files.explain(error)}; trying again",
-                        flush=True,
-                    )
+                    reason = files.explain(error)
+                    print(f"late: cannot write into {self.path}: {reason}; trying again", flush=True)
                 self._is_late = True
                 return False
             self._is_late = False
@@ -114,10 +111,10 @@ class RunFolder:
             self.upload()
 
     def close(self, seconds: float) -> None:
-        """Uploads the rest, deletes the local folder, and leaves the run's folder to the next run.
+        """Uploads the rest within so many seconds, deletes the local folder, and releases the run's folder.
 
         Raises:
-            UserError: for so many seconds not all of it could be uploaded; says where it is.
+            UserError: an upload failed; names the local folder.
         """
         try:
             if self._thread is not None:
@@ -139,10 +136,10 @@ class RunFolder:
 
 
 class Lease:
-    """Keeps a work directory for one run: a file that it renews, and that a successor takes over after a crash.
+    """Reserves a work directory for one run by a file that it renews; after a crash a successor takes it over.
 
     Raises:
-        UserError: another run is using the folder, or the lease cannot be written.
+        UserError: another run uses the folder, or the lease cannot be written.
     """
 
     def __init__(
@@ -165,7 +162,7 @@ class Lease:
         processes.call_before_exit(self.release)
 
     def _read(self) -> Record | None:
-        """The record in the file; None where there is none."""
+        """The record in the file, or None."""
         with files.report_errors("read", self._file):
             if not files.retry(self._file.exists):
                 return None
@@ -173,7 +170,7 @@ class Lease:
         return files.read_json(files.read_bytes(self._file, advice), Record, self._file, advice)
 
     def _wait_until_free(self, other: Record, pause: float, expired: float) -> None:
-        """Returns when the other run is known to be gone."""
+        """Returns once the other run is gone; a UserError if it is not."""
         who = f"process {other.pid} on {other.host}"
         if has_ended := _has_ended(other):
             return
@@ -193,24 +190,22 @@ class Lease:
         pause = 1.0  # the first look is for a run that started at the same moment
         while not self._released.wait(pause):
             pause = self._renew_seconds
-            with contextlib.suppress(UserError):  # late, and so may be the next
+            with contextlib.suppress(UserError):  # the next attempt may succeed
                 self._renew()
 
     def _renew(self) -> None:
         found = self._read()
         if found is not None and found.run != self._record.run:
             self._released.set()
-            print(
-                f"error: {self._folder} was taken over by process {found.pid} on {found.host}: this run ends",
-                file=sys.stderr,
-            )
+            who = f"process {found.pid} on {found.host}"
+            print(f"error: {self._folder} was taken over by {who}: this run ends", file=sys.stderr)
             processes.hard_exit(2)
         self._record.renewals += 1
         if not self._released.is_set():
             files.write_file(self._file, msgspec.json.encode(self._record))
 
     def release(self) -> None:
-        """Leaves the folder to the next run."""
+        """Frees the folder for the next run."""
         if self._released.is_set():
             return
         self._released.set()
@@ -221,7 +216,7 @@ class Lease:
 
 
 def _this_process() -> Record:
-    """A new run in this process, also told from those in other containers; "" where the kernel does not say."""
+    """The record of a new run in this process; a namespace tells containers of one machine apart."""
     namespace = ""
     with contextlib.suppress(OSError):  # not a Linux
         namespace = os.readlink("/proc/self/ns/pid")
@@ -230,7 +225,7 @@ def _this_process() -> Record:
 
 
 def _has_ended(record: Record) -> bool | None:
-    """Whether the process of a lease has ended; None where it is another machine's, or the kernel does not say."""
+    """Whether the process of a lease has ended; None if it is another machine's, or the kernel does not say."""
     here = _this_process()
     place = here.host, here.boot, here.namespace
     if not all(place) or place != (record.host, record.boot, record.namespace):

@@ -1,4 +1,4 @@
-"""Ending a training run early without losing anything: a signal asks for it, all processes end at the same step."""
+"""The early end of a training run: after a signal all processes save and end at the same step."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ from topformer_jax.runtime import processes
 
 
 class GracefulShutdown:
-    """Notices SIGTERM and Ctrl-C; a second Ctrl-C interrupts at once.
+    """Notices SIGTERM and Ctrl-C; a second Ctrl-C ends the process at once.
 
-    With several processes a signal to one of them asks all. JAX catches SIGTERM then and agrees with the other
-    processes on a moment that none of them has reached, without a message at each step (Ctrl-C becomes a SIGTERM).
-    Handlers are installed by the constructor and removed by `restore_handlers`.
+    With several processes, a signal to one of them ends all. JAX then catches SIGTERM and agrees with the other
+    processes on a step that none has reached, without a message at each step (Ctrl-C becomes a SIGTERM). The
+    constructor installs handlers, and `restore_handlers` removes them.
 
     Attributes:
-        signal: the number of the signal that the run ends for, 0 while it goes on; the same on all processes.
+        signal: the number of the signal that ends the run, 0 while it goes on; the same on all processes.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class GracefulShutdown:
         self._is_alone = jax.process_count() == 1
         numbers = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
         self._previous = {number: signal.signal(number, self._on_signal) for number in numbers}
-        # Python calls handlers between two of its own instructions, but writes to this pipe at once.
+        # Python calls handlers between two of its instructions only, but writes to this pipe at once.
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_pipe = signal.set_wakeup_fd(self._writing)
@@ -43,7 +43,7 @@ class GracefulShutdown:
             self._watcher.start()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        """Does nothing: `_watch_pipe` has seen the signal already. Without a handler it would end the process."""
+        """Does nothing, since `_watch_pipe` sees the signal; without a handler it would end the process."""
 
     def _watch_pipe(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as signals:
@@ -74,10 +74,9 @@ class GracefulShutdown:
     def set_early_exit_callback(
         self, has_computed: Callable[[], bool], print_line: Callable[[str], None]
     ) -> None:
-        """Lets a signal end all processes at once where it loses nothing; from now on, and now if one has come.
+        """From now on, a signal ends all processes at once if none has computed a step, so that nothing is lost.
 
-        A thread does it, so that nobody waits for the minutes in which the main thread compiles. With several
-        processes either all leave or none: each says whether it has computed a step, and one that has keeps them all.
+        A thread does it, so that a signal need not wait for minutes of compilation.
         """
         self._has_computed, self._print_line = has_computed, print_line
         if self._received and self._is_alone:
@@ -93,7 +92,7 @@ class GracefulShutdown:
             )
 
     def check(self) -> bool:
-        """Whether the run ends here. Every process must call it at the same moments: each step, each batch scored."""
+        """Whether the run ends here. Every process must call it at the same moments: each step, each scored batch."""
         processes.wait_if_exiting()
         if not self.signal:
             if self._is_alone:
