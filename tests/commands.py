@@ -67,6 +67,12 @@ def command(main: Callable[[], None], *words: object) -> str:
     return out.getvalue()
 
 
+def run_here(workdir: Workdir, changes: dict[str, Any], *flags: str) -> str:
+    """What a training prints, in this process, with a batch that the devices of the tests divide."""
+    with contextlib.chdir(ROOT):
+        return command(train.main, *arguments(workdir, {"batch_size": 8} | changes), *flags)
+
+
 def refused_command(main: Callable[[], None], *words: object) -> str:
     """The line that a command ends with, in this process."""
     err = io.StringIO()

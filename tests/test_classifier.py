@@ -1,13 +1,12 @@
 """ImageNet from end to end on a miniature: train, stop, resume, score, start a segmenter, go back to PyTorch."""
 
 import json
-import os
 import pathlib
 import re
 import signal
-import subprocess
-import sys
+import time
 from typing import Any
+from unittest import mock
 
 import cv2
 import jax
@@ -20,7 +19,7 @@ from benchmarks import traffic
 from benchmarks.tpu import summed_bytes
 from tests import commands
 from tests.reference import network as reference
-from topformer_jax import browse, checkpoints, config, convert, load, models
+from topformer_jax import browse, checkpoints, config, convert, evaluate, load, models, train
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.classification import images as class_images
@@ -33,7 +32,8 @@ from topformer_jax.training.step import init_training
 CLASSES = 6
 SMALL: dict[str, Any] = {
     "model.num_classes": CLASSES,
-    "batch_size": 12,
+    "model.depths": 1,
+    "batch_size": 16,
     "data.crop_size": "(64,64)",
     "evaluation.short_side": 72,
     "data.rand_augment": 0.0,  # a colour that is inverted shows another class
@@ -70,23 +70,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def _start(command: str, *words: object, settings: dict[str, Any]) -> subprocess.Popen[str]:
+def _words(workdir: pathlib.Path, settings: dict[str, Any]) -> list[str]:
     flags = [f"--config.{key}={value}" for key, value in (SMALL | settings).items()]
-    program = [sys.executable, "-m", f"topformer_jax.{command}", "--config", "topformer_t_imagenet"]
-    return subprocess.Popen(
-        [*program, *map(str, words), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=commands.ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
-    )
-
-
-def _finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
-    out, err = process.communicate(timeout=commands.LONGEST)
-    assert process.returncode == status, out + err
-    return out, err
+    return ["--config", "topformer_t_imagenet", "--workdir", str(workdir), *flags]
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
@@ -96,10 +82,9 @@ def _losses(workdir: pathlib.Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def trained(root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
-    """A run from the folders that was never stopped, and what it printed."""
+    """A run from the folders that was never stopped, and its output."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    out, _ = _finish(_start("train", "--workdir", workdir, settings={"data.root": root}))
-    return workdir, out
+    return workdir, commands.command(train.main, *_words(workdir, {"data.root": root}))
 
 
 def test_it_learns_and_says_so(trained: tuple[pathlib.Path, str]) -> None:
@@ -124,14 +109,20 @@ def test_a_stopped_run_from_records_is_bitwise_the_one_from_folders(
     packing.build("imagenet", str(root), str(tmp_path / "records"))
     packed = {"data.source": "array_record", "data.root": tmp_path / "records", "data.num_workers": 2}
     workdir = tmp_path / "run"
-    process = _start("train", "--workdir", workdir, settings=packed)
-    commands.wait_for([process], lambda: max(_losses(workdir) or {0: 0.0}) >= 7)
-    process.send_signal(signal.SIGTERM)
-    _finish(process, 128 + signal.SIGTERM)
+
+    def stop_at_seven(log: logs.RunLog, step: int, metrics: Any) -> None:
+        log_step(log, step, metrics)
+        if step == 7:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)  # a thread sees the signal
+
+    log_step = logs.RunLog.log_step
+    with mock.patch.object(logs.RunLog, "log_step", stop_at_seven), pytest.raises(SystemExit) as end:
+        commands.command(train.main, *_words(workdir, packed))
+    assert end.value.code == 128 + signal.SIGTERM
     stopped_at = max(_losses(workdir))
     assert 7 <= stopped_at < 30
-    out, _ = _finish(_start("train", "--workdir", workdir, settings=packed))
-    assert f"from checkpoint {stopped_at}" in out
+    assert f"from checkpoint {stopped_at}" in commands.command(train.main, *_words(workdir, packed))
     assert _losses(workdir) == _losses(trained[0])
     one, two = (checkpoints.read_model(folder)[0] for folder in (workdir, trained[0]))
     assert set(one) == set(two)
@@ -141,8 +132,8 @@ def test_a_stopped_run_from_records_is_bitwise_the_one_from_folders(
 
 def test_evaluate(trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The command gives the score that training logged last."""
-    words = ("--checkpoint", trained[0], "--workdir", tmp_path)
-    out, _ = _finish(_start("evaluate", *words, settings={"data.root": root}))
+    words = _words(tmp_path, {"data.root": root})
+    out = commands.command(evaluate.main, "--checkpoint", trained[0], *words)
     logged = [r for r in logs.read_records(trained[0] / "metrics.jsonl") if r["kind"] == "evaluation"][-1]
     expected = f"top-1 {100 * logged['top1']:.2f}  top-5 {100 * logged['top5']:.2f}  of 18 images"
     assert expected in out
@@ -154,40 +145,37 @@ def test_evaluate(trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_pat
 
 @pytest.mark.parametrize("flag", ["--flip", "--slide", "--img-ratios=0.5,1"])
 def test_flags_of_segmentation_are_refused(flag: str, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    words = ("--checkpoint", "x.pth", "--workdir", tmp_path, flag)
-    _, err = _finish(_start("evaluate", *words, settings={"data.root": root}), status=2)
-    assert "topformer_t_imagenet is a classifier: --exported, --img-ratios" in commands.only_line(err)
+    words = _words(tmp_path, {"data.root": root})
+    line = commands.refused_command(evaluate.main, "--checkpoint", "x.pth", flag, *words)
+    assert "topformer_t_imagenet is a classifier: --exported, --img-ratios" in line
 
 
 def test_a_segmenter_starts_from_it(trained: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
-    start = {"init_from": trained[0], "init_part": "backbone", "schedule.steps": 2}
-    out, _ = commands.run(tmp_path, start)
+    start = {"init_from": trained[0], "init_part": "backbone", "schedule.steps": 2, "model.depths": 1}
+    out = commands.run_here(tmp_path, start)
     assert "step 2/2" in out
     assert (
         f"from {trained[0]}: backbone.tpm, backbone.trans; fresh: backbone.SIM, decode_head.conv_seg" in out
     )
     tensors, _ = checkpoints.read_model(trained[0])
-    model = checkpoints.load_model(config.shapes(), trained[0], part="backbone")
+    given = config.load(config.shapes(), {"model.depths": 1})
+    model = checkpoints.load_model(given, trained[0], part="backbone")
     found = models.state_dict(model)
     backbone = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    assert len(backbone) > 200
+    assert len(backbone) > 150
     for name, tensor in backbone.items():
         np.testing.assert_array_equal(found[f"backbone.{name}"], tensor)
 
 
-def test_it_goes_back_to_pytorch(
-    trained: tuple[pathlib.Path, str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_goes_back_to_pytorch(trained: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     """The official keys load strictly into the PyTorch network, with our logits; and the file loads here again."""
     file = tmp_path / "classifier.pth"
-    words = ["convert", "--checkpoint", str(trained[0]), "--output", str(file)]
-    monkeypatch.setattr(sys, "argv", words)
-    convert.main()
+    commands.command(convert.main, "--checkpoint", trained[0], "--output", file)
     states = torch.load(file, weights_only=True)["state_dict"]
-    network = reference.Classifier("tiny", CLASSES).eval()
+    network = reference.Classifier("tiny", CLASSES, depths=1).eval()
     network.load_state_dict(states)
     images = np.random.default_rng(0).normal(size=(3, 64, 64, 3)).astype(np.float32)
-    given = config.load("topformer_t_imagenet", {"model.num_classes": CLASSES})
+    given = config.load("topformer_t_imagenet", {"model.num_classes": CLASSES, "model.depths": 1})
     with torch.no_grad():
         expected = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     for source in (trained[0], file):
@@ -272,6 +260,6 @@ def test_ranks_of_equal_logits_and_of_none() -> None:
     assert int(broken.min()) == 9
 
 
-def test_other_commands_know_segmentation_alone(root: pathlib.Path) -> None:
+def test_other_commands_need_a_segmenter() -> None:
     with pytest.raises(UserError, match="this command needs a segmenter"):
         checkpoints.load_segmenter(config.load("topformer_t_imagenet", SMALL))

@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.commands import FOLDER, LONGEST, ROOT, arguments, only_line, refused_run, run, start
+from tests.commands import FOLDER, LONGEST, ROOT, arguments, only_line, refused_here, run_here, start
 from topformer_jax.checkpoints.orbax_store import SCORES_FILE
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
 
 
 def test_no_number(tmp_path: pathlib.Path) -> None:
-    """A learning rate that is harmless at the first step alone."""
+    """A learning rate that is harmless at the first step only."""
     changes = {"schedule.lr": 1e30, "schedule.warmup_ratio": 1e-38, "checkpoint_every": 1}
-    line = refused_run(tmp_path / "run", changes)
+    line = refused_here(tmp_path / "run", changes)
     assert (
         "is nan at step 3: lower schedule.lr, or set optimizer.clip_norm; the newest saved step is 2" in line
     )
@@ -52,24 +52,23 @@ def disk(tmp_path: pathlib.Path) -> Iterator[Callable[[pathlib.Path, str], None]
 def test_a_full_disk_and_a_bad_picture_lose_nothing(
     root: pathlib.Path, tmp_path: pathlib.Path, disk: Callable[[pathlib.Path, str], None]
 ) -> None:
-    """The second checkpoint does not fit; then there is space; then a picture of the evaluation is mended."""
+    """The second checkpoint does not fit; then there is space; then a picture of the evaluation is fixed."""
     changes = FOLDER | {"data.root": root, "checkpoint_every": 3}
     workdir = tmp_path / "small/run"
     disk(workdir.parent, "20m")
-    line = refused_run(workdir, changes)
+    line = refused_here(workdir, changes)
     assert f"cannot write a checkpoint into {workdir}/checkpoints: no space is left on the disk" in line
     assert "the newest saved step is 3; fix it and start the same command again" in line
 
     disk(workdir.parent, "200m")
     whole = (root / "images/val/1.jpg").read_bytes()
     (root / "images/val/1.jpg").write_bytes(whole[:-400])
-    line = refused_run(workdir, changes)
+    line = refused_here(workdir, changes)
     assert "/images/val/1.jpg is cut off" in line
     assert "step 6 is saved: the same command resumes from there" in line
 
     (root / "images/val/1.jpg").write_bytes(whole)
-    out, _ = run(workdir, changes)
-    assert "from checkpoint 6" in out
+    assert "from checkpoint 6" in run_here(workdir, changes)
     steps = [json.loads(text)["step"] for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 6]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6", SCORES_FILE]
@@ -97,17 +96,6 @@ def test_a_full_disk_under_the_logs(
     print(f"\n{error.value.line}")
     assert part in error.value.line
     assert logs.read_records(workdir / "metrics.jsonl")[-1]["step"] > 10
-
-
-@pytest.mark.slow
-def test_a_full_disk_under_the_pictures(
-    tmp_path: pathlib.Path, disk: Callable[[pathlib.Path, str], None]
-) -> None:
-    (tmp_path / "run").mkdir()
-    disk(tmp_path / "run/predictions", "8k")
-    line = refused_run(tmp_path / "run", {})
-    assert "predictions/0000006.png: No space left on device; step 6 is saved" in line
-    assert not list((tmp_path / "run/predictions").iterdir())
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Trainings of two processes, killed again and again at any moment, end with the weights of an undisturbed one.
+"""Trainings of one or two processes, killed at random moments, end with the weights of an undisturbed one.
 
-TOPFORMER_KILLS=25 pytest --all -n0 -s tests/test_kills.py kills 100 trainings on a disk and as many in a bucket.
+TOPFORMER_KILLS=25 pytest --all -n0 -s tests/test_kills.py kills 150 trainings.
 """
 
 import os
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import FOLDER, LONGEST, finish, free_port, start_pair
+from tests.commands import FOLDER, LONGEST, finish, free_port, start, start_pair
 from tests.test_processes import LOST
 from topformer_jax import checkpoints
 from topformer_jax.runtime import logs
@@ -45,19 +45,27 @@ def kill(pair: list[subprocess.Popen[str]], victims: list[int]) -> float:
         pair[number].kill()
     began = time.monotonic()
     outputs = finish(pair)
-    for survivor in {0, 1} - {*victims}:
+    for survivor in {*range(len(pair))} - {*victims}:
         # The last step may have been behind it.
         assert LOST.search(outputs[survivor][1]) or pair[survivor].returncode == 0, outputs[survivor]
     return time.monotonic() - began
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("source", ["shapes", "folder"])
-@pytest.mark.parametrize("place", ["disk", "bucket"])
+@pytest.mark.parametrize(("place", "count", "workers"), [("disk", 1, 2), ("disk", 2, 2), ("bucket", 2, 0)])
 def test_kills(
-    place: str, source: str, workers: int, bucket: Bucket, tmp_path: pathlib.Path, drawn: pathlib.Path
+    place: str,
+    count: int,
+    workers: int,
+    source: str,
+    bucket: Bucket,
+    tmp_path: pathlib.Path,
+    drawn: pathlib.Path,
 ) -> None:
+    def begin(workdir: Any, port: int | None = None) -> list[subprocess.Popen[str]]:
+        return [start(workdir, changes)] if count == 1 else start_pair(workdir, changes, port=port)
+
     changes: dict[str, Any] = {
         "schedule.steps": 40,
         "checkpoint_every": 1,
@@ -66,30 +74,31 @@ def test_kills(
         **(FOLDER | {"data.root": drawn} if source == "folder" else {}),
     }
     began = time.monotonic()
-    outputs = finish(start_pair(tmp_path / "undisturbed", changes))
+    outputs = finish(begin(tmp_path / "undisturbed"))
     latest = time.monotonic() - began  # seconds after the start
     assert "done: " in outputs[0][0], outputs
     expected = outcome(tmp_path / "undisturbed")
-    dice = random.Random(f"{place} {source} {workers}")
+    dice = random.Random(f"{place} {source} {count}")
     kills, finished, alone = 0, 0, [0.0]
     while kills < KILLS or not finished:
         workdir: Any = (bucket.root if place == "bucket" else tmp_path) / f"run{finished}"
         meeting = free_port()
-        pair = start_pair(workdir, changes, port=meeting)
+        pair = begin(workdir, meeting)
         moment = time.monotonic() + (dice.uniform(0, latest) if kills < KILLS else LONGEST)
         while time.monotonic() < moment and None in [process.poll() for process in pair]:
             time.sleep(0.02)
         if pair[0].poll() is None:
-            alone.append(kill(pair, dice.choice(([0], [1], [0, 1])) if have_met(meeting) else [0, 1]))
+            some = ([0], [1], [0, 1]) if count == 2 and have_met(meeting) else (range(count),)
+            alone.append(kill(pair, [*dice.choice(some)]))
             kills += 1
         else:
             outputs = finish(pair)
-            assert [process.returncode for process in pair] == [0, 0], outputs
+            assert [process.returncode for process in pair] == [0] * count, outputs
             assert outcome(workdir) == expected
             finished += 1
             if place == "disk":
                 shutil.rmtree(workdir)
     print(
-        f"\n{place}, {source}, {workers} workers: {kills} kills, {finished} runs finished with the same weights "
+        f"\n{place}, {source}, {count} processes: {kills} kills, {finished} runs finished with the same weights "
         f"and logs; the other process ended within {max(alone):.1f} s"
     )

@@ -18,10 +18,8 @@ from typing import Any
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import TINY, comes_to_pass, start, start_pair
+from tests.commands import comes_to_pass, run_here, start, start_pair
 from tests.test_processes import CHANGES as LONG
-from topformer_jax import config, train
-from topformer_jax.training.run_folder import RunFolder
 
 __all__ = ["bucket", "storage"]
 
@@ -129,13 +127,9 @@ class Watcher:
 
 def test_no_step_goes_while_it_is_scored(tmp_path: pathlib.Path) -> None:
     """Saved before the first evaluation of the process, and not written again for the score."""
-    settings = config.load(
-        config.shapes(),
-        TINY | {"batch_size": 8, "checkpoint_every": 100, "evaluate_every": 3, "max_to_keep": 1},
-    )
+    changes = {"model.depths": 1, "checkpoint_every": 100, "evaluate_every": 3, "max_to_keep": 1}
     with Watcher(lambda: list_disk(tmp_path / "run"), 1) as watcher:
-        with RunFolder(tmp_path / "run", 60) as folder:
-            train.train(settings, folder)
+        run_here(tmp_path / "run", changes)
         watcher.wait_for_looks()
     print(f"\n{watcher.moments} moments watched: {watcher.losses or 'no step lost'}")
     assert 6 in watcher.whole

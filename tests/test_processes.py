@@ -22,6 +22,7 @@ from topformer_jax.runtime.errors import UserError
 # Nothing is logged, saved or scored before the end: only the signal asks for it.
 CHANGES: dict[str, Any] = {
     "batch_size": 8,
+    "model.depths": 1,
     "schedule.steps": 100_000,
     "log_every": 100_000,
     "checkpoint_every": 100_000,
@@ -38,7 +39,7 @@ def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> 
 
 
 def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
-    """Long before a step is logged; the newest checkpoint is of that step."""
+    """The stop waits for no log step, and the newest checkpoint is of the step that it names."""
     pair = start_pair(tmp_path, CHANGES, *PROFILE)
     wait_for_steps(pair, tmp_path)
     pair[1].send_signal(signal.SIGTERM)
@@ -53,19 +54,6 @@ def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
     assert step is not None
     assert f"stopped at step {step} and saved; the same command resumes from here" in outputs[0][0]
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == step
-
-
-def test_a_stop_takes_a_few_steps(tmp_path: pathlib.Path) -> None:
-    """It does not wait for the next step that is logged: the devices are given no more than a few steps ahead."""
-    process = start(tmp_path, CHANGES | {"log_every": 40})
-    wait_for([process], lambda: "metrics.jsonl" in {path.name for path in tmp_path.iterdir()})
-    wait_for([process], lambda: '"step": 40' in (tmp_path / "metrics.jsonl").read_text())
-    process.send_signal(signal.SIGTERM)
-    ((out, err),) = finish([process])
-    assert process.returncode == 128 + signal.SIGTERM, out + err
-    (step,) = re.findall(r"stopped at step (\d+) and saved", out)
-    print(f"\nSIGTERM after step 40 was logged: it stopped at step {step}")
-    assert 40 <= int(step) <= 60
 
 
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -112,24 +100,21 @@ def catches(process: subprocess.Popen[str], number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_nobody_waits_for_a_compilation(
-    tmp_path: pathlib.Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_waits_for_a_compilation(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal before the first step ends the run at once, whatever the main thread does."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
     process = start(tmp_path, CHANGES)
     while process.poll() is None and not catches(process, signal.SIGTERM):
         time.sleep(0.01)
     time.sleep(0.5)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=LONGEST)
-    assert (process.returncode, err) == (128 + number, "")
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     assert out.endswith("stopped before a step was computed; start the same command again\n")
     assert not (tmp_path / "run.lock").exists()
 
 
-@pytest.mark.parametrize("signalled", [[1], [0, 1]])
+@pytest.mark.parametrize("signalled", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
 def test_two_processes_leave_a_compilation_together(
     tmp_path: pathlib.Path, signalled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
