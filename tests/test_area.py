@@ -15,7 +15,7 @@ from flax import nnx
 from tests.parity import distance, model_from, normalize, run, settings_for, to_nchw, to_nhwc
 from tests.reference import network as reference
 from topformer_jax import config, load, models
-from topformer_jax.models.layers import WHOLE, ImageArea, image_mask, make_image_area, zero_outside
+from topformer_jax.models.layers import WHOLE, ImageArea, make_image_area
 from topformer_jax.ops.resample import adaptive_avg_pool, resize
 
 CANVAS = (192, 256)
@@ -51,16 +51,8 @@ def _masked_logits(
     [
         ("tiny", "multi_sum"),
         ("tiny", "fuse_multi"),
-        ("tiny", "none"),
-        *(
-            pytest.param(*network, marks=pytest.mark.slow)
-            for network in [
-                ("tiny", "multi_sum_cbr"),
-                ("tiny", "fuse_sum"),
-                ("small", "multi_sum"),
-                ("base", "multi_sum"),
-            ]
-        ),
+        pytest.param("small", "multi_sum_cbr", marks=pytest.mark.slow),
+        pytest.param("base", "none", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.usefixtures("x64")
@@ -90,7 +82,7 @@ def test_images_of_many_sizes_share_a_batch(variant: str, injection: str) -> Non
     assert max(errors) <= 1e-11
 
 
-@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
+@pytest.mark.parametrize("variant", ["tiny", "base"])
 def test_the_plain_network_on_a_photo(golden: Callable[[str], pathlib.Path], variant: str) -> None:
     """Float32, trained weights: the logits of a photo on a canvas, against those of the photo alone."""
     model = load(config.ade20k(variant), golden(f"checkpoints/{variant}.pth"))
@@ -117,15 +109,6 @@ def test_matrices_as_data_resize_each_image() -> None:
             assert distance(found[row, :height, :width], alone[0]) <= 1e-6
             assert not np.any(found[row, height:])
             assert not np.any(found[row, :, width:])
-
-
-def test_inside_and_outside() -> None:
-    size = jnp.array([[2, 1], [1, 3]], jnp.int32)
-    assert image_mask(size, 2, 3).astype(int).tolist() == [[[1, 0, 0], [1, 0, 0]], [[1, 1, 1], [0, 0, 0]]]
-    maps = jnp.full((2, 2, 3, 1), jnp.nan)
-    assert np.isnan(zero_outside(maps, size)[1, 0]).all()
-    assert not zero_outside(maps, size)[1, 1].any()
-    assert zero_outside(maps, None) is maps
 
 
 def test_smaller_canvases_take_the_corner() -> None:

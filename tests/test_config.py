@@ -83,7 +83,6 @@ def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Pa
     for name in names:
         settings = config.load(configs / f"{name}.py")
         assert settings.name == name
-        models.build(settings)
     assert set(names) <= set(config.recipe_names())  # a user's own configs may be there too
 
 

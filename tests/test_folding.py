@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.parity import INJECTIONS, distance, run, settings_for
+from tests.parity import distance, run, settings_for
 from tests.test_area import _masked_logits
 from topformer_jax import config, models
 from topformer_jax.models import layers
@@ -35,24 +35,22 @@ def images(dtype: str, height: int = 70, width: int = 99) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(2, height, width, 3)).astype(dtype)
 
 
-@pytest.mark.parametrize(
-    ("variant", "injection"),
-    [*(("tiny", injection) for injection in INJECTIONS), ("small", "multi_sum"), ("base", "multi_sum")],
-)
+@pytest.mark.parametrize("injection", ["multi_sum_cbr", "fuse_sum"])
 @pytest.mark.usefixtures("x64")
-def test_the_network_in_float64(variant: str, injection: str) -> None:
-    settings = settings_for(variant, model__injection=injection, model__dtype="float64")
+def test_the_network_in_float64(injection: str) -> None:
+    settings = settings_for("tiny", model__injection=injection, model__dtype="float64", model__depths=1)
     model = randomized(models.build(settings))
     folded = fold_batch_norms(model)
-    assert batch_norms(model) > 40
+    assert batch_norms(model) > 20
     assert batch_norms(folded) == 0
-    assert models.state_dict(folded).keys() - models.state_dict(model).keys() != set()  # biases
     assert distance(run(folded, images("float64")), run(model, images("float64"))) < 1e-12
 
 
 @pytest.mark.usefixtures("x64")
 def test_the_classifier_in_float64() -> None:
-    model = randomized(models.build(config.load(config.imagenet("tiny"), {"model.dtype": "float64"})))
+    model = randomized(
+        models.build(config.load(config.imagenet("tiny"), {"model.dtype": "float64", "model.depths": 1}))
+    )
     folded = fold_batch_norms(model)
     assert batch_norms(folded) == 1  # the head's, which follows none
     found = run(folded, images("float64", 64, 64))
@@ -70,22 +68,6 @@ def test_images_on_a_canvas() -> None:
         strict=True,
     )
     assert all(distance(found, expected) < 1e-12 for found, expected in pairs)
-
-
-def test_parts_in_float32() -> None:
-    model = randomized(models.build(settings_for("tiny")))
-    block = model.backbone.trans.transformer_blocks[0]
-    tokens = np.random.default_rng(2).normal(size=(2, 3, 4, 208)).astype(np.float32)
-    for part, x in (
-        (block.attn, tokens),
-        (block.mlp, tokens),
-        (model.backbone.tpm.layer2, tokens[..., :16]),
-        (model.backbone.SIM[1].local_embedding, tokens[..., :32]),
-    ):
-        folded = fold_batch_norms(part)
-        assert batch_norms(part) > 0
-        assert batch_norms(folded) == 0
-        assert distance(run(folded, x), run(part, x)) < 2e-6
 
 
 def test_in_training_it_is_refused() -> None:

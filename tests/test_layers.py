@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.parity import distance
 from topformer_jax import config, models
-from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy, hsigmoid, make_divisible, relu6
+from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy, hsigmoid, relu6
 
 
 def test_batch_norm_over_three_steps() -> None:
@@ -111,8 +111,3 @@ def test_initial_weights_follow_the_seed() -> None:
     name = "decode_head.conv_seg.weight"
     np.testing.assert_array_equal(first[name].get_value(), again[name].get_value())
     assert not np.array_equal(first[name].get_value(), other[name].get_value())
-
-
-@pytest.mark.parametrize(("channels", "expected"), [(1, 8), (16, 16), (19, 24), (20, 24), (48, 48), (92, 96)])
-def test_make_divisible(channels: int, expected: int) -> None:
-    assert make_divisible(channels) == expected

@@ -3,10 +3,8 @@
 import hashlib
 import itertools
 import mmap
-import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.commands import FOLDER, ROOT, TINY, arguments, command, only_line, run_here
+from tests.commands import FOLDER, TINY, command, only_line, run_here
 from tests.test_bad_input import rewrite
 from topformer_jax import checkpoints, config as config_lib, evaluate, train
 from topformer_jax.data import codecs, loader, sources, workers
@@ -182,26 +180,6 @@ def test_an_evaluation_without_memory_saves_the_state(
     with pytest.raises(UserError, match=r"set evaluation\.per_device_batch_size=1") as error:
         run_here(tmp_path, SMALL | {"schedule.steps": 1})
     assert error.value.line.endswith("; step 1 is saved: the same command resumes from there")
-
-
-@pytest.mark.slow
-def test_a_training_that_does_not_fit(tmp_path: pathlib.Path) -> None:
-    """A process that may have 8 GiB, and a step that needs more."""
-    program = (
-        "import resource, sys\n"
-        "from topformer_jax.runtime import cli; from topformer_jax import train\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))\n"
-        "sys.argv[0] = 'train'\n"
-        "cli.run(train.main)\n"
-    )
-    words = arguments(tmp_path, {"data.crop_size": "(2048,2048)", "data.num_workers": 0})
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", program, *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stdout + done.stderr
-    line = only_line(done.stderr)
-    assert "GiB were asked for: lower batch_size" in line
-    assert "no step is saved yet" in line
 
 
 def test_an_evaluation_of_nothing_ends_the_run(

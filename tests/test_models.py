@@ -69,9 +69,7 @@ def test_golden_stages(golden: Find, variant: str) -> None:
     ("variant", "size"),
     [
         ("tiny", "333x500"),
-        ("tiny", "512x512"),
         ("small", "333x500"),
-        ("base", "333x500"),
         ("base", "512x512"),
     ],
 )
@@ -85,9 +83,7 @@ def test_golden_logits(golden: Find, variant: str, size: str) -> None:
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("variant", "size"), [("tiny", "333x500"), ("tiny", "512x512"), ("small", "333x500"), ("base", "512x512")]
-)
+@pytest.mark.parametrize(("variant", "size"), [("tiny", "333x500"), ("base", "512x512")])
 def test_bfloat16_is_as_good_as_the_reference_in_bfloat16(golden: Find, variant: str, size: str) -> None:
     """The label maps of both against the float32 golden.
 
@@ -171,36 +167,27 @@ def test_random_networks(
         assert distance(run(model, images), to_nhwc(theirs)) <= 1e-10
 
 
-@given(
-    h=st.integers(32, 140),
-    w=st.integers(32, 140),
-    variant=st.sampled_from(VARIANTS),
-    depths=st.sampled_from([4, 1]),
-)
-@example(h=70, w=99, variant="tiny", depths=2)
-def test_random_classifiers(h: int, w: int, variant: str, depths: int) -> None:
-    network = reference.Classifier(variant, 11, depths=depths)
-    reference.randomize(network, seed=h)
-    images = np.random.default_rng(w).normal(size=(2, h, w, 3))
-    floats = {"model.dtype": "float64"}
-    changes = {"model.num_classes": 11, "model.depths": depths} | floats
-    with jax.enable_x64(True), torch.no_grad():
-        model = model_from(network, config.load(config.imagenet(variant), changes))
-        theirs = network.double().eval()(to_nchw(images))
-        assert distance(run(model, images), theirs.numpy()) <= 1e-10
-
-
 @pytest.mark.parametrize(
-    ("variant", "injection"),
-    [("tiny", "multi_sum"), ("small", "multi_sum_cbr"), ("base", "fuse_sum"), ("tiny", "fuse_multi")],
+    ("variant", "depths", "size"), [("tiny", 2, (70, 99)), ("small", 1, (64, 33)), ("base", 4, (101, 32))]
 )
-def test_gradients_of_every_parameter(x64: None, variant: str, injection: str) -> None:
-    """In training mode, where the gradient passes through the batch's statistics."""
-    network = reference.Segmenter(
-        variant, 7, reference.OFFICIAL_NAMES.get(injection, injection), drop_path=0.0, dropout=0.0
-    )
+def test_random_classifiers(x64: None, variant: str, depths: int, size: tuple[int, int]) -> None:
+    network = reference.Classifier(variant, 11, depths=depths)
+    reference.randomize(network, seed=0)
+    images = np.random.default_rng(1).normal(size=(2, *size, 3))
+    changes = {"model.num_classes": 11, "model.depths": depths, "model.dtype": "float64"}
+    model = model_from(network, config.load(config.imagenet(variant), changes))
+    with torch.no_grad():
+        theirs = network.double().eval()(to_nchw(images))
+    assert distance(run(model, images), theirs.numpy()) <= 1e-10
+
+
+@pytest.mark.parametrize("injection", ["multi_sum_cbr", "fuse_sum", "fuse_multi"])
+def test_gradients_of_every_parameter(x64: None, injection: str) -> None:
+    """In training mode; those of multi_sum are compared with the golden ones in test_step."""
+    official = reference.OFFICIAL_NAMES.get(injection, injection)
+    network = reference.Segmenter("tiny", 7, official, drop_path=0.0, dropout=0.0, depths=1)
     reference.randomize(network, seed=1)
-    settings = _float64(variant, injection, variant == "tiny", None, drop_path_rate=0.0, dropout_ratio=0.0)
+    settings = _float64("tiny", injection, True, None, depths=1, drop_path_rate=0.0, dropout_ratio=0.0)
     model = model_from(network, settings)
     model.train()
     rng = np.random.default_rng(0)
@@ -233,37 +220,6 @@ def test_gradients_of_every_parameter(x64: None, variant: str, injection: str) -
     assert checked == sum(
         isinstance(variable, nnx.Param) for variable in models.named_variables(model).values()
     )
-
-
-def test_running_statistics_after_three_steps(x64: None) -> None:
-    """Momentum and unbiased variance of every BatchNorm. float64: in float32 the two networks diverge by rounding."""
-    network = reference.Segmenter("tiny", 7, drop_path=0.0, dropout=0.0)
-    reference.randomize(network, seed=3)
-    settings = _float64("tiny", "multi_sum", True, None, drop_path_rate=0.0, dropout_ratio=0.0)
-    model = model_from(network, settings)
-    model.train()
-    network.double().train()
-    step = nnx.jit(lambda model, images: model(images))
-    for index in range(3):
-        images = np.random.default_rng(index).normal(size=(2, 64, 96, 3))
-        step(model, images)
-        network(to_nchw(images))
-    ours = models.named_variables(model)
-    worst = 0.0
-    for name, buffer in network.named_buffers():
-        mine = np.asarray(ours[name].get_value())
-        if name.endswith("num_batches_tracked"):
-            assert mine == buffer.item() == 3
-        else:
-            worst = max(worst, distance(mine, buffer.numpy()))
-    print(f"running statistics of the whole network after three steps, float64: {worst:.1e}")
-    assert worst <= 1e-10
-
-
-@pytest.mark.parametrize(("h", "w"), [(32, 32), (33, 47), (96, 163), (1, 1)])
-def test_output_sizes(h: int, w: int) -> None:
-    model = load(config.ade20k("tiny"))
-    assert run(model, np.zeros((2, h, w, 3), np.float32)).shape == (2, -(-h // 8), -(-w // 8), 150)
 
 
 def test_products_are_full_float32_unless_asked_otherwise() -> None:

@@ -37,12 +37,11 @@ def test_every_golden_learning_rate(golden: Find, wide: bool) -> None:
     assert worst <= (1e-10 if wide else 2e-7)
 
 
-@pytest.mark.parametrize("variant", ["tiny", "small", "base"])
-def test_parameter_groups(golden: Find, variant: str) -> None:
+def test_parameter_groups(golden: Find) -> None:
     """The learning rate and weight decay of each parameter, computed from one update."""
-    official = json.loads(golden("param_groups.json").read_text())[variant]
+    official = json.loads(golden("param_groups.json").read_text())["tiny"]
     settings = config.load(
-        config.ade20k(variant), {"schedule.warmup_steps": 0, "optimizer.eps": 0.0, "schedule.power": 0.0}
+        config.ade20k("tiny"), {"schedule.warmup_steps": 0, "optimizer.eps": 0.0, "schedule.power": 0.0}
     )
     assert settings.schedule.lr == official["base_lr"]
     assert [settings.optimizer.beta1, settings.optimizer.beta2] == official["betas"]

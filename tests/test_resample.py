@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies as st
 
 from tests.parity import distance, to_nchw, to_nhwc
-from topformer_jax.ops.resample import adaptive_avg_pool, bilinear_matrix, pooling_matrix, resize
+from topformer_jax.ops.resample import adaptive_avg_pool, resize
 
 Find = Callable[[str], pathlib.Path]
 sides = st.integers(1, 70)
@@ -85,12 +85,3 @@ def test_bfloat16_stays_bfloat16_and_sums_in_float32() -> None:
     assert pooled.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(pooled, np.float32), 1, rtol=2**-8)
     assert resize(images, (128, 100)).dtype == jnp.bfloat16
-
-
-@given(size=sides, new_size=sides)
-def test_matrices_average(size: int, new_size: int) -> None:
-    for matrix in (bilinear_matrix(size, new_size), pooling_matrix(size, new_size)):
-        assert matrix.shape == (new_size, size)
-        assert matrix.min() >= 0
-        np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
-    np.testing.assert_array_equal(bilinear_matrix(size, size), np.eye(size))
