@@ -73,8 +73,8 @@ def coco_stuff10k(variant: str) -> ConfigDict:
 def imagenet(variant: str, *, optimizer: str = "rmsprop_tf") -> ConfigDict:
     """The ImageNet classifier, 1000 classes at 224 x 224, batch 1024.
 
-    With RMSprop the published recipe, 600 epochs; what it leaves open (label smoothing, mixup, interpolation) is off
-    or this package's. With `optimizer="adamw"` a cosine of 300 epochs in the manner of DeiT's.
+    RMSprop is the published recipe, 600 epochs, without label smoothing and mixup, which it leaves open. `"adamw"` is
+    a cosine of 300 epochs like DeiT's.
     """
     config = _recipe("imagenet", variant, 1000, "imagenet", "data/imagenet")
     config.task = "classification"
@@ -107,7 +107,7 @@ def imagenet(variant: str, *, optimizer: str = "rmsprop_tf") -> ConfigDict:
     return config.lock()
 
 
-# Of the training split: log(1.02 + share of the labelled pixels) ** -0.75, scaled to a mean of 1 over the pixels.
+# log(1.02 + a class's share of the labelled training pixels) ** -0.75, scaled to a mean of 1 over the pixels.
 CAMVID_WEIGHTS = (0.89, 0.73, 3.41, 0.6, 1.91, 1.24, 3.26, 3.29, 1.66, 3.75, 4.18)
 
 

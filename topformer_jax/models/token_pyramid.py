@@ -30,8 +30,7 @@ class Block(NamedTuple):
 class InvertedResidual(nnx.Module):
     """MobileNetV2's block: 1x1 expansion (skipped at ratio 1), depthwise k x k, 1x1 projection.
 
-    ReLU (not ReLU6) follows the first two, nothing the projection. At stride 1 with as many outputs as inputs the
-    input is added to the output.
+    ReLU (not ReLU6) follows the first two. At stride 1 with as many outputs as inputs, the input is added.
     """
 
     def __init__(self, inputs: int, block: Block, *, policy: DTypePolicy, rng: np.random.Generator):
@@ -55,14 +54,10 @@ class InvertedResidual(nnx.Module):
 
 
 class TokenPyramid(nnx.Module):
-    """The stem (3x3, stride 2, 16 channels) and the blocks, which are called `layer1`, `layer2`, ... as officially.
+    """The stem (3x3, stride 2, 16 channels) and the blocks, called `layer1`, `layer2`, ... as officially.
 
-    Args:
-        blocks: the rows of the variant's table.
-        taps: the blocks (counted from 0) whose outputs are the tokens of the four scales.
-
-    Returns:
-        The tokens at strides 4, 8, 16 and 32, each `[n, ceil(h / stride), ceil(w / stride), channels]`.
+    Returns the tokens at strides 4, 8, 16 and 32, each `[n, ceil(h / stride), ceil(w / stride), channels]`: the
+    outputs of the blocks `taps`, counted from 0.
     """
 
     def __init__(

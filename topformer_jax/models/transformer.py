@@ -20,16 +20,8 @@ from topformer_jax.models.layers import (
 class Attention(nnx.Module):
     """Multi-head self-attention over all positions, `softmax(q k^T) v`, then ReLU6 and a 1x1 ConvBN.
 
-    The scores are not scaled by `1 / sqrt(key)`: the official code computes this factor and does not use it. The
-    softmax is computed in `policy.accum_dtype`. Channels of q, k and v are ordered (head, channel).
-
-    Args:
-        features: channels of input and output.
-        heads: number of heads.
-        key: channels of a head's queries and keys.
-        value: channels of a head's values.
-        policy: see `DTypePolicy`.
-        rng: draws the initial weights.
+    As officially, `1 / sqrt(key)` does not scale the scores. The softmax is in `policy.accum_dtype`. Channels of q, k
+    and v are ordered (head, channel); `key` and `value` are channels of one head.
     """
 
     def __init__(

@@ -30,14 +30,12 @@ def resize(
     method: str = "auto",
     precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
-    """Resizes bilinearly, as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` does.
-
-    Half-pixel centres, no antialiasing. The sampling positions are rounded as PyTorch rounds them.
+    """Resizes bilinearly, exactly as `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
 
     Args:
         images: any feature maps; the result has their dtype, sums are computed in at least float32.
         size: (height, width) of the result, pixels.
-        matrices: of every image, instead of those that `size` asks for: images on a canvas have sizes of their own.
+        matrices: one pair for each image, for images that are smaller than their canvas.
         method: "single_op": two products with one matrix for all images, as exporters need; sizes may be symbols.
             "auto": a product for each image and row, which is faster in training.
         precision: of the two matrix products.
@@ -59,15 +57,10 @@ def adaptive_avg_pool(
     method: str = "auto",
     precision: str | None = "highest",
 ) -> Float[Array, "n height width c"]:
-    """Averages over windows as `torch.nn.functional.adaptive_avg_pool2d` does.
+    """Averages over windows, exactly as `torch.nn.functional.adaptive_avg_pool2d`; arguments as for `resize`.
 
-    Window i of m over n values spans `floor(i n / m) .. ceil((i + 1) n / m)`, so windows overlap
-    where m does not divide n.
-
-    Args:
-        images: any feature maps; the result has their dtype, sums are computed in at least float32.
-        size: (height, width) of the result: the number of windows in each axis.
-        matrices, method, precision: as for `resize`.
+    Window i of m over n values spans `floor(i n / m) .. ceil((i + 1) n / m)`, so windows overlap if m does not divide
+    n.
 
     >>> adaptive_avg_pool(jnp.arange(4.0).reshape(1, 1, 4, 1), (1, 2)).ravel().tolist()
     [0.5, 2.5]
@@ -84,7 +77,7 @@ def adaptive_avg_pool(
 def library_resize(
     images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
 ) -> Float[Array, "n height width c"]:
-    """`resize` with method "single_op"; by its name exporters know it, and may take an operation of their own."""
+    """`resize` with method "single_op"; exporters find it by its name, and may use an operation of their own."""
     return _multiply_axes(images, size, bilinear_matrix, precision)
 
 
@@ -135,12 +128,9 @@ def bilinear_taps(
 ) -> tuple[Int[np.ndarray, " pixels"], Int[np.ndarray, " pixels"], Float[np.ndarray, " pixels"]]:
     """For each of `new_size` output pixels, the two input pixels it interpolates and the weight of the second.
 
-    Output i samples the input at `max(scale * (i + 0.5) - 0.5, 0)` with `scale = size / new_size`. It is rounded as
-    in PyTorch's kernels: the scale is rounded to `dtype` (float32 or float64), and the multiplication and subtraction
-    are rounded once, as a fused multiply-add. At 600 pixels, other roundings change a weight by up to 3e-5.
-
-    Returns:
-        The first pixel, the second pixel (the same one at the border), and the second one's weight in 0..1.
+    Output i samples the input at `max(scale * (i + 0.5) - 0.5, 0)` with `scale = size / new_size`, rounded as in
+    PyTorch's kernels: the scale to `dtype` (float32 or float64), the multiplication and subtraction once, as a fused
+    multiply-add. At 600 pixels, other roundings change a weight by up to 3e-5.
     """
     float_type = np.dtype(dtype).type
     scale = np.longdouble(float_type(size) / float_type(new_size))
@@ -153,8 +143,6 @@ def bilinear_taps(
 @functools.lru_cache(maxsize=512)
 def pooling_matrix(size: int, new_size: int, dtype: str = "float32") -> np.ndarray:
     """The `[new_size, size]` matrix of an adaptive average pooling of one axis (read-only).
-
-    Row i is 1 / length within window i, and 0 elsewhere.
 
     >>> pooling_matrix(4, 3).tolist()
     [[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]]
@@ -174,9 +162,9 @@ def _resample(
     axis_matrix: Callable[[int, int, str], np.ndarray],
     precision: str | None,
 ) -> Array:
-    """Multiplies each axis by its matrix, the width first: the larger of the two products then has contiguous rows.
+    """Multiplies each axis by its matrix, the width first, so that the larger product has contiguous rows.
 
-    The matrices are broadcast over the batch so that neither product needs a transpose, forward or backward.
+    The matrices are broadcast over the batch, so that no product needs a transpose, forward or backward.
     """
     n, h, w, c = images.shape
     height, width = size
@@ -199,13 +187,7 @@ def _resample(
 def axis_matrix_of(
     make: Callable[[int, int, str], np.ndarray], size: Extent, new_size: Extent, dtype: str = "float32"
 ) -> Float[np.ndarray | Array, "_after _before"]:
-    """The matrix of `bilinear_matrix` or `pooling_matrix`; where a size is a symbol, the program makes it.
-
-    Args:
-        make: one of the two.
-        size, new_size: pixels.
-        dtype: of the matrix.
-    """
+    """The matrix of `make`, `bilinear_matrix` or `pooling_matrix`; if a size is a symbol, the program makes it."""
     if isinstance(size, int) and isinstance(new_size, int):
         return make(size, new_size, dtype)
     before, after = jnp.arange(size), jnp.arange(new_size)[:, None]

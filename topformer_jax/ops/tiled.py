@@ -1,10 +1,9 @@
 """From stride-8 logits to full-resolution scores, one tile of output pixels at a time.
 
-Every resize between the logits and the original image (to the network's input, averaging over sliding windows, to the
-image) is linear in each axis, so their matrices multiply into a single matrix per axis and window. A tile of pixels
-depends on a few cells of a window's logits only: two small matrix products give its scores, which are consumed at
-once and never stored. Image sizes enter as data, not as shapes, so one compiled program serves images of many sizes,
-and scores of all classes at full resolution exist for one tile only.
+All resizes between the logits and the original image (to the network's input, the mean over sliding windows, to the
+image) are linear in each axis, so their matrices multiply into one matrix per axis and window. Two small products give
+the scores of a tile from a few cells of the logits. Image sizes are data, not shapes, so one compiled program serves
+images of many sizes, and full-resolution scores exist for one tile only.
 """
 
 import functools
@@ -25,7 +24,7 @@ Corner = tuple[Array, Array]  # the first row and column of a tile
 
 
 class BandedResize(NamedTuple):
-    """One axis of a resize, cut into tiles of output pixels; a matrix with few non-zero columns per tile.
+    """One axis of a resize in tiles of output pixels, each of which depends on few cells.
 
     Output pixel i of tile t is `sum_j weights[t, i, j] * cells[starts[t] + j]`.
     """
@@ -46,18 +45,14 @@ class ViewLogits(NamedTuple):
 
 
 def num_cells(pixels: int) -> int:
-    """How many cells of logits one axis of `pixels` network input pixels has."""
+    """The number of cells of logits for `pixels` network input pixels."""
     return -(-pixels // STRIDE)
 
 
 def tile_support(pixels: int, input_pixels: int, tile: int, window: int) -> int:
-    """The most cells of a window that any tile along an axis depends on, rounded up to a multiple of 8.
+    """The most cells of a window that a tile along an axis depends on, rounded up to a multiple of 8.
 
-    Args:
-        pixels: of the original image.
-        input_pixels: of the network's input.
-        tile: pixels of a tile.
-        window: pixels of a window.
+    `pixels` are those of the original image, `input_pixels` of the network's input.
     """
     needed = min(num_cells(window), int((min(tile, pixels) * input_pixels / pixels + 1) / STRIDE) + 3)
     return -(-needed // 8) * 8
@@ -70,9 +65,7 @@ def resize_matrices(
     window: int | None = None,
     dtype: str = "float32",
 ) -> Float[np.ndarray, "windows pixels cells"]:
-    """All resizes of one axis as a matrix for each window, whose products add up to the image.
-
-    They go from logits to windows, to their mean where they overlap, to the image.
+    """The resizes of one axis, from logits to the image, as one matrix per window; the products add up.
 
     Args:
         input_pixels: of the network's input.
@@ -102,13 +95,13 @@ def split_into_bands(
     num_tiles: int | None = None,
     padded_cells: int | None = None,
 ) -> BandedResize:
-    """Cuts the resize matrices of an axis into tiles of rows, keeping only the cells that each tile depends on.
+    """Cuts the resize matrices of an axis into tiles of rows, each with only the cells that it depends on.
 
     Args:
         matrix: `[pixels, cells]`, or several of them.
         tile: pixels of a tile.
         support: cells kept per tile; if None, the most that any tile needs.
-        num_tiles: of the result, at least those of the image; the others are zero.
+        num_tiles: of the result; tiles after those of the image are zero.
         padded_cells: cells of the logits including padding; at least `support`.
 
     Raises:
@@ -148,7 +141,7 @@ def fold_tiles(
         views: of the image, each with its own logits and resize.
         tiles: of the image, down and across.
         init: the carry before the first tile.
-        body: what to do with the scores of a tile.
+        body: takes the carry, the scores and the corner of a tile, and returns the next carry.
         precision: of the matrix products.
     """
     down, across = tiles
@@ -193,7 +186,7 @@ def _tile_scores(
 def mean_probabilities(
     scores: Float[Array, "rows classes columns"], num_views: int
 ) -> Float[Array, "rows classes columns"]:
-    """The softmax over classes, averaged over the views, from the scores that `fold_tiles` hands out."""
+    """The mean softmax over the views, from the scores of `fold_tiles`."""
     return jax.nn.softmax(scores, axis=1) if num_views == 1 else scores / num_views
 
 
