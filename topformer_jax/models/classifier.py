@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
+from numpy.random import Generator
 
 from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy
 from topformer_jax.models.topformer import Backbone, Images, Network
@@ -14,7 +15,7 @@ from topformer_jax.models.topformer import Backbone, Images, Network
 class Linear(nnx.Module):
     """A fully connected layer; initial weights are normal(0, 0.01), the bias is 0."""
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
         self.policy = policy
         self.weight = nnx.Param(policy.init_param(0.01 * rng.standard_normal((inputs, outputs))))
         self.bias = nnx.Param(policy.init_param(np.zeros(outputs)))
@@ -28,7 +29,7 @@ class Linear(nnx.Module):
 class ClassifierHead(nnx.Module):
     """BatchNorm, dropout, and a linear layer, with the official keys `bn` and `l`; all in `policy.accum_dtype`."""
 
-    def __init__(self, features: int, settings: ConfigDict, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, features: int, settings: ConfigDict, *, policy: DTypePolicy, rng: Generator):
         self.bn = BatchNorm(features, policy=policy.accum_policy)
         self.dropout = Dropout(settings.dropout_ratio, broadcast_dims=())
         self.l = Linear(features, settings.num_classes, policy=policy.accum_policy, rng=rng)
@@ -44,7 +45,7 @@ class Classifier(Backbone, Network):
     Takes normalised RGB images and returns logits in float32 or wider. `settings` are `config.model`.
     """
 
-    def __init__(self, settings: ConfigDict, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, settings: ConfigDict, *, policy: DTypePolicy, rng: Generator):
         super().__init__(settings, 1, policy=policy, rng=rng)
         self.head = ClassifierHead(sum(self.channels), settings, policy=policy, rng=rng)
 

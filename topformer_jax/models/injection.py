@@ -9,9 +9,9 @@ import functools
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from numpy.random import Generator
 
 from topformer_jax.models.layers import ConvModule, DTypePolicy, hsigmoid
 from topformer_jax.ops.resample import Matrices, resize
@@ -24,10 +24,7 @@ class _Injection(nnx.Module):
         self.policy = policy
 
     def _resize_like(
-        self,
-        semantics: Float[Array, "n gh gw c"],
-        local: Float[Array, "n h w _c"],
-        matrices: Matrices | None,
+        self, semantics: Float[Array, "n gh gw c"], local: Float[Array, "n h w _c"], matrices: Matrices | None
     ) -> Float[Array, "n h w c"]:
         _, h, w, _ = local.shape
         method, precision = self.policy.conv_impl, self.policy.matmul_precision
@@ -40,7 +37,7 @@ class MultiSum(_Injection):
     activation: Callable[[Array], Array] | None = None
     gate_norm = True
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
         super().__init__(policy)
         embedding = functools.partial(ConvModule, inputs, outputs, policy=policy, rng=rng)
         self.local_embedding = embedding(activation=self.activation)
@@ -68,7 +65,7 @@ class MultiSumCBR(MultiSum):
 class FuseSum(_Injection):
     """`ConvBN(local) + resize(ConvBN(global))`."""
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
         super().__init__(policy)
         self.fuse1 = ConvModule(inputs, outputs, policy=policy, rng=rng)
         self.fuse2 = ConvModule(inputs, outputs, policy=policy, rng=rng)
@@ -97,7 +94,7 @@ class FuseMulti(FuseSum):
 class LocalTokens(_Injection):
     """`ConvBN(local)`, without semantics. The transformer stays in the model, and in its size, but has no effect."""
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
         super().__init__(policy)
         self.local_embedding = ConvModule(inputs, outputs, policy=policy, rng=rng)
 

@@ -18,12 +18,14 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
+from numpy.random import Generator
 
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.convolution import conv
 from topformer_jax.ops.resample import Matrices, bilinear_matrix, pooling_matrix
 
 Model = TypeVar("Model", bound=nnx.Module)
+Sizes = Int32[Array, "n 2"] | None  # (height, width) of each image at the stride of its feature maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,7 @@ def make_divisible(channels: int, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def sequential(layers: Iterable[Any], x: Array, size: Int32[Array, "n 2"] | None = None) -> Array:
+def sequential(layers: Iterable[Any], x: Array, size: Sizes = None) -> Array:
     """Applies modules and functions in order, as `torch.nn.Sequential` does; `size`: see `Conv`."""
     for layer in layers:
         x = layer(x, size) if isinstance(layer, ConvBN) else layer(x)
@@ -132,7 +134,7 @@ class Conv(nnx.Module):
         bias: bool = False,
         std: float | None = None,
         policy: DTypePolicy,
-        rng: np.random.Generator,
+        rng: Generator,
     ):
         self.stride = stride
         self.groups = groups
@@ -143,7 +145,7 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(policy.init_param(np.zeros(outputs))) if bias else None
 
     def __call__(
-        self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
+        self, x: Float[Array, "n h w inputs"], size: Sizes = None
     ) -> Float[Array, "n height width outputs"]:
         """The convolution of feature maps, or of an image at the top left of each: `size` is its (height, width)."""
         policy = self.policy
@@ -225,13 +227,13 @@ class ConvBN(nnx.Module):
         groups: int = 1,
         *,
         policy: DTypePolicy,
-        rng: np.random.Generator,
+        rng: Generator,
     ):
         self.c = Conv(inputs, outputs, kernel, stride, groups, policy=policy, rng=rng)
         self.bn: BatchNorm | None = BatchNorm(outputs, policy=policy)
 
     def __call__(
-        self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
+        self, x: Float[Array, "n h w inputs"], size: Sizes = None
     ) -> Float[Array, "n height width outputs"]:
         x = self.c(x, size)
         return x if self.bn is None else self.bn(x)
@@ -250,7 +252,7 @@ class ConvModule(nnx.Module):
         activation: Callable[[Array], Array] | None = None,
         std: float | None = None,
         policy: DTypePolicy,
-        rng: np.random.Generator,
+        rng: Generator,
     ):
         self.conv = Conv(inputs, outputs, groups=groups, bias=not norm, std=std, policy=policy, rng=rng)
         self.bn = BatchNorm(outputs, policy=policy) if norm else None
@@ -349,7 +351,7 @@ class ImageArea:
     size: Int32[np.ndarray | Array, "*n 2"] | None = None
     matrices: Mapping[tuple[int, int], Matrices] = dataclasses.field(default_factory=dict)
 
-    def size_at(self, stride: int) -> Int32[Array, "n 2"] | None:
+    def size_at(self, stride: int) -> Sizes:
         """The images' sizes on feature maps of a stride; None for `WHOLE`."""
         return None if self.size is None else jnp.asarray((self.size - 1) // stride + 1)
 
@@ -407,7 +409,7 @@ def image_mask(size: Int32[Array, "n 2"], height: int, width: int) -> Bool[Array
     return rows[:, :, None] & columns[:, None, :]
 
 
-def zero_outside(x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None) -> Float[Array, "n h w c"]:
+def zero_outside(x: Float[Array, "n h w c"], size: Sizes) -> Float[Array, "n h w c"]:
     """Feature maps with zeros outside the images; unchanged if `size` is None."""
     if size is None:
         return x

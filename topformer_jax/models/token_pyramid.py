@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
+from numpy.random import Generator
 
 from topformer_jax.models.layers import (
     WHOLE,
     ConvBN,
     DTypePolicy,
     ImageArea,
+    Sizes,
     make_divisible,
     sequential,
 )
@@ -33,7 +34,7 @@ class InvertedResidual(nnx.Module):
     ReLU (not ReLU6) follows the first two. At stride 1 with as many outputs as inputs, the input is added.
     """
 
-    def __init__(self, inputs: int, block: Block, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, inputs: int, block: Block, *, policy: DTypePolicy, rng: Generator):
         hidden = make_divisible(block.expansion * inputs)
         self.residual = block.stride == 1 and inputs == block.channels
         expand = [ConvBN(inputs, hidden, policy=policy, rng=rng), jax.nn.relu]
@@ -47,7 +48,7 @@ class InvertedResidual(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "n h w inputs"], size: Int32[Array, "n 2"] | None = None
+        self, x: Float[Array, "n h w inputs"], size: Sizes = None
     ) -> Float[Array, "n height width channels"]:
         y = sequential(self.conv, x, size)
         return x + y if self.residual else y
@@ -60,9 +61,7 @@ class TokenPyramid(nnx.Module):
     outputs of the blocks `taps`, counted from 0.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], taps: Sequence[int], *, policy: DTypePolicy, rng: np.random.Generator
-    ):
+    def __init__(self, blocks: Sequence[Block], taps: Sequence[int], *, policy: DTypePolicy, rng: Generator):
         inputs = 16
         self.strides = tuple(block.stride for block in blocks)
         self.taps = tuple(taps)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict, FrozenConfigDict
+from numpy.random import Generator
 
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import WHOLE, Conv, ConvModule, Dropout, DTypePolicy, ImageArea
@@ -105,9 +106,7 @@ class Backbone(nnx.Module):
         rng: draws the initial weights.
     """
 
-    def __init__(
-        self, settings: ConfigDict, pool_stride: int, *, policy: DTypePolicy, rng: np.random.Generator
-    ):
+    def __init__(self, settings: ConfigDict, pool_stride: int, *, policy: DTypePolicy, rng: Generator):
         variant = VARIANTS[settings.variant]
         self.policy = policy
         self.channels = variant.channels
@@ -160,9 +159,7 @@ class TopFormer(Backbone):
     Returns the three injected feature maps, finest first, with `head_channels` channels each.
     """
 
-    def __init__(
-        self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: np.random.Generator
-    ):
+    def __init__(self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: Generator):
         super().__init__(settings, 2, policy=policy, rng=rng)
         injection = INJECTIONS[settings.injection]
         # As officially, slot 0 has no weights: the tokens of stride 4 are an input of the transformer only.
@@ -200,9 +197,7 @@ class DecodeHead(nnx.Module):
     `policy.accum_dtype`.
     """
 
-    def __init__(
-        self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: np.random.Generator
-    ):
+    def __init__(self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: Generator):
         self.policy = policy
         # mmcv initialises this layer with the fan-out of a full convolution, also if it is depthwise.
         self.linear_fuse = ConvModule(
@@ -258,7 +253,7 @@ class Segmenter(Network):
     `settings` are `config.model`; `topformer_jax.load` and `models.build` make one from a config.
     """
 
-    def __init__(self, settings: ConfigDict, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, settings: ConfigDict, *, policy: DTypePolicy, rng: Generator):
         self.num_classes, self.policy = settings.num_classes, policy
         head_channels = settings.head_channels or VARIANTS[settings.variant].head_channels
         self.backbone = TopFormer(settings, head_channels, policy=policy, rng=rng)

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
+from numpy.random import Generator
 
 from topformer_jax.models.layers import (
     Conv,
     ConvBN,
     Dropout,
     DTypePolicy,
+    Sizes,
     image_mask,
     relu6,
     sequential,
@@ -25,14 +27,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(
-        self,
-        features: int,
-        heads: int,
-        key: int,
-        value: int,
-        *,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
+        self, features: int, heads: int, key: int, value: int, *, policy: DTypePolicy, rng: Generator
     ):
         self.heads = heads
         self.policy = policy
@@ -41,9 +36,7 @@ class Attention(nnx.Module):
         self.to_v = ConvBN(features, heads * value, policy=policy, rng=rng)
         self.proj = nnx.List([relu6, ConvBN(heads * value, features, policy=policy, rng=rng)])
 
-    def __call__(
-        self, x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None = None
-    ) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w c"], size: Sizes = None) -> Float[Array, "n h w c"]:
         n, h, w, _ = x.shape
         policy = self.policy
 
@@ -68,14 +61,12 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """1x1 ConvBN to `hidden` channels, depthwise 3x3 with a bias and no BatchNorm, ReLU6, 1x1 ConvBN back."""
 
-    def __init__(self, features: int, hidden: int, *, policy: DTypePolicy, rng: np.random.Generator):
+    def __init__(self, features: int, hidden: int, *, policy: DTypePolicy, rng: Generator):
         self.fc1 = ConvBN(features, hidden, policy=policy, rng=rng)
         self.dwconv = Conv(hidden, hidden, 3, groups=hidden, bias=True, policy=policy, rng=rng)
         self.fc2 = ConvBN(hidden, features, policy=policy, rng=rng)
 
-    def __call__(
-        self, x: Float[Array, "n h w c"], size: Int32[Array, "n 2"] | None = None
-    ) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w c"], size: Sizes = None) -> Float[Array, "n h w c"]:
         return self.fc2(relu6(self.dwconv(self.fc1(x), size)))
 
 
@@ -83,20 +74,14 @@ class TransformerBlock(nnx.Module):
     """Attention and MLP, each with a residual connection and drop path (drops the branch of a whole sample)."""
 
     def __init__(
-        self,
-        features: int,
-        heads: int,
-        drop_path_rate: float,
-        *,
-        policy: DTypePolicy,
-        rng: np.random.Generator,
+        self, features: int, heads: int, drop_path_rate: float, *, policy: DTypePolicy, rng: Generator
     ):
         self.attn = Attention(features, heads, key=16, value=32, policy=policy, rng=rng)
         self.mlp = Mlp(features, 2 * features, policy=policy, rng=rng)
         self.drop_path = Dropout(drop_path_rate, broadcast_dims=(1, 2, 3))
 
     def __call__(
-        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Int32[Array, "n 2"] | None = None
+        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Sizes = None
     ) -> Float[Array, "n h w c"]:
         x = x + self.drop_path(self.attn(x, size), rngs)
         return x + self.drop_path(self.mlp(x, size), rngs)
@@ -113,7 +98,7 @@ class Transformer(nnx.Module):
         *,
         drop_path_rate: float = 0.1,
         policy: DTypePolicy,
-        rng: np.random.Generator,
+        rng: Generator,
     ):
         self.transformer_blocks = nnx.List(
             [
@@ -123,7 +108,7 @@ class Transformer(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Int32[Array, "n 2"] | None = None
+        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Sizes = None
     ) -> Float[Array, "n h w c"]:
         for block in self.transformer_blocks:
             x = block(x, rngs, size)

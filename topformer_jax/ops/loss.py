@@ -7,6 +7,7 @@ each tile it resizes the logits and adds its part of the loss and of the gradien
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,8 +92,14 @@ def upsampled_cross_entropy(
     >>> float(sums.loss), int(sums.correct), int(sums.valid)
     (0.0, 224, 224)
     """
+    sums = functools.partial(_sum_groups, pixel_loss=pixel_loss, precision=precision, devices=devices)
+
+    def sum_tiles(maps: tuple[Array, ...], labels: Array) -> tuple[Array, Array, Array]:
+        on_cpu, elsewhere = (functools.partial(sums, tiling=tiling) for tiling in (CPU, ACCELERATOR))
+        return lax.platform_dependent(maps, labels, cpu=on_cpu, default=elsewhere)
+
     with jax.named_scope("loss"):
-        loss, correct = _cross_entropy_sums(logits, labels, teacher, pixel_loss, precision, devices)
+        loss, correct = _cross_entropy_sums(sum_tiles, logits, labels, teacher)
         return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != IGNORE_LABEL))
 
 
@@ -416,45 +423,29 @@ def _cut_axis(
     return split_into_bands(matrix, tile), (before, -len(matrix) % tile)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+# From maps of logits and labels to the losses and the numbers of correct pixels of the images, and a gradient.
+SumTiles = Callable[[tuple[Array, ...], Array], tuple[Array, Array, Array]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy_sums(
-    logits: Array,
-    labels: Array,
-    teacher: Array | None,
-    pixel_loss: PixelLoss,
-    precision: str | None,
-    devices: int,
+    sum_tiles: SumTiles, logits: Array, labels: Array, teacher: Array | None
 ) -> tuple[Array, Array]:
     """The loss and the number of correct pixels of each image, `[n]` each."""
-    return _sum_with_gradient(logits, labels, teacher, pixel_loss, precision, devices)[0]
+    return _sum_forward(sum_tiles, logits, labels, teacher)[0]
 
 
-def _sum_with_gradient(
-    logits: Array,
-    labels: Array,
-    teacher: Array | None,
-    pixel_loss: PixelLoss,
-    precision: str | None,
-    devices: int,
+def _sum_forward(
+    sum_tiles: SumTiles, logits: Array, labels: Array, teacher: Array | None
 ) -> tuple[tuple[Array, Array], Array]:
-    sums = functools.partial(_sum_groups, pixel_loss=pixel_loss, precision=precision, devices=devices)
-    loss, correct, gradient = lax.platform_dependent(
-        (logits,) if teacher is None else (logits, teacher),
-        labels,
-        cpu=functools.partial(sums, tiling=CPU),
-        default=functools.partial(sums, tiling=ACCELERATOR),
-    )
+    loss, correct, gradient = sum_tiles((logits,) if teacher is None else (logits, teacher), labels)
     return (loss, correct), gradient
 
 
-def _scale_gradient(
-    pixel_loss: PixelLoss,
-    precision: str | None,
-    devices: int,
-    gradient: Array,
-    cotangents: tuple[Array, Array],
+def _sum_backward(
+    sum_tiles: SumTiles, gradient: Array, cotangents: tuple[Array, Array]
 ) -> tuple[Array, None, None]:
     return gradient * cotangents[0][:, None, None, None], None, None
 
 
-_cross_entropy_sums.defvjp(_sum_with_gradient, _scale_gradient)
+_cross_entropy_sums.defvjp(_sum_forward, _sum_backward)
