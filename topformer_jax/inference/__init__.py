@@ -20,7 +20,7 @@ the jitted programs, `predictor` is what a user calls; `topformer_jax.inference.
 
 Words: a *view* is one look at an image, at one ratio, mirrored or not; a *window* is a crop of the network's input in
 mode "slide", and the whole input otherwise; a *canvas* is the shape of the network's input, in which a window lies at
-the top left (`models/area.py`); a *cell* is a pixel of the logits (stride 8); a *tile* is 32 x 128 pixels of the
+the top left (`models/layers.py`); a *cell* is a pixel of the logits (stride 8); a *tile* is 32 x 128 pixels of the
 original image.
 """
 

@@ -84,7 +84,7 @@ class GracefulShutdown:
 
     def _exit_early(self) -> None:
         assert self._has_computed is not None
-        if processes.do_all_agree("leave early", not self._has_computed(), self._stopped):
+        if processes.do_all_agree("exit early", not self._has_computed(), self._stopped):
             processes.hard_exit_all(
                 128 + self._received,
                 lambda: self._print_line("stopped before a step was computed; start the same command again"),
