@@ -31,9 +31,9 @@ FILES = (("web", 1), ("web", 2), ("cpu", 1), ("cpu", 2))  # target and stride
 
 
 @contextlib.contextmanager
-def serve(page: demo.Page, port: int = 0) -> Iterator[demo.Server]:
-    """Serves a page while the context lasts."""
-    with demo.Server(page, port) as server:
+def serve(folder: pathlib.Path, port: int = 0) -> Iterator[demo.Server]:
+    """Serves a folder while the context lasts."""
+    with demo.Server(str(folder), port) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield server
@@ -126,7 +126,8 @@ def main() -> None:
             path = pathlib.Path(folder, f"{target}_{stride}.onnx")
             size = (args.size, args.size)
             path.write_bytes(write_file(config, "labels", size, ".onnx", target=target, stride=stride))
-            page = demo.build_page({"wasm": path}, demo.read_description("--exported", path), runtime)
+            page = pathlib.Path(folder, f"{target}_{stride}")
+            demo.write_page(page, {"wasm": path}, demo.read_description("--exported", path), runtime)
             with contextlib.ExitStack() as stack:
                 server = stack.enter_context(serve(page))
                 programs = {}
@@ -140,8 +141,6 @@ def main() -> None:
                 version = browser.send("Browser.getVersion")["product"]
             apart = {name: int((program.result != expected).sum()) for name, program in programs.items()}
             notes.append(f"{case}: labels unlike onnxruntime's, of {expected.size}: {apart}")
-            if (target, stride) == FILES[0]:
-                notes += demo.sizes(page).splitlines()
     title = f"page: {timing.describe(config)}, 1 x {args.size} x {args.size}, {version}"
     timing.report(title, rows, args, notes)
 

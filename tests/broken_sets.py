@@ -3,13 +3,13 @@
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from tests.test_bad_input import cut, resave, rewrite
+from tests.test_class_images import FOLDERS
 from topformer_jax.data import shapes
 
 CLASSES = 19  # as many as Cityscapes has
@@ -102,9 +102,24 @@ def take_away(folder: str) -> Callable[[pathlib.Path], object]:
     return lambda root: shutil.rmtree(root / folder)
 
 
-def empty_the_split(root: pathlib.Path) -> None:
-    for path in root.glob("*/val/*"):
-        path.unlink()
+def take_images(*folders: str) -> Callable[[pathlib.Path], object]:
+    """Leaves the folders empty."""
+
+    def spoil(root: pathlib.Path) -> None:
+        for path in [path for folder in folders for path in (root / folder).iterdir()]:
+            path.unlink()
+
+    return spoil
+
+
+def nest(root: pathlib.Path) -> None:
+    """A TIFF file, an image in a folder of a class's folder, one beside the classes; and a text, which is none."""
+    folder = root / "train" / FIRST
+    shutil.copy(root / PICTURE, root / "train/beside.jpg")
+    (folder / "deeper").mkdir()
+    shutil.copy(root / PICTURE, folder / "deeper" / "image.JPEG")
+    Image.open(root / PICTURE).save(folder / "image.tif")
+    (folder / "notes.txt").write_text("")
 
 
 def name_as_cityscapes(root: pathlib.Path) -> None:
@@ -131,167 +146,92 @@ def renumber(root: pathlib.Path) -> None:
 
 
 IMAGE, LABEL = "images/train/3.jpg", "annotations/train/3.png"
+FIRST, SECOND, THIRD = FOLDERS  # of a classifier
+PICTURE = f"train/{FIRST}/{FIRST}_0.JPEG"
 PROBLEM, WARNING = "problem", "warning"
-# Of each: what spoils the set, changed settings, the level and the rule of the one finding, and words of its line.
-BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, str, str]] = {
-    "empty image": (
-        one(IMAGE, lambda path: path.write_bytes(b"")),
-        {},
-        *(PROBLEM, "unreadable-image", f"train: {IMAGE} is empty"),
-    ),
-    "cut-off image": (one(IMAGE, cut), {}, PROBLEM, "unreadable-image", f"train: {IMAGE} is cut off"),
+# What spoils a set of label maps, the level and the rule of the one finding, words of its text, and changed settings.
+LABEL_MAPS: dict[str, tuple] = {
+    "cut-off image": (one(IMAGE, cut), PROBLEM, "unreadable-image", f"train: {IMAGE} is cut off"),
     "12 bits in 16": (
-        one(IMAGE, deepen),
-        {},
-        *(
-            PROBLEM,
-            "dark-images",
-            f"1 image ({IMAGE}) of 12 bits in 16, which would be nearly black: scale the values",
-        ),
+        *(one(IMAGE, deepen), PROBLEM, "dark-images"),
+        f"1 image ({IMAGE}) of 12 bits in 16, which would be nearly black: scale the values",
     ),
     "image turned by 180 degrees": (
-        one(IMAGE, lambda path: resave(path, orientation=3)),
-        {},
-        *(WARNING, "turned-images", f"1 image ({IMAGE}) turned or mirrored by the EXIF orientation"),
+        *(one(IMAGE, lambda path: resave(path, orientation=3)), WARNING, "turned-images"),
+        f"1 image ({IMAGE}) turned or mirrored by the EXIF orientation",
     ),
     "labels of another suffix": (
         lambda root: [path.rename(path.with_suffix(".tif")) for path in labels(root, "val")],
-        {},
         *(PROBLEM, "image-without-label", "annotations/val, which has 0.tif (python -m"),
     ),
-    "text instead of an image": (
-        one("images/val/1.jpg", lambda path: path.write_text("no image")),
-        {},
-        *(PROBLEM, "unreadable-image", "validation: images/val/1.jpg cannot be decoded"),
-    ),
-    "cut-off label": (
-        one(LABEL, lambda path: path.write_bytes(path.read_bytes()[:-30])),
-        {},
-        *(PROBLEM, "unreadable-label", f"{LABEL} is cut off"),
-    ),
-    "damaged label": (one(LABEL, flip_a_byte), {}, PROBLEM, "unreadable-label", f"{LABEL} is a damaged PNG"),
-    "JPEG as label": (
-        lambda root: shutil.copy(root / IMAGE, root / LABEL),
-        {},
-        *(PROBLEM, "unreadable-label", f"{LABEL} is not a PNG"),
-    ),
+    "damaged label": (one(LABEL, flip_a_byte), PROBLEM, "unreadable-label", f"{LABEL} is a damaged PNG"),
     "skipped image": (
-        one(IMAGE, cut),
+        *(one(IMAGE, cut), WARNING, "unreadable-image", f"train: {IMAGE} is cut off"),
         {"data.skip_unreadable": True},
-        *(WARNING, "unreadable-image", f"train: {IMAGE} is cut off"),
     ),
     "image without label": (
-        one(LABEL, pathlib.Path.unlink),
-        {},
-        *(PROBLEM, "image-without-label", "1 image (3.jpg) in "),
+        *(one(LABEL, pathlib.Path.unlink), PROBLEM, "image-without-label", "1 image (3.jpg) in "),
     ),
     "label without image": (
-        copy(LABEL, "annotations/train/x.png"),
-        {},
-        *(WARNING, "label-without-image", "train: 1 label (x.png) without an image"),
+        *(copy(LABEL, "annotations/train/x.png"), WARNING, "label-without-image"),
+        "train: 1 label (x.png) without an image",
     ),
     "another size": (
         one(LABEL, lambda path: rewrite(path, lambda label: label[:-1])),
-        {},
         *(PROBLEM, "size", f"{LABEL} has another size than its image"),
     ),
     "EXIF": (
         one("images/train/4.jpg", lambda path: resave(path, orientation=8)),
-        {},
         *(PROBLEM, "size", "annotations/train/4.png has the size of its image without the EXIF rotation"),
     ),
     "a value too many": (
         one(LABEL, lambda path: rewrite(path, put(25))),
-        {},
         *(PROBLEM, "values-beyond-classes", f"25 in 1 label ({LABEL}), 5 of 146,256 pixels"),
     ),
     "16 bits": (
         one(LABEL, lambda path: rewrite(path, put(2570, np.uint16))),
-        {},
-        *(
-            PROBLEM,
-            "values-beyond-classes",
-            f"up to 2570 in 1 label ({LABEL}), 5 of ",
-        ),
+        *(PROBLEM, "values-beyond-classes", f"up to 2570 in 1 label ({LABEL}), 5 of "),
     ),
     "a label of 16 bits": (
-        one(LABEL, lambda path: rewrite(path, lambda label: label.astype(np.uint16))),
-        {},
-        *(
-            WARNING,
-            "label-kinds",
-            f"labels of 2 kinds (grey PNG, 8 bits: annotations/train/0.png; grey PNG, 16 bits: {LABEL}): ",
-        ),
+        *(one(LABEL, lambda path: rewrite(path, lambda label: label.astype(np.uint16))), WARNING),
+        "label-kinds",
+        f"labels of 2 kinds (grey PNG, 8 bits: annotations/train/0.png; grey PNG, 16 bits: {LABEL}): ",
     ),
-    "palettes": (
-        renumber,
-        {},
-        *(PROBLEM, "label-palettes", "in the palette of annotations/train/0.png, #"),
-    ),
+    "palettes": (renumber, PROBLEM, "label-palettes", "in the palette of annotations/train/0.png, #"),
     "grey levels": (
-        every(where_class(lambda label: label * 13)),
-        {},
-        *(PROBLEM, "values-beyond-classes", "if they are grey levels of a mask of colours"),
+        *(every(where_class(lambda label: label * 13)), PROBLEM, "values-beyond-classes"),
+        "if they are grey levels of a mask of colours",
     ),
     "raw Cityscapes ids": (
         every(where_class(lambda label: RAW_IDS[np.minimum(label, 18)])),
-        {},
-        *(PROBLEM, "raw-cityscapes-ids", "19 to 33 in 16 labels (annotations/train/0.png, "),
+        *(PROBLEM, "raw-cityscapes-ids", "19, 20, 21, 22, ..., 33 in 16 labels (annotations/train/0.png, "),
     ),
     "names of raw Cityscapes labels": (
-        name_as_cityscapes,
-        {},
-        *(PROBLEM, "raw-cityscapes-ids", "(0_gtFine_labelIds.png, "),
+        *(name_as_cityscapes, PROBLEM, "raw-cityscapes-ids", "which has 0_gtFine_labelIds.png"),
     ),
     "labels that count from 1": (
-        every(where_class(lambda label: label + 1)),
-        {},
-        *(
-            PROBLEM,
-            "zero-label-not-reduced",
-            ", where the classes are 0 to 18: perhaps they count from 1: --config",
-        ),
+        *(every(where_class(lambda label: label + 1)), PROBLEM, "zero-label-not-reduced"),
+        "the classes are 0 to 18 and void is 255: perhaps they count from 1: --config",
     ),
     "a class more": (
-        every(put(19)),
-        {},
-        *(
-            PROBLEM,
-            "zero-label-not-reduced",
-            "--config.data.reduce_zero_label=true; or there is a class more: ",
-        ),
+        *(every(put(19)), PROBLEM, "zero-label-not-reduced"),
+        "which makes 0 void; or there is a class more: --config.model.num_classes=20",
     ),
     "254": (
         every(lambda label: np.where(label == 255, 254, label).astype(np.uint8)),
-        {},
         *(PROBLEM, "zero-label-reduced-twice", "254 in 16 labels (annotations/train/0.png, "),
     ),
     "reduced on disk and again": (
-        lambda _: None,
+        *(lambda _: None, WARNING, "zero-label-reduced-twice"),
+        ", and 19, the last class with reduction, in none",
         {"data.reduce_zero_label": True},
-        *(WARNING, "zero-label-reduced-twice", ", and 19, the last class with reduction, in none"),
     ),
-    "colours": (every(colour), {}, PROBLEM, "colour-label", "is a mask of colours: write the number"),
-    "one colour mask": (
-        one(LABEL, lambda path: rewrite(path, colour)),
-        {},
-        *(PROBLEM, "colour-label", f"train: {LABEL} is a mask of colours"),
-    ),
-    "three equal channels": (
-        one(LABEL, lambda path: rewrite(path, lambda label: np.stack([label] * 3, -1))),
-        {},
-        *(PROBLEM, "colour-label", f"{LABEL} repeats one value in all channels"),
-    ),
-    "alpha": (one(LABEL, save_alpha), {}, PROBLEM, "colour-label", f"{LABEL} repeats one value"),
+    "colours": (every(colour), PROBLEM, "colour-label", "is a mask of colours: write the number"),
+    "alpha": (one(LABEL, save_alpha), PROBLEM, "colour-label", f"{LABEL} repeats one value in all channels"),
     **{
         f"interpolated {name} {factor}": (
-            every(soften(method, factor)),
-            {},
-            *(
-                PROBLEM,
-                "interpolated-labels",
-                "values in between where classes meet, in 16 labels (",
-            ),
+            *(every(soften(method, factor)), PROBLEM, "interpolated-labels"),
+            "values in between where classes meet, in 16 labels (",
         )
         for name, method, factor in [
             ("bilinear", cv2.INTER_LINEAR, 0.7),
@@ -301,49 +241,77 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], object], dict[str, Any], str, s
         ]
     },
     "a class that is not trained": (
-        every(drop(7), "train"),
-        {},
-        *(WARNING, "classes-never-occur", "train: no pixel of 1 class (class 7) of 19: not"),
+        *(every(drop(7), "train"), WARNING, "classes-never-occur"),
+        "train: no pixel of 1 class (class 7) of 19: not",
     ),
     "a class that is not measured": (
-        every(drop(7), "val"),
-        {},
-        *(WARNING, "classes-never-occur", "validation: no pixel of 1 class (class 7) of train"),
+        *(every(drop(7), "val"), WARNING, "classes-never-occur"),
+        "validation: no pixel of 1 class (class 7) of train",
     ),
     "a void label": (
         one(LABEL, lambda path: rewrite(path, lambda label: np.full_like(label, 255))),
-        {},
         *(WARNING, "void-labels", f"train: no class, only void, in 1 label ({LABEL}) of 10"),
     ),
     "nothing but void": (
-        every(lambda label: np.full_like(label, 255), "train"),
-        {},
-        *(
-            PROBLEM,
-            "void-labels",
-            "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the",
-        ),
+        *(every(lambda label: np.full_like(label, 255), "train"), PROBLEM, "void-labels"),
+        "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the",
     ),
     "one class": (
-        every(where_class(lambda label: np.full_like(label, 4))),
-        {},
-        *(PROBLEM, "one-class", "train: class 4 is the only class in 10 labels: check the labels"),
+        *(every(where_class(lambda label: np.full_like(label, 4))), PROBLEM, "one-class"),
+        "train: class 4 is the only class in 10 labels: check the labels",
     ),
     "masks of 0 and 255": (
-        every(lambda label: np.where(label < 9, 0, 255).astype(np.uint8)),
-        {},
-        *(PROBLEM, "one-class", "if 255 is meant as a class, write its number instead"),
+        *(every(lambda label: np.where(label < 9, 0, 255).astype(np.uint8)), PROBLEM, "one-class"),
+        "if 255 is meant as a class, write its number instead",
     ),
     "copies in a split": (
         lambda root: [shutil.copy(root / name, root / name.replace("3", "x")) for name in (IMAGE, LABEL)],
-        {},
         *(WARNING, "duplicates", f"train: 1 copy (images/train/x.jpg = {IMAGE})"),
     ),
     "copies between the splits": (
         lambda root: [shutil.copy(root / f, root / f.replace("train/3", "val/x")) for f in (IMAGE, LABEL)],
-        {},
         *(WARNING, "duplicates-between-splits", f"1 image (images/val/x.jpg = {IMAGE}) in both splits"),
     ),
-    "no validation": (take_away("images/val"), {}, PROBLEM, "missing-split", "images/val does not exist"),
-    "an empty split": (empty_the_split, {}, PROBLEM, "missing-split", "images/val holds no *.jpg"),
+    "no validation": (take_away("images/val"), PROBLEM, "missing-split", "images/val does not exist"),
+}
+# The same for a set of images by class.
+IMAGES_BY_CLASS: dict[str, tuple] = {
+    "empty image": (
+        *(one(PICTURE, lambda path: path.write_bytes(b"")), PROBLEM, "unreadable-image"),
+        f"train: {PICTURE} is empty",
+    ),
+    "skipped image": (
+        *(one(PICTURE, lambda path: path.write_text("no image")), WARNING, "unreadable-image"),
+        f"train: {PICTURE} cannot be decoded",
+        {"data.skip_unreadable": True},
+    ),
+    "copies in two classes": (
+        *(copy(PICTURE, f"train/{SECOND}/x.jpg"), WARNING, "duplicates"),
+        f"train: 1 copy (train/{SECOND}/x.jpg = {PICTURE}) of an image",
+    ),
+    "copies in both splits": (
+        *(copy(PICTURE, f"val/{FIRST}/x.jpg"), WARNING, "duplicates-between-splits"),
+        f"1 image (val/{FIRST}/x.jpg = {PICTURE}) in both splits",
+    ),
+    "a class that is not trained": (
+        *(take_images(f"train/{SECOND}"), WARNING, "classes-never-occur"),
+        f"train: no image of 1 class ({SECOND}) of 3: not learned",
+    ),
+    "a class that is not measured": (
+        *(take_away(f"val/{THIRD}"), WARNING, "classes-never-occur"),
+        f"validation: no image of 1 class ({THIRD}) of train",
+    ),
+    "one class": (
+        *(take_images(f"train/{SECOND}", f"train/{THIRD}"), PROBLEM, "one-class"),
+        f"train: {FIRST} is the only class in 4 images",
+    ),
+    "images at other places": (
+        *(nest, WARNING, "unread-files"),
+        f"train: 3 files (train/beside.jpg, train/{FIRST}/deeper/image.JPEG, ",
+    ),
+    "no validation": (take_away("val"), PROBLEM, "missing-split", "val does not exist: expected the valid"),
+    "no image in train": (
+        *(take_images(*(f"train/{folder}" for folder in FOLDERS)), PROBLEM, "missing-split"),
+        "train holds no *.jpeg or ",
+    ),
 }

@@ -1,4 +1,4 @@
-"""The check of a data set: nothing is said of a healthy one, and of each broken one the one thing that is wrong.
+"""The check of a data set: it says nothing about a healthy one, and about each broken one what is wrong.
 
 `pytest -s tests/test_check.py` shows the lines.
 """
@@ -16,20 +16,48 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tests import broken_sets
-from tests.broken_sets import BROKEN, CLASSES, COUNTS, IMAGE, PROBLEM, WARNING, every, labels, put
-from tests.commands import run_check
-from tests.test_bad_input import cut, rewrite
+from tests.broken_sets import (
+    CLASSES,
+    COUNTS,
+    FOLDERS,
+    IMAGE,
+    IMAGES_BY_CLASS,
+    LABEL_MAPS,
+    PICTURE,
+    PROBLEM,
+    WARNING,
+    every,
+    labels,
+    put,
+)
+from tests.commands import command, refused_command, run_check
+from tests.test_bad_input import cut, resave, rewrite
+from tests.test_class_images import write_images
 from topformer_jax import check, config as config_lib
-from topformer_jax.inspection import label_rules, labels as label_inspection, ramps, rules
+from topformer_jax.data import records
+from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
+
+RECIPES = {"maps": "topformer_t_ade", "classes": "topformer_t_imagenet"}
+# Two sets: label maps of 19 classes, and images in the folders of three classes, 4 in train and 3 in validation.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "maps": {
+        "data.dataset": "custom",
+        "data.reduce_zero_label": False,
+        "data.crop_size": (64, 64),
+        "model.num_classes": CLASSES,
+    },
+    "classes": {"model.num_classes": 3},
+}
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A custom data set of 19 classes: synthetic scenes, whose right halves have classes of their own, and void."""
-    root = tmp_path_factory.mktemp("check") / "set"
-    broken_sets.write(root)
+    root = tmp_path_factory.mktemp("check")
+    broken_sets.write(root / "maps")
+    write_images(root / "classes")
     return root
 
 
@@ -39,98 +67,84 @@ def spoilt(healthy: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return shutil.copytree(healthy, tmp_path / "set")
 
 
-def settings(root: pathlib.Path, **changes: Any) -> dict[str, Any]:
-    """The settings for a custom data set; `changes` with "_" for "."."""
-    return {
-        "data.dataset": "custom",
-        "data.root": str(root),
-        "data.reduce_zero_label": False,
-        "data.crop_size": (64, 64),
-        "model.num_classes": CLASSES,
-        **changes,
-    }
+def configure(root: pathlib.Path, changes: dict[str, Any] | None = None, kind: str = "") -> ConfigDict:
+    kind = kind or root.name
+    return config_lib.load(RECIPES[kind], SETTINGS[kind] | {"data.root": str(root)} | (changes or {}))
 
 
-def configure(root: pathlib.Path, **changes: Any) -> ConfigDict:
-    return config_lib.load("topformer_t_ade", settings(root, **changes))
+def look_through(config: ConfigDict, limit: int | None = None) -> tuple[list[rules.Finding], dict[str, Any]]:
+    """The findings and the report."""
+    facts = facts_lib.inspect(config, limit=limit)
+    found = rules.find(facts)
+    return found, check.make_report(facts, found)
 
 
-def look_through(config: ConfigDict, limit: int | None = None) -> list[rules.Finding]:
+def find(config: ConfigDict) -> list[rules.Finding]:
     """The problems and the warnings."""
-    found = label_rules.find(label_inspection.inspect(config, limit=limit))
-    return [finding for finding in found if finding.level != "note"]
+    return [finding for finding in look_through(config)[0] if finding.level != "note"]
 
 
-def test_nothing_is_said_of_a_healthy_set(healthy: pathlib.Path) -> None:
-    assert look_through(configure(healthy)) == []
-    as_words = {"data.reduce_zero_label": False, "data.crop_size": (512, 512)}
-    notes = label_rules.find(label_inspection.inspect(configure(healthy, **as_words)))
-    assert [(note.level, note.rule) for note in notes if note.rule != "rare-classes"] == [
-        ("note", "small-images")
-    ]
+def test_nothing_is_said_about_a_healthy_set(healthy: pathlib.Path) -> None:
+    notes, report = look_through(configure(healthy / "maps", {"data.crop_size": (512, 512)}))
+    assert [(note.level, note.rule) for note in notes] == [("note", "small-images")]
+    findings, report = look_through(configure(healthy / "classes"))
+    assert findings == []
+    lines = [" ".join(line.split()) for line in check.format_report(report).splitlines()]
+    assert "examples 12 9" in lines
+    assert "images per class: smallest / median / largest 4 / 4 / 4 3 / 3 / 3" in lines
+    assert f"1 {FOLDERS[1]} 4 3" in lines
+    assert lines[-1] == "training would start"
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_sets(spoilt: pathlib.Path, name: str) -> None:
-    spoil, changes, level, rule, words = BROKEN[name]
-    spoil(spoilt)
-    found = look_through(configure(spoilt, **changes))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("maps", name) for name in LABEL_MAPS] + [("classes", name) for name in IMAGES_BY_CLASS],
+)
+def test_broken_sets(spoilt: pathlib.Path, kind: str, name: str) -> None:
+    spoil, level, rule, words, *changes = (LABEL_MAPS if kind == "maps" else IMAGES_BY_CLASS)[name]
+    spoil(spoilt / kind)
+    found = find(configure(spoilt / kind, *changes))
     print("\n".join(["", *(f"{finding.rule}: {finding.text}" for finding in found)]))
-    expected = {(level, rule)}
-    assert {finding[:2] for finding in found} == expected
-    per_split = {
-        name for name in ("train", "validation") if any(f.text.startswith(f"{name}: ") for f in found)
-    }
-    assert len(found) == max(len(per_split), 1)  # one, or one a split
+    assert {finding[:2] for finding in found} == {(level, rule)}
+    splits = {finding.text.partition(":")[0] for finding in found}
+    assert len(found) == len(splits), "one finding, or one per split"
     assert words in found[0].text
     assert all("\n" not in finding.text for finding in found)
 
 
 def test_palettes_that_agree(spoilt: pathlib.Path) -> None:
     """A palette may be cut after the last value of its picture."""
-    broken_sets.renumber(spoilt)
-    (finding,) = look_through(configure(spoilt))
-    assert finding[:2] == (PROBLEM, "label-palettes")
-    assert "annotations/val/5.png" in finding.text
-    path = labels(spoilt)[-1]
-    with Image.open(labels(spoilt)[0]) as other:
+    root = spoilt / "maps"
+    broken_sets.renumber(root)
+    path = labels(root)[-1]
+    with Image.open(labels(root)[0]) as other:
         palette = other.getpalette() or []
     pixels = np.where(open_image(path) == 255, 0, open_image(path)).astype(np.uint8)
     image = Image.fromarray(pixels)
     image.putpalette(palette[: 3 * CLASSES])
     image.save(path)
-    assert look_through(configure(spoilt)) == []
-
-
-def test_labels_that_need_the_reduction(spoilt: pathlib.Path) -> None:
-    every(lambda label: (label + 1).astype(np.uint8))(spoilt)  # void is 0
-    assert look_through(configure(spoilt, **{"data.reduce_zero_label": True})) == []
+    assert find(configure(root)) == []
 
 
 def test_ade20k(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -> None:
     """Its files count from 1; the miniature has 24 of the 150 classes, and never the last one."""
     root = shutil.copytree(golden("mini_ade"), tmp_path / "ade")
     config = config_lib.load("topformer_t_ade", {"data.root": str(root)})
-    (finding,) = look_through(config)
+    (finding,) = find(config)
     assert finding[:2] == (WARNING, "classes-never-occur")
     assert "126 classes (" in finding.text
     forgotten = config_lib.load(config, {"data.reduce_zero_label": False})
-    (finding,) = look_through(forgotten)
+    (finding,) = find(forgotten)
     assert finding[:2] == (PROBLEM, "zero-label-not-reduced")
     every(lambda label: (label - 1).astype(np.uint8))(root)
     every(put(0))(root)  # the first class, which the miniature does not have
-    (finding,) = look_through(config)
+    (finding,) = find(config)
     assert finding[:2] == (PROBLEM, "zero-label-reduced-twice")
-    assert {finding.rule for finding in look_through(forgotten)} == {"classes-never-occur"}
-
-
-def test_synthetic_shapes() -> None:
-    changes = {"data.shapes.train": 60, "data.shapes.validation": 30, "data.shapes.size": 64}
-    assert look_through(config_lib.load("topformer_t_shapes", changes)) == []
+    assert {finding.rule for finding in find(forgotten)} == {"classes-never-occur"}
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ramps(seed: int) -> None:
+def test_borders(seed: int) -> None:
     """Against the definition, pixel by pixel."""
     rng = np.random.default_rng(seed)
     label = np.repeat(rng.integers(0, 6, (8, 30)), rng.integers(1, 4, 30), 1).astype(np.uint8)
@@ -151,37 +165,11 @@ def test_ramps(seed: int) -> None:
             start = end + 1
     assert soft > 3
     assert hard > 3
-    assert ramps.count_ramps(label) == (soft, hard, pairs, between)
-    assert ramps.count_ramps(label[:, :1]) == ramps.Ramps()
-
-
-def run(root: pathlib.Path, output: pathlib.Path, status: int, *flags: str) -> tuple[str, str]:
-    return run_check("topformer_t_ade", settings(root), output, status, *flags)
-
-
-def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    out, err = run(spoilt, tmp_path / "good", 0)
-    assert out.splitlines()[-1] == "training would start"
-    assert err == ""
-    assert out.endswith((tmp_path / "good/report.txt").read_text())
-    with Image.open(tmp_path / "good/classes.png") as image:
-        image.load()
-        assert image.size[0] > 800
-        assert len(image.getcolors(1 << 20) or []) > CLASSES
-    cut(spoilt / IMAGE)
-    out, _ = run(spoilt, tmp_path / "bad", 1)
-    assert out.splitlines()[-1] == "training would not start: 1 problem"
-    assert f"PROBLEMS\n  unreadable-image: train: {IMAGE} is cut off" in out
-    report = json.loads((tmp_path / "bad/report.json").read_text())
-    assert report["would_start"] is False
-    out, _ = run(spoilt, tmp_path / "part", 0, "--limit", "2")
-    assert "first 2 of 10" in out
-    for flags, root in (((), tmp_path / "nowhere"), (("--limit", "0"), spoilt)):
-        out, err = run(root, tmp_path / "none", 2, *flags)
-        assert out == ""
-        assert len(err.splitlines()) == 1
-        assert err.startswith("error: ")
-    assert not (tmp_path / "none").exists()
+    found = facts_lib.count_borders(label)
+    assert found[:2] == (soft, hard)
+    assert found.pairs == set(sorted(pairs)[: facts_lib.KEPT_PAIRS])
+    assert found.between == set(sorted(between)[: facts_lib.KEPT_VALUES])
+    assert facts_lib.count_borders(label[:, :1]) == facts_lib.BoundaryStats()
 
 
 def open_image(path: pathlib.Path) -> np.ndarray:
@@ -189,17 +177,17 @@ def open_image(path: pathlib.Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_counts(healthy: pathlib.Path) -> None:
+def test_counts_of_label_maps(healthy: pathlib.Path) -> None:
     """The report's numbers against NumPy's and Pillow's."""
-    found = label_inspection.inspect(configure(healthy))
-    report = json.loads(check.as_json(found, label_rules.find(found)))
+    root = healthy / "maps"
+    _, report = look_through(configure(root))
     for folder, name in (("train", "train"), ("val", "validation")):
-        arrays = [open_image(path) for path in labels(healthy, folder)]
+        arrays = [open_image(path) for path in labels(root, folder)]
         split = report["splits"][name]
         assert split["examples"] == split["available"] == split["labels"] == len(arrays) == COUNTS[folder]
         joined = np.concatenate([array.ravel() for array in arrays])
         values, counts = np.unique(joined, return_counts=True)
-        assert split["values"] == {str(v): int(c) for v, c in zip(values, counts, strict=True)}
+        assert split["values"] == dict(zip(values.tolist(), counts.tolist(), strict=True))
         assert split["void_pixels"] == (joined == 255).sum()
         for number in range(CLASSES):
             assert split["classes"][number] == {
@@ -208,47 +196,163 @@ def test_counts(healthy: pathlib.Path) -> None:
                 "labels": sum((array == number).any() for array in arrays),
             }
         sizes = {(row["height"], row["width"]): row["images"] for row in split["sizes"]}
-        opened = [array.shape for array in map(open_image, (healthy / "images" / folder).iterdir())]
+        opened = [array.shape for array in map(open_image, (root / "images" / folder).iterdir())]
         assert sizes == {shape[:2]: opened.count(shape) for shape in opened}
         assert split["label_files"] == {"grey PNG, 8 bits": len(arrays)}
 
 
+def test_counts_of_images_by_class(spoilt: pathlib.Path) -> None:
+    """The report's numbers against Pillow's and the folders'; files keep the orientation that they are stored in."""
+    root = spoilt / "classes"
+    resave(root / PICTURE, orientation=6)
+    (root / f"val/{FOLDERS[1]}/{FOLDERS[1]}_0.JPEG").unlink()
+    _, report = look_through(configure(root))
+    for word, name in (("train", "train"), ("val", "validation")):
+        split, sizes = report["splits"][name], []
+        for path in (root / word).rglob("*.JPEG"):
+            with Image.open(path) as image:
+                sizes.append(image.size)
+        assert split["examples"] == split["available"] == len(sizes)
+        found_sizes = {(row["width"], row["height"]): row["images"] for row in split["sizes"]}
+        assert found_sizes == {size: sizes.count(size) for size in sizes}
+        assert split["classes"] == [
+            {"name": folder, "images": len(list((root / word / folder).iterdir()))} for folder in FOLDERS
+        ]
+
+
+def write_tiny(root: pathlib.Path, counts: dict[str, list[int]]) -> pathlib.Path:
+    """So many images of each class, all of them different."""
+    number = 0
+    for word, row in counts.items():
+        for label, count in enumerate(row):
+            folder = root / word / f"class_{label:03}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = np.array([[[number % 256, number // 256, 0]]], np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+                number += 1
+    return root
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(40, []), (41, ["uneven-classes"])])
+def test_uneven_classes(tmp_path: pathlib.Path, largest: int, expected: list[str]) -> None:
+    root = write_tiny(tmp_path, {"train": [largest, 2, 3], "val": [1, 1, 1]})
+    findings, _ = look_through(configure(root, kind="classes"))
+    assert [finding.rule for finding in findings] == expected
+    for finding in findings:
+        assert finding.level == "note"
+        assert "train: class_000 has 41 images, class_001 2: " in finding.text
+
+
+def settings(root: pathlib.Path, **changes: Any) -> list[str]:
+    """The command's words."""
+    values = SETTINGS[root.name] | {"data.root": root} | changes
+    return ["--config", RECIPES[root.name], *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path, kind: str) -> None:
+    root, image = spoilt / kind, IMAGE if kind == "maps" else PICTURE
+    out = command(check.main, *settings(root), "--output", tmp_path / "good")
+    assert out.splitlines()[-1] == "training would start"
+    assert out.endswith((tmp_path / "good/report.txt").read_text())
+    with Image.open(tmp_path / "good/classes.png") as picture:
+        assert picture.size[0] == 1100
+        assert len(picture.convert("RGB").getcolors(1 << 20) or []) > len(SETTINGS)
+    assert "first 2 of 1" in command(
+        check.main, *settings(root), "--output", tmp_path / "part", "--limit", "2"
+    )
+    assert "expected 1 or more" in refused_command(check.main, *settings(root), "--limit", "0")
+    cut(root / image)
+    out, err = run_check(RECIPES[kind], SETTINGS[kind] | {"data.root": root}, tmp_path / "bad", 1)
+    assert err == ""
+    assert out.splitlines()[-1] == "training would not start: 1 problem"
+    assert f"PROBLEMS\n  unreadable-image: train: {image} is cut off" in out
+    report = json.loads((tmp_path / "bad/report.json").read_text())
+    assert report["would_start"] is False
+    assert [finding["rule"] for finding in report["findings"] if finding["level"] == PROBLEM] == [
+        "unreadable-image"
+    ]
+
+
+def test_a_classifier_of_many_classes(tmp_path: pathlib.Path) -> None:
+    """The table shows the smallest classes, the picture a curve."""
+    counts = [2] * (check.MAX_NAMED + 1)
+    counts[20] = 1
+    root = write_tiny(tmp_path / "classes", {"train": counts, "val": [1] * len(counts)})
+    words = settings(root, **{"model.num_classes": len(counts)})
+    out = command(check.main, *words, "--output", tmp_path / "out")
+    rows = [" ".join(line.split()) for line in out.split("\n\n")[3].splitlines()]
+    assert rows[:3] == [
+        "the 10 smallest classes train validation",
+        "20 class_020 1 1",
+        "0 class_000 2 1",
+    ]
+    with Image.open(tmp_path / "out/classes.png") as image:
+        assert image.size == (1100, 450)
+
+
+def test_the_first_examples_of_a_classifier_say_nothing_about_classes(healthy: pathlib.Path) -> None:
+    findings, report = look_through(configure(healthy / "classes"), limit=2)
+    assert findings == []
+    assert FOLDERS[0] not in check.format_report(report)
+
+
 def test_threads_do_not_change_the_report(spoilt: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = spoilt / "maps"
     for number in range(5):
-        cut(spoilt / f"images/train/{number}.jpg")
+        cut(root / f"images/train/{number}.jpg")
     reports = []
     for threads in (1, 7):
         monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
-        found = label_inspection.inspect(configure(spoilt))
-        reports.append(check.format_report(found, label_rules.find(found)))
+        reports.append(check.format_report(look_through(configure(root))[1]))
     assert reports[0] == reports[1]
     assert (
-        "images/train/0.jpg is cut off: its end is missing; replace or remove it (and 4 more: " in reports[0]
+        "images/train/0.jpg is cut off: its end is missing; replace or remove it (and 4 others (images/train/1.jpg, "
+        in reports[0]
     )
 
 
-def test_records(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_records_of_label_maps(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """array_record files, healthy and packed with what is wrong."""
+    root = spoilt / "maps"
 
     def pack(name: str) -> ConfigDict:
-        packing.build("custom", str(spoilt), str(tmp_path / name))
-        return configure(tmp_path / name, **{"data.source": "array_record"})
+        packing.build("custom", str(root), str(tmp_path / name))
+        return configure(tmp_path / name, {"data.source": "array_record"}, "maps")
 
     config = pack("records")
-    assert look_through(config) == []
-    files, records = (label_inspection.inspect(c).splits["train"] for c in (configure(spoilt), config))
-    np.testing.assert_array_equal(files.pixels, records.pixels)
-    assert files.sizes == records.sizes
-    cut(spoilt / IMAGE)
-    rewrite(spoilt / "annotations/val/1.png", put(25))
-    found = look_through(pack("spoilt"))
+    assert find(config) == []
+    files, packed = (look_through(each)[1]["splits"] for each in (configure(root), config))
+    assert files == packed
+    cut(root / IMAGE)
+    rewrite(root / "annotations/val/1.png", put(25))
+    found = find(pack("spoilt"))
     assert [finding.rule for finding in found] == ["unreadable-image", "values-beyond-classes"]
     assert "train: image 3 is cut off" in found[0].text
     assert "25 in 1 label (label 1), 5 of " in found[1].text
 
 
-def test_what_cannot_be_checked(healthy: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_records_of_images_by_class(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A class that is not among the names."""
+    packing.build("imagenet", str(spoilt / "classes"), str(tmp_path / "records"))
+    config = configure(tmp_path / "records", {"data.source": "array_record"}, "classes")
+    assert find(config) == []
+    (tmp_path / "records/imagenet" / records.VERSION / class_folders.NAMES).write_text("one\ntwo\n")
+    found = find(config_lib.load(config, {"model.num_classes": 2}))
+    assert [finding[:2] for finding in found] == [(PROBLEM, "unknown-class")] * 2
+    name = f"label {FOLDERS[2]}/{FOLDERS[2]}_0"
+    assert f"train: {name} is 2: expected 0 to 1; check model.num_classes (and 3 others (" in found[0].text
+
+
+def test_what_cannot_be_checked(healthy: pathlib.Path, spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="custom has 19 classes, the config's model 7"):
-        look_through(configure(healthy, **{"model.num_classes": 7}))
-    with pytest.raises(UserError, match="is not there: give "):
-        look_through(configure(tmp_path / "nowhere"))
+        find(configure(healthy / "maps", {"model.num_classes": 7}))
+    with pytest.raises(UserError, match="imagenet has 3 classes, the config's model 1000"):
+        find(configure(healthy / "classes", {"model.num_classes": 1000}))
+    (spoilt / "maps/classes.txt").write_text("crack\n")
+    with pytest.raises(UserError, match="has one class, crack, which is nothing to learn"):
+        find(configure(spoilt / "maps"))
+    line = refused_command(check.main, *settings(tmp_path / "maps"), "--output", tmp_path / "out")
+    assert "is not there: give " in line
+    assert not (tmp_path / "out").exists()

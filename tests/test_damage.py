@@ -21,7 +21,7 @@ from tests import miniatures
 from tests.test_packing import records_config
 from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
-from topformer_jax import checkpoints, config, demo, prepare
+from topformer_jax import checkpoints, config, prepare
 from topformer_jax.checkpoints import safetensors_format, torch_format
 from topformer_jax.data import catalog, codecs, sources
 from topformer_jax.data.classification import folders as class_folders
@@ -362,11 +362,6 @@ KINDS: dict[str, Kind] = {
     "checkpoint": Kind(functools.partial(make_step, name="*"), read_step, equals_tensors),
     "checkpoint metadata": Kind(functools.partial(make_step, name="_CHECKPOINT_METADATA"), read_step),
     "description": Kind(writer_of(json.dumps(DESCRIPTION), "x.json"), read_description),
-    "package.json": Kind(
-        writer_of('{"name": "onnxruntime-web", "version": "1.30.0"}', "package.json"),
-        lambda path: demo._runtime_version(path.parent),
-        lambda version: ".." not in version and "/" not in version,
-    ),
     "classes.txt": Kind(
         make_classes, read_classes, lambda classes: len(classes) == 3 and all(map(catalog.is_name, classes))
     ),

@@ -1,6 +1,5 @@
 """The page: what it is made of, how it is served, what it refuses; and all that it does in Chromium."""
 
-import contextlib
 import functools
 import http.client
 import http.server
@@ -46,7 +45,6 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
     written = exported.open_exported(folder / "web.onnx").description
     for name, change in (
         ("logits", {"output": "logits"}),
-        ("scores", {"output": "scores"}),
         ("other", {"checkpoint": {"sha256": "0"}}),
     ):
         graph = onnx.load(folder / "web.onnx")
@@ -63,7 +61,6 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
     wrong = onnx.load_from_string(data)
     onnx.helper.set_model_props(wrong, {exported.KEY: json.dumps(written)})
     onnx.save(wrong, folder / "wrong.onnx")
-    (folder / "noise.onnx").write_bytes(bytes(range(256)))
     (folder / "cut.onnx").write_bytes((folder / "web.onnx").read_bytes()[:-100_000])
     return folder
 
@@ -76,113 +73,116 @@ def picture(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def make_runtime(
-    folder: pathlib.Path, facts: str = '{"name": "onnxruntime-web", "version": "9.8.7"}'
-) -> pathlib.Path:
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder that looks like the runtime's package."""
-    (folder / "dist").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("package")
+    (folder / "dist").mkdir()
     for names in demo.RUNTIME_FILES.values():
         for name in names:
             (folder / "dist" / name).write_text(f"content of {name}")
-    (folder / "package.json").write_text(facts)
     return folder
 
 
-def build(path: pathlib.Path, runtime: pathlib.Path, webgpu: pathlib.Path | None = None) -> demo.Page:
-    return demo.build_page(*demo.find_files(path, webgpu), runtime)
-
-
-@pytest.fixture
-def serve() -> Iterator[Any]:
-    """Serves pages until the test's end, or until a server is closed."""
-    with contextlib.ExitStack() as stack:
-        yield lambda page, port=0: stack.enter_context(page_lib.serve(page, port))
+def build(
+    page: pathlib.Path, runtime: pathlib.Path, path: pathlib.Path, webgpu: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """Writes a page, and returns its description."""
+    demo.write_page(page, *demo.find_files(path, webgpu), runtime)
+    return json.loads((page / "model.json").read_text())
 
 
 # What it is made of
 
 
-def test_the_page_holds_what_it_names(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    page = build(folder / "web.onnx", make_runtime(tmp_path / "package"))
-    small = {name for name in page if "/" not in name and not name.endswith(".onnx")}
-    assert list(page)[-1] == "index.html"
-    assert {pathlib.PurePath(name).suffix for name in page} <= demo.KINDS.keys()
-    text = "".join(page[name].decode() for name in small if not name.endswith(".json"))
+def test_the_page_holds_what_it_names(
+    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    facts = build(tmp_path, package, folder / "web.onnx")
+    small = {path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".onnx"}
+    text = "".join((tmp_path / name).read_text() for name in small if not name.endswith(".json"))
     named = re.findall(r'(?:src|href)="([^"]+)"|(?:from|fetch|URL|register)\(? ?"(?:\./)?([^"]+\.\w+)"', text)
-    assert {name for pair in named for name in pair if name} == small - {"index.html", "icon.svg"} | {
-        "icon.svg"
-    }
+    assert {name for pair in named for name in pair if name} == small - {"index.html"}
     kept = json.loads(re.search(r"const PAGE = (\[.*\])", text)[1])  # type: ignore[index]
     assert {"index.html" if name == "./" else name for name in kept} == small - {"offline.js"}
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
-    facts = json.loads(page["model.json"])
     assert (facts["size"], facts["classes"][0]) == ([96, 128], "wall")
+    assert list(facts["providers"]) == ["wasm", "webgpu"]
     for provider in facts["providers"].values():
-        assert provider["bytes"] == sum(len(page[name.partition("?")[0]]) for name in provider["files"])
+        sizes = [(tmp_path / name.partition("?")[0]).stat().st_size for name in provider["files"]]
+        assert provider["bytes"] == sum(sizes)
 
 
-def test_a_file_for_processors_offers_no_webgpu(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    page = build(folder / "any.onnx", make_runtime(tmp_path / "package"))
-    facts = json.loads(page["model.json"])
-    assert (list(facts["providers"]), facts["size"]) == (["wasm"], None)
-    assert not any("webgpu" in name or "asyncify" in name for name in page)
-
-
-def test_a_second_file_is_for_webgpu(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    page = build(folder / "cpu.onnx", make_runtime(tmp_path / "package"), folder / "web.onnx")
-    assert page["model.onnx"] == (folder / "cpu.onnx").read_bytes()
-    assert page["model_webgpu.onnx"] == (folder / "web.onnx").read_bytes()
-    for file, words in (
-        ("cpu.onnx", "would be wrong on WebGPU: export it with --target web"),
-        ("other.onnx", "has another checkpoint than"),
-        ("logits.onnx", "--webgpu .* gives logits"),
+def test_a_second_file_is_for_webgpu(
+    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    build(tmp_path, package, folder / "cpu.onnx", folder / "web.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == (folder / "cpu.onnx").read_bytes()
+    assert (tmp_path / "model_webgpu.onnx").read_bytes() == (folder / "web.onnx").read_bytes()
+    for first, second, words in (
+        ("cpu", "cpu", "would be wrong on WebGPU: export it with --target web"),
+        ("cpu", "other", "has another checkpoint than"),
+        ("cpu", "logits", "--webgpu .* gives logits"),
+        ("any", "web", r"has another size than .*: \[96, 128\] and None"),
     ):
         with pytest.raises(UserError, match=words):
-            demo.find_files(folder / "cpu.onnx", folder / file)
-    with pytest.raises(UserError, match=r"has another size than .*: \[96, 128\] and None"):
-        demo.find_files(folder / "any.onnx", folder / "web.onnx")
+            demo.find_files(folder / f"{first}.onnx", folder / f"{second}.onnx")
 
 
-def test_the_folder_is_written_and_written_over(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    words = ["--runtime", make_runtime(tmp_path / "package"), "--output", tmp_path / "page"]
-    said = command(demo.main, "--exported", folder / "web.onnx", *words)
-    assert re.search(r"^all +[\d,]+ +[\d,]+$", said, re.MULTILINE)
-    assert said.endswith(f"wrote {tmp_path / 'page'}: 15 files, {said.split()[-2]} MB\n")
+def test_the_folder_is_written_and_written_over(
+    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ["--runtime", package, "--output", tmp_path / "page"]
+    assert command(demo.main, "--exported", folder / "web.onnx", *words) == f"wrote {tmp_path / 'page'}\n"
     command(demo.main, "--exported", folder / "any.onnx", *words)
-    for name, content in build(folder / "any.onnx", tmp_path / "package").items():
-        assert (tmp_path / "page" / name).read_bytes() == content
-    (tmp_path / "page/thesis.tex").touch()
+    assert (tmp_path / "page/model.onnx").read_bytes() == (folder / "any.onnx").read_bytes()
+    facts = json.loads((tmp_path / "page/model.json").read_text())
+    assert (list(facts["providers"]), facts["size"]) == (["wasm"], None)
+    (tmp_path / "page/model.json").unlink()
     line = refused(demo.main, "--exported", folder / "web.onnx", *words)
-    assert "holds thesis.tex, which is of no page: name a new folder" in line
+    assert "holds other files: name a new folder" in line
 
 
 def test_it_is_served_isolated_and_with_its_types(
-    folder: pathlib.Path, tmp_path: pathlib.Path, serve: Any
+    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    page = build(folder / "web.onnx", make_runtime(tmp_path / "package"))
-    server = serve(page)
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LONGEST)
+    page = tmp_path / "page"
+    build(page, package, folder / "web.onnx")
+    (tmp_path / "secret").touch()
 
     def get(path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LONGEST)
         connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         return response, response.read()
 
-    for name, content in page.items():
-        response, found = get(f"/{name}")
-        assert (response.status, found) == (200, content)
-        assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-        assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
-        kind = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
-        suffix = pathlib.PurePath(name).suffix
-        assert response.headers["Content-Type"].startswith(kind.get(suffix, "")), name
-    response, found = get("/")
-    assert found == page["index.html"]
-    assert get("/", **{"If-None-Match": response.headers["ETag"]})[0].status == 304
-    assert get("/model.onnx?0123")[1] == page["model.onnx"]
-    for path in ("/nothing", "/../setup.py", "//etc/passwd", "/page.js/"):
-        assert get(path)[0].status == 404
-    connection.close()
+    kinds = {".mjs": "javascript", ".js": "javascript", ".wasm": "application/wasm", ".css": "text/css"}
+    with page_lib.serve(page) as server:
+        for path in (path for path in page.rglob("*") if path.is_file()):
+            response, found = get(f"/{path.relative_to(page)}")
+            assert (response.status, found) == (200, path.read_bytes())
+            assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+            assert response.headers["Cross-Origin-Embedder-Policy"] == "require-corp"
+            assert kinds.get(path.suffix, "") in response.headers["Content-Type"], path
+        response, found = get("/")
+        assert found == (page / "index.html").read_bytes()
+        assert get("/", **{"If-Modified-Since": response.headers["Last-Modified"]})[0].status == 304
+        assert get("/model.onnx?0123")[1] == (page / "model.onnx").read_bytes()
+        runtime = next(page.glob("onnxruntime-web-*")).name
+        for name in ("/nothing", "/../secret", "/%2e%2e/secret", "//etc/passwd", "/page.js/", f"/{runtime}/"):
+            assert get(name)[0].status == 404, name
+
+
+def test_a_browser_that_left_is_no_traceback(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with demo.Server(str(tmp_path), 0) as server:
+        for error in (ConnectionResetError(), BrokenPipeError(), ValueError("a mistake")):
+            try:
+                raise error
+            except Exception:
+                server.handle_error(None, ("127.0.0.1", 1))
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 # What it refuses
@@ -194,9 +194,7 @@ def test_it_is_served_isolated_and_with_its_types(
         ("none.onnx", "cannot read"),
         ("weights.pth", "expected an .onnx file, which the page runs"),
         ("logits.onnx", "gives logits: the page shows labels"),
-        ("noise.onnx", "is not an ONNX file, or a damaged one"),
         ("cut.onnx", "is not an ONNX file, or a damaged one"),
-        ("scores.onnx", "gives scores: the page shows labels"),
     ],
 )
 def test_files_that_the_page_cannot_show(
@@ -206,30 +204,20 @@ def test_files_that_the_page_cannot_show(
     assert not (tmp_path / "page").exists()
 
 
-def test_folders_that_are_not_the_runtime(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    def line(runtime: pathlib.Path) -> str:
-        words = ["--runtime", runtime, "--output", tmp_path / "page"]
-        return refused(demo.main, "--exported", folder / "web.onnx", *words)
-
-    assert "package.json: No such file or directory: expected npm's onnxruntime-web 1.30.0" in line(tmp_path)
-    assert "holds react: expected npm's" in line(
-        make_runtime(tmp_path / "a", '{"name": "react", "version": "1"}')
-    )
-    assert "is not the JSON file that was expected" in line(make_runtime(tmp_path / "b", "[1"))
-    shutil.rmtree(make_runtime(tmp_path / "c") / "dist")
-    assert "No such file or directory: expected npm's onnxruntime-web" in line(tmp_path / "c")
-
-
-def test_ports_that_cannot_be_had(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    words = ["--exported", folder / "web.onnx", "--runtime", make_runtime(tmp_path / "package"), "--port"]
+def test_runtimes_and_ports_that_cannot_be_had(
+    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ["--exported", folder / "web.onnx", "--runtime"]
+    line = refused(demo.main, *words, tmp_path, "--output", tmp_path / "page")
+    assert "No such file or directory: expected npm's onnxruntime-web 1.30.0, unpacked" in line
+    assert not (tmp_path / "page").exists()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"cannot serve at port {port}: Address already in use; name another" in refused(
-            demo.main, *words, port
-        )
-    assert "cannot serve at port 99999" in refused(demo.main, *words, 99999)
+        line = refused(demo.main, *words, package, "--port", port)
+        assert f"cannot serve at port {port}: Address already in use; name another" in line
+    assert "cannot serve at port 99999" in refused(demo.main, *words, package, "--port", 99999)
 
 
 def test_machines_without_the_package(
@@ -298,23 +286,33 @@ def different(labels: np.ndarray, others: np.ndarray) -> float:
     return float((labels != others).mean())
 
 
+@pytest.fixture(scope="module")
+def page(
+    folder: pathlib.Path, runtime: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The address of a page."""
+    build(path := tmp_path_factory.mktemp("page"), runtime, folder / "web.onnx")
+    with page_lib.serve(path) as server:
+        yield server.address
+
+
 def test_labels_equal_those_of_onnxruntime_and_jax(
-    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
+    folder: pathlib.Path, picture: pathlib.Path, browser: Browser, page: str
 ) -> None:
-    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
+    open_page(browser, page)
     assert browser.evaluate("crossOriginIsolated")
     pixels, labels = segment(browser, picture)
     assert pixels.shape == (*SIZE, 3)
     assert len(np.unique(labels)) > 3
-    assert different(labels, exported.open_exported(folder / "web.onnx")(pixels[None])[0]) <= 1e-4
+    file = exported.open_exported(folder / "web.onnx")
+    assert different(labels, file(pixels[None])[0]) <= 1e-4
     assert different(labels, expected_labels(folder, pixels)) <= 1e-4
     # What is shown: the colours of the classes, and their shares.
-    palette = np.array(json.loads(build(folder / "web.onnx", runtime)["model.json"])["palette"], np.uint8)
-    assert (overlay_of(browser)[..., :3] == palette[labels]).all()
+    assert (overlay_of(browser)[..., :3] == np.array(file.description["palette"], np.uint8)[labels]).all()
     rows = browser.evaluate(
         "[...document.querySelectorAll('#legend button')].map((row) => row.innerText.split('\\n'))"
     )
-    names = exported.open_exported(folder / "web.onnx").description["classes"]
+    names = file.description["classes"]
     counts = np.bincount(labels.ravel(), minlength=len(names))
     for name, text in rows:
         share = counts[names.index(name)] / labels.size
@@ -326,92 +324,76 @@ def test_labels_equal_those_of_onnxruntime_and_jax(
 
 
 def test_a_file_of_any_size_keeps_the_shape_of_a_picture(
-    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
-) -> None:
-    open_page(browser, serve(build(folder / "any.onnx", runtime)).address)
-    assert "No WebGPU: the page was made for processors." in text_of(browser, "hint")
-    scene, tall = np.asarray(PIL.Image.open(picture)), folder / "tall.png"
-    tall.write_bytes(cv2.imencode(".png", scene[:, :90, ::-1])[1].tobytes())
-    height, width = scene.shape[0], 90
-    pixels, labels = segment(browser, tall)
-    assert pixels.shape[0] / pixels.shape[1] == pytest.approx(height / width, rel=0.02)
-    assert pixels.shape[0] * pixels.shape[1] == pytest.approx(512 * 512, rel=0.02)  # the config's crop
-    assert different(labels, expected_labels(folder, pixels, stride=2)) <= 1e-4
-
-
-def test_it_works_without_a_network_after_the_first_load(
-    folder: pathlib.Path,
-    picture: pathlib.Path,
-    runtime: pathlib.Path,
-    browser: Browser,
-    serve: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    answers: list[tuple[int, str]] = []
-    monkeypatch.setattr(demo._Handler, "log_request", lambda self, code: answers.append((code, self.path)))
-    page = build(folder / "web.onnx", runtime)
-    server = serve(page)
-    open_page(browser, server.address)
-    browser.wait_for("document.getElementById('offline').textContent")
-    # What was loaded is what the command prints: nothing twice, and not what WebGPU needs.
-    loaded = [
-        path.partition("?")[0].removeprefix("/") or "index.html" for code, path in answers if code == 200
-    ]
-    assert {code for code, _ in answers} == {200, 304}
-    assert re.search(rf"^all +{sum(len(page[name]) for name in loaded):,} ", demo.sizes(page), re.MULTILINE)
-    _, labels = segment(browser, picture)
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(RuntimeError, match="fetch"):
-        browser.evaluate("fetch('nothing')")
-    open_page(browser, server.address)
-    assert browser.evaluate("crossOriginIsolated")
-    assert different(segment(browser, picture)[1], labels) == 0
-    # The next file at the same address takes its place at once.
-    serve(build(folder / "any.onnx", runtime), server.server_port)
-    open_page(browser, server.address)
-    assert "any size" in text_of(browser, "facts")
-    assert segment(browser, picture)[1].shape != labels.shape
-    browser.wait_for(
-        "caches.keys().then((names) => caches.open(names[0])).then((kept) => kept.keys()).then("
-        "(keys) => keys.filter(({url}) => url.includes('.onnx')).length === 1)"
-    )
-
-
-def test_a_plain_server_gives_one_thread_at_first(
     folder: pathlib.Path,
     picture: pathlib.Path,
     runtime: pathlib.Path,
     browser: Browser,
     tmp_path: pathlib.Path,
 ) -> None:
-    demo.write_page(build(folder / "web.onnx", runtime), tmp_path / "site/page")
+    build(tmp_path / "page", runtime, folder / "any.onnx")
+    scene, tall = np.asarray(PIL.Image.open(picture)), tmp_path / "tall.png"
+    PIL.Image.fromarray(scene[:, :90]).save(tall)
+    with page_lib.serve(tmp_path / "page") as server:
+        open_page(browser, server.address)
+        assert "No WebGPU: the page was made for processors." in text_of(browser, "hint")
+        pixels, labels = segment(browser, tall)
+    assert pixels.shape[0] / pixels.shape[1] == pytest.approx(scene.shape[0] / 90, rel=0.02)
+    assert pixels.shape[0] * pixels.shape[1] == pytest.approx(512 * 512, rel=0.02)  # the config's crop
+    assert different(labels, expected_labels(folder, pixels, stride=2)) <= 1e-4
+
+
+def test_it_works_on_a_plain_server_and_then_without_a_network(
+    folder: pathlib.Path,
+    picture: pathlib.Path,
+    runtime: pathlib.Path,
+    browser: Browser,
+    tmp_path: pathlib.Path,
+) -> None:
+    facts = build(tmp_path / "site/page", runtime, folder / "web.onnx")
+    answers: list[tuple[int, str]] = []
 
     class Plain(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+        def log_request(self, code: Any = "-", size: Any = "-") -> None:
+            answers.append((code, self.path))
 
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Plain, directory=str(tmp_path / "site"))
-    ) as server:
+    handler = functools.partial(Plain, directory=str(tmp_path / "site"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/page/"
+        port = server.server_port
+        address = f"http://127.0.0.1:{port}/page/"
         open_page(browser, address)
         assert not browser.evaluate("crossOriginIsolated")
         assert browser.evaluate("document.querySelectorAll('#device option').length") == 1
         assert "One thread: reload the page" in text_of(browser, "hint")
-        assert segment(browser, picture)[1].shape == SIZE
         browser.wait_for("document.getElementById('offline').textContent")
+        # Nothing large is loaded twice, nor what WebGPU needs.
+        loaded = [path for code, path in answers if code == 200 and re.search(r"onnx\?|\.mjs|\.wasm", path)]
+        assert sorted(loaded) == sorted(f"/page/{name}" for name in facts["providers"]["wasm"]["files"])
         open_page(browser, address)
         assert browser.evaluate("crossOriginIsolated")
         assert "One thread" not in text_of(browser, "hint")
+        _, labels = segment(browser, picture)
         server.shutdown()
+    browser.wait_for("fetch('nothing').then(() => false, () => true)")  # a spare connection may still be open
+    open_page(browser, address)
+    assert browser.evaluate("crossOriginIsolated")
+    assert different(segment(browser, picture)[1], labels) == 0
+    # The next file at the same address takes its place at once.
+    build(tmp_path / "site/page", runtime, folder / "any.onnx")
+    with page_lib.serve(tmp_path / "site", port):
+        open_page(browser, address)
+        assert "any size" in text_of(browser, "facts")
+        assert segment(browser, picture)[1].shape != labels.shape
+        browser.wait_for(
+            "caches.keys().then((names) => caches.open(names[0])).then((kept) => kept.keys()).then("
+            "(keys) => keys.filter(({url}) => url.includes('.onnx')).length === 1)"
+        )
 
 
 def test_the_camera_and_what_is_no_picture(
-    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
+    folder: pathlib.Path, picture: pathlib.Path, browser: Browser, page: str
 ) -> None:
-    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
+    open_page(browser, page)
     browser.evaluate("document.getElementById('camera').click()")
     browser.wait_for("window.shown")
     browser.evaluate("window.first = window.shown")
@@ -423,32 +405,17 @@ def test_the_camera_and_what_is_no_picture(
     segment(browser, picture)  # which stops the camera
     assert text_of(browser, "problem") == ""
     assert text_of(browser, "camera") == "Camera"
-
-
-def test_a_device_without_a_camera(
-    folder: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
-) -> None:
-    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
-    for code, sentence in (
-        (
-            "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotFoundError') }",
-            "no camera",
-        ),
-        (
-            "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotAllowedError') }",
-            "does not let",
-        ),
-    ):
-        browser.evaluate(code)
+    for error, sentence in (("NotFoundError", "no camera"), ("NotAllowedError", "does not let")):
+        browser.evaluate(
+            f"navigator.mediaDevices.getUserMedia = async () => {{ throw new DOMException('', '{error}') }}"
+        )
         browser.evaluate("document.getElementById('camera').click()")
         browser.wait_for(f"document.getElementById('problem').textContent.includes('{sentence}')")
     assert text_of(browser, "camera") == "Camera"
 
 
-def test_the_keyboard_reaches_everything(
-    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, browser: Browser, serve: Any
-) -> None:
-    open_page(browser, serve(build(folder / "web.onnx", runtime)).address)
+def test_the_keyboard_reaches_everything(picture: pathlib.Path, browser: Browser, page: str) -> None:
+    open_page(browser, page)
     segment(browser, picture)
 
     def press(key: str, text: str = "") -> str:
@@ -475,14 +442,18 @@ def test_the_keyboard_reaches_everything(
 
 @pytest.mark.slow
 def test_webgpu_is_compared_with_the_processor(
-    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, serve: Any
+    folder: pathlib.Path, picture: pathlib.Path, runtime: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """On SwiftShader, a GPU in software, as Chromium has it for tests."""
     if chromium.find() is None:
         pytest.skip("no Chromium is installed")
-    with Browser("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as browser:
-        page = build(folder / "cpu.onnx", runtime, folder / "web.onnx")
-        open_page(browser, serve(page).address)
+    build(tmp_path / "right", runtime, folder / "cpu.onnx", folder / "web.onnx")
+    build(tmp_path / "wrong", runtime, folder / "wrong.onnx")
+    with (
+        page_lib.serve(tmp_path) as server,
+        Browser("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader") as browser,
+    ):
+        open_page(browser, f"{server.address}right/")
         _, labels = segment(browser, picture)
         choose_device(browser, "webgpu")
         found = re.match(r"WebGPU compared with the processor: (\d+) of (\d+)", text_of(browser, "hint"))
@@ -490,7 +461,7 @@ def test_webgpu_is_compared_with_the_processor(
         different_labels = read_shown(browser)[1] != labels
         assert (int(found[1]), int(found[2])) == (different_labels.sum(), labels.size)
         assert different_labels.mean() <= 1e-4
-        open_page(browser, serve(build(folder / "wrong.onnx", runtime)).address)
+        open_page(browser, f"{server.address}wrong/")
         segment(browser, picture)
         with pytest.raises(RuntimeError, match=r"WebGPU is wrong here: \d+\.\d % of its labels differ"):
             choose_device(browser, "webgpu")

@@ -11,16 +11,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from tests.commands import FOLDER, TINY, refused_here
-from tests.miniatures import jpeg
 from tests.test_bad_input import rewrite
-from tests.test_prepare import run as prepare
-from tests.test_prepare_own import SQUARE, labelme, shape, write
 from topformer_jax import config as config_lib
 from topformer_jax.data import sources
 from topformer_jax.data.example import Example
-from topformer_jax.inspection import labels as label_inspection
 from topformer_jax.inspection.sample import EXAMPLES, look_at_labels
-from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -45,7 +40,6 @@ def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]
 @pytest.mark.parametrize(
     ("folder", "change", "changes", "words"),
     [
-        ("train", fill(255), {}, "train: no pixel of any class, only 255, in 8 labels: 255 is void: write "),
         ("val", fill(255), {}, "validation: no pixel of any class, only 255, in 3 labels: 255 is void: "),
         (
             "*",
@@ -57,20 +51,10 @@ def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]
             "*",
             fill(0),
             {"data.reduce_zero_label": True},
-            "only 0, in 8 labels: data.reduce_zero_label makes 0 void: if it is a class, --config.data.reduce_z",
+            "only 0, in 8 labels: reduce_zero_label makes 0 void: if it is a class, --config.data.reduce_z",
         ),
-        (
-            "*",
-            fill(10),
-            {},
-            "10 in 11 labels (train/0, train/1, train/2, ...), where the classes are 0 to 9: perhaps they count ",
-        ),
-        (
-            "*",
-            fill(77),
-            {},
-            "77 in 11 labels (train/0, train/1, train/2, ...), 56,485 of 56,485 pixels, where the classes are 0 to ",
-        ),
+        ("*", fill(10), {}, "where the classes are 0 to 9 and void is 255: perhaps they count from 1"),
+        ("*", fill(77), {}, "77 in 11 labels (annotations/train/0.png, annotations/train/1.png, "),
     ],
 )
 def test_labels_without_a_class_end_it(
@@ -99,13 +83,6 @@ def test_one_class_is_a_warning(
     assert capsys.readouterr().out.splitlines()[0] == f"warning: {root}: {words}"
 
 
-def test_records(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    change_labels(root, "train", fill(3))
-    packing.build("custom", str(root), str(tmp_path / "records"))
-    (line,) = look(tmp_path / "records", {"data.source": "array_record"})
-    assert line.endswith("train: class 3 is the only class in 8 labels: check the labels")
-
-
 def test_palettes_that_differ_are_a_warning(root: pathlib.Path) -> None:
     """Colours that each file numbers anew, as Pillow's adaptive palettes do: values 0 and 1 change places in one."""
     paths = sorted((root / "annotations/train").iterdir())
@@ -120,10 +97,10 @@ def test_palettes_that_differ_are_a_warning(root: pathlib.Path) -> None:
         image.putpalette([0, 128, 0, 128, 0, 0] if swapped else [128, 0, 0, 0, 128, 0])
         image.save(path)
     assert look(root) == [
-        f"{root}: 0 is #800000 in the palette of train/0, #008000 in that of train/7: write class numbers, or masks "
-        "of colours for prepare custom --from colours",
-        f"{root}: labels of 2 kinds (grey PNG, 8 bits: validation/0; palette PNG, 1 bit: train/0): make sure "
-        "that each number is the same class in all",
+        f"{root}: 0 is #800000 in the palette of annotations/train/0.png, #008000 in that of "
+        "annotations/train/7.png: write class numbers, or masks of colours for prepare custom --from colours",
+        f"{root}: labels of 2 kinds (palette PNG, 1 bit: annotations/train/0.png; grey PNG, 8 bits: "
+        "annotations/val/0.png): make sure that each number is the same class in all",
     ]
 
 
@@ -199,29 +176,6 @@ def test_two_classes_end_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
     first = Reading([*range(10)] * 1_000)
     assert look_at(first) == []
     assert len(first.read) < 20  # two, and what the threads have begun
-
-
-def test_one_class_of_labelme(tmp_path: pathlib.Path) -> None:
-    """What is drawn is a class, the rest void: nothing to learn, whatever num_classes says."""
-    drawn: dict[str, Any] = {f"{split}/a.jpg": jpeg(1) for split in ("train", "val")}
-    drawn |= {f"{split}/a.json": labelme("a.jpg", shape("crack", SQUARE)) for split in ("train", "val")}
-    root = tmp_path / "made"
-    prepare("custom", write(tmp_path / "drawn", drawn), root, "--from", "labelme", "--background", "road")
-    assert look(root, {"model.num_classes": 2}) == []
-    (root / "classes.txt").write_text("crack\n")
-    for split in ("train", "val"):
-        change_labels(root, split, lambda label: np.where(label == 0, 0, 255).astype(np.uint8))
-    for classes in (1, 2):
-        settings = FOLDER | {"data.root": str(root), "model.num_classes": classes}
-        line = refused_here(tmp_path / "run", settings)
-        assert "has one class, crack" in line
-        assert "prepare custom --background NAME" in line
-    config = config_lib.load(config_lib.shapes(), settings)
-    with pytest.raises(UserError, match="has one class, crack"):
-        label_inspection.inspect(config)  # what `check` says
-    (root / "classes.txt").write_text("crack\nroad\n")
-    (line,) = look(root, {"model.num_classes": 2})
-    assert "train: crack is the only class in 1 label: if 255 is meant as a class" in line
 
 
 def test_one_class_of_a_classifier(tmp_path: pathlib.Path) -> None:

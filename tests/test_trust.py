@@ -34,7 +34,7 @@ from tests.test_damage import (
     run_prepare,
 )
 from tests.test_sources import JPEG, PNG
-from topformer_jax import config, demo
+from topformer_jax import config
 from topformer_jax.data import codecs, sources
 from topformer_jax.exporters import exported, stablehlo_file
 from topformer_jax.preparation import archives, labels, masks, packing
@@ -157,14 +157,6 @@ def test_compiled_programs_are_this_users_alone(
     assert out.count("\n") == (mode is not None)
     if mode is None:
         assert folder.stat().st_mode & 0o777 == 0o700
-
-
-def test_the_page_takes_no_folder_of_a_package(tmp_path: pathlib.Path) -> None:
-    for version in ("../../..", "1/../../x", "/etc", "", "1.0 onload=", "1\n"):
-        (tmp_path / "package.json").write_text(
-            f'{{"name": "onnxruntime-web", "version": {version!r}}}'.replace("'", '"')
-        )
-        assert "is not the JSON file that was expected" in refusal(lambda: demo._runtime_version(tmp_path))
 
 
 @pytest.mark.parametrize("compression", ["w", "w:gz"])
@@ -398,13 +390,3 @@ def test_a_killed_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.startswith(
         "error: a worker process was killed, perhaps for lack of memory"
     )
-
-
-def test_a_browser_that_left_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    with demo.Server({}, 0) as server:
-        for error in (ConnectionResetError(), BrokenPipeError(), ValueError("a mistake")):
-            try:
-                raise error
-            except Exception:
-                server.handle_error(None, ("127.0.0.1", 1))
-    assert capsys.readouterr().err.count("Traceback") == 1

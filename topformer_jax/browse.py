@@ -2,7 +2,7 @@
 
   python -m topformer_jax.browse --config configs/topformer_b_ade.py --config.data.root=DIR --output browse.png
 
-Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black. Of a
+Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black. For a
 classifier it shows images with the names of their classes, after RandAugment, erasing and mixup.
 """
 
@@ -24,6 +24,9 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
+import contextlib
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Float, Int
@@ -40,58 +43,44 @@ from topformer_jax.visualize import drawing
 
 
 def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
-    """Draws the first `count` examples of a step's batch, one a row: image, label and their blend.
+    """Draws the first `count` examples of a step's batch, one per row: image, label and their blend.
 
     Args:
-        config: of the data and the training.
+        config: the settings of the training.
         step: of the training, from 1.
         count: number of examples, at most the batch size.
-
-    Returns:
-        uint8 `[_, _, 3]`, RGB.
 
     Raises:
         UserError: the data does not fit the config or cannot be read.
     """
     data_set = sources.find_data_set(config)
     source = sources.open_source(config, "train", logs.Progress)
-    batches = loader.training_batches(
-        source, config_lib.load(config, {"data.num_workers": 0}), start_step=step - 1
-    )
-    try:
-        batch: Batch = jax.tree.map(
-            lambda values: values[: count + count % 2], next(batches)
-        )  # mixup takes pairs
-    finally:
-        batches.close()
-    captions = [
-        f"example {index}, epoch {epoch}" for index, epoch in zip(batch["index"], batch["epoch"], strict=True)
-    ]
-    if config.task == "classification":
-        mixed, classes = jax.jit(lambda batch: augment_classes(batch, config))(batch)
-        pictures = [
-            _denormalize(image, size) for image, size in zip(np.asarray(mixed), batch["size"], strict=True)
-        ]
-        names = [data_set.classes[label] for label in np.asarray(classes.first)]
-        captions = [f"{name}, {caption}" for name, caption in zip(names, captions, strict=True)]
-        return drawing.image_grid(
-            [[picture] for picture in pictures[:count]],
-            titles=("image",),
-            captions=captions[:count],
-            height=256,
-        )
-    augment_batch = jax.jit(
-        lambda batch: augment(
-            batch, config.seed, flip=config.data.flip_prob, photometric=config.data.photometric_distortion
-        )
-    )
-    images, labels = (np.asarray(array)[:count] for array in augment_batch(batch))
-    rows = []
-    for number, (normalized, size) in enumerate(zip(images, batch["size"][:count], strict=True)):
-        image, label = _denormalize(normalized, size), labels[number].astype(np.uint8)
-        colours = drawing.colorize(label, data_set.palette)
-        rows.append([image, colours, drawing.blend(image, label, data_set.palette)])
-    return drawing.image_grid(rows, titles=("image", "label", "both"), captions=captions[:count], height=256)
+    settings = config_lib.load(config, {"data.num_workers": 0})
+    with contextlib.closing(loader.training_batches(source, settings, start_step=step - 1)) as batches:
+        # Mixup takes pairs.
+        batch: Batch = jax.tree.map(lambda values: values[: count + count % 2], next(batches))
+    is_classifier = config.task == "classification"
+
+    def augment_batch(batch: Batch) -> tuple[jax.Array, Any]:
+        if is_classifier:
+            return augment_classes(batch, config)
+        data = config.data
+        return augment(batch, config.seed, flip=data.flip_prob, photometric=data.photometric_distortion)
+
+    images, labels = jax.device_get(jax.jit(augment_batch)(batch))
+    rows, captions = [], []
+    for number in range(min(count, len(images))):
+        picture = _denormalize(images[number], np.asarray(batch["size"][number]))
+        caption = f"example {batch['index'][number]}, epoch {batch['epoch'][number]}"
+        if is_classifier:
+            rows.append([picture])
+            captions.append(f"{data_set.classes[labels.first[number]]}, {caption}")
+        else:
+            label = labels[number].astype(np.uint8)
+            colours = drawing.colorize(label, data_set.palette)
+            rows.append([picture, colours, drawing.blend(picture, label, data_set.palette)])
+            captions.append(caption)
+    return drawing.image_grid(rows, ("image", "label", "both")[: len(rows[0])], captions, height=256)
 
 
 def _denormalize(image: Float[np.ndarray, "h w 3"], size: Int[np.ndarray, "2"]) -> Image:

@@ -1,11 +1,11 @@
-"""Looks through a data set before a training: what it holds, what is wrong with it, and whether training would start.
+"""Checks a data set before a training: what it holds, what is wrong with it, and whether training would start.
 
   python -m topformer_jax.check --config configs/topformer_b_ade.py --config.data.root=DIR --output DIR
   python -m topformer_jax.check --config configs/topformer_b_imagenet.py --config.data.root=DIR --output DIR
 
-Reads every image and label once. Prints sizes, counts and classes of both splits, then problems and warnings, a line
-each. Exit status: 0 if training would start, 1 if it would not or would learn nonsense, 2 if nothing can be checked.
---output gets this report as report.txt and report.json, and as classes.png how often each class occurs.
+Reads every image and label once. Prints sizes, counts and classes of both splits, then one line per problem and
+warning. The exit status is 0 if training would start, 1 if it would not or would learn nonsense, and 2 if nothing can
+be checked. --output gets this report as report.txt and report.json, and classes.png: how often each class occurs.
 """
 
 from topformer_jax.runtime import cli, files
@@ -25,159 +25,124 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
+import collections
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from topformer_jax.inspection import (
-    class_rules,
-    classes as class_inspection,
-    histogram,
-    label_rules,
-    labels as label_inspection,
-)
-from topformer_jax.inspection.classes import ClassInspection, ClassSplit
+from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.inspection.facts import Inspection, SplitFacts
-from topformer_jax.inspection.labels import LabelInspection, LabelSplit
-from topformer_jax.inspection.rules import Finding, Level
+from topformer_jax.inspection.rules import Finding
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.visualize import drawing
 
-HEADINGS: dict[Level, str] = {"problem": "PROBLEMS", "warning": "WARNINGS", "note": "NOTES"}
-SMALLEST_CLASSES = 10  # which the table of a classifier's classes shows if there are more than MAX_NAMED
-Rows = list[list[str]]
-
-
-def format_report(inspection: Inspection, findings: list[Finding]) -> str:
-    """The report for a terminal: tables of the splits and of the classes, the findings, and the verdict."""
-    data, (_, _, split_rows, class_rows, *_) = inspection.config.data, TASKS[inspection.config.task]
-    settings = [f", data.{name}={json.dumps(value)}" for name, value in _list_settings(inspection).items()]
-    parts = [
-        f"{data.dataset} ({data.source}) in {data.root or 'memory'}: {len(inspection.data_set.classes)} classes"
-        + "".join(settings),
-        cli.table(_split_rows(inspection) + split_rows(inspection)),
-    ]
-    classes = class_rows(inspection)
-    parts += [cli.table(classes)] if classes else []
-    for level, heading in HEADINGS.items():
-        lines = [f"  {finding.rule}: {finding.text}" for finding in findings if finding.level == level]
-        parts += ["\n".join([heading, *lines])] if lines else []
-    problems = count_problems(findings)
-    plural = "" if problems == 1 else "s"
-    verdict = f"training would not start: {problems} problem{plural}" if problems else "training would start"
-    return "\n\n".join([*parts, verdict]) + "\n"
+HEADINGS = {"problem": "PROBLEMS", "warning": "WARNINGS", "note": "NOTES"}
+MAX_NAMED = 200  # classes of a classifier: beyond, the table shows the smallest ones, and the picture a curve
+SMALLEST_CLASSES = 10  # in such a table
+Report = dict[str, Any]
 
 
-def as_json(inspection: Inspection, findings: list[Finding]) -> str:
-    """The report for scripts."""
-    data, split_json = inspection.config.data, TASKS[inspection.config.task][4]
-    report = {
-        "config": inspection.config.name,
+def make_report(facts: Inspection, findings: Sequence[Finding]) -> Report:
+    """The content of report.json."""
+    data = facts.config.data
+    settings = {} if facts.is_classification else {"reduce_zero_label": data.reduce_zero_label}
+    return {
+        "config": facts.config.name,
         "dataset": data.dataset,
         "source": data.source,
         "root": data.root,
-        **_list_settings(inspection),
-        "splits": {
-            name: _split_json(split) | split_json(inspection, split)
-            for name, split in inspection.splits.items()
-        },
+        **settings,
+        "splits": {name: _describe_split(facts, split) for name, split in facts.splits.items()},
         "findings": [finding._asdict() for finding in findings],
-        "would_start": not count_problems(findings),
+        "would_start": all(finding.level != "problem" for finding in findings),
     }
-    return json.dumps(report, indent=1) + "\n"
 
 
-def count_problems(findings: list[Finding]) -> int:
-    """How many findings keep a training from starting, or from learning."""
-    return sum(finding.level == "problem" for finding in findings)
-
-
-# Of every task
-
-
-def _list_settings(inspection: Inspection) -> dict[str, Any]:
-    """The settings of the data that decide what labels mean."""
-    names = ("reduce_zero_label",) if inspection.config.task == "segmentation" else ()
-    return {name: inspection.config.data[name] for name in names}
-
-
-def _split_rows(inspection: Inspection) -> Rows:
-    splits = list(inspection.splits.values())
-    rows = [["", *(split.name for split in splits)]]
-    rows.append(["examples", *(_format_count(split) for split in splits)])
-    for axis, side in ((1, "width"), (0, "height")):
-        rows.append([f"{side}: smallest / median / largest", *(_format_sides(s, axis) for s in splits)])
-    rows.append(["distinct sizes", *(f"{len(split.sizes):,}" for split in splits)])
-    return rows
-
-
-def _format_count(split: SplitFacts) -> str:
-    if split.refusal:
-        return "cannot be opened"
-    if not split.is_whole:
-        return f"first {split.examples:,} of {split.available:,}"
-    return f"{split.examples:,}"
-
-
-def _format_sides(split: SplitFacts, axis: int) -> str:
-    return _format_range(np.repeat([size[axis] for size in split.sizes], list(split.sizes.values())))
-
-
-def _format_range(numbers: np.ndarray) -> str:
-    """Smallest, median and largest one."""
-    ordered = np.sort(numbers)
-    return f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}" if len(ordered) else "-"
-
-
-def _split_json(split: SplitFacts) -> dict[str, Any]:
-    return {
+def _describe_split(facts: Inspection, split: SplitFacts) -> Report:
+    sizes = collections.Counter(example.size for example in split.examples if example.size)
+    described: Report = {
         "available": split.available,
-        "examples": split.examples,
-        "sizes": [
-            {"height": height, "width": width, "images": count}
-            for (height, width), count in sorted(split.sizes.items())
+        "examples": len(split.examples),
+        "sizes": [{"height": h, "width": w, "images": count} for (h, w), count in sorted(sizes.items())],
+    }
+    names, pixels = facts.data_set.classes, facts.per_class(split.pixels).tolist()
+    if facts.is_classification:
+        rows = zip(names, pixels, strict=True)
+        return described | {"classes": [{"name": name, "images": count} for name, count in rows]}
+    labels = facts.per_class(split.label_counts).tolist()
+    return described | {
+        "labels": len(split.labels),
+        "label_files": dict(sorted(collections.Counter(label.kind for label in split.labels).items())),
+        "values": {value: split.pixels[value] for value in sorted(split.pixels) if value <= IGNORE_LABEL},
+        "largest_value": max((label.largest for label in split.labels), default=0),
+        "void_pixels": sum(split.pixels[value] for value in facts.void),
+        "classes": [
+            {"name": name, "pixels": count, "labels": holders}
+            for name, count, holders in zip(names, pixels, labels, strict=True)
         ],
     }
 
 
-# Of segmentation
-
-
-def _label_rows(inspection: LabelInspection) -> Rows:
-    splits = list(inspection.splits.values())
-    rows = [["labels read", *(f"{split.labels:,}" for split in splits)]]
-    for kind in sorted(set().union(*(split.kinds for split in splits))):
-        rows.append([f"  {kind}", *(f"{split.kinds[kind].count:,}" for split in splits)])
-    rows.append(["values", *(_format_values(split) for split in splits)])
-    rows.append(
-        ["void pixels", *(_format_share(inspection.void_pixels(s.name), int(s.pixels.sum())) for s in splits)]
+def format_report(report: Report) -> str:
+    """The report for a terminal: tables of the splits and of the classes, the findings, and the verdict."""
+    splits = report["splits"]
+    title = f"{report['dataset']} ({report['source']}) in {report['root'] or 'memory'}"
+    title += f": {len(splits['train']['classes'])} classes"
+    if "reduce_zero_label" in report:
+        title += f", data.reduce_zero_label={json.dumps(report['reduce_zero_label'])}"
+    parts = [title, cli.table(_split_rows(splits))]
+    if class_rows := _class_rows(splits):
+        parts.append(cli.table(class_rows))
+    for level, heading in HEADINGS.items():
+        lines = [f"  {each['rule']}: {each['text']}" for each in report["findings"] if each["level"] == level]
+        parts += ["\n".join([heading, *lines])] if lines else []
+    problems = sum(each["level"] == "problem" for each in report["findings"])
+    plural = "" if problems == 1 else "s"
+    parts.append(
+        f"training would not start: {problems} problem{plural}" if problems else "training would start"
     )
-    return rows
+    return "\n\n".join(parts) + "\n"
 
 
-def _class_pixel_rows(inspection: LabelInspection) -> Rows:
-    """For each class and split the share of the labelled pixels, and how many labels hold the class."""
-    rows = [["class", *(text for name in inspection.splits for text in (name, "labels"))]]
-    columns: list[list[str]] = []
-    for name in inspection.splits:
-        pixels, labels = inspection.class_pixels(name), inspection.class_labels(name)
-        columns.append([_format_share(count, sum(pixels.tolist())) for count in pixels.tolist()])
-        columns.append([f"{count:,}" for count in labels])
-    for label, cells in enumerate(zip(*columns, strict=True)):
-        rows.append([f"{label:3} {inspection.data_set.classes[label]}", *cells])
-    return rows
+def _split_rows(splits: Report) -> list[list[str]]:
+    """One column per split."""
+    rows: dict[str, list[str]] = collections.defaultdict(list)
+    kinds = sorted({kind for split in splits.values() for kind in split.get("label_files", ())})
+    for split in splits.values():
+        part = "" if split["examples"] == split["available"] else f"first {split['examples']:,} of "
+        rows["examples"].append(f"{part}{split['available']:,}")
+        for side in ("width", "height"):
+            sides = [size[side] for size in split["sizes"] for _ in range(size["images"])]
+            rows[f"{side}: smallest / median / largest"].append(_format_range(sides))
+        rows["distinct sizes"].append(f"{len(split['sizes']):,}")
+        if "labels" not in split:
+            images = [row["images"] for row in split["classes"]] if split["examples"] else []
+            rows["images per class: smallest / median / largest"].append(_format_range(images))
+            continue
+        rows["labels read"].append(f"{split['labels']:,}")
+        for kind in kinds:
+            rows[f"  {kind}"].append(f"{split['label_files'].get(kind, 0):,}")
+        rows["values"].append(_format_values(split))
+        rows["void pixels"].append(_format_share(split["void_pixels"], sum(split["values"].values())))
+    return [["", *splits], *([name, *cells] for name, cells in rows.items())]
 
 
-def _format_values(split: LabelSplit) -> str:
-    """The range of the stored values, 255 apart."""
-    values = np.flatnonzero(split.pixels)
-    below = values[values < 255]
-    parts = [f"{below[0]}-{below[-1]}"] if len(below) else []
-    parts += ["255"] if split.pixels[255] else []
-    parts += [f"up to {split.largest}"] if split.largest > 255 else []
+def _format_range(numbers: Sequence[int]) -> str:
+    ordered = sorted(numbers)
+    return f"{ordered[0]} / {ordered[len(ordered) // 2]} / {ordered[-1]}" if ordered else "-"
+
+
+def _format_values(split: Report) -> str:
+    """The range of the stored values, with 255 apart."""
+    below = [value for value in split["values"] if value < IGNORE_LABEL]
+    parts = [f"{below[0]}-{below[-1]}"] if below else []
+    parts += ["255"] if IGNORE_LABEL in split["values"] else []
+    parts += [f"up to {split['largest_value']}"] if split["largest_value"] > IGNORE_LABEL else []
     return ", ".join(parts) or "-"
 
 
@@ -185,71 +150,58 @@ def _format_share(count: int, total: int) -> str:
     return f"{count / total:.3%}" if count else "-"
 
 
-def _label_json(inspection: LabelInspection, split: LabelSplit) -> dict[str, Any]:
-    pixels, labels = inspection.class_pixels(split.name), inspection.class_labels(split.name)
-    return {
-        "labels": split.labels,
-        "label_files": {kind: names.count for kind, names in sorted(split.kinds.items())},
-        "values": {int(value): int(split.pixels[value]) for value in np.flatnonzero(split.pixels[:256])},
-        "largest_value": split.largest,
-        "void_pixels": inspection.void_pixels(split.name),
-        "classes": [
-            {"name": name, "pixels": int(pixels[label]), "labels": int(labels[label])}
-            for label, name in enumerate(inspection.data_set.classes)
-        ],
-    }
-
-
-def _draw_labels(path: files.Path, inspection: LabelInspection) -> None:
-    pixels = {name: inspection.class_pixels(name) for name in inspection.splits}
-    histogram.draw_pixel_shares(path, inspection.data_set, pixels)
-
-
-# Of classification
-
-
-def _class_rows(inspection: ClassInspection) -> Rows:
-    counts = (split.class_images if split.examples else np.zeros(0) for split in inspection.splits.values())
-    return [["images per class: smallest / median / largest", *map(_format_range, counts)]]
-
-
-def _class_image_rows(inspection: ClassInspection) -> Rows:
-    """For each class, or the smallest in train, how many images it has; nothing where train was read in part."""
-    splits, names = list(inspection.splits.values()), inspection.data_set.classes
-    train = inspection.splits["train"]
-    if not train.is_whole:
-        return []
-    heading, shown = "class", np.arange(len(names))
-    if len(names) > histogram.MAX_NAMED:
-        heading = f"the {SMALLEST_CLASSES} smallest classes"
-        shown = np.argsort(train.class_images, kind="stable")[:SMALLEST_CLASSES]
-    rows = [[heading, *(split.name for split in splits)]]
-    for label in shown.tolist():
-        rows.append([f"{label:3} {names[label]}", *(f"{split.class_images[label]:,}" for split in splits)])
+def _class_rows(splits: Report) -> list[list[str]]:
+    """Pixels and labels, or images, of each class; for a large classifier only the smallest classes of train."""
+    train = splits["train"]
+    names = [row["name"] for row in train["classes"]]
+    shown, heading = list(range(len(names))), "class"
+    if "labels" not in train:
+        if train["examples"] < train["available"]:  # the first examples are of the first classes
+            return []
+        if len(names) > MAX_NAMED:
+            shown.sort(key=lambda label: train["classes"][label]["images"])
+            shown, heading = shown[:SMALLEST_CLASSES], f"the {SMALLEST_CLASSES} smallest classes"
+    rows = [[heading], *([f"{label:3} {names[label]}"] for label in shown)]
+    for name, split in splits.items():
+        rows[0] += [name, "labels"] if "labels" in split else [name]
+        total = sum(row.get("pixels", 0) for row in split["classes"])
+        for cells, label in zip(rows[1:], shown, strict=True):
+            row = split["classes"][label]
+            if "labels" in split:
+                cells += [_format_share(row["pixels"], total), f"{row['labels']:,}"]
+            else:
+                cells.append(f"{row['images']:,}")
     return rows
 
 
-def _class_json(inspection: ClassInspection, split: ClassSplit) -> dict[str, Any]:
-    pairs = zip(inspection.data_set.classes, split.class_images.tolist(), strict=True)
-    return {"classes": [{"name": name, "images": images} for name, images in pairs]}
+def draw_classes(facts: Inspection) -> bytes:
+    """Draws each class's share of the labelled pixels, or its number of images, as the bytes of a PNG file."""
+    from matplotlib.figure import Figure
 
-
-def _draw_classes(path: files.Path, inspection: ClassInspection) -> None:
-    images = {name: split.class_images for name, split in inspection.splits.items()}
-    histogram.draw_image_counts(path, inspection.data_set, images)
-
-
-# For each task: how its data are inspected, its rules, its rows of the two tables, its JSON and its picture.
-TASKS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "segmentation": (
-        *(label_inspection.inspect, label_rules.find),
-        *(_label_rows, _class_pixel_rows, _label_json, _draw_labels),
-    ),
-    "classification": (
-        *(class_inspection.inspect, class_rules.find),
-        *(_class_rows, _class_image_rows, _class_json, _draw_classes),
-    ),
-}
+    names = [f"{name} {label}" for label, name in enumerate(facts.data_set.classes)]
+    is_named = not facts.is_classification or len(names) <= MAX_NAMED
+    figure = Figure(figsize=(11, 1.5 + 0.2 * len(names) if is_named else 4.5), layout="constrained")
+    panels = figure.subplots(1, len(facts.splits), sharey=is_named, squeeze=False)[0]
+    for axes, split in zip(panels, facts.splits.values(), strict=True):
+        counts, unit = facts.per_class(split.pixels), "images"
+        if not facts.is_classification:
+            counts, unit = 100 * counts / max(counts.sum(), 1), "percent of the labelled pixels"
+            axes.set_xscale("log")
+            axes.set_xlim(1e-4, 100)
+        axes.set_title(split.name)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        if is_named:
+            colours = np.array(facts.data_set.palette) / 255 if facts.data_set.palette else None
+            axes.barh(range(len(names)), counts, color=colours, edgecolor="grey", linewidth=0.5)
+            axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=8)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlabel(unit)
+        else:
+            axes.stairs(np.sort(counts)[::-1], fill=True)
+            axes.set_xlabel("classes, largest first")
+            axes.set_ylabel(unit)
+    return drawing.encode_figure(figure)
 
 
 def main() -> None:
@@ -258,16 +210,15 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}: expected 1 or more")
-    inspect, find, *_, draw = TASKS[config.task]
     output = args.output or files.as_path("runs") / config.name / "check"
-    inspection = inspect(config, limit=args.limit, make_progress=logs.Progress)
-    findings = find(inspection)
-    report = format_report(inspection, findings)
-    files.write_file(output / "report.txt", report)
-    files.write_file(output / "report.json", as_json(inspection, findings))
-    draw(output / "classes.png", inspection)
-    print(f"wrote {output}/report.txt, report.json and classes.png\n\n{report}", end="")
-    if count_problems(findings):
+    facts = facts_lib.inspect(config, limit=args.limit, make_progress=logs.Progress)
+    report = make_report(facts, rules.find(facts))
+    text = format_report(report)
+    files.write_file(output / "report.txt", text)
+    files.write_file(output / "report.json", json.dumps(report, indent=1) + "\n")
+    files.write_file(output / "classes.png", draw_classes(facts))
+    print(f"wrote {output}/report.txt, report.json and classes.png\n\n{text}", end="")
+    if not report["would_start"]:
         sys.exit(1)
 
 

@@ -8,14 +8,14 @@ import argparse
 import json
 import pathlib
 
-import cv2
 import matplotlib
-import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 
 from topformer_jax import checkpoints, config, inference
 from topformer_jax.data import codecs, sources
 from topformer_jax.runtime import cli
-from topformer_jax.visualize import drawing, legend
+from topformer_jax.visualize import drawing
 
 FOLDER = pathlib.Path(__file__).parent
 COLUMNS = 3  # panels side by side
@@ -56,12 +56,11 @@ def draw_photograph(checkpoint: pathlib.Path, picture: pathlib.Path, path: pathl
     labels = inference.Predictor(checkpoints.load_segmenter(settings, checkpoint))(image)
     overlay = drawing.overlay(image, labels, sources.find_data_set(settings))
     height, width, _ = image.shape
-    credit = legend.draw_line(f" {CREDIT}", 13, width)
-    both = legend.paste(
-        [(0, 0, image), (height + 8, 0, credit), (0, width + 8, overlay)], background=(255, 255, 255)
-    )
-    _, data = cv2.imencode(".jpg", both[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])
-    path.write_bytes(np.asarray(data).tobytes())
+    both = PIL.Image.new("RGB", (width + 8 + overlay.shape[1], overlay.shape[0]), "white")
+    both.paste(PIL.Image.fromarray(image))
+    both.paste(PIL.Image.fromarray(overlay), (width + 8, 0))
+    PIL.ImageDraw.Draw(both).text((4, height + 12), CREDIT, "black", drawing.load_font(13))
+    both.save(path, quality=82)
 
 
 def main() -> None:

@@ -1,28 +1,34 @@
-"""What the files of a data set hold: each example is read once, and of each split only sums and a few names are kept.
+"""The facts of a data set: what the files of each example hold. `rules.py` judges them.
 
-Here is what all tasks share; `labels.py` counts label maps, `classes.py` the images of classes.
-`rules.py` judges what is found. The memory does not grow with the examples, but for 16 bytes and a name of each.
+Each example is read once. About one kilobyte per example stays in memory.
 """
 
 import collections
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, NamedTuple, TypeVar
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
+from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from topformer_jax.data import cache, codecs, loader
-from topformer_jax.data.catalog import DataSet
+from topformer_jax.data import cache, codecs, loader, sources
+from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.catalog import IMAGE_SUFFIXES, SPLITS, DataSet
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.classification.folders import ClassFolderSource
 from topformer_jax.data.example import Example, Source
 from topformer_jax.data.sources import FolderSource
 from topformer_jax.runtime.errors import UserError
 
-SHOWN_NAMES = 3
+OUT_OF_RANGE = IGNORE_LABEL + 1  # stands for every value of 16 bits that is larger than 255
+KEPT_PAIRS, KEPT_VALUES = 3, 2  # of the soft borders in a label: the rule asks for no more
 Size = tuple[int, int]  # (height, width) in pixels
-Label = TypeVar("Label")  # what is kept of a label
 
 
 class Fault(NamedTuple):
@@ -30,114 +36,77 @@ class Fault(NamedTuple):
 
     rule: str
     name: str  # of the file
-    words: str  # what is said of it, the same for all files with this fault
+    words: str  # the same for all files with this fault
 
-    @classmethod
-    def from_error(cls, rule: str, name: str, error: UserError) -> "Fault":
-        """A fault that is said in an error's line, which begins with the file's name."""
-        return cls(rule, name, error.line.removeprefix(name).removeprefix(":").strip())
+
+class BoundaryStats(NamedTuple):
+    """How the values of a label change along its rows."""
+
+    soft: int = 0
+    hard: int = 0
+    pairs: frozenset[tuple[int, int]] = (
+        frozenset()
+    )  # some of the (smaller, larger) values beside soft borders
+    between: frozenset[int] = frozenset()  # some of the values in soft borders
+
+
+class ExampleFacts(NamedTuple):
+    """What the files of one example hold."""
+
+    image: str  # name of the file
+    label: str = ""
+    faults: tuple[Fault, ...] = ()
+    digest: bytes = b""  # of the image
+    size: Size | None = None  # of the image
+    depth: int = 0  # the bits that the values of an image of 16 bits take
+    is_turned: bool = False  # by an EXIF orientation that does not change the size
+    kind: str = ""  # of the label's file
+    pixels: Mapping[int, int] | None = (
+        None  # of a label, by value; a classifier has {class: 1}; None: unreadable
+    )
+    largest: int = 0  # value in the label
+    palette: bytes = b""  # red, green, blue of each value in the label
+    borders: BoundaryStats = BoundaryStats()
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleFacts(Generic[Label]):
-    """What one example's files hold; empty where they cannot be read."""
-
-    image: str  # name of the file
-    faults: tuple[Fault, ...] = ()
-    digest: bytes = b""
-    size: Size | None = None  # of the image
-    label: Label | None = None
-    depth: int = 0  # of an image of 16 bits: how many its values take
-
-
-# Of an example and the size of its image: what is kept of the label, and what is wrong with it.
-LabelReader = Callable[[Example, Size | None], tuple[Label | None, Sequence[Fault]]]
-
-
-@dataclasses.dataclass
-class Names:
-    """How many files have something in common, and the names of the first of them."""
-
-    count: int = 0
-    first: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN_NAMES:
-            self.first.append(name)
-
-    def __add__(self, other: "Names") -> "Names":
-        return Names(self.count + other.count, (self.first + other.first)[:SHOWN_NAMES])
-
-    def __str__(self) -> str:
-        return ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
-
-    def of(self, singular: str, plural: str = "") -> str:
-        """How many of what, and the names of the first.
-
-        >>> Names(4, ["a.png", "b.png", "c.png"]).of("label")
-        '4 labels (a.png, b.png, c.png, ...)'
-        """
-        return f"{self.count} {singular if self.count == 1 else plural or singular + 's'} ({self})"
-
-
-def names_by_key() -> dict:
-    """Names of files by something that they have in common."""
-    return collections.defaultdict(Names)
-
-
-@dataclasses.dataclass
-class SplitFacts(Generic[Label]):
-    """What a split's files hold."""
+class SplitFacts:
+    """What the files of a split hold."""
 
     name: str
-    refusal: str = ""  # why the split cannot be opened; empty: it can
+    refusal: str = ""  # why the split cannot be opened
     available: int = 0  # examples
-    examples: int = 0  # that were read
-    intact: int = 0  # examples without a fault
-    faults: dict[tuple[str, str], Names] = dataclasses.field(
-        default_factory=names_by_key
-    )  # by rule and words
-    images: dict[bytes, str] = dataclasses.field(default_factory=dict)  # the first image with each digest
-    copies: Names = dataclasses.field(default_factory=Names)  # of images in the same split
-    sizes: collections.Counter[Size] = dataclasses.field(default_factory=collections.Counter)
-    depths: dict[int, Names] = dataclasses.field(
-        default_factory=names_by_key
-    )  # images of 16 bits by those in use
+    examples: Sequence[ExampleFacts] = ()  # those that were read
+    unlabelled: str = ""  # what the loader says about images without a label
+    unused: Sequence[str] = ()  # labels without an image
+    unread: Sequence[str] = ()  # files beside the images that the loader does not read
+    pairing: str = ""  # which ending the labels have that their images do not have
 
     @property
     def is_whole(self) -> bool:
-        """Whether all of its examples were read."""
-        return not self.refusal and self.examples == self.available
+        """Whether all examples were read."""
+        return not self.refusal and len(self.examples) == self.available
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether it can be opened, but holds nothing."""
-        return not self.refusal and not self.available
+    @functools.cached_property
+    def labels(self) -> list[ExampleFacts]:
+        """The examples whose label could be read."""
+        return [example for example in self.examples if example.pixels is not None]
 
-    def add(self, example: ExampleFacts[Label]) -> None:
-        """Adds what one example holds."""
-        self.examples += 1
-        self.intact += not example.faults
-        for rule, name, words in example.faults:
-            self.faults[rule, words].add(name)
-        if example.digest in self.images:
-            self.copies.add(f"{example.image} = {self.images[example.digest]}")
-        elif example.digest:
-            self.images[example.digest] = example.image
-        if example.size:
-            self.sizes[example.size] += 1
-        if example.depth:
-            self.depths[example.depth].add(example.image)
-        if example.label is not None:
-            self.add_label(example.label)
+    @functools.cached_property
+    def pixels(self) -> collections.Counter[int]:
+        """Pixels by stored value; for a classifier, images by class."""
+        total: collections.Counter[int] = collections.Counter()
+        for example in self.labels:
+            total.update(example.pixels)
+        return total
 
-    def add_label(self, label: Label) -> None:
-        """Adds what one label holds."""
-        raise NotImplementedError
+    @functools.cached_property
+    def label_counts(self) -> collections.Counter[int]:
+        """How many labels hold each stored value."""
+        return collections.Counter(value for example in self.labels for value in example.pixels or ())
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Inspection:
     """A data set, and what its splits hold."""
 
@@ -145,35 +114,75 @@ class Inspection:
     data_set: DataSet
     splits: Mapping[str, SplitFacts]
 
+    @property
+    def is_classification(self) -> bool:
+        return self.config.task == "classification"
 
-def read_splits(
-    splits: Mapping[str, SplitFacts[Label]],
-    open_split: Callable[[str], Source],
-    read_label: LabelReader[Label],
+    @functools.cached_property
+    def labels(self) -> list[ExampleFacts]:
+        """The examples of both splits whose label could be read."""
+        return [example for split in self.splits.values() for example in split.labels]
+
+    @functools.cached_property
+    def class_of(self) -> dict[int, int]:
+        """The class of each stored value that means one."""
+        classes, first = self.config.model.num_classes, int(self.config.data.reduce_zero_label)
+        if self.is_classification:
+            return {value: value for value in range(classes)}
+        return {value: value - first for value in range(first, min(classes + first, IGNORE_LABEL))}
+
+    @property
+    def void(self) -> set[int]:
+        """The stored values that mean no class."""
+        return {IGNORE_LABEL, 0} if self.config.data.reduce_zero_label else {IGNORE_LABEL}
+
+    @functools.cached_property
+    def pixels(self) -> collections.Counter[int]:
+        """Pixels of both splits by stored value."""
+        return sum((split.pixels for split in self.splits.values()), collections.Counter())
+
+    @functools.cached_property
+    def wrong_values(self) -> list[int]:
+        """The stored values that are neither a class nor void."""
+        return sorted(self.pixels.keys() - self.class_of.keys() - self.void)
+
+    def labels_with(self, *values: int) -> list[str]:
+        """The names of the labels that hold one of the values."""
+        return [label.label for label in self.labels if not label.pixels.keys().isdisjoint(values)]  # type: ignore[union-attr]
+
+    def per_class(self, counts: Mapping[int, int]) -> Int64[np.ndarray, " classes"]:
+        """Counts by stored value as an array of counts by class."""
+        result = np.zeros(len(self.data_set.classes), np.int64)
+        for value, label in self.class_of.items():
+            result[label] = counts[value]
+        return result
+
+
+def inspect(
+    config: ConfigDict,
     *,
-    orient: bool,
-    limit: int | None,
-    make_progress: cache.MakeProgress,
-) -> None:
-    """Reads the splits' examples; the result does not depend on threads.
+    limit: int | None = None,
+    make_progress: cache.MakeProgress = cache.Silence,
+) -> Inspection:
+    """Reads the train and the validation split of the config's data set; the result does not depend on threads.
 
     Args:
-        splits: by name, to be filled; `open_split` opens one of them.
-        read_label: what is kept of a label, None where it cannot be read; and what is wrong with it.
-        orient: whether images are rotated by their EXIF orientation.
-        limit: how many examples of each to read; None: all.
+        config: the settings.
+        limit: how many examples of each split to read; None: all.
         make_progress: makes what shows how many are read.
 
     Raises:
-        UserError: no split can be opened.
+        UserError: the config does not fit the data set, or neither split can be opened.
     """
-    opened, errors = {}, []
-    for name, split in splits.items():
+    data_set = sources.find_data_set(config)
+    opened: dict[str, Source] = {}
+    splits: dict[str, SplitFacts] = {}
+    errors = []
+    for name in SPLITS:
         try:
-            opened[name] = open_split(name)
-            split.available = len(opened[name])
+            opened[name], splits[name] = _open_split(config, data_set, name, make_progress)
         except UserError as error:
-            split.refusal = error.line
+            splits[name] = SplitFacts(name, refusal=error.line)
             errors.append(error)
     if not opened:
         raise errors[0]
@@ -181,46 +190,180 @@ def read_splits(
     done = 0
     with make_progress(sum(counts.values()), "examples") as progress:
         for name, source in opened.items():
-            for example in _read_examples(source, counts[name], read_label, orient):
-                splits[name].add(example)
+            examples = []
+            for example in read_examples(source, range(counts[name]), config):
+                examples.append(example)
                 done += 1
                 progress.update(done)
+            splits[name] = dataclasses.replace(splits[name], examples=examples)
+    return Inspection(config, data_set, splits)
 
 
-def _read_examples(
-    source: Source, count: int, read_label: LabelReader[Label], orient: bool
-) -> Iterator[ExampleFacts[Label]]:
-    """The facts of the first `count` examples in order, by threads: decoding and hashing free Python's lock."""
+def _open_split(
+    config: ConfigDict, data_set: DataSet, name: str, make_progress: cache.MakeProgress
+) -> tuple[Source, SplitFacts]:
+    """A split's source, which has only the images with a label; and what the listing of its folder tells."""
+    facts: dict[str, Any] = {}
+    source: Source | None = None
+    if config.data.source == "folder" and config.task == "segmentation":
+        listing = sources.list_folder(config.data.dataset, data_set.layout, config.data.root, name)
+        facts = {"unlabelled": listing.unlabelled, "pairing": listing.pairs.pairing}
+        facts["unread"] = listing.unread if config.data.dataset == "custom" else ()
+        if listing.unlabelled:
+            source = listing.pairs
+        else:  # if images have no label either, the names do not match: one thing to fix
+            facts["unused"] = listing.unused
+    if source is None:
+        source = sources.open_source(config, name, make_progress)
+    if isinstance(source, ClassFolderSource):
+        facts["unread"] = _find_unread(source)
+    return source, SplitFacts(name, available=len(source), **facts)
+
+
+def _find_unread(source: ClassFolderSource) -> list[str]:
+    """Images in a classifier's folder that are no examples: they have another format or another depth."""
+    folder = os.fsdecode(source.images[0]).partition("/")[0]
+    examples = set(source.images.tolist())
+    paths = (f"{folder}/{path}" for path in sources.list_files(pathlib.Path(source.root, folder)))
+    return sorted(
+        path for path in paths if path.lower().endswith(IMAGE_SUFFIXES) and os.fsencode(path) not in examples
+    )
+
+
+def read_examples(
+    source: Source, indices: Sequence[int], config: ConfigDict, *, with_images: bool = True
+) -> Iterator[ExampleFacts]:
+    """The facts of some examples in order, read by threads: decoding and hashing free Python's lock.
+
+    Args:
+        source: of the examples.
+        indices: which examples to read.
+        config: the settings.
+        with_images: whether to decode and hash the images.
+    """
     root = source.root if isinstance(source, FolderSource | ClassFolderSource) else ""
 
-    def read_example(index: int) -> ExampleFacts[Label]:
+    def read_example(index: int) -> ExampleFacts:
         try:
             example = source[index]
         except UserError as error:
             name = f"example {index}"
-            return ExampleFacts(name, (Fault("unreadable-file", name, error.line),))
+            return ExampleFacts(name, faults=(Fault("unreadable-file", name, error.line),))
         image, label = (
             where.replace(f"{root}/", "", 1) if root else f"{kind} {example.name}"
             for kind, where in zip(("image", "label"), example.where, strict=True)
         )
-        return _inspect_example(example._replace(where=(image, label)), read_label, orient)
+        return _inspect_example(example._replace(where=(image, label)), config, with_images)
 
-    return loader.map_in_threads(read_example, range(count))
+    return loader.map_in_threads(read_example, indices)
 
 
-def _inspect_example(example: Example, read_label: LabelReader[Label], orient: bool) -> ExampleFacts[Label]:
-    """Decodes an example's image and reads its label; what cannot be read is among its faults."""
-    name, size, depth = example.where[0], None, 0
-    faults = []
+def _inspect_example(example: Example, config: ConfigDict, with_images: bool) -> ExampleFacts:
+    """What an example holds; what cannot be read is among its faults."""
+    image, label = example.where
+    is_classification = config.task == "classification"
+    size: Size | None = None
+    faults: list[Fault] = []
+    facts: dict[str, Any] = {"digest": _digest(example.image) if with_images else b""}
     try:
-        size = codecs.decode_image(example.image, name, orient=orient).shape[:2]
-        depth = codecs.read_depth(example.image, name)
+        facts["depth"] = codecs.read_depth(example.image, image)
+        if with_images:
+            size = codecs.decode_image(example.image, image, orient=not is_classification).shape[:2]
     except UserError as error:
-        faults.append(Fault.from_error("unreadable-image", name, error))
-    label, more = read_label(example, size)
-    return ExampleFacts(name, (*faults, *more), _digest(example.image), size, label, depth)
+        faults.append(Fault("unreadable-image", image, _remove_name(error, image)))
+    try:
+        if is_classification:
+            facts["pixels"] = {int(class_images.read_label(example, config)): 1}
+        else:
+            values = codecs.read_label_values(example.label, label)
+            facts |= _describe_label(example.label, values)
+            facts["is_turned"] = size is not None and codecs.is_turned_unseen(example.image, size)
+            if size and size != values.shape:
+                faults.append(Fault("size", label, _explain_size(example.image, values)))
+    except codecs.ColourLabelError:
+        faults.append(Fault("colour-label", label, _explain_channels(example.label)))
+    except UserError as error:
+        rule = "unknown-class" if is_classification else "unreadable-label"
+        faults.append(Fault(rule, label, _remove_name(error, label)))
+    return ExampleFacts(image, label, tuple(faults), size=size, **facts)
+
+
+def _remove_name(error: UserError, name: str) -> str:
+    """The line of an error, which begins with the name of the file, without this name."""
+    return error.line.removeprefix(name).removeprefix(":").strip()
 
 
 def _digest(image: bytes | np.ndarray) -> bytes:
     data = np.ascontiguousarray(image).data if isinstance(image, np.ndarray) else image
     return hashlib.blake2b(data, digest_size=16).digest() if len(image) else b""
+
+
+def _describe_label(label: bytes | np.ndarray, values: np.ndarray) -> dict[str, Any]:
+    """The facts of a label map: how its file stores it, and which values it has where."""
+    # Row by row, since np.bincount takes eight bytes per pixel.
+    rows = (
+        np.bincount(np.minimum(row, np.uint16(OUT_OF_RANGE)), minlength=OUT_OF_RANGE + 1) for row in values
+    )
+    pixels = sum(rows, np.zeros(OUT_OF_RANGE + 1, np.int64))
+    return {
+        "kind": label_kind(label),
+        "pixels": {value: int(pixels[value]) for value in np.flatnonzero(pixels).tolist()},
+        "largest": int(values.max(initial=0)),
+        "palette": codecs.read_palette(label) if isinstance(label, bytes) else b"",
+        "borders": count_borders(values),
+    }
+
+
+def label_kind(label: bytes | np.ndarray) -> str:
+    """What a label's file is, such as "grey PNG, 8 bits"."""
+    if isinstance(label, np.ndarray):
+        return "array"
+    kind = "palette" if label[25] == codecs.PALETTE else "grey"
+    return f"{kind} PNG, {label[24]} bit{'s' if label[24] > 1 else ''}"
+
+
+def count_borders(values: np.ndarray) -> BoundaryStats:
+    """Counts the borders along the rows of a label, uint8 or uint16 `[h, w]`, between values 2 or more apart.
+
+    A border is hard where one value meets the other. It is soft where the values rise or fall from one to the other
+    over single pixels: an interpolating resize or a lossy format makes this from a hard one.
+
+    >>> count_borders(np.array([[1, 1, 4, 7, 7, 2, 2, 3, 3]], np.uint8))
+    BoundaryStats(soft=1, hard=1, pairs=frozenset({(1, 7)}), between=frozenset({4}))
+    """
+    rows, columns = np.nonzero(values[:, 1:] != values[:, :-1])
+    if not len(rows):
+        return BoundaryStats()
+    left, right = values[rows, columns].astype(np.int64), values[rows, columns + 1].astype(np.int64)
+    # A run: changes at neighbouring pixels.
+    is_first = np.append(True, (rows[1:] != rows[:-1]) | (columns[1:] != columns[:-1] + 1))
+    first = np.flatnonzero(is_first)
+    last = np.append(first[1:], len(rows)) - 1
+    length = last - first + 1
+    is_monotone = np.abs(np.add.reduceat(np.sign(right - left), first)) == length
+    start, end = left[first], right[last]
+    soft = is_monotone & (length > 1)
+    hard = (length == 1) & (np.abs(end - start) >= 2)
+    pairs = np.unique(np.sort(np.stack([start[soft], end[soft]], 1), axis=1), axis=0)[:KEPT_PAIRS]
+    between = np.unique(left[np.repeat(soft, length) & ~is_first])[:KEPT_VALUES]
+    return BoundaryStats(
+        int(soft.sum()), int(hard.sum()), frozenset(map(tuple, pairs.tolist())), frozenset(between.tolist())
+    )
+
+
+def _explain_channels(label: bytes | np.ndarray) -> str:
+    """What is wrong with a PNG of several channels."""
+    pixels = cv2.imdecode(np.frombuffer(label, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is not None and (pixels[..., :3] == pixels[..., :1]).all():
+        return "repeats one value in all channels: save one of them"
+    return "is a mask of colours: write the number of each colour's class instead, as one channel"
+
+
+def _explain_size(image: bytes | np.ndarray, values: np.ndarray) -> str:
+    """What is wrong with a label that has another size than its image."""
+    if codecs.decode_image(image, "", orient=False).shape[:2] == values.shape:
+        return (
+            "has the size of its image without the EXIF rotation, which the loader applies: rotate the label, or "
+            "save the image without EXIF"
+        )
+    return "has another size than its image: make it again at the image's size, with nearest neighbour"

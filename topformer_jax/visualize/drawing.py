@@ -3,26 +3,40 @@
 Images are RGB, uint8 `[h, w, 3]`. Labels are uint8 `[h, w]`; a label that is not a class (void is 255) is black.
 """
 
+import functools
 import io
+import math
+import pathlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 from jaxtyping import UInt8
+from PIL.ImageFont import FreeTypeFont, truetype
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
-from topformer_jax.data.catalog import DataSet
+from topformer_jax.data.catalog import Colour, DataSet
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.visualize import legend
-from topformer_jax.visualize.legend import BLACK, WHITE, Canvas, Colour
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Format = Literal["jpeg", "png"]
+Canvas = UInt8[np.ndarray, "_ _ 3"]  # RGB; "_": its size is independent of the other arguments' sizes
 
-CORRECT, WRONG = (70, 84, 76), (255, 86, 28)  # they differ in lightness too, for colour-blind readers
+CORRECT, WRONG, BLACK = (
+    (70, 84, 76),
+    (255, 86, 28),
+    (0, 0, 0),
+)  # different in lightness, for colour-blind readers
+BACKGROUND, TEXT, OUTLINE = (250, 250, 250), (24, 24, 24), (128, 128, 128)
 SMALL = 400  # pixels: an image whose longer side is below is enlarged before it gets a legend
+FONT_SIZES = 13, 96  # pixels: the smallest and the largest font of a legend
+LONGEST_NAME = 40  # characters of a class in a legend
 GAP = 4  # pixels between the images of a grid
 MAX_JPEG_SIDE = 65500  # pixels
 FORMATS: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
@@ -47,15 +61,7 @@ def colorize(labels: Labels, palette: Sequence[Colour]) -> Image:
 
 
 def error_map(label: Labels, prediction: Labels) -> Image:
-    """Draws where a prediction is wrong: wrong pixels orange, correct ones a dim green, void black.
-
-    Args:
-        label: uint8 `[h, w]`, the annotation.
-        prediction: uint8 `[h, w]`.
-
-    Returns:
-        uint8 `[h, w, 3]`, RGB.
-    """
+    """Draws where a prediction is wrong: wrong pixels orange, correct ones a dim green, void black."""
     colours = np.array([CORRECT, WRONG, BLACK], np.uint8)
     return colours[np.where(label == IGNORE_LABEL, 2, label != prediction)]
 
@@ -86,19 +92,15 @@ def blend(image: Image, labels: Labels, palette: Sequence[Colour], *, opacity: f
 
 
 def overlay(image: Image, labels: Labels, data_set: DataSet, *, opacity: float = 0.5) -> Canvas:
-    """`blend` with a legend: the classes in the labels and their shares of the pixels.
+    """`blend` with a legend below: the classes in the labels and their shares of the pixels.
 
-    The legend is below the image, or to the right of a tall one; its font grows with the image. An image whose
-    longer side is below 400 pixels is enlarged by a whole factor first, so that the legend does not dwarf it.
+    The font grows with the image. A small image is enlarged by a whole factor first.
 
     Args:
         image: uint8 `[h, w, 3]`, RGB.
         labels: uint8 `[h, w]`.
         data_set: names and colours of the classes.
         opacity: of the labels, from 0 to 1.
-
-    Returns:
-        uint8 `[height, width, 3]`, RGB, larger than the image by the legend.
 
     Raises:
         UserError: the opacity is not between 0 and 1.
@@ -109,66 +111,91 @@ def overlay(image: Image, labels: Labels, data_set: DataSet, *, opacity: float =
     >>> overlay(image, labels, CATALOG["ade20k"]).shape  # one class: a legend of one line, 49 pixels high
     (529, 640, 3)
     """
-    canvas = blend(image, labels, data_set.palette, opacity=opacity)
     factor = max(1, SMALL // max(labels.shape))
-    canvas = canvas.repeat(factor, 0).repeat(factor, 1)
-    height, width, _ = canvas.shape
-    font_size = legend.legend_font_size(height, width)
-    if height > 1.2 * width:
-        table = legend.draw_legend(labels, data_set, height=height, font_size=font_size)
-        return legend.paste([(0, 0, canvas), (0, width, table)])
-    table = legend.draw_legend(labels, data_set, width=width, font_size=font_size)
-    return legend.paste([(0, 0, canvas), (height, 0, table)])
+    blended = blend(image, labels, data_set.palette, opacity=opacity).repeat(factor, 0).repeat(factor, 1)
+    height, width, _ = blended.shape
+    size = round(min(max(math.sqrt(height * width) / 40, FONT_SIZES[0]), FONT_SIZES[1]))
+    font, line = load_font(size), round(1.5 * size)
+    shares = class_shares(labels, data_set)
+    texts = [f"{files.shorten(name, LONGEST_NAME)}  {format_share(share)}" for name, _, share in shares]
+    pitch = line + math.ceil(max(map(font.getlength, texts))) + size
+    rows = math.ceil(len(texts) / max(1, (width - size) // pitch))
+    canvas = PIL.Image.new("RGB", (max(width, size + pitch), height + rows * line + 2 * size), BACKGROUND)
+    canvas.paste(PIL.Image.fromarray(blended))
+    draw = PIL.ImageDraw.Draw(canvas)
+    for number, (text, (_, colour, _)) in enumerate(zip(texts, shares, strict=True)):
+        left = size + number // rows * pitch
+        middle = height + size + number % rows * line + line // 2
+        draw.rectangle((left, middle - size // 2, left + size, middle + size // 2), colour, OUTLINE)
+        draw.text((left + line, middle), text, TEXT, font, "lm")
+    return np.asarray(canvas)
+
+
+def class_shares(labels: Labels, data_set: DataSet) -> list[tuple[str, Colour, float]]:
+    """Name, colour and share of the pixels of each class in `labels`, the largest first and void last."""
+    counts = np.bincount(labels.ravel(), minlength=256)
+    classes = len(data_set.classes)
+    present = [int(label) for label in np.argsort(-counts[:classes], kind="stable") if counts[label]]
+    shares = [(data_set.classes[i], data_set.palette[i], counts[i] / labels.size) for i in present]
+    void = counts[classes:].sum() / labels.size
+    return [*shares, ("void", BLACK, void)] if void else shares
+
+
+def format_share(share: float) -> str:
+    """A share as a percentage of one digit; what would round to zero is `<0.1%`."""
+    return f"{share:.1%}" if share >= 0.001 else "<0.1%"
 
 
 def image_grid(
-    rows: Sequence[Sequence[Canvas]],
-    captions: Sequence[str] | None = None,
-    height: int = 192,
-    *,
-    titles: Sequence[str] | None = None,
+    rows: Sequence[Sequence[Canvas]], titles: Sequence[str], captions: Sequence[str] = (), height: int = 192
 ) -> Canvas:
     """Lays out rows of images side by side with white gaps.
 
     Args:
         rows: images of any size, uint8 `[_, _, 3]`, scaled to `height`, or to a width of four times that.
-        captions: a line of text above each row.
-        height: of a row, in pixels.
         titles: a line of text above each column.
-
-    Returns:
-        uint8 `[_, _, 3]`, RGB.
-
-    Raises:
-        ValueError: there are no images, or the number of captions (titles) is not that of rows (columns).
+        captions: a line of text above each row, or none.
+        height: of a row, in pixels.
     """
     scaled = [[_fit_into(image, height, 4 * height) for image in row] for row in rows]
-    widths = [
-        max(row[column].shape[1] for row in scaled if column < len(row))
-        for column in range(max(map(len, scaled), default=0))
-    ]
+    widths = [max(image.width for image in column) for column in zip(*scaled, strict=True)]
+    size = min(max(height // 14, 11), 40)
+    line, font = 2 * size, load_font(size)
+    pitch = (line if captions else 0) + height + GAP
+    canvas = PIL.Image.new(
+        "RGB", (sum(widths) + GAP * (len(widths) - 1), line + pitch * len(rows) - GAP), "white"
+    )
+    draw = PIL.ImageDraw.Draw(canvas)
     lefts = [sum(widths[:column]) + GAP * column for column in range(len(widths))]
-    if not widths:
-        raise ValueError("a grid needs an image")
-    font_size = min(max(height // 14, 11), 40)
-    pieces: list[tuple[int, int, Canvas]] = []
-    top = 0
-    if titles is not None:
-        for title, left, width in zip(titles, lefts, widths, strict=True):
-            pieces.append((0, left, legend.draw_line(title, font_size, width)))
-        top = 2 * font_size
-    for row, caption in zip(scaled, [None] * len(rows) if captions is None else captions, strict=True):
-        if caption is not None:
-            pieces.append((top, 0, legend.draw_line(caption, font_size, lefts[-1] + widths[-1])))
-            top += 2 * font_size
-        pieces += [(top, left, image) for left, image in zip(lefts, row, strict=False)]
-        top += height + GAP
-    return legend.paste(pieces, background=WHITE)
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left, size), title, TEXT, font, "lm")
+    for number, row in enumerate(scaled):
+        bottom = line + pitch * (number + 1) - GAP
+        for left, image in zip(lefts, row, strict=True):
+            canvas.paste(image, (left, bottom - height))
+        if captions:
+            draw.text((0, bottom - height - size), captions[number], TEXT, font, "lm")
+    return np.asarray(canvas)
+
+
+def _fit_into(image: Image, height: int, width: int) -> PIL.Image.Image:
+    """Scales an image into a box, keeping its aspect ratio."""
+    scale = min(height / image.shape[0], width / image.shape[1])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    # BOX averages when it shrinks and repeats whole pixels when it enlarges.
+    return PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BOX)
 
 
 def encode_image(image: Image, format: Format = "jpeg") -> bytes:
     """Encodes an image, uint8 `[h, w, 3]`, as the bytes of a JPEG (quality 90) or PNG file."""
     return _encode(PIL.Image.fromarray(image), format)
+
+
+def encode_figure(figure: "Figure") -> bytes:
+    """Encodes a figure of matplotlib as the bytes of a PNG file."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=100)
+    return data.getvalue()
 
 
 def write_image(path: files.Path, image: Image) -> None:
@@ -212,9 +239,9 @@ def _colour_table(palette: Sequence[Colour]) -> UInt8[np.ndarray, "256 3"]:
     return colours
 
 
-def _fit_into(image: Image, height: int, width: int) -> Canvas:
-    """Scales an image into a box, keeping its aspect ratio."""
-    scale = min(height / image.shape[0], width / image.shape[1])
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    # INTER_AREA averages when it shrinks and repeats whole pixels when it enlarges.
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+@functools.cache
+def load_font(size: int) -> FreeTypeFont:
+    """A font of `size` pixels with accents, Greek and Cyrillic: matplotlib ships it on every platform."""
+    import matplotlib  # takes a tenth of a second
+
+    return truetype(str(pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)

@@ -4,29 +4,26 @@ The page (`report.html.j2`) needs no other file and no network; this module comp
 """
 
 import base64
-import functools
-import io
+import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import cv2
 import jinja2
 import numpy as np
-from jaxtyping import Float, Int64
+import PIL.Image
+from jaxtyping import Int64
 
-from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
+from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference import metrics
 from topformer_jax.runtime import files
 from topformer_jax.visualize import drawing
-from topformer_jax.visualize.legend import Colour
 
 MAX_IMAGE_SIZE = 480, 720  # pixels: width and height of an embedded image, at most
-MAX_PNG_BYTES = 60_000  # a colour map that takes more as PNG is embedded as JPEG
-MAX_NAMED = 64  # classes: beyond, the axes of the matrix show label numbers instead of names
+MAX_NAMED = 60  # classes: beyond, only every n-th one has its name beside the matrix
 MAX_NUMBERED = 24  # classes: beyond, the cells of the matrix show no numbers
-RIGHT, WRONG = (23, 134, 90), (224, 73, 31)  # red, green, blue
 MAX_CONFUSIONS = 20  # rows of the table of confusions
+LONGEST_NAME = 18  # characters of a class beside the matrix
 
 Confusion = Int64[np.ndarray, "classes classes"]
 
@@ -59,7 +56,7 @@ def write_report(
         title: the heading.
         facts: rows of the summary: number of images, checkpoint, ...
         data_set: names and colours of the classes.
-        confusion: int64 `[classes, classes]`, pixels; a row a label, a column a prediction.
+        confusion: int64 `[classes, classes]`, pixels; one row per label, one column per prediction.
         best: the examples to show, best first.
         worst: likewise, worst first.
 
@@ -67,157 +64,82 @@ def write_report(
         UserError: writing fails.
     """
     scores = metrics.compute_scores(confusion)
-    galleries = [
-        (heading, [_example_figure(example, data_set) for example in examples])
-        for heading, examples in (("Worst", worst), ("Best", best))
-        if examples
-    ]
-    absent = np.flatnonzero(np.isnan(scores.iou)).tolist()
-    page = _template().render(
+    order = np.argsort(-scores.iou, kind="stable").tolist()
+    labelled = confusion.sum(1)
+    template = jinja2.Template(
+        pathlib.Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = template.render(
         title=title,
         facts=facts,
+        data_set=data_set,
         scores=scores,
-        present=_class_rows(scores, confusion, data_set),
-        absent=[_class_entry(data_set, label) for label in absent],
+        present=[label for label in order if np.isfinite(scores.iou[label])],
+        absent=np.flatnonzero(np.isnan(scores.iou)).tolist(),
+        pixels=labelled / max(labelled.sum(), 1),
         matrix=_draw_matrix(confusion, data_set),
-        numbered_axes=np.count_nonzero(confusion.sum(0) + confusion.sum(1)) > MAX_NAMED,
-        confusions=_confusion_rows(confusion, data_set),
-        galleries=galleries,
+        confusions=_find_confusions(confusion),
+        galleries=[
+            (heading, [(example, *_show_example(example, data_set)) for example in examples])
+            for heading, examples in (("Worst", worst), ("Best", best))
+            if examples
+        ],
     )
     files.write_file(path, page)
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("topformer_jax", "visualize"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("report.html.j2")
-
-
-def _class_rows(scores: metrics.Scores, confusion: Confusion, data_set: DataSet) -> list[dict[str, Any]]:
-    """The classes that occur in a label or a prediction, highest IoU first."""
-    shares = confusion.sum(1) / max(confusion.sum(), 1)
-    return [
-        {
-            "label": label,
-            "entry": _class_entry(data_set, label),
-            "iou": scores.iou[label],
-            "accuracy": scores.accuracy[label],
-            "pixels": shares[label],
-        }
-        for label in np.argsort(-scores.iou, kind="stable").tolist()
-        if np.isfinite(scores.iou[label])
-    ]
-
-
-def _confusion_rows(confusion: Confusion, data_set: DataSet) -> list[dict[str, Any]]:
-    """The pairs of label and wrong prediction with the most pixels, largest first."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
+def _find_confusions(confusion: Confusion) -> list[tuple[int, int, float, float]]:
+    """The label, the wrong prediction and their shares of the label's and of all pixels, most frequent first."""
+    wrong = confusion * ~np.eye(len(confusion), dtype=bool)
     order = np.argsort(-wrong, axis=None, kind="stable")[:MAX_CONFUSIONS]
     pairs = [divmod(int(place), len(wrong)) for place in order if wrong.flat[place]]
-    return [
-        {
-            "label": _class_entry(data_set, label),
-            "prediction": _class_entry(data_set, prediction),
-            "of_label": wrong[label, prediction] / confusion[label].sum(),
-            "of_all": wrong[label, prediction] / confusion.sum(),
-        }
-        for label, prediction in pairs
-    ]
+    return [(*pair, wrong[pair] / confusion[pair[0]].sum(), wrong[pair] / confusion.sum()) for pair in pairs]
 
 
 def _draw_matrix(confusion: Confusion, data_set: DataSet) -> str | None:
-    """The matrix of the classes that occur as the data URI of a PNG file; None if none occurs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """The matrix of the classes that occur, each row in shares of its label's pixels; None if none occurs."""
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     present = np.flatnonzero(confusion.sum(0) + confusion.sum(1))
     if not len(present):
         return None
     count = len(present)
-    shares, colours = _colour_matrix(confusion[np.ix_(present, present)], confusion[present].sum(1))
-    named = count <= MAX_NAMED
+    shares = confusion[np.ix_(present, present)] / np.maximum(confusion[present].sum(1), 1)[:, None]
     figure = Figure(figsize=(min(3 + 0.3 * count, 12),) * 2, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.imshow(colours, interpolation="nearest")
-    places = np.flatnonzero(named | (present % 10 == 0))
-    names = [_shorten(data_set.classes[label]) if named else str(label) for label in present[places]]
+    is_right = np.eye(count, dtype=bool)
+    for hidden, colours in ((is_right, "Oranges"), (~is_right, "Greens")):
+        # The square root makes rare confusions visible; black numbers need colours below the darkest.
+        axes.imshow(np.ma.array(shares, mask=hidden), colours, norm=PowerNorm(0.5, 0, 2))
+    places = range(0, count, -(-count // MAX_NAMED))
+    names = [files.shorten(data_set.classes[present[place]], LONGEST_NAME) for place in places]
     axes.set_xticks(places, names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(places, names, fontsize=8, parse_math=False)
     axes.xaxis.tick_top()
-    if count <= MAX_NUMBERED:
-        for row, column in np.argwhere(shares >= 0.005):
-            text = f"{100 * shares[row, column]:.0f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=100)
-    return f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
+    for row, column in np.argwhere(shares >= 0.005) if count <= MAX_NUMBERED else ():
+        axes.text(column, row, f"{100 * shares[row, column]:.0f}", ha="center", va="center", fontsize=8)
+    return _as_uri(drawing.encode_figure(figure), "png")
 
 
-def _colour_matrix(
-    confusion: Confusion, labelled: Int64[np.ndarray, " classes"]
-) -> tuple[Float[np.ndarray, "classes classes"], Float[np.ndarray, "classes classes 3"]]:
-    """Each row as shares of its label's pixels, and its colours: green right, orange wrong, stronger for more."""
-    shares = confusion / np.maximum(labelled, 1)[:, None]
-    tint = np.where(np.eye(len(shares), dtype=bool)[..., None], RIGHT, WRONG) / 255
-    # The square root makes rare confusions visible.
-    return shares, 1 - np.sqrt(shares)[..., None] * (1 - tint)
-
-
-def _example_figure(example: ReportExample, data_set: DataSet) -> dict[str, Any]:
-    """Image, label, prediction and error map, and the classes in them, the largest first."""
-    panels: list[tuple[str, Image, drawing.Format]] = [
-        ("image", example.image, "jpeg"),
-        ("label", drawing.colorize(example.label, data_set.palette), "png"),
-        ("prediction", drawing.colorize(example.prediction, data_set.palette), "png"),
-        ("errors", drawing.error_map(example.label, example.prediction), "png"),
-    ]
+def _show_example(example: ReportExample, data_set: DataSet) -> tuple[dict[str, str], list]:
+    """Image, label, prediction and error map by name, and the classes in them, the largest first."""
+    panels: dict[str, tuple[Image, drawing.Format]] = {
+        "image": (example.image, "jpeg"),
+        "label": (drawing.colorize(example.label, data_set.palette), "png"),
+        "prediction": (drawing.colorize(example.prediction, data_set.palette), "png"),
+        "errors": (drawing.error_map(example.label, example.prediction), "png"),
+    }
+    sources = {}
+    for name, (image, format) in panels.items():
+        picture = PIL.Image.fromarray(image)
+        picture.thumbnail(MAX_IMAGE_SIZE, PIL.Image.Resampling.BOX)
+        sources[name] = _as_uri(drawing.encode_image(np.asarray(picture), format), format)
     labels = np.concatenate([example.label.ravel(), example.prediction.ravel()])
-    counts = np.bincount(labels, minlength=IGNORE_LABEL + 1)
-    order = np.argsort(-counts, kind="stable").tolist()
-    present = [label for label in order if counts[label] and label < len(data_set.classes)]
-    classes = [_class_entry(data_set, label) for label in present]
-    if (example.label >= len(data_set.classes)).any():
-        classes.append(_entry("void", (0, 0, 0)))
-    return {
-        "name": example.name,
-        "accuracy": float(example.accuracy),
-        "miou": float(example.miou),
-        "panels": [{"name": name, **_embed_image(image, format)} for name, image, format in panels],
-        "classes": classes,
-    }
+    return sources, drawing.class_shares(labels[None], data_set)
 
 
-def _embed_image(image: Image, format: drawing.Format) -> dict[str, Any]:
-    """An image as a data URI, reduced to the size it is looked at."""
-    max_width, max_height = MAX_IMAGE_SIZE
-    scale = min(1.0, max_width / image.shape[1], max_height / image.shape[0])
-    width, height = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    data = drawing.encode_image(small, format)
-    if format == "png" and len(data) > MAX_PNG_BYTES:
-        format, data = "jpeg", drawing.encode_image(small)
-    return {
-        "width": width,
-        "height": height,
-        "tiny": width < max_width // 2,
-        "source": f"data:image/{format};base64,{base64.b64encode(data).decode()}",
-    }
-
-
-def _class_entry(data_set: DataSet, label: int) -> dict[str, str]:
-    return _entry(data_set.classes[label], data_set.palette[label])
-
-
-def _entry(name: str, colour: Colour) -> dict[str, str]:
-    return {"name": name, "colour": f"#{bytes(colour).hex()}"}
-
-
-def _shorten(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _as_uri(image: bytes, format: drawing.Format) -> str:
+    return f"data:image/{format};base64,{base64.b64encode(image).decode()}"
