@@ -202,7 +202,9 @@ def test_records_of_tensorflow_datasets(images: pathlib.Path, tmp_path: pathlib.
             fields = {"image": path.read_bytes(), "label": path.parent.name, "file_name": path.name}
             writer.write(serializer.serialize_example(features.encode_example(fields)))
         writer.close()
-        template = builder._get_filename_template(split)
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=builder.data_path, dataset_name=builder.name, split=split, filetype_suffix="array_record"
+        )
         infos.append(
             tfds.core.SplitInfo(
                 name=split, shard_lengths=[len(paths)], num_bytes=1, filename_template=template

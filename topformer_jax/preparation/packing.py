@@ -172,7 +172,12 @@ def finish(
                 name=split,
                 shard_lengths=[shard.stop - shard.start for shard in mine],
                 num_bytes=sum(parts[shard].record_bytes for shard in mine),
-                filename_template=builder._get_filename_template(split),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir=builder.data_path,
+                    dataset_name=builder.name,
+                    split=split,
+                    filetype_suffix="array_record",
+                ),
             )
         )
         sizes[split] = [size for shard in mine for size in parts[shard].label_sizes]

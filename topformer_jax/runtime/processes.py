@@ -12,8 +12,11 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed
+from jax._src.clusters import cloud_tpu_cluster
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from topformer_jax.runtime import sharding
 from topformer_jax.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
@@ -48,8 +51,6 @@ def _knows_others() -> bool:
 
     A TPU machine knows of the others in its slice, and of other slices, from its metadata server alone.
     """
-    from jax._src.clusters import cloud_tpu_cluster
-
     machine = cloud_tpu_cluster.GceTpuCluster
     return (
         int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
@@ -60,8 +61,6 @@ def _knows_others() -> bool:
 
 
 def _initialize(coordinator: str | None = None, count: int | None = None, number: int | None = None) -> None:
-    from jax._src import distributed
-
     global _preemption
     jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     state = distributed.global_state
@@ -75,8 +74,6 @@ def wait_for_preemption(stopped: threading.Event) -> bool:
     JAX agrees on it in the background; `reached_preemption_sync_point` says only at which step it has. It is asked
     once a second: a thread that waited inside of JAX would crash the process when Python ends.
     """
-    from jax._src import distributed
-
     client: Any = distributed.global_state.client
     while client is not None and not stopped.wait(1):
         try:
@@ -93,8 +90,6 @@ def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
     A thread may ask while the main thread computes or compiles: the answers go through JAX's coordination service,
     not through the devices.
     """
-    from jax._src import distributed
-
     client: Any = distributed.global_state.client
     if client is None:
         return answer
@@ -195,7 +190,9 @@ def gather_processes(array: np.ndarray | np.generic) -> np.ndarray:
     """
     if jax.process_count() == 1:
         return np.asarray(array)[None]
-    data = np.frombuffer(array.tobytes(), np.uint8)
+    data = np.frombuffer(array.tobytes(), np.uint8)[None]
+    mesh = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ("processes", "devices"))
+    rows = NamedSharding(mesh, P("processes"))
     with jax.transfer_guard("allow"):  # the bytes travel through the devices
-        gathered = np.ascontiguousarray(multihost_utils.process_allgather(data))
-    return gathered.view(array.dtype).reshape(len(gathered), *array.shape)
+        gathered = sharding.to_host(jax.make_array_from_process_local_data(rows, data))
+    return np.ascontiguousarray(gathered).view(array.dtype).reshape(len(gathered), *array.shape)
