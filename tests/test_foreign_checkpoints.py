@@ -287,7 +287,9 @@ def test_objects_of_other_programs(read: Read, states: States) -> None:
         "loss": [None, [None, 1.0]],
     }
     assert len(lines) == 1
-    path = f"{pathlib.PurePosixPath.__module__}.PurePosixPath"  # its module differs between versions of Python
+    path = (
+        f"{pathlib.PurePosixPath.__module__}.PurePosixPath"  # its module differs between versions of Python
+    )
     assert lines[0].startswith(
         f"FILE: left out what is no tensor, of datetime.datetime, {path}, mmengine.logging.HistoryBuffer and "
     )
