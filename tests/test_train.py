@@ -73,7 +73,7 @@ def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     scored = [r for r in logs.read_records(workdir / "metrics.jsonl") if r["kind"] == "evaluation"]
     assert [record["step"] for record in scored] == [6]
     model = load(config.load(ROOT / "configs/topformer_t_shapes.py"), workdir)
-    assert model(np.zeros((1, 64, 64, 3), np.float32)).shape == (1, 8, 8, 10)
+    assert jax.eval_shape(model, jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")).shape == (1, 8, 8, 10)
 
 
 def test_a_later_start_of_a_finished_run(whole: tuple[pathlib.Path, str]) -> None:
