@@ -3,10 +3,9 @@
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint TopFormer-B.pth
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint runs/b --img-ratios 0.5,1 --flip
 
-The checkpoint is a file, a checkpoint folder or a training run's work directory. Prints the table of classes
-and writes metrics.json, confusion.csv (a row per label, a column per prediction) and report.html into the work
-directory; of a classifier it prints top-1 and top-5, and writes metrics.json. On several hosts, start the same
-command on each, as for training.
+It prints the table of classes and writes metrics.json, confusion.csv (a row per label, a column per prediction) and
+report.html into the work directory. For a classifier it prints top-1 and top-5, and writes metrics.json. On several
+hosts, start the same command on each, as for training.
 """
 
 from topformer_jax.data.catalog import SPLITS
@@ -17,12 +16,7 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--checkpoint", type=files.as_path, metavar="PATH", help="a file or a folder")
-    weights.add_argument(
-        "--exported", metavar="FILE", help="of topformer_jax.export, to score in its runtime"
-    )
-    cli.add_stretch_flag(parser)
+    cli.add_weights_flags(parser)
     add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
     add("--flip", action="store_true", help="average with the mirrored images")
     add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
@@ -46,6 +40,7 @@ import functools
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,12 +49,12 @@ from ml_collections import ConfigDict
 from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
+from topformer_jax.exporters.exported import STRETCHED, ExportedPredictor, open_predictor
 from topformer_jax.inference import Predictor, metrics
-from topformer_jax.inference.classification import evaluate_classifier
 from topformer_jax.inference.evaluation import (
     EvaluationResult,
     ExampleResult,
+    evaluate_classifier,
     evaluate_images,
     evaluate_split,
     score_split,
@@ -69,35 +64,34 @@ from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, report
 
 
-def evaluate(
-    model: models.Segmenter,
+def score_segmenter(
+    predictor: Predictor | ExportedPredictor,
+    config: ConfigDict,
     workdir: files.Path,
     *,
-    checkpoint: str,
-    split: str = "validation",
-    save_predictions: files.Path | None = None,
-    num_report_images: int = 6,
-    predict: ExportedPredictor | None = None,
-) -> EvaluationResult:
-    """Scores a model on a split of its config's data set, prints the table and writes the outputs.
+    origin: str,
+    split: str,
+    save_predictions: files.Path | None,
+    num_report_images: int,
+) -> None:
+    """Scores a segmenter on a split of the config's data set, prints the table and writes the outputs.
 
     Args:
-        model: its config says which data, and how to evaluate; classes have the names of its checkpoint.
+        predictor: a checkpoint or an exported file; classes have its names.
+        config: says which data, and how to evaluate.
         workdir: for metrics.json, confusion.csv and report.html.
-        checkpoint: where the weights come from, for the outputs.
+        origin: where the weights come from, for the outputs.
         split: "train" or "validation".
         save_predictions: a folder for each example's prediction as an indexed PNG.
         num_report_images: in the report, so many with the most correct pixels and so many with the fewest.
-        predict: an exported file that labels the images instead of the model, of which the config alone is used.
 
     Raises:
         UserError: the data cannot be read, no label has a pixel of a class, or an output cannot be written.
     """
-    config, weights = model.config, predict or model
     is_first = jax.process_index() == 0
     make_progress = functools.partial(logs.Progress, active=is_first)
-    source = sources.open_source(config, split, make_progress, classes=weights.classes)
-    data_set = sources.find_data_set(config, weights.classes, weights.palette)
+    source = sources.open_source(config, split, make_progress, classes=predictor.classes)
+    data_set = sources.find_data_set(config, predictor.classes, predictor.palette)
     if is_first:
         files.make_folder(workdir)
 
@@ -107,42 +101,41 @@ def evaluate(
             path, labels = save_predictions / f"{example.name}.png", example.prediction()
             writes.add(lambda: drawing.write_labels(path, labels, data_set.palette))
 
-    mesh = sharding.make_inference_mesh(jax.devices())
     with files.WriteQueue() as writes, logs.Progress(len(source), "images", active=is_first) as progress:
-        score = (
-            functools.partial(evaluate_split, model, source, mesh)
-            if predict is None
-            else functools.partial(evaluate_images, predict, source, config)
-        )
-        result = score(on_example=save_prediction, on_progress=progress.update)
+        calls: dict[str, Any] = {"on_example": save_prediction, "on_progress": progress.update}
+        if isinstance(predictor, ExportedPredictor):
+            result = evaluate_images(predictor, source, config, **calls)
+        else:
+            mesh = sharding.make_inference_mesh(jax.devices())
+            result = evaluate_split(predictor.model, source, mesh, **calls)
     scores = score_split(result, config, split)
-    if is_first:
-        print(format_table(scores, data_set.classes))
-        unused = (
-            "per_device_batch_size",
-            *(("crop_size", "stride") if config.evaluation.mode == "whole" else ()),
-        )
-        settings = {key: value for key, value in config.evaluation.to_dict().items() if key not in unused}
-        facts = {"images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels"}
-        facts |= _describe(config, checkpoint, split, settings)
-        if predict is not None:
-            facts["devices"] = predict.runtime
-            if predict.stretched_size:
-                facts["evaluation"] += f"; stretched to {predict.stretched_size}, not scale and size_divisor"
-        _write_scores(workdir, scores, result, data_set.classes, facts)
-        label = predict or Predictor(model)
-        pictures = _choose_examples(config, label, source, result, num_report_images)
-        report.write_report(
-            workdir / "report.html",
-            title=f"{config.name} on {config.data.dataset}",
-            facts=facts,
-            data_set=data_set,
-            confusion=result.confusion,
-            best=pictures[0],
-            worst=pictures[1],
-        )
-        print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
-    return result
+    if not is_first:
+        return
+    print(format_table(scores, data_set.classes))
+    facts = {"images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels"}
+    facts |= _describe(config, origin, split, _list_settings(config, predictor))
+    if isinstance(predictor, ExportedPredictor):
+        facts["devices"] = predictor.runtime
+    _write_scores(workdir, scores, result, data_set.classes, facts)
+    best, worst = _choose_examples(config, predictor, source, result, num_report_images)
+    title = f"{config.name} on {config.data.dataset}"
+    report.write_report(
+        workdir / "report.html",
+        title=title, facts=facts, data_set=data_set, confusion=result.confusion, best=best, worst=worst,
+    )  # fmt: skip
+    print(f"wrote {workdir / 'metrics.json'}, confusion.csv, report.html")
+
+
+def _list_settings(config: ConfigDict, predictor: Predictor | ExportedPredictor) -> dict[str, object]:
+    """The settings that the score depends on."""
+    unused = {"per_device_batch_size"}
+    if config.evaluation.mode == "whole":
+        unused |= {"crop_size", "stride"}
+    stretched = isinstance(predictor, ExportedPredictor) and predictor.stretched_size
+    if stretched:
+        unused |= {key.removeprefix("evaluation.") for key in STRETCHED}
+    settings = {key: value for key, value in config.evaluation.to_dict().items() if key not in unused}
+    return settings | ({"stretched to": stretched} if stretched else {})
 
 
 def score_classifier(
@@ -267,8 +260,6 @@ def main() -> None:
     assert config is not None  # --config is required
     if args.report_images < 0:
         raise UserError(f"--report-images is {args.report_images}: expected 0 or more")
-    if args.stretch and not args.exported:
-        raise UserError("--stretch is for --exported")
     processes.start_processes(args.coordinator, args.processes, args.process_id)
     overrides: dict[str, object] = {}
     if args.img_ratios:
@@ -288,23 +279,22 @@ def main() -> None:
         classifier = checkpoints.load_model(config, args.checkpoint)
         assert isinstance(classifier, models.Classifier)
         checkpoints.print_differences(classifier, config)
-        score_classifier(classifier, workdir, checkpoint=str(args.checkpoint), split=args.split)
+        score_classifier(classifier, workdir, checkpoint=args.checkpoint, split=args.split)
         return
     if args.exported and jax.process_count() > 1:
         raise UserError("--exported runs in one process: start one")
-    model = checkpoints.load_segmenter(config, args.checkpoint)
-    exported = ExportedPredictor(args.exported, model, args.stretch) if args.exported else None
-    weights: checkpoints.Weights = exported or model
-    checkpoints.check_label_rules(weights, config)
-    checkpoints.print_differences(weights, config, given=(*overrides, *(STRETCHED if args.stretch else ())))
-    evaluate(
-        model,
+    predictor = open_predictor(
+        config, args.checkpoint, args.exported, stretch=args.stretch, given=tuple(overrides)
+    )
+    checkpoints.check_label_rules(predictor, config)
+    score_segmenter(
+        predictor,
+        config,
         workdir,
-        checkpoint=str(args.checkpoint or args.exported),
+        origin=args.checkpoint or args.exported,
         split=args.split,
         save_predictions=args.save_predictions,
         num_report_images=args.report_images,
-        predict=exported,
     )
 
 
