@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import runner, samples
 from benchmarks.runner import OURS, Report
-from topformer_jax import checkpoints, models
+from topformer_jax import models
 from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.runtime import cli, sharding
 from topformer_jax.runtime.errors import UserError
@@ -27,8 +27,7 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
     if args.peer and (settings.mode, settings.flip, settings.img_ratios) != ("whole", False, (1.0,)):
         raise UserError("PyTorch evaluates whole images at one scale here, without flip: run without --peer")
     model = models.build_segmenter(config)
-    weights = samples.weights(model)
-    checkpoints.load_state_dict(model, weights)
+    weights = samples.torch_weights(models.state_dict(model))
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     found = []
     notes = []
@@ -36,7 +35,7 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
         programs = {
             OURS: runner.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
         }
-        with runner.start_peers(args, "evaluate", config, samples.torch_weights(weights), source) as peers:
+        with runner.start_peers(args, "evaluate", config, weights, source) as peers:
             rows = runner.compare(f"{args.images} images", programs | peers, args.repeats, images=args.images)
             for name, peer in peers.items():
                 assert peer.result is not None

@@ -9,12 +9,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from flax import nnx
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from topformer_jax import models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.batch import IGNORE_LABEL
@@ -86,22 +84,6 @@ def ade20k_sizes(count: int) -> list[Size]:
         size = (short, round(short * float(aspect)))
         sizes.append(size[::-1] if rng.random() < 0.2 else size)
     return sizes
-
-
-def weights(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Random tensors by name whose predictions differ from pixel to pixel: weights have fan-in scale."""
-    rng = np.random.default_rng(2)
-
-    def draw(name: str, value: np.ndarray) -> np.ndarray:
-        if value.ndim > 1:
-            fresh = rng.standard_normal(value.shape) / np.sqrt(value[..., 0].size)
-        elif name.endswith(("running_var", "bn.weight")):
-            fresh = rng.uniform(0.5, 1.5, value.shape)
-        else:
-            fresh = rng.normal(0, 0.2, value.shape)
-        return fresh.astype(value.dtype)
-
-    return {name: draw(name, np.asarray(value)) for name, value in models.state_dict(model).items()}
 
 
 def torch_weights(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

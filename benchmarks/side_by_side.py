@@ -7,8 +7,8 @@
 One training per call, so that each has the machine for itself. Both run the official loss and AdamW with the config's
 schedule on the same augmented batches; dropout, drop path, further losses and averaged weights are off. PyTorch's
 weights are scored by our evaluation. Seconds are those of the steps after the first, which compiles. PyTorch's
-batches come augmented; ours augments. `--threads` only changes the order of PyTorch's sums: the difference of two such
-runs is the noise to compare with.
+batches come augmented; ours augments. `--threads` only changes the order of PyTorch's sums: the difference of two
+such runs is the noise to compare with.
 """
 
 import argparse
@@ -40,18 +40,12 @@ from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import step
 from topformer_jax.training.step import scaled_learning_rate
 
+# Without what recipes add to the official loss and AdamW.
 PLAIN: dict[str, Any] = {
     "model.drop_path_rate": 0.0,
     "model.dropout_ratio": 0.0,
     "ignore_void_in_mean": False,
     "loss.class_weight": (),
-    "loss.label_smoothing": 0.0,
-    "loss.ohem_threshold": 0.0,
-    "distillation.config": "",
-    "distillation.checkpoint": "",
-    "optimizer.clip_norm": 0.0,
-    "optimizer.no_decay_norm": False,
-    "grad_accum_steps": 1,
     "ema_decay": 0.0,
 }
 MEANS = 20  # steps: a point of the drawn loss is the mean of so many
@@ -62,9 +56,8 @@ Weights = Callable[[], Mapping[str, Any]]
 
 def start_ours(config: ConfigDict, model: models.Segmenter) -> tuple[Step, Weights]:
     """Our training's step, and what gives its weights by name."""
-    state, train_step = step.init_training(
-        config, sharding.make_train_mesh(config, jax.local_devices()[:1]), model
-    )
+    mesh = sharding.make_train_mesh(config, jax.local_devices()[:1])
+    state, train_step = step.init_training(config, mesh, model)
 
     def make_step(batch: Batch) -> tuple[float, float]:
         nonlocal state
@@ -85,14 +78,9 @@ def start_torch(config: ConfigDict, model: models.Segmenter, threads: int) -> tu
     torch.set_num_threads(threads)
     network = variant.network(samples.torch_weights(models.state_dict(model))).train()
     optimizer = torch_peer.make_optimizer(config, network)
-    make_images = jax.jit(
-        functools.partial(
-            augment,
-            seed=config.seed,
-            flip=config.data.flip_prob,
-            photometric=config.data.photometric_distortion,
-        )
-    )
+    data = config.data
+    options = {"seed": config.seed, "flip": data.flip_prob, "photometric": data.photometric_distortion}
+    make_images = jax.jit(functools.partial(augment, **options))
     multipliers, made = (1.0, config.optimizer.head_lr_mult), 0
 
     def make_step(batch: Batch) -> tuple[float, float]:
@@ -125,13 +113,8 @@ def train(config: ConfigDict, args: argparse.Namespace) -> Iterator[dict[str, An
     validation = sources.open_source(config, "validation")
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     batches = loader.training_batches(sources.open_source(config, "train"), config)
-    threads = f"{args.threads} thread" + "s" * (args.threads > 1)
-    found: dict[str, Any] = {
-        "name": "ours" if args.program == "ours" else f"PyTorch, {threads}",
-        "losses": [],
-        "miou": {},
-        "seconds": 0.0,
-    }
+    name = "ours" if args.program == "ours" else f"PyTorch, threads: {args.threads}"
+    found: dict[str, Any] = {"name": name, "losses": [], "miou": {}, "seconds": 0.0}
     scored = models.build_segmenter(config)
     try:
         for number in range(1, config.schedule.steps + 1):
@@ -172,13 +155,12 @@ def main() -> None:
     """The command."""
     parser = cli.Parser(__doc__, config_required=False)
     parser.add_argument("--program", choices=["ours", "torch"], help="whose training to run")
-    parser.add_argument(
-        "--every", type=runner.positive, default=500, help="steps between scores (default 500)"
-    )
-    parser.add_argument("--threads", type=runner.positive, default=count_cores(), help="of PyTorch")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="where to write what is found")
-    parser.add_argument("--draw", type=pathlib.Path, nargs="+", metavar="FILE", help="draw what was found")
-    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="the picture, SVG")
+    add = parser.add_argument
+    add("--every", type=runner.positive, default=500, help="steps between scores (default 500)")
+    add("--threads", type=runner.positive, default=count_cores(), help="of PyTorch")
+    add("--json", type=pathlib.Path, metavar="FILE", help="where to write the losses and scores")
+    add("--draw", type=pathlib.Path, nargs="+", metavar="FILE", help="files of --json to draw")
+    add("--output", type=pathlib.Path, metavar="FILE", help="the picture, SVG")
     args, config = parser.parse()
     if args.draw and args.output:
         draw([json.loads(files.read_bytes(path)) for path in args.draw], args.output)

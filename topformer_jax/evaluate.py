@@ -23,12 +23,8 @@ def make_parser() -> cli.Parser:
     add("--split", choices=SPLITS, default="validation", help="default: validation")
     add("--workdir", type=files.as_path, metavar="DIR", help="default: runs/<config name>/evaluate")
     add(
-        "--save-predictions",
-        type=files.as_path,
-        metavar="DIR",
-        help="write each prediction as an indexed PNG",
+        "--save-predictions", type=files.as_path, metavar="DIR", help="write predictions as indexed PNG files"
     )
-    add("--report-images", type=int, default=6, metavar="N", help="best and worst images in the report (6)")
     cli.add_process_flags(parser)
     return parser
 
@@ -63,6 +59,8 @@ from topformer_jax.runtime import logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, report
 
+REPORT_IMAGES = 6  # with the most correct pixels, and so many with the fewest
+
 
 def score_segmenter(
     predictor: Predictor | ExportedPredictor,
@@ -72,7 +70,6 @@ def score_segmenter(
     origin: str,
     split: str,
     save_predictions: files.Path | None,
-    num_report_images: int,
 ) -> None:
     """Scores a segmenter on a split of the config's data set, prints the table and writes the outputs.
 
@@ -83,7 +80,6 @@ def score_segmenter(
         origin: where the weights come from, for the outputs.
         split: "train" or "validation".
         save_predictions: a folder for each example's prediction as an indexed PNG.
-        num_report_images: in the report, so many with the most correct pixels and so many with the fewest.
 
     Raises:
         UserError: the data cannot be read, no label has a pixel of a class, or an output cannot be written.
@@ -117,7 +113,7 @@ def score_segmenter(
     if isinstance(predictor, ExportedPredictor):
         facts["devices"] = predictor.runtime
     _write_scores(workdir, scores, result, data_set.classes, facts)
-    best, worst = _choose_examples(config, predictor, source, result, num_report_images)
+    best, worst = _choose_examples(config, predictor, source, result)
     title = f"{config.name} on {config.data.dataset}"
     report.write_report(
         workdir / "report.html",
@@ -138,13 +134,8 @@ def _list_settings(config: ConfigDict, predictor: Predictor | ExportedPredictor)
     return settings | ({"stretched to": stretched} if stretched else {})
 
 
-def score_classifier(
-    model: models.Classifier, workdir: files.Path, *, checkpoint: str, split: str = "validation"
-) -> dict[str, float]:
+def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoint: str, split: str) -> None:
     """Scores a classifier on a split of its config's data set, prints top-1 and top-5, and writes metrics.json.
-
-    Returns:
-        The scores as shares of 1.
 
     Raises:
         UserError: the data cannot be read, or the output cannot be written.
@@ -157,23 +148,18 @@ def score_classifier(
     mesh = sharding.make_inference_mesh(jax.devices())
     with logs.Progress(len(source), "images", active=is_first) as progress:
         result = evaluate_classifier(model, source, mesh, on_progress=progress.update)
-    scores = {"top1": result.top(1), "top5": result.top(5)}
-    if is_first:
-        print(
-            f"top-1 {100 * scores['top1']:.2f}  top-5 {100 * scores['top5']:.2f}  of {len(source):,} images"
-        )
-        settings = {"crop_size": config.data.crop_size, "short_side": config.evaluation.short_side}
-        # ImageNet has two classes "crane".
-        unique = [f"{n} ({label})" if names.count(n) > 1 else n for label, n in enumerate(names)]
-        values = scores | {
-            "images": len(source),
-            "classes": {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels)},
-            **_describe(config, checkpoint, split, settings),
-        }
-        files.make_folder(workdir)
-        files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
-        print(f"wrote {workdir / 'metrics.json'}")
-    return scores
+    if not is_first:
+        return
+    top1, top5 = result.top(1), result.top(5)
+    print(f"top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}  of {len(source):,} images")
+    # ImageNet has two classes "crane".
+    unique = [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]
+    classes = {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels)}
+    scores = {"top1": top1, "top5": top5, "images": len(source), "classes": classes}
+    settings = {"crop_size": config.data.crop_size, "short_side": config.evaluation.short_side}
+    files.make_folder(workdir)
+    _write_metrics(workdir, {**scores, **_describe(config, checkpoint, split, settings)})
+    print(f"wrote {workdir / 'metrics.json'}")
 
 
 def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
@@ -201,6 +187,10 @@ def _describe(
     }
 
 
+def _write_metrics(workdir: files.Path, values: Mapping[str, object]) -> None:
+    files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
+
+
 def _write_scores(
     workdir: files.Path,
     scores: metrics.Scores,
@@ -209,18 +199,17 @@ def _write_scores(
     facts: Mapping[str, str],
 ) -> None:
     """Writes metrics.json and confusion.csv."""
+    of_class = zip(classes, scores.iou, scores.accuracy, strict=True)
     values = {
         "mIoU": scores.miou,
         "mAcc": scores.macc,
         "aAcc": scores.aacc,
         "images": len(result.accuracy),
         "classes": {
-            name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(accuracy)}
-            for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
+            name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(acc)} for name, iou, acc in of_class
         },
-        **facts,
     }
-    files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
+    _write_metrics(workdir, {**values, **facts})
     lines = io.StringIO()
     writer = csv.writer(lines)
     writer.writerow(["label", *classes])
@@ -233,7 +222,6 @@ def _choose_examples(
     predict: Callable[[Image], Labels],
     source: sources.Source,
     result: EvaluationResult,
-    num_images: int,
 ) -> tuple[list[report.ReportExample], list[report.ReportExample]]:
     """The images for the report that have the largest and the smallest share of correct pixels."""
 
@@ -245,7 +233,7 @@ def _choose_examples(
         )
 
     order = [int(index) for index in np.argsort(result.accuracy) if np.isfinite(result.accuracy[index])]
-    count = min(num_images, len(order) // 2)
+    count = min(REPORT_IMAGES, len(order) // 2)
     best, worst = ([load_example(index) for index in some[:count]] for some in (order[::-1], order))
     return best, worst
 
@@ -258,8 +246,6 @@ def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
-    if args.report_images < 0:
-        raise UserError(f"--report-images is {args.report_images}: expected 0 or more")
     processes.start_processes(args.coordinator, args.processes, args.process_id)
     overrides: dict[str, object] = {}
     if args.img_ratios:
@@ -294,7 +280,6 @@ def main() -> None:
         origin=args.checkpoint or args.exported,
         split=args.split,
         save_predictions=args.save_predictions,
-        num_report_images=args.report_images,
     )
 
 
