@@ -173,7 +173,7 @@ def test_what_cannot_be_exported(
         ("t.onnx", ["--config.model.variant=base"], "it is of variant tiny, the config of base"),
         ("t.stablehlo", ["--target", "web"], "--target web is only for .onnx files"),
         ("t.onnx", ["--logits", "--scale-labels", "1/2"], "logits are at an eighth"),
-        ("t.safetensors", [], "convert writes the weights alone"),
+        ("t.safetensors", [], "convert writes only the weights"),
         ("file/t.onnx", ["--size", "64x64"], "cannot write"),
     ):
         start = [*FLAGS, "--checkpoint", shapes_weights, "--output", tmp_path / name]

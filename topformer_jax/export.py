@@ -218,7 +218,7 @@ def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num
 
 
 def read_pictures(folder: files.Path) -> list[Image]:
-    """The pictures in a folder and the folders below it, hidden files aside; of many, some from all over it.
+    """The pictures in a folder and the folders below it, except hidden files; at most 200, spread over all of them.
 
     Raises:
         UserError: there is none, or one cannot be read.
@@ -237,7 +237,7 @@ def read_pictures(folder: files.Path) -> list[Image]:
 def describe_origin(
     config: ConfigDict, checkpoint: str, model: models.Segmenter | models.Classifier
 ) -> dict[str, Any]:
-    """Where a file's weights come from, and what its numbers mean."""
+    """The origin of a file's weights, and the meaning of its numbers."""
     names: dict[str, Any] = {}
     if isinstance(model, models.Segmenter):
         data_set = sources.find_data_set(config, model.classes, model.palette)
@@ -248,7 +248,7 @@ def describe_origin(
     return names | {
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
-        # Folders are nobody's business who gets the file.
+        # Paths of this machine do not leave it.
         "config": config_lib.hide_paths(json.loads(config.to_json())),
         "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": digest},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
@@ -262,7 +262,7 @@ def main() -> None:
     if args.output.suffix.lower() not in exported.FORMATS:
         raise UserError(
             f"--output is {args.output}: expected a name that ends in {', '.join(exported.FORMATS)}; "
-            "topformer_jax.convert writes the weights alone"
+            "topformer_jax.convert writes only the weights"
         )
     kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
     if args.scale_labels not in SCALES:
