@@ -21,8 +21,8 @@ Model = models.Segmenter | models.Classifier
 # finds dead layers there.
 LIMITS = {"float32": (1e-4, 1e-4), "float16": (0.1, 0.3), "int8": (0.5, math.inf)}
 TIES = 3  # labels that may always differ
-# A network of random weights makes much of rounding. If the same model with other sums differs from itself, a file may
-# differ this many times as much, up to a bound.
+# A network of random weights makes much of rounding. If the same model with other sums differs from itself, a file
+# may differ this many times as much, up to a bound.
 ROUNDINGS, MOST_ROUNDING = 10, (2e-3, 1e-2)
 LEAST_SPREAD = 0.1  # of a layer's values over pixels, by that of float32
 MOST_COMMON = 0.99  # of the labels: if more are of one class, a broken file's may be too
