@@ -115,20 +115,18 @@ def evaluate_split(
         source: the examples.
         mesh: all devices of all processes.
         tensors: by official name, to use instead of the model's own.
-        on_example: called with each example of this process.
-        on_progress: called before each batch, and at the end.
+        on_example, on_progress: called with each example of this process; called before each batch and at the end.
 
     Raises:
         UserError: an example cannot be read.
     """
     config = model.config
     programs = compile_inference(model, mesh)
-    host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
-    device_tensors = jax.device_put(host_tensors, sharding.replicated(mesh))
-    rows_per_device = _rows_per_device(config, mesh)
-    own_rows = local_rows(programs.batch_sharding, rows_per_device * mesh.size)
+    device_tensors = _put_tensors(model, tensors, mesh)
+    per_device = _rows_per_device(config, mesh)
+    own_rows = local_rows(programs.batch_sharding, per_device * mesh.size)
     sizes = _read_sizes(source)
-    batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=rows_per_device)
+    batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=per_device)
     dtype = programs.dtype.name
     counter = _PixelCounter(config.model.num_classes, len(source), on_example)
 
@@ -142,13 +140,12 @@ def evaluate_split(
         batch = batches[number]
         inputs = {row: example.inputs for row, example in loaded.items() if example.inputs}
         if len(inputs) < len(own_rows):
-            example = next(index for index in batch.rows if index is not None)
-            padding = padding_input(sizes[example], config.evaluation, batch.shapes, batch.label_size, dtype)
+            size = next(sizes[index] for index in batch.rows if index is not None)
+            padding = padding_input(size, config.evaluation, batch.shapes, batch.label_size, dtype)
             inputs = {row: inputs.get(row, padding) for row in own_rows}
         global_batch = make_global_batch(inputs, len(batch.rows), programs.batch_sharding)
         views = programs.compute_views(device_tensors, batch.shapes, global_batch)
-        predictions, counts = programs.predict_and_count(views, global_batch.label)
-        return predictions, counts
+        return cast(tuple[Array, Array], programs.predict_and_count(views, global_batch.label))
 
     def collect(loaded: Mapping[int, _LoadedExample], predictions: Array, counts: Array) -> None:
         counts_of_row = _fetch_local_rows(counts)
@@ -157,8 +154,8 @@ def evaluate_split(
                 example, counts_of_row[row], functools.partial(_fetch_labels, predictions, row, example)
             )
 
-    rows = [batch.rows for batch in batches]
-    _run_batches(rows, own_rows, load, dispatch, collect, on_progress, _name_new_canvases(batches))
+    rows, notes = [batch.rows for batch in batches], _name_new_canvases(batches)
+    _run_batches(rows, own_rows, load, dispatch, collect, on_progress, notes)
     return counter.sum_over_processes()
 
 
@@ -220,8 +217,7 @@ def evaluate_classifier(
     """
     config = model.config
     model.eval()
-    host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
-    device_tensors = jax.device_put(host_tensors, sharding.replicated(mesh))
+    device_tensors = _put_tensors(model, tensors, mesh)
     count = _rows_per_device(config, mesh) * mesh.size
     layout = sharding.batch_sharding(mesh)
     own_rows = local_rows(layout, count)
@@ -358,6 +354,13 @@ def _rank_program(graphdef: nnx.GraphDef, dtype: np.dtype, mesh: Mesh) -> Callab
     rows = P(mesh.axis_names)
     per_device = jax.shard_map(rank, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)
     return jax.jit(per_device)
+
+
+def _put_tensors(model: Any, tensors: Mapping[str, Any] | None, mesh: Mesh) -> Any:
+    """Tensors by name, the model's own if None, on every device."""
+    return jax.device_put(
+        models.state_dict(model) if tensors is None else dict(tensors), sharding.replicated(mesh)
+    )
 
 
 def _rows_per_device(config: ConfigDict, mesh: Mesh) -> int:
