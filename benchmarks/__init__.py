@@ -1,13 +1,14 @@
-"""Benchmarks, a script a question; each prints a table (`--json FILE` writes it) and explains itself with `--help`.
+"""Benchmarks, one script per question; each prints a table (`--json FILE` writes it) and has `--help`.
 
-  python -m benchmarks.train_step   the training step of one device, and with --from-files fed from files
-  python -m benchmarks.inference    an image to logits and to full-size labels
-  python -m benchmarks.loss         cross-entropy of upsampled logits and its gradient
-  python -m benchmarks.input        files to training crops
-  python -m benchmarks.evaluate     files to the confusion matrix
-  python -m benchmarks.start_up     seconds to the first step, and to import each command
-  python -m benchmarks.tpu          memory, arithmetic and traffic of a TPU slice, by its compiler
+  python -m benchmarks.train_step    the training step of one device
+  python -m benchmarks.inference     an image to logits and to full-size labels; exported files
+  python -m benchmarks.loss          cross-entropy of upsampled logits and its gradient
+  python -m benchmarks.evaluate      files to the confusion matrix
+  python -m benchmarks.input         files to training crops
+  python -m benchmarks.plan          canvases and padding of an evaluation
+  python -m benchmarks.page          the page of topformer_jax.demo in Chromium
+  python -m benchmarks.side_by_side  a training beside PyTorch's, step by step
+  python -m benchmarks.tpu           memory, arithmetic and traffic of a TPU slice, by its compiler
 
-`--peer torch` runs PyTorch beside ours in train_step, inference, loss and evaluate. Without `--config`
-it is TopFormer-T for ADE20K.
+`--peer torch` runs PyTorch beside ours. Without `--config` it is TopFormer-T for ADE20K.
 """

@@ -75,11 +75,7 @@ class Browser:
         self._profile.cleanup()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a command of the protocol; events that come before it are kept.
-
-        Raises:
-            RuntimeError: the browser refuses it.
-        """
+        """The result of a command of the protocol, or a RuntimeError; events that come before it are kept."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -94,9 +90,8 @@ class Browser:
             self.events.append(answer)
 
     def _read(self) -> dict[str, Any]:
-        deadline = time.monotonic() + TIMEOUT
         while b"\0" not in self._rest:
-            if not select.select([self._input], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not select.select([self._input], [], [], TIMEOUT)[0]:
                 raise TimeoutError(f"Chromium says nothing for {TIMEOUT:.0f} seconds")
             read = os.read(self._input, 1 << 20)
             if not read:
@@ -106,21 +101,13 @@ class Browser:
         return dict(json.loads(message))
 
     def open(self, address: str) -> None:
-        """Goes to an address.
-
-        Raises:
-            RuntimeError: there is no page.
-        """
+        """Goes to an address; a RuntimeError if there is no page."""
         found = self.send("Page.navigate", url=address)
         if "errorText" in found:
             raise RuntimeError(f"{address}: {found['errorText']}")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page, awaited.
-
-        Raises:
-            RuntimeError: it throws.
-        """
+        """The value of a JavaScript expression in the page, awaited; a RuntimeError if it throws."""
         found = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in found:
             details = found["exceptionDetails"]
@@ -128,11 +115,7 @@ class Browser:
         return found["result"].get("value")
 
     def wait_for(self, expression: str) -> Any:
-        """The value of an expression once it is true.
-
-        Raises:
-            TimeoutError: it does not become true.
-        """
+        """The value of an expression once it is true; a TimeoutError if it does not become true."""
         deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline:
             try:

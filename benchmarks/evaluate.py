@@ -1,65 +1,49 @@
 """How many images a second does the exact evaluation take, from files to the confusion matrix?
 
   python -m benchmarks.evaluate --peer torch --config configs/topformer_t_ade.py
-  python -m benchmarks.evaluate --peer torch --config configs/topformer_t_ade.py --images 64 --sizes 40
 
 On generated files, with random weights, on one device. PyTorch evaluates an image at a time, as officially; its
 labels are ours up to rounding.
 """
 
+import argparse
+import functools
+
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from benchmarks import peers, samples, timing
-from benchmarks.timing import OURS
-from topformer_jax import checkpoints, models
-from topformer_jax.inference import metrics
+from benchmarks import runner, samples
+from benchmarks.runner import OURS, Report
+from topformer_jax import models
 from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.runtime import cli, sharding
 from topformer_jax.runtime.errors import UserError
 
 
-def compare_results(rows: list[timing.Row], programs: dict[str, timing.Program]) -> list[str]:
-    """Adds each program's mIoU to its row; a line on how far each one's confusion matrix is from the first's."""
-    notes = []
-    ours = programs[OURS].result
-    for row in rows:
-        confusion = programs[row["program"]].result
-        assert ours is not None
-        assert confusion is not None
-        row["miou"] = metrics.compute_scores(confusion).miou
-        row["pixels_apart"] = int(np.abs(confusion - ours).sum()) // 2
-        if row["program"] != OURS:
-            share = row["pixels_apart"] / ours.sum()
-            notes.append(f"{row['program']}: at least {share:.1e} of the pixels have another class than ours")
-    return notes
-
-
-def main() -> None:
-    """The command."""
-    parser = timing.make_parser(__doc__, images=(32, "generated files"), sizes=(1, "different sizes of them"))
-    peers.add_flags(parser)
-    args, config = timing.parse(parser)
+def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
+    """Our evaluation beside PyTorch's, and how many pixels differ."""
     settings = config.evaluation
     if args.peer and (settings.mode, settings.flip, settings.img_ratios) != ("whole", False, (1.0,)):
         raise UserError("PyTorch evaluates whole images at one scale here, without flip: run without --peer")
     model = models.build_segmenter(config)
-    weights = samples.weights(model)
-    checkpoints.load_state_dict(model, weights)
+    weights = samples.torch_weights(models.state_dict(model))
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     found = []
-    many = sorted(set(samples.data_set_sizes("ade20k", 100 * args.sizes)), key=hash)
-    sizes = many[: args.sizes] if args.sizes > 1 else [samples.SIZE]
-    with samples.written_files(args.images, config, sizes) as source:
-        ours = timing.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
-        programs = {OURS: ours._replace(result=found[0])}
-        torch_weights = samples.torch_weights(weights)
-        with peers.start(args, "evaluate", config, torch_weights, source) as torch_programs:
-            programs |= torch_programs
-            rows = timing.compare(f"{args.images} images", programs, args.repeats, images=args.images)
-    notes = compare_results(rows, programs)
-    timing.report(f"evaluate: {timing.describe(config)}, random weights", rows, args, notes)
+    notes = []
+    with samples.written_files(args.images, config) as source:
+        programs = {
+            OURS: runner.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
+        }
+        with runner.start_peers(args, "evaluate", config, weights, source) as peers:
+            rows = runner.compare(f"{args.images} images", programs | peers, args.repeats, images=args.images)
+            for name, peer in peers.items():
+                assert peer.result is not None
+                share = np.abs(peer.result - found[0]).sum() / 2 / found[0].sum()
+                notes.append(f"{name}: at least {share:.1e} of the pixels have another class than ours")
+    return Report(f"evaluate: {runner.describe(config)}, random weights", rows, notes)
 
 
+main = functools.partial(runner.run, __doc__, measure, peers=True, images=(32, "generated files"))
 if __name__ == "__main__":
     cli.run(main)

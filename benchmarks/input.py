@@ -1,102 +1,129 @@
-"""How many training examples a second come from files, on one core and over worker processes?
+"""How many training examples a second come from files on one core, beside mmsegmentation's pipeline?
 
   python -m benchmarks.input --config configs/topformer_t_ade.py
-  python -m benchmarks.input --peer timm --config configs/topformer_t_imagenet.py --config.data.root=DIR
 
-On generated JPEG and PNG files, on one core beside mmsegmentation's pipeline; for ImageNet on the files of data.root,
-beside timm's. Flip, colours, normalisation and erasing are the device's work in ours, and the host's in the others.
+On generated JPEG and PNG files. Flip, colours and normalisation are the device's work in ours, and the host's in the
+other. Multiply by the cores: `data.num_workers` processes decode independently.
 """
 
-import contextlib
+import argparse
 import functools
-import itertools
-from collections.abc import Callable, Mapping
-from typing import Any
+import io
 
 import cv2
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
-from benchmarks import samples, timing, timm_input
-from benchmarks.official_input import make_example
-from benchmarks.timing import OURS, Program, Row
-from topformer_jax import config as config_lib
-from topformer_jax.data import loader, sources
-from topformer_jax.data.classification import folders as class_folders
+from benchmarks import runner, samples
+from benchmarks.runner import OURS, Report
+from topformer_jax.data import loader
+from topformer_jax.data.augment import MEAN, STD
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.sources import Example
-from topformer_jax.data.workers import count_cores
 from topformer_jax.runtime import cli
 
-LEAST_BATCHES = 8  # of a run
+TRIES = 10  # crops that are tested
+Pair = tuple[np.ndarray, np.ndarray]
 
 
-def on_one_core(
-    source: sources.Source, config: ConfigDict, repeats: int, peers: Mapping[str, Callable[[Example], Any]]
-) -> list[Row]:
-    """Each example of the source once, by ours and by others."""
+def make_example(example: Example, config: ConfigDict, rng: np.random.Generator) -> Pair:
+    """A training example as mmsegmentation makes it, step by step on the host, from JPEG and PNG bytes.
 
-    def ours() -> None:
-        for index in range(len(source)):
-            loader.crop_example(source[index], config, index, epoch=0)
-
-    def theirs(make: Callable[[Example], Any]) -> None:
-        for index in range(len(source)):
-            make(source[index])
-
-    cv2.setNumThreads(1)
-    programs = {OURS: timing.start(OURS, ours)}
-    for name, make in peers.items():
-        programs[name] = timing.start(name, functools.partial(theirs, make))
-    return timing.compare("one core", programs, repeats, images=len(source))
-
-
-def over_workers(source: sources.Source, config: ConfigDict, repeats: int) -> list[Row]:
-    """Batches of the training loader."""
-    count = max(LEAST_BATCHES, -(-len(source) // config.batch_size))
-    case = f"{config.data.num_workers} workers, batch {config.batch_size}"
-    with contextlib.closing(loader.training_batches(source, config)) as batches:
-
-        def call() -> None:
-            for _ in itertools.islice(batches, count):
-                pass
-
-        programs: dict[str, Program] = {OURS: timing.start(f"{OURS}, {case}", call)}
-        return timing.compare(case, programs, repeats, images=count * config.batch_size)
+    Returns:
+        A random crop: the normalised image, float32 `[3, h, w]`, and its label, int64 `[h, w]`.
+    """
+    data = config.data
+    assert isinstance(example.image, bytes)
+    assert isinstance(example.label, bytes)
+    image = np.asarray(cv2.imdecode(np.frombuffer(example.image, np.uint8), cv2.IMREAD_COLOR))  # BGR
+    label = np.array(Image.open(io.BytesIO(example.label)))
+    if data.reduce_zero_label:
+        label[label == 0] = IGNORE_LABEL
+        label = label - 1
+        label[label == IGNORE_LABEL - 1] = IGNORE_LABEL
+    image, label = resize_and_crop(image, label, config, rng)
+    if rng.random() < data.flip_prob:
+        image, label = np.flip(image, 1), np.flip(label, 1)
+    if data.photometric_distortion:
+        image = distort(image, rng)
+    image = np.ascontiguousarray(image).astype(np.float32)
+    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, image)
+    cv2.subtract(image, MEAN.reshape(1, -1).astype(np.float64), image)
+    cv2.multiply(image, 1 / STD.reshape(1, -1).astype(np.float64), image)
+    down, across = data.crop_size[0] - image.shape[0], data.crop_size[1] - image.shape[1]
+    image = cv2.copyMakeBorder(image, 0, down, 0, across, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    label = np.pad(label, ((0, down), (0, across)), constant_values=IGNORE_LABEL)
+    return np.ascontiguousarray(image.transpose(2, 0, 1)), label.astype(np.int64)
 
 
-def open_files(config: ConfigDict, count: int) -> contextlib.AbstractContextManager[sources.Source]:
-    """Generated files of a segmentation; a classifier's training split."""
-    if config.task == "segmentation":
-        return samples.written_files(count, config)
-    classes = len(class_folders.read_class_folders(config.data.root))
-    given = config_lib.load(config, {"model.num_classes": classes})
-    return contextlib.nullcontext(sources.open_source(given, "train"))
+def resize_and_crop(
+    image: np.ndarray, label: np.ndarray, config: ConfigDict, rng: np.random.Generator
+) -> Pair:
+    """Resizes both by a random ratio; crops them at random, again while one class has too large a share."""
+    data = config.data
+    ratio = rng.uniform(*data.ratio_range)
+    long, short = int(max(data.scale) * ratio), int(min(data.scale) * ratio)
+    height, width = label.shape
+    factor = min(long / max(height, width), short / min(height, width))
+    size = int(width * factor + 0.5), int(height * factor + 0.5)
+    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    label = cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
+    for _ in range(TRIES + 1):
+        margins = [max(side - crop, 0) for side, crop in zip(label.shape, data.crop_size, strict=True)]
+        top, left = (int(rng.integers(0, margin + 1)) for margin in margins)
+        box = slice(top, top + data.crop_size[0]), slice(left, left + data.crop_size[1])
+        labels, counts = np.unique(label[box], return_counts=True)
+        counts = counts[labels != IGNORE_LABEL]
+        if len(counts) > 1 and counts.max() / counts.sum() < data.cat_max_ratio:
+            break
+    return image[box], label[box]
 
 
-def main() -> None:
-    """The command."""
-    parser = timing.make_parser(__doc__, images=(32, "generated files"))
-    default = [count for count in (1, 2, 4, 8, 16) if count <= count_cores()]
-    parser.add_argument("--workers", type=timing.positive, nargs="+", default=default, help="processes")
-    parser.add_argument("--peer", choices=["timm"], help="of a classifier: run timm too (pip install timm)")
-    args, config = timing.parse(parser)
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast (before or after the colours), saturation and hue, each with probability 0.5."""
+    use_brightness, use_contrast, contrast_first, use_saturation, use_hue = rng.random(5) < 0.5
+    if use_brightness:
+        image = _scale_levels(image, 1.0, rng.uniform(-32, 32))
+    if use_contrast and contrast_first:
+        image = _scale_levels(image, rng.uniform(0.5, 1.5))
+    if use_saturation:
+        hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
+        hsv[:, :, 1] = _scale_levels(hsv[:, :, 1], rng.uniform(0.5, 1.5))
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+    if use_hue:
+        hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
+        hsv[:, :, 0] = (hsv[:, :, 0].astype(int) + int(rng.integers(-18, 18))) % 180
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+    if use_contrast and not contrast_first:
+        image = _scale_levels(image, rng.uniform(0.5, 1.5))
+    return image
+
+
+def _scale_levels(image: np.ndarray, factor: float, shift: float = 0.0) -> np.ndarray:
+    return np.clip(image.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)
+
+
+def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
+    """Each generated example once, by ours and officially."""
     rng = np.random.default_rng(config.seed)
-    peers: dict[str, Callable[[Example], Any]] = {}
-    if config.task == "segmentation":
-        peers["official"] = functools.partial(make_example, config=config, rng=rng)
-    elif args.peer:
-        peers["timm"] = timm_input.make_transform(config)
-    if args.peer and config.task == "segmentation":
-        parser.error("--peer timm is for a classifier's config")
-    with open_files(config, args.images) as source:
-        rows = on_one_core(source, config, args.repeats, peers)
-        for workers in args.workers:
-            settings = config_lib.load(config, {"data.num_workers": workers})
-            rows += over_workers(source, settings, args.repeats)
+    cv2.setNumThreads(1)
+    with samples.written_files(args.images, config) as source:
+
+        def ours() -> None:
+            for index in range(len(source)):
+                loader.crop_example(source[index], config, index, epoch=0)
+
+        def official() -> None:
+            for index in range(len(source)):
+                make_example(source[index], config, rng)
+
+        programs = {OURS: runner.start(OURS, ours), "official": runner.start("official", official)}
+        rows = runner.compare("one core", programs, args.repeats, images=args.images)
     size = " x ".join(map(str, samples.SIZE))
-    files = f"{size} JPEG and PNG" if config.task == "segmentation" else f"{len(source)} JPEG"
-    timing.report(f"input: {files} to crops of {config.data.crop_size}, {config.name}", rows, args)
+    return Report(f"input: {size} JPEG and PNG to crops of {config.data.crop_size}, {config.name}", rows)
 
 
+main = functools.partial(runner.run, __doc__, measure, images=(32, "generated files"))
 if __name__ == "__main__":
     cli.run(main)

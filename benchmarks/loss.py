@@ -5,6 +5,8 @@
 Ours (ops/loss.py), the same formula written plainly in JAX, and PyTorch's; float32.
 """
 
+import argparse
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,8 +15,8 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from benchmarks import peers, samples, timing
-from benchmarks.timing import OURS, Program
+from benchmarks import runner, samples
+from benchmarks.runner import OURS, Program, Report
 from tests.reference.loss import plain_cross_entropy
 from topformer_jax.ops import loss as loss_ops
 from topformer_jax.runtime import cli
@@ -31,14 +33,11 @@ def our_program(
 
     jitted = jax.jit(jax.value_and_grad(mean))
     placed = jax.device_put(arguments, jax.local_devices()[0])
-    return timing.start(name, lambda: jitted(*placed), jitted, *placed)
+    return runner.start(name, lambda: jitted(*placed), jitted, *placed)
 
 
-def main() -> None:
-    """The command."""
-    parser = timing.make_parser(__doc__, batch=(4, "images"), size=(512, "pixels of a side"))
-    peers.add_flags(parser)
-    args, config = timing.parse(parser)
+def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
+    """Our loss, the plain one and PyTorch's."""
     classes, side = config.model.num_classes, -(-args.size // 8)
     logits = np.random.default_rng(0).standard_normal((args.batch, side, side, classes), np.float32)
     labels = samples.labels(args.batch, (args.size, args.size), classes)
@@ -47,10 +46,12 @@ def main() -> None:
         "plain": our_program("plain", plain_cross_entropy, config, logits, labels),
     }
     case = f"{' x '.join(map(str, logits.shape))} to {args.size} x {args.size}"
-    with peers.start(args, "loss", config, logits, labels) as torch_programs:
-        rows = timing.compare(case, programs | torch_programs, args.repeats, images=args.batch)
-    timing.report("loss: forward and backward, float32", rows, args)
+    with runner.start_peers(args, "loss", config, logits, labels) as peers:
+        rows = runner.compare(case, programs | peers, args.repeats, images=args.batch)
+    return Report("loss: forward and backward, float32", rows)
 
 
+sizes = {"batch": (4, "images"), "size": (512, "pixels of a side")}
+main = functools.partial(runner.run, __doc__, measure, peers=True, **sizes)  # type: ignore[arg-type]
 if __name__ == "__main__":
     cli.run(main)

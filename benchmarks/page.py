@@ -2,13 +2,15 @@
 
   python -m benchmarks.page --config configs/topformer_t_ade.py
 
-What the page says: from a picture's pixels to the colours over it, in wasm with 1 thread and 2, for files for the web
+The page's own time from a picture's pixels to the colours over it, in wasm with 1 thread and 2, for files for the web
 and for processors, with labels at the whole size and at half of it. The weights are random; labels are compared with
-onnxruntime's. Needs chromium and npm.
+onnxruntime's. It needs chromium and npm.
 """
 
+import argparse
 import base64
 import contextlib
+import functools
 import pathlib
 import tempfile
 import threading
@@ -17,11 +19,12 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 
-from benchmarks import chromium, samples, timing
+from benchmarks import chromium, runner, samples
 from benchmarks.chromium import Browser
-from benchmarks.exported import write_file
-from benchmarks.timing import Program
+from benchmarks.inference import write_file
+from benchmarks.runner import Program, Report
 from topformer_jax import demo
 from topformer_jax.exporters import exported
 from topformer_jax.runtime import cli
@@ -110,10 +113,8 @@ def start(browser: Browser, name: str, picture: pathlib.Path) -> Program:
     return Program(run, first, result=read_shown(browser)[1])
 
 
-def main() -> None:
-    """The command."""
-    parser = timing.make_parser(__doc__, size=(512, "pixels of a side"))
-    args, config = timing.parse(parser)
+def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
+    """The page with each file, and the labels that differ from onnxruntime's."""
     if chromium.find() is None:
         raise UserError(f"no browser is installed: looked for {', '.join(chromium.NAMES)}")
     runtime = demo.fetch_runtime()
@@ -136,14 +137,14 @@ def main() -> None:
                     open_page(browser, server.address)
                     programs[f"wasm {threads}"] = start(browser, f"wasm {threads}", picture)
                 case = f"target {target}, labels 1/{stride}"
-                rows += timing.compare(case, programs, args.repeats, images=1)
+                rows += runner.compare(case, programs, args.repeats, images=1)
                 expected = exported.open_exported(path)(read_shown(browser)[0][None])[0]
                 version = browser.send("Browser.getVersion")["product"]
             apart = {name: int((program.result != expected).sum()) for name, program in programs.items()}
             notes.append(f"{case}: labels unlike onnxruntime's, of {expected.size}: {apart}")
-    title = f"page: {timing.describe(config)}, 1 x {args.size} x {args.size}, {version}"
-    timing.report(title, rows, args, notes)
+    return Report(f"page: {runner.describe(config)}, 1 x {args.size} x {args.size}, {version}", rows, notes)
 
 
+main = functools.partial(runner.run, __doc__, measure, size=(512, "pixels of a side"))
 if __name__ == "__main__":
     cli.run(main)

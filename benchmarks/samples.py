@@ -9,25 +9,19 @@ from typing import Any
 
 import cv2
 import numpy as np
-from flax import nnx
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from topformer_jax import models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.transforms import Size
 
 SIZE = (512, 683)  # pixels, (height, width): most of ADE20K's images
-# By data set: short sides, aspect ratios (of several, one image in ten has another), and the share of upright images.
-DATA_SETS: dict[str, tuple[list[int], list[float], float]] = {
-    "ade20k": ([256, 300, 375, 480, 512, 512, 512, 768, 960, 1536], [4 / 3, 4 / 3, 3 / 2, 1.335, 1], 0.2),
-    "cityscapes": ([1024], [2.0], 0),
-    "pascal_context": ([375, 375, 333, 334, 281, 500], [4 / 3, 4 / 3, 3 / 2], 0.25),
-    "cocostuff": ([480, 480, 427, 426, 425, 360], [4 / 3, 4 / 3, 3 / 2, 3 / 2, 1], 0.27),
-}
+# Of ADE20K's images: short sides, and aspect ratios; one image in ten has another ratio, one in five is upright.
+SIDES = [256, 300, 375, 480, 512, 512, 512, 768, 960, 1536]
+ASPECTS = [4 / 3, 4 / 3, 3 / 2, 1.335, 1]
 QUALITY = 75  # of the JPEG files, which then have about 70 kB
 
 
@@ -81,38 +75,15 @@ def written_files(
         yield sources.FolderSource(folder, names, *files)
 
 
-def data_set_sizes(name: str, count: int) -> list[Size]:
-    """The sizes of images distributed as in a data set: about the aspect ratios and sides that its images have.
-
-    Args:
-        name: a key of `DATA_SETS`.
-        count: of the images.
-    """
+def ade20k_sizes(count: int) -> list[Size]:
+    """The sizes of so many images distributed about as those of ADE20K."""
     rng = np.random.default_rng(0)
-    sides, aspects, upright = DATA_SETS[name]
     sizes = []
-    for short in rng.choice(sides, count).tolist():
-        unusual = len(aspects) > 1 and rng.random() < 0.1
-        aspect = rng.uniform(1, 2.6) if unusual else rng.choice(aspects)
+    for short in rng.choice(SIDES, count).tolist():
+        aspect = rng.uniform(1, 2.6) if rng.random() < 0.1 else rng.choice(ASPECTS)
         size = (short, round(short * float(aspect)))
-        sizes.append(size[::-1] if rng.random() < upright else size)
+        sizes.append(size[::-1] if rng.random() < 0.2 else size)
     return sizes
-
-
-def weights(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Random tensors by name whose predictions differ from pixel to pixel: weights have fan-in scale."""
-    rng = np.random.default_rng(2)
-
-    def draw(name: str, value: np.ndarray) -> np.ndarray:
-        if value.ndim > 1:
-            fresh = rng.standard_normal(value.shape) / np.sqrt(value[..., 0].size)
-        elif name.endswith(("running_var", "bn.weight")):
-            fresh = rng.uniform(0.5, 1.5, value.shape)
-        else:
-            fresh = rng.normal(0, 0.2, value.shape)
-        return fresh.astype(value.dtype)
-
-    return {name: draw(name, np.asarray(value)) for name, value in models.state_dict(model).items()}
 
 
 def torch_weights(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,17 +1,9 @@
-"""The process of one variant of PyTorch; `benchmarks.peers` starts it.
+"""PyTorch's side of the benchmarks: each question is a function that makes the call to time.
 
-  python -m benchmarks.torch_peer QUESTION VARIANT DEVICE
-
-A question is a function of this file; it makes the call to time from the pickled arguments on stdin. The first answer
-is a line of JSON on stdout, and then the seconds of as many calls as each further line of stdin says.
+`benchmarks.runner` starts a process for each variant, which asks `start`.
 """
 
-import json
-import os
 import pathlib
-import pickle
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +14,7 @@ import torch.nn.functional as F
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import runner
 from tests.reference.network import OFFICIAL_NAMES, Classifier, Segmenter
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
@@ -37,7 +29,7 @@ LARGEST_RESULT = 100_000  # numbers: larger results are not sent
 
 
 class Variant:
-    """What a variant does to arrays, networks and functions; bfloat16 is by autocast."""
+    """Arrays, networks and functions as a variant has them; bfloat16 is by autocast."""
 
     def __init__(self, name: str, device: str, config: ConfigDict):
         self.config = config
@@ -90,15 +82,11 @@ class Variant:
             torch.cuda.synchronize()
 
 
-def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
-    """Forward, backward and AdamW in two groups, or a classifier's RMSprop, on a batch that is normalised already."""
-    network = variant.network(weights).train()
-    images, labels = variant.normalize(variant.images(batch["image"])), variant.labels(batch["label"])
-    settings, rate = variant.config.optimizer, variant.config.schedule.lr
-    optimizer: torch.optim.Optimizer
-    if variant.config.task == "classification":
-        loss_function: Callable[..., Tensor] = F.cross_entropy
-        optimizer = torch.optim.RMSprop(
+def make_optimizer(config: ConfigDict, network: Any) -> torch.optim.Optimizer:
+    """AdamW in two groups for a segmenter, RMSprop for a classifier, as the recipe says."""
+    settings, rate = config.optimizer, config.schedule.lr
+    if config.task == "classification":
+        return torch.optim.RMSprop(
             network.parameters(),
             lr=0.0,  # its mean square starts at 0, not at 1: the recipe's rate would make all weights infinite
             alpha=RMS_DECAY,
@@ -106,19 +94,24 @@ def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
             weight_decay=settings.weight_decay,
             momentum=MOMENTUM,
         )
-    else:
-        loss_function = cross_entropy
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": network.backbone.parameters(), "lr": rate},
-                {"params": network.decode_head.parameters(), "lr": rate * settings.head_lr_mult},
-            ],
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=variant.device.type == "cuda",
-        )
-    loss_of = variant.compile(lambda: loss_function(variant.logits(network, images), labels))
+    return torch.optim.AdamW(
+        [
+            {"params": network.backbone.parameters(), "lr": rate},
+            {"params": network.decode_head.parameters(), "lr": rate * settings.head_lr_mult},
+        ],
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def train_step(variant: Variant, weights: Arrays, batch: Arrays) -> Call:
+    """Forward, backward and optimizer on a batch that is normalised already."""
+    network = variant.network(weights).train()
+    images, labels = variant.normalize(variant.images(batch["image"])), variant.labels(batch["label"])
+    optimizer = make_optimizer(variant.config, network)
+    function = F.cross_entropy if variant.config.task == "classification" else cross_entropy
+    loss_of = variant.compile(lambda: function(variant.logits(network, images), labels))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -158,40 +151,32 @@ def labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
 
 
 def exported_file(variant: Variant, suffix: str, data: bytes, images: np.ndarray) -> Call:
-    """What one of our exported files gives for images."""
-    module = exported.import_format(pathlib.Path(f"file{suffix}"))
-    file = exported.open_bytes("the file", data, module)
+    """The output of one of our exported files for images."""
+    file = exported.open_bytes("the file", data, exported.import_format(pathlib.Path(f"file{suffix}")))
     return lambda: file(images)
 
 
-def onnx_logits(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
+def onnx_logits(variant: Variant, weights: Arrays, images: np.ndarray, to_labels: bool = False) -> Call:
     """The logits of images from PyTorch's own ONNX export of the network, in onnxruntime."""
-    network = variant.network(weights).eval()
-    return _onnx_call(lambda pixels: network(variant.normalize(pixels)), variant.images(images))
+    import onnxruntime
+
+    network, placed = variant.network(weights).eval(), variant.images(images)
+
+    class Module(torch.nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            found: Tensor = network(variant.normalize(pixels))
+            return resize(found, pixels).argmax(1) if to_labels else found
+
+    program = torch.onnx.export(Module(), (placed,), dynamo=True, verbose=False)
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    feed = {session.get_inputs()[0].name: placed.numpy()}
+    return lambda: session.run(None, feed)
 
 
 def onnx_labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
     """The labels of images, likewise."""
-    network = variant.network(weights).eval()
-
-    def label(pixels: Tensor) -> Tensor:
-        return resize(network(variant.normalize(pixels)), pixels).argmax(1)
-
-    return _onnx_call(label, variant.images(images))
-
-
-def _onnx_call(function: Callable[[Tensor], Tensor], images: Tensor) -> Call:
-    import onnxruntime
-
-    class Module(torch.nn.Module):
-        def forward(self, pixels: Tensor) -> Tensor:
-            return function(pixels)
-
-    program = torch.onnx.export(Module(), (images,), dynamo=True, verbose=False)
-    assert program is not None
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    feed = {session.get_inputs()[0].name: images.numpy()}
-    return lambda: session.run(None, feed)
+    return onnx_logits(variant, weights, images, to_labels=True)
 
 
 def evaluate(variant: Variant, weights: Arrays, source: sources.Source) -> Call:
@@ -234,9 +219,14 @@ def peak_memory(device: str) -> int | None:
     return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]) if status.exists() else None
 
 
-def start(question: str, name: str, device: str) -> tuple[Callable[[int], float], dict[str, Any]]:
-    """Makes the question's program and calls it twice; returns what times it, and what to answer."""
-    config, arguments = pickle.load(sys.stdin.buffer)
+def start(
+    question: str, name: str, device: str, config: ConfigDict, arguments: tuple[Any, ...]
+) -> tuple[Callable[[int], float], tuple[float, int | None, np.ndarray | None]]:
+    """Makes a question's program and calls it twice.
+
+    Returns:
+        The program's timer; the seconds of the first call, the memory in bytes and the result if it is small.
+    """
     variant, before = Variant(name, device, config), peak_memory(device)
     call = globals()[question](variant, *arguments)
     began = time.perf_counter()
@@ -244,31 +234,9 @@ def start(question: str, name: str, device: str) -> tuple[Callable[[int], float]
     variant.wait()
     seconds = time.perf_counter() - began
     is_small = isinstance(value, Tensor) and value.numel() <= LARGEST_RESULT
-    result = value.tolist() if is_small else None
+    result = value.cpu().numpy() if is_small else None
     del value
-    run = timing.make_timer(call, variant.wait)
+    run = runner.make_timer(call, variant.wait)
     run(1)
     after = peak_memory(device)
-    memory = None if before is None or after is None else after - before
-    return run, {"first_seconds": seconds, "memory_bytes": memory, "result": result}
-
-
-def main() -> None:
-    """Answers the question, then each line of stdin."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a Ctrl-C reaches the process that asks, which ends this one
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to stderr
-    try:
-        run, answer = start(*sys.argv[1:])
-        print(json.dumps(answer), file=answers)
-        for line in sys.stdin.buffer:
-            print(json.dumps({"seconds": run(int(line))}), file=answers)
-    except Exception as error:  # a compiler that is not installed, a device without the operation, no memory
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(json.dumps({"error": reason}), file=answers)
-
-
-if __name__ == "__main__":
-    main()
+    return run, (seconds, None if before is None or after is None else after - before, result)

@@ -4,18 +4,18 @@
   python -m benchmarks.train_step --peer torch --config configs/topformer_t_imagenet.py --config.batch_size=16
 
 The step of one device at the config's batch and crop, on a batch that is on the device already, as in training one
-step after the other. Ours augments the images too; PyTorch's come augmented and normalised. Of a
-classifier ours averages its weights too, as the recipe says.
+step after the other. Ours augments the images too; PyTorch's come augmented and normalised. For a classifier ours
+also averages its weights, as the recipe says.
 """
 
 import argparse
+import functools
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks import peers, samples, timing
-from benchmarks.timing import OURS, Row
+from benchmarks import runner, samples
+from benchmarks.runner import OURS, Report
 from topformer_jax import models
 from topformer_jax.runtime import cli, sharding
 from topformer_jax.training import step
@@ -23,8 +23,9 @@ from topformer_jax.training import step
 RUN = 0.2  # seconds of steps that follow each other without waiting
 
 
-def compare_steps(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> list[Row]:
+def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
     """Our step beside PyTorch's."""
+    mesh = sharding.make_train_mesh(config, jax.local_devices()[:1])
     batch = samples.batch(config)
     model = models.build(config)
     weights = samples.torch_weights(models.state_dict(model))  # copies: the step donates the model's arrays
@@ -37,25 +38,14 @@ def compare_steps(config: ConfigDict, args: argparse.Namespace, mesh: Mesh) -> l
         state, metrics = train_step(state, placed)
         return metrics
 
-    programs = {OURS: timing.start(OURS, call, train_step, shapes, placed)}
-    with peers.start(args, "train_step", config, weights, batch) as torch_programs:
-        return timing.compare(
-            f"{config.batch_size} x {' x '.join(map(str, config.data.crop_size))}",
-            programs | torch_programs,
-            args.repeats,
-            images=config.batch_size,
-            at_least=RUN,
-        )
+    case = " x ".join(map(str, (config.batch_size, *config.data.crop_size)))
+    programs = {OURS: runner.start(OURS, call, train_step, shapes, placed)}
+    with runner.start_peers(args, "train_step", config, weights, batch) as peers:
+        count = config.batch_size
+        rows = runner.compare(case, programs | peers, args.repeats, images=count, at_least=RUN)
+    return Report(f"train_step: {runner.describe(config)}", rows)
 
 
-def main() -> None:
-    """The command."""
-    parser = timing.make_parser(__doc__)
-    peers.add_flags(parser)
-    args, config = timing.parse(parser)
-    rows = compare_steps(config, args, sharding.make_train_mesh(config, jax.local_devices()[:1]))
-    timing.report(f"train_step: {timing.describe(config)}", rows, args)
-
-
+main = functools.partial(runner.run, __doc__, measure, peers=True)
 if __name__ == "__main__":
     cli.run(main)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import platform
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import jax
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -141,6 +143,18 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
                 path.write_bytes(cv2.imencode(path.suffix, array)[1].tobytes())
     (root / "classes.txt").write_text("".join(f"class {number}\n" for number in range(10)))
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes_weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint folder of random weights for the shapes, with a clear winner at most pixels."""
+    from topformer_jax import checkpoints, config, models
+
+    folder, settings = tmp_path_factory.mktemp("weights") / "shapes", config.shapes()
+    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
+    tensors["decode_head.conv_seg.weight"] = tensors["decode_head.conv_seg.weight"] * 30
+    checkpoints.save_model(folder, tensors, {"config": json.loads(settings.to_json()), "meta": {}})
+    return folder
 
 
 @pytest.fixture

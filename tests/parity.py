@@ -1,6 +1,7 @@
 """Helpers of the parity tests: a JAX model with a PyTorch network's weights, layouts, relative errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config, models
 from topformer_jax.checkpoints.torch_format import from_torch
+from topformer_jax.training import step
 
 INJECTIONS = ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")
 # Rounded to float32, as in the reference, also for its goldens in float64.
@@ -65,3 +67,19 @@ def distance(ours: ArrayLike, theirs: ArrayLike) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def summed_bytes(state: step.TrainState, config: ConfigDict) -> int:
+    """Bytes that the chips of a step with whole parameters must add up: the least that collectives can send.
+
+    Gradients, in the dtype that the layer computes in; of each BatchNorm mean and variance, and in the backward pass
+    the sum that both depend on; the loss and the counts of correct and of labelled pixels.
+    """
+    itemsize = jnp.dtype(models.DTYPES[config.model.dtype]).itemsize
+    wide = max(itemsize, 4)  # BatchNorm and logits
+    total = 3 * wide
+    for name, value in state.params.items():
+        is_wide = ".bn." in name or name.startswith("decode_head.conv_seg.")
+        total += value.size * (wide if is_wide else itemsize)
+    channels = sum(value.size for name, value in state.stats.items() if name.endswith(".running_mean"))
+    return total + 3 * wide * channels

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import ROOT, arguments, finish, free_port, start_pair, wait_for
-from topformer_jax import checkpoints, config as config_lib, models
+from tests.commands import ROOT, arguments, command as run_here, finish, free_port, start_pair, wait_for
+from topformer_jax import checkpoints, convert, evaluate, predict
 from topformer_jax.data import shapes
 from topformer_jax.runtime import logs
 
@@ -84,25 +84,29 @@ def picture(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_outputs_in_a_bucket_are_those_on_a_disk(
-    bucket: Bucket, tmp_path: pathlib.Path, picture: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket,
+    shapes_weights: pathlib.Path,
+    tmp_path: pathlib.Path,
+    picture: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Convert, predict and evaluate, with the cache of compiled programs in the bucket as well."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/programs")
-    config = config_lib.shapes()
-    tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(config)).items()}
-    checkpoints.save_model(tmp_path / "fresh", tensors, {"config": json.loads(config.to_json()), "meta": {}})
+    """Convert, predict and evaluate; one process also has its cache of compiled programs in the bucket."""
     words = settings(None, {})
+    monkeypatch.chdir(ROOT)
     # Each place reads what was written into the same place.
     for place in (tmp_path, bucket):
-        command("convert", *words, "--checkpoint", tmp_path / "fresh", "--output", f"{place}/model.pth")
-        command("convert", *words, "--checkpoint", f"{place}/model.pth", "--output", f"{place}/model")
-        command("predict", *words, "--checkpoint", f"{place}/model", "--output", f"{place}/out", picture)
-        command(
-            "evaluate", *words, "--checkpoint", f"{place}/model.pth", "--workdir", f"{place}/scores",
-            "--save-predictions", f"{place}/predictions",
-        )  # fmt: skip
+        run_here(convert.main, *words, "--checkpoint", shapes_weights, "--output", f"{place}/model.pth")
+        run_here(convert.main, *words, "--checkpoint", f"{place}/model.pth", "--output", f"{place}/model")
+        run_here(predict.main, *words, "--checkpoint", f"{place}/model", "--output", f"{place}/out", picture)
+        scoring = [*words, "--checkpoint", f"{place}/model.pth", "--workdir", f"{place}/scores"]
+        scoring += ["--save-predictions", f"{place}/predictions"]
+        if place is bucket:
+            monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{bucket}/programs")
+            command("evaluate", *scoring)
+        else:
+            run_here(evaluate.main, *scoring)
     for name in ("model", "model.pth"):
-        assert weights(bucket / name) == weights(tmp_path / name) == weights(tmp_path / "fresh")
+        assert weights(bucket / name) == weights(tmp_path / name) == weights(shapes_weights)
     for name in ("out", "scores", "predictions"):
         assert contents(bucket / name) == contents(tmp_path / name) != {}
     assert scores(bucket / "scores") == scores(tmp_path / "scores")

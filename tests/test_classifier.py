@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from benchmarks import traffic
-from benchmarks.tpu import summed_bytes
 from tests import commands
+from tests.parity import summed_bytes
 from tests.reference import network as reference
 from topformer_jax import browse, checkpoints, config, convert, evaluate, load, models, train
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.classification import images as class_images
-from topformer_jax.inference.classification import compute_ranks, evaluate_classifier
+from topformer_jax.inference.evaluation import compute_ranks, evaluate_classifier
 from topformer_jax.preparation import packing
 from topformer_jax.runtime import logs, sharding
 from topformer_jax.runtime.errors import UserError

@@ -15,8 +15,8 @@ import onnxruntime
 import PIL.Image
 import pytest
 
-from tests.commands import LONGEST
-from tests.test_export import FLAGS, command, weights  # noqa: F401  weights is a fixture
+from tests.commands import LONGEST, command
+from tests.test_export import FLAGS
 from topformer_jax import checkpoints, config, export
 from topformer_jax.data import shapes
 from topformer_jax.exporters import litert_file, network
@@ -146,12 +146,12 @@ def test_ties_go_to_the_first_class(find_labels: FindLabels) -> None:
 
 def test_the_description_of_a_litert_file(kotlin: list[str]) -> None:
     facts = {"output": "logits", "palette": [[1, 2, 3], [255, 0, 9]]}
-    data = litert_file._append_note(b"TFL3" * 1000, facts)
+    data = litert_file._append_metadata(b"TFL3" * 1000, facts)
     done = subprocess.run(kotlin, input=data, stdout=subprocess.PIPE, check=True, timeout=LONGEST)
     assert json.loads(done.stdout) == facts
 
 
-def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:  # noqa: F811
+def test_the_cpp_program(shapes_weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     libraries = list((pathlib.Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*"))
     if not libraries:
         pytest.skip("onnxruntime's package has no library for C here")
@@ -159,7 +159,9 @@ def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     link = [libraries[0], f"-Wl,-rpath,{tmp_path}"]
     program = compile_cpp(CPP / "segment.cpp", tmp_path / "segment", *link)
     file = tmp_path / "t.onnx"
-    command(export.main, *FLAGS, "--checkpoint", weights, "--output", file, "--size", "any", "--logits")
+    command(
+        export.main, *FLAGS, "--checkpoint", shapes_weights, "--output", file, "--size", "any", "--logits"
+    )
     picture = cv2.resize(shapes.draw("validation", 1, 256)[0], (203, 150))
     cv2.imwrite(str(tmp_path / "a.ppm"), picture[..., ::-1])
 
@@ -171,7 +173,7 @@ def test_the_cpp_program(weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
     said = run(file, tmp_path / "a.ppm", tmp_path / "a", 2, 3)
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("203 x 150, 2 threads: network ")
-    model = checkpoints.load_model(config.shapes(), str(weights))
+    model = checkpoints.load_model(config.shapes(), str(shapes_weights))
     expected = np.asarray(jax.jit(network.make_function(model, "labels", fold=False))(picture[None]))[0]
     labels, overlay = (
         np.asarray(PIL.Image.open(tmp_path / f"a_{name}")) for name in ("labels.pgm", "overlay.ppm")

@@ -8,62 +8,43 @@ import pytest
 from hypothesis import given, strategies as st
 from ml_collections import ConfigDict
 
-from benchmarks.plan import count_programs, padding, used_rows
+from benchmarks.plan import padding, used_rows
+from benchmarks.samples import ade20k_sizes
 from topformer_jax import config as config_lib
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference import EvalPlan, plan_evaluation
+from topformer_jax.inference import EvalBatch, plan_evaluation
 from topformer_jax.inference.plan import choose_canvases, padded_label_size, plan_shapes, window_grids
 
 
-def _ade_sizes(count: int = 2000) -> list[Size]:
-    """Sizes distributed as those of ADE20K's validation images: short sides of 512 mostly, some larger."""
-    rng = np.random.default_rng(0)
-    sizes = []
-    for _ in range(count):
-        short = 512 if rng.random() < 0.5 else int(rng.integers(256, 1600))
-        long = round(short * float(rng.choice([4 / 3, 1.5, 1.335, 1, rng.uniform(1, 2.6)])))
-        sizes.append((short, long) if rng.random() < 0.8 else (long, short))
-    return sizes
-
-
 def _check(
-    plan: EvalPlan, sizes: list[Size], evaluation: ConfigDict, devices: int, rows_per_device: int
+    batches: list[EvalBatch], sizes: list[Size], evaluation: ConfigDict, devices: int, rows_per_device: int
 ) -> None:
     """Every example once, in a row whose device computes its canvas, with room for its labels."""
-    indices = [index for batch in plan.batches for index in batch.rows if index is not None]
+    shapes = plan_shapes(sizes, evaluation)
+    indices = [index for batch in batches for index in batch.rows if index is not None]
     assert sorted(indices) == list(range(len(sizes)))
-    for batch in plan.batches:
+    for batch in batches:
         assert len(batch.rows) == devices * rows_per_device
         for first in range(0, len(batch.rows), rows_per_device):
             rows = batch.rows[first : first + rows_per_device]
             on_device = [index for index in rows if index is not None]
             assert list(rows[: len(on_device)]) == on_device  # padding comes last
-            canvases = {
-                plan.shapes.find_canvas(tuple(grid.window for grid in window_grids(sizes[index], evaluation)))
-                for index in on_device
-            }
-            assert len(canvases) <= 1
-        for index in (index for index in batch.rows if index is not None):
-            assert all(np.array(sizes[index]) <= batch.label_size)
+            grids = [window_grids(sizes[index], evaluation) for index in on_device]
+            assert len({shapes.find_canvas(grid) for grid in grids}) <= 1
+            assert all(all(np.array(sizes[index]) <= batch.label_size) for index in on_device)
 
 
-@pytest.mark.parametrize(("devices", "rows_per_device"), [(1, 1), (8, 1), (8, 8), (256, 8)])
+@pytest.mark.parametrize(("devices", "rows_per_device"), [(1, 1), (8, 8), (256, 8)])
 def test_ade_is_a_few_full_batches(devices: int, rows_per_device: int) -> None:
-    sizes = _ade_sizes()
+    sizes = ade20k_sizes(2000)
     evaluation = config_lib.ade20k("tiny").evaluation
-    plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
-    _check(plan, sizes, evaluation, devices, rows_per_device)
-    networks, after = count_programs(plan)
-    share = padding(plan, sizes, evaluation)
-    rows = devices * rows_per_device
-    print(
-        f"batches of {rows}: {len(plan.batches)}; {networks} networks, {after} programs after them; "
-        f"{used_rows(plan):.1%} of the rows used, {share:.1%} of the pixels padding"
-    )
-    assert networks <= 4
-    assert len(plan.batches) == math.ceil(2000 / rows)
-    assert used_rows(plan) >= 0.97 or rows == 2048
-    assert share <= 0.15
+    batches = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
+    _check(batches, sizes, evaluation, devices, rows_per_device)
+    shapes = plan_shapes(sizes, evaluation)
+    assert len(shapes.canvases) <= 4
+    assert len(batches) == math.ceil(2000 / (devices * rows_per_device))
+    assert used_rows(batches) >= 0.97 or devices == 256
+    assert padding(shapes, sizes, evaluation) <= 0.15
 
 
 def test_images_of_one_size_are_not_masked() -> None:
@@ -73,24 +54,23 @@ def test_images_of_one_size_are_not_masked() -> None:
 
 
 def test_more_canvases_pad_less() -> None:
-    sizes = _ade_sizes()
+    sizes = ade20k_sizes(2000)
     shares = []
     for count in (1, 2, 4, 64):
         config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.max_canvases": count})
-        plan = plan_evaluation(sizes, config.evaluation, devices=1, rows_per_device=1)
-        assert len(plan.shapes.canvases) <= count
-        shares.append(padding(plan, sizes, config.evaluation))
-    print([f"{share:.1%}" for share in shares])
+        shapes = plan_shapes(sizes, config.evaluation)
+        assert len(shapes.canvases) <= count
+        shares.append(padding(shapes, sizes, config.evaluation))
     assert shares == sorted(shares, reverse=True)
     assert shares[1] < shares[0] - 0.1
-    assert len(plan.shapes.canvases) < 8  # no more than it takes
+    assert len(shapes.canvases) < 8  # no more than it takes
 
 
 def test_the_last_batch_is_spread_over_the_devices() -> None:
     evaluation = config_lib.ade20k("tiny").evaluation
-    plan = plan_evaluation([(512, 683)] * 80, evaluation, devices=8, rows_per_device=8)
-    assert len(plan.batches) == 2
-    rows = np.array([index is not None for index in plan.batches[1].rows]).reshape(8, 8)
+    batches = plan_evaluation([(512, 683)] * 80, evaluation, devices=8, rows_per_device=8)
+    assert len(batches) == 2
+    rows = np.array([index is not None for index in batches[1].rows]).reshape(8, 8)
     assert rows.sum(1).tolist() == [2] * 8
 
 
@@ -109,10 +89,11 @@ def test_plans_of_any_sizes(
     evaluation.update(
         scale=(300, 90), mode=mode, crop_size=(64, 80), stride=(40, 50), img_ratios=ratios, max_canvases=limit
     )
-    plan = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
-    _check(plan, sizes, evaluation, devices, rows_per_device)
-    assert len(plan.shapes.canvases) <= limit
-    assert 0 <= padding(plan, sizes, evaluation) < 1
+    batches = plan_evaluation(sizes, evaluation, devices=devices, rows_per_device=rows_per_device)
+    _check(batches, sizes, evaluation, devices, rows_per_device)
+    shapes = plan_shapes(sizes, evaluation)
+    assert len(shapes.canvases) <= limit
+    assert 0 <= padding(shapes, sizes, evaluation) < 1
 
 
 def test_merged_shapes_are_nearly_the_best() -> None:
@@ -123,13 +104,8 @@ def test_merged_shapes_are_nearly_the_best() -> None:
         sides = [sorted({shape[axis] for shape in shapes}) for axis in (0, 1)]
 
         def work(chosen: list[tuple[int, ...]], shapes: list[tuple[int, ...]] = shapes) -> float:
-            return sum(
-                min(
-                    (math.prod(large) for large in chosen if np.all(np.array(shape) <= large)),
-                    default=math.inf,
-                )
-                for shape in shapes
-            )
+            fitting = ([math.prod(c) for c in chosen if np.all(np.array(shape) <= c)] for shape in shapes)
+            return sum(min(pixels, default=math.inf) for pixels in fitting)
 
         found = choose_canvases(shapes, [1] * 7, 2, 0.0)
         best = min(work(list(pair)) for pair in itertools.combinations(itertools.product(*sides), 2))
@@ -137,7 +113,7 @@ def test_merged_shapes_are_nearly_the_best() -> None:
         assert work(found) <= 1.25 * best
 
 
-def test_hundreds_of_shapes_are_merged_quickly() -> None:
+def test_thousands_of_shapes_are_merged() -> None:
     rng = np.random.default_rng(0)
     shapes = [tuple(int(side) for side in rng.integers(100, 900, 2)) for _ in range(3000)]
     found = choose_canvases(shapes, [1] * 3000, 4, 0.2)
@@ -145,19 +121,11 @@ def test_hundreds_of_shapes_are_merged_quickly() -> None:
     assert all(any(np.all(np.array(shape) <= large) for large in found) for shape in shapes)
 
 
-def test_a_data_set_without_images_has_no_batches() -> None:
-    plan = plan_evaluation([], config_lib.base_config().evaluation, devices=2, rows_per_device=2)
-    assert plan.batches == ()
-
-
-def test_labels_of_tall_images_lie_in_tall_arrays() -> None:
+def test_shapes_of_special_images() -> None:
+    assert plan_evaluation([], config_lib.base_config().evaluation, devices=2, rows_per_device=2) == []
     assert padded_label_size((10_000, 500)) == (16_384, 1024)
-    assert padded_label_size((500, 10_000)) == (512, 16_384)
-
-
-def test_sliding_windows_of_wide_images_do_not_enlarge_those_of_tall_ones() -> None:
     config = config_lib.load(config_lib.ade20k("tiny"), {"evaluation.mode": "slide"})
-    evaluation = config.evaluation
-    shapes = plan_shapes([(512, 1200), (1200, 512), (300, 300)], evaluation)
-    assert shapes.windows == (4,)
-    assert shapes.logits_size(0) == (64, 64)
+    # Sliding windows of wide images do not enlarge those of tall ones.
+    (ratio,) = plan_shapes([(512, 1200), (1200, 512), (300, 300)], config.evaluation).ratios
+    assert ratio.windows == 4
+    assert ratio.logits_size() == (64, 64)

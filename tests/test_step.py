@@ -12,8 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks import traffic
-from benchmarks.tpu import summed_bytes
-from tests.parity import distance
+from tests.parity import distance, summed_bytes
 from tests.reference.loss import plain_cross_entropy
 from topformer_jax import config, load
 from topformer_jax.checkpoints.torch_format import to_torch

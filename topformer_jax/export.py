@@ -58,10 +58,12 @@ def make_parser() -> cli.Parser:
 
 cli.answer_help(__name__, make_parser)
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -88,15 +90,15 @@ class Choices:
     """What a file computes, and how.
 
     Attributes:
-        kind: "labels", "logits" or "probabilities"; a classifier's file has "scores", and "labels" here.
+        output: "labels", "logits" or "probabilities"; for a classifier "labels", although its file has "scores".
         stride: of labels and probabilities.
         size: (height, width) of the images; None for any.
         target: of ONNX files, "cpu" or "web".
         precision: of LiteRT files: "float32"; "float16", of the weights; "int8", of all, for logits and scores.
-        keep_float: of int8: names of the model's parts that stay float32.
+        keep_float: names of the model's parts that stay float32 in a file of int8.
     """
 
-    kind: str = "labels"
+    output: str = "labels"
     stride: int = 1
     size: tuple[int, int] | None = None
     target: str = "cpu"
@@ -109,10 +111,10 @@ def export_model(
 ) -> str:
     """Writes a file of the format of `output`'s suffix, after it was run and compared with the model.
 
-    Of the pictures, of any size, every second one gives int8 its ranges; on the others the file is compared too.
+    Every second one of the pictures, of any size, gives int8 its ranges; the file is compared on the others too.
 
     Returns:
-        What the comparison found.
+        The result of the comparison.
 
     Raises:
         UserError: the choices contradict each other, the checkpoint does not fit, the file cannot be written, or it
@@ -120,91 +122,103 @@ def export_model(
     """
     module = exported.import_format(output)
     _check_choices(config, output, choices, len(pictures))
-    files.refuse_existing(output)
-    if not module.HOLDS_DESCRIPTION:
-        files.refuse_existing(exported.description_path(output))
+    beside = None if module.HOLDS_DESCRIPTION else exported.description_path(output)
+    for path in (output, beside):
+        if path is not None:
+            files.refuse_existing(path)
     model = checkpoints.load_model(network.export_config(config), checkpoint)
     own_size = choices.size == tuple(config.data.crop_size)  # the config's, if the user gave no other one
     checkpoints.check_label_rules(model, config)
     checkpoints.print_differences(model, config, also=("data.crop_size",) if own_size else ())
-    tensors = models.state_dict(model)
-    is_classifier = isinstance(model, models.Classifier)
-    description = {
-        "output": "scores" if is_classifier else choices.kind,
-        "stride": 8 if choices.kind == "logits" else choices.stride,
-        "size": choices.size,
-        "target": choices.target,
-        "precision": choices.precision,
-        "keep_float": list(choices.keep_float),
+    description = dataclasses.asdict(choices) | {
+        "output": "scores" if isinstance(model, models.Classifier) else choices.output,
+        "stride": 8 if choices.output == "logits" else choices.stride,
         **describe_origin(config, checkpoint, model),
     }
-    function = network.make_function(
-        model, description["output"], choices.stride, by_rows=module.BY_ROWS and not is_classifier
-    )
     if choices.size is not None:
         size = choices.size[::-1]
         pictures = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
-    others = pictures[1::2] or pictures
-    # The layers as they are evaluated, not as they are exported.
-    plain = models.build(config_lib.load(model.config, {"model.conv_impl": "auto"}))
-    checkpoints.load_state_dict(plain, {name: np.asarray(value) for name, value in tensors.items()})
-    plain.eval()
-
-    def open_data(data: bytes, facts: Mapping[str, Any]) -> exported.Exported:
-        return exported.open_bytes(str(output), data, module, None if module.HOLDS_DESCRIPTION else facts)
-
-    def make_logits() -> exported.Exported:
-        facts = float_facts | {"output": "logits", "stride": 8}
-        return open_data(module.write(network.make_function(model, "logits"), facts), facts)
-
-    float_facts = description | {"precision": "float32"}
-    data = module.write(function, float_facts)
-    found = verification.verify(open_data(data, float_facts), plain, model, others, make_logits)
-    if choices.precision != "float32":
-        float_data, data = data, module.lower_precision(data, description, pictures[::2])
-        images = others[:8] or list(verification.draw_images(description["size"]))
-        share, layer = module.compare_layers(data, float_data, images)
-        verification.check_layer(share, layer, choices.precision)
-        found = verification.verify(open_data(data, description), plain, model, others)
-    if module.HOLDS_DESCRIPTION:
-        files.write_file(output, data)
-    else:
-        beside = exported.description_path(output)
-        with files.unfinished(beside), files.unfinished(output):
+    data, found = _make_file(str(output), module, model, description, pictures)
+    with contextlib.ExitStack() as stack:
+        if beside is not None:
+            stack.enter_context(files.unfinished(beside))
             files.write_file(beside, json.dumps(description, indent=1) + "\n")
-            files.write_file(output, data)
+        files.write_file(output, data)
     return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"
 
 
+def _make_file(
+    name: str,
+    module: ModuleType,
+    model: models.Segmenter | models.Classifier,
+    description: Mapping[str, Any],
+    pictures: Sequence[Image],
+) -> tuple[bytes, str]:
+    """The content of a file of a format's module, and the result of its comparison with the model."""
+    # The layers as they are evaluated, not as they are exported.
+    plain = models.build(config_lib.load(model.config, {"model.conv_impl": "auto"}))
+    tensors = {key: np.asarray(value) for key, value in models.state_dict(model).items()}
+    checkpoints.load_state_dict(plain, tensors)
+    plain.eval()
+
+    def write(facts: Mapping[str, Any]) -> bytes:
+        function = network.make_function(model, facts["output"], facts["stride"], by_rows=module.BY_ROWS)
+        return bytes(module.write(function, facts))
+
+    def open_data(data: bytes, facts: Mapping[str, Any]) -> exported.Exported:
+        return exported.open_bytes(name, data, module, None if module.HOLDS_DESCRIPTION else facts)
+
+    def make_logits() -> exported.Exported:
+        facts = float_facts | {"output": "logits", "stride": 8}
+        return open_data(write(facts), facts)
+
+    float_facts = {**description, "precision": "float32"}
+    others = pictures[1::2] or pictures
+    data = write(float_facts)
+    found = verification.verify(open_data(data, float_facts), plain, model, others, make_logits)
+    if (precision := description["precision"]) != "float32":
+        float_data, data = data, module.lower_precision(data, description, pictures[::2])
+        images = others[:8] or list(verification.draw_images(description["size"]))
+        share, layer = module.compare_layers(data, float_data, images)
+        verification.check_layer(share, layer, precision)
+        found = verification.verify(open_data(data, description), plain, model, others)
+    return data, found
+
+
 def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num_pictures: int) -> None:
-    """Raises a UserError where a choice does not go with the format, the model or another choice."""
-    suffix = output.suffix.lower()
-    if choices.precision != "float32" and suffix != ".tflite":
-        raise UserError(
-            f"--precision {choices.precision} is for .tflite files alone, and the output is {output}"
-        )
-    if choices.target != "cpu" and suffix != ".onnx":
-        raise UserError(f"--target {choices.target} is for .onnx files alone, and the output is {output}")
-    if config.task == "classification" and (choices.kind != "labels" or choices.stride != 1):
-        raise UserError(
-            f"{config.name} is a classifier, whose file gives scores: leave out the flags of labels"
-        )
-    if choices.kind == "logits" and choices.stride != 1:
-        raise UserError("--scale-labels is for labels and probabilities: logits are at an eighth of the size")
-    if choices.keep_float and choices.precision != "int8":
-        raise UserError("--keep-float is for --precision int8")
-    if choices.precision == "int8" and choices.kind != "logits" and config.task == "segmentation":
-        raise UserError(
-            "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
-        )
-    if choices.precision == "int8" and num_pictures < 2:
-        raise UserError(
-            "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
-        )
+    """Raises a UserError if a choice does not go with the format, the model or another choice."""
+    suffix, precision = output.suffix.lower(), choices.precision
+    is_int8, is_logits = precision == "int8", choices.output == "logits"
+    is_classifier = config.task == "classification"
+    has_label_flags = choices.output != "labels" or choices.stride != 1
+    mistakes: dict[str, object] = {
+        f"--precision {precision} is only for .tflite files; the output is {output}": (
+            precision != "float32" and suffix != ".tflite"
+        ),
+        f"--target {choices.target} is only for .onnx files; the output is {output}": (
+            choices.target != "cpu" and suffix != ".onnx"
+        ),
+        f"{config.name} is a classifier, whose file gives scores: leave out the flags of labels": (
+            is_classifier and has_label_flags
+        ),
+        "--scale-labels is for labels and probabilities: logits are at an eighth of the size": (
+            is_logits and choices.stride != 1
+        ),
+        "--keep-float is for --precision int8": choices.keep_float and not is_int8,
+        "--precision int8 is for --logits: with the labels inside, a tenth of them would change": (
+            is_int8 and not is_logits and not is_classifier
+        ),
+        "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more": (
+            is_int8 and num_pictures < 2
+        ),
+    }
+    for line, is_made in mistakes.items():
+        if is_made:
+            raise UserError(line)
 
 
 def read_pictures(folder: files.Path) -> list[Image]:
-    """The pictures in a folder and the folders below it, hidden files aside; of many, some from all over it.
+    """The pictures in a folder and the folders below it, except hidden files; at most 200, spread over all of them.
 
     Raises:
         UserError: there is none, or one cannot be read.
@@ -223,7 +237,7 @@ def read_pictures(folder: files.Path) -> list[Image]:
 def describe_origin(
     config: ConfigDict, checkpoint: str, model: models.Segmenter | models.Classifier
 ) -> dict[str, Any]:
-    """Where a file's weights come from, and what its numbers mean."""
+    """The origin of a file's weights, and the meaning of its numbers."""
     names: dict[str, Any] = {}
     if isinstance(model, models.Segmenter):
         data_set = sources.find_data_set(config, model.classes, model.palette)
@@ -234,7 +248,7 @@ def describe_origin(
     return names | {
         "mean": MEAN.tolist(),
         "std": STD.tolist(),
-        # Folders are nobody's business who gets the file.
+        # Paths of this machine do not leave it.
         "config": config_lib.hide_paths(json.loads(config.to_json())),
         "checkpoint": {"name": pathlib.PurePath(checkpoint).name, "sha256": digest},
         "versions": {"topformer_jax": __version__, "jax": jax.__version__},
@@ -248,7 +262,7 @@ def main() -> None:
     if args.output.suffix.lower() not in exported.FORMATS:
         raise UserError(
             f"--output is {args.output}: expected a name that ends in {', '.join(exported.FORMATS)}; "
-            "topformer_jax.convert writes the weights alone"
+            "topformer_jax.convert writes only the weights"
         )
     kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
     if args.scale_labels not in SCALES:

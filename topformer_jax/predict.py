@@ -18,10 +18,7 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--checkpoint", metavar="PATH", help="a file or a checkpoint folder")
-    weights.add_argument("--exported", metavar="FILE", help="of topformer_jax.export, to run in its runtime")
-    cli.add_stretch_flag(parser)
+    cli.add_weights_flags(parser)
     parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="where results go")
     parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
     return parser
@@ -41,12 +38,12 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
-from topformer_jax import checkpoints, inference
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.data.codecs import decode_image, describe_depth, read_depth, read_image_size
-from topformer_jax.exporters.prediction import STRETCHED, ExportedPredictor
+from topformer_jax.exporters.exported import ExportedPredictor, open_predictor
+from topformer_jax.inference import Predictor
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing
@@ -74,12 +71,11 @@ class Listing(NamedTuple):
     results: list[str]  # what this command wrote: no inputs
 
 
-def list_images(arguments: Sequence[str], output: files.Path | None = None) -> Listing:
+def list_images(arguments: Sequence[str]) -> Listing:
     """Lists the images that a command line names, and what is left out.
 
     Args:
         arguments: files, folders, glob patterns, or "-".
-        output: the folder of results: images in it are left out where it lies below a folder that is searched.
 
     Raises:
         UserError: an argument names no image, or two images have the same output.
@@ -104,7 +100,7 @@ def list_images(arguments: Sequence[str], output: files.Path | None = None) -> L
                     outputs[str(path)] = pathlib.PurePath(path.stem)
                 continue
             found = [path / name for name in sorted(sources.list_files(path))]
-            inputs = [file for file in found if not _is_result(file) and not _is_below(file, path, output)]
+            inputs = [file for file in found if not _is_result(file)]
             results += map(str, sorted({*found}.difference(inputs)))
             images = [file for file in inputs if file.suffix.lower() in IMAGE_SUFFIXES]
             others += map(str, sorted({*inputs}.difference(images)))
@@ -121,7 +117,7 @@ def list_images(arguments: Sequence[str], output: files.Path | None = None) -> L
 
 
 def segment_files(
-    predictor: inference.Predictor | ExportedPredictor,
+    predictor: Predictor | ExportedPredictor,
     images: Sequence[ImageFile],
     output: files.Path,
     data_set: sources.DataSet,
@@ -165,14 +161,6 @@ def _is_result(path: pathlib.Path) -> bool:
             base = path.name.removesuffix(end)
             return any(path.with_name(base + partner).exists() for partner in partners)
     return False
-
-
-def _is_below(file: pathlib.Path, folder: pathlib.Path, output: files.Path | None) -> bool:
-    """Whether a file is in an output folder that lies below a folder."""
-    if output is None or files.is_in_bucket(output):
-        return False
-    inside = output.resolve()
-    return folder.resolve() in inside.parents and inside in file.resolve().parents
 
 
 def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
@@ -222,26 +210,19 @@ def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
-    if args.stretch and not args.exported:
-        raise UserError("--stretch is for --exported")
-    images, others, results = list_images(args.images, args.output)
+    images, others, results = list_images(args.images)
     for why, left_out in (("not an image", others), ("written by this command", results)):
         if left_out:
             more = ", ..." if len(left_out) > 3 else ""
             print(f"skipped, {why}: {len(left_out)} files ({', '.join(left_out[:3])}{more})")
-    model = checkpoints.load_segmenter(config, args.checkpoint)
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
         found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
     sizes = [size for size in found if size is not None]
-    predictor: inference.Predictor | ExportedPredictor
-    weights: checkpoints.Weights
-    if args.exported:
-        weights = predictor = ExportedPredictor(args.exported, model, args.stretch, sizes)
-    else:
-        weights, predictor = model, inference.Predictor(model, image_sizes=sizes)
+    predictor = open_predictor(
+        config, args.checkpoint, args.exported, stretch=args.stretch, image_sizes=sizes
+    )
     files.make_folder(args.output)
-    checkpoints.print_differences(weights, config, given=STRETCHED if args.stretch else ())
-    data_set = sources.find_data_set(config, weights.classes, weights.palette)
+    data_set = sources.find_data_set(config, predictor.classes, predictor.palette)
     with logs.Progress(len(images), "images") as progress:
         errors = segment_files(
             predictor, images, args.output, data_set, probabilities=args.probabilities, progress=progress

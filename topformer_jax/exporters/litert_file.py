@@ -22,8 +22,8 @@ from jaxtyping import UInt8
 
 from topformer_jax.data import workers
 from topformer_jax.exporters.exported import SEAL_BYTES, Run, need_packages, seal
-from topformer_jax.exporters.litert_operations import use_own_operations
 from topformer_jax.exporters.network import Function
+from topformer_jax.ops import resample
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
@@ -31,11 +31,14 @@ HOLDS_DESCRIPTION = True
 BY_ROWS = False
 RUNTIME = f"LiteRT {metadata.version('ai-edge-litert')}"
 INPUT, SIGNATURE = "images", "serving_default"
-PIXELS = "pixels"  # the normalisation, for --keep-float
+PIXELS = "pixels"  # the name of the normalisation for --keep-float
 # Parts whose operations have other names than /PART/: the normalisation is in no part, the last one is the output's.
 OTHER_NAMES = {PIXELS: r"^jit\(\w+\)/\w+;", "decode_head": "/decode_head/|^serving_default_"}
 # In the zip archive at the end of the file, where LiteRT's tools look for metadata.
-NOTE = "topformer_jax.json"
+METADATA = "topformer_jax.json"
+Images = Sequence[UInt8[np.ndarray, "h w 3"]]
+# An operation's name, further operands (constants) and attributes, as text.
+Operation = tuple[str, list[str], dict[str, str]]
 
 
 def write(function: Function, description: Mapping[str, Any]) -> bytes:
@@ -55,38 +58,93 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     with ir.Context() as context, ir.Location.unknown():
         converter.prepare_mlir_context(context)
         module = ir.Module.parse(exported.mlir_module())
-        use_own_operations(module, ir)
+        _use_own_operations(module, ir)
         passes, config = passmanager.PassManager(), converter.ConvertToTFLConfig()
         converter.run_convert_to_tfl_passes(module, passes, config)
         converter.set_signature(module.operation, SIGNATURE, [INPUT], [description["output"]])
         data = converter.export_flatbuffer_to_bytes(module.operation)
-    return _append_note(data, description)
+    return _append_metadata(data, description)
 
 
-def lower_precision(
-    data: bytes, description: Mapping[str, Any], images: Sequence[UInt8[np.ndarray, "h w 3"]] = ()
-) -> bytes:
+def _use_own_operations(module: Any, ir: Any) -> None:
+    """Replaces resizes and poolings in a StableHLO module of one image by LiteRT's own operations.
+
+    The products with matrices that they replace need transposes of whole feature maps. Products of all classes at the
+    size of the labels cost more than the network.
+
+    Args:
+        module: holds calls of the functions of `OWN_OPERATIONS`.
+        ir: the Python package of the module.
+    """
+    calls: list[Any] = []
+
+    def collect(operation: Any) -> Any:
+        if operation.operation.name == "func.call":
+            calls.append(operation.operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(collect)
+    for call in calls:
+        name = str(call.attributes["callee"])
+        translate = next((rule for known, rule in OWN_OPERATIONS.items() if known in name), None)
+        shapes = [ir.RankedTensorType(value.type).shape[1:3] for value in (*call.operands, *call.results)]
+        found = translate and translate(*shapes)
+        if not found:
+            continue
+        new_name, constants, texts = found
+        place = ir.InsertionPoint(call)
+        operands = list(call.operands)
+        for value in map(ir.Attribute.parse, constants):
+            constant = ir.Operation.create(
+                "arith.constant", [value.type], attributes={"value": value}, ip=place
+            )
+            operands.append(constant.results[0])
+        attributes = {key: ir.Attribute.parse(text) for key, text in texts.items()}
+        types = [call.results[0].type]
+        new = ir.Operation.create(new_name, types, operands, attributes, loc=call.location, ip=place)
+        call.results[0].replace_all_uses_with(new.results[0])
+        call.erase()
+
+
+def _resize(before: Sequence[int], after: Sequence[int]) -> Operation:
+    size = f"dense<[{after[0]}, {after[1]}]> : tensor<2xi32>"
+    return "tfl.resize_bilinear", [size], {"align_corners": "false", "half_pixel_centers": "true"}
+
+
+def _pool(before: Sequence[int], after: Sequence[int]) -> Operation | None:
+    if before[0] % after[0] or before[1] % after[1]:
+        return None  # windows of several sizes, which overlap
+    attributes = {"padding": '"VALID"', "fused_activation_function": '"NONE"'}
+    for side, length in zip(("height", "width"), (before[0] // after[0], before[1] // after[1]), strict=True):
+        attributes |= {f"filter_{side}": f"{length} : i32", f"stride_{side[0]}": f"{length} : i32"}
+    return "tfl.average_pool_2d", [], attributes
+
+
+FUNCTIONS: list[tuple[Any, Any]] = [(resample.library_resize, _resize), (resample.library_pool, _pool)]
+OWN_OPERATIONS = {str(function.__name__): rule for function, rule in FUNCTIONS}
+
+
+def lower_precision(data: bytes, description: Mapping[str, Any], images: Images = ()) -> bytes:
     """A float32 file with fewer bits.
 
     Args:
         data: from `write`.
         description: of the new file; its `precision` is "float16" or "int8".
-        images: of the file's size, whose activations give the ranges of 8-bit integers.
+        images: of the file's size; their activations give the ranges of 8-bit integers.
     """
     if description["precision"] == "float16":
-        data = _with_float16_weights(data)
+        data = _round_to_float16(data)
     else:
-        data = _with_integers(data, images, description.get("keep_float", ()))
-    return _append_note(data, description)
+        data = _quantize_int8(data, images, description.get("keep_float", ()))
+    return _append_metadata(data, description)
 
 
-def compare_layers(
-    data: bytes, float_data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]
-) -> tuple[float, str]:
-    """Finds the layer that a file of fewer bits flattens most: a dead one gives the same wherever one looks.
+def compare_layers(data: bytes, float_data: bytes, images: Images) -> tuple[float, str]:
+    """Finds the layer that a file of fewer bits flattens most: a dead layer gives the same value everywhere.
 
     Args:
-        data, float_data: the file, and the float32 file that it was made from.
+        data: the file.
+        float_data: the float32 file that it was made from.
         images: at least one.
 
     Returns:
@@ -99,38 +157,32 @@ def compare_layers(
     return share, name.partition(";")[0].partition("/")[2] or name
 
 
-def _measure_spreads(data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]]) -> dict[str, float]:
+def _measure_spreads(data: bytes, images: Images) -> dict[str, float]:
     """The standard deviation over pixels of each result of a file, by its name; 0 where it is rounding."""
-    with _quiet():
-        interpreter = Interpreter(
-            model_content=data,
-            num_threads=workers.count_cores(),
-            # Fused operations have no results between them.
-            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-            experimental_preserve_all_tensors=True,
-        )
-        interpreter.allocate_tensors()
+    # Fused operations have no results between them.
+    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = _open(data, experimental_op_resolver_type=plain, experimental_preserve_all_tensors=True)
     (images_at,) = (tensor["index"] for tensor in interpreter.get_input_details())
     variances: dict[str, float] = {}
     for image in images:
         interpreter.set_tensor(images_at, image[None])
         interpreter.invoke()
         for tensor in interpreter.get_tensor_details():
+            name = tensor["name"]
             scale, zero = tensor["quantization"]
             is_integer = tensor["dtype"] == np.int8 and scale
-            is_result = tensor["name"].startswith(("jit(", SIGNATURE)) and len(tensor["shape"]) > 1
+            is_result = name.startswith(("jit(", SIGNATURE)) and len(tensor["shape"]) > 1
             if not is_result or not (is_integer or tensor["dtype"] == np.float32):
-                continue  # working memory, for one
+                continue  # working memory, for example
             values = interpreter.get_tensor(tensor["index"]).astype(np.float64)
             values = (values - zero) * scale if is_integer else values
             variance = float(values.var(tuple(range(values.ndim - 1))).sum())
             is_rounding = variance <= np.square(1e-6 * np.abs(values).max()) * values.shape[-1]
-            name = tensor["name"]
             variances[name] = variances.get(name, 0.0) + (0.0 if is_rounding else variance)
     return {name: math.sqrt(variance) for name, variance in variances.items()}
 
 
-def _with_float16_weights(data: bytes) -> bytes:
+def _round_to_float16(data: bytes) -> bytes:
     """Weights as 16-bit floats; the computation stays in 32 bits where the device has no others."""
     with need_packages("16-bit weights need ai-edge-quantizer"):
         from ai_edge_quantizer import quantizer
@@ -145,20 +197,20 @@ def _with_float16_weights(data: bytes) -> bytes:
         return bytes(quantizer.Quantizer(bytearray(data), recipe).quantize().quantized_model)
 
 
-def _with_integers(
-    data: bytes, images: Sequence[UInt8[np.ndarray, "h w 3"]], keep_float: Sequence[str]
-) -> bytes:
-    """Weights (a scale for each channel) and activations as 8-bit integers, but for some parts."""
+def _quantize_int8(data: bytes, images: Images, keep_float: Sequence[str]) -> bytes:
+    """Weights (a scale for each channel) and activations as 8-bit integers, except for some parts."""
     with need_packages("8-bit integers need ai-edge-quantizer"):
         from ai_edge_quantizer import quantizer, recipe
 
     # The output stays float32, so that files of any precision give the same.
     floats = [{"regex": ".*", "operation": "OUTPUT"}]
-    names = _tensor_names(data) if keep_float else []
-    known = {part for name in names for part in re.findall(r"(?<=/)\w+(?=/)", name)}
+    if keep_float:
+        # A result's name is the path of its operation, as jit(compute)/tpm/layer1/add; fused ones have several.
+        names = [tensor["name"] for tensor in _open(data).get_tensor_details()]
+        known = {PIXELS, *(part for name in names for part in re.findall(r"(?<=/)\w+(?=/)", name))}
     for part in keep_float:
-        if part not in known | {PIXELS}:
-            raise UserError(f"--keep-float {part}: expected {', '.join(sorted(known | {PIXELS}))}")
+        if part not in known:
+            raise UserError(f"--keep-float {part}: expected {', '.join(sorted(known))}")
         floats.append({"regex": OTHER_NAMES.get(part, f"/{part}/"), "operation": "*"})
     with _quiet():
         rules = [*recipe.static_wi8_ai8(), *(rule | {"algorithm_key": "no_quantize"} for rule in floats)]
@@ -167,26 +219,26 @@ def _with_integers(
         return bytes(job.quantize(ranges).quantized_model)
 
 
-def _tensor_names(data: bytes) -> list[str]:
-    """A file's results by the paths of their operations, as jit(compute)/tpm/layer1/add; fused ones have several."""
-    with _quiet():
-        interpreter = Interpreter(model_content=data)
-    return [tensor["name"] for tensor in interpreter.get_tensor_details()]
-
-
-def _append_note(data: bytes, description: Mapping[str, Any]) -> bytes:
-    """A zip archive with the description after the model, as LiteRT's metadata has its files."""
+def _append_metadata(data: bytes, description: Mapping[str, Any]) -> bytes:
+    """A model with its description in a zip archive behind it, where LiteRT's tools look for metadata."""
     stream = io.BytesIO()
     stream.write(data)
     with zipfile.ZipFile(stream, "a") as archive:
-        note = zipfile.ZipInfo(NOTE, date_time=(1980, 1, 1, 0, 0, 0))  # equal exports have equal bytes
-        archive.writestr(note, json.dumps(dict(description), indent=1))
+        entry = zipfile.ZipInfo(METADATA, date_time=(1980, 1, 1, 0, 0, 0))  # equal exports have equal bytes
+        archive.writestr(entry, json.dumps(dict(description), indent=1))
         archive.comment = bytes(SEAL_BYTES)
     return seal(stream.getvalue()[:-SEAL_BYTES])
 
 
+def _open(data: bytes, **options: Any) -> Interpreter:
+    with _quiet():
+        interpreter = Interpreter(model_content=data, num_threads=workers.count_cores(), **options)
+        interpreter.allocate_tensors()
+    return interpreter
+
+
 def open_bytes(data: bytes) -> tuple[Run, bytes]:
-    """What runs a file, and the JSON text of its description.
+    """The function that runs a file, and the JSON text of its description.
 
     Raises:
         UserError: it is damaged.
@@ -195,11 +247,9 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
         description = b"{}"
         if zipfile.is_zipfile(io.BytesIO(data)):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if NOTE in archive.namelist() and archive.getinfo(NOTE).file_size < files.MOST_BYTES:
-                    description = archive.read(NOTE)
-        with _quiet():
-            interpreter = Interpreter(model_content=data, num_threads=workers.count_cores())
-            interpreter.allocate_tensors()
+                if METADATA in archive.namelist() and archive.getinfo(METADATA).file_size < files.MOST_BYTES:
+                    description = archive.read(METADATA)
+        interpreter = _open(data)
         (images_at,), (output_at,) = (
             [tensor["index"] for tensor in tensors]
             for tensors in (interpreter.get_input_details(), interpreter.get_output_details())
@@ -221,7 +271,7 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines and bars that LiteRT's libraries print from C++ and Python."""
+    """Hides the lines and bars that LiteRT's libraries print from C++ and Python."""
     sys.stdout.flush()
     with tempfile.TemporaryFile() as sink:
         saved = os.dup(1), os.dup(2)

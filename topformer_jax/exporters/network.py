@@ -1,6 +1,6 @@
-"""The network as exported files compute it: pictures in, labels (or logits, or probabilities) out.
+"""The function that an exported file computes: pictures in, labels (or logits, probabilities, scores) out.
 
-It is the model's own modules with BatchNorms folded and each layer as one plain operation
+It runs the model's own modules with BatchNorms folded and each layer as one plain operation
 (`model.conv_impl=single_op`), so that a new block or injection needs nothing here.
 """
 
@@ -53,8 +53,8 @@ def make_function(
         output: "labels", uint8 `[n, h, w]`; "probabilities", float32 `[n, h, w, classes]`; "logits", at stride 8;
             "scores" of a classifier, `[n, classes]`.
         stride: of labels and probabilities: 2 is for half of the height and width, rounded up.
-        fold: whether BatchNorms become a part of the convolutions; a model as it is, is what files are compared with.
-        by_rows: whether labels are found a row at a time, for XLA, which is slow at the whole.
+        fold: whether BatchNorms become part of the convolutions; files are compared with a model without folding.
+        by_rows: whether labels are found one row at a time; XLA is slow with all at once.
 
     Returns:
         A function of images, uint8 `[n, h, w, 3]`, RGB.
@@ -77,13 +77,13 @@ def make_function(
 
 @functools.partial(jax.jit, static_argnames="size")
 def enlarge(logits: Float[Array, "n h w classes"], size: Any) -> Float[Array, "n height width classes"]:
-    """The resize of the logits; by its name exporters know it, and may take an operation of their own."""
+    """The resize of the logits; exporters know it by its name and may use an operation of their own."""
     return resize(logits, size, method="single_op")
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def label_pixels(logits: Float[Array, "n h w classes"], size: Any) -> UInt8[Array, "n height width"]:
-    """The largest class of each pixel of enlarged logits; likewise known by its name."""
+    """The largest class of each pixel of enlarged logits; exporters know it by its name too."""
     return jnp.argmax(enlarge(logits, size=size), axis=-1).astype(jnp.uint8)
 
 

@@ -1,7 +1,14 @@
-"""ONNX files: written from the traced program, run by onnxruntime."""
+"""ONNX files: written from the traced program, run by onnxruntime.
+
+A file for processors first leaves out the classes that are the label of no pixel. Every pixel lies in a cell: four
+neighbouring logits of each class, whose average by the pixel's weights is the class's score there. A class whose
+largest corner is below the smallest corner of another class has a lower score at every pixel of the cell. Where that
+holds in every cell of all images, the class is dropped before the logits are enlarged. The labels are those of all
+classes, except for ties by rounding; labels of logits with NaN or infinities are arbitrary.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,10 +16,9 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from topformer_jax.exporters import onnx_labels, onnx_rules
+from topformer_jax.exporters import network
 from topformer_jax.exporters.exported import KEY, Run, seal
-from topformer_jax.exporters.network import Function, input_shape
-from topformer_jax.exporters.onnx_graph import Graph, Value
+from topformer_jax.exporters.onnx_graph import ELEMENT_TYPES, Graph, Rule, Value, translate
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
@@ -20,20 +26,20 @@ HOLDS_DESCRIPTION = True
 BY_ROWS = False
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 INPUT = "images"
+CLASSES_FIRST = (0, 3, 1, 2)  # as convolutions take and give their maps
 
 
-def write(function: Function, description: Mapping[str, Any]) -> bytes:
+def write(function: network.Function, description: Mapping[str, Any]) -> bytes:
     """A function of images as an ONNX file, with any number of images."""
-    shape = input_shape(description["size"])
+    shape = network.input_shape(description["size"])
     program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
     graph = Graph()
     images = graph.add_input(INPUT, shape, "uint8")
     # The order of the first convolution, at once: 3 channels last make the normalisation ten times slower.
-    order = (0, 3, 1, 2)
-    pixels = Value(shape, "uint8", order, graph.stored(images, order))
+    pixels = Value(shape, "uint8", CLASSES_FIRST, graph.stored(images, CLASSES_FIRST))
     # What is fast on a CPU, WebGPU computes wrongly or slowly; the program's own products are right there.
-    overrides = {} if description["target"] == "web" else onnx_labels.RULES
-    outputs = onnx_rules.translate(graph, program, [pixels], overrides)
+    overrides = {} if description["target"] == "web" else RULES
+    outputs = translate(graph, program, [pixels], overrides)
     model = graph.model([images], [(description["output"], outputs[0])])
     model.producer_name, model.producer_version = KEY, description["versions"][KEY]
     onnx.helper.set_model_props(model, {KEY: json.dumps(dict(description))})
@@ -42,13 +48,13 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
 
 
 def open_bytes(data: bytes) -> tuple[Run, bytes]:
-    """What runs a file, and the JSON text of its description.
+    """The function that runs a file, and the JSON text of its description.
 
     Raises:
-        UserError: it is damaged, or asks for a newer onnxruntime.
+        UserError: it is damaged, or needs a newer onnxruntime.
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 3  # only errors
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         text = session.get_modelmeta().custom_metadata_map.get(KEY, "{}")
@@ -62,3 +68,52 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
         return np.asarray(session.run(None, {INPUT: np.ascontiguousarray(images)})[0])
 
     return run, text.encode()
+
+
+def _enlarge(graph: Graph, equation: Any, logits: Value) -> Value:
+    """The rule of `network.enlarge`: ONNX's own resize, with classes last."""
+    shape = tuple(equation.outvars[0].aval.shape)
+    name = _resize(graph, graph.stored(logits), graph.shape_name(shape))
+    return Value(shape, logits.dtype, (0, 1, 2, 3), name)
+
+
+def _label_pixels(graph: Graph, equation: Any, logits: Value) -> Value:
+    """The rule of `network.label_pixels`: the largest class of each pixel, among those that can be it."""
+    result = equation.outvars[0].aval
+    kept = _possible_classes(graph, graph.stored(logits, CLASSES_FIRST))
+    picked = graph.add("Gather", graph.stored(logits, CLASSES_FIRST), kept, axis=1)
+    size = graph.add("Concat", graph.shape_name(result.shape), graph.add("Shape", kept), axis=0)
+    values = _resize(graph, graph.add("Transpose", picked, perm=(0, 2, 3, 1)), size)
+    found = graph.add("ArgMax", values, axis=3, keepdims=0)
+    labels = graph.add("Cast", kept, to=ELEMENT_TYPES[result.dtype.name])
+    name = graph.add("Gather", labels, found, axis=0)
+    return Value(tuple(result.shape), result.dtype.name, (0, 1, 2), name)
+
+
+def _resize(graph: Graph, name: str, size: str) -> str:
+    # WebGPU computes Resize of these axes wrongly and says nothing, so its files do without these rules.
+    how = "half_pixel"
+    return str(graph.add("Resize", name, "", "", size, mode="linear", coordinate_transformation_mode=how))
+
+
+def _possible_classes(graph: Graph, logits: str) -> str:
+    """The classes, int64 `[possible]`, of logits `[n, classes, h, w]` that may be some pixel's label."""
+
+    def largest(name: str, axes: Sequence[int], keepdims: int = 0) -> str:
+        return str(graph.add("ReduceMax", name, graph.integers(axes), keepdims=keepdims))
+
+    def largest_corner(name: str) -> str:  # of each cell; those at the border have two corners or one
+        return str(graph.add("MaxPool", name, kernel_shape=(2, 2), pads=(1, 1, 1, 1)))
+
+    smallest_corner = graph.add("Neg", largest_corner(graph.add("Neg", logits)))
+    surely_reached = largest(smallest_corner, [1], keepdims=1)
+    # The lead of each class where it leads most.
+    lead = largest(graph.add("Sub", largest_corner(logits), surely_reached), [0, 2, 3])
+    # NaN and infinities may leave no class that leads, and there must be a label: those that are behind least stay.
+    bound = graph.add("Min", largest(lead, [0]), graph.constant_name(np.float32(0)))
+    stays = graph.add("Not", graph.add("Less", lead, bound))
+    return str(graph.add("Squeeze", graph.add("NonZero", stays), graph.integers([0])))
+
+
+FUNCTIONS: list[tuple[Any, Rule]] = [(network.enlarge, _enlarge), (network.label_pixels, _label_pixels)]
+RULES = {str(function.__name__): rule for function, rule in FUNCTIONS}

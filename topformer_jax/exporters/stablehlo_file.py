@@ -22,7 +22,7 @@ from topformer_jax.runtime.errors import UserError
 HOLDS_DESCRIPTION = False
 BY_ROWS = True
 RUNTIME = f"jax {jax.__version__}"
-# Operations that run code of the process at an address or by a name that the file gives, or wait for another program.
+# Operations that run code of the process at an address or name from the file, or wait for another program.
 FOREIGN = (
     "stablehlo.custom_call",
     "stablehlo.infeed",
@@ -37,7 +37,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def write(function: Function, description: Mapping[str, Any]) -> bytes:
     """A function of images as a file, with any number of images."""
     shape = jax.ShapeDtypeStruct(input_shape(description["size"]), np.uint8)
-    # A program's locations name the files that it was traced from: folders are nobody's business who gets it.
+    # A program's locations name the files that it was traced from; they must not leave this machine.
     name = "jax_hlo_source_file_canonicalization_regex"
     before = jax.config.values[name]
     jax.config.update(name, ".*")
@@ -48,7 +48,7 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
 
 
 def open_bytes(data: bytes) -> tuple[Run, bytes]:
-    """What runs a file; it holds no description.
+    """The function that runs a file, which holds no description.
 
     Raises:
         UserError: it is damaged, or holds calls of other code.
@@ -68,7 +68,7 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
 
 
 def find_foreign(exported: jax.export.Exported) -> list[str]:
-    """What of a program would run other code than XLA's own, found before any of it is compiled."""
+    """The calls of a program that would run other code than XLA's own, found before anything is compiled."""
     found = []
 
     def visit(operation: ir.Operation) -> ir.WalkResult:

@@ -1,4 +1,4 @@
-"""A file in its own runtime against the model, before it gets its name."""
+"""Runs an exported file in its own runtime and compares it with the model, before the file gets its name."""
 
 import hashlib
 import math
@@ -16,32 +16,33 @@ from topformer_jax.exporters.network import make_function
 from topformer_jax.runtime.errors import UserError
 
 Model = models.Segmenter | models.Classifier
-# How much of a file's labels may differ from the model's, and its other outputs, by their spread. A dead layer
-# changes 0.5 % of the labels, logits by 5 %. Fewer bits change as much: there `litert_file.compare_layers` finds it.
+# The share of the labels that may differ from the model's, and the difference of other outputs by their spread. A
+# dead layer changes 0.5 % of the labels, and logits by 5 %. Fewer bits change as much: `litert_file.compare_layers`
+# finds dead layers there.
 LIMITS = {"float32": (1e-4, 1e-4), "float16": (0.1, 0.3), "int8": (0.5, math.inf)}
-TIES = 3  # labels that may differ however few there are
-# A network of random weights makes much of rounding. Where the same model with other sums differs from itself
-# already, a file may differ this many times as much, up to a bound.
+TIES = 3  # labels that may always differ
+# A network of random weights makes much of rounding. If the same model with other sums differs from itself, a file
+# may differ this many times as much, up to a bound.
 ROUNDINGS, MOST_ROUNDING = 10, (2e-3, 1e-2)
 LEAST_SPREAD = 0.1  # of a layer's values over pixels, by that of float32
-MOST_COMMON = 0.99  # of the labels: where more are of one class, a broken file's may be too
-ANY_SIZES = ((256, 256), (181, 250))  # that a file for any size is tried at
+MOST_COMMON = 0.99  # of the labels: if more are of one class, a broken file's may be too
+ANY_SIZES = ((256, 256), (181, 250))  # of the images that a file for any size is tried with
 ADVICE = {
     "float32": "please report this",
-    "float16": "take --precision float32",
-    "int8": "give more --images, keep parts with --keep-float, or take --precision float16",
+    "float16": "use --precision float32",
+    "int8": "give more --images, keep parts with --keep-float, or use --precision float16",
 }
 
 
 class Comparison:
-    """What a file of some `output` and the model give, over some batches.
+    """The differences between the outputs of a file and of the model, over some batches.
 
     Attributes:
-        shares: of the labels that are equal, by batch; the label of logits and scores is the largest one's class.
-        num_labels: that were compared.
-        most_common: the share of the commonest label; 0 where the output is not labels.
-        difference: of other outputs than labels, by their spread: the root mean square of the differences by that of
-            the values' deviations from their mean over pixels, class by class (of scores: over classes).
+        shares: the share of equal labels in each batch; for logits and scores, the label is the largest one's class.
+        num_labels: the number of labels compared.
+        most_common: the share of the commonest label; 0 if the output is not labels.
+        difference: for other outputs than labels, the root mean square of the differences, divided by that of the
+            values' deviations from their mean over pixels, class by class (for scores: over classes).
 
     Raises:
         UserError: the shapes or dtypes differ.
@@ -97,15 +98,17 @@ def verify(
     pictures: Sequence[UInt8[np.ndarray, "h w 3"]] = (),
     make_logits: Callable[[], Exported] | None = None,
 ) -> str:
-    """Compares a file with the model on pictures; but for int8, on a drawn scene and noise too, 1 and 2 at once.
+    """Compares a file with the model on pictures and, except for int8, on a drawn scene and noise, 1 and 2 at once.
 
     Args:
-        model: in float32, with its layers as they are evaluated; `alternative_model` has other operations.
+        exported: the file.
+        model: in float32, with its layers as they are evaluated.
+        alternative_model: the same model with other operations.
         pictures: for int8 at least one, since its ranges are not for noise.
-        make_logits: makes a file of logits in the same way, which is compared where labels of one class show nothing.
+        make_logits: makes a file of logits in the same way; it is compared if nearly all labels are of one class.
 
     Returns:
-        What was found, a line for each file.
+        The result, a line for each file.
 
     Raises:
         UserError: the file differs from the model by more than its precision explains.
@@ -148,7 +151,7 @@ def verify(
 
 
 def check_layer(share: float, name: str, precision: str) -> None:
-    """Raises a UserError where a layer is dead: its values' spread is too small a share of that in float32."""
+    """Raises a UserError if a layer is dead: its values' spread is too small a share of that in float32."""
     if not share >= LEAST_SPREAD:
         raise UserError(
             f"{precision} makes {name} constant: its values vary by {share:.0%} of what they do in float32 (limit "
@@ -165,7 +168,7 @@ def draw_images(size: Sequence[int]) -> UInt8[np.ndarray, "3 h w 3"]:
 
 
 def checksum(tensors: Mapping[str, np.ndarray | Array]) -> str:
-    """SHA-256 of tensors by name: the same weights have the same one, in whatever file they are."""
+    """SHA-256 of tensors by name; it does not depend on the file that holds them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         array = np.ascontiguousarray(tensor)

@@ -4,7 +4,7 @@
       |  plan.plan_evaluation: which images share a canvas, a program and a batch                 (host, numpy)
       v
     ProgramShapes, EvalBatches
-      |  inputs.prepare_input: the image resized, mirrored, cut into windows, with resize matrices    (host, numpy)
+      |  plan.prepare_input: the image resized, mirrored, cut into windows, with resize matrices    (host, numpy)
       v
     InferenceInput  -- rows of a batch, of any sizes -->  make_global_batch
       |  CompiledInference.compute_views: normalize, network; for each view and window          (devices)
@@ -15,8 +15,8 @@
     labels uint8 [n, rows, columns] at the top left of arrays of few sizes, counts of the confusion matrix
 
 As in mmsegmentation, logits are resized to the network's input (averaged where sliding windows overlap) and from
-there to the image; softmaxes of several views are averaged. `plan` and `inputs` are plain numpy, `compiled` holds
-the jitted programs, `predictor` is what a user calls; `topformer_jax.inference.evaluation` scores a data set.
+there to the image; softmaxes of several views are averaged. `plan` is plain numpy, `compiled` holds the jitted
+programs, users call `predictor`, and `evaluation` scores a data set.
 
 Words: a *view* is one look at an image, at one ratio, mirrored or not; a *window* is a crop of the network's input in
 mode "slide", and the whole input otherwise; a *canvas* is the shape of the network's input, in which a window lies at
@@ -25,13 +25,12 @@ original image.
 """
 
 from topformer_jax.inference.compiled import CompiledInference, compile_inference, make_global_batch
-from topformer_jax.inference.inputs import InferenceInput
-from topformer_jax.inference.plan import EvalPlan, ProgramShapes, plan_evaluation
+from topformer_jax.inference.plan import EvalBatch, InferenceInput, ProgramShapes, plan_evaluation
 from topformer_jax.inference.predictor import Predictor, segment
 
 __all__ = [
     "CompiledInference",
-    "EvalPlan",
+    "EvalBatch",
     "InferenceInput",
     "Predictor",
     "ProgramShapes",

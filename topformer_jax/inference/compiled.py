@@ -1,7 +1,7 @@
 """The compiled programs of an evaluation: images to logits, logits to labels, counts and probabilities.
 
 The sizes of images are data in all of them: each is compiled once for the static shapes of a plan (`ProgramShapes`).
-The network has a branch for each of few canvases, of which every device takes the one that its images lie on.
+The network has a branch for each of few canvases; every device takes the branch of the canvas that its images lie on.
 """
 
 import functools
@@ -20,11 +20,10 @@ from ml_collections import FrozenConfigDict
 from topformer_jax import models
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference.inputs import InferenceInput, LabelInput, ViewInput, view_flips
 from topformer_jax.inference.metrics import count_confusions
-from topformer_jax.inference.plan import ProgramShapes
+from topformer_jax.inference.plan import InferenceInput, LabelInput, ProgramShapes, ViewInput, view_flips
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.ops.tiled import TILE, ViewLogits, argmax_classes, fold_tiles, mean_probabilities
+from topformer_jax.ops.tiled import TILE, ViewLogits, fold_tiles, mean_probabilities, predict_classes
 from topformer_jax.runtime import sharding
 
 
@@ -35,7 +34,7 @@ class CompiledInference:
     the same shapes however many devices there are.
 
     Attributes:
-        num_classes, evaluation, mesh: what the programs were made for.
+        num_classes, evaluation, mesh: the number of classes, the settings and the devices of the programs.
         predict_and_count: the program `(views, label) -> (predictions, counts)`, see `_predict_and_count`.
         probabilities: the program `(views, label) -> [n, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
@@ -93,8 +92,7 @@ class CompiledInference:
 
     def network(self, shapes: ProgramShapes, ratio: int) -> Callable[..., Any]:
         """The program `(tensors, view) -> logits` for images of these shapes at a ratio; always the same one."""
-        canvases = tuple(canvas[ratio] for canvas in shapes.canvases)
-        return self._network_of(canvases, shapes.logits_size(ratio))
+        return self._network_of(shapes.ratios[ratio].canvases, shapes.ratios[ratio].logits_size())
 
     def _logits(
         self, canvases: tuple[Size, ...], size: Size, tensors: Any, view: ViewInput
@@ -143,9 +141,9 @@ class CompiledInference:
         def count_image(image: Any) -> tuple[Array, Array]:
             views, (tiles, labels) = image
 
-            def count_tile(carry: Any, scores: Array, corner: Any) -> Any:
+            def count_tile(carry: Any, logits: list[Array], corner: Any) -> Any:
                 predictions, counts = carry
-                predicted = argmax_classes(scores)
+                predicted = predict_classes(logits)
                 of_tile = lax.dynamic_slice(labels, corner, TILE)
                 counts = counts + count_confusions(of_tile, predicted, self.num_classes)
                 return lax.dynamic_update_slice(predictions, predicted.astype(jnp.uint8), corner), counts
@@ -163,8 +161,8 @@ class CompiledInference:
         def image_probabilities(image: Any) -> Array:
             views, (tiles, labels) = image
 
-            def write_tile(carry: Array, scores: Array, corner: Any) -> Array:
-                found = mean_probabilities(scores, len(views)).swapaxes(1, 2)
+            def write_tile(carry: Array, logits: list[Array], corner: Any) -> Array:
+                found = mean_probabilities(logits).swapaxes(1, 2)
                 return lax.dynamic_update_slice(carry, found, (*corner, jnp.zeros_like(corner[0])))
 
             init = jnp.zeros((*labels.shape, self.num_classes), self.dtype)

@@ -1,35 +1,45 @@
-"""Scores a segmenter on a data set's split: every example once, the same integers on any number of devices."""
+"""Scores a data set's split: every example once, on any number of devices and processes.
+
+A segmenter's result is a confusion matrix of pixels; a classifier's is the rank of every image's class.
+"""
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Float, Int, Int32, UInt8
 from ml_collections import ConfigDict
 
 from topformer_jax import models
 from topformer_jax.data import loader, sources
+from topformer_jax.data.augment import normalize
 from topformer_jax.data.batch import Image, Labels
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.example import SegmentationSource
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference import (
+from topformer_jax.inference import metrics
+from topformer_jax.inference.compiled import compile_inference, make_global_batch
+from topformer_jax.inference.plan import (
+    EvalBatch,
     InferenceInput,
-    compile_inference,
-    make_global_batch,
-    metrics,
+    padding_input,
     plan_evaluation,
+    prepare_input,
 )
-from topformer_jax.inference.inputs import padding_input, prepare_input
-from topformer_jax.inference.plan import EvalBatch
 from topformer_jax.runtime import processes, sharding
 from topformer_jax.runtime.errors import UserError
 
 BATCHES_IN_FLIGHT = 2  # dispatched to the devices and not yet fetched
+NO_IMAGE = -1  # the label of a classifier's row that has no image
+Rows = Sequence[int | None]  # the example in each row of a batch
+Progress = Callable[[int, str], None]  # gets the number of examples started, and the canvases being compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +54,37 @@ class ExampleResult:
 
 
 class EvaluationResult(NamedTuple):
-    """What was counted; the same on every process."""
+    """The counts of a segmenter; the same on every process."""
 
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
     accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
     miou: Float[np.ndarray, " examples"]  # of each example alone
 
 
+class ClassifierResult(NamedTuple):
+    """The ranks of a classifier; the same on every process.
+
+    `ranks[i]` is the number of classes that come before the class of image i, `labels[i]`: 0 if it is right.
+    """
+
+    ranks: Int[np.ndarray, " images"]
+    labels: Int[np.ndarray, " images"]
+
+    def top(self, count: int) -> float:
+        """The share of images whose class is among the first `count`.
+
+        >>> ClassifierResult(np.array([0, 3, 0, 9]), np.array([1, 1, 2, 2])).top(5)
+        0.75
+        """
+        return int((self.ranks < count).sum()) / len(self.ranks)
+
+    def of_class(self, label: int) -> "ClassifierResult":
+        """The images of one class."""
+        return ClassifierResult(self.ranks[self.labels == label], self.labels[self.labels == label])
+
+
 def score_split(result: EvaluationResult, config: ConfigDict, split: str) -> metrics.Scores:
-    """The scores of what was counted.
+    """The scores of the counts.
 
     Raises:
         UserError: no label of the split has a pixel of a class.
@@ -72,75 +104,59 @@ def evaluate_split(
     *,
     tensors: Mapping[str, Any] | None = None,
     on_example: Callable[[ExampleResult], None] = lambda _: None,
-    on_progress: Callable[[int, str], None] = lambda *_: None,
+    on_progress: Progress = lambda *_: None,
 ) -> EvaluationResult:
-    """Counts every example of a source exactly once, on all devices of all processes.
+    """Counts the pixels of every example of a source exactly once, on all devices of all processes.
 
-    Each process reads and computes its rows of every batch and adds up their confusion matrices; they are summed over
-    processes at the end. The integers do not depend on the number of devices, as long as
-    `evaluation.per_device_batch_size` stays the same.
+    The integers do not depend on the number of devices, as long as `evaluation.per_device_batch_size` stays the same.
 
     Args:
-        model: whose `config` says how to evaluate; it is switched to inference mode.
+        model: its `config` says how to evaluate; it is switched to inference mode.
         source: the examples.
         mesh: all devices of all processes.
         tensors: by official name, to use instead of the model's own.
-        on_example: called with each example of this process.
-        on_progress: called with the number of examples started, and the canvases being compiled ("" if none).
+        on_example, on_progress: called with each example of this process; called before each batch and at the end.
 
     Raises:
         UserError: an example cannot be read.
     """
     config = model.config
     programs = compile_inference(model, mesh)
-    host_tensors = models.state_dict(model) if tensors is None else dict(tensors)
-    device_tensors = jax.device_put(host_tensors, sharding.replicated(mesh))
-    rows_per_device = _rows_per_device(config.evaluation.per_device_batch_size)
-    rows = rows_per_device * mesh.size
-    own_rows = local_rows(programs.batch_sharding, rows)
+    device_tensors = _put_tensors(model, tensors, mesh)
+    per_device = _rows_per_device(config, mesh)
+    own_rows = local_rows(programs.batch_sharding, per_device * mesh.size)
     sizes = _read_sizes(source)
-    _, batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=rows_per_device)
+    batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=per_device)
     dtype = programs.dtype.name
+    counter = _PixelCounter(config.model.num_classes, len(source), on_example)
 
-    def load(job: tuple[EvalBatch, int]) -> _LoadedExample:
-        batch, index = job
-        example = source[index]
+    def load(number: int, index: int) -> _LoadedExample:
+        batch, example = batches[number], source[index]
         image, label = loader.decode_example(example, config)
         inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.label_size, dtype)
         return _LoadedExample(index, example.name, image, label, inputs)
 
-    jobs = [(batch, index) for batch in batches for row in own_rows if (index := batch.rows[row]) is not None]
-    # Hosts read the next batch while the devices compute this one.
-    examples = loader.map_in_threads(load, jobs, ahead=len(own_rows))
-    classes = config.model.num_classes
-    confusion = np.zeros((classes, classes), np.int64)  # of this process's rows
-    scores = np.zeros((len(source), 2), np.float32)  # accuracy and mIoU; zero for other processes' examples
-    in_flight: collections.deque[tuple[dict[int, _LoadedExample], Array, Array]] = collections.deque()
-    started = 0
-    compiled: set[Size] = set()
-    for batch in batches:
-        shapes = batch.shapes
-        new_sizes = dict.fromkeys(
-            size for canvas in shapes.canvases for size in canvas if size not in compiled
-        )
-        compiled |= set(new_sizes)
-        on_progress(started, ", ".join(f"{height}x{width}" for height, width in new_sizes))
-        loaded = {row: next(examples) for row in own_rows if batch.rows[row] is not None}
-        inputs = {row: example.inputs for row, example in loaded.items()}
+    def dispatch(number: int, loaded: Mapping[int, _LoadedExample]) -> tuple[Array, Array]:
+        batch = batches[number]
+        inputs = {row: example.inputs for row, example in loaded.items() if example.inputs}
         if len(inputs) < len(own_rows):
-            example = next(index for index in batch.rows if index is not None)
-            padding = padding_input(sizes[example], config.evaluation, shapes, batch.label_size, dtype)
+            size = next(sizes[index] for index in batch.rows if index is not None)
+            padding = padding_input(size, config.evaluation, batch.shapes, batch.label_size, dtype)
             inputs = {row: inputs.get(row, padding) for row in own_rows}
-        global_batch = make_global_batch(inputs, rows, programs.batch_sharding)
-        views = programs.compute_views(device_tensors, shapes, global_batch)
-        in_flight.append((loaded, *programs.predict_and_count(views, global_batch.label)))
-        started += sum(index is not None for index in batch.rows)
-        while len(in_flight) > BATCHES_IN_FLIGHT or (in_flight and batch is batches[-1]):
-            _collect_batch(*in_flight.popleft(), confusion, scores, on_example)
-    on_progress(started, "")
-    scores = processes.sum_over_processes(scores)
-    confusion = processes.sum_over_processes(confusion)
-    return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
+        global_batch = make_global_batch(inputs, len(batch.rows), programs.batch_sharding)
+        views = programs.compute_views(device_tensors, batch.shapes, global_batch)
+        return cast(tuple[Array, Array], programs.predict_and_count(views, global_batch.label))
+
+    def collect(loaded: Mapping[int, _LoadedExample], predictions: Array, counts: Array) -> None:
+        counts_of_row = _fetch_local_rows(counts)
+        for row, example in loaded.items():
+            counter.add(
+                example, counts_of_row[row], functools.partial(_fetch_labels, predictions, row, example)
+            )
+
+    rows, notes = [batch.rows for batch in batches], _name_new_canvases(batches)
+    _run_batches(rows, own_rows, load, dispatch, collect, on_progress, notes)
+    return counter.sum_over_processes()
 
 
 def evaluate_images(
@@ -149,9 +165,9 @@ def evaluate_images(
     config: ConfigDict,
     *,
     on_example: Callable[[ExampleResult], None] = lambda _: None,
-    on_progress: Callable[[int, str], None] = lambda *_: None,
+    on_progress: Progress = lambda *_: None,
 ) -> EvaluationResult:
-    """Counts as `evaluate_split` does what a function makes of each image, in this process alone.
+    """Counts as `evaluate_split` does, with labels from a function and in one process.
 
     Args:
         predict: an image, uint8 `[h, w, 3]`, to labels of its size.
@@ -163,40 +179,195 @@ def evaluate_images(
         UserError: an example cannot be read.
     """
     classes = config.model.num_classes
-    confusion = np.zeros((classes, classes), np.int64)
-    scores = np.zeros((len(source), 2), np.float32)
+    counter = _PixelCounter(classes, len(source), on_example)
 
-    def load(index: int) -> tuple[str, Image, Labels]:
+    def load(index: int) -> _LoadedExample:
         example = source[index]
-        return (example.name, *loader.decode_example(example, config))
+        return _LoadedExample(index, example.name, *loader.decode_example(example, config))
 
-    for index, (name, image, label) in enumerate(loader.map_in_threads(load, range(len(source)))):
-        on_progress(index, "")
-        prediction = predict(image)
-        counted = label < classes
-        pairs = label[counted].astype(np.int64) * classes + prediction[counted]
-        counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-        confusion += counts
-        scores[index] = metrics.compute_image_scores(np.diagonal(counts), counts.sum(1), counts.sum(0))
-        on_example(ExampleResult(index, name, image, label, functools.partial(np.copy, prediction)))
+    for example in loader.map_in_threads(load, range(len(source))):
+        on_progress(example.index, "")
+        prediction = predict(example.image)
+        counted = example.label < classes
+        pairs = example.label[counted].astype(np.int64) * classes + prediction[counted]
+        counts = np.bincount(pairs, minlength=classes**2)
+        counter.add(example, counts, functools.partial(np.copy, prediction))
     on_progress(len(source), "")
-    return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
+    return counter.sum_over_processes()
+
+
+def evaluate_classifier(
+    model: models.Classifier,
+    source: sources.Source,
+    mesh: Mesh,
+    *,
+    tensors: Mapping[str, Any] | None = None,
+    on_progress: Progress = lambda *_: None,
+) -> ClassifierResult:
+    """Finds the rank of every image's class, on all devices of all processes.
+
+    A device computes as many images at once, by the same program, however many devices there are.
+
+    Args:
+        model: its `config` says how to evaluate; it is switched to inference mode.
+        source, mesh, tensors, on_progress: see `evaluate_split`.
+
+    Raises:
+        UserError: an example cannot be read.
+    """
+    config = model.config
+    model.eval()
+    device_tensors = _put_tensors(model, tensors, mesh)
+    count = _rows_per_device(config, mesh) * mesh.size
+    layout = sharding.batch_sharding(mesh)
+    own_rows = local_rows(layout, count)
+    program = _rank_program(models.network_graphdef(model), np.dtype(model.policy.accum_dtype), mesh)
+    found = np.zeros((2, len(source)), np.int64)  # ranks and labels; zero for other processes' images
+
+    def load(_: int, index: int) -> tuple[int, np.ndarray, int]:
+        example = source[index]
+        label = int(class_images.read_label(example, config))
+        return index, class_images.make_evaluation_image(example, config), label
+
+    def dispatch(_: int, loaded: Mapping[int, tuple[int, np.ndarray, int]]) -> tuple[Array]:
+        images = np.zeros((len(own_rows), *config.data.crop_size, 3), np.uint8)
+        labels = np.full(len(own_rows), NO_IMAGE, np.int32)
+        for place, row in enumerate(own_rows):
+            if row in loaded:
+                _, images[place], labels[place] = loaded[row]
+        batch = (jax.make_array_from_process_local_data(layout, values) for values in (images, labels))
+        return (program(device_tensors, *batch),)
+
+    def collect(loaded: Mapping[int, tuple[int, np.ndarray, int]], ranks: Array) -> None:
+        rank_of_row = _fetch_local_rows(ranks)
+        for row, (index, _, label) in loaded.items():
+            found[:, index] = rank_of_row[row], label
+
+    indices = range(len(source))
+    rows = [
+        [index if index in indices else None for index in range(start, start + count)]
+        for start in indices[::count]
+    ]
+    _run_batches(rows, own_rows, load, dispatch, collect, on_progress, [""] * len(rows))
+    ranks, labels = processes.sum_over_processes(found)
+    return ClassifierResult(ranks, labels)
+
+
+def _run_batches(
+    batches: Sequence[Rows],
+    own_rows: Sequence[int],
+    load: Callable[[int, int], Any],
+    dispatch: Callable[[int, dict[int, Any]], tuple[Array, ...]],
+    collect: Callable[..., None],
+    on_progress: Progress,
+    notes: Sequence[str],
+) -> None:
+    """Reads examples, computes batches and collects their results, all at the same time.
+
+    Args:
+        batches: the example in each row of each batch.
+        own_rows: the rows that this process reads and computes.
+        load: reads an example, from the number of its batch and its index; called by threads.
+        dispatch: starts the computation of a batch, from its number and its examples by row.
+        collect: gets a batch's examples by row, and what `dispatch` returned.
+        on_progress: called before each batch with its note, and at the end.
+        notes: of the batches.
+    """
+    jobs = [
+        (number, index)
+        for number, rows in enumerate(batches)
+        for row in own_rows
+        if (index := rows[row]) is not None
+    ]
+    examples = loader.map_in_threads(lambda job: load(*job), jobs, ahead=len(own_rows))
+    in_flight: collections.deque[tuple[Any, ...]] = collections.deque()
+    started = 0
+    for number, (rows, note) in enumerate(zip(batches, notes, strict=True)):
+        on_progress(started, note)
+        loaded = {row: next(examples) for row in own_rows if rows[row] is not None}
+        in_flight.append((loaded, *dispatch(number, loaded)))
+        started += sum(index is not None for index in rows)
+        # The devices compute while the host reads the next batch.
+        while len(in_flight) > BATCHES_IN_FLIGHT:
+            collect(*in_flight.popleft())
+    for batch in in_flight:
+        collect(*batch)
+    on_progress(started, "")
 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadedExample:
-    """An example on the host, ready to be stacked into a batch."""
+    """An example on the host; `inputs` are ready to be stacked into a batch."""
 
     index: int
     name: str
     image: Image
     label: Labels
-    inputs: InferenceInput
+    inputs: InferenceInput | None = None
 
 
-def _rows_per_device(setting: int) -> int:
-    """Images that a device computes at once; 0 means the default of the backend."""
-    return setting or (1 if jax.default_backend() == "cpu" else 8)
+class _PixelCounter:
+    """Adds up the confusion matrices of this process's examples."""
+
+    def __init__(self, classes: int, examples: int, on_example: Callable[[ExampleResult], None]):
+        self._confusion = np.zeros((classes, classes), np.int64)
+        self._scores = np.zeros((examples, 2), np.float32)  # accuracy and mIoU; zero for others' examples
+        self._on_example = on_example
+
+    def add(self, example: _LoadedExample, counts: np.ndarray, prediction: Callable[[], Labels]) -> None:
+        """Adds an example's counts `[classes**2]`, and hands the example on."""
+        matrix = counts.reshape(self._confusion.shape)
+        self._confusion += matrix
+        scores = metrics.compute_image_scores(np.diagonal(matrix), matrix.sum(1), matrix.sum(0))
+        self._scores[example.index] = scores
+        self._on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
+
+    def sum_over_processes(self) -> EvaluationResult:
+        """The counts of all processes."""
+        scores = processes.sum_over_processes(self._scores)
+        confusion = processes.sum_over_processes(self._confusion)
+        return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
+
+
+def compute_ranks(logits: Float[Array, "n classes"], labels: Int32[Array, " n"]) -> Int32[Array, " n"]:
+    """How many classes come before an image's own: those of larger logits, and of equal ones with smaller numbers.
+
+    A logit that is not a number comes before all.
+
+    >>> compute_ranks(jnp.array([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]]), jnp.array([2, 0])).tolist()
+    [1, 0]
+    """
+    classes = jnp.arange(logits.shape[1], dtype=labels.dtype)
+    own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], 1)
+    is_behind = (logits < own) | ((logits == own) & (classes >= labels[:, None]))
+    return jnp.sum(~is_behind, 1, dtype=jnp.int32)
+
+
+@functools.lru_cache(maxsize=8)
+def _rank_program(graphdef: nnx.GraphDef, dtype: np.dtype, mesh: Mesh) -> Callable[..., Array]:
+    """`compute_ranks` of images; for an equal network and mesh always the same program."""
+
+    def rank(tensors: Any, images: UInt8[Array, "n h w 3"], labels: Int32[Array, " n"]) -> Int32[Array, " n"]:
+        network = models.merge_state_dict(graphdef, tensors)
+        return compute_ranks(network(normalize(images, dtype)), labels)
+
+    rows = P(mesh.axis_names)
+    per_device = jax.shard_map(rank, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)
+    return jax.jit(per_device)
+
+
+def _put_tensors(model: Any, tensors: Mapping[str, Any] | None, mesh: Mesh) -> Any:
+    """Tensors by name, the model's own if None, on every device."""
+    return jax.device_put(
+        models.state_dict(model) if tensors is None else dict(tensors), sharding.replicated(mesh)
+    )
+
+
+def _rows_per_device(config: ConfigDict, mesh: Mesh) -> int:
+    """Images that a device computes at once."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    defaults = {"segmentation": (1, 8), "classification": (16, 128)}[config.task]  # on a CPU, on others
+    return int(config.evaluation.per_device_batch_size or defaults[0 if on_cpu else 1])
 
 
 def local_rows(batch_sharding: NamedSharding, rows: int) -> list[int]:
@@ -215,27 +386,22 @@ def _read_sizes(source: sources.Source) -> list[Size]:
     return [(int(height), int(width)) for height, width in processes.sum_over_processes(sizes)]
 
 
-def _collect_batch(
-    loaded: Mapping[int, _LoadedExample],
-    predictions: Array,
-    counts: Array,
-    confusion: np.ndarray,
-    scores: np.ndarray,
-    on_example: Callable[[ExampleResult], None],
-) -> None:
-    """Waits for a batch, adds its examples to `confusion`, and writes their accuracy and mIoU into `scores`."""
-    counts_of_row = _fetch_local_rows(counts)
-    for row, example in loaded.items():
-        matrix = counts_of_row[row].reshape(confusion.shape)
-        confusion += matrix
-        scores[example.index] = metrics.compute_image_scores(
-            np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
+def _name_new_canvases(batches: Sequence[EvalBatch]) -> list[str]:
+    """The canvases that each batch is the first to use, as a text."""
+    known: set[Size] = set()
+    names = []
+    for batch in batches:
+        sizes = dict.fromkeys(size for canvas in batch.shapes.canvases for size in canvas)
+        names.append(
+            ", ".join(f"{height}x{width}" for height, width in sizes if (height, width) not in known)
         )
+        known |= set(sizes)
+    return names
 
-        def prediction(row: int = row, label: Labels = example.label) -> Labels:
-            return _fetch_local_rows(predictions)[row][: label.shape[0], : label.shape[1]]
 
-        on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
+def _fetch_labels(predictions: Array, row: int, example: _LoadedExample) -> Labels:
+    height, width = example.label.shape
+    return _fetch_local_rows(predictions)[row][:height, :width]
 
 
 def _fetch_local_rows(array: Array) -> dict[int, np.ndarray]:

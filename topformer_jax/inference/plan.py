@@ -1,76 +1,122 @@
-"""What the network sees of each image, which static shapes its programs have, and which images share a batch.
+"""From images of any size to arrays of few shapes: program shapes, batches, and one image as the programs take it.
 
 As in mmsegmentation, an image is resized to fit `evaluation.scale` (times each of `evaluation.img_ratios`) and then
-up to multiples of `evaluation.size_divisor`. Everything here runs on the host, in numpy, and depends on the sizes of
-the images only, so that every process makes the same plan.
+up to multiples of `evaluation.size_divisor`. Everything here runs on the host, in numpy. A plan depends only on the
+sizes of the images, so that every process makes the same one.
 """
 
 import collections
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Int32, UInt8
 from ml_collections import ConfigDict
 
-from topformer_jax.data.transforms import Size, eval_size, multiply_scale
-from topformer_jax.ops.tiled import TILE, num_cells, tile_support
+from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
+from topformer_jax.data.transforms import Size, eval_image, eval_size, multiply_scale
+from topformer_jax.models.layers import WHOLE, ImageArea, make_image_area
+from topformer_jax.ops.tiled import (
+    TILE,
+    BandedResize,
+    num_cells,
+    resize_matrices,
+    split_into_bands,
+    tile_support,
+)
 
 ViewSizes = tuple[Size, ...]  # a (height, width) for each ratio
+Arrays = Array | np.ndarray  # on the host for one image, on the devices for a batch
 # As few canvases as keep the padding under this share of the network's pixels: a fifth of a network's time is little
 # beside a program to compile.
 MAX_PADDING = 0.2
 MAX_SIZES = 100  # different sizes that canvases are searched for; more are rounded up first
 
 
-class WindowGrid(NamedTuple):
-    """An image at one ratio, as the network sees it: resized, and cut into windows; in mode "whole" a single one."""
+class AxisWindows(NamedTuple):
+    """One axis of an image at one ratio: resized, and cut into windows; in mode "whole" a single one."""
 
-    size: Size  # of the resized image
-    window: Size
-    tops: tuple[int, ...]  # first row of each window
-    lefts: tuple[int, ...]  # first column of each window
+    pixels: int  # of the image
+    resized: int  # of the network's input
+    window: int
+    starts: tuple[int, ...]  # first pixel of each window
+
+
+class WindowGrid(NamedTuple):
+    """An image at one ratio, as the network sees it."""
+
+    rows: AxisWindows
+    columns: AxisWindows
+
+    @property
+    def window(self) -> Size:
+        """Height and width of each window."""
+        return self.rows.window, self.columns.window
+
+    @property
+    def num_windows(self) -> int:
+        """The number of windows."""
+        return len(self.rows.starts) * len(self.columns.starts)
+
+
+class RatioShapes(NamedTuple):
+    """The static shapes at one of `evaluation.img_ratios`."""
+
+    canvases: tuple[Size, ...]  # of the network's input, a window; each image takes one of them
+    windows: int  # the most sliding windows of any image
+    support: Size  # cells of a window's logits (down, across) that a tile depends on at most
+
+    def canvas_size(self) -> Size:
+        """The size that windows of every canvas fit into."""
+        return _largest(self.canvases)
+
+    def logits_size(self) -> Size:
+        """Height and width of a window's logits with padding."""
+        height, width = self.canvas_size()
+        return _largest([(num_cells(height), num_cells(width)), self.support])
 
 
 class ProgramShapes(NamedTuple):
-    """What is static in the programs; images of many sizes fit into it (see `plan_shapes`)."""
+    """The static shapes of the programs; images of many sizes fit into them (see `plan_shapes`)."""
 
-    canvases: tuple[ViewSizes, ...]  # of the network's input, a window; each image takes one of them
-    windows: tuple[int, ...]  # the most sliding windows of any image, for each ratio
-    support: ViewSizes  # cells of a window's logits (down, across) that a tile depends on at most
-    masked: bool  # False where every window fills its canvas: the plain network
+    ratios: tuple[RatioShapes, ...]
+    masked: bool  # False if every window fills its canvas: the plain network
+
+    @property
+    def canvases(self) -> tuple[ViewSizes, ...]:
+        """The sizes of each canvas, one per ratio."""
+        return tuple(zip(*(ratio.canvases for ratio in self.ratios), strict=True))
 
     def select_canvas(self, canvas: int) -> "ProgramShapes":
         """The shapes for the images of one of the canvases."""
-        return self._replace(canvases=(self.canvases[canvas],))
+        return self._replace(
+            ratios=tuple(ratio._replace(canvases=(ratio.canvases[canvas],)) for ratio in self.ratios)
+        )
 
-    def find_canvas(self, sizes: ViewSizes) -> int:
-        """The number of the smallest canvas that windows of these sizes fit into; there is one."""
-        fitting = [
-            number
+    def find_canvas(self, grids: Sequence[WindowGrid]) -> int:
+        """The number of the smallest canvas that an image's windows fit into; there is one."""
+        windows = [grid.window for grid in grids]
+        fitting = {
+            number: _count_pixels(canvas)
             for number, canvas in enumerate(self.canvases)
-            if np.all(np.array(sizes) <= np.array(canvas))
-        ]
-        return min(fitting, key=lambda number: _count_pixels(self.canvases[number]))
-
-    def canvas_size(self, ratio: int) -> Size:
-        """What windows of every canvas fit into."""
-        return _largest([canvas[ratio] for canvas in self.canvases])
-
-    def logits_size(self, ratio: int) -> Size:
-        """Height and width of a window's logits with padding."""
-        height, width = self.canvas_size(ratio)
-        return _largest([(num_cells(height), num_cells(width)), self.support[ratio]])
+            if np.all(np.array(windows) <= np.array(canvas))
+        }
+        return min(fitting, key=fitting.__getitem__)
 
     def fits(self, smaller: "ProgramShapes") -> bool:
-        """Whether what fits into other shapes fits into these, which have one canvas as the others."""
+        """Whether the images of other shapes fit into these; both have one canvas."""
         return all(
-            np.all(np.array(small) <= np.array(large))
-            for small, large in zip(smaller[:3], self[:3], strict=True)
+            small.windows <= large.windows
+            and all(np.array(small.canvases[0]) <= large.canvases[0])
+            and all(np.array(small.support) <= large.support)
+            for small, large in zip(smaller.ratios, self.ratios, strict=True)
         )
 
     def pixels(self) -> int:
-        """Of the network's input, for a single canvas."""
+        """The pixels of the network's input, for a single canvas."""
         return _count_pixels(self.canvases[0])
 
 
@@ -79,14 +125,32 @@ class EvalBatch(NamedTuple):
 
     shapes: ProgramShapes  # of its programs
     rows: tuple[int | None, ...]  # the example in each row; a device's first row has one, or none of its rows
-    label_size: Size  # what the labels of every example fit into
+    label_size: Size  # the labels of every example fit into it
 
 
-class EvalPlan(NamedTuple):
-    """Every example of a data set exactly once."""
+class ViewInput(NamedTuple):
+    """One image at one ratio, mirrored or not: what the network sees, and how its logits become pixels."""
 
-    shapes: ProgramShapes
-    batches: tuple[EvalBatch, ...]
+    windows: UInt8[Arrays, "*n windows h w 3"]  # each at the top left; in mode "whole" one, the image
+    counts: Int32[Arrays, "*n 2"]  # windows of this image, down and across
+    canvas: Int32[Arrays, "*n"]  # which of the shapes' canvases; their number in a row without an image
+    area: ImageArea  # of a window on its canvas; WHOLE if nothing is masked
+    rows: BandedResize  # of each row of windows, from its logits to the rows of the image
+    columns: BandedResize
+
+
+class LabelInput(NamedTuple):
+    """The label of one image, and the tiles in which its pixels are computed."""
+
+    tiles: Int32[Arrays, "*n 2"]  # down and across
+    labels: UInt8[Arrays, "*n rows columns"]  # IGNORE_LABEL without a label and beyond the image
+
+
+class InferenceInput(NamedTuple):
+    """One image as the compiled programs take it; a batch stacks the arrays of several along a new first axis."""
+
+    views: tuple[ViewInput, ...]  # for each ratio as it is, and mirrored if `evaluation.flip` is on
+    label: LabelInput
 
 
 def network_sizes(size: Size, evaluation: ConfigDict) -> ViewSizes:
@@ -114,19 +178,22 @@ def window_grids(size: Size, evaluation: ConfigDict) -> tuple[WindowGrid, ...]:
     """What the network sees of an image of `size`, one grid per ratio."""
     grids = []
     for resized in network_sizes(size, evaluation):
-        (tops, height), (lefts, width) = (
-            ((0,), resized[axis])
-            if evaluation.mode == "whole"
-            else axis_windows(resized[axis], evaluation.crop_size[axis], evaluation.stride[axis])
-            for axis in (0, 1)
-        )
-        grids.append(WindowGrid(resized, (height, width), tops, lefts))
+        axes = []
+        for axis in (0, 1):
+            starts: tuple[int, ...] = (0,)
+            window = resized[axis]
+            if evaluation.mode == "slide":
+                starts, window = axis_windows(
+                    resized[axis], evaluation.crop_size[axis], evaluation.stride[axis]
+                )
+            axes.append(AxisWindows(size[axis], resized[axis], window, starts))
+        grids.append(WindowGrid(*axes))
     return tuple(grids)
 
 
-def tile_grid(size: Size) -> Size:
-    """How many tiles cover an image, down and across."""
-    return -(-size[0] // TILE[0]), -(-size[1] // TILE[1])
+def view_flips(evaluation: ConfigDict) -> tuple[bool, ...]:
+    """The views of each ratio: as it is, and mirrored if `evaluation.flip` is on."""
+    return (False, True) if evaluation.flip else (False,)
 
 
 def padded_label_size(size: Size) -> Size:
@@ -136,8 +203,8 @@ def padded_label_size(size: Size) -> Size:
 
 def plan_evaluation(
     image_sizes: Sequence[Size], evaluation: ConfigDict, *, devices: int, rows_per_device: int
-) -> EvalPlan:
-    """Plans the batches of a data set.
+) -> list[EvalBatch]:
+    """Plans the batches of a data set: every example exactly once.
 
     A device computes images of one canvas at a time, other devices those of others, so that a batch is full although
     few of its images share a canvas; its programs then have a branch for each canvas. With a single device each
@@ -151,9 +218,9 @@ def plan_evaluation(
         rows_per_device: images that a device computes at once.
     """
     if not image_sizes:
-        return EvalPlan(plan_shapes([(1, 1)], evaluation), ())
+        return []
     shapes = plan_shapes(image_sizes, evaluation)
-    canvases = [shapes.find_canvas(_window_sizes(window_grids(size, evaluation))) for size in image_sizes]
+    canvases = [shapes.find_canvas(window_grids(size, evaluation)) for size in image_sizes]
     label_sizes = [padded_label_size(size) for size in image_sizes]
     # Within a canvas, images of similar size share a batch, so that small ones do not wait for a large one.
     order = sorted(
@@ -161,8 +228,8 @@ def plan_evaluation(
         key=lambda index: (canvases[index], label_sizes[index], math.prod(image_sizes[index]), index),
     )
     chunks = []
-    for canvas in range(len(shapes.canvases)):
-        group = [index for index in order if canvases[index] == canvas]
+    for _, images in itertools.groupby(order, key=canvases.__getitem__):
+        group = list(images)
         chunks += [group[start : start + rows_per_device] for start in range(0, len(group), rows_per_device)]
     batches = []
     for start in range(0, len(chunks), devices):
@@ -174,7 +241,7 @@ def plan_evaluation(
         label_size = _largest([label_sizes[index] for chunk in spread for index in chunk])
         batch_shapes = shapes.select_canvas(canvases[spread[0][0]]) if devices == 1 else shapes
         batches.append(EvalBatch(batch_shapes, tuple(rows), label_size))
-    return EvalPlan(shapes, tuple(batches))
+    return batches
 
 
 def _spread(chunks: list[list[int]], devices: int) -> list[list[int]]:
@@ -199,37 +266,28 @@ def plan_shapes(
     """
     number_of = collections.Counter(image_sizes)
     grids = {size: window_grids(size, evaluation) for size in number_of}
-    sizes = [_window_sizes(each) for each in grids.values()]
-    windows = [max(map(_count_windows, of_ratio)) for of_ratio in zip(*grids.values(), strict=True)]
-    if round_up:
-        limit = evaluation.crop_size if evaluation.mode == "slide" else (2**30, 2**30)
-        sizes = [
-            tuple(
-                (min(_round_up(height), limit[0]), min(_round_up(width), limit[1])) for height, width in views
+    limit = evaluation.crop_size if evaluation.mode == "slide" else (2**30, 2**30)
+
+    def sides(grids: Sequence[WindowGrid]) -> tuple[int, ...]:
+        """Height and width of the windows at each ratio, one after the other."""
+        windows = [(side, most) for grid in grids for side, most in zip(grid.window, limit, strict=True)]
+        return tuple(min(_round_up(side), most) if round_up else side for side, most in windows)
+
+    wanted = [sides(each) for each in grids.values()]
+    canvases = choose_canvases(wanted, list(number_of.values()), evaluation.max_canvases, MAX_PADDING)
+    ratios = []
+    for number, of_ratio in enumerate(zip(*grids.values(), strict=True)):
+        windows = max(grid.num_windows for grid in of_ratio)
+        support = _largest([(_support(grid.rows, 0), _support(grid.columns, 1)) for grid in of_ratio])
+        ratios.append(
+            RatioShapes(
+                tuple((canvas[2 * number], canvas[2 * number + 1]) for canvas in canvases),
+                _round_up_to_power(windows) if round_up else windows,
+                support,
             )
-            for views in sizes
-        ]
-        windows = [_round_up_to_power(count) for count in windows]
-    canvases = choose_canvases(
-        [tuple(side for size in views for side in size) for views in sizes],
-        list(number_of.values()),
-        evaluation.max_canvases,
-        MAX_PADDING,
-    )
-    paired = tuple(tuple(zip(canvas[::2], canvas[1::2], strict=True)) for canvas in canvases)
-    supports = [
-        [
-            (
-                tile_support(size[0], grid.size[0], TILE[0], grid.window[0]),
-                tile_support(size[1], grid.size[1], TILE[1], grid.window[1]),
-            )
-            for grid in each
-        ]
-        for size, each in grids.items()
-    ]
-    support = tuple(_largest(of_ratio) for of_ratio in zip(*supports, strict=True))
-    masked = round_up or any(views not in paired for views in sizes)
-    return ProgramShapes(paired, tuple(windows), support, masked)
+        )
+    masked = round_up or any(each not in canvases for each in wanted)
+    return ProgramShapes(tuple(ratios), masked)
 
 
 def choose_canvases(
@@ -241,7 +299,7 @@ def choose_canvases(
 
     Args:
         sizes: of the images: height and width, for each ratio.
-        weights: of each size, how often it occurs.
+        weights: how often each size occurs.
         limit: of the number of results.
         max_padding: share of the pixels that may be padding.
     """
@@ -253,7 +311,7 @@ def choose_canvases(
     pairs = np.maximum(wanted[:, None], wanted).reshape(-1, wanted.shape[1])
     candidates = np.unique(np.concatenate([pairs, wanted.max(0)[None]]), axis=0)
     fits = (wanted[:, None] <= candidates).all(-1)
-    # Of each size on each candidate, the pixels of all its images.
+    # The pixels of all images of each size on each candidate.
     work = np.where(fits, count_pixels(candidates), np.inf) * weight[:, None]
     needed = (count_pixels(wanted) * weight).sum()
     chosen = [int(work.sum(0).argmin())]
@@ -278,12 +336,92 @@ def _round_to_few(sizes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, n
         step *= 2
 
 
-def _window_sizes(grids: Sequence[WindowGrid]) -> ViewSizes:
-    return tuple(grid.window for grid in grids)
+def prepare_input(
+    image: Image,
+    label: Labels | None,
+    evaluation: ConfigDict,
+    shapes: ProgramShapes,
+    label_size: Size | None = None,
+    dtype: str = "float32",
+) -> InferenceInput:
+    """Resizes an image for the network, cuts its windows, and lays out their resize matrices and its labels.
+
+    Args:
+        image: uint8 `[h, w, 3]`, RGB.
+        label: uint8 `[h, w]`, or None if only the prediction is wanted.
+        evaluation: the settings `config.evaluation`.
+        shapes: of the programs; the image fits into them.
+        label_size: of the labels' array, which the image shares with others; its own if None.
+        dtype: of the matrices, float32 or float64.
+    """
+    size = (image.shape[0], image.shape[1])
+    label_size = padded_label_size(size) if label_size is None else label_size
+    grids = window_grids(size, evaluation)
+    canvas = np.array(shapes.find_canvas(grids), np.int32)
+    views = []
+    for grid, ratio, factor in zip(grids, shapes.ratios, evaluation.img_ratios, strict=True):
+        scale = multiply_scale(evaluation.scale, factor)
+        resized = eval_image(image, scale=scale, size_divisor=evaluation.size_divisor)
+        area = make_image_area(grid.window, ratio.canvas_size(), dtype) if shapes.masked else WHOLE
+        (height, width), tops, lefts = grid.window, grid.rows.starts, grid.columns.starts
+        for flip in view_flips(evaluation):
+            windows = np.zeros((ratio.windows, *ratio.canvas_size(), 3), np.uint8)
+            seen = resized[:, ::-1] if flip else resized
+            for number, (top, left) in enumerate(itertools.product(tops, lefts)):
+                windows[number, :height, :width] = seen[top : top + height, left : left + width]
+            rows, columns = (
+                _resize_bands(axis, number, label_size[number] // TILE[number], ratio, flip, dtype)
+                for number, axis in enumerate(grid)
+            )
+            counts = np.array((len(tops), len(lefts)), np.int32)
+            views.append(ViewInput(windows, counts, canvas, area, rows, columns))
+    labels = np.full(label_size, IGNORE_LABEL, np.uint8)
+    if label is not None:
+        labels[: size[0], : size[1]] = label
+    tiles = np.array([-(-side // tile) for side, tile in zip(size, TILE, strict=True)], np.int32)
+    return InferenceInput(tuple(views), LabelInput(tiles, labels))
 
 
-def _count_windows(grid: WindowGrid) -> int:
-    return len(grid.tops) * len(grid.lefts)
+def padding_input(
+    size: Size, evaluation: ConfigDict, shapes: ProgramShapes, label_size: Size, dtype: str = "float32"
+) -> InferenceInput:
+    """Fills a row of a batch that has no image: a black one of a size that fits, without a canvas and tiles."""
+    black = np.zeros((*size, 3), np.uint8)
+    views, label = prepare_input(black, None, evaluation, shapes, label_size, dtype)
+    canvas = np.array(len(shapes.canvases), np.int32)
+    return InferenceInput(
+        tuple(view._replace(canvas=canvas) for view in views), label._replace(tiles=np.zeros(2, np.int32))
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _resize_bands(
+    axis: AxisWindows, number: int, num_tiles: int, ratio: RatioShapes, flip: bool, dtype: str
+) -> BandedResize:
+    """The resizes of an image's windows along one axis in tiles; cached, since images share few sizes.
+
+    Args:
+        axis: the image's windows.
+        number: of the axis: 0 for rows, 1 for columns.
+        num_tiles: of the labels' array.
+        ratio: the shapes of the result.
+        flip: whether the network sees the image mirrored.
+        dtype: of the matrices.
+    """
+    matrices = resize_matrices(axis.resized, axis.pixels, axis.starts, axis.window, dtype)
+    bands = split_into_bands(
+        matrices[:, ::-1] if flip and number == 1 else matrices,
+        TILE[number],
+        support=ratio.support[number],
+        num_tiles=num_tiles,
+        padded_cells=ratio.logits_size()[number],
+    )
+    missing = (0, ratio.windows - len(axis.starts))
+    return BandedResize(*(np.pad(x, [missing] + [(0, 0)] * (x.ndim - 1)) for x in bands))
+
+
+def _support(axis: AxisWindows, number: int) -> int:
+    return tile_support(axis.pixels, axis.resized, TILE[number], axis.window)
 
 
 def _count_pixels(sizes: ViewSizes) -> int:

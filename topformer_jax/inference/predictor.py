@@ -1,46 +1,46 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from topformer_jax import models
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.inputs import InferenceInput, LabelInput, prepare_input, view_flips
-from topformer_jax.inference.plan import ProgramShapes, network_sizes, plan_shapes
+from topformer_jax.inference.plan import (
+    InferenceInput,
+    LabelInput,
+    ProgramShapes,
+    network_sizes,
+    plan_shapes,
+    prepare_input,
+    view_flips,
+)
 from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.runtime import sharding
 from topformer_jax.runtime.errors import UserError
 
-# Images as the network sees them but for the normalisation, to logits.
+# Images as the network sees them, before the normalisation, to logits.
 Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]
-# Of `segment`, while the model lives: what the model consisted of, and a predictor that has seen no image.
-_predictors: weakref.WeakKeyDictionary[nnx.Module, tuple[list[Any], "Predictor"]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class Predictor:
     """Labels images of any size, one at a time, on this process's first device.
 
-    How an image is resized, and whether windows, several scales or mirrored views are used, is the evaluation of
-    the config that the model was loaded with (`model.config.evaluation`).
-
-    Images of many sizes share few compiled programs, whose sizes are rounded up.
+    `model.config.evaluation` says how an image is resized, and whether windows, several scales or mirrored views are
+    used. Images of many sizes share few compiled programs, whose sizes are rounded up.
 
     Args:
         model: as `topformer_jax.load` returns it; it is switched to inference mode.
-        tensors: by official name, to use instead of the model's own.
-        image_sizes: (height, width) of the images to come, as far as they are known: their programs are made for
-            them, and are fewer.
-        network: what computes the logits instead of the model, an exported file for one; not in mode "slide".
+        image_sizes: (height, width) of the images to come, if they are known: fewer programs are compiled.
+        network: computes the logits instead of the model, for example an exported file; not in mode "slide".
+
+    Attributes:
+        model: the model.
+        classes, palette, checkpoint_config: the model's.
 
     Raises:
         UserError: the model is a classifier.
@@ -49,18 +49,17 @@ class Predictor:
     def __init__(
         self,
         model: models.Segmenter | models.Classifier,
-        tensors: Mapping[str, np.ndarray | Array] | None = None,
         image_sizes: Sequence[Size] = (),
         network: Network | None = None,
     ):
         if not isinstance(model, models.Segmenter):
             raise UserError(f"{model.config.name} is a classifier: only a segmenter labels pixels")
+        self.model = model
+        self.classes, self.palette = model.classes, model.palette
+        self.checkpoint_config = model.checkpoint_config
         mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
         self._programs = compile_inference(model, mesh)
-        tensors = models.state_dict(model) if tensors is None else dict(tensors)
-        self._tensors = jax.device_put(tensors, sharding.replicated(mesh))
-        if network is not None and self._programs.evaluation.mode != "whole":
-            raise UserError("another network sees whole images: set evaluation.mode=whole")
+        self._tensors = jax.device_put(models.state_dict(model), sharding.replicated(mesh))
         self._network = network
         self._planned: list[ProgramShapes] = []
         if image_sizes:
@@ -98,7 +97,7 @@ class Predictor:
             ratio = number // flips
             height, width = sizes[ratio]
             logits = network(np.ascontiguousarray(np.asarray(view.windows)[0, :, :height, :width]))
-            down, across = shapes.logits_size(ratio)
+            down, across = shapes.ratios[ratio].logits_size()
             pad = ((0, 0), (0, down - logits.shape[1]), (0, across - logits.shape[2]), (0, 0))
             padded = np.pad(logits, pad).swapaxes(2, 3)[None]
             placed = jax.device_put(padded, self._programs.batch_sharding)
@@ -116,32 +115,8 @@ class Predictor:
         return np.asarray(predictions)[0, : image.shape[0], : image.shape[1]]
 
 
-def _list_parts(module: nnx.Module) -> Iterator[Any]:
-    """The arrays and settings that a model consists of, in a fixed order: the objects themselves, without copies."""
-    for name, value in vars(module).items():
-        if isinstance(value, nnx.Module):
-            yield from _list_parts(value)
-        elif isinstance(value, nnx.Variable):
-            yield value.get_value()
-        elif not name.startswith("_"):  # flax's own
-            yield value
-
-
-def _find_predictor(model: models.Segmenter | models.Classifier) -> Predictor:
-    """The predictor of an earlier call, or a new one where a weight, a mode or the config is another object now."""
-    known, predictor = _predictors.get(model, ([], None))
-    parts = list(_list_parts(model))
-    same = len(parts) == len(known) and all(new is old for new, old in zip(parts, known, strict=True))
-    if predictor is None or not same:
-        predictor = Predictor(model)
-        _predictors[model] = list(_list_parts(model)), predictor  # in inference mode
-    return predictor
-
-
 def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:
     """The class of each pixel of one RGB image of any size, evaluated as the model's own config says.
-
-    The weights stay on the device between calls, until the model ends or has others.
 
     >>> import numpy as np, topformer_jax
     >>> model = topformer_jax.load("topformer_t_context60")  # and a checkpoint
@@ -149,8 +124,8 @@ def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels
     (60, 80)
 
     Args:
-        model: as `topformer_jax.load` returns it; it is switched to inference mode. To evaluate it otherwise, load it
-            otherwise: `load(config, checkpoint, **{"evaluation.flip": True})`.
+        model: as `topformer_jax.load` returns it; it is switched to inference mode. To change the evaluation, load it
+            with other settings: `load(config, checkpoint, **{"evaluation.flip": True})`.
         image: uint8 `[h, w, 3]`.
 
     Returns:
@@ -159,4 +134,4 @@ def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels
     Raises:
         UserError: the model is a classifier.
     """
-    return _find_predictor(model)(image)
+    return Predictor(model)(image)

@@ -21,6 +21,7 @@ from topformer_jax.ops.resample import bilinear_matrix, bilinear_taps
 STRIDE = 8  # input pixels per cell of the logits
 TILE = (32, 128)  # output pixels, (height, width); 128 columns fill a TPU's vector lanes
 Corner = tuple[Array, Array]  # the first row and column of a tile
+TileLogits = Float[Array, "rows classes columns"]  # a view's logits, resized, at the pixels of a tile
 
 
 class BandedResize(NamedTuple):
@@ -129,37 +130,31 @@ def fold_tiles(
     views: Sequence[ViewLogits],
     tiles: Int[Array, "2"],
     init: Any,
-    body: Callable[[Any, Float[Array, "rows classes columns"], Corner], Any],
+    body: Callable[[Any, list[TileLogits], Corner], Any],
     *,
     precision: str | None = "highest",
 ) -> Any:
-    """Runs `carry = body(carry, scores, corner)` over the tiles of an image, row by row; returns the last carry.
-
-    With one view, scores are its resized logits; with several, the sum of their softmaxes.
+    """Runs `carry = body(carry, logits, corner)` over the tiles of an image, row by row; returns the last carry.
 
     Args:
         views: of the image, each with its own logits and resize.
         tiles: of the image, down and across.
         init: the carry before the first tile.
-        body: takes the carry, the scores and the corner of a tile, and returns the next carry.
+        body: gets the resized logits of every view at a tile: see `predict_classes` and `mean_probabilities`.
         precision: of the matrix products.
     """
     down, across = tiles
 
     def fold_one(tile: Array, carry: Any) -> Any:
         row, column = tile // across, tile % across
-        scores = [_tile_scores(view, row, column, precision) for view in views]
-        if len(scores) > 1:
-            scores = [jax.nn.softmax(score, axis=1) for score in scores]
-        return body(carry, functools.reduce(jnp.add, scores), (row * TILE[0], column * TILE[1]))
+        logits = [_tile_logits(view, row, column, precision) for view in views]
+        return body(carry, logits, (row * TILE[0], column * TILE[1]))
 
     with jax.named_scope("tiles"):
         return lax.fori_loop(0, down * across, fold_one, init)
 
 
-def _tile_scores(
-    view: ViewLogits, row: Array, column: Array, precision: str | None
-) -> Float[Array, "rows classes columns"]:
+def _tile_logits(view: ViewLogits, row: Array, column: Array, precision: str | None) -> TileLogits:
     """The resized logits of one tile: the sum over the windows."""
     windows, _, classes, _ = view.logits.shape
     height, width = view.rows.weights.shape[-1], view.columns.weights.shape[-1]
@@ -183,11 +178,18 @@ def _tile_scores(
     return lax.fori_loop(zero, view.counts[0] * view.counts[1], add_window, zeros)
 
 
-def mean_probabilities(
-    scores: Float[Array, "rows classes columns"], num_views: int
-) -> Float[Array, "rows classes columns"]:
-    """The mean softmax over the views, from the scores of `fold_tiles`."""
-    return jax.nn.softmax(scores, axis=1) if num_views == 1 else scores / num_views
+def mean_probabilities(logits: Sequence[TileLogits]) -> Float[Array, "rows classes columns"]:
+    """The softmax over classes at the pixels of a tile, averaged over the views."""
+    return _sum_probabilities(logits) / len(logits)
+
+
+def predict_classes(logits: Sequence[TileLogits]) -> Int32[Array, "rows columns"]:
+    """The class with the largest mean probability at the pixels of a tile; a single view needs no softmax."""
+    return argmax_classes(logits[0] if len(logits) == 1 else _sum_probabilities(logits))
+
+
+def _sum_probabilities(logits: Sequence[TileLogits]) -> Float[Array, "rows classes columns"]:
+    return functools.reduce(jnp.add, [jax.nn.softmax(each, axis=1) for each in logits])
 
 
 def argmax_classes(scores: Float[Array, "rows classes columns"]) -> Int32[Array, "rows columns"]:

@@ -84,8 +84,15 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
 
 
-def add_stretch_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of commands that run an exported file."""
+def add_weights_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of commands that label images by a checkpoint or by an exported file."""
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument(
+        "--checkpoint", metavar="PATH", help="a file, a checkpoint folder or a work directory"
+    )
+    weights.add_argument(
+        "--exported", metavar="FILE", help="a file of topformer_jax.export, run in its runtime"
+    )
     text = "with --exported: resize every image to the one size of FILE, whatever its shape"
     parser.add_argument("--stretch", action="store_true", help=text)
 

@@ -19,8 +19,12 @@ from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import loader, sources, workers
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.inference.classification import evaluate_classifier
-from topformer_jax.inference.evaluation import ExampleResult, evaluate_split, score_split
+from topformer_jax.inference.evaluation import (
+    ExampleResult,
+    evaluate_classifier,
+    evaluate_split,
+    score_split,
+)
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.run_folder import RunFolder
