@@ -215,7 +215,7 @@ LABEL_MAPS: dict[str, tuple] = {
     ),
     "a class more": (
         *(every(put(19)), PROBLEM, "zero-label-not-reduced"),
-        "which makes 0 void; or there is a class more: --config.model.num_classes=20",
+        "which makes 0 void; or add a class: --config.model.num_classes=20",
     ),
     "254": (
         every(lambda label: np.where(label == 255, 254, label).astype(np.uint8)),

@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -296,21 +295,6 @@ def test_the_first_examples_of_a_classifier_say_nothing_about_classes(healthy: p
     findings, report = look_through(configure(healthy / "classes"), limit=2)
     assert findings == []
     assert FOLDERS[0] not in check.format_report(report)
-
-
-def test_threads_do_not_change_the_report(spoilt: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = spoilt / "maps"
-    for number in range(5):
-        cut(root / f"images/train/{number}.jpg")
-    reports = []
-    for threads in (1, 7):
-        monkeypatch.setattr(os, "cpu_count", lambda threads=threads: threads)
-        reports.append(check.format_report(look_through(configure(root))[1]))
-    assert reports[0] == reports[1]
-    assert (
-        "images/train/0.jpg is cut off: its end is missing; replace or remove it (and 4 others (images/train/1.jpg, "
-        in reports[0]
-    )
 
 
 def test_records_of_label_maps(spoilt: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -321,6 +321,15 @@ def test_labels_equal_those_of_onnxruntime_and_jax(
         names[label] for label in np.argsort(-counts, kind="stable") if counts[label]
     ]
     assert re.match(r"\d+ ms a frame, \d+ of them the network", text_of(browser, "status"))
+    # One class alone, by its button; another opacity.
+    browser.evaluate("document.querySelector('#legend button').click()")
+    assert ((overlay_of(browser)[..., 3] == 255) == (labels == counts.argmax())).all()
+    browser.evaluate(
+        "{ const opacity = document.getElementById('opacity'); opacity.value = 51;"
+        " opacity.oninput({ target: opacity }) }"
+    )
+    assert text_of(browser, "percent") == "51 %"
+    assert browser.evaluate("document.getElementById('overlay').style.opacity") == "0.51"
 
 
 def test_a_file_of_any_size_keeps_the_shape_of_a_picture(
@@ -412,32 +421,6 @@ def test_the_camera_and_what_is_no_picture(
         browser.evaluate("document.getElementById('camera').click()")
         browser.wait_for(f"document.getElementById('problem').textContent.includes('{sentence}')")
     assert text_of(browser, "camera") == "Camera"
-
-
-def test_the_keyboard_reaches_everything(picture: pathlib.Path, browser: Browser, page: str) -> None:
-    open_page(browser, page)
-    segment(browser, picture)
-
-    def press(key: str, text: str = "") -> str:
-        for kind in ("keyDown", "keyUp"):
-            extra = {"text": text} if text and kind == "keyDown" else {}
-            code = {"Tab": 9, "ArrowRight": 39, "Enter": 13}[key]
-            browser.send(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **extra
-            )
-        return str(
-            browser.evaluate("document.activeElement.id || document.activeElement.dataset.label || ''")
-        )
-
-    reached = [press("Tab") for _ in range(5)]
-    assert reached[:4] == ["choose", "camera", "opacity", "device"]
-    press("Enter", "\r")
-    labels = read_shown(browser)[1]
-    assert ((overlay_of(browser)[..., 3] == 255) == (labels == int(reached[4]))).all()
-    browser.evaluate("document.getElementById('opacity').focus()")
-    press("ArrowRight")
-    assert text_of(browser, "percent") == "51 %"
-    assert browser.evaluate("document.getElementById('overlay').style.opacity") == "0.51"
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]
             "*",
             fill(0),
             {"data.reduce_zero_label": True},
-            "only 0, in 8 labels: reduce_zero_label makes 0 void: if it is a class, --config.data.reduce_z",
+            "only 0, in 8 labels: 0 is void by data.reduce_zero_label: for a class, --config.data.reduce_z",
         ),
         ("*", fill(10), {}, "where the classes are 0 to 9 and void is 255: perhaps they count from 1"),
         ("*", fill(77), {}, "77 in 11 labels (annotations/train/0.png, annotations/train/1.png, "),

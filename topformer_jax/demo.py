@@ -92,11 +92,11 @@ def find_files(
     if other.get("target") != "web":
         raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
     for key in ("checkpoint", "size", "stride"):
-        found = [
+        first, second = (
             each[key].get("sha256") if key == "checkpoint" else each[key] for each in (description, other)
-        ]
-        if found[0] != found[1]:
-            raise UserError(f"--webgpu {webgpu} has another {key} than {path}: {found[1]} and {found[0]}")
+        )
+        if first != second:
+            raise UserError(f"--webgpu {webgpu} has another {key} than {path}: {second} and {first}")
     return {"wasm": path, "webgpu": webgpu}, description
 
 

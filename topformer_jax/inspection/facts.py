@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -44,10 +44,9 @@ class BoundaryStats(NamedTuple):
 
     soft: int = 0
     hard: int = 0
-    pairs: frozenset[tuple[int, int]] = (
-        frozenset()
-    )  # some of the (smaller, larger) values beside soft borders
-    between: frozenset[int] = frozenset()  # some of the values in soft borders
+    # Of the soft borders, some (smaller, larger) values beside them, and some values in them.
+    pairs: frozenset[tuple[int, int]] = frozenset()
+    between: frozenset[int] = frozenset()
 
 
 class ExampleFacts(NamedTuple):
@@ -61,9 +60,7 @@ class ExampleFacts(NamedTuple):
     depth: int = 0  # the bits that the values of an image of 16 bits take
     is_turned: bool = False  # by an EXIF orientation that does not change the size
     kind: str = ""  # of the label's file
-    pixels: Mapping[int, int] | None = (
-        None  # of a label, by value; a classifier has {class: 1}; None: unreadable
-    )
+    pixels: Mapping[int, int] = {}  # of the label, by value; {class: 1} for a classifier; empty if unreadable
     largest: int = 0  # value in the label
     palette: bytes = b""  # red, green, blue of each value in the label
     borders: BoundaryStats = BoundaryStats()
@@ -90,20 +87,17 @@ class SplitFacts:
     @functools.cached_property
     def labels(self) -> list[ExampleFacts]:
         """The examples whose label could be read."""
-        return [example for example in self.examples if example.pixels is not None]
+        return [example for example in self.examples if example.pixels]
 
     @functools.cached_property
     def pixels(self) -> collections.Counter[int]:
         """Pixels by stored value; for a classifier, images by class."""
-        total: collections.Counter[int] = collections.Counter()
-        for example in self.labels:
-            total.update(example.pixels)
-        return total
+        return _add_up(example.pixels for example in self.labels)
 
     @functools.cached_property
     def label_counts(self) -> collections.Counter[int]:
         """How many labels hold each stored value."""
-        return collections.Counter(value for example in self.labels for value in example.pixels or ())
+        return collections.Counter(value for example in self.labels for value in example.pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +133,7 @@ class Inspection:
     @functools.cached_property
     def pixels(self) -> collections.Counter[int]:
         """Pixels of both splits by stored value."""
-        return sum((split.pixels for split in self.splits.values()), collections.Counter())
+        return _add_up(split.pixels for split in self.splits.values())
 
     @functools.cached_property
     def wrong_values(self) -> list[int]:
@@ -148,7 +142,7 @@ class Inspection:
 
     def labels_with(self, *values: int) -> list[str]:
         """The names of the labels that hold one of the values."""
-        return [label.label for label in self.labels if not label.pixels.keys().isdisjoint(values)]  # type: ignore[union-attr]
+        return [example.label for example in self.labels if not example.pixels.keys().isdisjoint(values)]
 
     def per_class(self, counts: Mapping[int, int]) -> Int64[np.ndarray, " classes"]:
         """Counts by stored value as an array of counts by class."""
@@ -156,6 +150,13 @@ class Inspection:
         for value, label in self.class_of.items():
             result[label] = counts[value]
         return result
+
+
+def _add_up(counts: Iterable[Mapping[int, int]]) -> collections.Counter[int]:
+    total: collections.Counter[int] = collections.Counter()
+    for each in counts:
+        total.update(each)
+    return total
 
 
 def inspect(
@@ -264,8 +265,10 @@ def _inspect_example(example: Example, config: ConfigDict, with_images: bool) ->
     is_classification = config.task == "classification"
     size: Size | None = None
     faults: list[Fault] = []
-    facts: dict[str, Any] = {"digest": _digest(example.image) if with_images else b""}
+    facts: dict[str, Any] = {}
     try:
+        if with_images:
+            facts["digest"] = _digest(example.image)
         facts["depth"] = codecs.read_depth(example.image, image)
         if with_images:
             size = codecs.decode_image(example.image, image, orient=not is_classification).shape[:2]
@@ -294,17 +297,15 @@ def _remove_name(error: UserError, name: str) -> str:
 
 
 def _digest(image: bytes | np.ndarray) -> bytes:
-    data = np.ascontiguousarray(image).data if isinstance(image, np.ndarray) else image
-    return hashlib.blake2b(data, digest_size=16).digest() if len(image) else b""
+    data = image if isinstance(image, bytes) else image.tobytes()
+    return hashlib.blake2b(data, digest_size=16).digest() if data else b""
 
 
 def _describe_label(label: bytes | np.ndarray, values: np.ndarray) -> dict[str, Any]:
     """The facts of a label map: how its file stores it, and which values it has where."""
-    # Row by row, since np.bincount takes eight bytes per pixel.
-    rows = (
-        np.bincount(np.minimum(row, np.uint16(OUT_OF_RANGE)), minlength=OUT_OF_RANGE + 1) for row in values
-    )
-    pixels = sum(rows, np.zeros(OUT_OF_RANGE + 1, np.int64))
+    pixels = np.zeros(OUT_OF_RANGE + 1, np.int64)
+    for row in values:  # of all rows at once, np.bincount would take eight bytes per pixel
+        pixels += np.bincount(np.minimum(row, np.uint16(OUT_OF_RANGE)), minlength=len(pixels))
     return {
         "kind": label_kind(label),
         "pixels": {value: int(pixels[value]) for value in np.flatnonzero(pixels).tolist()},

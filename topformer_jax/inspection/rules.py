@@ -85,9 +85,7 @@ def split_files(facts: Inspection) -> Iterator[Finding]:
         is_raw = "labelIds.png" in split.unlabelled
         copies = list_names(_find_copies(split), "copy", " of an image: remove all but one")
         unused = " without an image: not read; add the images, or remove the labels"
-        unread = (
-            " not read: save pictures as JPEG or PNG, those of a classifier directly in the folder of a class"
-        )
+        unread = " not read: save pictures as JPEG or PNG, a classifier's directly in the folder of a class"
         turned = [example.image for example in split.examples if example.is_turned]
         advice = " turned or mirrored by the EXIF orientation: make sure that the labels are too"
         texts: tuple[tuple[Level, str, str], ...] = (
@@ -120,11 +118,9 @@ def damaged_files(facts: Inspection) -> Iterator[Finding]:
 
 def copies_between_the_splits(facts: Inspection) -> Iterator[Finding]:
     """Images of validation that are trained on: the scores tell less than they seem to."""
-    train, validation = (
-        {each.digest: each.image for each in reversed(facts.splits[name].examples) if each.digest}
-        for name in SPLITS
-    )
-    pairs = [f"{name} = {train[digest]}" for digest, name in reversed(validation.items()) if digest in train]
+    train, validation = (facts.splits[name].examples for name in SPLITS)
+    trained = {each.digest: each.image for each in reversed(train) if each.digest}
+    pairs = [f"{each.image} = {trained[each.digest]}" for each in validation if each.digest in trained]
     if pairs:
         text = list_names(pairs, "image", " in both splits: scores will be too high; remove one of each")
         yield Finding("warning", "duplicates-between-splits", text)
@@ -145,7 +141,7 @@ def label_palettes(facts: Inspection) -> Iterator[Finding]:
     """A value in several colours: some programs number the colours of each picture anew."""
     seen: dict[int, tuple[bytes, str]] = {}
     for label in facts.labels:
-        for value in label.pixels or ():
+        for value in label.pixels:
             colour = label.palette[3 * value : 3 * value + 3]
             if colour and seen.setdefault(value, (colour, label.label))[0] != colour:
                 first, name = seen[value]
@@ -189,9 +185,7 @@ def wrong_values(facts: Inspection) -> Iterator[Finding]:
     reduced = "void reduced once more by zero-label reduction; make the labels again from the originals"
     from_one = "perhaps they count from 1: --config.data.reduce_zero_label=true"
     if pixels[0]:
-        from_one += (
-            f", which makes 0 void; or there is a class more: --config.model.num_classes={classes + 1}"
-        )
+        from_one += f", which makes 0 void; or add a class: --config.model.num_classes={classes + 1}"
     deep = "values of 16 bits are no class numbers: write 0, 1, ... and 255 for void"
     grey = "if they are grey levels of a mask of colours, write the classes' numbers instead"
     explanations = (  # the first one that holds is given
@@ -249,7 +243,7 @@ def label_kinds(facts: Inspection) -> Iterator[Finding]:
 def void_labels(facts: Inspection) -> Iterator[Finding]:
     """Labels without a pixel of any class: nothing is learned from them. If all are such, the scores are nan."""
     for split in facts.splits.values():
-        void = [each.label for each in split.labels if facts.class_of.keys().isdisjoint(each.pixels or ())]
+        void = [each.label for each in split.labels if facts.class_of.keys().isdisjoint(each.pixels)]
         if void and len(void) < len(split.labels):
             text = f"{list_names(void, 'label')} of {len(split.labels)}: label them, or remove them"
             yield Finding("warning", "void-labels", f"{split.name}: no class, only void, in {text}")
@@ -258,7 +252,7 @@ def void_labels(facts: Inspection) -> Iterator[Finding]:
             advice = "255 is void: write the numbers of the classes instead"
             if facts.config.data.reduce_zero_label and split.pixels[0]:
                 advice = (
-                    "reduce_zero_label makes 0 void: if it is a class, --config.data.reduce_zero_label=false"
+                    "0 is void by data.reduce_zero_label: for a class, --config.data.reduce_zero_label=false"
                 )
             text = f"no pixel of any class, only {values}, in {_count_labels(split, 'label')}: {advice}"
             yield Finding("problem", "void-labels", f"{split.name}: {text}")

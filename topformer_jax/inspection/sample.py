@@ -42,7 +42,7 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
         examples: list[ExampleFacts] = []
         values: set[int] = set()
         for example in facts_lib.read_examples(source, chosen[name], config, with_images=False):
-            if example.pixels is None:
+            if not example.pixels:
                 continue
             examples.append(example)
             values |= example.pixels.keys() & facts.class_of.keys()

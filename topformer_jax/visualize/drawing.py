@@ -186,9 +186,11 @@ def _fit_into(image: Image, height: int, width: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(image).resize(size, PIL.Image.Resampling.BOX)
 
 
-def encode_image(image: Image, format: Format = "jpeg") -> bytes:
-    """Encodes an image, uint8 `[h, w, 3]`, as the bytes of a JPEG (quality 90) or PNG file."""
-    return _encode(PIL.Image.fromarray(image), format)
+def encode(image: PIL.Image.Image, format: Format) -> bytes:
+    """Encodes an image as the bytes of a JPEG (quality 90) or PNG file."""
+    data = io.BytesIO()
+    image.save(data, format, **({"quality": 90} if format == "jpeg" else {}))
+    return data.getvalue()
 
 
 def encode_figure(figure: "Figure") -> bytes:
@@ -211,7 +213,7 @@ def write_image(path: files.Path, image: Image) -> None:
         raise UserError(
             f"cannot write {path}: a JPEG has at most {MAX_JPEG_SIDE} pixels a side; name it .png"
         )
-    files.write_file(path, encode_image(image, format))
+    files.write_file(path, encode(PIL.Image.fromarray(image), format))
 
 
 def write_labels(path: files.Path, labels: Labels, palette: Sequence[Colour]) -> None:
@@ -224,13 +226,7 @@ def write_labels(path: files.Path, labels: Labels, palette: Sequence[Colour]) ->
         raise UserError(f"cannot write {path}: labels go into a .png file, which is lossless")
     image = PIL.Image.fromarray(labels)
     image.putpalette(_colour_table(palette).tobytes())
-    files.write_file(path, _encode(image, "png"))
-
-
-def _encode(image: PIL.Image.Image, format: Format) -> bytes:
-    data = io.BytesIO()
-    image.save(data, format, **({"quality": 90} if format == "jpeg" else {}))
-    return data.getvalue()
+    files.write_file(path, encode(image, "png"))
 
 
 def _colour_table(palette: Sequence[Colour]) -> UInt8[np.ndarray, "256 3"]:

@@ -136,7 +136,7 @@ def _show_example(example: ReportExample, data_set: DataSet) -> tuple[dict[str, 
     for name, (image, format) in panels.items():
         picture = PIL.Image.fromarray(image)
         picture.thumbnail(MAX_IMAGE_SIZE, PIL.Image.Resampling.BOX)
-        sources[name] = _as_uri(drawing.encode_image(np.asarray(picture), format), format)
+        sources[name] = _as_uri(drawing.encode(picture, format), format)
     labels = np.concatenate([example.label.ravel(), example.prediction.ravel()])
     return sources, drawing.class_shares(labels[None], data_set)
 
