@@ -344,5 +344,5 @@ def test_checkpoints_that_do_not_fit(
         file.write_bytes(whole[: len(whole) // 2])
         line = command(workdir, changes)
         assert f"cannot read {workdir}/checkpoints/6: " in line
-        assert "if it is damaged, move it away to go on from step 4" in line
+        assert "if it is damaged, move it away to resume from step 4" in line
         file.write_bytes(whole)

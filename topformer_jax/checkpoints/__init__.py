@@ -1,13 +1,12 @@
-"""Checkpoints: a file or a folder of some format on one side, a model on the other.
+"""Checkpoints: reads and writes files and folders, and loads them into models.
 
-    torch_format         .pth files of the official code: names, layouts, reading and writing
+    torch_format         .pth files of the official code
     safetensors_format   .safetensors files
-    orbax_store          checkpoint folders: of one model, and of a training run
-    load                 which format a path has, and "this checkpoint into that model", strictly
-    origin               what a checkpoint says of its classes and settings, and where a command differs
+    orbax_store          checkpoint folders of a model or of a training run
+    load                 chooses the format, and loads a checkpoint into a model, strictly
+    origin               classes and settings of a checkpoint, and how those of a command differ
 
 Every format reads and writes the same: a model's tensors by official name in this package's layout, and metadata.
-A model's variables have the official names themselves, so what a reader returns needs no further mapping.
 """
 
 from topformer_jax.checkpoints.load import (

@@ -1,14 +1,16 @@
-"""This checkpoint into that model, strictly: each tensor has one place, each place its tensor, all numbers finite.
+"""Loads a checkpoint into a model, strictly: each tensor has one place, each place its tensor, all are finite.
 
-    path -> its format's reader -> names matched (names.py) -> part chosen -> checked -> the model's variables
+    path -> the reader of its format -> names matched -> part chosen -> checked -> the model's variables
 
-Another format is a module with a reader and a writer like `torch_format`'s, and a line in `FILE_FORMATS`.
+A reader puts the keys that lead to a state dict before its names, with "/": `state_dict/module.backbone...`. Wrappers
+put prefixes before names; averages, teachers, profilers, losses and auxiliary heads add tensors.
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,56 +19,75 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from topformer_jax import models
-from topformer_jax.checkpoints import names, orbax_store, safetensors_format, torch_format
+from topformer_jax.checkpoints import orbax_store, safetensors_format, torch_format
 from topformer_jax.checkpoints.origin import set_origin
-from topformer_jax.runtime import files
+from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
 
 Model = TypeVar("Model", models.Segmenter, models.Classifier, models.Segmenter | models.Classifier)
 Tensors = dict[str, np.ndarray]
 Metadata = dict[str, Any]
 Shape = tuple[int, ...]
-MOST_SHOWN = 4  # tensors of a kind: with what is said of names, an error has at most ten lines
+MOST_SHOWN = 4  # tensors of a kind in an error
 CLASS_LAYERS = ("decode_head.conv_seg.", "head.l.")  # the layers whose shape depends on the number of classes
+# Names of the same modules in older checkpoints, and the names in the model.
+ALIASES = {
+    "patch_embed": "tpm",
+    "fuse_blocks": "SIM",
+    "to_feat1": "local_embedding",
+    "to_feat2": "global_embedding",
+    "fuse2": "global_act",
+}
+# What DistributedDataParallel, torch.compile, Fabric, FSDP and activation checkpointing put anywhere into a name.
+WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# Keys under which files keep their tensors, the usual ones first.
+STATE_DICT_KEYS = (
+    *("state_dict", "model", "model_state_dict", "model_state"),
+    *("net", "network", "params", "weights", "module"),
+)
+AVERAGE = re.compile(r"(?:^|[._/])(?:ema|swa|averaged?)(?:[._/]|$)", re.IGNORECASE)
+# Words in the names of tensors that the network does not need: of a profiler, an average, a loss, another network.
+SURPLUS = re.compile(
+    r"(?:^|[._])(?:total_ops|total_params|n_averaged|steps|ema|swa|averaged?|auxiliary|aux|criterion|loss|losses"
+    r"|teacher|student)(?:[._]|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How one kind of checkpoint is read and written.
 
-    Readers return tensors in this package's layout, by the names that they have in the file, and metadata (`meta`,
-    and `config` where it is known). Writers take the same. `shape` gives a tensor's shape as the file has it, for
-    messages; `holds_config`: whether what this project writes contains its config.
+    Readers return tensors in this package's layout under the names of the file, and metadata (`meta`, and `config` if
+    it is known). Writers take the same. `shape` gives the shape of a tensor as the file has it, for messages.
     """
 
     read: Callable[[files.Path], tuple[Tensors, Metadata]]
     write: Callable[[files.Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
-    shape: Callable[[Shape], Shape] = lambda shape: shape
-    holds_config: bool = True
+    shape: Callable[[Shape], Shape] = torch_format.torch_shape
 
 
-FOLDER = Format(orbax_store.read_model, orbax_store.save_model)
-TORCH = Format(torch_format.read_pth, torch_format.write_pth, torch_format.torch_shape, holds_config=False)
-SAFETENSORS = Format(
-    safetensors_format.read_safetensors, safetensors_format.write_safetensors, torch_format.torch_shape
-)
-# By suffix.
-FILE_FORMATS = {**dict.fromkeys(torch_format.SUFFIXES, TORCH), safetensors_format.SUFFIX: SAFETENSORS}
+FOLDER = Format(orbax_store.read_model, orbax_store.save_model, shape=lambda shape: shape)
+TORCH = Format(torch_format.read_pth, torch_format.write_pth)
+FILE_FORMATS = {
+    ".pth": TORCH,
+    ".pt": TORCH,
+    ".safetensors": Format(safetensors_format.read_safetensors, safetensors_format.write_safetensors),
+}
 
 
 def load_model(
     config: ConfigDict, checkpoint: str | os.PathLike[str] | None = None, *, part: str = "all"
 ) -> models.Segmenter | models.Classifier:
-    """Builds a config's model and loads a checkpoint into it. The model is in inference mode.
+    """Builds the model of a config and loads a checkpoint into it. The model is in inference mode.
 
-    Its `classes`, `palette` and `checkpoint_config` are what the checkpoint says, where all of it is taken.
+    The checkpoint sets its `classes`, `palette` and `checkpoint_config` if `part` is "all".
 
     Args:
         config: all settings; they are the model's `config` too.
-        checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or a step of it, or a training run's work
-            directory. Without one the weights are drawn from `config.seed`.
-        part: what to take of the checkpoint: "all"; "all_but_classes", where the last layer stays fresh;
-            "backbone", from an ImageNet classifier, where injections and head stay fresh.
+        checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or a step of it, or the work directory of a
+            training run. Without one the weights are drawn from `config.seed`.
+        part: what to take from the checkpoint: "all"; "all_but_classes", which leaves the last layer fresh;
+            "backbone", from an ImageNet classifier, which leaves injections and head fresh.
 
     Raises:
         UserError: the config is wrong, the checkpoint cannot be read, or they do not fit.
@@ -95,7 +116,7 @@ def _load_weights(model: Model, checkpoint: str | os.PathLike[str] | None, part:
     if checkpoint is not None:
         tensors, metadata = read_checkpoint(checkpoint, model, part)
         load_state_dict(model, tensors)
-    # Names and settings are another model's where a part of it is fresh.
+    # If a part is fresh, names and settings are those of another model.
     set_origin(model, metadata if part == "all" else {}, checkpoint)
     model.eval()
     return model
@@ -104,18 +125,18 @@ def _load_weights(model: Model, checkpoint: str | os.PathLike[str] | None, part:
 def read_checkpoint(
     path: str | os.PathLike[str], model: models.Segmenter | models.Classifier, part: str = "all"
 ) -> tuple[Tensors, Metadata]:
-    """Reads a checkpoint of any format that fits a model exactly; the model stays as it is.
+    """Reads a checkpoint of any format that fits a model exactly; does not change the model.
 
     Args:
         path: see `load_model`.
-        model: whose names and shapes are expected, and whose values are returned where `part` leaves them fresh.
+        model: gives the expected names and shapes, and the values of the tensors that `part` leaves fresh.
         part: see `load_model`.
 
     Returns:
-        All of the model's tensors by official name in this package's layout, and the checkpoint's metadata.
+        All tensors of the model by official name in this package's layout, and the metadata of the checkpoint.
 
     Raises:
-        UserError: it cannot be read, does not fit, or holds NaN or infinity.
+        UserError: the checkpoint cannot be read, does not fit, or holds NaN or infinity.
     """
     config = model.config
     if part == "backbone" and config.task != "segmentation":
@@ -127,9 +148,9 @@ def read_checkpoint(
     tensors, metadata = file_format.read(path)
     variables = models.named_variables(model)
     shapes = {name: variable.shape for name, variable in variables.items()}
-    tensors = names.match_names(tensors, shapes, str(path), metadata.get("meta", {}))
+    tensors = match_names(tensors, shapes, str(path))
     fresh = fresh_names(variables, part)
-    skipped = ("head.",) if part == "backbone" else ()  # the classifier's
+    skipped = ("head.",) if part == "backbone" else ()  # of the classifier
     tensors = {
         name: tensor for name, tensor in tensors.items() if name not in fresh and not name.startswith(skipped)
     }
@@ -137,14 +158,8 @@ def read_checkpoint(
     if part != "backbone" and injection != config.model.injection:  # two have the same names and shapes
         raise UserError(f"{path} has injection {injection}, the config {config.model.injection}")
     expected = {name: shape for name, shape in shapes.items() if name not in fresh}
-    tensors = names.fill_counters(tensors, expected, str(path))
-    as_in_file = file_format.shape
-    check_state_dict(
-        {name: as_in_file(tensor.shape) for name, tensor in tensors.items()},
-        {name: as_in_file(shape) for name, shape in expected.items()},
-        str(path),
-        hint=lambda: _explain_misfit(tensors, expected, config),
-    )
+    tensors |= _missing_counters(tensors, expected, str(path))
+    _check_state_dict(tensors, expected, file_format.shape, str(path), config)
     check_finite(tensors, str(path))
     tensors |= {name: np.asarray(variables[name].get_value()) for name in fresh}
     return tensors, metadata
@@ -153,7 +168,7 @@ def read_checkpoint(
 def write_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint in the format of the path's suffix (see `Format`); without a known one, a folder.
+    """Writes a checkpoint in the format of the path's suffix, or a folder if the suffix is none of `FILE_FORMATS`.
 
     Raises:
         UserError: it exists, or cannot be written.
@@ -170,7 +185,7 @@ def is_file_path(path: str | os.PathLike[str]) -> bool:
 def find_format(path: files.Path) -> Format:
     """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
     with files.report_errors("read", path):
-        exists, is_folder = files.retry(path.exists), files.retry(path.is_dir)
+        exists, is_folder = path.exists(), path.is_dir()
     if not exists:
         suffixes = " or ".join(FILE_FORMATS)
         raise UserError(f"there is no checkpoint {path}: expected a {suffixes} file, or a checkpoint folder")
@@ -178,61 +193,10 @@ def find_format(path: files.Path) -> Format:
 
 
 def fresh_names(names: Iterable[str], part: str) -> set[str]:
-    """Those of a model's names that a start from `part` of a checkpoint leaves fresh."""
+    """The names of a model's tensors that a start from `part` of a checkpoint leaves fresh."""
     if part == "backbone":
         return {name for name in names if not name.startswith(("backbone.tpm.", "backbone.trans."))}
     return {name for name in names if part == "all_but_classes" and name.startswith(CLASS_LAYERS)}
-
-
-def check_state_dict(
-    found: Mapping[str, Shape], expected: Mapping[str, Shape], source: str, *, hint: Callable[[], str]
-) -> None:
-    """Checks that names and shapes are exactly the expected ones; `hint` says what to do if not.
-
-    Raises:
-        UserError: tensors are missing, unexpected or of the wrong shape; its details name one of each kind.
-    """
-    missing = [f"{name}  config {_describe(shape)}" for name, shape in expected.items() if name not in found]
-    unexpected = [f"{name}  file {_describe(shape)}" for name, shape in found.items() if name not in expected]
-    wrong_shape = [
-        f"{name}  file {_describe(found[name])}, config {_describe(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if not (missing or unexpected or wrong_shape):
-        return
-    details = [
-        f"  {kind:<11}  {lines[0]}" + (f" (and {len(lines) - 1} more)" if lines[1:] else "")
-        for kind, lines in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong_shape))
-        if lines
-    ]
-    raise UserError(
-        f"{source} does not fit the config: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
-        f"{len(wrong_shape)} of the wrong shape; {hint()}",
-        details,
-    )
-
-
-def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
-    """Checks that no tensor holds NaN or infinity.
-
-    Raises:
-        UserError: some do; its details name the first.
-    """
-    counts = {name: tensor.size - np.isfinite(tensor).sum() for name, tensor in tensors.items()}
-    broken = {name: count for name, count in counts.items() if count}
-    if not broken:
-        return
-    details = [
-        f"  {name}  {count} of {tensors[name].size} values are NaN or infinite"
-        for name, count in list(broken.items())[:MOST_SHOWN]
-    ]
-    first = ", ".join(list(broken)[:2]) + (", ..." if len(broken) > 2 else "")
-    raise UserError(
-        f"{source} holds NaN or infinity in {len(broken)} of {len(tensors)} tensors ({first}): its training "
-        "diverged, or the file is damaged; use an earlier checkpoint, or copy it again",
-        details,
-    )
 
 
 def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> None:
@@ -245,16 +209,187 @@ def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Non
 
 
 def describe_origin(model: nnx.Module, part: str, source: object) -> str:
-    """Which of a model's modules come from `part` of a checkpoint, and which are fresh."""
+    """Says which modules of a model come from `part` of a checkpoint, and which are fresh."""
     names = models.named_variables(model)
     fresh = fresh_names(names, part)
-    taken, new = (
-        ", ".join(
-            dict.fromkeys(".".join(name.split(".")[:2]) for name in names if (name in fresh) == is_fresh)
-        )
-        for is_fresh in (False, True)
-    )
+    modules: dict[bool, list[str]] = {False: [], True: []}
+    for name in names:
+        module = ".".join(name.split(".")[:2])
+        if module not in modules[name in fresh]:
+            modules[name in fresh].append(module)
+    taken, new = ", ".join(modules[False]), ", ".join(modules[True])
     return f"from {source}: {taken}" + (f"; fresh: {new}" if new else "")
+
+
+# Names
+
+
+def match_names(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], source: str
+) -> dict[str, np.ndarray]:
+    """Brings a file's names to the model's: without prefixes, with or without `backbone.`, without old aliases.
+
+    Prints which network of the file is taken and what is left out.
+
+    Returns:
+        Tensors by the model's names; unknown ones by their own, without prefixes.
+
+    Raises:
+        UserError: two tensors of the file end up with the same name, or two of its networks fit.
+    """
+    found = {name: _find(name, shapes) for name in tensors}
+    if not any(match for _, match in found.values()):
+        return {name.rpartition("/")[2]: tensor for name, tensor in tensors.items()}
+    chosen, others, is_average = _choose_network(tensors, found, shapes, source)
+    matched: dict[str, np.ndarray] = {}
+    left_out: list[str] = []
+    for name, (prefix, match) in found.items():
+        short = name.removeprefix(chosen).rpartition("/")[2]
+        is_elsewhere = name.rpartition("/")[0] != chosen.rpartition("/")[0] or prefix in others
+        if is_elsewhere or (match is None and SURPLUS.search(short)):
+            left_out.append(name)
+            continue
+        plain = _unwrap(short.split("."))
+        plain = _known_as(plain, shapes) or plain
+        if plain in matched:
+            raise UserError(f"two tensors of {source} are {plain}: {name.rpartition('/')[2]} is the second")
+        matched[plain] = tensors[name]
+    said = f"{source}: {_describe(chosen)} taken{', the averages' * is_average} ({len(matched)} tensors)"
+    if left_out:
+        examples = ", ".join(files.shorten(name.replace("/", ".")) for name in left_out[:2])
+        said += f"; {len(left_out)} others left out ({examples}{', ...' * (len(left_out) > 2)})"
+    if left_out or chosen not in ("", "state_dict/", "model/"):
+        processes.say(said)
+    if any(name.startswith(f"{chosen}ema_backbone_") for name in left_out):
+        processes.say(
+            f"{source}: ema_* are of mmcv's EMAHook; the other names hold the averages in a file of an epoch's end, "
+            "the weights as trained in a file of a run by iterations"
+        )
+    return matched
+
+
+def _find(name: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The keys and the prefix of a file's name, and the model's name for the rest; None for an unknown name."""
+    place, slash, rest = name.rpartition("/")
+    parts = rest.split(".")
+    for start in range(len(parts)):
+        if match := _known_as(_unwrap(parts[start:]), known):
+            while parts[start] in WRAPPERS:
+                start += 1
+            return "".join([place, slash, *(f"{part}." for part in parts[:start])]), match
+    return place + slash, None
+
+
+def _unwrap(parts: Sequence[str]) -> str:
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _known_as(name: str, known: Mapping[str, Any]) -> str | None:
+    """The model's name for a file's name."""
+    # `fuse2` is an old name of `global_act`, and a present one in the other two injections: try it as it is.
+    for spelling in (name, ".".join(ALIASES.get(part, part) for part in name.split("."))):
+        for candidate in (spelling, f"backbone.{spelling}", spelling.removeprefix("backbone.")):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def _choose_network(
+    tensors: Mapping[str, np.ndarray],
+    found: Mapping[str, tuple[str, str | None]],
+    shapes: Mapping[str, Shape],
+    source: str,
+) -> tuple[str, set[str], bool]:
+    """Returns the prefix of the network that is taken, those of other networks, and whether it is an average.
+
+    A network that fits the model's shapes comes before one of another variant, such as a teacher; an average comes
+    before its model; then the usual keys come first.
+    """
+    counts = Counter(prefix for prefix, match in found.values() if match)
+    networks = {prefix for prefix, count in counts.items() if 2 * count >= max(counts.values())}
+    fitting = Counter(
+        prefix for name, (prefix, match) in found.items() if match and tensors[name].shape == shapes[match]
+    )
+    is_swapped = "ema_state_dict/steps" in tensors  # mmengine's EMAHook swaps the two when it saves
+
+    def rank(prefix: str) -> tuple[bool, bool, int]:
+        key = prefix.partition("/")[0] if "/" in prefix else ""
+        is_average = key == "state_dict" if is_swapped else bool(AVERAGE.search(prefix))
+        place = STATE_DICT_KEYS.index(key) if key in STATE_DICT_KEYS else len(STATE_DICT_KEYS)
+        return 2 * fitting[prefix] < counts[prefix], not is_average, place
+
+    first = min(map(rank, networks))
+    best = [prefix for prefix in networks if rank(prefix) == first]
+    if len(best) > 1:
+        several = " and ".join(sorted(f"{_describe(prefix)} ({counts[prefix]})" for prefix in best)[:4])
+        raise UserError(
+            f"{source} holds {len(best)} networks that fit, {several}: torch.save the state dict of one of them to a "
+            "file of its own"
+        )
+    return best[0], networks - {*best}, not first[1]
+
+
+def _describe(prefix: str) -> str:
+    return f"{prefix.replace('/', '.')}*" if prefix else "names without a prefix"
+
+
+def _missing_counters(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], source: str
+) -> dict[str, np.ndarray]:
+    """Zeros for the missing counters of BatchNorms whose statistics are there: some trainers do not keep them."""
+    missing = [
+        name
+        for name in expected
+        if name.endswith(".num_batches_tracked")
+        and name not in tensors
+        and name.replace("num_batches_tracked", "running_var") in tensors
+    ]
+    if missing:
+        processes.say(f"{source}: {len(missing)} num_batches_tracked are missing, and start at 0")
+    return {name: np.zeros(expected[name], np.int32) for name in missing}
+
+
+# Checks
+
+
+def _check_state_dict(
+    tensors: Mapping[str, np.ndarray],
+    expected: Mapping[str, Shape],
+    as_in_file: Callable[[Shape], Shape],
+    source: str,
+    config: ConfigDict,
+) -> None:
+    """Raises a UserError unless names and shapes are exactly the expected ones; its details name one of each kind."""
+
+    def describe(shape: Shape) -> str:
+        return "x".join(map(str, as_in_file(shape))) or "scalar"
+
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = {
+        "missing": [
+            f"{name}  config {describe(shape)}" for name, shape in expected.items() if name not in found
+        ],
+        "unexpected": [
+            f"{name}  file {describe(shape)}" for name, shape in found.items() if name not in expected
+        ],
+        "wrong shape": [
+            f"{name}  file {describe(found[name])}, config {describe(shape)}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if not any(wrong.values()):
+        return
+    details = [
+        f"  {kind:<11}  {lines[0]}" + (f" (and {len(lines) - 1} more)" if lines[1:] else "")
+        for kind, lines in wrong.items()
+        if lines
+    ]
+    raise UserError(
+        f"{source} does not fit the config: {len(wrong['missing'])} tensors missing, {len(wrong['unexpected'])} "
+        f"unexpected, {len(wrong['wrong shape'])} of the wrong shape; {_explain_misfit(tensors, expected, config)}",
+        details,
+    )
 
 
 def _explain_misfit(
@@ -292,9 +427,27 @@ def _explain_misfit(
             "(convert --new-head, train --config.init_part=all_but_classes)"
         )
     if all(name in tensors and tensors[name].shape == shape for name, shape in expected.items()):
-        return "no layer has a place for the unexpected: save the file without them, if they are not needed"
+        return "the model has no place for the unexpected tensors: if they are not needed, save the file without them"
     return "use the config that it was made with"
 
 
-def _describe(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+def check_finite(tensors: Mapping[str, np.ndarray], source: str) -> None:
+    """Checks that no tensor holds NaN or infinity.
+
+    Raises:
+        UserError: some do; its details name the first.
+    """
+    counts = {name: tensor.size - np.isfinite(tensor).sum() for name, tensor in tensors.items()}
+    broken = {name: count for name, count in counts.items() if count}
+    if not broken:
+        return
+    details = [
+        f"  {name}  {count} of {tensors[name].size} values are NaN or infinite"
+        for name, count in list(broken.items())[:MOST_SHOWN]
+    ]
+    first = ", ".join(list(broken)[:2]) + (", ..." if len(broken) > 2 else "")
+    raise UserError(
+        f"{source} holds NaN or infinity in {len(broken)} of {len(tensors)} tensors ({first}): its training "
+        "diverged, or the file is damaged; use an earlier checkpoint, or copy it again",
+        details,
+    )

@@ -1,11 +1,10 @@
-"""Checkpoint folders (Orbax): one folder a step, of a model alone or of a training run.
+"""Checkpoint folders (Orbax): one folder per step, of a model or of a training run.
 
 Each step holds `model`, a flat dictionary of tensors by official name in this package's layout, and metadata:
-`config` (the settings it belongs to) and `meta` (what an mmcv file says about itself: epoch, iteration, classes).
-Training adds `average` (the averaged tensors, with `ema_decay`) and `optimizer`. Where there is an average, it is
-what a reader of the model gets. A step is written once and never changed: the scores of a run's steps are in a file
-beside them, `scores.json`. A third entry of the metadata, `crc32`, has a checksum of each array that the first
-process holds as a whole, which readers compare: neither OCDBT's files nor zstd's blocks have one.
+`config` (its settings) and `meta` (what an mmcv file says about itself: epoch, iteration, classes). Training adds
+`optimizer` and, with `ema_decay`, `average`, which readers of the model get instead of `model`. A step is written
+once and never changed: `scores.json` beside the steps holds their scores. The entry `crc32` of the metadata has a
+checksum of each array that the first process holds as a whole: neither OCDBT's files nor zstd's blocks have one.
 """
 
 import contextlib
@@ -27,21 +26,23 @@ from topformer_jax.runtime.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
 SCORES_FILE = "scores.json"
-EXIT_SECONDS = 10.0  # for which a process that has to end waits for a write in flight
+EXIT_SECONDS = 10.0  # a process that has to end waits so long for a write in flight
+
+
+class _Groups(msgspec.Struct):
+    """The groups of settings that readers look into."""
+
+    model: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
 
 
 class Metadata(msgspec.Struct):
-    """What a checkpoint of this project says of itself; other entries are its writer's."""
+    """The types of the entries in a checkpoint's metadata; other entries are its writer's."""
 
     meta: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    crc32: dict[str, int] = {}  # of each array's bytes, by its tree and its path
-
-    def __post_init__(self) -> None:
-        if groups := [
-            key for key in ("model", "data", "evaluation") if not isinstance(self.config.get(key, {}), dict)
-        ]:
-            raise ValueError(f"`config.{groups[0]}` holds no settings")
+    config: _Groups = msgspec.field(default_factory=_Groups)
+    crc32: dict[str, int] = {}  # of the bytes of each array, by its tree and its path
 
 
 def checksums(trees: Mapping[str, Any]) -> dict[str, int]:
@@ -59,16 +60,12 @@ def checksum(array: np.ndarray) -> int:
 
 
 def check_sums(found: Mapping[str, int], stored: Mapping[str, int], where: object) -> None:
-    """Compares checksums of arrays with those that were stored, if any were.
-
-    Raises:
-        UserError: one differs: a disk or a copy has changed bits.
-    """
+    """Raises a UserError if a checksum differs from the stored one, if any: a disk or a copy has changed bits."""
     wrong = [name for name, value in found.items() if stored.get(name, value) != value]
     if wrong:
         raise UserError(
-            f"{where} is damaged: {len(wrong)} of {len(found)} arrays are not as they were written, {wrong[0][:80]} "
-            "for one: copy it again, or take another checkpoint"
+            f"{where} is damaged: {len(wrong)} of {len(found)} arrays differ from what was written, {wrong[0][:80]} "
+            "for one: copy it again, or use another checkpoint"
         )
 
 
@@ -79,7 +76,7 @@ def save_model(
     *,
     step: int = 0,
 ) -> None:
-    """Writes a model as one step of a checkpoint folder. Atomic: a temporary folder, then rename.
+    """Writes a model as one step of a checkpoint folder, whole or not at all.
 
     Raises:
         UserError: the step exists, or the folder cannot be written.
@@ -98,7 +95,7 @@ def save_model(
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the metadata of a step's folder, or of the newest step of a checkpoint folder or a run.
+    """Reads the tensors and the metadata of a step, or of the newest step of a checkpoint folder or a run.
 
     Raises:
         UserError: the folder does not exist, holds no checkpoint, or is damaged.
@@ -124,7 +121,7 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
             if shapes is None:
                 raise UserError(f"{directory} is damaged: the tensors of step {step} cannot be read")
             like = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in shapes.items()}
-            metadata, sums = _read_metadata(stored, directory)
+            metadata, sums = _split_metadata(stored, directory)
             loaded = checkpointer.load_checkpointables(step, {part: like})
             check_sums(checksums(loaded), sums, directory if is_step else directory / str(step))
     except UserError:
@@ -138,12 +135,8 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, metadata
 
 
-def _read_metadata(stored: Any, where: object) -> tuple[dict[str, Any], dict[str, int]]:
-    """A step's own metadata, of the types that `Metadata` says, and the checksums of its arrays.
-
-    Raises:
-        UserError: they are others.
-    """
+def _split_metadata(stored: Any, where: object) -> tuple[dict[str, Any], dict[str, int]]:
+    """The metadata of a step, and the checksums of its arrays; a UserError if types are not those of `Metadata`."""
     custom = stored.custom_metadata or {}
     sums = files.convert(custom, Metadata, f"the metadata of {where}").crc32
     return {key: value for key, value in custom.items() if key != "crc32"}, sums
@@ -153,15 +146,12 @@ class CheckpointStore:
     """The checkpoints of a training run: the newest `max_to_keep` and the best one, written in the background.
 
     Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
-    is deleted when its successor is complete.
+    is deleted when its successor is complete. Methods raise a UserError if the folder cannot be read or written.
 
     Args:
-        directory: of the steps.
+        directory: the folder of the steps.
         max_to_keep: how many of the newest steps stay.
-        read_log: gives scores by step where `scores.json` has none: without any, the best step would not stay.
-
-    Raises:
-        UserError: by every method: the folder cannot be read or written, with what to do.
+        read_log: gives scores by step if `scores.json` has none: without any, the best step would not stay.
     """
 
     def __init__(
@@ -169,6 +159,7 @@ class CheckpointStore:
     ):
         self.directory = directory
         self._newest_started = 0
+        self._metadata: dict[int, tuple[dict[str, Any], dict[str, int]]] = {}
         self._scores = _read_scores(directory / SCORES_FILE)
         try:
             self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
@@ -184,8 +175,8 @@ class CheckpointStore:
         if newest and not self._scores:
             self._scores |= {step: score for step, score in read_log().items() if step <= newest}
             if self._scores:
-                said = f"those of the log are taken ({len(self._scores)})"
-                processes.say(f"{directory / SCORES_FILE} has no scores: {said}")
+                count = len(self._scores)
+                processes.say(f"{directory / SCORES_FILE} has no scores: {count} of the log are used")
 
     @property
     def latest(self) -> int | None:
@@ -194,7 +185,7 @@ class CheckpointStore:
         return None if newest is None else newest.step
 
     def describe_newest(self) -> str:
-        """What an error's line says of it."""
+        """The newest step, for the line of an error."""
         newest = self.latest
         return "no step is saved yet" if newest is None else f"the newest saved step is {newest}"
 
@@ -213,8 +204,8 @@ class CheckpointStore:
 
         Args:
             step: nothing happens if this process has saved it already.
-            trees: of arrays, by what they are: `model`, `optimizer`, `average`; empty ones are skipped.
-            metadata: what JSON can hold: `config` and `meta`.
+            trees: `model`, `optimizer` and `average`, trees of arrays; empty ones are skipped.
+            metadata: `config` and `meta`, of values that JSON can hold.
         """
         if step == self._newest_started:
             return
@@ -225,9 +216,9 @@ class CheckpointStore:
             self._checkpointer.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
 
     def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
-        """Notes the score of a saved step, 0 to 1, by which the best one stays.
+        """Notes the score of a saved step, 0 to 1; the step of the highest score stays.
 
-        A run that goes on from a step whose score is not in the file, the one beside the steps, scores it again.
+        A run that resumes from a step without a score in `scores.json` scores it again.
         """
         self._scores[step] = score
         if to_file:
@@ -238,41 +229,47 @@ class CheckpointStore:
             files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
     def read_metadata(self, step: int) -> dict[str, Any]:
-        """The metadata that a step was saved with: `config` and `meta`."""
+        """The `config` and `meta` of a saved step."""
         with self._report_read_error(step):
-            stored = self._checkpointer.checkpointables_metadata(step)
-            metadata, _ = _read_metadata(stored, step)
+            metadata, _ = self._read_step(step)
             if not metadata.get("config"):
                 raise ValueError("its metadata holds no config")
         return {"meta": {}, **metadata}
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """One step's trees, with the structure, dtypes and shardings of the arrays in `like`."""
+        """Reads the trees of a step, with the structure, dtypes and shardings of the arrays in `like`."""
 
         def describe(leaf: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
         described = jax.tree.map(describe, _non_empty(like))
         with self._report_read_error(step):
+            _, sums = self._read_step(step)
             loaded = self._checkpointer.load_checkpointables(step, described)
-            _, sums = _read_metadata(self._checkpointer.checkpointables_metadata(step), step)
             check_sums(checksums(loaded), sums, "it")
             return {**like, **loaded}
 
+    def _read_step(self, step: int) -> tuple[dict[str, Any], dict[str, int]]:
+        """`_split_metadata` of a step, which is read once."""
+        if step not in self._metadata:
+            self._metadata[step] = _split_metadata(self._checkpointer.checkpointables_metadata(step), step)
+        return self._metadata[step]
+
     def wait(self) -> None:
-        """Returns when all that `save` started is written."""
+        """Waits until all that `save` started is written."""
         with self._report_write_error():
             self._checkpointer.wait()
 
     def wait_before_exit(self) -> None:
-        """Waits for a write in flight, at most `EXIT_SECONDS`: without another process that is gone it never ends."""
-        writing = threading.Thread(target=self._finish_quietly, daemon=True)
+        """Waits at most `EXIT_SECONDS` for a write in flight: if another process is gone, the write never ends."""
+
+        def finish() -> None:
+            with contextlib.suppress(Exception):  # the process ends in any case
+                self._checkpointer.wait()
+
+        writing = threading.Thread(target=finish, daemon=True)
         writing.start()
         writing.join(EXIT_SECONDS)
-
-    def _finish_quietly(self) -> None:
-        with contextlib.suppress(Exception):  # the process ends, whatever it is
-            self._checkpointer.wait()
 
     def close(self) -> None:
         """Waits for what `save` started, and closes the folder."""
@@ -286,7 +283,7 @@ class CheckpointStore:
             yield
         except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
             older = max((c.step for c in self._checkpointer.checkpoints if c.step < step), default=None)
-            instead = "start anew" if older is None else f"go on from step {older}"
+            instead = "start again" if older is None else f"resume from step {older}"
             raise UserError(
                 f"cannot read {self.directory / str(step)}: {_reason(error)}; if it is damaged, move it away to "
                 f"{instead}"
@@ -326,21 +323,17 @@ class _NewestAndBest:
 
 
 def _find_best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
-    """The step of the highest score, the newest one of several; None where no step has a score."""
+    """The step of the highest score, the newest one of several; None if no step has a score."""
     evaluated = [(scores[step], step) for step in steps if step in scores]
     return max(evaluated)[1] if evaluated else None
 
 
 def _read_scores(path: files.Path) -> dict[int, float]:
-    """The scores that a run has noted so far.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
+    """The scores that a run has noted so far; a UserError if the file cannot be read, or holds something else."""
     with files.report_errors("read", path):
-        if not files.retry(path.exists):
+        if not path.exists():
             return {}
-    advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and those of the log are taken'
+    advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and those of the log are used'
     return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
 
 
@@ -350,7 +343,7 @@ def _absolute(directory: str | os.PathLike[str]) -> files.Path:
 
 
 def _checkpointer(directory: files.Path, preservation_policy: Any | None = None) -> ocp.training.Checkpointer:
-    """A reader of a folder; a writer that also removes what a crash left, with a preservation policy."""
+    """A reader of a folder; with a preservation policy a writer, which also removes what a crash left."""
     return ocp.training.Checkpointer(
         _absolute(directory),
         preservation_policy=preservation_policy,

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself beside its tensors, and where a command's config or data set differ from it.
+"""What a checkpoint says about itself beside its tensors, and how a command's config or data set differ from it.
 
-In its metadata `meta["CLASSES"]` and `meta["PALETTE"]`, mmcv's names, are the names and colours of its classes, and
+`meta["CLASSES"]` and `meta["PALETTE"]` of its metadata, mmcv's names, are the names and colours of its classes;
 `config` holds the settings that it was made with.
 """
 
@@ -25,13 +25,11 @@ SCORED_BY = {
     "classification": ("evaluation.short_side", "data.crop_size"),
 }
 WINDOWS = ("evaluation.crop_size", "evaluation.stride")  # only in mode "slide"
-MOST_SHOWN = 5  # settings in a line
-LONGEST_LINE = 300
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """A loaded model or an exported file: `classes` and `palette` are empty where nobody named them."""
+    """A loaded model or an exported file: `classes` and `palette` are empty if nobody named them."""
 
     classes: tuple[str, ...]
     palette: tuple[Colour, ...]
@@ -41,7 +39,7 @@ class Weights(Protocol):
 def set_origin(
     model: models.Segmenter | models.Classifier, metadata: Mapping[str, Any], source: object
 ) -> None:
-    """Sets a model's `classes`, `palette` and `checkpoint_config`, of a checkpoint's metadata."""
+    """Sets `classes`, `palette` and `checkpoint_config` of a model from a checkpoint's metadata."""
     named = read_names(metadata, model.config, source)
     if named is not None:
         model.classes, model.palette = named.classes, named.palette
@@ -51,7 +49,7 @@ def set_origin(
 def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) -> DataSet | None:
     """Names and colours of a checkpoint's classes: its own, else those of the config that need no file, else None.
 
-    Names or colours that cannot be the model's are left out, which is printed.
+    Prints and leaves out names or colours that cannot belong to the model.
     """
     data, count = config.data, config.model.num_classes
     is_segmenter = config.task == "segmentation"
@@ -75,9 +73,9 @@ def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) 
 
 
 def complete_config(metadata: Mapping[str, Any]) -> FrozenConfigDict | None:
-    """The settings that a checkpoint was made with; those that have been added since have their defaults.
+    """The settings that a checkpoint was made with; settings that are newer have their defaults.
 
-    None where its metadata holds none, or others than this project's.
+    None if its metadata holds none, or those of another project.
     """
     stored = metadata.get("config")
     if not isinstance(stored, Mapping) or not isinstance(stored.get("evaluation"), Mapping):
@@ -96,27 +94,38 @@ def print_differences(
     given: Collection[str] = (),
     are_kept: bool = False,
 ) -> None:
-    """Says in a line each where a command has other names or settings than a checkpoint.
+    """Prints one line for other class names, and one for other settings, than those of a checkpoint.
 
     Args:
         weights: the model or the exported file.
         config: the command's.
         also: settings that matter to the command beside those that change a score.
-        given: settings that the command's own flags have changed on purpose, of which nothing is said.
-        are_kept: whether the checkpoint's settings are used, not the command's.
+        given: settings that flags of the command have changed on purpose; they are not compared.
+        are_kept: whether the checkpoint's settings are used instead of the command's.
     """
     if line := sources.compare_classes(config, weights.classes):
         processes.say(line)
-    if weights.checkpoint_config is not None:
-        keys = [key for key in (*SCORED_BY[config.task], *also) if key not in given]
-        if line := _compare_settings(weights.checkpoint_config, config, keys, are_kept):
-            processes.say(line)
+    stored = weights.checkpoint_config
+    if stored is None:
+        return
+    flags, ours = [], []
+    for key in dict.fromkeys((*SCORED_BY[config.task], *also)):
+        group, name = key.split(".")
+        is_used = key not in given and (key not in WINDOWS or stored.evaluation.mode == "slide")
+        if is_used and stored[group][name] != config[group][name]:
+            flags.append(f"--config.{key}={shlex.quote(config_lib.as_typed(stored[group][name]))}")
+            ours.append(config_lib.as_typed(config[group][name]))
+    if flags:
+        end = "the output keeps them, and not" if are_kept else "this command uses"
+        processes.say(
+            f"the checkpoint was trained and scored with {' '.join(flags)}; {end} {', '.join(ours)}"
+        )
 
 
 def check_label_rules(weights: Weights, config: ConfigDict) -> None:
-    """Checks that the labels of a checkpoint's data set are read as its training did; says so of another data set.
+    """Checks that labels are read as in the training of a checkpoint; prints a difference of another data set.
 
-    A user's own data sets are the same one where they have the same classes.
+    Two custom data sets are the same one if they have the same classes.
 
     Raises:
         UserError: `data.reduce_zero_label` differs, which shifts every label by one.
@@ -131,32 +140,6 @@ def check_label_rules(weights: Weights, config: ConfigDict) -> None:
         flag = f"--config.data.reduce_zero_label={theirs}"
         raise UserError(f"{text}, which shifts every label by one: give {flag}")
     processes.say(f"{text}: right if the labels of the two data sets are numbered otherwise")
-
-
-def _compare_settings(
-    stored: FrozenConfigDict, config: ConfigDict, keys: Collection[str], are_kept: bool
-) -> str:
-    """The settings that differ, with both values; empty: none."""
-    different = {}
-    for key in dict.fromkeys(keys):
-        group, name = key.split(".")
-        theirs, ours = stored[group][name], config[group][name]
-        if theirs != ours and (key not in WINDOWS or stored.evaluation.mode == "slide"):
-            different[key] = theirs, ours
-    if not different:
-        return ""
-    shown = dict(list(different.items())[:MOST_SHOWN])
-    rest = f" (and {len(different) - len(shown)} more)" if len(different) > len(shown) else ""
-    own = ", ".join(f"{key}={pair[0]}" for key, pair in shown.items()) + rest
-    line = f"the checkpoint was trained and scored with {own}; "
-    others = ", ".join(str(pair[1]) for pair in shown.values())
-    if are_kept:
-        return f"{line}it keeps them, and not {others} of the config"
-    line += f"this command uses {others}: give "
-    flags = " ".join(
-        f"--config.{key}={shlex.quote(config_lib.as_typed(pair[0]))}" for key, pair in shown.items()
-    )
-    return line + (flags if len(line + flags) <= LONGEST_LINE else "--config.KEY=VALUE for its own")
 
 
 def _is_list(value: Any) -> bool:

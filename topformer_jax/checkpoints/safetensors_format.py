@@ -19,13 +19,12 @@ from topformer_jax.checkpoints.torch_format import from_torch, json_part, to_tor
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
-SUFFIX = ".safetensors"
 KEY, CRC_KEY = "topformer_jax", "topformer_jax_crc32"  # of the header
 # By the format's names.
-SIZES = {"F": (64, 32, 16), "I": (64, 32, 16, 8), "U": (8,)}
 DTYPES: dict[str, Any] = {
-    f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}") for kind, sizes in SIZES.items() for bits in sizes
-} | {"BF16": jnp.bfloat16, "BOOL": np.bool_}
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_},
+}
 
 
 class _Header(msgspec.Struct):
@@ -33,7 +32,7 @@ class _Header(msgspec.Struct):
 
 
 def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors of a file under its own names, in this package's layout, and `meta` and `config` if it has them.
+    """Reads the tensors of a file under its own names, in this package's layout, and its `meta` and `config`, if any.
 
     16-bit floats are read as float32, all integers as 32-bit ones.
 
@@ -56,7 +55,7 @@ def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str,
     check_sums(
         {KEY: zlib.crc32(text)} | {name: zlib.crc32(tensor["data"]) for name, tensor in stored}, sums, path
     )
-    files.read_json(text, Metadata, path)  # checked, and returned with the entries that other versions have
+    files.read_json(text, Metadata, path)  # a check; entries of other versions are returned too
     tensors = {name: _to_array(f"{path}: {files.shorten(name)}", tensor) for name, tensor in stored}
     return tensors, {"meta": {}, **files.read_json(text, dict[str, Any], path)}
 
@@ -71,7 +70,7 @@ def write_safetensors(
     """
     library = _import_safetensors()
     files.refuse_existing(path)
-    # Only contiguous arrays: of others the library writes the memory as it lies, and says nothing.
+    # Only contiguous arrays: of others the library writes the memory as it is, and does not warn.
     contiguous = {name: to_torch(tensor) for name, tensor in tensors.items()}
     text = json.dumps(json_part(dict(metadata)))
     sums = {KEY: zlib.crc32(text.encode())} | {name: checksum(array) for name, array in contiguous.items()}
@@ -80,7 +79,7 @@ def write_safetensors(
 
 
 def _to_array(what: str, stored: Mapping[str, Any]) -> np.ndarray:
-    """A tensor without loss: 16-bit floats as float32, integers as int32."""
+    """Converts a tensor without loss: 16-bit floats to float32, integers to int32."""
     if stored["dtype"] not in DTYPES:
         raise UserError(f"{what} has dtype {stored['dtype']}: expected one of {', '.join(DTYPES)}")
     array = np.frombuffer(stored["data"], DTYPES[stored["dtype"]]).reshape(stored["shape"])
