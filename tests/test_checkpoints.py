@@ -1,6 +1,5 @@
-"""Checkpoints in both formats: without loss, strictly into the model that they fit; errors name all culprits."""
+"""Checkpoints of both formats load without loss, strictly into the model that they fit; errors name all culprits."""
 
-import argparse
 import contextlib
 import json
 import pathlib
@@ -14,7 +13,7 @@ import optax
 import pytest
 import torch
 
-from tests.parity import INJECTIONS, same_states, settings_for
+from tests.parity import INJECTIONS, run, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
 from topformer_jax.checkpoints import torch_format
@@ -54,12 +53,11 @@ def read(pth: Callable) -> Callable[..., tuple[dict[str, np.ndarray], dict[str, 
     return read
 
 
-@pytest.mark.parametrize("wrap", ["module.", "backbone-less", "aliases", "bare"])
+@pytest.mark.parametrize("wrap", ["backbone-less", "aliases", "bare"])
 def test_spellings_of_names(read: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
-    """A DataParallel prefix, a missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
+    """A missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
     old = {new: name for name, new in ALIASES.items()}
     spell: dict[str, Callable[[str], str]] = {
-        "module.": lambda name: f"module.{name}",
         "backbone-less": lambda name: name.removeprefix("backbone."),
         "aliases": lambda name: ".".join(old.get(part, part) for part in name.split(".")),
         "bare": lambda name: name,
@@ -75,15 +73,6 @@ def test_fuse2_is_no_alias_where_it_is_a_name(read: Callable) -> None:
     settings = settings_for("tiny", model__injection="fuse_multi", model__num_classes=7)
     tensors, _ = read({"state_dict": network.state_dict()}, settings)
     assert "backbone.SIM.1.fuse2.conv.weight" in tensors
-
-
-def test_the_averaged_weights_come_first(read: Callable, states: dict[str, torch.Tensor]) -> None:
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in states.items()}
-    keys = ["state_dict_ema", "state_dict", "model"]
-    for index in range(3):
-        content = dict.fromkeys(keys[index + 1 :], zeros) | {keys[index]: states}
-        tensors, _ = read(content | {"args": argparse.Namespace(lr=1)})
-        np.testing.assert_array_equal(tensors[BIAS], states[BIAS].numpy())
 
 
 def test_half_precision_files_are_widened(read: Callable, states: dict[str, torch.Tensor]) -> None:
@@ -122,11 +111,6 @@ def test_parameters_and_no_meta(read: Callable, states: dict[str, torch.Tensor])
     tensors, metadata = read({"state_dict": grown, "meta": None}, name="weights.bin")
     assert metadata == {"meta": {}}
     np.testing.assert_array_equal(tensors[BIAS], states[BIAS].numpy())
-
-
-def test_a_name_that_comes_twice(read: Callable, states: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(UserError, match=r"two tensors of .*model\.pth are decode_head\.conv_seg\.bias"):
-        read({"state_dict": states | {f"module.{BIAS}": torch.zeros(150)}})
 
 
 @pytest.mark.parametrize(
@@ -170,22 +154,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path, states: dict[st
         torch_format.write_pth(tmp_path / "file" / "a.pth", tensors, {})
 
 
-def test_a_damaged_folder(tmp_path: pathlib.Path, states: dict[str, torch.Tensor]) -> None:
-    tensors = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in states.items()}
-    checkpoints.save_model(tmp_path / "orbax", tensors, {})
-    for file in (tmp_path / "orbax" / "0" / "model").rglob("*"):
-        if file.is_file() and file.stat().st_size > 10_000:
-            with contextlib.closing(file.open("r+b")) as handle:
-                handle.truncate(100)
-    with pytest.raises(UserError, match="is damaged"):
-        checkpoints.read_model(tmp_path / "orbax")
-
-
 NAMES = ("backbone.tpm.stem.0.c.weight", BIAS)
 
 
-@pytest.mark.parametrize("form", ["file", "folder"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("form", "value"), [("file", np.nan), ("folder", -np.inf)])
 def test_numbers_that_are_not_finite_are_refused_by_name(
     pth: Callable, states: dict[str, torch.Tensor], tmp_path: pathlib.Path, form: str, value: float
 ) -> None:
@@ -227,20 +199,14 @@ def test_a_loaded_model_is_ready_for_inference(pth: Callable, states: dict[str, 
     assert same_states(ours, states)
     assert model.config.evaluation.to_dict() == settings.evaluation.to_dict()
     image = np.zeros((1, 64, 64, 3), np.float32)
-    np.testing.assert_array_equal(model(image), model(image))  # neither dropout nor batch statistics
+    np.testing.assert_array_equal(
+        run(model, image), run(model, image)
+    )  # neither dropout nor batch statistics
 
 
 def test_only_segmenters_where_one_is_needed() -> None:
     with pytest.raises(UserError, match="task=classification"):
         checkpoints.load_segmenter(config.imagenet("tiny"), "no/where.pth")
-
-
-def test_a_classifier_folder_as_a_start(tmp_path: pathlib.Path) -> None:
-    classifier = models.state_dict(models.build(config.imagenet("tiny")))
-    checkpoints.save_model(tmp_path, {name: np.asarray(value) for name, value in classifier.items()}, {})
-    model = checkpoints.load_segmenter(config.ade20k("tiny"), tmp_path, part="backbone")
-    name = "tpm.stem.0.c.weight"
-    np.testing.assert_array_equal(models.state_dict(model)[f"backbone.{name}"], classifier[name])
 
 
 def test_permutations_are_inverse() -> None:
@@ -251,7 +217,7 @@ def test_permutations_are_inverse() -> None:
         assert torch_format.torch_shape(ours.shape) == shape
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".PT", ""])
+@pytest.mark.parametrize("suffix", [".PT", ""])
 def test_the_suffix_decides_what_is_written(
     tmp_path: pathlib.Path, states: dict[str, torch.Tensor], suffix: str
 ) -> None:
@@ -338,7 +304,7 @@ def _trees() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["model/b", "optimizer/0/mu/a", "optimizer/0/count", "average/a"])
+@pytest.mark.parametrize("name", ["model/b", "optimizer/0/mu/a", "average/a"])
 def test_changed_bits_of_a_run(tmp_path: pathlib.Path, name: str) -> None:
     """Whoever reads the array is told; a part without it can be read."""
     store, trees = checkpoints.CheckpointStore(tmp_path, 1), _trees()
@@ -367,13 +333,14 @@ def test_changed_bits_of_a_run(tmp_path: pathlib.Path, name: str) -> None:
 
 def test_a_score_is_noted_after_the_log_that_holds_it(tmp_path: pathlib.Path) -> None:
     """While uploads fail, the file of scores lacks it: a run that goes on from there scores the step again."""
-    run, state = mock.Mock(spec=run_lib.Run), TrainState(0, {}, {}, None, {})
-    run.config, run.log, run.shutdown, run.folder = config.shapes(), mock.Mock(), mock.Mock(), mock.Mock()
-    run.store = store = checkpoints.CheckpointStore(tmp_path, 1)
+    training, state = mock.Mock(spec=run_lib.Run), TrainState(0, {}, {}, None, {})
+    training.config, training.log = config.shapes(), mock.Mock()
+    training.shutdown, training.folder = mock.Mock(), mock.Mock()
+    training.store = store = checkpoints.CheckpointStore(tmp_path, 1)
     noted = []
     with mock.patch.object(run_lib, "_score_segmenter", return_value={"miou": 0.25}):
-        for step, run.folder.upload.return_value in ((1, False), (2, True)):
-            run_lib.evaluate_and_log(run, state, step)
+        for step, training.folder.upload.return_value in ((1, False), (2, True)):
+            run_lib.evaluate_and_log(training, state, step)
             noted.append([json.loads(path.read_text()) for path in tmp_path.iterdir()])
     assert store.is_evaluated(1)  # the best checkpoint stays
     assert noted == [[], [{"1": 0.25, "2": 0.25}]]

@@ -3,7 +3,6 @@
 import pathlib
 
 import pytest
-from etils import epath
 
 from tests import machines
 from tests.bucket import Bucket, bucket, storage
@@ -25,33 +24,23 @@ def test_all_are_done_at_the_end(tmp_path: pathlib.Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3 * files.WRITERS
 
 
-def test_an_error_is_raised_at_the_end() -> None:
-    with pytest.raises(UserError, match="the disk is full"), files.WriteQueue() as writes:
-        writes.add(fail)
-
-
-def test_an_error_ends_what_adds_more() -> None:
+def test_an_error_ends_the_writes() -> None:
+    """An earlier write's error is raised when more are added; an error of the caller comes first."""
     added = []
 
-    def add_many() -> None:
+    def add_many(error: type[BaseException] | None) -> None:
         with files.WriteQueue() as writes:
             for number in range(10 * files.WRITERS):
                 writes.add(fail)
                 added.append(number)
+                if error is not None:
+                    raise error
 
     with pytest.raises(UserError, match="the disk is full"):
-        add_many()
+        add_many(None)
     assert len(added) == files.WRITERS
-
-
-def test_another_error_comes_first() -> None:
-    def interrupt() -> None:
-        with files.WriteQueue() as writes:
-            writes.add(fail)
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        interrupt()
+        add_many(KeyboardInterrupt)
 
 
 WRITER = """
@@ -98,20 +87,3 @@ def test_two_hosts_share_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> Non
     run_at_once(started)
     assert sum(line.startswith("DELETE") for line in bucket.set_faults()) == 2
     assert not (bucket / "run").exists() or not list((bucket / "run").iterdir())
-
-
-def test_a_repeated_delete_finds_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server has deleted the file, and its answer is lost."""
-    delete = type(bucket.root).unlink
-    lost: list[str] = []
-
-    def lose_an_answer(path: epath.Path, missing_ok: bool = False) -> None:
-        delete(path, missing_ok)
-        if not lost:
-            lost.append(path.name)
-            raise ConnectionError("reset by peer")
-
-    monkeypatch.setattr(type(bucket.root), "unlink", lose_an_answer)
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
-    files.make_folder(bucket / "run")
-    assert lost

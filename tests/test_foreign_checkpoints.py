@@ -4,6 +4,7 @@ import collections
 import contextlib
 import datetime
 import enum
+import os
 import pathlib
 import subprocess
 import sys
@@ -311,6 +312,12 @@ def test_nothing_of_a_file_runs(
             torch.load(path, weights_only=False)
         assert marker.exists()
         marker.unlink()
+
+
+def test_a_function_that_pytorch_blocks(pth: Pth, states: States, tiny: models.Segmenter) -> None:
+    path = pth({"state_dict": states, "meta": Payload(os.mkdir, "no/where")})
+    with pytest.raises(UserError, match=r"is refused: it asks for posix\.mkdir, and only tensors"):
+        checkpoints.read_checkpoint(path, tiny)
 
 
 def test_an_error_has_at_most_ten_lines(refuse: Callable, states: States) -> None:

@@ -66,7 +66,7 @@ ADVICE = "lower batch_size or data.crop_size, or raise grad_accum_steps (smaller
     ],
 )
 def test_what_accelerators_say(text: str, gib: str) -> None:
-    asked = f", {gib} GiB were asked for" if gib else ""
+    asked = f", {gib} GiB were requested" if gib else ""
     assert (
         explain_out_of_memory(jax.errors.JaxRuntimeError(text), "train") == f"out of memory{asked}: {ADVICE}"
     )
@@ -164,7 +164,7 @@ def test_a_step_without_memory_loses_nothing_else(
         return state, fail_once
 
     monkeypatch.setattr(train, "init_training", init_training)
-    with pytest.raises(UserError, match=r"out of memory, 262,144\.00 GiB were asked for") as error:
+    with pytest.raises(UserError, match=r"out of memory, 262,144\.00 GiB were requested") as error:
         run_here(tmp_path, SMALL)
     assert error.value.line.endswith(f"{ADVICE}; the newest saved step is 2")
     assert checkpoints.CheckpointStore(tmp_path / "checkpoints", 3).latest == 2

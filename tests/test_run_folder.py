@@ -205,10 +205,7 @@ def test_a_network_that_fails_makes_files_late(
         ("run", {"fail": 1000, "status": 503}, "no connection to the bucket"),
     ],
 )
-def test_a_bucket_that_cannot_be_written(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, path: str, faults: dict, expected: str
-) -> None:
-    monkeypatch.setattr(files, "RETRY_SECONDS", 0.0)
+def test_a_bucket_that_cannot_be_written(bucket: Bucket, path: str, faults: dict, expected: str) -> None:
     target = files.as_path(path) if "://" in path else bucket / path
     bucket.set_faults(**faults)
     with pytest.raises(

@@ -109,15 +109,6 @@ def test_what_is_refused(
     assert "\n" not in error.value.line
 
 
-def test_a_file_of_another_program_needs_a_config(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    words = ["--checkpoint", str(path), "--output", str(tmp_path / "x")]
-    done = subprocess.run(
-        [sys.executable, "-m", "topformer_jax.convert", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr == f"error: reading {path} needs --config FILE: the model that its tensors must fit\n"
-
-
 def test_without_the_library(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(

@@ -29,7 +29,7 @@ def test_slices_change_neither_the_mesh_nor_so_the_numbers(fsdp: int) -> None:
     ("changes", "message"),
     [
         ({"mesh__fsdp": 8, "mesh__slices": 2}, "gather parameters across slices of 4 devices"),
-        ({"mesh__slices": 3}, "slices of 3 and 3 and 2 devices: all must have equally many"),
+        ({"mesh__slices": 3}, "slices of 3 and 3 and 2 devices: all must have the same number"),
         ({"mesh__slices": 16}, "mesh.slices=16, but the 8 devices lie in 8"),
     ],
 )

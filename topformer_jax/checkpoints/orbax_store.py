@@ -330,11 +330,9 @@ def _find_best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
 
 def _read_scores(path: files.Path) -> dict[int, float]:
     """The scores that a run has noted so far; a UserError if the file cannot be read, or holds something else."""
-    with files.report_errors("read", path):
-        if not path.exists():
-            return {}
     advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and those of the log are used'
-    return files.read_json(files.read_bytes(path), dict[int, float], path, advice)
+    data = files.read_existing(path)
+    return {} if data is None else files.read_json(data, dict[int, float], path, advice)
 
 
 def _absolute(directory: str | os.PathLike[str]) -> files.Path:

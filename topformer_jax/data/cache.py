@@ -41,7 +41,7 @@ class Progress(Protocol):
 MakeProgress = Callable[[int, str], Progress]  # of the total, and of what the numbers count
 
 
-class Silence(contextlib.nullcontext[Any]):
+class NullProgress(contextlib.nullcontext[Any]):
     """Shows nothing."""
 
     def __init__(self, total: int, unit: str):
@@ -61,7 +61,7 @@ class Shard:
 
 
 def copy_split(
-    source: files.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = Silence
+    source: files.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = NullProgress
 ) -> str:
     """Copies one split's shards to a local disk, if they are not there, and returns their folder.
 
@@ -259,4 +259,4 @@ def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Shard, count: Cal
 def _read_piece(path: files.Path, start: int, end: int) -> bytes:
     with files.report_errors("read", path, "; the same command goes on with the missing shards"):
         system, inside = fsspec.core.url_to_fs(os.fspath(path))
-        return files.retry(lambda: bytes(system.cat_file(inside, start=start, end=end)))
+        return bytes(system.cat_file(inside, start=start, end=end))

@@ -188,9 +188,7 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
 
 def read_label_sizes(folder: files.Path) -> bytes:
     """label_sizes.json as it is; empty where an earlier version packed the data set, or its labels are numbers."""
-    path = folder / LABEL_SIZES
-    with files.report_errors("read", path):
-        return files.read_bytes(path) if files.retry(path.exists) else b""
+    return files.read_existing(folder / LABEL_SIZES) or b""
 
 
 def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]:

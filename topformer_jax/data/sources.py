@@ -122,7 +122,7 @@ def check_class_folders(config: ConfigDict, classes: Sequence[str]) -> None:
 def open_source(
     config: ConfigDict,
     split: str,
-    make_progress: cache.MakeProgress = cache.Silence,
+    make_progress: cache.MakeProgress = cache.NullProgress,
     *,
     classes: Sequence[str] = (),
 ) -> Source:

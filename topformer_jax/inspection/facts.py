@@ -163,7 +163,7 @@ def inspect(
     config: ConfigDict,
     *,
     limit: int | None = None,
-    make_progress: cache.MakeProgress = cache.Silence,
+    make_progress: cache.MakeProgress = cache.NullProgress,
 ) -> Inspection:
     """Reads the train and the validation split of the config's data set; the result does not depend on threads.
 

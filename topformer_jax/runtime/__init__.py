@@ -1,1 +1,1 @@
-"""Processes, devices, files and buckets, logs and the command line: what every command stands on."""
+"""What every command uses: processes, devices, files and buckets, logs, the command line."""

@@ -1,4 +1,4 @@
-"""What every command shares: a parser that knows --config, errors of one line, JAX's cache of compiled programs."""
+"""What every command shares: a parser with --config, errors of one line, JAX's cache of compiled programs."""
 
 import argparse
 import ctypes
@@ -58,13 +58,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def answer_help(module: str, make_parser: Callable[[], argparse.ArgumentParser]) -> None:
-    """Prints the help and exits if `module` is the command being run and is asked for it.
+    """Prints the help and exits if the module named `module` is run with a help flag.
 
-    A command calls it before the imports that take a second: of JAX and of what uses it.
-
-    Args:
-        module: the caller's `__name__`.
-        make_parser: makes the command's parser.
+    A command calls it before it imports JAX, which takes a second.
     """
     flags = [word for word in sys.argv[1:] if word in ("-h", "--help", "--help-config")]
     if module != "__main__" or not flags:
@@ -77,15 +73,15 @@ def answer_help(module: str, make_parser: Callable[[], argparse.ArgumentParser])
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that start one of several processes by hand."""
+    """Adds the flags that start one of several processes by hand."""
     group = parser.add_argument_group("several machines (TPU pods and SLURM need none of these)")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="this one's number, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of the first process")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
 
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of commands that label images by a checkpoint or by an exported file."""
+    """Adds the flags of commands that label images with a checkpoint or an exported file."""
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument(
         "--checkpoint", metavar="PATH", help="a file, a checkpoint folder or a work directory"
@@ -93,7 +89,7 @@ def add_weights_flags(parser: argparse.ArgumentParser) -> None:
     weights.add_argument(
         "--exported", metavar="FILE", help="a file of topformer_jax.export, run in its runtime"
     )
-    text = "with --exported: resize every image to the one size of FILE, whatever its shape"
+    text = "with --exported: resize every image to the fixed size of FILE, whatever its shape"
     parser.add_argument("--stretch", action="store_true", help=text)
 
 
@@ -106,7 +102,7 @@ class _HelpConfig(argparse.Action):
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as aligned lines: the first column is flush left, the others flush right."""
+    """Aligns rows of text: the first column is flush left, the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = (
         [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
@@ -116,11 +112,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def numbers(flag: str, text: str) -> tuple[float, ...]:
-    """The numbers of a flag's value "0.5,1,1.5".
-
-    Raises:
-        UserError: the text is not numbers separated by commas.
-    """
+    """Parses a flag's value "0.5,1,1.5"; a UserError if it is not numbers separated by commas."""
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError:
@@ -128,11 +120,7 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
 
 
 def size(flag: str, text: str) -> tuple[int, int]:
-    """(height, width) of a flag's value "512x1024".
-
-    Raises:
-        UserError: the text is no size.
-    """
+    """Parses a flag's value "512x1024" into (height, width); a UserError if it is no size."""
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and len(text) < 20):
         raise UserError(f"{flag} {text}: expected HEIGHTxWIDTH, e.g. 512x512")
@@ -144,8 +132,8 @@ def size(flag: str, text: str) -> tuple[int, int]:
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a user's mistake ends it with one line and status 2, an interrupt with status 130.
 
-    Control characters of what it prints are escaped. Compiled programs go into JAX's persistent cache in
-    ~/.cache/topformer_jax, unless the environment sets another; the process keeps freed memory.
+    Escapes control characters in its output. JAX's persistent cache of compiled programs is ~/.cache/topformer_jax,
+    unless the environment sets another.
     """
     gc.enable()  # see topformer_jax/__init__.py
     with logs.escape_output():
@@ -163,7 +151,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def abort_run_on_error(_: object, error: BaseException | None, *rest: object) -> None:
-    """Ends a process of several at once if it fails: what closes it in order would wait for the others.
+    """Ends a failed process at once if there are several: an orderly end would wait for the others.
 
     Its arguments are those of `__exit__`, so that an ExitStack can call it first.
     """
@@ -184,12 +172,12 @@ def abort_run_on_error(_: object, error: BaseException | None, *rest: object) ->
 
 
 def _report(error: BaseException) -> int | None:
-    """Prints the line of an error that a user can mend, and returns the status to exit with; None for others."""
+    """Prints the line of an error that a user can fix, and returns the exit status; None for other errors."""
     if shortage := explain_out_of_memory(error, pathlib.Path(sys.argv[0]).stem):
         error = UserError(shortage)
     if type(error).__name__ == "BrokenProcessPool":
         error = UserError(
-            "a worker process was killed, perhaps for lack of memory: start the same command with fewer --workers"
+            "a worker process was killed, perhaps because memory ran out: run the same command with fewer --workers"
         )
     match error:
         case UserError():
@@ -210,7 +198,7 @@ def _report(error: BaseException) -> int | None:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where files are kept that can be made or fetched again: ~/.cache/topformer_jax, or as XDG_CACHE_HOME says."""
+    """The folder of files that can be made or fetched again: ~/.cache/topformer_jax, or below XDG_CACHE_HOME."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "topformer_jax"
 
 
@@ -221,21 +209,18 @@ def _set_compilation_cache() -> None:
         try:
             files.make_private(cache_folder())
             jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
-        except (UserError, RuntimeError) as error:  # no home, say
+        except (UserError, RuntimeError) as error:  # such as a missing home
             print(f"note: compiled programs are not kept: {error}", flush=True)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def keep_freed_memory() -> None:
-    """Sets glibc's malloc to reuse freed memory where a CPU computes, unless the environment configures malloc.
+    """Sets glibc's malloc to reuse freed memory if a CPU computes, unless the environment configures malloc.
 
-    A program allocates its temporary memory anew in every call. By default glibc returns blocks of that size to the
-    kernel, which zeroes each page as it is touched again: 146,000 page faults in a training step of Tiny, a quarter
-    of its time on a CPU (4 x 512 x 512); 47,000 with these settings, but 145,000 again with an arena a thread.
-
-    Beside a GPU or a TPU nothing is set: such memory is the device's there, and with one arena the threads of a large
-    host would wait for each other.
+    By default glibc returns large blocks to the kernel, which zeroes each page when it is used again: 146,000 page
+    faults in a training step of Tiny (4 x 512 x 512), a quarter of its time on a CPU; 47,000 with these settings.
+    With a GPU or a TPU nothing is set: the threads of a large host would wait for each other in one arena.
     """
     if platform.libc_ver()[0] != "glibc" or {"GLIBC_TUNABLES", *_MALLOC} & os.environ.keys():
         return
@@ -246,17 +231,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(number, value)
 
 
-# Device files of NVIDIA's and AMD's GPUs and of TPUs: JAX must not be asked before its processes have met.
+# Device files of NVIDIA's and AMD's GPUs and of TPUs: JAX must not be used before its processes have met.
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 # mallopt's parameters (malloc.h) by the names of their environment variables: never trim, never mmap, and one arena
-# for all threads, because only the main arena can grow to such sizes.
+# for all threads, because only the main arena can grow to such sizes: one arena per thread gives 145,000 page faults.
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": (-1, -1), "MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_ARENA_MAX": (-8, 1)}
 
 
-# ml_collections.config_flags would parse these with absl's flags, but an unknown setting is a traceback of 50 lines
-# there, `data.crop_size=512` passes as (512,), and "none" cannot be said; argparse with an argument a setting fills
-# --help with them and knows no nearest name. So this function.
+# ml_collections.config_flags does not serve: an unknown setting is a traceback of 50 lines, `data.crop_size=512`
+# passes as (512,), and "none" cannot be expressed.
 def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the arguments."""
     rest: list[str] = []

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: what was read, what was expected, what to do; and errors that mean one."""
+"""The exception for a user's mistake, and errors of other libraries that mean one."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ LESS_MEMORY = {
     "evaluate": "set evaluation.per_device_batch_size=1, or lower evaluation.scale",
     "predict": "lower evaluation.scale, or segment smaller pictures",
 }
-# As XLA says it for CPUs, GPUs and TPUs, NumPy, OpenCV, PyTorch and C++.
+# The messages of XLA for CPUs, GPUs and TPUs, NumPy, OpenCV, PyTorch and C++.
 _OUT_OF_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED|out.of.memory|insufficient memory|(unable|failed|can.?t) (to )?allocate|bad_alloc",
     re.IGNORECASE,
@@ -20,10 +20,9 @@ _AMOUNT = re.compile(r"(?:allocat\w+|reserve|request for|Used) ([\d.]+) ?([KMGTP
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix, described in one line.
+    """A mistake that the user can fix, described in one line: what was read, what was expected, what to do.
 
-    `details` are further lines (each tensor that does not fit, say); a command prints them before the line
-    itself, so that the line is what stays on the screen.
+    `details` are further lines, such as tensors that do not fit; a command prints them before the line.
     """
 
     def __init__(self, line: str, details: Sequence[str] = ()):
@@ -33,11 +32,11 @@ class UserError(ValueError):
 
 
 def explain_out_of_memory(error: BaseException, command: str) -> str | None:
-    """The line for an error that says that memory is exhausted, of the host or of a device; None for other errors.
+    """Returns the line for an error of exhausted memory, of the host or of a device; None for other errors.
 
     >>> error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
     >>> explain_out_of_memory(error, "predict")
-    'out of memory, 8.00 GiB were asked for: lower evaluation.scale, or segment smaller pictures'
+    'out of memory, 8.00 GiB were requested: lower evaluation.scale, or segment smaller pictures'
     """
     text = str(error)
     is_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -46,13 +45,13 @@ def explain_out_of_memory(error: BaseException, command: str) -> str | None:
     amount = ""
     if found := _AMOUNT.search(text):
         size = float(found[1].rstrip(".")) * 1024 ** " KMGTP".index(found[2] or " ")
-        amount = f", {size / 2**30:,.2f} GiB were asked for"
-    return f"out of memory{amount}: {LESS_MEMORY.get(command, 'take smaller inputs, or a machine with more memory')}"
+        amount = f", {size / 2**30:,.2f} GiB were requested"
+    return f"out of memory{amount}: {LESS_MEMORY.get(command, 'use smaller inputs, or a machine with more memory')}"
 
 
 @contextlib.contextmanager
 def report_out_of_memory(command: str, describe_state: Callable[[], str] = str) -> Iterator[None]:
-    """Turns an error that says that memory is exhausted into a UserError; its line ends with what is saved."""
+    """Turns an error of exhausted memory into a UserError, whose line ends with `describe_state()`."""
     try:
         yield
     except Exception as error:

@@ -11,7 +11,6 @@ import re
 import secrets
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,22 +25,21 @@ if TYPE_CHECKING:
 else:
     Path = os.PathLike
 
-RETRY_SECONDS = 120.0  # for which a request to a bucket is repeated while the network or the server fails
-WRITERS = 16  # threads of a WriteQueue, and how many writes it holds
-MOST_BYTES = 1 << 30  # of a file that is read as a whole; lists of a million pictures have less
+WRITERS = 16  # threads of a WriteQueue, and writes that it holds
+MOST_BYTES = 1 << 30  # of a file that is read as a whole; lists of a million pictures are smaller
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # no character of a name
-_unfinished: list[Path] = []  # files that are of no use yet
+_unfinished: list[Path] = []  # files that are not whole yet
 Result = TypeVar("Result")
 
 
 def as_path(text: str | os.PathLike[str]) -> Path:
-    """A path from what a user wrote: a bucket's, such as gs://BUCKET/FOLDER, or a local one, where ~ is the home.
+    """Turns a user's text into a path: in a bucket, such as gs://BUCKET/FOLDER, or a local one, where ~ is the home.
 
     >>> as_path("runs/b").name
     'b'
 
     Raises:
-        UserError: what reads such buckets is not installed, or is unknown.
+        UserError: the package that reads such buckets is not installed, or the storage is unknown.
     """
     text = os.fspath(text)
     if not is_in_bucket(text):
@@ -50,7 +48,8 @@ def as_path(text: str | os.PathLike[str]) -> Path:
     from etils import epath
 
     protocol = text.partition("://")[0]
-    # gcsfs would ask a server of its own for each bucket's kind, and log each repeated request.
+    # gcsfs repeats failed requests itself, for half a minute. It would ask another server for each bucket's kind, and
+    # log each repetition.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
@@ -81,45 +80,44 @@ def absolute(path: Path) -> Path:
 
 
 def make_folder(path: Path, alternative: str = "another folder") -> None:
-    """Creates a folder and its parents; a UserError, which suggests to name `alternative`, if it is not writable."""
+    """Creates a folder and its parents; a UserError, which suggests `alternative`, if it is not writable."""
     with report_errors("write into", path, f"; name {alternative}"):
         if is_in_bucket(path):
             probe = temporary_path(path / "probe")
-            retry(lambda: probe.write_bytes(b""))
-            retry(lambda: probe.unlink(missing_ok=True))  # a repeated request finds what the first one did
+            probe.write_bytes(b"")
+            probe.unlink(missing_ok=True)  # a repeated request finds no file
         else:
             path.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=path).close()
 
 
 def make_private(path: pathlib.Path) -> None:
-    """Creates a folder of files that are executed; a UserError if anybody but this user may write into it."""
+    """Creates a folder for programs that are run; a UserError if other users may write into it."""
     with report_errors("write into", path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
         status = path.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise UserError(f"others may write into {path}: delete it, and it is made anew for you alone")
+        raise UserError(f"others may write into {path}: delete it; it is created again for your user only")
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises a UserError where a file is there already, or nobody can tell."""
+    """Raises a UserError if a file exists."""
     with report_errors("write", path):
-        if retry(path.exists):
+        if path.exists():
             raise UserError(f"{path} is there already: name another file")
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name beside a file, for its content until it is whole: another one at each call, on any host.
+    """A new hidden name beside a file, for its content until it is whole; it ends with `.tmp`.
 
-    A process id is no such name: in containers it is 1 on every host. What a killed process leaves is hidden, is
-    never read or uploaded, and ends with `.tmp`.
+    It is random, since the process id is 1 in the containers of several hosts.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def read_boot_id() -> str:
-    """The random name of a kernel since it started, which its containers share; "" if it has none, as on macOS."""
+    """The random name of a kernel since its start, which its containers share; "" if it has none, as on macOS."""
     try:
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -129,13 +127,13 @@ def read_boot_id() -> str:
 def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
     """Writes a file atomically (temporary file, then rename) and creates missing folders.
 
-    Readers see the old content or the new, never a part; a failed write, a UserError, leaves no file behind. An
-    object in a bucket appears whole by itself. What UTF-8 cannot hold, of a file's name say, is escaped.
+    Readers see the old content or the new, never a part; a failed write, a UserError, leaves no file behind. A
+    bucket does this by itself. Characters that UTF-8 cannot hold are escaped.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     if is_in_bucket(path):
         with report_errors("write", path, advice):
-            retry(lambda: path.write_bytes(data))
+            path.write_bytes(data)
         return
     temporary = temporary_path(path)
     with report_errors("write", path, advice), unfinished(temporary):
@@ -146,7 +144,7 @@ def write_file(path: Path, content: str | bytes, advice: str = "") -> None:
 
 @contextlib.contextmanager
 def unfinished(path: Path) -> Iterator[None]:
-    """A file that is deleted where the block fails, or Ctrl-C ends the command in it."""
+    """Deletes a file if the block fails, or if Ctrl-C ends the command in it."""
     _unfinished.append(path)
     try:
         yield
@@ -159,21 +157,21 @@ def unfinished(path: Path) -> Iterator[None]:
 
 
 def delete_unfinished() -> None:
-    """What a command does before it ends at once."""
+    """Deletes the files of all `unfinished` blocks, before a command ends at once."""
     for path in list(_unfinished):
         with contextlib.suppress(Exception):
             path.unlink()
 
 
 class WriteQueue:
-    """Writes many files by threads, since a bucket answers late; the end of the context waits for all of them."""
+    """Writes many files in threads, since a bucket answers late; the end of the context waits for all of them."""
 
     def __init__(self) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(WRITERS)
         self._waiting: collections.deque[concurrent.futures.Future[None]] = collections.deque()
 
     def add(self, write: Callable[[], None]) -> None:
-        """Has a thread call `write`, and waits while too many others are due; raises what an earlier one raised."""
+        """Calls `write` in a thread; waits while too many are due, and raises the error of an earlier one."""
         while len(self._waiting) >= WRITERS:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(write))
@@ -191,7 +189,7 @@ class WriteQueue:
 
 @contextlib.contextmanager
 def report_errors(action: str, path: str | os.PathLike[str], advice: str = "") -> Iterator[None]:
-    """Turns what a file system raises into a UserError: "cannot ACTION PATH: the reason", and the advice."""
+    """Turns errors of a file system into a UserError: "cannot ACTION PATH: the reason", and the advice."""
     expected: Any = Exception if is_in_bucket(path) else OSError
     try:
         yield
@@ -209,22 +207,26 @@ def explain(error: BaseException) -> str:
         return "there is no such bucket or object, or this account may not see it"
     if "credentials" in text:
         return "there are no credentials for Google Cloud: gcloud auth application-default login"
-    if _code(error) in (401, 403) or "Forbidden" in text or "does not have" in text:
+    code = str(getattr(error, "code", ""))  # of HTTP
+    if code in ("401", "403") or "Forbidden" in text or "does not have" in text:
         return f"this account has no permission ({text})"
-    if is_transient(error):
+    is_network = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
+        "aiohttp"
+    )
+    if is_network or code in ("408", "429") or code.startswith("5"):
         return f"no connection to the bucket ({text})"
     return text
 
 
 def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
-    """The bytes of a file that somebody else may have written; a pipe or a device is not waited for.
+    """Reads a file that somebody else may have written.
 
     Raises:
-        UserError: it cannot be read, is no regular file, or has more than `most` bytes; the advice ends its line.
+        UserError: it cannot be read, is a pipe or a device, or has more than `most` bytes; the advice ends its line.
     """
     with report_errors("read", path, advice):
         if is_in_bucket(path):
-            return retry(path.read_bytes)
+            return path.read_bytes()
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
                 raise UserError(
@@ -233,8 +235,16 @@ def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
             return file.read()
 
 
+def read_existing(path: Path, advice: str = "") -> bytes | None:
+    """`read_bytes`, or None if there is no file."""
+    with report_errors("read", path, advice):
+        if not path.exists():
+            return None
+    return read_bytes(path, advice)
+
+
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
-    """Opens a local file to read; an OSError for a pipe, which would wait for its writer, or a device."""
+    """Opens a local file for reading; an OSError for a pipe, which would wait for its writer, or a device."""
     file = open(  # noqa: SIM115  the caller's
         path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
     )
@@ -245,27 +255,27 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def read_lines(file: Path) -> list[str]:
-    """A text file's non-blank lines, stripped; see `number_lines`."""
+    """The lines of `number_lines`."""
     return list(number_lines(file).values())
 
 
 def number_lines(file: Path | str, data: bytes | None = None) -> dict[int, str]:
-    """A text file's non-blank lines, stripped, by their numbers from 1 on; `data` is its content if it is known.
+    """The non-blank lines of a text file, stripped, by their numbers from 1; `data` is its content if it is known.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
     try:
-        text = (read_bytes(as_path(file), "; expected one name a line") if data is None else data).decode(
+        text = (read_bytes(as_path(file), "; expected one name per line") if data is None else data).decode(
             "utf-8-sig"
         )
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name per line") from None
     lines = {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         if strange := CONTROL.search(line.strip("\t ").replace("\t", " ")):
             raise UserError(
-                f"{file}: line {number} holds {strange[0]!r}: expected a name a line, of characters that show"
+                f"{file}: line {number} holds {strange[0]!r}: expected one name per line, of visible characters"
             )
         if line.strip():
             lines[number] = line.strip()
@@ -273,23 +283,22 @@ def number_lines(file: Path | str, data: bytes | None = None) -> dict[int, str]:
 
 
 def number_names(file: Path | str, data: bytes | None = None) -> dict[int, str]:
-    """`number_lines` of names that are numbered by their places, such as classes: none before the last is blank."""
+    """`number_lines` of names whose places are their numbers, such as classes; a UserError for a blank line."""
     lines = number_lines(file, data)
     if gaps := [number for number in range(1, max(lines, default=0)) if number not in lines]:
         raise UserError(
-            f"{file}: line {gaps[0]} is blank, and the names after it would move: name it, or delete the line"
+            f"{file}: line {gaps[0]} is blank, and the names after it would move: write a name, or delete the line"
         )
     return lines
 
 
 def read_json(
-    data: bytes, kind: Callable[..., Result], where: object, advice: str = ": is it of another tool?"
+    data: bytes, kind: Callable[..., Result], where: object, advice: str = ": was it written by another tool?"
 ) -> Result:
-    """The content of a JSON file as a typed structure; fields that the structure does not name are skipped.
+    """Decodes JSON into a type that msgspec knows; fields that the type does not name are skipped.
 
     Raises:
-        UserError: it is no JSON, or a value has another type than `kind`, which msgspec knows; the line names `where`
-            and the value's place.
+        UserError: it is no JSON, or a value has another type; the line names `where` and the value's place.
     """
     with _report_type(where, advice):
         found: Result = msgspec.json.decode(data.removeprefix(b"\xef\xbb\xbf"), type=kind)
@@ -297,7 +306,7 @@ def read_json(
 
 
 def convert(value: object, kind: Callable[..., Result], where: object, advice: str = "") -> Result:
-    """`read_json` of what a library has decoded already."""
+    """`read_json` for a value that a library has decoded."""
     with _report_type(where, advice):
         found: Result = msgspec.convert(value, kind)
     return found
@@ -314,7 +323,7 @@ def _report_type(where: object, advice: str) -> Iterator[None]:
 
 
 def shorten(text: object, most: int = 60) -> str:
-    """A text from a file, as a line of an error shows it: of one line, and of at most so many characters.
+    """Shortens a text from a file for an error: to one line of at most `most` characters.
 
     >>> shorten("a\\nb"), shorten("abcdefghijkl", 9)
     ('a?b', 'abc...jkl')
@@ -325,37 +334,11 @@ def shorten(text: object, most: int = 60) -> str:
 
 
 def require_inside(name: str, where: str) -> None:
-    """Raises a UserError where a name that a file gives would lead out of the folder that it belongs into.
+    """Raises a UserError if a name in a file leads out of its folder.
 
     >>> require_inside("train/0001.jpg", "list.txt")
     """
     path = pathlib.PurePosixPath(name.replace("\\", "/"))
     is_outside = path.is_absolute() or ".." in path.parts or pathlib.PureWindowsPath(name).drive
     if is_outside or not path.name or CONTROL.search(name):
-        raise UserError(f"{where}: {name[:80]!r} is no name for a file below a folder: rename what it is of")
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether a request to a bucket may succeed when it is repeated: network and server failed, not the request."""
-    if _code(error) in (408, 429, 500, 502, 503, 504):
-        return True
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("aiohttp")
-
-
-def _code(error: BaseException) -> int | None:
-    """The status of the HTTP response behind an error."""
-    code = str(getattr(error, "code", ""))
-    return int(code) if code.isdigit() else None
-
-
-def retry(request: Callable[[], Result], seconds: float | None = None) -> Result:
-    """The result of a request to a bucket, repeated with longer and longer pauses while network or server fail."""
-    deadline, pause = time.monotonic() + (RETRY_SECONDS if seconds is None else seconds), 1.0
-    while True:
-        try:
-            return request()
-        except Exception as error:
-            if not is_transient(error) or time.monotonic() + pause > deadline:
-                raise
-        time.sleep(pause)
-        pause *= 2
+        raise UserError(f"{where}: {name[:80]!r} is no name for a file below a folder: rename the file")

@@ -1,4 +1,4 @@
-"""What a command reports: a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
+"""Reports of commands: a progress bar or plain lines, JSON lines, TensorBoard events, curves."""
 
 import contextlib
 import datetime
@@ -25,11 +25,10 @@ PRINT_INTERVAL = 10  # seconds between lines of progress where there is no termi
 
 
 def silence_orbax_threads() -> None:
-    """Keeps what Orbax's threads print out of a command's output, which is one line for an error.
+    """Silences Orbax's threads, so that an error is one line.
 
-    When a checkpoint is damaged or the disk is full, Orbax's threads log tracebacks (absl), leave futures behind that
-    asyncio reports when they are collected, and call back into an event loop that is closed: up to a thousand lines,
-    which nothing around the call could catch.
+    When a checkpoint is damaged or the disk is full, they log tracebacks (absl), leave futures behind that asyncio
+    reports, and call into a closed event loop: up to a thousand lines.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -44,19 +43,16 @@ def _report_unless_loop_is_closed(unraisable: Any) -> None:
 
 
 def discard_output() -> None:
-    """Sends standard output to nowhere: what is left in its buffer would fail again when Python flushes it."""
+    """Redirects standard output to /dev/null: the rest of its buffer would fail again when Python flushes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class RunLog:
-    """The log of one training run; on all processes but the first it does nothing.
+    """The log of one training run; without `active`, as on all processes except the first, it does nothing.
 
-    Appends to `metrics.jsonl` (one JSON object a line: `step`, `kind`, values) and writes TensorBoard events, both in
-    the work directory, and shows a progress bar on a terminal, plain lines elsewhere. A run resumed at `start`
-    discards the records of later steps.
-
-    Raises:
-        UserError: (every method too) a file cannot be written.
+    Appends to `metrics.jsonl` (one JSON object per line: `step`, `kind`, values), writes TensorBoard events, shows a
+    progress bar on a terminal, plain lines elsewhere. A run resumed at `start` discards the records of later steps.
+    Every method raises a UserError if a file cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int, steps: int, *, active: bool):
@@ -76,8 +72,8 @@ class RunLog:
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the metrics of a training step, from 1 on, and the estimated time left.
 
-        `values` are at least loss, pixel_accuracy (of a classifier: accuracy), learning_rate, images_per_second,
-        data_wait (the share of time in which the devices waited for data) and skipped (unreadable examples).
+        `values` has loss, pixel_accuracy (for a classifier accuracy), learning_rate, images_per_second, data_wait
+        (the share of time in which the devices waited for data) and skipped (the number of unreadable examples).
         """
         if not self.active:
             return
@@ -107,7 +103,7 @@ class RunLog:
         self.print_line(f"step {step}/{self.steps}  {scores}")
 
     def print_line(self, text: str) -> None:
-        """Prints a line above the progress bar; a reader that is gone, such as `tee` after Ctrl-C, ends no run."""
+        """Prints a line above the progress bar; a reader that is gone, such as `tee` after Ctrl-C, is no error."""
         if self.active:
             try:
                 self._bar.write(text, file=sys.stdout)
@@ -139,7 +135,7 @@ class _EventWriter:
             folder.mkdir(exist_ok=True)
             self._writer = RecordWriter(str(self._path))
         self._write_event({"file_version": "brain.Event:2"}, 0)
-        # At a session's start TensorBoard discards what earlier files hold of this step and later ones.
+        # At a session's start TensorBoard discards this step and later ones of earlier files.
         self._write_event({"session_log": SessionLog(status=SessionLog.START)}, step)
 
     def write_scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -163,7 +159,7 @@ class _EventWriter:
 
 
 class _Escaped:
-    """A stream of text whose terminal sees no control characters, and which can encode every name of a file."""
+    """A text stream that escapes control characters and what its encoding cannot hold."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -172,7 +168,7 @@ class _Escaped:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Writes a text; what is no line break, tabulator or carriage return of a bar is escaped."""
+        """Writes a text; keeps line breaks, tabulators and the carriage returns of a bar."""
         shown = re.sub(
             r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text
         )
@@ -183,15 +179,15 @@ class _Escaped:
 
 @contextlib.contextmanager
 def escape_output() -> Iterator[None]:
-    """Has all that the process prints go through `_Escaped`: names of files and classes may hold anything."""
+    """Prints everything through `_Escaped`: names of files and classes may hold anything."""
     with contextlib.redirect_stdout(_Escaped(sys.stdout)), contextlib.redirect_stderr(_Escaped(sys.stderr)):
         yield
 
 
 class Progress:
-    """The progress of a command over `total` items: a bar on a terminal, elsewhere a line every 10 seconds.
+    """Shows the progress over `total` items: a bar on a terminal, elsewhere a line every 10 seconds.
 
-    It is a context manager. `unit` names the items, in the plural; without `active` nothing is shown.
+    A context manager. `unit` names the items, in the plural; without `active` nothing is shown.
     """
 
     def __init__(self, total: int, unit: str, *, active: bool = True):
@@ -201,7 +197,7 @@ class Progress:
         self._bar = tqdm(total=total, unit=unit, disable=not active or not sys.stderr.isatty(), leave=False)
 
     def update(self, done: int, compiling: str = "") -> None:
-        """Shows how many items are done, and which input sizes are being compiled, if any."""
+        """Shows the number of items done, and the input sizes that are being compiled, if any."""
         note = f"compiling for {compiling}" if compiling else ""
         self._bar.n = done
         self._bar.set_postfix_str(note)
@@ -222,30 +218,24 @@ class Progress:
 
 
 class _Head(msgspec.Struct):
-    """What every record of a metrics.jsonl has."""
+    """The fields of every record of a metrics.jsonl."""
 
     step: Annotated[int, msgspec.Meta(ge=0)]
     kind: Literal["train", "evaluation"]
 
 
 def _encode_line(record: Mapping[str, Any]) -> bytes:
-    """One line, with blanks as `json.dumps` writes them: scripts search for '"step": 40'."""
+    """Encodes one line, with the blanks of `json.dumps`: scripts search for '"step": 40'."""
     return msgspec.json.format(msgspec.json.encode(record), indent=0) + b"\n"
 
 
 def read_records(path: files.Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, none if there is no file; damaged lines are left out, which is said.
+    """Reads the records of a `metrics.jsonl`; none if there is no file, a UserError if it cannot be read.
 
-    A crash may cut off the last line, of which nothing is said.
-
-    Raises:
-        UserError: the file exists but cannot be read.
+    Damaged lines are left out, which is printed, except for the last one, which a crash may have cut off.
     """
-    with files.report_errors("read", path, "; move it away"):
-        if not path.exists():
-            return []
     records, damaged = [], []
-    lines = files.read_bytes(path, "; move it away").splitlines(keepends=True)
+    lines = (files.read_existing(path, "; move it away") or b"").splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             files.read_json(line, _Head, path)

@@ -1,4 +1,4 @@
-"""The mesh of devices, and which array lies where on it."""
+"""The mesh of devices, and the shardings of arrays on it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,11 @@ def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = N
     """The mesh of `config.mesh` with axes `data` and `fsdp`, over all devices or those given.
 
     `data` is the outer axis and devices of a slice follow each other, so the devices of an `fsdp` group, which gather
-    parameters, lie in one slice. Between slices travel sums alone: gradients and BatchNorm statistics.
+    parameters, are in one slice. Only sums travel between slices: gradients and BatchNorm statistics.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices, do not divide the batch, or a group of `fsdp`
-            devices would lie in two slices; or the devices lie in other slices than `config.mesh.slices`.
+        UserError: the axes do not multiply to the number of devices or do not divide the batch, or the slices do not
+            fit `config.mesh`.
     """
     slices = _split_into_slices(jax.devices() if devices is None else devices, config.mesh.slices)
     count = sum(map(len, slices))
@@ -47,22 +47,21 @@ def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = N
 
 
 def make_inference_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh with the one axis `data`, over which an evaluation divides its images; slice after slice."""
+    """The mesh of an evaluation: one axis, `data`, over all devices, slice after slice."""
     return _make_mesh((len(devices),), ("data",), _split_into_slices(devices, 0))
 
 
 def _split_into_slices(devices: Sequence[jax.Device], expected: int) -> list[list[jax.Device]]:
-    """The devices of each slice, in the order of their processes.
+    """Returns the devices of each slice, in the order of their processes.
 
-    A process's devices follow each other, since the loader of process p makes the p-th part of a batch: so the order
-    of the batch does not depend on the slices. Devices of one host are neighbours on a TPU too.
+    The loader of process p makes the p-th part of a batch, so the order of the batch does not depend on the slices.
 
     Args:
         devices: at least one.
-        expected: number of slices; 0: as many as the devices say. Only TPUs say it; others are cut into equal parts.
+        expected: number of slices; 0 for the number that TPUs report. Other devices are cut into equal parts.
 
     Raises:
-        UserError: the devices lie in another number of slices, or slices differ in size.
+        UserError: the number of slices is another one, or slices differ in size.
     """
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     slices: dict[int, list[jax.Device]] = {}
@@ -74,10 +73,10 @@ def _split_into_slices(devices: Sequence[jax.Device], expected: int) -> list[lis
     if expected and len(sizes) != expected:
         raise UserError(
             f"mesh.slices={expected}, but the {len(ordered)} devices lie in {len(sizes)}: "
-            "set mesh.slices=0 to take what the devices say"
+            "set mesh.slices=0 to use the slices of the devices"
         )
     if len(set(sizes)) > 1:
-        raise UserError(f"slices of {' and '.join(map(str, sizes))} devices: all must have equally many")
+        raise UserError(f"slices of {' and '.join(map(str, sizes))} devices: all must have the same number")
     return list(slices.values())
 
 
@@ -98,7 +97,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """For every array of a state: divided over `fsdp` on its longest axis that divides, else replicated."""
+    """Returns a sharding per array: over `fsdp` on the longest axis that it divides, else replicated."""
 
     def place(leaf: Any) -> NamedSharding:
         size = mesh.shape["fsdp"]
@@ -112,7 +111,7 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays as whole numpy arrays, also where their parts lie on other processes' devices.
+    """Copies arrays to numpy, even if their parts are on devices of other processes.
 
     Every process must call it, in the same order: it may communicate.
     """

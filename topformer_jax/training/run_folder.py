@@ -19,6 +19,7 @@ from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
 
 RENEW_SECONDS = 15.0
+UPLOAD_SECONDS = 120.0  # for the last upload, which is repeated
 EXPIRED_SECONDS = 60.0  # a run that has not renewed its lease for so long has crashed
 LEASE = "run.lock"
 
@@ -61,7 +62,7 @@ class RunFolder:
             self._lease = Lease(self.path)
         if is_remote:
             self.local = pathlib.Path(tempfile.mkdtemp(prefix="topformer_jax-"))
-            self._thread = threading.Thread(target=self._upload_in_turn, daemon=True)
+            self._thread = threading.Thread(target=self._upload_loop, daemon=True)
             self._thread.start()
         for part in ("predictions", "tensorboard"):
             files.make_folder(self.local / part, "another --workdir")
@@ -70,15 +71,12 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self.close(files.RETRY_SECONDS if kind is None else 0.0)
+        self.close(UPLOAD_SECONDS if kind is None else 0.0)
 
     def fetch(self, name: str) -> None:
         """Copies a file of an earlier start, if there is one, from the bucket."""
-        remote = self.path / name
-        if self._thread is not None:
-            with files.report_errors("read", remote):
-                if files.retry(remote.exists):
-                    (self.local / name).write_bytes(files.retry(remote.read_bytes))
+        if self._thread is not None and (data := files.read_existing(self.path / name)) is not None:
+            (self.local / name).write_bytes(data)
 
     def upload(self) -> bool:
         """Uploads changed files, and returns whether all arrived; prints the first failure."""
@@ -106,7 +104,7 @@ class RunFolder:
             (self.path / file.relative_to(self.local).as_posix()).write_bytes(file.read_bytes())
             self._uploaded[file] = version
 
-    def _upload_in_turn(self) -> None:
+    def _upload_loop(self) -> None:
         while not self._stopped.wait(self._interval):
             self.upload()
 
@@ -157,17 +155,15 @@ class Lease:
             self._wait_until_free(other, renew_seconds, expired_seconds)
         files.write_file(self._file, msgspec.json.encode(self._record))
         self._released = threading.Event()
-        self._thread = threading.Thread(target=self._renew_in_turn, daemon=True)
+        self._thread = threading.Thread(target=self._renew_loop, daemon=True)
         self._thread.start()
         processes.call_before_exit(self.release)
 
     def _read(self) -> Record | None:
         """The record in the file, or None."""
-        with files.report_errors("read", self._file):
-            if not files.retry(self._file.exists):
-                return None
         advice = "; if no run uses the folder, delete it"
-        return files.read_json(files.read_bytes(self._file, advice), Record, self._file, advice)
+        data = files.read_existing(self._file, advice)
+        return None if data is None else files.read_json(data, Record, self._file, advice)
 
     def _wait_until_free(self, other: Record, pause: float, expired: float) -> None:
         """Returns once the other run is gone; a UserError if it is not."""
@@ -186,7 +182,7 @@ class Lease:
                 return
         raise UserError(f"{self._folder} is in use by {who}: give another --workdir, or end that run")
 
-    def _renew_in_turn(self) -> None:
+    def _renew_loop(self) -> None:
         pause = 1.0  # the first look is for a run that started at the same moment
         while not self._released.wait(pause):
             pause = self._renew_seconds
