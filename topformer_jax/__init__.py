@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `segment` and `normalize` when they are first used: importing the package alone stays fast."""
+    """Imports `segment` and `normalize` when they are first used, so that `import topformer_jax` is fast."""
     if name == "segment":
         from topformer_jax.inference import segment
 
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _interrupted(*_: object) -> None:
-    """Ends a command at once: an exception can get lost in one of JAX's callbacks, and the command would go on."""
+    """Ends a command at once: one of JAX's callbacks can swallow an exception, and the command would continue."""
     os.write(2, b"interrupted\n")
     try:
         sys.modules["topformer_jax.runtime.files"].delete_unfinished()
@@ -39,14 +39,12 @@ def _interrupted(*_: object) -> None:
         os._exit(130)
 
 
-# Ctrl-C ends a command in one line, also in the seconds that its imports take. What runs longer sets its own.
+# Ctrl-C ends a command with one line, also during its imports. Training sets its own handler.
 _starting = sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)
 if _starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 if _starting:
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "2"
-    )  # no warnings of JAX's C++ code: it reads it when imported
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no warnings of JAX's C++ code, which reads it once
     gc.disable()  # a fifth of the time that the imports take; `cli.run` enables it
 
 
@@ -55,24 +53,31 @@ def load(
     checkpoint: "str | os.PathLike[str] | None" = None,
     **overrides: Any,
 ) -> "Segmenter | Classifier":
-    """The model of a config, ready for inference.
+    """Builds the model of a config, ready for inference.
 
-    A segmenter takes float32 images `[n, h, w, 3]`, RGB, from `normalize` (ImageNet's mean and standard
-    deviation), of any size, and returns logits `[n, ceil(h / 8), ceil(w / 8), classes]`; a classifier returns
-    `[n, classes]`. Compile it for speed: `jax.jit` or `nnx.jit` of a function that calls it.
+    A segmenter takes float32 images `[n, h, w, 3]`, RGB, of any size, from `normalize` (ImageNet's mean and standard
+    deviation), and returns logits `[n, ceil(h / 8), ceil(w / 8), classes]`; a classifier returns `[n, classes]`. For
+    speed, compile a function that calls it with `jax.jit` or `nnx.jit`.
 
-    `model.classes[label]` is the name of a class, `model.palette[label]` its colour (red, green, blue), of a
-    segmenter: the checkpoint's own, else those of a built-in data set or of `data.class_names`, else they are empty.
-    `model.checkpoint_config` holds the settings that the checkpoint was made with, or None where it has none.
+    `model.classes[label]` is the name of a class, and `model.palette[label]` its colour (red, green, blue) in a
+    segmenter. They come from the checkpoint, else from a built-in data set or `data.class_names`, or they are empty.
+    `model.checkpoint_config` holds the settings of the checkpoint, or is None.
 
     Args:
         config: the name of a recipe, the path of a config file, or a config.
-        checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or one of its steps, or a run's work
-            directory. Without one, the weights are drawn from `config.seed`.
+        checkpoint: a `.pth` or `.safetensors` file, a checkpoint folder or one of its steps, or the work directory of
+            a run. Without one, the weights are drawn from `config.seed`.
         overrides: settings by dotted key, e.g. `**{"model.dtype": "bfloat16"}`.
 
     Raises:
-        UserError: the config or the checkpoint is wrong, or they do not fit each other.
+        UserError: the config or the checkpoint is wrong, or they do not fit.
+
+    >>> import numpy as np, topformer_jax
+    >>> model = topformer_jax.load("topformer_t_ade")
+    >>> model.classes[:3]
+    ('wall', 'building', 'sky')
+    >>> model(topformer_jax.normalize(np.zeros((1, 64, 96, 3), np.uint8))).shape
+    (1, 8, 12, 150)
     """
     from topformer_jax import checkpoints, config as config_lib
 
@@ -82,14 +87,14 @@ def load(
 def exported(path: "str | os.PathLike[str]") -> "Exported":
     """Opens a file of `python -m topformer_jax.export` in its own runtime: a function of images.
 
-    It takes images, uint8 `[n, h, w, 3]`, RGB, and returns what the file gives, in numpy: labels, uint8
-    `[n, h, w]`, or logits, probabilities or scores, float32. Its `description` says which, and names the classes.
+    It takes images, uint8 `[n, h, w, 3]`, RGB, and returns numpy arrays: labels, uint8 `[n, h, w]`, or logits,
+    probabilities or scores, float32. Its `description` names the output and the classes.
 
     Args:
         path: a `.onnx`, `.tflite` or `.stablehlo` file.
 
     Raises:
-        UserError: the file does not exist, is damaged or of another origin, or its runtime is not installed.
+        UserError: the file does not exist, is damaged or of another program, or its runtime is not installed.
     """
     from topformer_jax.exporters import open_exported
 

@@ -4,10 +4,10 @@
   python -m topformer_jax.convert --checkpoint DIR --output FILE.pth (or FILE.safetensors)
   python -m topformer_jax.convert --config configs/topformer_b_ade.py --summary
 
-The first reads an official (mmcv or timm) file into a folder that every command here takes; the second
-writes a file that the official code loads. Tensors must fit the model exactly, or an error names those that do not;
---init-from-classifier and --new-head are the only exceptions, and what they leave fresh is listed. A checkpoint
-keeps the settings that it was made with.
+The first command reads an official (mmcv or timm) file into a folder that every command reads. The second writes a
+file that the official code loads. Tensors must fit the model exactly, or an error names those that do not.
+--init-from-classifier and --new-head are the only exceptions; the command lists what they leave fresh. A checkpoint
+keeps its settings.
 """
 
 from topformer_jax.runtime import cli
@@ -16,23 +16,23 @@ from topformer_jax.runtime import cli
 def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__, config_required=False)
-    parser.add_argument("--checkpoint", metavar="PATH", help="a file or a checkpoint folder to read")
-    parser.add_argument("--output", metavar="PATH", help="FILE.pth, FILE.safetensors or a folder to write")
+    parser.add_argument("--checkpoint", metavar="PATH", help="the file or checkpoint folder to read")
+    parser.add_argument("--output", metavar="PATH", help="the FILE.pth, FILE.safetensors or folder to write")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
         "--init-from-classifier",
         action="store_true",
-        help="read the backbone from an ImageNet checkpoint; injections and head start fresh",
+        help="read the backbone from an ImageNet checkpoint; leave injections and head fresh",
     )
     start.add_argument(
-        "--new-head", action="store_true", help="start the last layer fresh, for another number of classes"
+        "--new-head", action="store_true", help="leave the last layer fresh, for another number of classes"
     )
     parser.add_argument("--summary", action="store_true", help="print parameters and multiply-adds and stop")
     parser.add_argument(
         "--size",
         metavar="HxW",
         default=None,
-        help="of --summary's image, pixels (default: the config's crop)",
+        help="size of the image for --summary, in pixels (default: data.crop_size)",
     )
     return parser
 
@@ -67,7 +67,7 @@ def main() -> None:
     if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")
     suffix = files.as_path(args.output).suffix
-    if not is_file_path(args.output) and suffix[1:2].isalpha():  # `.5` can be a folder's version
+    if not is_file_path(args.output) and suffix[1:2].isalpha():  # `.5` can be the version of a folder
         raise UserError(
             f"--output is {args.output}: expected FILE.pth, FILE.pt, FILE.safetensors, or a folder without a suffix; "
             "topformer_jax.export writes the files for other runtimes"
@@ -87,7 +87,7 @@ def main() -> None:
         model = models.build(config)
         tensors, found = checkpoints.read_checkpoint(source, model, part)
         print(checkpoints.describe_origin(model, part, source))
-        # Iteration, classes and settings are another model's where a part of it is fresh.
+        # If a part is fresh, iteration, classes and settings are those of another model.
         found = found if part == "all" else {}
         set_origin(model, found, source)
         checkpoints.print_differences(model, config, also=("data.reduce_zero_label",), are_kept=True)
@@ -96,7 +96,7 @@ def main() -> None:
         settings, named = config, DataSet(model.classes, model.palette)
     metadata = metadata | {"meta": _make_meta(metadata, settings, named)}
     if is_file_path(args.output):
-        # Folders are nobody's business who gets the file.
+        # A file may be published: it names no folders of this machine.
         meta = {"epoch": 0, "iter": 0, "topformer_jax": __version__} | metadata["meta"]
         metadata = metadata | {"config": config_lib.hide_paths(metadata["config"]), "meta": meta}
         if "CLASSES" not in meta and metadata["config"].get("task") == "segmentation":
@@ -111,10 +111,9 @@ def main() -> None:
 def _make_meta(
     metadata: Mapping[str, Any], config: ConfigDict | None, named: DataSet | None
 ) -> dict[str, Any]:
-    """A checkpoint's `meta` with its classes as mmcv names them: its own, or else as its data set has them.
+    """Returns a checkpoint's `meta` with `CLASSES` and `PALETTE`: its own, or else those of its data set, if known.
 
-    A classifier's classes have no colours. Where nobody has names, there is no `CLASSES`. Without a config nobody
-    knows which are right: they stay as they are.
+    Without a config it is unchanged, since nothing tells which names are right.
     """
     meta = dict(metadata.get("meta", {}))
     if config is None:
@@ -122,7 +121,7 @@ def _make_meta(
     if not (named and named.classes):
         try:
             named = sources.find_data_set(config)
-        except UserError:  # it is not here
+        except UserError:  # its folder is not here
             named = DataSet((), ())
     names = {"CLASSES": list(named.classes), "PALETTE": [list(colour) for colour in named.palette]}
     rest = {key: value for key, value in meta.items() if key not in names}
