@@ -1,9 +1,9 @@
-"""Shows what the loader feeds the network: a grid of augmented training images and their labels.
+"""Draws the input of the network: a grid of augmented training images and their labels.
 
   python -m topformer_jax.browse --config configs/topformer_b_ade.py --config.data.root=DIR --output browse.png
 
-Takes the batch of training's first step (or of --step), after crop, flip and colour distortion; void is black. For a
-classifier it shows images with the names of their classes, after RandAugment, erasing and mixup.
+Draws the batch of the first training step (or of --step), after crop, flip and colour distortion; void is black. If
+the config is a classifier's, draws images with the names of their classes, after RandAugment, erasing and mixup.
 """
 
 from topformer_jax.runtime import cli, files
@@ -47,7 +47,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
 
     Args:
         config: the settings of the training.
-        step: of the training, from 1.
+        step: the training step, from 1.
         count: number of examples, at most the batch size.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A page that segments pictures and the camera in the browser, by exported files; nothing leaves the device.
+"""Serves a page that segments pictures and the camera in the browser with exported files; nothing leaves the device.
 
   python -m topformer_jax.demo --exported t.onnx                 serves it at http://127.0.0.1:8000/
   python -m topformer_jax.demo --exported t.onnx --output page   writes a folder for any web server
@@ -20,17 +20,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--exported", type=files.as_path, required=True, metavar="FILE", help="an .onnx file of labels")
-    add("--webgpu", type=files.as_path, metavar="FILE", help="another for WebGPU, exported with --target web")
+    add(
+        "--webgpu",
+        type=files.as_path,
+        metavar="FILE",
+        help="another file for WebGPU, exported with --target web",
+    )
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--output", type=files.as_path, metavar="DIR", help="write the page, and serve nothing"
+        "--output", type=files.as_path, metavar="DIR", help="write the page instead of serving it"
     )
-    target.add_argument("--port", type=int, default=8000, metavar="N", help="of 127.0.0.1 (default 8000)")
+    target.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
     add(
         "--runtime",
         type=files.as_path,
         metavar="DIR",
-        help="npm's onnxruntime-web, unpacked (default: fetched)",
+        help="the unpacked onnxruntime-web of npm (default: fetched)",
     )
     return parser
 
@@ -79,7 +84,7 @@ HEADERS = {
 def find_files(
     path: files.Path, webgpu: files.Path | None
 ) -> tuple[dict[str, files.Path], Mapping[str, Any]]:
-    """The exported files by what computes them, "wasm" and perhaps "webgpu"; and the first one's description.
+    """Returns the exported files by backend, "wasm" and perhaps "webgpu", and the description of the first one.
 
     Raises:
         UserError: one cannot be read, is damaged or no ONNX file of labels, or they do not belong together.
@@ -107,8 +112,8 @@ def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
     description = open_exported(path).description
     if description["output"] != "labels":
         raise UserError(
-            f"{flag} {path} gives {description['output']}: the page shows labels, which a segmenter's file gives "
-            "that is exported without --logits and --probabilities"
+            f"{flag} {path} gives {description['output']}: the page shows labels: export a segmenter "
+            "without --logits and --probabilities"
         )
     if not all(description.get(key) for key in ("classes", "palette", "checkpoint")):
         raise UserError(f"{flag} {path} does not name its classes, colours and checkpoint: export it again")
@@ -172,7 +177,7 @@ def _digest(data: bytes) -> str:
 
 
 def fetch_runtime() -> pathlib.Path:
-    """The folder of onnxruntime-web in the cache, fetched with npm the first time.
+    """Returns the folder of onnxruntime-web in the cache; fetches it with npm the first time.
 
     Raises:
         UserError: there is no npm, or it fails.
@@ -219,7 +224,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """Where a browser finds the page."""
+        """The address of the page."""
         return f"http://127.0.0.1:{self.server_port}/"
 
 

@@ -1,10 +1,10 @@
-"""Trains a segmenter or a classifier, from images to checkpoints, on whatever devices there are.
+"""Trains a segmenter or a classifier on all devices of one or several hosts.
 
   python -m topformer_jax.train --config configs/topformer_b_ade.py --config.data.root=DIR
 
-Everything goes into the work directory, runs/<config name> by default. The same command resumes an interrupted run;
-Ctrl-C and SIGTERM save before they end it. On several hosts, start the same command on each: TPU pods and SLURM are
-recognised, elsewhere give --coordinator, --processes and --process-id.
+Writes everything into the work directory, runs/<config name> by default. The same command resumes an interrupted run.
+Ctrl-C and SIGTERM save a checkpoint before they end the run. On several hosts, start the same command on each. TPU
+pods and SLURM are recognised; elsewhere give --coordinator, --processes and --process-id.
 """
 
 from topformer_jax.runtime import cli, files
@@ -41,8 +41,8 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     """Trains until `schedule.steps`, from the newest checkpoint of the work directory.
 
     Raises:
-        UserError: the data, the devices, the work directory or a checkpoint do not fit the config; the loss
-            became NaN.
+        UserError: the data, the devices, the work directory or a checkpoint do not fit the config, or the loss
+            becomes NaN.
         SystemExit: 128 + the number of a signal that ended the run, after its state was saved.
     """
     # ---- data

@@ -1,9 +1,10 @@
-"""The processes of one run: how they find each other, agree, and end when one of them is gone."""
+"""The processes of one run: they find each other, agree, and end if one of them is gone."""
 
 import atexit
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import threading
 import time
@@ -19,17 +20,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from topformer_jax.runtime import sharding
 from topformer_jax.runtime.errors import UserError
 
-HEARTBEAT_SECONDS = 60  # a process that has not answered for so long is taken for dead, and the others end
+HEARTBEAT_SECONDS = 60  # a process that does not answer for so long counts as dead, and the others end
 
 
 def say(line: str) -> None:
-    """Prints a line, on the first process."""
+    """Prints a line on the first process."""
     if jax.process_index() == 0:
         print(line, flush=True)
 
 
 def start_processes(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes of this run, if flags or the environment say that there are any.
+    """Joins the other processes of this run, if flags or the environment announce any.
 
     Raises:
         UserError: only some of the flags are given, or the others cannot be reached.
@@ -47,10 +48,7 @@ def start_processes(coordinator: str | None, processes: int | None, process_id: 
 
 
 def _knows_others() -> bool:
-    """Whether SLURM, Kubernetes or Google's TPU machines say that this process has others beside it.
-
-    A TPU machine knows of the others in its slice, and of other slices, from its metadata server alone.
-    """
+    """Whether SLURM, Kubernetes or the metadata server of a TPU machine announces other processes."""
     machine = cloud_tpu_cluster.GceTpuCluster
     return (
         int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
@@ -69,26 +67,25 @@ def _initialize(coordinator: str | None = None, count: int | None = None, number
 
 
 def wait_for_preemption(stopped: threading.Event) -> bool:
-    """Returns when one of the processes was asked to end: True, or False where JAX does not tell, or once `stopped`.
+    """Waits until one of the processes is asked to end: True; False if JAX cannot know, or once `stopped`.
 
-    JAX agrees on it in the background; `reached_preemption_sync_point` says only at which step it has. It is asked
-    once a second: a thread that waited inside of JAX would crash the process when Python ends.
+    It polls once a second: a thread that waits inside JAX crashes the process when Python ends.
     """
     client: Any = distributed.global_state.client
     while client is not None and not stopped.wait(1):
         try:
             client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE")
             return True
-        except jax.errors.JaxRuntimeError:  # not yet, or there is no answer now
+        except jax.errors.JaxRuntimeError:  # not yet, or no answer now
             continue
     return False
 
 
 def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
-    """Whether every process answers yes; each must be asked once. False, too, once `stopped`.
+    """Whether every process answers yes; each must ask once. False once `stopped`.
 
-    A thread may ask while the main thread computes or compiles: the answers go through JAX's coordination service,
-    not through the devices.
+    A thread may ask while the main thread computes: the answers go through JAX's coordination service, not through
+    the devices.
     """
     client: Any = distributed.global_state.client
     if client is None:
@@ -106,9 +103,9 @@ def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
 
 
 def has_reached_stop(moment: int) -> bool:
-    """Whether all processes end at this moment, since one was asked to; each asks at the same moments, counted up.
+    """Whether all processes end at this moment, since one was asked to; all ask at the same moments, counted up.
 
-    JAX agrees on a moment that none has reached. Its counter is this run's only: Orbax would count its steps by it.
+    JAX chooses a moment that none has reached. The counter belongs to this run: Orbax would count its steps with it.
     """
     return _preemption.reached_sync_point(moment)
 
@@ -119,13 +116,13 @@ _before_exit: list[Callable[[], object]] = []
 
 
 def call_before_exit(function: Callable[[], object]) -> None:
-    """Has `hard_exit` call a function, which must not wait for other processes."""
+    """Registers a function that `hard_exit` calls; it must not wait for other processes."""
     _before_exit.append(function)
 
 
 def hard_exit(status: int) -> NoReturn:
-    """Ends this process at once, without waiting for the others: they are waiting for it and see that it is gone."""
-    # The last one first: a work directory stays this run's until its writes have ended.
+    """Ends this process at once, without waiting for the others, which notice that it is gone."""
+    # The last function comes first: the lease of a work directory ends after the writes into it.
     for function in (*reversed(_before_exit), sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(Exception):
             function()
@@ -133,9 +130,9 @@ def hard_exit(status: int) -> NoReturn:
 
 
 def hard_exit_all(status: int, report: Callable[[], object], stopped: threading.Event) -> None:
-    """`hard_exit` where all processes have agreed to; returns only once `stopped`.
+    """Calls `hard_exit` when all processes agree; returns only once `stopped`.
 
-    Each waits until all have answered: one that ended earlier would look dead to the others.
+    Each waits for the answers of all: one that ended earlier would look dead to the others.
     """
     _exiting.set()
     if do_all_agree("exiting", True, stopped):
@@ -147,46 +144,38 @@ def hard_exit_all(status: int, report: Callable[[], object], stopped: threading.
 
 
 def wait_if_exiting() -> None:
-    """Does not return where another thread is about to end this process: see `hard_exit_all`."""
+    """Does not return if another thread is in `hard_exit_all`."""
     if _exiting.is_set():
         threading.Event().wait()
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
-    words = (
-        "Gloo",
-        "NCCL",
-        "Connection reset",
-        "Connection closed",
-        "Socket closed",
-        "UNAVAILABLE",
-        "heartbeat",
-    )
-    return jax.process_count() > 1 and any(word in str(error) for word in words)
+    words = "Gloo|NCCL|Connection reset|Connection closed|Socket closed|UNAVAILABLE|heartbeat"
+    return jax.process_count() > 1 and re.search(words, str(error)) is not None
 
 
 def report_lost_connection() -> None:
-    """Says that another process is gone; where JAX's coordination service notices it first, it says so itself."""
+    """Prints that another process is gone; JAX's coordination service does so too if it notices it first."""
     line = "another process of this run ended or stopped answering; see its output, and start the same command again"
     print(f"error: {line} on every host", file=sys.stderr, flush=True)
 
 
 def count_equal(text: str) -> int:
-    """How many processes have the text that this one has; all processes must call it in the same order."""
+    """The number of processes with the same text as this one; all processes must call it in the same order."""
     own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     return int((gather_processes(own) == own).all(1).sum())
 
 
 def sum_over_processes(array: np.ndarray) -> np.ndarray:
-    """The sum of every process's array; all processes must call it in the same order."""
+    """The sum of the arrays of all processes; all processes must call it in the same order."""
     return gather_processes(array).sum(0, dtype=array.dtype)
 
 
 def gather_processes(array: np.ndarray | np.generic) -> np.ndarray:
-    """Every process's array, stacked along a new first axis; all processes must call it in the same order.
+    """Stacks the arrays of all processes along a new first axis; all processes must call it in the same order.
 
-    The arrays travel as bytes, since JAX would cut 64-bit numbers down to 32 bits.
+    The arrays travel as bytes, since JAX would truncate 64-bit numbers to 32 bits.
     """
     if jax.process_count() == 1:
         return np.asarray(array)[None]
