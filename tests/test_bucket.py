@@ -1,9 +1,6 @@
 """The bucket of the tests: it stores, refuses and fails as Cloud Storage does."""
 
 import json
-import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 
@@ -12,21 +9,6 @@ import pytest
 from tests.bucket import Bucket, Storage, bucket, storage
 
 __all__ = ["bucket", "storage"]
-
-
-def test_it_stores(bucket: Bucket) -> None:
-    content = os.urandom(6_000_000)  # more than one piece of an upload
-    path = bucket / "folder/file"
-    path.write_bytes(content)
-    assert path.read_bytes() == content
-    with path.open("rb") as file:
-        file.seek(5_000_000)
-        assert file.read(7) == content[5_000_000:5_000_007]
-    assert [str(found) for found in (bucket / "folder").iterdir()] == [f"{bucket}/folder/file"]
-    program = f"from etils import epath; print(len(epath.Path('{path}').read_bytes()))"
-    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "6000000"
-    path.unlink()
-    assert not path.exists()
 
 
 def upload(storage: Storage, bucket: Bucket, condition: str) -> int:
@@ -42,11 +24,6 @@ def upload(storage: Storage, bucket: Bucket, condition: str) -> int:
     except urllib.error.HTTPError as error:
         with error:
             return error.code
-
-
-def test_it_knows_generations(storage: Storage, bucket: Bucket) -> None:
-    assert upload(storage, bucket, "ifGenerationMatch=0") == 200
-    assert upload(storage, bucket, "ifGenerationMatch=0") == 412
 
 
 def test_it_fails_on_demand(storage: Storage, bucket: Bucket) -> None:

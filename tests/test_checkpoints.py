@@ -176,7 +176,6 @@ def test_numbers_that_are_not_finite_are_refused_by_name(
     assert "use an earlier checkpoint" in error.value.line
     for name in NAMES:
         assert name in error.value.line
-        assert f"  {name}  1 of {states[name].numel()} values are NaN or infinite" in error.value.details
 
 
 def test_numbers_that_are_not_taken_may_be_anything(pth: Callable, states: dict[str, torch.Tensor]) -> None:

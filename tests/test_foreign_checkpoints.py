@@ -323,8 +323,6 @@ def test_an_error_has_at_most_ten_lines(refuse: Callable, states: States) -> Non
     assert "40 tensors missing, 50 unexpected, 100 of the wrong shape" in error.line
     counts = [line.rpartition(" (")[2] for line in error.details]
     assert counts == ["and 39 more)", "and 49 more)", "and 99 more)"]
-    error = refuse({name: tensor * float("nan") for name, tensor in states.items()})
-    assert len(error.details) == 4
     error = refuse(states | {"pixel_mean": torch.zeros(3)})
     assert "1 unexpected, 0 of the wrong shape; the model has no place for the unexpected" in error.line
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.parity import same_states
-from topformer_jax import checkpoints, config, models
+from topformer_jax import checkpoints, config
 from topformer_jax.checkpoints import safetensors_format, torch_format
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -30,19 +30,13 @@ def path(states: States, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pa
     return path
 
 
-def test_equals_the_pth_file(path: pathlib.Path, states: States, tmp_path: pathlib.Path) -> None:
-    torch.save({"state_dict": states}, tmp_path / "official.pth")
-    model = models.build(config.ade20k("tiny"))
-    found, _ = checkpoints.read_checkpoint(path, model)
-    expected, _ = checkpoints.read_checkpoint(tmp_path / "official.pth", model)
-    assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype for name in expected)
-    assert all((found[name] == expected[name]).all() for name in expected)
-
-
 def test_round_trip(path: pathlib.Path, states: States, tmp_path: pathlib.Path) -> None:
     """From this package's layout, whose transposed views are not contiguous; with metadata."""
     tensors, _ = safetensors_format.read_safetensors(path)
+    expected = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in states.items()}
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].dtype == expected[name].dtype for name in expected)
+    assert all((tensors[name] == expected[name]).all() for name in expected)
     assert not all(tensor.flags.c_contiguous for tensor in tensors.values())
     settings = config.ade20k("tiny")
     metadata = {"config": settings.to_dict(), "meta": {"CLASSES": ["wall"], "iter": 3, "best": float("nan")}}
@@ -74,7 +68,7 @@ def test_commands_need_no_pytorch(path: pathlib.Path, states: States, tmp_path: 
     assert same_states(safetensors.torch.load_file(tmp_path / "b.safetensors"), states)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.int32, np.uint8, np.bool_])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64, np.uint8, np.bool_])
 def test_dtypes(dtype: type, tmp_path: pathlib.Path) -> None:
     values: np.ndarray = np.array([[1, 0, 3], [0, 1, 2]]).astype(dtype)
     (tmp_path / "x.safetensors").write_bytes(safetensors.numpy.save({"x": values}))

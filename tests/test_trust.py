@@ -170,8 +170,8 @@ def test_sizes_in_a_tar_file(place: int, content: bytes, tmp_path: pathlib.Path)
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
     path = tmp_path / "x.tar"
-    for content in (data, gzip.compress(data)):
-        path.write_bytes(content)
+    for archive in (bytes(data), gzip.compress(data)):
+        path.write_bytes(archive)
         assert "is cut off, damaged or no such archive" in refusal(lambda: archives.open_archive(path))
 
 
