@@ -1,4 +1,4 @@
-"""Scores a checkpoint on a data set's validation split, as mmsegmentation does, pixel for pixel; or a classifier.
+"""Scores a checkpoint on the validation split of a data set, exactly as mmsegmentation does; also a classifier.
 
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint TopFormer-B.pth
   python -m topformer_jax.evaluate --config configs/topformer_b_ade.py --checkpoint runs/b --img-ratios 0.5,1 --flip
@@ -17,9 +17,9 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     cli.add_weights_flags(parser)
-    add("--img-ratios", metavar="R,R,...", help="factors on evaluation.scale; their softmaxes are averaged")
+    add("--img-ratios", metavar="R,R,...", help="average the softmaxes at these factors of evaluation.scale")
     add("--flip", action="store_true", help="average with the mirrored images")
-    add("--slide", action="store_true", help="sliding windows of evaluation.crop_size, not the whole image")
+    add("--slide", action="store_true", help="use sliding windows of evaluation.crop_size")
     add("--split", choices=SPLITS, default="validation", help="default: validation")
     add("--workdir", type=files.as_path, metavar="DIR", help="default: runs/<config name>/evaluate")
     add(
@@ -163,7 +163,7 @@ def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoin
 
 
 def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
-    """The scores in percent, a line per class; nan where a class is in no label and no prediction."""
+    """The scores in percent, one line per class; nan for a class that is in no label and no prediction."""
     rows = [("class", "IoU", "Acc")]
     rows += [
         (name, f"{100 * iou:.2f}", f"{100 * accuracy:.2f}")
@@ -176,7 +176,7 @@ def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
 def _describe(
     config: ConfigDict, checkpoint: str, split: str, settings: Mapping[str, object]
 ) -> dict[str, str]:
-    """What was evaluated and how, for metrics.json and the report."""
+    """The facts of an evaluation, for metrics.json and the report."""
     return {
         "checkpoint": checkpoint,
         "split": split,

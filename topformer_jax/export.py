@@ -1,11 +1,11 @@
-"""Exports a checkpoint for other runtimes: a file that was run and compared with the model before it got its name.
+"""Exports a checkpoint for other runtimes; runs the file and compares it with the model before it gets its name.
 
   python -m topformer_jax.export --config configs/topformer_t_ade.py --checkpoint T.pth --output t.onnx --size any
   python -m topformer_jax.export --config configs/topformer_t_ade.py --checkpoint T.pth --output t.tflite --logits
 
-OUTPUT's suffix is the format: .onnx (onnxruntime, browsers), .tflite (LiteRT, phones), .stablehlo (jax.export: CPUs,
-GPUs and TPUs). A file takes images, uint8 [n, h, w, 3], RGB, and gives labels, uint8 [n, h, w]; a classifier's gives
-scores [n, classes]. It describes itself: classes, colours, config, origin.
+The suffix of OUTPUT sets the format: .onnx (onnxruntime, browsers), .tflite (LiteRT, phones), .stablehlo (jax.export:
+CPUs, GPUs and TPUs). A file takes images, uint8 [n, h, w, 3], RGB, and returns labels, uint8 [n, h, w]; the file of a
+classifier returns scores [n, classes]. It holds its classes, colours, config and origin.
 """
 
 from topformer_jax.runtime import cli, files
@@ -15,43 +15,41 @@ def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", help="a file or a checkpoint folder")
-    add("--output", type=files.as_path, required=True, metavar="FILE", help="what to write")
+    add("--checkpoint", required=True, metavar="PATH", help="the file or checkpoint folder to export")
+    add("--output", type=files.as_path, required=True, metavar="FILE", help="the file to write")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--logits", action="store_true", help="float32 [n, h/8, w/8, classes] in place of labels"
-    )
-    output.add_argument("--probabilities", action="store_true", help="float32 [n, h, w, classes]")
+    output.add_argument("--logits", action="store_true", help="return float32 [n, h/8, w/8, classes]")
+    output.add_argument("--probabilities", action="store_true", help="return float32 [n, h, w, classes]")
     add(
         "--scale-labels",
         metavar="1/N",
         default="1",
-        help="labels or probabilities at 1/2, 1/4 or 1/8 of height and width",
+        help="return labels or probabilities at 1/2, 1/4 or 1/8 of height and width",
     )
-    add("--size", metavar="HxW", help="of the images, or any (default: the config's crop)")
+    add("--size", metavar="HxW", help="size of the images, or any (default: data.crop_size)")
     add(
         "--target",
         choices=["cpu", "web"],
         default="cpu",
-        help=".onnx: web is right on WebGPU, and slower on CPUs",
+        help="for .onnx: a web file is correct on WebGPU, and slower on CPUs",
     )
     add(
         "--precision",
         choices=["float32", "float16", "int8"],
         default="float32",
-        help=".tflite: float16 halves the file; int8, with --logits or of a classifier, quarters it",
+        help="for .tflite: float16 halves the file; int8, with --logits or for a classifier, quarters it",
     )
     add(
         "--keep-float",
         nargs="+",
         default=[],
         metavar="PART",
-        help="of int8: parts that keep float32: pixels, stem, layer1, ..., tpm, trans, SIM, decode_head",
+        help="for int8: parts that keep float32: pixels, stem, layer1, ..., tpm, trans, SIM, decode_head",
     )
     add(
         "--images",
         metavar="DIR",
-        help="pictures: every second one gives int8 its ranges, on the others the file is compared with the model",
+        help="pictures: every second one sets the ranges of int8, the others compare the file with the model",
     )
     return parser
 
@@ -87,7 +85,7 @@ MOST_PICTURES = 200  # of --images that are read: more of them find the same ran
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What a file computes, and how.
+    """The choices of a file: its output, size, target and precision.
 
     Attributes:
         output: "labels", "logits" or "probabilities"; for a classifier "labels", although its file has "scores".
@@ -109,7 +107,7 @@ class Choices:
 def export_model(
     config: ConfigDict, checkpoint: str, output: files.Path, choices: Choices, pictures: Sequence[Image] = ()
 ) -> str:
-    """Writes a file of the format of `output`'s suffix, after it was run and compared with the model.
+    """Writes a file in the format of `output`'s suffix, after it was run and compared with the model.
 
     Every second one of the pictures, of any size, gives int8 its ranges; the file is compared on the others too.
 
@@ -198,10 +196,10 @@ def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num
         f"--target {choices.target} is only for .onnx files; the output is {output}": (
             choices.target != "cpu" and suffix != ".onnx"
         ),
-        f"{config.name} is a classifier, whose file gives scores: leave out the flags of labels": (
+        f"{config.name} is a classifier, whose file returns scores: leave out the flags for labels": (
             is_classifier and has_label_flags
         ),
-        "--scale-labels is for labels and probabilities: logits are at an eighth of the size": (
+        "--scale-labels is for labels and probabilities: logits have an eighth of the size": (
             is_logits and choices.stride != 1
         ),
         "--keep-float is for --precision int8": choices.keep_float and not is_int8,

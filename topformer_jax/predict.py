@@ -1,10 +1,10 @@
-"""Segments images: writes a colour overlay with a legend and a mask of class numbers for each.
+"""Segments images: writes a colour overlay with a legend and a mask of class numbers per image.
 
   python -m topformer_jax.predict --config configs/topformer_b_ade.py --checkpoint B.pth --output out holiday/ '*.jpg'
   cat a.jpg | python -m topformer_jax.predict --config configs/topformer_b_ade.py --checkpoint runs/b --output out -
 
-IMAGE is a file of any size, a folder (searched recursively), a glob pattern, or - for standard input; the EXIF
-orientation is applied, links are followed, and what the command wrote itself is left out. For DIR/a.jpg it writes
+IMAGE is a file of any size, a folder (searched recursively), a glob pattern, or - for standard input. The command
+applies the EXIF orientation, follows links and leaves out its own results. For DIR/a.jpg it writes
 OUTPUT/a_overlay.jpg, OUTPUT/a_mask.png (palette indices are class numbers) and, with --probabilities,
 OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
 """
@@ -19,8 +19,8 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
     cli.add_weights_flags(parser)
-    parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="where results go")
-    parser.add_argument("--probabilities", action="store_true", help="write the classes' probabilities too")
+    parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="result folder")
+    parser.add_argument("--probabilities", action="store_true", help="write class probabilities too")
     return parser
 
 
@@ -57,14 +57,14 @@ RESULTS = {  # ends of the names of an image's results: those of what lies besid
 
 
 class ImageFile(NamedTuple):
-    """An image to segment, and where its results go: a path below the output folder, without suffix."""
+    """An image to segment, and the path of its results below the output folder, without suffix."""
 
     path: str  # "-" is standard input
     output: pathlib.PurePath
 
 
 class Listing(NamedTuple):
-    """What a command line names."""
+    """The images that a command line names, and what is left out."""
 
     images: list[ImageFile]  # each once
     others: list[str]  # files in its folders that are no images
@@ -128,7 +128,7 @@ def segment_files(
     """Segments each image and writes its results into an existing folder.
 
     Returns:
-        The errors of the images that cannot be read, a line each; these are skipped.
+        The errors of the images that cannot be read, one line each; these images are skipped.
 
     Raises:
         UserError: a result cannot be written.
@@ -176,7 +176,7 @@ def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
 
 
 def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
-    """Reads and decodes an image; returns the error, for the caller to go on with the next one."""
+    """Reads and decodes an image; returns an error, so that the caller can continue with the next image."""
     name = "standard input" if file.path == STDIN else file.path
     try:
         data = sys.stdin.buffer.read() if file.path == STDIN else pathlib.Path(file.path).read_bytes()
