@@ -51,11 +51,7 @@ def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int =
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-        },
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
     )
 
 

@@ -263,12 +263,8 @@ def read_list(path: pathlib.Path) -> list[int]:
 def run_prepare(folder: pathlib.Path, dataset: str, *flags: str) -> None:
     words = [
         dataset,
-        "--source",
-        str(folder / "source"),
-        "--output",
-        str(folder / "made"),
-        "--workers",
-        "0",
+        *("--source", str(folder / "source"), "--output", str(folder / "made")),
+        "--workers=0",
         *flags,
     ]
     prepare.prepare(prepare.make_parser().parse_args(words))
@@ -347,18 +343,27 @@ def is_label(label: np.ndarray) -> bool:
     return bool((label == codecs.read_label_values(PNG, "x.png")).all())
 
 
+def records(name: str, cached: bool = False) -> Kind:
+    return Kind(functools.partial(make_records, name=name), functools.partial(read_records, cached=cached))
+
+
+def archive(make: Callable[[pathlib.Path], Any], name: str) -> Kind:
+    return Kind(functools.partial(make_archive, make=make, name=name), prepares(make.__name__))
+
+
+def annotations(form: str, name: str, content: Any) -> Kind:
+    flags = ("--from", form, "--background", "ground")
+    return Kind(functools.partial(make_own, name=name, content=content), prepares("custom", *flags))
+
+
 KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), logs.read_records),
     "run.lock": Kind(
-        writer_of(LOCK, "run.lock"),
-        lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
+        writer_of(LOCK, "run.lock"), lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release()
     ),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
     "safetensors": Kind(make_safetensors, safetensors_format.read_safetensors, equals_tensors),
     "pth": Kind(make_pth, read_transposed, equals_tensors),
-    "shard": Kind(
-        functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records
-    ),
     "checkpoint": Kind(functools.partial(make_step, name="*"), read_step, equals_tensors),
     "checkpoint metadata": Kind(functools.partial(make_step, name="_CHECKPOINT_METADATA"), read_step),
     "description": Kind(writer_of(json.dumps(DESCRIPTION), "x.json"), read_description),
@@ -366,26 +371,17 @@ KINDS: dict[str, Kind] = {
         make_classes, read_classes, lambda classes: len(classes) == 3 and all(map(catalog.is_name, classes))
     ),
     "val.txt": Kind(make_list, read_list, lambda found: len(found) == 2),
-    "features.json": Kind(functools.partial(make_records, name="features.json"), read_records),
-    "dataset_info.json": Kind(functools.partial(make_records, name="dataset_info.json"), read_records),
-    "label_sizes.json": Kind(functools.partial(make_records, name="label_sizes.json"), read_records),
-    "checksums.json": Kind(
-        functools.partial(make_records, name="checksums.json"), functools.partial(read_records, cached=True)
-    ),
-    "manifest.json": Kind(functools.partial(make_prepared, name="manifest.json"), prepares("ade20k")),
-    "files.tsv": Kind(functools.partial(make_prepared, name="files.tsv"), prepares("ade20k")),
-    "zip": Kind(
-        functools.partial(make_archive, make=miniatures.ade20k, name="ADEChallengeData2016.zip"),
-        prepares("ade20k"),
-    ),
-    "tgz": Kind(
-        functools.partial(make_archive, make=miniatures.context59, name="trainval.tar.gz"),
-        prepares("context59"),
-    ),
-    "tar": Kind(
-        functools.partial(make_archive, make=miniatures.context59, name="VOCtrainval_03-May-2010.tar"),
-        prepares("context59"),
-    ),
+    "shard": records("ade20k-train.array_record-00000-of-00001"),
+    **{name: records(name) for name in ("features.json", "dataset_info.json", "label_sizes.json")},
+    "checksums.json": records("checksums.json", cached=True),
+    **{
+        name: Kind(functools.partial(make_prepared, name=name), prepares("ade20k"))
+        for name in ("manifest.json", "files.tsv")
+    },
+    "zip": archive(miniatures.ade20k, "ADEChallengeData2016.zip"),
+    "tgz": archive(miniatures.context59, "trainval.tar.gz"),
+    "tar": archive(miniatures.context59, "VOCtrainval_03-May-2010.tar"),
+    "merged": archive(miniatures.context60, "trainval_merged.json"),
     **{
         suffix: Kind(functools.partial(make_exported, suffix=suffix), run_exported, equals_logits)
         for suffix in exported.FORMATS
@@ -396,18 +392,8 @@ KINDS: dict[str, Kind] = {
     "png": Kind(
         writer_of(PNG, "x.png"), lambda path: codecs.read_label_values(path.read_bytes(), str(path)), is_label
     ),
-    "merged": Kind(
-        functools.partial(make_archive, make=miniatures.context60, name="trainval_merged.json"),
-        prepares("context60"),
-    ),
-    "labelme": Kind(
-        functools.partial(make_own, name="0.json", content=LABELME),
-        prepares("custom", "--from", "labelme", "--background", "ground"),
-    ),
-    "coco": Kind(
-        functools.partial(make_own, name="instances.json", content=COCO),
-        prepares("custom", "--from", "coco", "--background", "ground"),
-    ),
+    "labelme": annotations("labelme", "0.json", LABELME),
+    "coco": annotations("coco", "instances.json", COCO),
     "polygons": Kind(
         writer_of(POLYGONS, "x.json"),
         lambda path: labels.draw_cityscapes({"car": 1, "road": 0}, path.read_bytes(), str(path)),
