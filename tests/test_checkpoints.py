@@ -17,7 +17,6 @@ from tests.parity import INJECTIONS, run, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
 from topformer_jax.checkpoints import torch_format
-from topformer_jax.checkpoints.load import ALIASES
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import run as run_lib
 from topformer_jax.training.run_folder import RunFolder
@@ -51,19 +50,6 @@ def read(pth: Callable) -> Callable[..., tuple[dict[str, np.ndarray], dict[str, 
         )
 
     return read
-
-
-@pytest.mark.parametrize("wrap", ["backbone-less", "aliases", "bare"])
-def test_spellings_of_names(read: Callable, states: dict[str, torch.Tensor], wrap: str) -> None:
-    """A missing `backbone.`, the old names, and a dictionary of nothing but tensors."""
-    old = {new: name for name, new in ALIASES.items()}
-    spelled = dict(states)
-    if wrap == "backbone-less":
-        spelled = {name.removeprefix("backbone."): tensor for name, tensor in states.items()}
-    if wrap == "aliases":
-        spelled = {".".join(old.get(part, part) for part in name.split(".")): states[name] for name in states}
-    tensors, _ = read(spelled if wrap == "bare" else {"state_dict": spelled})
-    assert same_states({k: torch.from_numpy(torch_format.to_torch(v)) for k, v in tensors.items()}, states)
 
 
 def test_fuse2_is_no_alias_where_it_is_a_name(read: Callable) -> None:
@@ -102,13 +88,6 @@ def test_an_injection_of_the_same_shapes(tmp_path: pathlib.Path) -> None:
     load(settings, tmp_path / "7" / "0")
     with pytest.raises(UserError, match="has injection fuse_sum, the config fuse_multi"):
         load(settings, tmp_path / "7", **{"model.injection": "fuse_multi"})
-
-
-def test_parameters_and_no_meta(read: Callable, states: dict[str, torch.Tensor]) -> None:
-    grown = {name: torch.nn.Parameter(t) if t.is_floating_point() else t for name, t in states.items()}
-    tensors, metadata = read({"state_dict": grown, "meta": None}, name="weights.bin")
-    assert metadata == {"meta": {}}
-    np.testing.assert_array_equal(tensors[BIAS], states[BIAS].numpy())
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.parity import same_states
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, models
 from topformer_jax.checkpoints import torch_format
+from topformer_jax.checkpoints.load import ALIASES
 from topformer_jax.runtime.errors import UserError
 
 States = dict[str, torch.Tensor]
@@ -83,8 +84,7 @@ def test_prefixes_of_all_names(read: Read, states: States, prefix: str) -> None:
 
 def test_pytorch_s_own_wrappers(read: Read, states: States) -> None:
     """The names are those that PyTorch's wrappers make, before and inside the names."""
-    network: Any = reference.Segmenter("tiny")
-    network.load_state_dict(states)
+    network = reference_network(states)
     compiled: Any = torch.compile(network, backend="eager")
     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(compiled))
     found, _, lines = read(averaged.state_dict())
@@ -131,6 +131,7 @@ def test_a_student_and_its_teacher(read: Read, refuse: Callable, states: States)
     error = refuse({"state_dict": student | prefixed(other(states), "teacher.")})
     both = f"state_dict.student.* ({N}) and state_dict.teacher.* ({N})"
     assert f"holds 2 networks that fit, {both}: torch.save the state dict of one" in error.line
+    assert refuse({"epoch": 3, "model": [states]}).line.endswith("found epoch (int), model (list)")
     base = reference.Segmenter("base").state_dict()
     segformer = {f"backbone.block{index}.norm.weight": torch.ones(32) for index in range(3)}
     for teacher in (base, segformer):
@@ -160,11 +161,27 @@ def split(states: States) -> dict[str, States]:
     return parts
 
 
+def rename(states: States) -> States:
+    """The names of older checkpoints."""
+    old = {new: name for name, new in ALIASES.items()}
+    return {".".join(old.get(part, part) for part in name.split(".")): states[name] for name in states}
+
+
+def reference_network(states: States) -> Any:
+    network = reference.Segmenter("tiny")
+    network.load_state_dict(states)
+    return network
+
+
 @pytest.mark.parametrize(
     ("arrange", "taken", "left_out"),
     [
         (lambda s, o: {"state_dict": s, "optimizer_states": [{"state": {0: o}}], "epoch": 3}, "", 0),
         (lambda s, o: split(s), "", 0),
+        (lambda s, o: rename(s), "", 0),
+        (lambda s, o: {name.removeprefix("backbone."): tensor for name, tensor in s.items()}, "", 0),
+        (lambda s, o: {name: tensor.numpy() for name, tensor in s.items()}, "", 0),
+        (lambda s, o: {"state_dict": reference_network(s).state_dict(keep_vars=True), "meta": None}, "", 0),
         (lambda s, o: {"net": s, "optimizer": {"ema": o}}, "net.* taken", 0),
         (lambda s, o: {"model": {"state_dict": s, "args": {}}}, "model.state_dict.* taken", 0),
         (lambda s, o: {"mine": s, "loss": {"weight": torch.ones(3)}}, "mine.* taken", 1),
@@ -187,14 +204,6 @@ def test_where_files_keep_their_tensors(
     assert same_states(found, states)
     expected = f"FILE: {taken} ({N} tensors)" + (f"; {left_out} others left out (" if left_out else "")
     assert [line[: len(expected)] for line in lines] == ([expected] if taken else [])
-
-
-def test_state_dicts_to_choose_from(refuse: Callable, states: States) -> None:
-    error = refuse({"student": states, "teacher": states})
-    assert (
-        f"holds 2 networks that fit, student.* ({N}) and teacher.* ({N}): torch.save the state" in error.line
-    )
-    assert refuse({"epoch": 3, "model": [states]}).line.endswith("found epoch (int), model (list)")
 
 
 class Mode(enum.Enum):
@@ -260,11 +269,6 @@ def test_numbers_of_numpy_1(pth: Pth, states: States, tiny: models.Segmenter, tm
     assert b"numpy._core.multiarray" in data
     (tmp_path / "old.pth").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
     assert checkpoints.read_checkpoint(tmp_path / "old.pth", tiny)[1]["meta"] == {"a": 0.5, "b": [0, 1, 2]}
-
-
-def test_arrays_for_tensors(read: Read, states: States) -> None:
-    found, _, _ = read({name: tensor.numpy() for name, tensor in states.items()})
-    assert same_states(found, states)
 
 
 class Payload:
