@@ -21,7 +21,7 @@ from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
 from tests.test_sources import JPEG
 from topformer_jax import config as config_lib
-from topformer_jax.data import cache, loader, sources
+from topformer_jax.data import loader, records, sources
 from topformer_jax.preparation import packing
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
@@ -114,7 +114,7 @@ def test_a_damaged_copy_is_refused(
     """By the checksums that were written with the shards, or without them by the bucket's."""
     if not sums:
         (uploaded / "checksums.json").unlink()
-    read = cache._read_piece
+    read = records._read_piece
 
     def flip_a_bit(path: epath.Path, start: int, end: int) -> bytes:
         content = bytearray(read(path, start, end))
@@ -122,21 +122,21 @@ def test_a_damaged_copy_is_refused(
         return bytes(content)
 
     config = cached(uploaded, tmp_path / "copy")
-    monkeypatch.setattr(cache, "_read_piece", flip_a_bit)
+    monkeypatch.setattr(records, "_read_piece", flip_a_bit)
     with pytest.raises(
         UserError, match=rf"{TRAIN[2]} is not what it was when it was written \(131072 bytes, MD5 "
     ):
         sources.open_source(config, "train")
     assert TRAIN[2] not in names_in(tmp_path / "copy")
     assert not any(name.endswith(".tmp") for name in names_in(tmp_path / "copy"))
-    monkeypatch.setattr(cache, "_read_piece", read)
+    monkeypatch.setattr(records, "_read_piece", read)
     assert len(sources.open_source(config, "train")) == 7
 
 
 def test_a_failing_bucket_is_tried_again_and_then_named(
     uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "PIECE", 50_000)  # three requests a shard
+    monkeypatch.setattr(records, "PIECE", 50_000)  # three requests a shard
     config = cached(uploaded, tmp_path / "copy")
     bucket.set_faults(fail=1, match=TRAIN[0])
     sources.open_source(config, "train")
@@ -174,12 +174,12 @@ def test_processes_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: 
 COPIER = """
 import sys
 from topformer_jax.runtime import files
-from topformer_jax.data import cache
+from topformer_jax.data import records
 arguments = files.as_path(sys.argv[1]), "ade20k"
-cache.copy_split(*arguments, "validation", sys.argv[2])
+records.copy_split(*arguments, "validation", sys.argv[2])
 print("ready")
 input()
-cache.copy_split(*arguments, "train", sys.argv[2])
+records.copy_split(*arguments, "train", sys.argv[2])
 """
 
 
@@ -206,7 +206,7 @@ def test_a_process_waits_for_another(
     capsys: pytest.CaptureFixture,
 ) -> None:
     copying, go_on = threading.Event(), threading.Event()
-    read, waited = cache._read_piece, []
+    read, waited = records._read_piece, []
 
     def read_slowly(path: epath.Path, start: int, end: int) -> bytes:
         copying.set()
@@ -218,8 +218,8 @@ def test_a_process_waits_for_another(
         go_on.set()
         first.join(60)
 
-    monkeypatch.setattr(cache, "_read_piece", read_slowly)
-    monkeypatch.setattr(cache.time, "sleep", look_again)
+    monkeypatch.setattr(records, "_read_piece", read_slowly)
+    monkeypatch.setattr(records.time, "sleep", look_again)
     config = cached(packed, tmp_path / "copy")
     first = threading.Thread(target=sources.open_source, args=(config, "train"))
     first.start()

@@ -14,9 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from topformer_jax import config
-from topformer_jax.data import cache, codecs, loader, shapes, sources
-from topformer_jax.data.classification import folders as class_folders, images as class_images
-from topformer_jax.data.example import Example
+from topformer_jax.data import codecs, loader, records, shapes, sources
+from topformer_jax.data.batch import Example
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
@@ -163,7 +163,7 @@ def test_records(images: pathlib.Path, tmp_path: pathlib.Path) -> None:
                 assert one[index][:2] == two[index][:2]
                 assert int(one[index].label) == int(two[index].label)
     assert sources.find_data_set(config.load(given, packed)).classes == FOLDERS
-    assert cache.copy_split(folder, "imagenet", "train", str(tmp_path / "cache"))
+    assert records.copy_split(folder, "imagenet", "train", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="imagenet has 3 classes"):
         sources.open_source(config.load(given, packed | {"model.num_classes": 4}), "train")
 
@@ -371,4 +371,4 @@ def test_settings_that_do_not_fit(images: pathlib.Path) -> None:
 
 
 def test_class_folders_is_what_the_script_reads(images: pathlib.Path) -> None:
-    assert class_folders.read_class_folders(str(images)) == list(FOLDERS)
+    assert class_images.read_class_folders(str(images)) == list(FOLDERS)

@@ -24,7 +24,7 @@ from tests.test_sources import JPEG, PNG
 from topformer_jax import checkpoints, config, prepare
 from topformer_jax.checkpoints import safetensors_format, torch_format
 from topformer_jax.data import catalog, codecs, sources
-from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.exporters import exported
 from topformer_jax.preparation import labels, packing
 from topformer_jax.runtime import logs
@@ -256,7 +256,7 @@ def make_list(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_list(path: pathlib.Path) -> list[int]:
-    source = class_folders.open_class_folder(str(path.parent), "validation")
+    source = class_images.open_class_folder(str(path.parent), "validation")
     return [int(source[index].label) for index in range(len(source))]
 
 

@@ -257,7 +257,7 @@ def sharding() -> NamedSharding:
 def test_to_device() -> None:
     expected = batches(settings(), 5)
     config = settings()
-    arrays = loader.to_device(
+    arrays = loader.DeviceBatches(
         loader.training_batches(sources.open_source(config, "train"), config), sharding(), depth=2
     )
     for batch in expected:
@@ -278,7 +278,7 @@ def test_to_device_keeps_so_many_ahead_and_ends() -> None:
             made.append(number)
             yield {"index": np.full(4, number, np.int32)}
 
-    arrays = loader.to_device(numbers(), sharding(), depth=2)
+    arrays = loader.DeviceBatches(numbers(), sharding(), depth=2)
     assert next(arrays)["index"][0] == 0
     jax.block_until_ready(next(arrays))
     assert len(made) <= 5  # two taken, two ahead, one in hand
@@ -291,7 +291,7 @@ def test_to_device_hands_on_errors() -> None:
         yield {"index": np.zeros(4, np.int32)}
         raise UserError("example 7 is broken")
 
-    arrays = loader.to_device(numbers(), sharding())
+    arrays = loader.DeviceBatches(numbers(), sharding())
     next(arrays)
     with pytest.raises(UserError, match="example 7 is broken"):
         next(arrays)

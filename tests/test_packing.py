@@ -19,7 +19,7 @@ from tests.commands import finish
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config as config_lib, models, prepare
 from topformer_jax.data import sources
-from topformer_jax.data.example import SegmentationSource
+from topformer_jax.data.batch import SegmentationSource
 from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.preparation import packing
 from topformer_jax.runtime import files as files_lib
@@ -285,7 +285,7 @@ import sys
 sys.modules["gcsfs"] = None
 from topformer_jax import config
 from topformer_jax.data import sources
-from topformer_jax.data.example import SegmentationSource
+from topformer_jax.data.batch import SegmentationSource
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.inference.evaluation import evaluate_split
 settings = {"data.source": "array_record", "data.root": "gs://somewhere/records"}

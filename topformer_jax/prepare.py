@@ -12,12 +12,10 @@ that has the layout already: array_record files are packed of it, and --output m
 
 import argparse
 
+from topformer_jax.config import settings
 from topformer_jax.runtime import cli
 
-DATASETS = (
-    *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
-    *("imagenet", "custom"),
-)
+DATASETS = tuple(name for name in settings.DATASETS if name != "shapes")
 KINDS = ("labelme", "coco", "colours", "cvat", "yolo", "roboflow-masks", "voc")
 
 
@@ -76,7 +74,7 @@ from etils import epath
 
 from topformer_jax.data import records, sources
 from topformer_jax.data.catalog import SPLITS
-from topformer_jax.data.workers import count_cores
+from topformer_jax.data.loader import count_cores
 from topformer_jax.preparation import downloads, writer
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError

@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from topformer_jax.data import sources
-from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
-from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, IMAGE_SUFFIXES, Layout
 from topformer_jax.preparation import coco, coco_stuff, imagenet, labelme, masks, own, pascal, scenes, yolo
 from topformer_jax.preparation.archives import fingerprint, open_archive
 from topformer_jax.preparation.writer import Plan
@@ -203,9 +201,9 @@ def has_layout(dataset: str, source: str) -> bool:
         return True
     base = pathlib.Path(source).expanduser()
     if layout is None:
-        return any(path.suffix.lower() in class_folders.SUFFIXES for path in (base / "train").glob("*/*"))
+        return any(path.suffix.lower() in IMAGE_SUFFIXES for path in (base / "train").glob("*/*"))
     paths = (layout.images.format(split=word) for word in layout.train)
-    return any((base / sources.find_path(base, path)).is_dir() for path in paths)
+    return any((base / path).is_dir() for path in paths)
 
 
 def _find_own(source: pathlib.Path, options: Mapping[str, Any]) -> Found:

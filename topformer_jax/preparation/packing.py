@@ -20,14 +20,14 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from topformer_jax.data import cache, records, sources
+from topformer_jax.data import records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
-from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
-Source = sources.FolderSource | class_folders.ClassFolderSource
+Source = sources.FolderSource | class_images.ClassFolderSource
 ADVICE = "; the same command goes on from here"
 SHARD_BYTES = 64 << 20  # of the examples' files in a shard, about
 
@@ -149,7 +149,7 @@ def find_part(folder: files.Path, shard: Shard) -> Part | None:
         return None
     if part.digest != shard.digest or part.size != facts["size"]:
         return None
-    md5 = cache.read_md5(facts)
+    md5 = records.read_md5(facts)
     if not files.is_in_bucket(folder):
         with (folder / shard.name).open("rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -225,8 +225,8 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
     splits: dict[str, Source]
     classes: list[str] = []
     if dataset == "imagenet":
-        splits = {split: class_folders.open_class_folder(source, split) for split in sources.SPLITS}
-        classes = class_folders.read_class_folders(source)
+        splits = {split: class_images.open_class_folder(source, split) for split in sources.SPLITS}
+        classes = class_images.read_class_folders(source)
     else:
         layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
         splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}

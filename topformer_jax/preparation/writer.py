@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from topformer_jax.data.workers import WorkerPool, end_with_parent
+from topformer_jax.data.loader import end_with_parent
 from topformer_jax.preparation.archives import Member
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -258,6 +258,21 @@ def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     yield chunk
 
 
+class WorkerPool(concurrent.futures.ProcessPoolExecutor):
+    """Processes that never get a Ctrl-C, from their first moment on: they inherit a blocked signal.
+
+    The parent gets a KeyboardInterrupt: a command that ended at once would leave semaphores behind.
+    """
+
+    def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        """Starts a process if one is missing, and gives it a task."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*args, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 @contextlib.contextmanager
 def _start(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | None]:
     """A pool of processes, or None for 0; an error or an interrupt drops what they have not begun."""
@@ -265,6 +280,7 @@ def _start(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | No
         yield None
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = WorkerPool(workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool
