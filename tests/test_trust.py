@@ -79,7 +79,7 @@ def test_prepare_deletes_what_it_wrote_alone(
     )
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "C:\\x", "a\nb", "\x1b[2J"])
+@pytest.mark.parametrize("name", ["a/../../x", "/etc/x", "C:\\x", "a\nb"])
 def test_names_of_records_stay_inside(
     name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,46 +219,33 @@ def test_an_exported_file_has_a_checksum(suffix: str, tmp_path: pathlib.Path) ->
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "words"),
     [
-        "a\n\nb\n",
-        "\na\nb\n",
-        "a\u2028b\nc\n",
-        "a\x0bb\nc\n",
-        "a\x85b\nc\n",
-        "a\n \t\nb\nc\n",
-        "a\n\x1b[31mb\nc\n",
+        *((text, "is blank") for text in ("a\n\nb\n", "\na\nb\n", "a\n \t\nb\nc\n")),
+        *(
+            (text, "expected a name a line")
+            for text in ("a\u2028b\nc\n", "a\x0bb\nc\n", "a\x85b\nc\n", "a\n\x1b[31mb\nc\n")
+        ),
     ],
 )
-def test_classes_do_not_move(text: str, tmp_path: pathlib.Path) -> None:
+def test_classes_do_not_move(text: str, words: str, tmp_path: pathlib.Path) -> None:
     (tmp_path / "classes.txt").write_text(text)
     line = refusal(lambda: read_classes(tmp_path / "classes.txt"))
     assert "classes.txt: line " in line
-    assert "is blank" in line or "expected a name a line" in line
+    assert words in line
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r", "", "\n\n\n"])
-def test_classes_of_other_systems(ending: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "classes.txt").write_bytes(
-        "\ufeffa\nb\nc".encode().replace(
-            b"\n", ending.strip(" ").encode()[:2] if ending in ("\r\n", "\r") else b"\n"
-        )
-        + ending.encode()
-    )
+@pytest.mark.parametrize("text", ["a\nb\nc\n", "a\r\nb\r\nc\r\n", "a\rb\rc\r", "a\nb\nc", "a\nb\nc\n\n\n"])
+def test_classes_of_other_systems(text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "classes.txt").write_bytes(f"\ufeff{text}".encode())
     assert read_classes(tmp_path / "classes.txt") == ("a", "b", "c")
 
 
-@pytest.mark.parametrize("names", ['("a","")', '("a"," ")', '("a","b\\u2028c")'])
-def test_names_in_a_config(names: str) -> None:
-    changes = {
-        "data.dataset": "custom",
-        "data.class_names": names,
-        "model.num_classes": 2,
-        "data.reduce_zero_label": False,
-    }
-    assert "class 1 has the name" in refusal(
-        lambda: sources.find_data_set(config.load(config.ade20k("tiny"), changes))
-    )
+def test_names_in_a_config() -> None:
+    changes = {"data.dataset": "custom", "model.num_classes": 2, "data.reduce_zero_label": False}
+    for names in (("a", ""), ("a", " "), ("a", "b\u2028c")):
+        given = config.load(config.ade20k("tiny"), changes | {"data.class_names": names})
+        assert "class 1 has the name" in refusal(functools.partial(sources.find_data_set, given))
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,6 @@ class ArrayRecordSource:
             raise UserError(
                 f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}){AGAIN}"
             ) from None
-        self._sizes: dict[int, tuple[int, int]] | None = None  # by index
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
         return ArrayRecordSource, (self.folder, self.split)
@@ -152,8 +150,8 @@ class ArrayRecordSource:
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         example = Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
-        if self._sizes and index in self._sizes:
-            size, found = self._sizes[index], read_label_size(example.label, example.where[1])
+        if size := vars(self).get("_sizes", {}).get(index):  # training does not read the sizes
+            found = read_label_size(example.label, example.where[1])
             if found != size:
                 raise UserError(
                     f"{example.where[1]} has {found[1]} x {found[0]} pixels, "
@@ -162,16 +160,14 @@ class ArrayRecordSource:
         return example
 
     def label_size(self, index: int) -> tuple[int, int]:
-        with self._lock:
-            if self._sizes is None:
-                self._sizes = self._read_sizes()
         if index not in self._sizes:
             example = self[index]
             self._sizes[index] = read_label_size(example.label, example.where[1])
         return self._sizes[index]
 
-    def _read_sizes(self) -> dict[int, tuple[int, int]]:
-        """The sizes that preparation/packing.py wrote, none if there is no such file."""
+    @functools.cached_property
+    def _sizes(self) -> dict[int, tuple[int, int]]:
+        """By index, the sizes that preparation/packing.py wrote; empty if there is no such file."""
         file = files.as_path(self.folder) / LABEL_SIZES
         if not (text := _read_optional(file)):
             return {}
