@@ -1,5 +1,6 @@
 """Packing: shards in a bucket, written by several processes, and after interruptions."""
 
+import importlib
 import json
 import pathlib
 import re
@@ -8,7 +9,6 @@ import subprocess
 import sys
 from typing import Any
 
-import fsspec.registry
 import jax
 import numpy as np
 import pytest
@@ -275,7 +275,8 @@ def test_a_folder_layout_in_a_bucket_is_refused(bucket: Bucket) -> None:
 
 def test_without_gcsfs_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
+    known = importlib.import_module("fsspec.registry")  # the package hides it
+    monkeypatch.delitem(known._registry, "gs", raising=False)
     line = (
         "gs://somewhere/records is in Google Cloud Storage, and gcsfs is not installed: pip install "
         "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')"
