@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax.data.workers import count_cores
+from topformer_jax.data.loader import count_cores
 from topformer_jax.runtime import cli, files
 from topformer_jax.runtime.errors import UserError
 

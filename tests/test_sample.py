@@ -14,7 +14,7 @@ from tests.commands import FOLDER, TINY, refused_here
 from tests.test_bad_input import rewrite
 from topformer_jax import config as config_lib
 from topformer_jax.data import sources
-from topformer_jax.data.example import Example
+from topformer_jax.data.batch import Example
 from topformer_jax.inspection.sample import EXAMPLES, look_at_labels
 from topformer_jax.runtime.errors import UserError
 

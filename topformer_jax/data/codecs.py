@@ -161,7 +161,7 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
         UserError: the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
     """
     values = read_label_values(data, name)
-    table, allowed = label_table(classes, reduce_zero_label)
+    table, allowed = _label_table(classes, reduce_zero_label)
     largest = int(values.max(initial=0))
     is_checked = largest < min(classes + reduce_zero_label, IGNORE_LABEL)  # most labels: nothing to look up
     if not is_checked and (
@@ -181,7 +181,7 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
 
 
 @functools.lru_cache(maxsize=8)
-def label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def _label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
     """The class index of each of 256 values, uint8; and whether the value is allowed."""
     table = np.arange(256, dtype=np.uint8)
     if reduce_zero_label:

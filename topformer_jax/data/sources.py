@@ -285,7 +285,6 @@ class FolderListing:
     unlabelled: str  # one line on the images without a label; empty: there are none
     unused: tuple[str, ...]  # labels without an image, paths below the folder of labels
     unread: tuple[str, ...]  # files that are no images, paths below the folder of images
-    label_files: frozenset[str]  # all files in the folder of labels, paths below it
 
 
 def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
@@ -312,9 +311,9 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     base = pathlib.Path(root).expanduser()
     image_folder, label_folder, names_file = _find_folders(dataset, layout, root, split)
 
-    image_files = frozenset(list_files(base / image_folder))
+    image_files = list(list_files(base / image_folder))
     found = _find_files(base / image_folder, image_files, layout.image_suffixes)
-    unread = tuple(sorted(image_files.difference(found.values())))
+    unread = tuple(sorted(set(image_files).difference(found.values())))
     images = found
     if names_file:
         wanted = set(files.read_lines(names_file))
@@ -328,7 +327,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         there = f", but {files.shorten(unread[0], 40)}" if unread else ""
         raise UserError(f"{base / image_folder} holds no {kinds}{there} {_name_maker(dataset)}")
 
-    label_files = frozenset(list_files(base / label_folder))
+    label_files = list(list_files(base / label_folder))
     labels = _find_files(base / label_folder, label_files, (layout.label_suffix,))
     label_of, pairing = _pair(images, labels, layout.label_suffix)
     names = [name for name in sorted(images) if label_of[name] in labels]
@@ -349,7 +348,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
             f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
             f"*{layout.label_suffix} in {label_folder}{there} {_name_maker(dataset)}"
         )
-    return FolderListing(pairs, unlabelled, unused, unread, label_files)
+    return FolderListing(pairs, unlabelled, unused, unread)
 
 
 def _find_folders(

@@ -14,9 +14,7 @@ from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 
 MAX_CROP_TRIES = 10  # crops tested against cat_max_ratio before one is taken untested
 Size = tuple[int, int]  # (height, width) in pixels
-# What a resize returns: `Image` and `Labels` of another size than its argument's h and w.
-ResizedImage = UInt8[np.ndarray, "height width 3"]
-ResizedLabels = UInt8[np.ndarray, "height width"]
+ResizedImage = UInt8[np.ndarray, "height width 3"]  # an `Image` of another size than its argument's h and w
 
 
 class CroppedExample(TypedDict):
@@ -49,11 +47,6 @@ def fit_size(size: Size, scale: tuple[int, int]) -> Size:
 def resize_image(image: Image, size: Size) -> ResizedImage:
     """Resizes to (height, width) with OpenCV's `INTER_LINEAR` on uint8."""
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-
-
-def resize_label(label: Labels, size: Size) -> ResizedLabels:
-    """Resizes to (height, width) with OpenCV's `INTER_NEAREST`."""
-    return cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def eval_size(size: Size, *, scale: tuple[int, int], size_divisor: int) -> Size:

@@ -232,7 +232,7 @@ def _append_metadata(data: bytes, description: Mapping[str, Any]) -> bytes:
 
 def _open(data: bytes, **options: Any) -> Interpreter:
     with _quiet():
-        interpreter = Interpreter(model_content=data, num_threads=workers.count_cores(), **options)
+        interpreter = Interpreter(model_content=data, num_threads=loader.count_cores(), **options)
         interpreter.allocate_tensors()
     return interpreter
 

@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from topformer_jax.data import codecs
+from topformer_jax.data.batch import SegmentationSource, Source
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.example import SegmentationSource, Source
 from topformer_jax.data.sources import FolderSource
 from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.inspection.facts import ExampleFacts, Inspection, SplitFacts
