@@ -53,20 +53,18 @@ def names_in(place: pathlib.Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {".lock"}
 
 
-@pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_examples_are_those_of_the_source(
-    request: pytest.FixtureRequest, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, place: str
+    uploaded: epath.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = request.getfixturevalue("uploaded" if place == "bucket" else "packed")
     copy = tmp_path / "copy"
-    source = sources.open_source(cached(folder, copy), "train", logs.Progress)
+    source = sources.open_source(cached(uploaded, copy), "train", logs.Progress)
     assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
     assert [pickle.loads(pickle.dumps(source))[index].name for index in range(7)] == list(NAMES)
-    assert f"1/1 MB copied from {folder}" in capsys.readouterr().out
+    assert f"1/1 MB copied from {uploaded}" in capsys.readouterr().out
     assert names_in(copy) == {*TABLES, *TRAIN}  # of this split alone
     for name in TRAIN:
-        assert next(copy.iterdir()).joinpath(name).read_bytes() == (folder / name).read_bytes()
-    sources.open_source(cached(folder, copy), "validation")
+        assert next(copy.iterdir()).joinpath(name).read_bytes() == (uploaded / name).read_bytes()
+    sources.open_source(cached(uploaded, copy), "validation")
     assert "ade20k-validation.array_record-00000-of-00001" in names_in(copy)
 
 

@@ -1,8 +1,8 @@
 """A synthetic data set for a run without any download: scenes of textured grounds and overlapping shapes.
 
-Each scene is a function of (split, index) alone. Colours are random, so a class can only be recognised by its texture
-(the grounds; balls are shaded, targets ringed, boards chequered, dice dotted) or by its outline (discs and triangles
-are plain); uneven light, blur and noise follow. The classes are `CATALOG["shapes"]`, in the order of the constants.
+A scene depends only on its split and index. Colours are random: a texture (the grounds; balls are shaded, targets
+ringed, boards chequered, dice dotted) or an outline (discs and triangles are plain) identifies a class. Uneven light,
+blur and noise follow. The classes are `CATALOG["shapes"]`, in the order of the constants.
 """
 
 import dataclasses

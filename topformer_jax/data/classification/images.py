@@ -190,12 +190,12 @@ class ClassExample(TypedDict):
 def make_training_example(example: Example, config: ConfigDict, rng: np.random.Generator) -> ClassExample:
     """Decodes a random crop, resizes it bilinearly to `data.crop_size`, and applies RandAugment.
 
-    A JPEG is decoded at a half, a quarter or an eighth where the crop still has the result's size then. So it is
-    never shrunk by much more than 2, which bilinear weights do well; what is no JPEG is averaged over areas there.
-    Files keep the orientation that they are stored in, as in torchvision.
+    A JPEG is decoded at a half, a quarter or an eighth if the crop is still as large as the result. So bilinear
+    weights never shrink it by much more than 2; other files are averaged over areas instead. Files keep the
+    orientation that they are stored in, as in torchvision.
 
     Raises:
-        UserError: the file is damaged, or its class is none.
+        UserError: the file is damaged, or the model lacks its class.
     """
     data, where = example.image, example.where[0]
     target = config.data.crop_size
@@ -226,11 +226,11 @@ def random_box(size: Size, area: tuple[float, float], rng: np.random.Generator) 
 
     Args:
         size: (height, width) of the image.
-        area: range of the box's share of it, drawn uniformly; the aspect ratio's logarithm is, too.
+        area: range of the box's share of the image. It and the logarithm of the aspect ratio are drawn uniformly.
         rng: the source of all draws.
 
     Returns:
-        Of ten boxes the first one that fits; else the largest one in the centre whose aspect ratio is allowed.
+        The first of ten boxes that fits; else the largest one in the centre with an allowed aspect ratio.
     """
     height, width = size
     for _ in range(TRIES):
@@ -246,7 +246,7 @@ def random_box(size: Size, area: tuple[float, float], rng: np.random.Generator) 
 
 
 def choose_reduction(size: Size, target: Size) -> int:
-    """The largest of 1, 2, 4 and 8 by which both sides can be divided and stay at least the target's.
+    """The largest of 1, 2, 4 and 8 that leaves both sides at least as long as the target's.
 
     >>> choose_reduction((448, 600), (224, 224)), choose_reduction((447, 2000), (224, 224))
     (2, 1)
