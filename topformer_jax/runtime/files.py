@@ -256,11 +256,11 @@ def number_lines(file: Path | str, data: bytes | None = None) -> dict[int, str]:
         UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
     try:
-        text = (read_bytes(as_path(file), "; expected one name a line") if data is None else data).decode(
+        text = (read_bytes(as_path(file), "; expected one name per line") if data is None else data).decode(
             "utf-8-sig"
         )
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name a line") from None
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name per line") from None
     lines = {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         if strange := CONTROL.search(line.strip("\t ").replace("\t", " ")):
