@@ -325,7 +325,7 @@ def test_records_hold_the_files(tmp_path: pathlib.Path, dataset: str, capsys: py
         cv2.imencode(".png", PIXELS.astype(np.uint16) * 1000)[1].tobytes()
     )  # 16 bits stay 16 bits
     output = tmp_path / "records"
-    folder, _ = packing.build(dataset, config.data.root, str(output))
+    folder = packing.build(dataset, config.data.root, str(output))
     assert capsys.readouterr().out == ""
     assert [path.name for path in output.iterdir()] == [dataset]  # nothing of TFDS's own is left behind
     for root in (output, output / dataset / "1.0.0"):
@@ -356,7 +356,7 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("left", [0, 0.5])
 def test_records_that_are_damaged(tmp_path: pathlib.Path, left: float) -> None:
     config = write(tmp_path / "files", "ade20k")
-    folder, _ = packing.build("ade20k", config.data.root, str(tmp_path / "records"))
+    folder = packing.build("ade20k", config.data.root, str(tmp_path / "records"))
     overrides = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
     source = sources.open_source(config_lib.load(config, overrides), "train")
     (file,) = pathlib.Path(folder).glob("*train.array_record*")
