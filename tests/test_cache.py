@@ -32,7 +32,7 @@ TRAIN = [f"ade20k-train.array_record-{index:05d}-of-00004" for index in range(4)
 @pytest.fixture
 def packed(small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A packed data set on the disk: 7 training examples in 4 shards."""
-    return pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "records"))[0])
+    return pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "records")))
 
 
 @pytest.fixture

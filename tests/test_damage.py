@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from tests import miniatures
+from tests.annotations import labelme
 from tests.test_packing import records_config
-from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
 from topformer_jax import checkpoints, config, prepare
 from topformer_jax.checkpoints import safetensors_format, torch_format
@@ -224,7 +224,7 @@ def make_records(folder: pathlib.Path, name: str) -> pathlib.Path:
         for part, suffix, content in (("images", ".jpg", JPEG), ("annotations", ".png", PNG)):
             (folder / "files" / part / split).mkdir(parents=True)
             (folder / "files" / part / split / f"a{suffix}").write_bytes(content)
-    packed, _ = packing.build("ade20k", str(folder / "files"), str(folder / "packed"))
+    packed = packing.build("ade20k", str(folder / "files"), str(folder / "packed"))
     return pathlib.Path(packed) / name
 
 
@@ -324,8 +324,6 @@ COCO = {
     "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
     "annotations": [{"id": n, "image_id": n, "category_id": 1 + n % 2, **BOX} for n in (0, 1, 2)],
 }
-POLYGONS = """{"imgHeight": 12, "imgWidth": 16, "objects": [{"label": "car", "polygon": [[1, 1], [9, 1], [9, 9]]},
-    {"label": "road", "polygon": [[0, 0], [5, 5], [0, 9]], "deleted": 0}]}"""
 TABLE = dict.fromkeys(range(256), 0)
 MAT = miniatures.mat(S=np.arange(48, dtype=np.uint8).reshape(6, 8))
 RECORDS = "".join(
@@ -408,12 +406,8 @@ KINDS: dict[str, Kind] = {
         functools.partial(make_own, name="instances.json", content=COCO),
         prepares("custom", "--from", "coco", "--background", "ground"),
     ),
-    "polygons": Kind(
-        writer_of(POLYGONS, "x.json"),
-        lambda path: labels.draw_cityscapes({"car": 1, "road": 0}, path.read_bytes(), str(path)),
-    ),
     "mat": Kind(
-        writer_of(MAT, "x.mat"), lambda path: labels.map_matrix("S", TABLE, path.read_bytes(), str(path))
+        writer_of(MAT, "x.mat"), lambda path: labels.map_matrix(["S"], TABLE, path.read_bytes(), str(path))
     ),
 }
 

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from topformer_jax.preparation.releases import RELEASES
 
 from topformer_jax import config as config_lib
 from topformer_jax.config.settings import DATASETS
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.preparation import packing
-from topformer_jax.preparation.downloads import RELEASES
 from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -260,7 +260,7 @@ def test_records_hold_the_files(tmp_path: pathlib.Path, dataset: str, capsys: py
     deep = cv2.imencode(".png", PIXELS.astype(np.uint16) * 1000)[1].tobytes()
     label.write_bytes(deep)  # 16 bits stay 16 bits
     output = tmp_path / "records"
-    folder, _ = packing.build(dataset, config.data.root, str(output))
+    folder = packing.build(dataset, config.data.root, str(output))
     assert capsys.readouterr().out == ""
     assert [path.name for path in output.iterdir()] == [dataset]  # nothing of TFDS's own is left behind
     for root in (output, output / dataset / "1.0.0"):
@@ -291,7 +291,7 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("left", [0, 0.5])
 def test_records_that_are_damaged(tmp_path: pathlib.Path, left: float) -> None:
     config = write(tmp_path / "files", "ade20k")
-    folder, _ = packing.build("ade20k", config.data.root, str(tmp_path / "records"))
+    folder = packing.build("ade20k", config.data.root, str(tmp_path / "records"))
     overrides = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
     source = sources.open_source(config_lib.load(config, overrides), "train")
     (file,) = pathlib.Path(folder).glob("*train.array_record*")

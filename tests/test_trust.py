@@ -31,7 +31,6 @@ from tests.test_damage import (
     read_description,
     read_records,
     run_exported,
-    run_prepare,
 )
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config
@@ -49,37 +48,7 @@ def refusal(action: Callable[[], Any]) -> str:
     return error.value.line
 
 
-def test_prepare_deletes_what_it_wrote_alone(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "source").mkdir()
-    miniatures.ade20k(tmp_path / "source")
-    run_prepare(tmp_path, "ade20k", "--format", "array_record")
-    folder = tmp_path / "made/ade20k/files"
-    assert not folder.exists()
-    for name in ("mine/a.txt", "manifest.json"):  # of another program
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("{}")
-    run_prepare(tmp_path, "ade20k", "--format", "array_record")
-    assert sorted(path.name for path in folder.rglob("*")) == ["a.txt", "manifest.json", "mine"]
-    # A command that was stopped has left its own files beside the user's.
-    (folder / "manifest.json").write_bytes((tmp_path / "made/ade20k/1.0.0/manifest.json").read_bytes())
-    (folder / "files.tsv").write_text(
-        f"{'0' * 64}\t2\ttrain\timage\tmine/a.txt\n{'0' * 64}\t3\ttrain\timage\tmine/b.txt\n"
-    )
-    (folder / "mine/b.txt").write_text("four")
-    (folder / "out").symlink_to(tmp_path / "source")
-    run_prepare(tmp_path, "ade20k", "--format", "array_record")
-    assert sorted(path.name for path in folder.rglob("*")) == ["b.txt", "mine", "out"]
-    assert list((tmp_path / "source").iterdir())
-    (tmp_path / "made/source").symlink_to(tmp_path / "source")
-    (tmp_path / "source").rename(folder / "source")
-    assert "where files are made and deleted" in refusal(
-        lambda: run_prepare(tmp_path / "made/ade20k/files", "ade20k", "--output", str(tmp_path / "made"))
-    )
-
-
-@pytest.mark.parametrize("name", ["a/../../x", "/etc/x", "C:\\x", "a\nb"])
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "C:\\x", "a\nb", "\x1b[2J"])
 def test_names_of_records_stay_inside(
     name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,10 +230,8 @@ def test_names_in_a_config() -> None:
     ],
 )
 def test_labels_of_matlab_are_whole_numbers(values: np.ndarray) -> None:
-    line = refusal(lambda: labels.map_matrix("S", TABLE, miniatures.mat(S=values), "x.mat"))
+    line = refusal(lambda: labels.map_matrix(["S"], TABLE, miniatures.mat(S=values), "x.mat"))
     assert "expected a matrix of class numbers" in line or "stands for no class" in line
-    struct = {"Segmentation": values}
-    refusal(lambda: labels.read_boundaries_benchmark(miniatures.mat(GTcls=struct), "x.mat"))
 
 
 PALETTE = DESCRIPTION["palette"]
@@ -332,7 +299,7 @@ def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> 
 
 def test_a_member_that_claims_too_much_is_not_read(tmp_path: pathlib.Path) -> None:
     member = archives.Member(str(tmp_path / "x.zip"), "a.png", 2**31, archives.IN_ZIP)
-    assert "x.zip:a.png has 2,147,483,648 bytes, and at most" in refusal(member.read)
+    assert "x.zip:a.png has 2,147,483,648 bytes: at most" in refusal(member.read)
 
 
 def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:
