@@ -93,7 +93,9 @@ def test_an_interrupted_build_goes_on(
     with pytest.raises(KeyboardInterrupt):
         packing.build("ade20k", str(files), output)
     first, second = written
-    with pytest.raises(UserError, match=r"1\.0\.0 is incomplete: run python -m topformer_jax\.prepare again"):
+    with pytest.raises(
+        UserError, match=r"1\.0\.0 is incomplete: run the same python -m topformer_jax\.prepare command again"
+    ):
         sources.open_source(records_config(output), "train")
     folder = files_lib.as_path(output) / "ade20k/1.0.0"
     damaged = bytearray((folder / first.name).read_bytes())

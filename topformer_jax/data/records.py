@@ -194,8 +194,7 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
         return found
     if begun:
         raise UserError(
-            f"{begun} is incomplete: run python -m topformer_jax.prepare again as it was started (with --shard I/N, "
-            "for each I); it goes on where it stopped"
+            f"{begun} is incomplete: run the same python -m topformer_jax.prepare command again; it resumes"
         )
     raise UserError(
         f"no {dataset}/{VERSION}/{INFO} in {root or 'data.root, which is empty'}: build it with python -m "
