@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from topformer_jax.preparation.releases import RELEASES
 
 from topformer_jax import config as config_lib
 from topformer_jax.config.settings import DATASETS
 from topformer_jax.data import shapes, sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.preparation import packing
+from topformer_jax.preparation.releases import RELEASES
 from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
