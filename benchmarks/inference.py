@@ -57,9 +57,15 @@ def our_programs(model: models.Segmenter, image: np.ndarray) -> dict[str, Progra
 
 
 def write_file(
-    config: ConfigDict, output: str, size: tuple[int, int], suffix: str, *, checkpoint: str | None = None,
-    target: str = "cpu", stride: int = 1,
-) -> bytes:  # fmt: skip
+    config: ConfigDict,
+    output: str,
+    size: tuple[int, int],
+    suffix: str,
+    *,
+    checkpoint: str | None = None,
+    target: str = "cpu",
+    stride: int = 1,
+) -> bytes:
     """An exported file with the config's fresh weights, or with a checkpoint's."""
     model = checkpoints.load_segmenter(network.export_config(config), checkpoint)
     description = {

@@ -19,8 +19,7 @@ from benchmarks import runner, samples
 from benchmarks.runner import OURS, Report
 from topformer_jax.data import loader
 from topformer_jax.data.augment import MEAN, STD
-from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.sources import Example
+from topformer_jax.data.batch import IGNORE_LABEL, Example
 from topformer_jax.runtime import cli
 
 TRIES = 10  # crops that are tested

@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax.data.workers import count_cores
+from topformer_jax.data.loader import count_cores
 from topformer_jax.runtime import cli, files
 from topformer_jax.runtime.errors import UserError
 
@@ -103,7 +103,7 @@ def run(
         parser.add_argument("--peer", choices=["torch"], help="run PyTorch too (pip install -e '.[convert]')")
         text = f"of PyTorch: {', '.join(WORDS)}, or several joined by + (default: {' '.join(VARIANTS)})"
         parser.add_argument("--variants", nargs="+", metavar="NAME", help=text)
-    for name, keywords in flags.items():
+    for name, keywords in (flags or {}).items():
         parser.add_argument(f"--{name}", **keywords)
     # A GPU is shared with PyTorch and with the processes that a script starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

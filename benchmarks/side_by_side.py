@@ -32,7 +32,7 @@ from topformer_jax.checkpoints import torch_format
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import Batch
-from topformer_jax.data.workers import count_cores
+from topformer_jax.data.loader import count_cores
 from topformer_jax.inference import metrics
 from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.runtime import cli, files, sharding

@@ -19,7 +19,7 @@ from tests.reference.network import OFFICIAL_NAMES, Classifier, Segmenter
 from topformer_jax.data import loader, sources, transforms
 from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.workers import count_cores
+from topformer_jax.data.loader import count_cores
 from topformer_jax.exporters import exported
 from topformer_jax.training.step import MOMENTUM, RMS_DECAY
 

@@ -1,4 +1,4 @@
-"""TopFormer-S on CamVid from fresh weights: 11 classes, 367 training images of 480 x 360.
+"""TopFormer-S on CamVid from scratch: 11 classes, 367 training images of 480 x 360.
 
 python -m topformer_jax.train --config configs/topformer_s_camvid.py --config.data.root=DIR
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TPU slices of Google Cloud: creates them, runs a command on every host, and starts anew after a preemption.
+# TPU slices of Google Cloud: creates them, runs a command on every host, and restarts it after a preemption.
 set -euo pipefail
 
 usage() {
@@ -8,27 +8,27 @@ bash scripts/tpu_pod.sh ACTION [OPTIONS] [COMMAND...]
 
   create            creates the slice and waits until it can be used; on demand unless --spot
   setup             copies this folder to every host and installs it there; again after each change
-  run COMMAND...    starts the command on every host, in the background: a closed laptop does not end it
-  watch COMMAND...  create, setup and run, as far as they are not done; then looks on until the command ends, and
-                    does all of it anew when the slice was preempted. Ends with the command's status
+  run COMMAND...    starts the command on every host, in the background: you may close your laptop
+  watch COMMAND...  create, setup and run, unless they are done; then waits for the command and exits with its
+                    status. If the slice is preempted, does all of this again
   status            the state of the slice, and of the run on each host
   logs              the end of the run's output on the first host; --follow, --worker all
-  stop              SIGTERM to the run, which saves and ends; waits for it
-  delete            deletes the slice: until then it is paid for
+  stop              sends SIGTERM to the run, and waits until it has saved and ended
+  delete            deletes the slice: until then, it is billed
 
-Options come before the command. Those with a value are also read from the environment: TPU=NAME for --tpu NAME.
-  --tpu NAME               of the slice
+Options come before the command. Options with a value may also be environment variables: TPU=NAME for --tpu NAME.
+  --tpu NAME               name of the slice
   --zone ZONE, --project ID
   --accelerator-type TYPE  such as v5litepod-8
-  --runtime-version NAME   default: the one that Google names for the type
-  --slices N               that many slices as one machine (queued)
+  --runtime-version NAME   default: the one that Google recommends for the type
+  --slices N               number of slices that form one machine (queued)
   --spot, --on-demand      may be preempted, or may not (default)
-  --queued                 waits in the queue for capacity instead of failing when there is none
+  --queued                 waits in the queue if there is no capacity, instead of failing
   --code PATH-OR-GIT-URL   what setup installs; default: the folder that this script is in
-  --folder NAME            where to, in each host's home; default: topformer_jax
+  --folder NAME            folder for it in each host's home; default: topformer_jax
   --dry-run                prints the commands and runs none
-From the environment alone: CREATE_FLAGS, further words for gcloud's create, such as "--reserved --network=mine";
-POLL_SECONDS (60) between two looks; CRASHES (3), after which watch gives up: a preemption is none.
+Only from the environment: CREATE_FLAGS, more flags for gcloud's create, such as "--reserved --network=mine";
+POLL_SECONDS (60) between checks; CRASHES (3), after which watch gives up; preemptions do not count.
 END
 }
 
@@ -189,16 +189,16 @@ judge_end() {
 }
 
 show_watch() { # for --dry-run
-    echo "# the state: if there is none, the slice is created"
+    echo "# look for the slice, and create it if there is none"
     describe queued-resources state.state
     describe tpu-vm state
     request
-    echo "# when it can be used"
+    echo "# when the slice is ready"
     setup
     start "$@"
     echo "# every $POLL_SECONDS seconds"
     ask_hosts
-    echo "# after a preemption, and then all of it again"
+    echo "# after a preemption: delete the slice, then start again from the top"
     find_kind
     delete
 }

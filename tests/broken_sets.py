@@ -113,12 +113,11 @@ def take_images(*folders: str) -> Callable[[pathlib.Path], object]:
 
 
 def nest(root: pathlib.Path) -> None:
-    """A TIFF file, an image in a folder of a class's folder, one beside the classes; and a text, which is none."""
+    """An image in a folder of a class's folder, one beside the classes; and a text, which is none."""
     folder = root / "train" / FIRST
     shutil.copy(root / PICTURE, root / "train/beside.jpg")
     (folder / "deeper").mkdir()
     shutil.copy(root / PICTURE, folder / "deeper" / "image.JPEG")
-    Image.open(root / PICTURE).save(folder / "image.tif")
     (folder / "notes.txt").write_text("")
 
 
@@ -307,11 +306,11 @@ IMAGES_BY_CLASS: dict[str, tuple] = {
     ),
     "images at other places": (
         *(nest, WARNING, "unread-files"),
-        f"train: 3 files (train/beside.jpg, train/{FIRST}/deeper/image.JPEG, ",
+        f"train: 2 files (train/beside.jpg, train/{FIRST}/deeper/image.JPEG)",
     ),
     "no validation": (take_away("val"), PROBLEM, "missing-split", "val does not exist: expected the valid"),
     "no image in train": (
         *(take_images(*(f"train/{folder}" for folder in FOLDERS)), PROBLEM, "missing-split"),
-        "train holds no *.jpeg or ",
+        "train holds no *.jpg or ",
     ),
 }

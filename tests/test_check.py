@@ -34,7 +34,7 @@ from tests.test_bad_input import cut, resave, rewrite
 from tests.test_class_images import write_images
 from topformer_jax import check, config as config_lib
 from topformer_jax.data import records
-from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
@@ -322,7 +322,7 @@ def test_records_of_images_by_class(spoilt: pathlib.Path, tmp_path: pathlib.Path
     packing.build("imagenet", str(spoilt / "classes"), str(tmp_path / "records"))
     config = configure(tmp_path / "records", {"data.source": "array_record"}, "classes")
     assert find(config) == []
-    (tmp_path / "records/imagenet" / records.VERSION / class_folders.NAMES).write_text("one\ntwo\n")
+    (tmp_path / "records/imagenet" / records.VERSION / class_images.NAMES).write_text("one\ntwo\n")
     found = find(config_lib.load(config, {"model.num_classes": 2}))
     assert [finding[:2] for finding in found] == [(PROBLEM, "unknown-class")] * 2
     name = f"label {FOLDERS[2]}/{FOLDERS[2]}_0"

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from tests import miniatures
+from tests.annotations import labelme
 from tests.test_packing import records_config
-from tests.test_prepare_own import labelme
 from tests.test_sources import JPEG, PNG
 from topformer_jax import checkpoints, config, prepare
 from topformer_jax.checkpoints import safetensors_format, torch_format
 from topformer_jax.data import catalog, codecs, sources
-from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.exporters import exported
 from topformer_jax.preparation import labels, packing
 from topformer_jax.runtime import logs
@@ -224,7 +224,7 @@ def make_records(folder: pathlib.Path, name: str) -> pathlib.Path:
         for part, suffix, content in (("images", ".jpg", JPEG), ("annotations", ".png", PNG)):
             (folder / "files" / part / split).mkdir(parents=True)
             (folder / "files" / part / split / f"a{suffix}").write_bytes(content)
-    packed, _ = packing.build("ade20k", str(folder / "files"), str(folder / "packed"))
+    packed = packing.build("ade20k", str(folder / "files"), str(folder / "packed"))
     return pathlib.Path(packed) / name
 
 
@@ -256,15 +256,19 @@ def make_list(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_list(path: pathlib.Path) -> list[int]:
-    source = class_folders.open_class_folder(str(path.parent), "validation")
+    source = class_images.open_class_folder(str(path.parent), "validation")
     return [int(source[index].label) for index in range(len(source))]
 
 
 def run_prepare(folder: pathlib.Path, dataset: str, *flags: str) -> None:
     words = [
         dataset,
-        *("--source", str(folder / "source"), "--output", str(folder / "made")),
-        "--workers=0",
+        "--source",
+        str(folder / "source"),
+        "--output",
+        str(folder / "made"),
+        "--workers",
+        "0",
         *flags,
     ]
     prepare.prepare(prepare.make_parser().parse_args(words))
@@ -320,8 +324,6 @@ COCO = {
     "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
     "annotations": [{"id": n, "image_id": n, "category_id": 1 + n % 2, **BOX} for n in (0, 1, 2)],
 }
-POLYGONS = """{"imgHeight": 12, "imgWidth": 16, "objects": [{"label": "car", "polygon": [[1, 1], [9, 1], [9, 9]]},
-    {"label": "road", "polygon": [[0, 0], [5, 5], [0, 9]], "deleted": 0}]}"""
 TABLE = dict.fromkeys(range(256), 0)
 MAT = miniatures.mat(S=np.arange(48, dtype=np.uint8).reshape(6, 8))
 RECORDS = "".join(
@@ -343,27 +345,18 @@ def is_label(label: np.ndarray) -> bool:
     return bool((label == codecs.read_label_values(PNG, "x.png")).all())
 
 
-def records(name: str, cached: bool = False) -> Kind:
-    return Kind(functools.partial(make_records, name=name), functools.partial(read_records, cached=cached))
-
-
-def archive(make: Callable[[pathlib.Path], Any], name: str) -> Kind:
-    return Kind(functools.partial(make_archive, make=make, name=name), prepares(make.__name__))
-
-
-def annotations(form: str, name: str, content: Any) -> Kind:
-    flags = ("--from", form, "--background", "ground")
-    return Kind(functools.partial(make_own, name=name, content=content), prepares("custom", *flags))
-
-
 KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), logs.read_records),
     "run.lock": Kind(
-        writer_of(LOCK, "run.lock"), lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release()
+        writer_of(LOCK, "run.lock"),
+        lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
     ),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
     "safetensors": Kind(make_safetensors, safetensors_format.read_safetensors, equals_tensors),
     "pth": Kind(make_pth, read_transposed, equals_tensors),
+    "shard": Kind(
+        functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records
+    ),
     "checkpoint": Kind(functools.partial(make_step, name="*"), read_step, equals_tensors),
     "checkpoint metadata": Kind(functools.partial(make_step, name="_CHECKPOINT_METADATA"), read_step),
     "description": Kind(writer_of(json.dumps(DESCRIPTION), "x.json"), read_description),
@@ -371,17 +364,26 @@ KINDS: dict[str, Kind] = {
         make_classes, read_classes, lambda classes: len(classes) == 3 and all(map(catalog.is_name, classes))
     ),
     "val.txt": Kind(make_list, read_list, lambda found: len(found) == 2),
-    "shard": records("ade20k-train.array_record-00000-of-00001"),
-    **{name: records(name) for name in ("features.json", "dataset_info.json", "label_sizes.json")},
-    "checksums.json": records("checksums.json", cached=True),
-    **{
-        name: Kind(functools.partial(make_prepared, name=name), prepares("ade20k"))
-        for name in ("manifest.json", "files.tsv")
-    },
-    "zip": archive(miniatures.ade20k, "ADEChallengeData2016.zip"),
-    "tgz": archive(miniatures.context59, "trainval.tar.gz"),
-    "tar": archive(miniatures.context59, "VOCtrainval_03-May-2010.tar"),
-    "merged": archive(miniatures.context60, "trainval_merged.json"),
+    "features.json": Kind(functools.partial(make_records, name="features.json"), read_records),
+    "dataset_info.json": Kind(functools.partial(make_records, name="dataset_info.json"), read_records),
+    "label_sizes.json": Kind(functools.partial(make_records, name="label_sizes.json"), read_records),
+    "checksums.json": Kind(
+        functools.partial(make_records, name="checksums.json"), functools.partial(read_records, cached=True)
+    ),
+    "manifest.json": Kind(functools.partial(make_prepared, name="manifest.json"), prepares("ade20k")),
+    "files.tsv": Kind(functools.partial(make_prepared, name="files.tsv"), prepares("ade20k")),
+    "zip": Kind(
+        functools.partial(make_archive, make=miniatures.ade20k, name="ADEChallengeData2016.zip"),
+        prepares("ade20k"),
+    ),
+    "tgz": Kind(
+        functools.partial(make_archive, make=miniatures.context59, name="trainval.tar.gz"),
+        prepares("context59"),
+    ),
+    "tar": Kind(
+        functools.partial(make_archive, make=miniatures.context59, name="VOCtrainval_03-May-2010.tar"),
+        prepares("context59"),
+    ),
     **{
         suffix: Kind(functools.partial(make_exported, suffix=suffix), run_exported, equals_logits)
         for suffix in exported.FORMATS
@@ -392,14 +394,20 @@ KINDS: dict[str, Kind] = {
     "png": Kind(
         writer_of(PNG, "x.png"), lambda path: codecs.read_label_values(path.read_bytes(), str(path)), is_label
     ),
-    "labelme": annotations("labelme", "0.json", LABELME),
-    "coco": annotations("coco", "instances.json", COCO),
-    "polygons": Kind(
-        writer_of(POLYGONS, "x.json"),
-        lambda path: labels.draw_cityscapes({"car": 1, "road": 0}, path.read_bytes(), str(path)),
+    "merged": Kind(
+        functools.partial(make_archive, make=miniatures.context60, name="trainval_merged.json"),
+        prepares("context60"),
+    ),
+    "labelme": Kind(
+        functools.partial(make_own, name="0.json", content=LABELME),
+        prepares("custom", "--from", "labelme", "--background", "ground"),
+    ),
+    "coco": Kind(
+        functools.partial(make_own, name="instances.json", content=COCO),
+        prepares("custom", "--from", "coco", "--background", "ground"),
     ),
     "mat": Kind(
-        writer_of(MAT, "x.mat"), lambda path: labels.map_matrix("S", TABLE, path.read_bytes(), str(path))
+        writer_of(MAT, "x.mat"), lambda path: labels.map_matrix(["S"], TABLE, path.read_bytes(), str(path))
     ),
 }
 

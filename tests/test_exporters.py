@@ -236,14 +236,6 @@ def test_weights_of_16_bits() -> None:
     assert 1e-6 < distance(found, pair().expected(pictures(2), "logits")) < 2e-2
 
 
-def test_integers_of_8_bits() -> None:
-    whole = pair().export("tflite")
-    data = litert_file.lower_precision(whole, describe(precision="int8"), list(pictures(4)))
-    assert len(data) < 0.35 * len(whole)
-    found = open_data("tflite", data)(pictures(2))
-    assert 1e-4 < distance(found, pair().expected(pictures(2), "logits")) < 0.3
-
-
 def test_parts_that_stay_float() -> None:
     """Their results are closer to the model's; the others stay integers."""
     whole = pair().export("tflite")
@@ -267,17 +259,6 @@ def test_parts_that_stay_float() -> None:
         convolutions("layer99")
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_damaged_file_is_one_line(format: str) -> None:
-    data = pair().export(format)
-    for broken in (data[: len(data) // 2], data[:100], b"", b"no such file" * 100, data[1000:]):
-        with pytest.raises(
-            UserError, match=r"^FILE (is not an? \w+ file|was not written by|is damaged)"
-        ) as error:
-            open_data(format, broken, output="logits")
-        assert "\n" not in error.value.line
-
-
 def test_a_file_for_a_newer_runtime_is_one_line() -> None:
     model = onnx.load_from_string(pair().export("onnx"))
     model.opset_import[0].version = 999
@@ -293,31 +274,20 @@ def test_an_unknown_primitive_is_named() -> None:
         onnx_graph.translate(graph, program, [graph.add_input("x", (3,), "float32")], {})
 
 
-@pytest.mark.parametrize(
-    ("precision", "output"),
-    [
-        ("float16", "logits"),
-        *(pytest.param("float32", o, marks=pytest.mark.slow) for o in ("logits", "labels")),
-    ],
-)
-def test_a_wrong_file_is_refused(precision: str, output: str) -> None:
+def test_a_wrong_file_is_refused() -> None:
     drawn = pair(prepare=fresh)
-    right = jax.jit(network.make_function(drawn.plain, output))
-    facts = describe(output=output, stride=1, precision=precision)
+    right = jax.jit(network.make_function(drawn.plain, "logits"))
 
     def check(change: Callable[[np.ndarray], np.ndarray]) -> None:
+        facts = describe(output="logits", stride=1, precision="float16")
         file = Exported("FILE", lambda images: change(np.array(right(images))), facts)
         assert "compared in its runtime at 70x99" in verification.verify(file, drawn.plain, drawn.for_export)
 
-    def other_class(values: np.ndarray) -> np.ndarray:
-        return values + 1 if output == "labels" else values[..., ::-1]
-
     check(lambda values: values)
     with pytest.raises(UserError, match=r"the exported file differs from the model: .* nothing was written"):
-        check(other_class)
-    if output == "logits":
-        with pytest.raises(UserError, match="the logits differ by nan % of their spread"):
-            check(lambda values: values * np.nan)
+        check(lambda values: values[..., ::-1])
+    with pytest.raises(UserError, match="the logits differ by nan % of their spread"):
+        check(lambda values: values * np.nan)
     with pytest.raises(UserError, match=r"gives \w+ \(1, .*, 1\) where the model gives"):
         check(lambda values: values[..., None])
 
@@ -458,7 +428,6 @@ def blobs(seed: int, n: int, h: int, w: int, classes: int, noise: float) -> np.n
         ((2, 5, 7, 19), (35, 51), 0.0),
         ((3, 4, 6, 60), (17, 41), 1.0),
         ((1, 6, 6, 30), (48, 48), 50.0),  # all classes stay
-        ((1, 1, 1, 9), (8, 8), 1.0),
         ((1, 1, 5, 2), (3, 40), 1.0),
         ((2, 20, 16, 40), (9, 7), 0.1),  # smaller than the logits
     ],

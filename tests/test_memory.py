@@ -20,7 +20,7 @@ import pytest
 from tests.commands import FOLDER, TINY, command, only_line, run_here
 from tests.test_bad_input import rewrite
 from topformer_jax import checkpoints, config as config_lib, evaluate, train
-from topformer_jax.data import codecs, loader, sources, workers
+from topformer_jax.data import codecs, loader, sources
 from topformer_jax.runtime import cli, logs, processes
 from topformer_jax.runtime.errors import UserError, explain_out_of_memory
 from topformer_jax.training import run as run_lib
@@ -252,14 +252,14 @@ def test_a_small_shared_memory(
 def test_what_tells_shared_memories_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three processes the third is in another container, whose /dev/shm is another file system."""
     assert processes.count_equal("") == 1
-    name, free = workers.name_shared_memory(), workers.count_free_shared_memory()
-    monkeypatch.setattr(workers, "SHARED_MEMORY", "/proc")
+    name, free = loader.name_shared_memory(), loader.count_free_shared_memory()
+    monkeypatch.setattr(loader, "SHARED_MEMORY", "/proc")
     own, other = (
         np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-        for text in (name, workers.name_shared_memory())
+        for text in (name, loader.name_shared_memory())
     )
     monkeypatch.setattr(processes, "gather_processes", lambda _: np.stack([own, own, other]))
     assert processes.count_equal(name) == 2
-    monkeypatch.setattr(workers, "SHARED_MEMORY", "/no/where")
+    monkeypatch.setattr(loader, "SHARED_MEMORY", "/no/where")
     assert free is not None
-    assert (workers.name_shared_memory(), workers.count_free_shared_memory()) == ("", None)
+    assert (loader.name_shared_memory(), loader.count_free_shared_memory()) == ("", None)

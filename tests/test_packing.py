@@ -1,11 +1,9 @@
-"""Packing: shards in a bucket, written by several processes, and after interruptions."""
+"""Packing: shards on a disk and in a bucket, and after interruptions."""
 
+import importlib
 import json
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 import sys
 from typing import Any
 
@@ -15,18 +13,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import finish
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config as config_lib, models, prepare
 from topformer_jax.data import sources
-from topformer_jax.data.example import SegmentationSource
+from topformer_jax.data.batch import SegmentationSource
 from topformer_jax.inference.evaluation import evaluate_split
 from topformer_jax.preparation import packing
 from topformer_jax.runtime import files as files_lib
 from topformer_jax.runtime.errors import UserError
 
 __all__ = ["bucket", "storage"]
-ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("a", "b", "c", "d", "e", "f", "g")
 
 
@@ -58,23 +54,19 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_parts_make_the_same_files(small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    whole, missing = packing.build("ade20k", str(files), str(tmp_path / "whole"))
-    assert missing == ""
-    parts = str(tmp_path / "parts")
-    folder, missing = packing.build("ade20k", str(files), parts, (2, 3))
-    assert missing == "1/3, 3/3"
-    with pytest.raises(UserError, match=r"1\.0\.0 is incomplete: run python -m topformer_jax\.prepare again"):
-        sources.open_source(records_config(parts), "train")
-    assert packing.build("ade20k", str(files), parts, (3, 3))[1] == "1/3"
-    assert packing.build("ade20k", str(files), parts, (1, 3))[1] == ""
-    assert packing.build("ade20k", str(files), parts, (2, 3))[1] == ""  # again: nothing to do
-    expected = contents(pathlib.Path(whole))
-    assert contents(pathlib.Path(folder)) == expected
-    assert len(expected) == 4 + 1 + 4
-    assert json.loads(expected["dataset_info.json"])["splits"][0]["shardLengths"] == ["1", "2", "2", "2"]
-    source = sources.open_source(records_config(parts), "train")
+def test_shards_hold_the_files(small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = packing.build("ade20k", str(files), str(tmp_path / "records"))
+    found = contents(pathlib.Path(folder))
+    assert len(found) == 4 + 1 + 4
+    assert json.loads(found["dataset_info.json"])["splits"][0]["shardLengths"] == ["1", "2", "2", "2"]
+    source = sources.open_source(records_config(str(tmp_path / "records")), "train")
     assert [source[index].name for index in range(7)] == list(NAMES)
+    assert packing.build("ade20k", str(files), str(tmp_path / "records")) == folder  # again: nothing to do
+    (files / "images/training/a.jpg").write_bytes(JPEG)
+    with pytest.raises(
+        UserError, match="is there already, from other files or an earlier version: remove it"
+    ):
+        packing.build("ade20k", str(files), str(tmp_path / "records"))
 
 
 @pytest.mark.parametrize("place", ["disk", "bucket"])
@@ -87,62 +79,61 @@ def test_an_interrupted_build_goes_on(
     place: str,
 ) -> None:
     output = str(bucket) if place == "bucket" else str(tmp_path / "records")
-    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))[0]))
+    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))))
     written: list[Any] = []
-    write_shard = packing.write_shard
+    write_shard, most = packing.write_shard, 2
 
-    def stop_at_third(*arguments: Any) -> None:
-        if len(written) == 2:
+    def count_shards(*arguments: Any) -> packing.Part:
+        if len(written) == most:
             raise KeyboardInterrupt
         written.append(arguments[2])
-        write_shard(*arguments)
+        return write_shard(*arguments)
 
-    def count_shards(*arguments: Any) -> None:
-        written.append(arguments[2])
-        write_shard(*arguments)
-
-    monkeypatch.setattr(packing, "write_shard", stop_at_third)
+    monkeypatch.setattr(packing, "write_shard", count_shards)
     with pytest.raises(KeyboardInterrupt):
         packing.build("ade20k", str(files), output)
     first, second = written
+    with pytest.raises(
+        UserError, match=r"1\.0\.0 is incomplete: run the same python -m topformer_jax\.prepare command again"
+    ):
+        sources.open_source(records_config(output), "train")
     folder = files_lib.as_path(output) / "ade20k/1.0.0"
     damaged = bytearray((folder / first.name).read_bytes())
     damaged[100] ^= 1
     (folder / first.name).write_bytes(bytes(damaged))
 
     written.clear()
-    monkeypatch.setattr(packing, "write_shard", count_shards)
-    assert packing.build("ade20k", str(files), output) == (folder, "")
+    most = 9
+    assert packing.build("ade20k", str(files), output) == folder
     assert first in written
     assert second not in written
     assert len(written) == 4
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
 
 
-def test_two_write_one_shard_on_a_disk(
+def test_two_that_write_one_shard_make_the_same_files(
     small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have one process id; one writes all of it while the other is in the middle of a shard."""
-    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))[0]))
+    """One writes all of it while the other is in the middle of a shard."""
+    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))))
     output = str(tmp_path / "records")
     read = sources.FolderSource.__getitem__
-    unfinished: list[pathlib.Path] = []
+    others: list[Any] = []
 
     def run_the_other(source: sources.FolderSource, index: int) -> Any:
-        if index == 2 and not unfinished:
-            unfinished.extend(tmp_path.rglob("*.tmp"))
-            shutil.copy(unfinished[0], unfinished[0].with_name(".left.by.a.killed.process.tmp"))
-            assert packing.build("ade20k", str(files), output)[1] == ""
+        if index == 2 and not others:
+            others.append(None)
+            others.append(packing.build("ade20k", str(files), output))
         return read(source, index)
 
     monkeypatch.setattr(sources.FolderSource, "__getitem__", run_the_other)
-    folder, missing = packing.build("ade20k", str(files), output)
-    assert (len(unfinished), missing) == (1, "")
+    folder = packing.build("ade20k", str(files), output)
+    assert others[1] == folder
     assert contents(pathlib.Path(folder)) == expected
 
 
 def test_sizes_that_are_not_the_labels(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    folder = pathlib.Path(packing.build("ade20k", str(files), str(tmp_path))[0])
+    folder = pathlib.Path(packing.build("ade20k", str(files), str(tmp_path)))
     table = folder / "label_sizes.json"
     assert json.loads(table.read_text()) == {"train": [[4, 6]] * 7, "validation": [[4, 6]]}
     rows = [[4, 6]] * 6
@@ -170,38 +161,24 @@ def test_sizes_that_are_not_the_labels(files: pathlib.Path, tmp_path: pathlib.Pa
         packing.build("ade20k", str(files), str(tmp_path / "other"))
 
 
-def run(*arguments: str) -> subprocess.Popen[str]:
-    """The command, in a process of its own, with a shard for two examples."""
-    program = f"""
-import sys
-from topformer_jax.runtime import cli; from topformer_jax import prepare
-from topformer_jax.preparation import packing
-packing.SHARD_BYTES = {2 * (len(JPEG) + len(PNG))}
-sys.argv = ["prepare", "ade20k", "--format", "array_record", *{list(arguments)}]
-cli.run(prepare.main)
-"""
-    return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
-
-
-def test_two_processes_write_into_a_bucket(
-    files: pathlib.Path, bucket: Bucket, small_shards: None, tmp_path: pathlib.Path
+def test_the_command_packs_into_a_bucket(
+    files: pathlib.Path, bucket: Bucket, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = f"{bucket}/records"
-    common = ("--source", str(files), "--output", output)
     bucket.set_faults(fail=1, cut=1, match="upload")  # gcsfs tries again
-    processes = [run(*common, "--shard", f"{index}/2") for index in (1, 2)]
-    results = finish(processes)
-    assert [process.returncode for process in processes] == [0, 0], results
-    done = [out for out, _ in results if "gs://" in out and "is complete" in out]
-    assert done, results
-    assert f"--config.data.source=array_record --config.data.root={output}" in done[0]
-    whole, _ = packing.build("ade20k", str(files), str(tmp_path / "whole"))
+    words = ["ade20k", "--format", "array_record", "--source", str(files), "--output", output]
+    prepare.prepare(prepare.make_parser().parse_args(words))
+    out = capsys.readouterr().out
+    assert "is complete" in out
+    assert f"--config.data.source=array_record --config.data.root={output}" in out
+    whole = packing.build("ade20k", str(files), str(tmp_path / "whole"))
     folder = bucket / "records/ade20k/1.0.0"
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(pathlib.Path(whole))
     source = sources.open_source(records_config(output), "train")
     assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
+    words[2] = "folder"
+    with pytest.raises(UserError, match="is in a bucket: make a local folder first"):
+        prepare.prepare(prepare.make_parser().parse_args(words))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +215,7 @@ def test_what_goes_wrong_is_one_line(
 
 def test_an_evaluation_reads_each_picture_once(drawn: pathlib.Path, bucket: Bucket) -> None:
     """By the server's answers, each of a whole record; without the labels' sizes, in the second evaluation."""
-    folder, _ = packing.build("custom", str(drawn), str(bucket))
+    folder = packing.build("custom", str(drawn), str(bucket))
     (shard,) = (path for path in folder.iterdir() if "validation" in path.name)
     changes = {"data.source": "array_record", "data.dataset": "custom", "data.root": str(folder)}
     config = config_lib.load(config_lib.shapes(), changes | {"evaluation.scale": (72, 72)})
@@ -258,44 +235,22 @@ def test_an_evaluation_reads_each_picture_once(drawn: pathlib.Path, bucket: Buck
     assert all((result == results[0]).all() for result in results)
 
 
-def test_a_part_has_a_number_from_1(small_shards: None) -> None:
-    assert prepare._parse_part("3/4") == (3, 4)
-    for text in ("0/4", "5/4", "4", "a/b"):
-        with pytest.raises(UserError, match=f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4"):
-            prepare._parse_part(text)
-
-
 def test_a_folder_layout_in_a_bucket_is_refused(bucket: Bucket) -> None:
     for dataset in ("ade20k", "custom"):
-        config = config_lib.load(
-            config_lib.ade20k("tiny"), {"data.root": f"{bucket}/ade", "data.dataset": dataset}
-        )
-        for read in (sources.find_data_set, lambda config: sources.open_source(config, "train")):
-            if read is sources.find_data_set and dataset == "ade20k":
-                continue
-            with pytest.raises(
-                UserError, match=f"prepare {dataset} --source DIR --output {bucket}/ade/records"
-            ):
-                read(config)
+        changes = {"data.root": f"{bucket}/ade", "data.dataset": dataset}
+        words = f"prepare {dataset} --source DIR --output {bucket}/ade/records"
+        with pytest.raises(UserError, match=words):
+            sources.open_source(config_lib.load(config_lib.ade20k("tiny"), changes), "train")
 
 
-def test_without_gcsfs_the_line_says_what_to_install() -> None:
-    program = """
-import sys
-sys.modules["gcsfs"] = None
-from topformer_jax import config
-from topformer_jax.data import sources
-from topformer_jax.data.example import SegmentationSource
-from topformer_jax.runtime.errors import UserError
-from topformer_jax.inference.evaluation import evaluate_split
-settings = {"data.source": "array_record", "data.root": "gs://somewhere/records"}
-try:
-    sources.open_source(config.load(config.ade20k("tiny"), settings), "train")
-except UserError as error:
-    print(error)
-"""
-    out = subprocess.check_output([sys.executable, "-c", program], text=True, env=os.environ)
-    assert out == (
+def test_without_gcsfs_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    known = importlib.import_module("fsspec.registry")  # the package hides it
+    monkeypatch.delitem(known._registry, "gs", raising=False)
+    line = (
         "gs://somewhere/records is in Google Cloud Storage, and gcsfs is not installed: pip install "
-        "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')\n"
+        "'topformer_jax[gcs]' (from a clone: pip install -e '.[gcs]')"
     )
+    with pytest.raises(UserError) as error:
+        sources.open_source(records_config("gs://somewhere/records"), "train")
+    assert str(error.value) == line

@@ -64,52 +64,33 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("name", EXACT)
-def test_pillows_bytes(name: str, picture: str) -> None:
-    image = PICTURES[picture]
-    theirs, arguments = EXACT[name]
-    for argument in arguments:
-        expected = np.asarray(theirs(PIL.Image.fromarray(image), argument))
-        np.testing.assert_array_equal(ours.OPERATIONS[name][0](image, argument), expected, str(argument))
+@pytest.mark.parametrize("name", ours.OPERATIONS)
+def test_pillows_pixels(name: str) -> None:
+    """Its bytes; in geometry the same pixels come from outside, and one in ten may be one level off, by rounding."""
+    theirs, arguments = (EXACT | GEOMETRIC)[name]
+    for image in PICTURES.values():
+        for argument in arguments:
+            expected = np.asarray(theirs(PIL.Image.fromarray(image), argument)).astype(int)
+            difference = np.abs(ours.OPERATIONS[name][0](image, argument).astype(int) - expected)
+            assert difference.max() <= (name in GEOMETRIC), argument
+            assert (difference > 0).mean() < 0.1, argument
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-@pytest.mark.parametrize("name", GEOMETRIC)
-def test_pillows_pixels(name: str, picture: str) -> None:
-    """The same pixels come from outside; of the others one in ten may be one level off, by rounding."""
-    image = PICTURES[picture]
-    theirs, arguments = GEOMETRIC[name]
-    for argument in arguments:
-        expected = np.asarray(theirs(PIL.Image.fromarray(image), argument)).astype(int)
-        difference = np.abs(ours.OPERATIONS[name][0](image, argument).astype(int) - expected)
-        assert difference.max() <= 1, argument
-        assert (difference > 0).mean() < 0.1, argument
-
-
-def test_every_operation_is_compared() -> None:
-    assert set(ours.OPERATIONS) == set(EXACT) | set(GEOMETRIC)
-    assert len(ours.OPERATIONS) == 15
-
-
-@pytest.mark.parametrize(
-    ("name", "level", "expected"),
-    [
-        ("rotate", 0.9, 27.0),
-        ("shear_y", 0.9, 0.27),
-        ("translate_x", 1.0, 0.45),
-        ("color", 0.9, 1.72),
-        ("brightness", 0.0, 0.1),
-        ("posterize", 0.9, 3),
-        ("solarize", 0.9, 230),
-        ("solarize_add", 0.9, 99),
-    ],
-)
-def test_arguments(name: str, level: float, expected: float) -> None:
-    argument = ours.OPERATIONS[name][1]
-    assert argument(level, 1) == pytest.approx(expected)
-    geometric = name in GEOMETRIC
-    assert argument(level, -1) == pytest.approx(-expected if geometric else expected)
+def test_arguments() -> None:
+    """Those of timm, from a level and a sign."""
+    expected: dict[str, tuple[float, float]] = {
+        **{"rotate": (0.9, 27.0), "shear_y": (0.9, 0.27), "translate_x": (1.0, 0.45), "color": (0.9, 1.72)},
+        **{
+            "brightness": (0.0, 0.1),
+            "posterize": (0.9, 3),
+            "solarize": (0.9, 230),
+            "solarize_add": (0.9, 99),
+        },
+    }
+    for name, (level, value) in expected.items():
+        argument = ours.OPERATIONS[name][1]
+        assert argument(level, 1) == pytest.approx(value)
+        assert argument(level, -1) == pytest.approx(-value if name in GEOMETRIC else value)
 
 
 def test_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +105,7 @@ def test_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         return record, lambda level, sign: level * sign
 
     monkeypatch.setattr(ours, "OPERATIONS", {name: recorder(name) for name in ours.OPERATIONS})
-    image = np.zeros((2, 2, 3), np.uint8)
-    count = 4000
+    image, count = np.zeros((2, 2, 3), np.uint8), 4000
     for seed in range(count):
         ours.rand_augment(image, magnitude=9, std=0.5, rng=np.random.default_rng(seed))
     assert abs(len(calls) / count - 1) < 0.04
@@ -137,15 +117,3 @@ def test_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     at_the_cut = 0.5 * math.erfc(2 / math.sqrt(2))
     assert abs((np.abs(levels) == 1).mean() - at_the_cut) < 0.01
     assert abs(np.abs(levels).mean() - 0.9) < 0.003
-
-
-def test_it_changes_neither_size_nor_input() -> None:
-    image = PICTURES["scene"]
-    copy = image.copy()
-    for seed in range(60):
-        found = ours.rand_augment(image, magnitude=9, std=0.5, rng=np.random.default_rng(seed))
-        again = ours.rand_augment(image, magnitude=9, std=0.5, rng=np.random.default_rng(seed))
-        assert found.shape == image.shape
-        assert found.dtype == np.uint8
-        np.testing.assert_array_equal(found, again)
-    np.testing.assert_array_equal(image, copy)

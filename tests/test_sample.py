@@ -7,15 +7,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from tests.commands import FOLDER, TINY, refused_here
 from tests.test_bad_input import rewrite
 from topformer_jax import config as config_lib
 from topformer_jax.data import sources
-from topformer_jax.data.example import Example
+from topformer_jax.data.batch import Example
 from topformer_jax.inspection.sample import EXAMPLES, look_at_labels
+from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -178,23 +178,26 @@ def test_two_classes_end_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(first.read) < 20  # two, and what the threads have begun
 
 
-def test_one_class_of_a_classifier(tmp_path: pathlib.Path) -> None:
-    def configure(counts: dict[str, int]) -> tuple[ConfigDict, dict[str, sources.Source]]:
-        for name, count in counts.items():
-            for split in ("train", "val"):
-                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+@pytest.mark.parametrize("records", [False, True])
+def test_one_class_of_a_classifier(tmp_path: pathlib.Path, records: bool) -> None:
+    def look_at(counts: dict[str, int], name: str) -> list[str]:
+        for split in ("train", "val"):
+            for word, count in counts.items():
+                (tmp_path / name / split / word).mkdir(parents=True)
                 for number in range(count):
-                    path = tmp_path / split / name / f"{name}{number}.png"
+                    path = tmp_path / name / split / word / f"{word}{number}.png"
                     assert cv2.imwrite(str(path), np.full((4, 4, 3), number, np.uint8))
-        changes = {"data.root": str(tmp_path), "model.num_classes": 2}
+        changes = {"data.root": str(tmp_path / name), "model.num_classes": 2}
+        if records:
+            packing.build("imagenet", str(tmp_path / name), str(tmp_path / f"{name} packed"))
+            changes |= {"data.root": str(tmp_path / f"{name} packed"), "data.source": "array_record"}
         config = config_lib.load("topformer_t_imagenet", changes)
-        return config, {name: sources.open_source(config, name) for name in ("train", "validation")}
+        splits = {name: sources.open_source(config, name) for name in ("train", "validation")}
+        return look_at_labels(config, sources.find_data_set(config), splits)
 
-    config, splits = configure({"cat": 70, "dog": 0})
-    (line,) = look_at_labels(config, sources.find_data_set(config), splits)
-    assert line == f"{tmp_path}: train: cat is the only class in 64 of 70 images: add images of the others"
-    config, splits = configure({"cat": 70, "dog": 9})
-    assert look_at_labels(config, sources.find_data_set(config), splits) == []
+    (line,) = look_at({"cat": 70, "dog": 0}, "one")
+    assert "train: cat is the only class in 64 of 70 images: add images of the others" in line
+    assert look_at({"cat": 70, "dog": 9}, "two") == []
 
 
 def test_shapes_are_not_looked_at() -> None:

@@ -70,113 +70,114 @@ GROUPS: dict[str, dict[str, Setting]] = {
     "Run": {
         "name": Setting("", "name of the recipe; the work directory is runs/<name>"),
         "task": Setting("segmentation", "what the model predicts", ("segmentation", "classification")),
-        "seed": Setting(0, "seed of fresh weights, shuffling, augmentation and dropout", Range(0, 2**32 - 1)),
-        "batch_size": Setting(16, "images in a step, over all devices", Range(1, 65_536)),
+        "seed": Setting(0, "seed for initial weights, shuffling, augmentation and dropout", Range(0, 2**32 - 1)),
+        "batch_size": Setting(16, "images per step, over all devices", Range(1, 65_536)),
         "grad_accum_steps": Setting(
-            1, "micro-batches that a step's batch is computed in; BatchNorm sees one at a time", Range(1, 65_536)),
+            1, "micro-batches per step; BatchNorm sees one at a time", Range(1, 65_536)),
         "ignore_void_in_mean": Setting(
-            False, "true: the loss is the mean over labelled pixels; false, as officially: over all pixels"),
-        "ema_decay": Setting(0.0, "decay a step of the averaged weights, e.g. 0.9999; 0: no averages", BELOW_ONE),
+            False, "true: average the loss over labelled pixels; false: over all pixels, as the official code"),
+        "ema_decay": Setting(0.0, "decay of the averaged weights per step, e.g. 0.9999; 0: no averages", BELOW_ONE),
         "ema_warmup": Setting(False,
-            "true: that decay is at most (1 + step) / (10 + step), so that short runs forget their first weights"),
-        "init_from": Setting("", "a checkpoint to start from, a file or a folder; empty: fresh weights"),
+            "true: ema_decay is at most (1 + step) / (10 + step), for short runs"),
+        "init_from": Setting("", "checkpoint to start from, a file or a folder; empty: random weights"),
         "init_part": Setting("all",
-            "what is read from init_from; all_but_classes is for another number of classes",
+            "weights to read from init_from; all_but_classes is for other classes",
             ("all", "all_but_classes", "backbone")),
         "log_every": Setting(50, "steps between log lines", COUNT),
         "checkpoint_every": Setting(2000, "steps between checkpoints", COUNT),
         "upload_every": Setting(
             60, "seconds between uploads of logs and pictures to a work directory in a bucket", Range(1, 86_400)),
-        "max_to_keep": Setting(3, "newest checkpoints to keep; the best one is kept too", Range(1, 10_000)),
+        "max_to_keep": Setting(3, "newest checkpoints to keep, besides the best one", Range(1, 10_000)),
         "evaluate_every": Setting(16_000, "steps between evaluations", COUNT),
     },
     "Model": {
         "model.variant": Setting("tiny", "size of the network", ("tiny", "small", "base")),
         "model.num_classes": Setting(
-            150, "classes; at most 255 in segmentation, whose labels are bytes", Range(1, 100_000)),
+            150, "number of classes; at most 255 in segmentation, because labels are bytes", Range(1, 100_000)),
         "model.injection": Setting("multi_sum",
-            "how semantics are injected into the tokens (officially muli_sum, muli_sum_cbr, ...); none: not at all",
+            "how semantics are injected into the tokens (officially muli_sum, muli_sum_cbr, ...); none: no injection",
             ("multi_sum", "multi_sum_cbr", "fuse_sum", "fuse_multi", "none")),
         "model.head_channels": Setting(
-            None, "channels of the injections and the head; none: those of the variant", Range(1, 4096)),
-        "model.depthwise_head": Setting(False, "fuse the head's maps by a depthwise convolution"),
-        "model.depths": Setting(4, "transformer blocks", Range(1, 64)),
+            None, "channels of the injections and the head; none: the variant's", Range(1, 4096)),
+        "model.depthwise_head": Setting(False, "true: the head fuses its maps with a depthwise convolution"),
+        "model.depths": Setting(4, "number of transformer blocks", Range(1, 64)),
         "model.drop_path_rate": Setting(
-            0.1, "probability of stochastic depth at the last block; rises linearly from 0 at the first", BELOW_ONE),
-        "model.dropout_ratio": Setting(0.1, "probability to drop a channel before the last layer", BELOW_ONE),
+            0.1,
+            "probability of stochastic depth in the last block; it rises linearly from 0 in the first", BELOW_ONE),
+        "model.dropout_ratio": Setting(0.1, "probability of dropping a channel before the last layer", BELOW_ONE),
         "model.dtype": Setting("float32",
-            "dtype of activations; BatchNorm, softmax, logits and parameters have at least float32",
+            "dtype of activations; BatchNorm, softmax, logits and parameters use at least float32",
             ("float32", "bfloat16", "float64")),
         "model.precision": Setting("highest",
-            "precision of float32 products; highest: full float32 on every backend; default: the backend's fastest",
+            "precision of float32 products; highest: full float32 on every backend; default: fastest on the backend",
             ("highest", "high", "default")),
         "model.conv_impl": Setting("auto",
-            "form of convolutions, resizes and pooling; auto: the fastest form for the device; single_op: one plain "
+            "how convolutions, resizes and pooling are computed; auto: fastest on the device; single_op: one plain "
             "operation per layer, as exporters need", ("auto", "single_op")),
     },
     "Data": {
         "data.dataset": Setting("ade20k", "the data set; custom: your own", DATASETS),
         "data.source": Setting("folder",
-            "image and label files, what prepare --format array_record wrote, or images drawn on the fly",
+            "image and label files, the records of prepare --format array_record, or images drawn on the fly",
             ("folder", "array_record", "shapes")),
         "data.root": Setting("",
-            "the data set's folder, laid out as for mmsegmentation or torchvision; of array_record, a bucket too"),
+            "folder of the data set, as for mmsegmentation or torchvision; for array_record also a bucket"),
         "data.cache": Setting("",
-            "a folder on each host's disk that array_record shards are copied to before they are read; empty: read "
-            "where they are"),
+            "folder on each host's disk that array_record shards are copied to first; empty: no copy"),
         "data.class_names": Setting(
             (), "classes of a custom data set, in label order; empty: the lines of <root>/classes.txt"),
         "data.train_split": Setting(
-            "", "name of the folder or list that is trained on, e.g. trainval; empty: the data set's own"),
+            "", "name of the folder or list to train on, e.g. trainval; empty: the data set's own"),
         "data.validation_split": Setting(
-            "", "name of the folder or list that is scored, e.g. test; empty: the data set's own"),
-        "data.reduce_zero_label": Setting(False, "label 0 becomes void (255), all others go down by one"),
+            "", "name of the folder or list to score, e.g. test; empty: the data set's own"),
+        "data.reduce_zero_label": Setting(False, "true: label 0 becomes void (255), and all others decrease by one"),
         "data.crop_size": Setting(
-            (512, 512), "pixels (height, width) of a training crop; a classifier's input", PIXELS),
+            (512, 512), "pixels (height, width) of a training crop, or of a classifier's input", PIXELS),
         "data.scale": Setting(
-            (2048, 512), "pixels (long, short) that a training image's sides are fitted into", PIXELS),
-        "data.ratio_range": Setting((0.5, 2.0), "range of the random factor on data.scale", RATIO),
+            (2048, 512), "pixels (long, short side) that a training image is resized to fit into", PIXELS),
+        "data.ratio_range": Setting((0.5, 2.0), "range of the random factor for data.scale", RATIO),
         "data.cat_max_ratio": Setting(0.75,
-            "a crop is redrawn, at most 10 times, while one class has this share of its labelled pixels; 1: never",
+            "redraw a crop, at most 10 times, if one class has this share of its labelled pixels; 1: never",
             PROBABILITY),
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
-            True, "change brightness, contrast, saturation and hue, each with probability 0.5"),
+            True, "true: change brightness, contrast, saturation and hue, each with probability 0.5"),
         "data.crop_area": Setting(
-            (0.08, 1.0), "classifiers: range of a random crop's share of its image", PROBABILITY),
+            (0.08, 1.0), "classifiers: range of the share of the image in a random crop", PROBABILITY),
         "data.rand_augment": Setting(
-            0.0, "classifiers: magnitude of RandAugment, 9 as published; 0: off", Range(0, 10)),
-        "data.erasing_prob": Setting(0.0, "classifiers: probability that a rectangle becomes noise", PROBABILITY),
+            0.0, "classifiers: magnitude of RandAugment (published: 9); 0: off", Range(0, 10)),
+        "data.erasing_prob": Setting(0.0,
+            "classifiers: probability of replacing a rectangle with noise", PROBABILITY),
         "data.mixup_alpha": Setting(
-            0.0, "classifiers: images are mixed in pairs by a share of Beta(a, a); 0: off", Range(0, 100)),
+            0.0, "classifiers: mix pairs of images with a share from Beta(a, a); 0: off", Range(0, 100)),
         "data.skip_unreadable": Setting(
-            False, "true: train on the next example instead of a damaged one and count it; false: stop"),
+            False, "true: replace a damaged example with the next one and count it; false: stop"),
         "data.num_workers": Setting(
-            4, "processes that make batches, on each host; 0: threads of the training process", Range(0, 512)),
+            4, "processes per host that make batches; 0: threads of the training process", Range(0, 512)),
         "data.prefetch": Setting(
-            4, "batches made ahead on each host; without workers, by one thread a batch", Range(0, 1024)),
+            4, "batches that each host prepares ahead; without workers, one thread per batch", Range(0, 1024)),
         "data.shapes.train": Setting(2048, "training examples of the synthetic shapes", Range(1, 10**7)),
-        "data.shapes.validation": Setting(64, "their validation examples", Range(1, 10**6)),
-        "data.shapes.size": Setting(160, "pixels, their mean height and width", Range(16, 4096)),
+        "data.shapes.validation": Setting(64, "validation examples of the synthetic shapes", Range(1, 10**6)),
+        "data.shapes.size": Setting(160, "mean height and width of their images, in pixels", Range(16, 4096)),
     },
     "Loss": {
         "loss.class_weight": Setting(
-            (), "factor on the loss of each class's pixels, as many as classes; empty: all 1", Range(0, 10**6)),
-        "loss.label_smoothing": Setting(0.0, "share of the target that is spread over all classes", BELOW_ONE),
+            (), "one factor per class for the loss of its pixels; empty: all 1", Range(0, 10**6)),
+        "loss.label_smoothing": Setting(0.0, "share of the target spread over all classes", BELOW_ONE),
         "loss.ohem_threshold": Setting(
-            0.0, "pixels whose class has this probability or more do not count, e.g. 0.7; 0: all count", PROBABILITY),
+            0.0, "ignore pixels whose true class has this probability or more, e.g. 0.7; 0: use all", PROBABILITY),
     },
     "Distillation": {
-        "distillation.config": Setting("", "the teacher's recipe or config file; empty: no distillation"),
-        "distillation.checkpoint": Setting("", "the teacher's checkpoint, a file or a folder"),
+        "distillation.config": Setting("", "recipe or config file of the teacher; empty: no distillation"),
+        "distillation.checkpoint": Setting("", "checkpoint of the teacher, a file or a folder"),
         "distillation.weight": Setting(
-            1.0, "factor on temperature**2 * KL(teacher, student), added at each labelled pixel", Range(0, 10**6)),
+            1.0, "weight of temperature**2 * KL(teacher, student), added at each labelled pixel", Range(0, 10**6)),
         "distillation.temperature": Setting(
             1.0, "divisor of both networks' logits before the softmax", Range(0, 1000, open_low=True)),
     },
     "Optimizer": {
         "optimizer.name": Setting("adamw",
-            "the rule of the update; rmsprop_tf: RMSprop in TensorFlow's form, for ImageNet",
+            "optimizer; rmsprop_tf: TensorFlow's form of RMSprop, for ImageNet",
             ("adamw", "rmsprop_tf")),
         "optimizer.beta1": Setting(0.9, "decay of AdamW's mean gradient", BELOW_ONE),
         "optimizer.beta2": Setting(0.999, "decay of AdamW's mean squared gradient", BELOW_ONE),
@@ -184,51 +185,53 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "optimizer.weight_decay": Setting(
             0.01, "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient", Range(0, 1000)),
         "optimizer.no_decay_norm": Setting(
-            False, "true: no weight decay on BatchNorm's scales and biases, nor on other biases"),
-        "optimizer.head_lr_mult": Setting(10.0, "factor on decode_head's learning rate", Range(0, 10**6)),
-        "optimizer.clip_norm": Setting(0.0, "largest global norm of the gradient; 0: no limit", Range(0, 10**9)),
+            False, "true: no weight decay for BatchNorm's scales and for biases"),
+        "optimizer.head_lr_mult": Setting(10.0, "factor for decode_head's learning rate", Range(0, 10**6)),
+        "optimizer.clip_norm": Setting(0.0, "maximum global norm of the gradient; 0: no limit", Range(0, 10**9)),
     },
     "Schedule": {
-        "schedule.steps": Setting(160_000, "steps of the whole training", COUNT),
-        "schedule.lr": Setting(1.2e-4, "the backbone's highest learning rate", Range(0, 1e30)),
+        "schedule.steps": Setting(160_000, "number of training steps", COUNT),
+        "schedule.lr": Setting(1.2e-4, "highest learning rate of the backbone", Range(0, 1e30)),
         "schedule.base_batch_size": Setting(0,
-            "batch that schedule.lr is for: with another batch_size it is scaled linearly; 0: never",
+            "batch size that schedule.lr is for; with another batch_size, it is scaled linearly; 0: no scaling",
             Range(0, 65_536)),
-        "schedule.min_lr": Setting(0.0, "learning rate that poly and cosine end at", Range(0, 1e30)),
+        "schedule.min_lr": Setting(0.0, "final learning rate of poly and cosine", Range(0, 1e30)),
         "schedule.policy": Setting("poly",
-            "how the learning rate falls: poly as officially; step: by a factor now and then; cosine",
+            "decay of the learning rate; the official code uses poly",
             ("poly", "step", "cosine")),
-        "schedule.power": Setting(1.0, "exponent of the polynomial decay; 1: linear", Range(0, 100)),
-        "schedule.decay_steps": Setting(3002, "steps between two decays of the policy step", COUNT),
-        "schedule.decay_rate": Setting(0.973, "factor of each decay of the policy step", PROBABILITY),
+        "schedule.power": Setting(1.0, "exponent of poly; 1: linear", Range(0, 100)),
+        "schedule.decay_steps": Setting(3002, "steps between decays (policy=step)", COUNT),
+        "schedule.decay_rate": Setting(0.973, "factor of each decay (policy=step)", PROBABILITY),
         "schedule.warmup_steps": Setting(1500, "steps of linear warm-up", Range(0, 10**9)),
-        "schedule.warmup_ratio": Setting(1e-6, "factor on the learning rate at step 0", PROBABILITY),
+        "schedule.warmup_ratio": Setting(1e-6, "factor for the learning rate at step 0", PROBABILITY),
     },
     "Devices": {
-        "mesh.data": Setting(-1, "devices that share a batch; -1: all that mesh.fsdp leaves", Range(-1, 10**6)),
+        "mesh.data": Setting(-1, "devices that share a batch; -1: number of devices / mesh.fsdp", Range(-1, 10**6)),
         "mesh.fsdp": Setting(
-            1, "devices of a slice that share parameters and optimizer state, and the batch too", Range(1, 10**6)),
-        "mesh.slices": Setting(0, "TPU slices that the devices lie in; 0: found from the devices", Range(0, 10**4)),
+            1, "devices of a slice that share parameters, optimizer state and the batch", Range(1, 10**6)),
+        "mesh.slices": Setting(0, "number of TPU slices; 0: read from the devices", Range(0, 10**4)),
     },
     "Evaluation": {
         "evaluation.scale": Setting(
-            (2048, 512), "pixels (long, short) that an image's sides are fitted into", PIXELS),
+            (2048, 512), "pixels (long, short side) that an image is resized to fit into", PIXELS),
         "evaluation.short_side": Setting(
-            256, "classifiers: pixels of an image's short side before the centre is cropped", PIXELS),
+            256, "classifiers: pixels of the short side before the centre crop", PIXELS),
         "evaluation.size_divisor": Setting(
-            1, "pixels; a fitted image is resized up to multiples of it, 32 for ADE20K", Range(1, 1024)),
+            1,
+            "the resized height and width are rounded up to multiples of this many pixels; 32 for "
+            "ADE20K", Range(1, 1024)),
         "evaluation.img_ratios": Setting(
-            (1.0,), "factors on evaluation.scale; the probabilities of several are averaged", RATIO),
-        "evaluation.flip": Setting(False, "average with the probabilities of the mirrored image"),
+            (1.0,), "factors for evaluation.scale; the probabilities at all scales are averaged", RATIO),
+        "evaluation.flip": Setting(False, "true: average with the probabilities of the flipped image"),
         "evaluation.mode": Setting(
-            "whole", "the image at once, or windows that are averaged where they overlap", ("whole", "slide")),
-        "evaluation.crop_size": Setting((512, 512), "pixels (height, width) of a window of slide", PIXELS),
-        "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows of slide", PIXELS),
+            "whole", "the whole image, or windows whose logits are averaged where they overlap", ("whole", "slide")),
+        "evaluation.crop_size": Setting((512, 512), "pixels (height, width) of a window (mode=slide)", PIXELS),
+        "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows (mode=slide)", PIXELS),
         "evaluation.max_canvases": Setting(4,
-            "input shapes that the network is compiled for, at most, for each ratio; smaller images are padded. "
-            "More: fewer padded pixels, longer compilation", Range(1, 64)),
+            "maximum number of compiled input shapes per ratio; smaller images are padded. More shapes mean less "
+            "padding and longer compilation", Range(1, 64)),
         "evaluation.per_device_batch_size": Setting(0,
-            "images that a device computes at once; 0: 1 on a CPU, 8 elsewhere; of classification, 16 and 128",
+            "images per device and call; 0: 1 on a CPU, 8 elsewhere (classifiers: 16 and 128)",
             Range(0, 4096)),
     },
 }
@@ -249,7 +252,7 @@ def as_typed(value: Any) -> str:
 
 def as_text() -> str:
     """The table for a terminal, for --help-config."""
-    lines = ["Every setting with its default; change one by --config.KEY=VALUE."]
+    lines = ["Every setting with its default; to change one, add --config.KEY=VALUE."]
     for title, group in GROUPS.items():
         lines += ["", title]
         for key, row in group.items():
@@ -262,10 +265,10 @@ def as_markdown() -> str:
     lines = [
         "# Settings",
         "",
-        "`python -m topformer_jax.config > docs/settings.md` makes this page from the table in",
-        "`topformer_jax/config/settings.py`; `--help-config` of any command prints it too. The defaults are those of",
-        "`config.base_config()`; recipes change some of them. To change one, add `--config.KEY=VALUE` to a command,",
-        '`load(..., **{"KEY": VALUE})` in Python, or an assignment in a config file.',
+        "This page lists every setting, as does `--help-config` of any command. The defaults are those of",
+        "`config.base_config()`; recipes change some of them. To change a setting, add `--config.KEY=VALUE` to a",
+        'command, `load(..., **{"KEY": VALUE})` in Python, or an assignment in a config file.',
+        "`python -m topformer_jax.config` prints this page.",
     ]
     for title, group in GROUPS.items():
         lines += [

@@ -1,8 +1,8 @@
 """Augmentation of a batch on the device: flip, photometric distortion, normalisation.
 
-The official pipeline does this on the host with OpenCV, on uint8 images; every step here rounds to uint8 where that
-does and gives the same bytes. An example's random draws depend only on the seed, its epoch and its index in the data
-set, and examples do not interact, so a batch may be sharded over any number of devices.
+Each step gives the bytes of the official pipeline, which runs OpenCV on uint8 images on the host. The random draws
+for an example depend only on the seed, its epoch and its index in the data set, and examples do not interact. So a
+batch may be sharded over any number of devices.
 """
 
 from typing import Any
@@ -31,26 +31,6 @@ def normalize(
     """
     wide = np.dtype(np.float64 if jnp.dtype(dtype) == np.float64 else np.float32)
     return ((jnp.asarray(images).astype(wide) - MEAN.astype(wide)) / STD.astype(wide)).astype(dtype)
-
-
-def brightness(image: UInt8[Array, "*size 3"], delta: ArrayLike) -> UInt8[Array, "*size 3"]:
-    """Adds `delta` (in levels of 0..255), clips, truncates."""
-    return _to_image(_pack(_brightness(_split_channels(image), delta)))
-
-
-def contrast(image: UInt8[Array, "*size 3"], factor: ArrayLike) -> UInt8[Array, "*size 3"]:
-    """Multiplies by `factor`, clips, truncates."""
-    return _to_image(_pack(_contrast(_split_channels(image), factor)))
-
-
-def saturation(image: UInt8[Array, "*size 3"], factor: ArrayLike) -> UInt8[Array, "*size 3"]:
-    """Multiplies the saturation by `factor`, through 8-bit HSV and back."""
-    return _to_image(_pack(_saturation(_split_channels(image), factor)))
-
-
-def hue(image: UInt8[Array, "*size 3"], delta: ArrayLike) -> UInt8[Array, "*size 3"]:
-    """Turns the hue by `delta`, a whole number of OpenCV's 180 steps in -180..180, through 8-bit HSV and back."""
-    return _to_image(_pack(_hue(_split_channels(image), delta)))
 
 
 def augment(
@@ -116,32 +96,36 @@ def _unpack(pixels: Array) -> Planes:
 def _to_image(pixels: Array) -> Array:
     """Packed pixels as a uint8 image.
 
-    By a broadcast, not by stacking three planes: XLA on CPUs fuses the computation of the pixels into each of the
-    three, so that it runs three times for every step before it as well (20 times slower).
+    It is a broadcast, not a stack of three planes: XLA on CPUs would compute all steps before it once per plane (20
+    times slower).
     """
     return ((pixels[..., None] >> jnp.asarray((0, 8, 16), jnp.uint32)) & 255).astype(jnp.uint8)
 
 
-def _brightness(planes: Planes, delta: ArrayLike) -> Planes:
+def brightness(planes: Planes, delta: ArrayLike) -> Planes:
+    """Adds `delta` (in levels of 0..255), clips, truncates."""
     delta = jnp.asarray(delta, jnp.float32)
     return tuple(_truncate(plane + delta) for plane in planes)
 
 
-def _contrast(planes: Planes, factor: ArrayLike) -> Planes:
+def contrast(planes: Planes, factor: ArrayLike) -> Planes:
+    """Multiplies by `factor`, clips, truncates."""
     factor = jnp.asarray(factor, jnp.float32)
     return tuple(_truncate(plane * factor) for plane in planes)
 
 
-def _saturation(planes: Planes, factor: ArrayLike) -> Planes:
-    hue, saturation, value = _to_hsv(planes)
-    return _from_hsv(hue, _truncate(saturation * jnp.asarray(factor, jnp.float32)), value)
+def saturation(planes: Planes, factor: ArrayLike) -> Planes:
+    """Multiplies the saturation by `factor`, through 8-bit HSV and back."""
+    angle, share, value = _to_hsv(planes)
+    return _from_hsv(angle, _truncate(share * jnp.asarray(factor, jnp.float32)), value)
 
 
-def _hue(planes: Planes, delta: ArrayLike) -> Planes:
-    hue, saturation, value = _to_hsv(planes)
-    hue = hue + jnp.asarray(delta).astype(jnp.float32)
-    hue = jnp.where(hue < 0, hue + 180, jnp.where(hue >= 180, hue - 180, hue))
-    return _from_hsv(hue, saturation, value)
+def hue(planes: Planes, delta: ArrayLike) -> Planes:
+    """Turns the hue by `delta`, a whole number of OpenCV's 180 steps in -180..180, through 8-bit HSV and back."""
+    angle, share, value = _to_hsv(planes)
+    angle = angle + jnp.asarray(delta).astype(jnp.float32)
+    angle = jnp.where(angle < 0, angle + 180, jnp.where(angle >= 180, angle - 180, angle))
+    return _from_hsv(angle, share, value)
 
 
 def _flip_unpadded(x: Array, width: Array) -> Array:
@@ -159,19 +143,16 @@ def _distort(planes: Planes, key: Array) -> Planes:
     turn = jax.random.randint(keys[8], (), -18, 18, jnp.int32)
     early = coins[2]
     # Brightness by 0 and contrast by 1 change no byte, so a coin may choose the amount.
-    planes = _brightness(planes, jnp.where(coins[0], delta, 0.0))
-    planes = _cut(_contrast(planes, jnp.where(early, gain, 1.0)))
+    planes = brightness(planes, jnp.where(coins[0], delta, 0.0))
+    planes = _cut(contrast(planes, jnp.where(early, gain, 1.0)))
     # The way through 8-bit HSV changes bytes even then, so a coin chooses the whole step.
-    planes = _cut(_choose(coins[3], _saturation(planes, factor), planes))
-    planes = _cut(_choose(coins[4], _hue(planes, turn), planes))
-    return _contrast(planes, jnp.where(early, 1.0, gain))
+    planes = _cut(_choose(coins[3], saturation(planes, factor), planes))
+    planes = _cut(_choose(coins[4], hue(planes, turn), planes))
+    return contrast(planes, jnp.where(early, 1.0, gain))
 
 
 def _cut(planes: Planes) -> Planes:
-    """The same planes; on a TPU they are computed before anything that uses them.
-
-    XLA for TPUs would otherwise fuse all steps into one kernel, and compute it for minutes.
-    """
+    """The same planes. XLA for TPUs would otherwise fuse all steps into one kernel, which takes minutes."""
 
     def cut(*planes: Array) -> Planes:
         return _unpack(lax.optimization_barrier(_pack(planes)))
@@ -188,11 +169,10 @@ def _truncate(x: Array) -> Array:
 
 
 def _to_hsv(planes: Planes) -> Planes:
-    """Hue 0..179, saturation and value 0..255 of a uint8 RGB image, as whole float32 numbers: OpenCV's RGB2HSV.
+    """Hue 0..179, saturation and value 0..255, as whole float32 numbers: OpenCV's RGB2HSV.
 
-    OpenCV works in 12-bit fixed point, with tables of the rounded quotients below. All sums and products here are
-    whole numbers under 2**24, so that they are exact on any device, fused or not; and no quotient is
-    near enough to a half for its last bits to matter.
+    OpenCV works in 12-bit fixed point, with tables of the rounded quotients below. All sums and products are whole
+    numbers under 2**24, and so exact on any device; no quotient is near enough to a half for its last bits to matter.
     """
     red, green, blue = planes
     value = jnp.maximum(jnp.maximum(red, green), blue)
@@ -210,12 +190,11 @@ def _to_hsv(planes: Planes) -> Planes:
 
 
 def _from_hsv(hue: Array, saturation: Array, value: Array) -> Planes:
-    """The uint8 RGB image of whole float32 hue 0..179, saturation and value 0..255: OpenCV's HSV2RGB.
+    """Red, green and blue from hue 0..179, saturation and value 0..255: OpenCV's HSV2RGB.
 
     The reference's bytes are those of OpenCV's vector code on x86 with fused multiply-add: float32, truncated at
-    the end. (Its scalar code, which does the last `width % 32` pixels of a row, rounds instead.)
-    A truncated result depends on the last bit of every product before it, so the roundings are spelled out here
-    in a way that no compiler's choice to fuse a product with a sum can change.
+    the end. (Its scalar code, for the last `width % 32` pixels of a row, rounds instead.) A truncated result depends
+    on the last bit of every product, so the code spells out the roundings: fusion cannot change them.
     """
     turns = _product(hue, 8947849, 28)  # hue * float32(6 / 180)
     sector = jnp.floor(turns)

@@ -16,8 +16,8 @@ class Layout:
     """Where a data set's files are below its root: the layouts that mmsegmentation documents.
 
     `{split}` in a path stands for one of the words in `train` or `validation`: the one whose folder exists. A label
-    has its image's path with the suffix replaced (in a user's own set another ending will do, if all labels have it).
-    Sub-folders are searched too.
+    has its image's path with the suffix replaced, or with one more ending that all labels have. Sub-folders are
+    searched too.
     """
 
     images: str
@@ -26,7 +26,9 @@ class Layout:
     label_suffix: str
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("val",)
-    names: str = ""  # a file that lists the split's images, one name without suffix a line; empty: all images
+    names: str = (
+        ""  # a file with the names of the split's images, without suffix, one per line; empty: all images
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,70 +163,47 @@ def _voc_colours(numbers: Iterable[int]) -> tuple[Colour, ...]:
     return tuple(palette)
 
 
-_ade_layout = Layout(
-    images="images/{split}",
-    labels="annotations/{split}",
-    image_suffixes=(".jpg",),
-    label_suffix=".png",
-    train=("training",),
-    validation=("validation",),
+_JPEG, _FOLDERS = (".jpg",), ("images/{split}", "annotations/{split}")
+CUSTOM_LAYOUT = Layout(
+    *_FOLDERS, IMAGE_SUFFIXES, ".png", train=("train", "training"), validation=("val", "valid", "validation")
 )
-_cityscapes_layout = Layout(
-    images="leftImg8bit/{split}",
-    labels="gtFine/{split}",
-    image_suffixes=("_leftimg8bit.png",),
-    label_suffix="_gtFine_labelTrainIds.png",
+_ADE_LAYOUT = Layout(*_FOLDERS, _JPEG, ".png", train=("training",), validation=("validation",))
+_CITYSCAPES_LAYOUT = Layout(
+    "leftImg8bit/{split}", "gtFine/{split}", ("_leftimg8bit.png",), "_gtFine_labelTrainIds.png"
 )
-_context_layout = Layout(
-    images="JPEGImages",
-    labels="SegmentationClassContext",
-    image_suffixes=(".jpg",),
-    label_suffix=".png",
-    names="ImageSets/SegmentationContext/{split}.txt",
+_CONTEXT_LAYOUT = Layout(
+    "JPEGImages", "SegmentationClassContext", _JPEG, ".png", names="ImageSets/SegmentationContext/{split}.txt"
 )
-_coco_stuff_layout = Layout(
-    images="images/{split}",
-    labels="annotations/{split}",
-    image_suffixes=(".jpg",),
-    label_suffix="_labelTrainIds.png",
-    train=("train2014",),
-    validation=("test2014",),
-)
-_coco_stuff164k_layout = dataclasses.replace(
-    _coco_stuff_layout, train=("train2017",), validation=("val2017",)
-)
-_voc2012_layout = dataclasses.replace(
-    _context_layout,
-    labels="SegmentationClassAug",
+_VOC_LAYOUT = Layout(
+    "JPEGImages",
+    "SegmentationClassAug",
+    _JPEG,
+    ".png",
     train=("trainaug",),
     names="ImageSets/Segmentation/{split}.txt",
 )
-CUSTOM_LAYOUT = Layout(
-    images="images/{split}",
-    labels="annotations/{split}",
-    image_suffixes=IMAGE_SUFFIXES,
-    label_suffix=".png",
-    train=("train", "training"),
-    validation=("val", "valid", "validation"),
-)
+_COCO_LAYOUTS = [
+    Layout(*_FOLDERS, _JPEG, "_labelTrainIds.png", train=(train,), validation=(validation,))
+    for train, validation in (("train2014", "test2014"), ("train2017", "val2017"))
+]
+_context = _parse_table(_CONTEXT60, _CONTEXT_LAYOUT)
 
-_context = _parse_table(_CONTEXT60, _context_layout)
-
+# The names are those of config/settings.py:DATASETS, without "imagenet" and "custom".
 CATALOG = {
-    "ade20k": _parse_table(_ADE20K, _ade_layout),
-    "cityscapes": _parse_table(_CITYSCAPES, _cityscapes_layout),
+    "ade20k": _parse_table(_ADE20K, _ADE_LAYOUT),
+    "cityscapes": _parse_table(_CITYSCAPES, _CITYSCAPES_LAYOUT),
     "context60": _context,
-    "context59": DataSet(_context.classes[1:], _context.palette[1:], _context_layout),
-    "cocostuff10k": _parse_table(_COCO_STUFF, _coco_stuff_layout),
-    "cocostuff164k": _parse_table(_COCO_STUFF, _coco_stuff164k_layout),
-    "voc2012": DataSet(_split(_VOC2012), _voc_colours(range(21)), _voc2012_layout),
+    "context59": DataSet(_context.classes[1:], _context.palette[1:], _CONTEXT_LAYOUT),
+    "cocostuff10k": _parse_table(_COCO_STUFF, _COCO_LAYOUTS[0]),
+    "cocostuff164k": _parse_table(_COCO_STUFF, _COCO_LAYOUTS[1]),
+    "voc2012": DataSet(_split(_VOC2012), _voc_colours(range(21)), _VOC_LAYOUT),
     "camvid": _parse_table(_CAMVID, CUSTOM_LAYOUT),
     "shapes": _parse_table(_SHAPES, None),
 }
 
 
 def is_name(text: object) -> bool:
-    """Whether a text can be the name of a class: of one line, without control characters, and not blank.
+    """Whether a text can be the name of a class: one line, without control characters, and not blank.
 
     >>> is_name("traffic light"), is_name(" "), is_name("a\\u2028b")
     (True, False, False)
@@ -233,7 +212,7 @@ def is_name(text: object) -> bool:
 
 
 def name_classes(dataset: str, classes: Sequence[str], palette: Sequence[Colour] = ()) -> DataSet:
-    """A data set with other names; without colours, those of the catalog where the names are its own, else VOC's.
+    """A data set with these names. Without a palette, it has the catalog's colours for its own names, else VOC's.
 
     >>> name_classes("shapes", ["sky", "sea"]).palette
     ((128, 0, 0), (0, 128, 0))

@@ -1,6 +1,6 @@
 """Files to arrays: decodes and checks images and labels on the host.
 
-Every broken file is refused by a UserError with its name, before OpenCV fills what is missing with grey.
+A broken file raises a UserError with its name: OpenCV would fill the missing part with grey.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ JPEG = b"\xff\xd8\xff"
 TIFF = (b"II*\0", b"MM\0*")
 REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 AVIF = b"ftypavif"  # from the fifth byte on
-# What is no picture that OpenCV reads: how its file begins, and its name.
+# Files that OpenCV does not read: how they begin, and what they are.
 _OTHER_FILES = {
     rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
     rb"....ftyp(?!avi)|RIFF....AVI |\x1aE\xdf\xa3|\0\0\x01\xba": "a video",
@@ -36,9 +36,20 @@ _OTHER_FILES = {
     rb"\s*<(!doctype )?html": "a web page",
 }
 DEEP = 14  # bits of 16: with values of so many, a picture of 8 bits is nearly black
-GREY, PALETTE, GREY_ALPHA = 0, 3, 4  # colour types in a PNG's header
+GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6  # colour types in a PNG's header
 # By colour type: the bits that a value may have.
-_PNG_DEPTHS = {GREY: (1, 2, 4, 8, 16), 2: (8, 16), PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_PNG_DEPTHS = {
+    GREY: (1, 2, 4, 8, 16),
+    COLOUR: (8, 16),
+    PALETTE: (1, 2, 4, 8),
+    GREY_ALPHA: (8, 16),
+    COLOUR_ALPHA: (8, 16),
+}
+# What errors say about a file.
+_CUT_OFF = "is cut off: its end is missing; replace or remove it"
+_DAMAGED_PNG = "is a damaged PNG: replace or remove it"
+_NOT_A_PNG = "is not a PNG: labels are PNG files of one channel that holds class indices"
+_TOO_LARGE = "is larger than OpenCV reads, 2**30 pixels: cut it into smaller pictures"
 MOST_PIXELS = 1 << 30  # that OpenCV reads
 MOST_JPEG_PIXELS = 1024  # a byte: each block takes a bit at least
 
@@ -53,8 +64,8 @@ class ColourLabelError(UserError):
 def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, orient: bool = True) -> Image:
     """Decodes an image file (JPEG, PNG, or another format that OpenCV reads) to RGB, uint8 `[h, w, 3]`.
 
-    As `cv2.IMREAD_COLOR` does: rotated by its EXIF orientation (AVIF too); grey, CMYK, 16-bit and alpha become 8-bit
-    RGB.
+    As with `cv2.IMREAD_COLOR`, the EXIF orientation turns it (AVIF too), and grey, CMYK, 16-bit and alpha become
+    8-bit RGB.
 
     >>> import cv2, numpy as np
     >>> file = cv2.imencode(".png", np.zeros((4, 6, 3), np.uint8))[1].tobytes()
@@ -63,7 +74,7 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
 
     Args:
         data: the file's bytes; or an array, which is checked and returned.
-        name: of the file, for the error.
+        name: names the file in the error.
         reduction: 2, 4 or 8: the sides are divided by it, rounded up; a JPEG then takes fewer transforms.
         orient: whether to rotate by the EXIF orientation.
 
@@ -110,10 +121,9 @@ def read_depth(data: bytes | np.ndarray, name: str) -> int:
 
 
 def describe_depth(bits: int) -> str:
-    """What is said of pictures of 16 bits whose values take so few that they are nearly black in 8 bits; else ""."""
-    if not 0 < bits <= DEEP:
-        return ""
-    return f"{bits} bits in 16, which would be nearly black: scale the values, and save as 8 bits"
+    """A warning if 16-bit values take so few bits that the picture is nearly black in 8 bits; else ""."""
+    nearly_black = f"{bits} bits in 16, which would be nearly black: scale the values, and save as 8 bits"
+    return nearly_black if 0 < bits <= DEEP else ""
 
 
 def is_turned_unseen(data: bytes | np.ndarray, size: tuple[int, int]) -> bool:
@@ -127,7 +137,7 @@ def is_turned_unseen(data: bytes | np.ndarray, size: tuple[int, int]) -> bool:
 
 
 def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
-    """The (height, width) in a JPEG file's header, as it is stored; None for what is no JPEG, or cut off."""
+    """The (height, width) in a JPEG file's header, as it is stored; None if the file is no JPEG, or cut off."""
     if isinstance(data, np.ndarray) or not data.startswith(JPEG):
         return None
     for marker, start in _jpeg_segments(data):
@@ -143,19 +153,18 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
 
     Args:
         data: the file's bytes; or an array with the values of a file.
-        name: of the file, for the error.
-        classes: how many there are.
+        name: names the file in the error.
+        classes: their number.
         reduce_zero_label: 0 becomes IGNORE_LABEL and all other values are reduced by one; 255 stays.
 
     Raises:
         UserError: the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
     """
     values = read_label_values(data, name)
-    table, allowed = label_table(classes, reduce_zero_label)
+    table, allowed = _label_table(classes, reduce_zero_label)
     largest = int(values.max(initial=0))
-    # With values below both limits there is nothing to look up.
-    all_classes = largest < min(classes + reduce_zero_label, IGNORE_LABEL)
-    if not all_classes and (
+    is_checked = largest < min(classes + reduce_zero_label, IGNORE_LABEL)  # most labels: nothing to look up
+    if not is_checked and (
         largest > IGNORE_LABEL or not cv2.LUT(values.astype(np.uint8), allowed.astype(np.uint8)).all()
     ):
         found = np.unique(values)
@@ -172,7 +181,7 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
 
 
 @functools.lru_cache(maxsize=8)
-def label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def _label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
     """The class index of each of 256 values, uint8; and whether the value is allowed."""
     table = np.arange(256, dtype=np.uint8)
     if reduce_zero_label:
@@ -190,7 +199,7 @@ def read_label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
     if isinstance(data, np.ndarray):
         return data.shape[0], data.shape[1]
     if not data.startswith(PNG) or len(data) < 24:
-        raise _not_a_png(name)
+        raise UserError(f"{name} {_NOT_A_PNG}")
     width, height = struct.unpack(">II", data[16:24])
     return height, width
 
@@ -202,7 +211,7 @@ def read_palette(data: bytes) -> bytes:
 
 
 def read_image_size(path: str) -> tuple[int, int] | None:
-    """The (height, width) that `decode_image` gives for a file, from its header; None where that cannot be told.
+    """The (height, width) that `decode_image` gives for a file, from its header; None if that is unknown.
 
     >>> read_image_size("no such file") is None
     True
@@ -246,7 +255,7 @@ def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
         return values
     _check_complete(data, name)
     if not data.startswith(PNG):
-        raise _not_a_png(name)
+        raise UserError(f"{name} {_NOT_A_PNG}")
     colour_type = data[25]
     if colour_type not in (GREY, PALETTE):
         what = "has transparency" if colour_type == GREY_ALPHA else "is a colour image"
@@ -283,15 +292,14 @@ def _check_complete(data: bytes, name: str) -> None:
     elif data.startswith(JPEG):
         height, width = read_jpeg_size(data) or (0, 0)
         if not _has_jpeg_end(data) or height * width > MOST_JPEG_PIXELS * len(data):
-            raise _cut_off(name)
+            raise UserError(f"{name} {_CUT_OFF}")
 
 
 def _has_jpeg_end(data: bytes) -> bool:
     """Whether the end-of-image marker follows the start of the first scan.
 
-    A thumbnail in the header has an end marker of its own, so only what follows the scan's start counts; some
-    cameras and tools add bytes after the end. Compressed data never holds the marker by chance: an ff in it is
-    followed by 00.
+    Only what follows the scan's start counts, since a thumbnail in the header has an end marker of its own. Some
+    cameras add bytes after the end. In compressed data 00 follows each ff, so that it never holds the marker.
     """
     scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
     return any(data.find(b"\xff\xd9", start) >= 0 for start in scans)
@@ -319,43 +327,28 @@ def _check_png(data: bytes, name: str) -> None:
         length, kind = struct.unpack(">I4s", data[position : position + 8].ljust(8, b"\0"))
         end = position + 12 + length
         if end > len(data):
-            raise _cut_off(name)
+            raise UserError(f"{name} {_CUT_OFF}")
         right_start = position > len(PNG) or (length, kind) == (13, b"IHDR")
         checksum = struct.pack(">I", zlib.crc32(memoryview(data)[position + 4 : end - 4]))
         if not right_start or data[end - 4 : end] != checksum:
-            raise UserError(f"{name} is a damaged PNG: replace or remove it")
+            raise UserError(f"{name} {_DAMAGED_PNG}")
         position = end
     width, height, depth, colour, *methods = struct.unpack(">IIBBBBB", data[16:29])
     if width * height > MOST_PIXELS:
-        raise _too_large(name)
-    if (
-        not width * height
-        or depth not in _PNG_DEPTHS.get(colour, ())
-        or methods not in ([0, 0, 0], [0, 0, 1])
-    ):
-        raise UserError(f"{name} is a damaged PNG: replace or remove it")
-
-
-def _not_a_png(name: str) -> UserError:
-    return UserError(f"{name} is not a PNG: labels are PNG files of one channel that holds class indices")
-
-
-def _cut_off(name: str) -> UserError:
-    return UserError(f"{name} is cut off: its end is missing; replace or remove it")
-
-
-def _too_large(name: str) -> UserError:
-    return UserError(f"{name} is larger than OpenCV reads, 2**30 pixels: cut it into smaller pictures")
+        raise UserError(f"{name} {_TOO_LARGE}")
+    is_known = depth in _PNG_DEPTHS.get(colour, ()) and methods in ([0, 0, 0], [0, 0, 1])
+    if not is_known or not width * height:
+        raise UserError(f"{name} {_DAMAGED_PNG}")
 
 
 def _explain(error: Exception, name: str, data: bytes) -> UserError:
-    """What an error of a decoder means."""
+    """The UserError for an error of a decoder."""
     if explain_out_of_memory(error, ""):
         return UserError(
             f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller"
         )
     if "CV_IO_MAX_IMAGE" in str(error):
-        return _too_large(name)
+        return UserError(f"{name} {_TOO_LARGE}")
     return _damaged(name, data)
 
 

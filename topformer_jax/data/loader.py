@@ -3,7 +3,7 @@
     source -> _ExampleMaker: shuffle, decode, resize, crop -> TrainingBatches -> DeviceBatches
               in worker processes, or in threads               host arrays       global arrays, prefetched
 
-An example's place in the order depends on the seed alone, its random draws on (seed, epoch, example) alone. So the
+An example's place in the order depends only on the seed, and its random draws only on (seed, epoch, example). So the
 batches are the same on 1 or N processes, with 0 or N workers, and from any start step.
 """
 
@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import gc
 import math
+import multiprocessing
+import os
 import queue
 import signal
 import sys
@@ -27,13 +29,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from topformer_jax.data import codecs, transforms
-from topformer_jax.data.batch import Batch, Image, Labels
+from topformer_jax.data.batch import Batch, Example, Image, Labels, Source
 from topformer_jax.data.classification import images as class_images
-from topformer_jax.data.sources import Example, Source
-from topformer_jax.data.workers import count_cores, count_free_shared_memory, end_with_parent
+from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
+SHARED_MEMORY = "/dev/shm"
 _ENDLESS = 2**62  # examples; grain counts batches in floating point, which overflows for sys.maxsize
 
 
@@ -46,12 +48,11 @@ def training_batches(
     process_count: int = 1,
     processes_on_host: int = 1,
 ) -> "TrainingBatches":
-    """An endless iterator over one process's rows of each global batch, from `start_step` on.
-
-    `processes_on_host` share one /dev/shm.
+    """Makes an endless iterator over one process's rows of each global batch, from `start_step` on.
 
     Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
-    an order of its own; batches run across the epochs' borders, so that no example is dropped.
+    an order of its own; batches run across the epochs' borders, so that no example is dropped. `processes_on_host`
+    share one /dev/shm.
 
     >>> from topformer_jax import config
     >>> from topformer_jax.data import sources
@@ -94,10 +95,10 @@ def training_batches(
 def _explain_full_shared_memory(
     config: ConfigDict, rows: int, options: grain.MultiprocessingOptions, processes: int
 ) -> str:
-    """What is said where the workers' batches do not fit into the free shared memory; empty: they do.
+    """One line if the workers' batches do not fit into the free shared memory; "" if they do.
 
-    A worker that writes more than fits dies without a word. Of each worker's batches there are as many as its buffer
-    holds in grain's queue, and in that of the thread which empties it, and one in the hands of either; another one is
+    A worker that writes more than fits dies without a message. Each worker has a full buffer of batches in grain's
+    queue, another one in the queue of the thread that empties it, and one batch in the hands of either. One more is
     being copied by `TrainingBatches`.
     """
     channels = 3 + (config.task == "segmentation")  # bytes a pixel: the image's, and the label's
@@ -111,6 +112,23 @@ def _explain_full_shared_memory(
         "the data workers send them through pipes, which is slower; with Docker, "
         f"docker run --shm-size={math.ceil(needed / 2**30)}g"
     )
+
+
+def count_free_shared_memory() -> int | None:
+    """The bytes that are free for shared memory, 64 MB in a Docker container; None if the system does not say."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except (OSError, AttributeError):  # of other systems than Linux
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def name_shared_memory() -> str:
+    """A text that differs between the shared memories of hosts and containers."""
+    try:
+        return f"{files.read_boot_id()} {os.stat(SHARED_MEMORY).st_dev}"
+    except OSError:
+        return ""
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -156,8 +174,8 @@ class TrainingBatches(Iterator[Batch]):
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-            # A thread of grain frees the shared memory of batches that were not taken; Python reports what is left
-            # at exit as leaked. A task queued behind that work returns when it is done.
+            # A thread of grain frees the shared memory of batches that were not taken; at exit, Python reports the
+            # rest as leaked. A task that is queued behind that work returns when it is done.
             gc.collect()
             freeing = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
             if freeing is not None:
@@ -205,13 +223,34 @@ def _start_worker(index: int, count: int) -> None:
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # a Ctrl-C reaches all processes; the parent ends its workers
+    ):  # Ctrl-C reaches all processes; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
+def end_with_parent() -> None:
+    """Makes this process end as soon as the one that started it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def count_cores() -> int:
+    """The cores that this process may use: in a container fewer than the machine has.
+
+    >>> count_cores() > 0
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], *, ahead: int = 0) -> Iterator[Any]:
-    """Yields function(item) of each item in order, computed by threads, at least `ahead` items in advance.
+    """Yields function(item) for each item in order, computed by threads, at least `ahead` items in advance.
 
     >>> list(map_in_threads(abs, [-1, 2, -3]))
     [1, 2, 3]
@@ -269,7 +308,7 @@ def crop_example(
 
 
 def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
-    """The error's line for which an example was skipped; reads it again."""
+    """Reads a skipped example again, and returns the line of its error."""
     try:
         crop_example(source[index], config, index, epoch=0)
     except UserError as error:
@@ -278,14 +317,14 @@ def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
 
 
 class DeviceBatches(Iterator[Batch]):
-    """Global arrays made from each process's rows, by a thread that stays some batches ahead: see `to_device`.
+    """Iterates over global batches on the devices; a thread puts each process's rows there, `depth` batches ahead.
 
-    grain's own prefetch threads read only from grain datasets, and its `device_put` takes the global batch on every
-    process, where here each process has its rows: both would need more code than this thread.
-
+    `sharding` lays out the first axis. The global batch is the processes' rows in order. The `next` that would have
+    returned a batch raises the error of its making. (grain's prefetch threads read only from grain datasets, and its
+    `device_put` takes the global batch on every process.)
     """
 
-    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int):
+    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2):
         self._next: Any = None
         self._batches = batches
         self._sharding = sharding
@@ -350,12 +389,3 @@ class DeviceBatches(Iterator[Batch]):
             self._thread.join()
         if hasattr(self._batches, "close"):
             self._batches.close()
-
-
-def to_device(batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2) -> DeviceBatches:
-    """Puts batches on the devices, `depth` of them ahead, with their first axis laid out by `sharding`.
-
-    The global batch is the processes' rows in order. An error while a batch is made is raised by the `next` that
-    would have returned it.
-    """
-    return DeviceBatches(batches, sharding, depth)

@@ -1,16 +1,32 @@
-"""Data sets that `prepare --format array_record` packed: array_record shards in tensorflow-datasets' layout."""
+"""Data sets that `prepare --format array_record` packed: reads array_record shards, and copies them to a local disk.
 
+The layout is that of tensorflow-datasets.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
+import functools
+import hashlib
 import os
+import pathlib
+import shutil
+import socket
 import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
+import fsspec
 import msgspec
 
+from topformer_jax.data.batch import Example
 from topformer_jax.data.codecs import read_label_size
-from topformer_jax.data.example import Example
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.logs import Progress
 
 VERSION = "1.0.0"  # of the layout
 INFO = "dataset_info.json"  # written last: without it the data set is incomplete
@@ -20,6 +36,14 @@ CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
 LABEL_SIZES = "label_sizes.json"  # height and width of each label, by split
 PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished
 AGAIN = "; copy it, or build the data set again (python -m topformer_jax.prepare)"
+ADVICE = "; --config.data.cache=DIR names another folder"
+THREADS = 8  # shards that are copied at once
+PIECE = 16 << 20  # bytes that one request asks for
+MEGABYTE = 1_000_000
+ABANDONED_SECONDS = 3600.0  # without a write, after which another host's unfinished copy is deleted
+WAIT = 0.5  # seconds between looks at how much is copied
+MakeProgress = Callable[[int, str], Progress]  # of the total, and of what the numbers count
+SILENT: MakeProgress = functools.partial(Progress, active=False)
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 
@@ -81,12 +105,11 @@ def shard_names(dataset: str, split: str, count: int) -> list[str]:
 
 @dataclasses.dataclass
 class ArrayRecordSource:
-    """The shards that preparation/packing.py wrote: TFDS records that hold the files' bytes unchanged.
+    """The shards that preparation/packing.py wrote: records of tensorflow-datasets with the files' bytes unchanged.
 
-    A classifier's label is a number. tensorflow-datasets' own imagenet2012, prepared as array_record, is read too.
-
-    From a bucket (gs://) array_record reads each record by a request of its own, as a whole. The labels' sizes are in
-    a file beside the shards; those of data sets without it are read once.
+    The label of a classifier is a number. The imagenet2012 of tensorflow-datasets, prepared as array_record, is read
+    too. From a bucket (gs://), array_record reads each record by one request. The sizes of the labels are in a file
+    beside the shards; without that file each label is read once.
     """
 
     folder: str
@@ -107,8 +130,6 @@ class ArrayRecordSource:
             raise UserError(
                 f"the {self.split} split in {self.folder} cannot be opened ({files.explain(error)}){AGAIN}"
             ) from None
-        self._sizes: dict[int, tuple[int, int]] | None = None  # by index
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
         return ArrayRecordSource, (self.folder, self.split)
@@ -129,8 +150,8 @@ class ArrayRecordSource:
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         example = Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
-        if self._sizes and index in self._sizes:
-            size, found = self._sizes[index], read_label_size(example.label, example.where[1])
+        if size := vars(self).get("_sizes", {}).get(index):  # training does not read the sizes
+            found = read_label_size(example.label, example.where[1])
             if found != size:
                 raise UserError(
                     f"{example.where[1]} has {found[1]} x {found[0]} pixels, "
@@ -139,25 +160,21 @@ class ArrayRecordSource:
         return example
 
     def label_size(self, index: int) -> tuple[int, int]:
-        with self._lock:
-            if self._sizes is None:
-                self._sizes = self._read_sizes()
         if index not in self._sizes:
             example = self[index]
             self._sizes[index] = read_label_size(example.label, example.where[1])
         return self._sizes[index]
 
-    def _read_sizes(self) -> dict[int, tuple[int, int]]:
-        """The sizes that preparation/packing.py wrote, none where there is no such file."""
-        folder = files.as_path(self.folder)
-        if not (text := read_label_sizes(folder)):
+    @functools.cached_property
+    def _sizes(self) -> dict[int, tuple[int, int]]:
+        """By index, the sizes that preparation/packing.py wrote; empty if there is no such file."""
+        file = files.as_path(self.folder) / LABEL_SIZES
+        if not (text := files.read_existing(file)):
             return {}
-        rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], folder / LABEL_SIZES, AGAIN).get(
-            self.split, []
-        )
+        rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], file, AGAIN).get(self.split, [])
         if len(rows) != len(self):
             raise UserError(
-                f"{folder / LABEL_SIZES} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}"
+                f"{file} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}"
             )
         return dict(enumerate(rows))
 
@@ -177,8 +194,7 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
         return found
     if begun:
         raise UserError(
-            f"{begun} is incomplete: run python -m topformer_jax.prepare again as it was started (with --shard I/N, "
-            "for each I); it goes on where it stopped"
+            f"{begun} is incomplete: run the same python -m topformer_jax.prepare command again; it resumes"
         )
     raise UserError(
         f"no {dataset}/{VERSION}/{INFO} in {root or 'data.root, which is empty'}: build it with python -m "
@@ -186,13 +202,8 @@ def find_records(root: str, dataset: str, hint: str) -> files.Path:
     )
 
 
-def read_label_sizes(folder: files.Path) -> bytes:
-    """label_sizes.json as it is; empty where an earlier version packed the data set, or its labels are numbers."""
-    return files.read_existing(folder / LABEL_SIZES) or b""
-
-
 def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]:
-    """The names of a split's files, of what dataset_info.json says; a UserError where it names no such split."""
+    """The names of a split's files in a dataset_info.json; a UserError if it names no such split."""
     where = f"{os.fspath(folder)}/{INFO}"
     fields = files.read_json(info, _Info, where, AGAIN)
     files.require_inside(fields.name, where)
@@ -200,3 +211,196 @@ def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]
     if split not in lengths:
         raise UserError(f"{where} does not name the {split} split's shards{AGAIN}")
     return shard_names(fields.name, split, lengths[split])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """One file: its size in bytes, and its MD5 sum in hexadecimal, "" if it is unknown."""
+
+    name: str
+    size: int
+    md5: str
+
+
+def copy_split(
+    source: files.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = SILENT
+) -> files.Path:
+    """Copies one split's shards to a local disk, if they are not there, and returns their folder.
+
+    One process of a host copies, the others wait. The folder's name holds a digest of the source's path,
+    dataset_info.json and checksums.json, so that versions of a data set are never mixed. A shard gets its name when
+    it is whole and its checksum right. After an interruption, the next call copies the missing shards.
+
+    Raises:
+        UserError: the disk is too small, the source cannot be read or a copy differs from its checksum.
+    """
+    if files.is_in_bucket(cache):
+        raise UserError(
+            f"data.cache={cache} is a bucket: give a folder on a local disk, --config.data.cache=DIR"
+        )
+    info, features = (files.read_bytes(source / name) for name in (INFO, FEATURES))
+    sums = files.read_existing(source / CHECKSUMS) or b""
+    digest = hashlib.sha256(b"\n".join([os.fspath(source).encode(), info, sums])).hexdigest()
+    base = pathlib.Path(cache).expanduser()
+    folder = base / f"{dataset}-{digest[:16]}"
+    shards = _describe(source, list_shards(info, split, source), sums)
+    if all(_is_there(folder, shard) for shard in shards) and (folder / INFO).exists():
+        return folder
+    with files.report_errors("write", base, ADVICE):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, shards, make_progress):
+            _delete_leftovers(folder)
+            if missing := [shard for shard in shards if not _is_there(folder, shard)]:
+                _check_space(folder, missing, f"{dataset}'s {split} shards")
+                _copy(source, folder, shards, missing, make_progress)
+            if sizes := files.read_existing(source / LABEL_SIZES):
+                files.write_file(folder / LABEL_SIZES, sizes, ADVICE)
+            files.write_file(folder / FEATURES, features, ADVICE)
+            files.write_file(folder / INFO, info, ADVICE)
+    return folder
+
+
+def read_md5(facts: dict[str, Any]) -> str:
+    """The MD5 sum, in hexadecimal, in what Cloud Storage says about a file; "" if it names none."""
+    return base64.b64decode(facts.get("md5Hash", "")).hex()
+
+
+def _describe(source: files.Path, names: list[str], sums: bytes) -> list[_Shard]:
+    """Sizes and checksums: those that preparation/packing.py wrote, else what the bucket or the disk says."""
+    if sums:
+        where = f"{os.fspath(source)}/{CHECKSUMS}"
+        known = files.read_json(sums, Checksums, where, AGAIN).shards
+        if missing := [name for name in names if name not in known]:
+            raise UserError(f"{where} does not name {missing[0]}{AGAIN}")
+        return [_Shard(name, known[name].size, known[name].md5) for name in names]
+
+    def look_up(name: str) -> _Shard:
+        system, inside = fsspec.core.url_to_fs(os.fspath(source / name))
+        facts = system.info(inside)
+        return _Shard(name, facts["size"], read_md5(facts))
+
+    with files.report_errors("read", source), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(look_up, names))
+
+
+def _is_there(folder: pathlib.Path, shard: _Shard) -> bool:
+    path = folder / shard.name
+    return path.exists() and path.stat().st_size == shard.size
+
+
+def _count_megabytes(folder: pathlib.Path, shards: list[_Shard]) -> int:
+    """How much of the shards is copied, unfinished copies included."""
+    total = sum(shard.size for shard in shards if _is_there(folder, shard))
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total // MEGABYTE
+
+
+def _sum_megabytes(shards: list[_Shard]) -> int:
+    return -(-sum(shard.size for shard in shards) // MEGABYTE)
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path, shards: list[_Shard], make_progress: MakeProgress) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process; meanwhile shows what another one copies."""
+    with (folder / ".lock").open("w") as file:
+        if not _try_lock(file.fileno()):
+            unit = f"MB, copied to {folder} by another process"
+            with make_progress(_sum_megabytes(shards), unit) as progress:
+                while not _try_lock(file.fileno()):
+                    progress.update(_count_megabytes(folder, shards))
+                    time.sleep(WAIT)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _delete_leftovers(folder: pathlib.Path) -> None:
+    """Deletes what killed copies left: those of this host, since it holds the lock, and old ones of other hosts.
+
+    On some shared disks, a lock holds for its own host only.
+    """
+    lock = folder / ".lock"
+    lock.touch()
+    now = lock.stat().st_mtime  # by the disk's own clock
+    for left in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if f".{_name_host()}." in left.name or now - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
+
+
+def _name_host() -> str:
+    """This machine's name in those of unfinished files: all containers on it share its locks."""
+    return files.read_boot_id() or socket.gethostname()
+
+
+def _check_space(folder: pathlib.Path, missing: list[_Shard], what: str) -> None:
+    needed, free = sum(shard.size for shard in missing), shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder.parent} is too small: {what} need {needed / MEGABYTE:,.1f} MB more, {free / MEGABYTE:,.1f} MB "
+            "are free; --config.data.cache=DIR names another disk"
+        )
+
+
+def _copy(
+    source: files.Path,
+    folder: pathlib.Path,
+    shards: list[_Shard],
+    missing: list[_Shard],
+    make_progress: MakeProgress,
+) -> None:
+    """Copies the missing shards by threads; the first error ends them all."""
+    stopped = threading.Event()
+    with (
+        make_progress(_sum_megabytes(shards), f"MB copied from {os.fspath(source)}") as progress,
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+    ):
+        waiting = {pool.submit(_copy_shard, source, folder, shard, stopped) for shard in missing}
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, WAIT, concurrent.futures.FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                progress.update(_count_megabytes(folder, shards) if waiting else _sum_megabytes(shards))
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _copy_shard(source: files.Path, folder: pathlib.Path, shard: _Shard, stopped: threading.Event) -> None:
+    """Copies one file, one piece per request; it gets its name when it is whole and right."""
+    path = source / shard.name
+    temporary = files.temporary_path(folder / f"{shard.name}.{_name_host()}")
+    digest = hashlib.md5(usedforsecurity=False)
+    with files.unfinished(temporary):
+        with temporary.open("wb") as file:
+            for start in range(0, shard.size, PIECE):
+                if stopped.is_set():
+                    raise concurrent.futures.CancelledError
+                piece = _read_piece(path, start, min(start + PIECE, shard.size))
+                file.write(piece)
+                digest.update(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        size = temporary.stat().st_size
+        if size != shard.size or (shard.md5 and digest.hexdigest() != shard.md5):
+            raise UserError(
+                f"{os.fspath(path)} is not what it was when it was written ({size} bytes, MD5 {digest.hexdigest()}; "
+                f"expected {shard.size}, {shard.md5 or 'any'}): copy it or build it again "
+                "(python -m topformer_jax.prepare)"
+            )
+        temporary.replace(folder / shard.name)
+
+
+def _read_piece(path: files.Path, start: int, end: int) -> bytes:
+    with files.report_errors("read", path, "; the same command goes on with the missing shards"):
+        system, inside = fsspec.core.url_to_fs(os.fspath(path))
+        return bytes(system.cat_file(inside, start=start, end=end))

@@ -1,17 +1,18 @@
 """A synthetic data set for a run without any download: scenes of textured grounds and overlapping shapes.
 
-Each scene is a function of (split, index) alone. Colours are random, so a class can only be recognised by its texture
-(the grounds; balls are shaded, targets ringed, boards chequered, dice dotted) or by its outline (discs and triangles
-are plain); uneven light, blur and noise follow. The classes are `CATALOG["shapes"]`, in the order of the constants.
+A scene depends only on its split and index. Colours are random: a texture (the grounds; balls are shaded, targets
+ringed, boards chequered, dice dotted) or an outline (discs and triangles are plain) identifies a class. Uneven light,
+blur and noise follow. The classes are `CATALOG["shapes"]`, in the order of the constants.
 """
 
+import dataclasses
 import math
 
 import cv2
 import numpy as np
 from jaxtyping import Float32
 
-from topformer_jax.data.batch import Image, Labels
+from topformer_jax.data.batch import Example, Image, Labels
 
 GRADIENT, CLOUDS, STRIPES, BRICKS, DISC, TRIANGLE, BALL, TARGET, BOARD, DICE = range(10)
 _FORMATS = [(1, 1), (0.9, 1.1), (1.1, 0.9)]  # height, width; few, as XLA compiles a program for each size
@@ -57,31 +58,38 @@ def draw(split: str, index: int, size: int) -> tuple[Image, Labels]:
     return _add_light_and_noise(rng, image), label
 
 
-class SceneCache:
-    """The scenes of a split, each drawn once, up to `MAX_CACHED_BYTES`: a run uses a scene once an epoch.
+@dataclasses.dataclass(frozen=True)
+class ShapesSource:
+    """The scenes of a split, each drawn once, up to `MAX_CACHED_BYTES`; their arrays are read-only.
 
-    Pickled, it leaves its scenes behind: each worker process draws its own.
+    A pickled source leaves its scenes behind: each worker process draws its own.
     """
 
-    def __init__(self, split: str, size: int):
-        self._split, self._size = split, size
-        self._scenes: dict[int, tuple[Image, Labels]] = {}
+    split: str
+    count: int
+    size: int  # pixels
+    _scenes: dict[int, tuple[Image, Labels]] = dataclasses.field(default_factory=dict, compare=False)
 
     def __reduce__(self) -> tuple:
-        return SceneCache, (self._split, self._size)
+        return ShapesSource, (self.split, self.count, self.size)
 
     def __len__(self) -> int:
-        return len(self._scenes)
+        return self.count
 
-    def __getitem__(self, index: int) -> tuple[Image, Labels]:
+    def __getitem__(self, index: int) -> Example:
         scene = self._scenes.get(index)
         if scene is None:
-            scene = draw(self._split, index, self._size)
+            scene = draw(self.split, index, self.size)
             for array in scene:
                 array.flags.writeable = False
-            if (len(self._scenes) + 1) * 4 * self._size**2 <= MAX_CACHED_BYTES:
+            if (len(self._scenes) + 1) * 4 * self.size**2 <= MAX_CACHED_BYTES:
                 self._scenes[index] = scene  # two threads may draw the same scene: the result is the same
-        return scene
+        name = f"{self.split}_{index:06d}"
+        return Example(name, *scene, (f"shapes image {name}", f"shapes label {name}"))
+
+    def label_size(self, index: int) -> tuple[int, int]:
+        height, width = np.shape(self[index].label)
+        return height, width
 
 
 def _draw_half_plane(rng: np.random.Generator, height: int, width: int) -> Mask:

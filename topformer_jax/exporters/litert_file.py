@@ -20,7 +20,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from jaxtyping import UInt8
 
-from topformer_jax.data import workers
+from topformer_jax.data import loader
 from topformer_jax.exporters.exported import SEAL_BYTES, Run, need_packages, seal
 from topformer_jax.exporters.network import Function
 from topformer_jax.ops import resample
@@ -232,7 +232,7 @@ def _append_metadata(data: bytes, description: Mapping[str, Any]) -> bytes:
 
 def _open(data: bytes, **options: Any) -> Interpreter:
     with _quiet():
-        interpreter = Interpreter(model_content=data, num_threads=workers.count_cores(), **options)
+        interpreter = Interpreter(model_content=data, num_threads=loader.count_cores(), **options)
         interpreter.allocate_tensors()
     return interpreter
 

@@ -20,9 +20,8 @@ from ml_collections import ConfigDict
 from topformer_jax import models
 from topformer_jax.data import loader, sources
 from topformer_jax.data.augment import normalize
-from topformer_jax.data.batch import Image, Labels
+from topformer_jax.data.batch import Image, Labels, SegmentationSource
 from topformer_jax.data.classification import images as class_images
-from topformer_jax.data.example import SegmentationSource
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference import metrics
 from topformer_jax.inference.compiled import compile_inference, make_global_batch

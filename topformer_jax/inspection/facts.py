@@ -17,12 +17,11 @@ import numpy as np
 from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from topformer_jax.data import cache, codecs, loader, sources
-from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data import codecs, loader, records, sources
+from topformer_jax.data.batch import IGNORE_LABEL, Example, Source
 from topformer_jax.data.catalog import IMAGE_SUFFIXES, SPLITS, DataSet
 from topformer_jax.data.classification import images as class_images
-from topformer_jax.data.classification.folders import ClassFolderSource
-from topformer_jax.data.example import Example, Source
+from topformer_jax.data.classification.images import ClassFolderSource
 from topformer_jax.data.sources import FolderSource
 from topformer_jax.runtime.errors import UserError
 
@@ -163,7 +162,7 @@ def inspect(
     config: ConfigDict,
     *,
     limit: int | None = None,
-    make_progress: cache.MakeProgress = cache.NullProgress,
+    make_progress: records.MakeProgress = records.SILENT,
 ) -> Inspection:
     """Reads the train and the validation split of the config's data set; the result does not depend on threads.
 
@@ -201,7 +200,7 @@ def inspect(
 
 
 def _open_split(
-    config: ConfigDict, data_set: DataSet, name: str, make_progress: cache.MakeProgress
+    config: ConfigDict, data_set: DataSet, name: str, make_progress: records.MakeProgress
 ) -> tuple[Source, SplitFacts]:
     """A split's source, which has only the images with a label; and what the listing of its folder tells."""
     facts: dict[str, Any] = {}

@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from topformer_jax.data import codecs
+from topformer_jax.data.batch import SegmentationSource, Source
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.example import SegmentationSource, Source
 from topformer_jax.data.sources import FolderSource
 from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.inspection.facts import ExampleFacts, Inspection, SplitFacts
@@ -34,7 +34,8 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
     """
     if config.data.source == "shapes":
         return []
-    chosen = {name: _choose_examples(source) for name, source in splits.items()}
+    choose = _spread if config.task == "classification" else _choose_examples
+    chosen = {name: choose(source) for name, source in splits.items()}
     is_uniform = len(set().union(*(_read_heads(source) for source in splits.values()))) <= 1
     facts = Inspection(config, data_set, {})
     found = {}
@@ -70,7 +71,7 @@ def _spread(source: Source) -> list[int]:
 def _choose_examples(source: Source) -> list[int]:
     """`_spread`, or every n-th of it: about `PIXELS` in their labels together, where all can be read."""
     indices, total = _spread(source), 0
-    for index in indices if hasattr(source, "label_size") else ():
+    for index in indices:
         with contextlib.suppress(UserError):
             total += math.prod(cast(SegmentationSource, source).label_size(index))
     return indices[:: max(1, -(-total // PIXELS))]

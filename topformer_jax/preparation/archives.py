@@ -1,4 +1,4 @@
-"""Files inside zip and tar archives and folders, read in place; what is wrong with an archive is one line."""
+"""Files inside zip and tar archives and folders, which are read in place."""
 
 import contextlib
 import dataclasses
@@ -9,58 +9,52 @@ import os
 import pathlib
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator
 from typing import IO, Any
 
 from topformer_jax.data.sources import list_files
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
-FETCH, REPLACE = (
-    "fetch it again",
-    "replace or remove it",
-)  # what to do with an official archive, and a user's file
-IN_ZIP, IN_FOLDER, IN_GZIP = -1, -2, -3  # instead of a position in a tar file
-_SYSTEM_FILES = ("Icon\r", "Thumbs.db", "desktop.ini")
+IN_ZIP, IN_FOLDER, IN_MEMORY = -1, -2, -3  # instead of a position in a tar file
+MOST_HELD = 1 << 24  # bytes of a file in a compressed tar file that is kept in memory
 MOST_ZEROS = 1 << 20  # bytes at the end of a tar file: it is filled up to whole records
+_SYSTEM_FILES = ("Icon\r", "Thumbs.db", "desktop.ini")
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file inside an archive or a folder. Worker processes get it and read it by themselves."""
+    """A file inside an archive or a folder. A worker process gets it and reads the file itself."""
 
-    archive: str
+    archive: str  # "" for bytes of no file
     name: str
     size: int  # bytes
-    offset: int  # of its content in a tar file
-    advice: str = FETCH  # where it is damaged
+    offset: int  # of the content in a tar file
+    data: bytes = dataclasses.field(default=b"", repr=False)  # in memory: the content, compressed by zlib
 
     @property
     def where(self) -> str:
-        """The file, as an error names it."""
-        return f"{self.archive}:{self.name}" if self.offset != IN_FOLDER else self.path
+        """The file's name in an error."""
+        if self.offset == IN_FOLDER:
+            return self.path
+        return f"{self.archive}:{self.name}" if self.archive else self.name
 
     @property
     def path(self) -> str:
-        """Of a file in a folder."""
+        """The path of a file in a folder."""
         return os.path.join(self.archive, self.name)
 
     def read(self) -> bytes:
-        """The file's bytes.
-
-        Raises:
-            UserError: the archive is damaged or cut off here.
-        """
+        """The file's bytes; raises UserError if the archive is damaged or cut off here."""
+        if self.offset == IN_MEMORY:
+            return zlib.decompress(self.data)
         path, name = (self.path, "") if self.offset == IN_FOLDER else (self.archive, self.name)
         if self.size > files.MOST_BYTES:  # a few kB of zeros may claim as much
-            raise UserError(
-                f"{self.where} has {self.size:,} bytes, and at most {files.MOST_BYTES:,} are read"
-            )
-        with _report_damage(path, name, self.advice):
+            raise UserError(f"{self.where} has {self.size:,} bytes: at most {files.MOST_BYTES:,} are read")
+        with _report_damage(path, name):
             if self.offset == IN_ZIP:
                 return _open_zip(self.archive).read(self.name)
-            if self.offset == IN_GZIP:
-                return next(_stream(self.archive, {self.name}))[1]
             with files.open_regular(path) as file:
                 file.seek(max(self.offset, 0))
                 data = file.read(self.size)
@@ -69,51 +63,45 @@ class Member:
             return data
 
 
+def hold(where: str, data: bytes = b"") -> Member:
+    """Makes a member of bytes that are known already; `where` names them in errors."""
+    return Member("", where, len(data), IN_MEMORY, zlib.compress(data, 1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """What an archive or a folder holds: its files by their names below `root`, in the archive's order."""
+    """The files of an archive or a folder by their names, in the archive's order."""
 
     path: pathlib.Path
-    root: str
     members: dict[str, Member]
 
     def __getitem__(self, name: str) -> Member:
         if name not in self.members:
-            raise UserError(f"{self.path} holds no {self.root}{name}: fetch it again")
+            raise UserError(f"{self.path} holds no {name}: fetch it again")
         return self.members[name]
 
     def lines(self, name: str, *, by_place: bool = False) -> list[str]:
-        """The lines of a text file, without those that are blank: see files.number_lines, files.number_names."""
+        """The lines of a text file that are not blank: see files.number_lines, files.number_names."""
         number = files.number_names if by_place else files.number_lines
         return list(number(self[name].where, self[name].read()).values())
 
-    def names(self, folder: str, suffix: str = "") -> list[str]:
+    def names(self, folder: str, suffix: str) -> list[str]:
         """The sorted names of the files below a folder ("images/") that have a suffix, without both."""
         found = (name for name in self.members if name.startswith(folder) and name.endswith(suffix))
         return sorted(name[len(folder) : len(name) - len(suffix)] for name in found)
 
-    def read_all(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """Names and bytes of several files: a tar file that is compressed is read once, from its start."""
-        wanted = {self[name].name: name for name in names}
-        if any(self[name].offset == IN_GZIP for name in names[:1]):
-            for name, data in _stream(str(self.path), set(wanted)):
-                yield wanted[name], data
-        else:
-            yield from ((name, self[name].read()) for name in names)
 
-
-def open_archive(path: pathlib.Path, holds: str = "", advice: str = FETCH) -> Archive:
-    """Lists a zip file, a tar file (plain or compressed by gzip) or a folder.
+def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
+    """Lists a zip file, a tar file (plain or compressed by gzip), a folder or a JSON file.
 
     Args:
         path: of the archive.
-        holds: a file or a folder ("images/training/") in it; names are taken below the folder that holds this.
-        advice: what to do where it is damaged.
+        holds: a file or a folder ("images/training/") in it; names start below the folder that holds this.
 
     Raises:
         UserError: it is cut off, damaged, or another archive.
     """
-    with _report_damage(path, advice=advice):
+    with _report_damage(path):
         if path.is_dir():
             found = list(_list_folder(path))
         elif path.suffix == ".json":
@@ -123,14 +111,14 @@ def open_archive(path: pathlib.Path, holds: str = "", advice: str = FETCH) -> Ar
                 is_compressed = file.read(2) == b"\x1f\x8b"
             is_zip = path.suffix.lower() == ".zip"
             found = _list_zip(path) if is_zip else _list_gzip(path) if is_compressed else _list_tar(path)
-    found = [dataclasses.replace(member, advice=advice) for member in found if not _is_hidden(member.name)]
+    found = [member for member in found if not _is_hidden(member.name)]
     if not holds:
-        return Archive(path, "", {member.name: member for member in found})
-    for name in (member.name for member in found):
-        position = name.find(holds)
-        if position == 0 or (position > 0 and name[position - 1] == "/"):
-            root = name[:position]
-            return Archive(path, root, {m.name[len(root) :]: m for m in found if m.name.startswith(root)})
+        return Archive(path, {member.name: member for member in found})
+    for member in found:
+        length = f"/{member.name}".find(f"/{holds}")  # of the folder's name
+        if length >= 0:
+            root = member.name[:length]
+            return Archive(path, {m.name[length:]: m for m in found if m.name.startswith(root)})
     raise UserError(f"{path} holds no {holds}: it is another archive than the one of that name")
 
 
@@ -141,20 +129,25 @@ def open_nested(member: Member) -> list[Member]:
         return _list_members(file, member.archive, member.offset + member.size)
 
 
-def fingerprint(path: pathlib.Path) -> list[int | str]:
-    """What tells an archive from another of its name: its bytes.
+def fingerprint(path: pathlib.Path, *, of_content: bool = False) -> list[int | str]:
+    """What tells an archive from another of its name: its size, and with `of_content` its SHA-256.
 
-    Of a folder, whose files may be edited: also how many there are, and a checksum of their names, sizes and texts.
+    For a folder, whose files may be edited: the size, the number of files, and a SHA-256 of their names, sizes and
+    texts.
     """
     if not path.is_dir():
-        return [path.stat().st_size]
-    size, count, digest = 0, 0, hashlib.sha256()
+        size: list[int | str] = [path.stat().st_size]
+        if not of_content:
+            return size
+        with files.report_errors("read", path), files.open_regular(path) as file:
+            return [*size, hashlib.file_digest(file, "sha256").hexdigest()]
+    total, count, digest = 0, 0, hashlib.sha256()
     for member in _list_folder(path):
-        size, count = size + member.size, count + 1
+        total, count = total + member.size, count + 1
         digest.update(os.fsencode(f"{member.name}\n{member.size}\n"))
         if member.size and member.name.lower().endswith((".json", ".txt", ".csv", ".yaml", ".yml")):
             digest.update(hashlib.sha256(member.read()).digest())
-    return [size, count, digest.hexdigest()]
+    return [total, count, digest.hexdigest()]
 
 
 @functools.lru_cache(maxsize=4)  # a worker reads many files of one archive, and its list may be long
@@ -163,7 +156,7 @@ def _open_zip(path: str) -> zipfile.ZipFile:
 
 
 def _list_zip(path: pathlib.Path) -> list[Member]:
-    _open_zip.cache_clear()  # of a file that was another one
+    _open_zip.cache_clear()  # the file may have been another one
     infos = _open_zip(str(path)).infolist()
     return [Member(str(path), info.filename, info.file_size, IN_ZIP) for info in infos if not info.is_dir()]
 
@@ -174,67 +167,50 @@ def _list_tar(path: pathlib.Path) -> list[Member]:
 
 
 def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
-    """The files in a tar file that begins where `file` stands and ends at byte `end`."""
+    """Lists the tar file that begins where `file` stands and ends at byte `end`."""
     with tarfile.TarFile(fileobj=file) as tar:
         found = [
             Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
             for info in _list_files(tar, end)
         ]
-        # A tar file ends with blocks of zeros: where they are missing, its end is. A damaged header, or zeros in the
-        # middle (a download with holes), end tarfile's listing without a word.
-        position = file.seek(tar.offset)
-        if position >= end:
+        # A tar file ends with some zeros. tarfile's list ends without an error at a damaged header, at the end of a
+        # file that is cut off, and at zeros in the middle (a download with holes).
+        file.seek(tar.offset)
+        rest = file.read(max(0, min(end - tar.offset, MOST_ZEROS + 1)))
+        if not rest:
             raise tarfile.ReadError("its end is missing")
-        while block := file.read(min(1 << 20, end - position)):
-            if block.strip(b"\0"):
-                raise tarfile.ReadError(f"there is no header at byte {tar.offset:,}")
-            position += len(block)
-        if position < end:
-            raise tarfile.ReadError("its end is missing")
-        # A download has reserved this space, and written nothing into it.
-        if not found or end - tar.offset > MOST_ZEROS:
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(f"there is no header at byte {tar.offset:,}")
+        if not found or len(rest) > MOST_ZEROS:
             raise tarfile.ReadError(f"there is nothing behind byte {tar.offset:,}")
     return found
 
 
 def _list_gzip(path: pathlib.Path) -> list[Member]:
-    """Reads the whole file, and so checks its length and checksum."""
+    """Lists the .mat and .txt files of a compressed tar file, and keeps their content: it has no index.
+
+    Reads the whole file, and so checks its length and checksum.
+    """
+    found = []
     with gzip.open(path) as file:
         with tarfile.open(fileobj=file, mode="r|") as tar:
-            found = [
-                Member(str(path), info.name.removeprefix("./"), info.size, IN_GZIP)
-                for info in _list_files(tar, files.MOST_BYTES)
-            ]
+            for info in _list_files(tar, files.MOST_BYTES):
+                if info.name.endswith((".mat", ".txt")) and info.size <= MOST_HELD:
+                    content: Any = tar.extractfile(info)
+                    name, data = info.name.removeprefix("./"), zlib.compress(content.read(), 1)
+                    found.append(Member(str(path), name, info.size, IN_MEMORY, data))
         while file.read(1 << 20):
             pass
     return found
 
 
 def _list_files(tar: tarfile.TarFile, most: int) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar file; tarfile would go back for a size below 0, and for hours over one that is not there."""
+    """Yields the files; tarfile would go back for a size below 0, and read for hours for one that is too large."""
     for info in tar:
         if not 0 <= info.size <= most or info.issparse():
             raise tarfile.ReadError(f"{files.shorten(info.name)} has {info.size:,} bytes, or holes")
         if info.isfile():
             yield info
-
-
-def _stream(path: str, names: set[str]) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of files in a tar file that is compressed by gzip, in one pass."""
-    missing = set(names)
-    with (
-        _report_damage(path),
-        gzip.open(path) as file,
-        tarfile.open(fileobj=file, mode="r|") as tar,
-    ):
-        for info in _list_files(tar, files.MOST_BYTES):
-            name = info.name.removeprefix("./")
-            if name in missing:
-                content: Any = tar.extractfile(info)
-                missing.remove(name)
-                yield name, content.read()
-            if not missing:
-                return
 
 
 def _list_folder(path: pathlib.Path) -> Iterator[Member]:
@@ -245,14 +221,14 @@ def _list_folder(path: pathlib.Path) -> Iterator[Member]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether some system left the file in the archive beside the real ones."""
+    """Whether a system has left the file in the archive."""
     parts = [part for part in name.split("/") if part not in (".", "..")]
     return any(part.startswith((".", "__MACOSX")) for part in parts) or parts[-1] in _SYSTEM_FILES
 
 
 @contextlib.contextmanager
-def _report_damage(path: str | os.PathLike[str], name: str = "", advice: str = FETCH) -> Iterator[None]:
-    """Turns what reading a damaged archive raises into a UserError that names it, and its member if there is one."""
+def _report_damage(path: str | os.PathLike[str], name: str = "") -> Iterator[None]:
+    """Turns any error of a damaged archive into a UserError that names the archive and its member."""
     with files.report_errors("read", path):
         try:
             yield
@@ -260,7 +236,7 @@ def _report_damage(path: str | os.PathLike[str], name: str = "", advice: str = F
             if isinstance(error, UserError | OSError) and not isinstance(error, gzip.BadGzipFile):
                 raise
             why = files.shorten(f"at {name}: {error}" if name else error, 120)
-            size = os.path.getsize(path)
             raise UserError(
-                f"{os.fspath(path)} ({size:,} bytes) is cut off, damaged or no such archive ({why}): {advice}"
+                f"{os.fspath(path)} ({os.path.getsize(path):,} bytes) is cut off, damaged or no such archive "
+                f"({why}): replace it"
             ) from None

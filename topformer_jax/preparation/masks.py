@@ -20,25 +20,20 @@ from topformer_jax.runtime.errors import UserError
 
 _PICTURES = ("images", "jpegimages", "img", "image")  # folders, in lower case
 _MASK_ENDS = ("_mask", "-mask", "_label", "_gt")  # that a mask's name may have behind its picture's
-_MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".webp")  # without loss
 # NAME RED GREEN BLUE, or CVAT's NAME:RED,GREEN,BLUE:PARTS:ACTIONS
 _COLOUR = re.compile(r"(.*\S)(?:\s+|:)(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(:[^:]*:[^:]*)?", re.ASCII)
 
 
 def read_colours(listing: str, folder: str, source: Archive, background: str) -> Annotations:
-    """Pictures, masks of their names below a folder, and a file that lists the colour of each class.
+    """Reads pictures, masks of their names below a folder, and a file that lists the colour of each class.
 
-    This is CVAT's "Segmentation mask" with labelmap.txt, or with classes.txt a user's own; then pictures need a mask.
+    With labelmap.txt this is CVAT's "Segmentation mask".
 
     Raises:
         UserError: a line is wrong, a colour is there twice, or a picture has no mask.
     """
     found, colours = Annotations(source), dict[labels.Colour, str]()
-    lines, where = found.read_classes(listing)
-    if not where:
-        raise UserError(
-            f"{source.path} holds no {listing} with the colours of the classes ({own.describe(source)})"
-        )
+    lines, where = found.read_classes(listing, required=True)
     for line in lines:
         match = _COLOUR.fullmatch(line)
         if line.startswith("#") and listing != own.CLASSES:
@@ -57,56 +52,45 @@ def read_colours(listing: str, folder: str, source: Archive, background: str) ->
             f"{where}: no colour is {own.VOID}, so there is nothing for --background {background}: leave it out"
         )
     found.classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
-    convert = partial(labels.map_colours, table, None)
+    convert = partial(labels.map_colours, table)
     pictures, drawn = _in_folders(source, _PICTURES), _in_folders(source, (folder,))
-    _pair(found, pictures, drawn, convert, is_complete=listing == own.CLASSES)
+    _pair(found, pictures, drawn, convert)
     return found
 
 
 def read_roboflow(source: Archive, background: str) -> Annotations:
-    """Roboflow's PNG masks: in each split's folder _classes.csv, pictures, and NAME_mask.png of pixel values.
+    """Reads Roboflow's PNG masks: each split's folder has _classes.csv, pictures, and NAME_mask.png of pixel values.
 
-    Raises:
-        UserError: there is no _classes.csv, or they differ.
+    Raises UserError if there is no _classes.csv, or they differ.
     """
     found = Annotations(source)
-    lines, where = found.read_classes("_classes.csv")
-    if not where:
-        raise UserError(
-            f"{source.path} holds no _classes.csv, as Roboflow writes it ({own.describe(source)})"
-        )
-    values = _read_values(lines, where)
-    found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
-    masks = {name: own.stem_of(name) for name in source.members if name.lower().endswith("_mask.png")}
-    pictures = {
-        name: own.stem_of(name) for name in filter(own.is_picture, source.members) if name not in masks
-    }
-    _pair(found, pictures, masks, partial(labels.map_values, table), is_complete=False)
-    return found
-
-
-def _read_values(lines: Sequence[str], where: str) -> dict[int, str]:
-    """The class of each value that a _classes.csv lists, in the order of the values."""
-    found: dict[int, str] = {}
+    lines, where = found.read_classes("_classes.csv", required=True)
+    values: dict[int, str] = {}
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
     for number, row in enumerate(rows):
         is_value = re.fullmatch(r"\d{1,9}", row[0], re.ASCII)
         if len(row) != 2 or not (is_value or number == 0):
             raise UserError(f"{where}: expected PIXEL VALUE,CLASS, found {','.join(row)[:60]!r}")
-        if is_value and (int(row[0]) in found or int(row[0]) > IGNORE_LABEL):
+        if is_value and (int(row[0]) in values or int(row[0]) > IGNORE_LABEL):
             raise UserError(f"{where}: the value {row[0]} is there twice, or is above 255")
         if is_value:
-            found[int(row[0])] = row[1]
-    return dict(sorted(found.items()))
+            values[int(row[0])] = row[1]
+    values = dict(sorted(values.items()))
+    found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
+    masks = {name: own.stem_of(name) for name in source.members if name.lower().endswith("_mask.png")}
+    pictures = {
+        name: own.stem_of(name) for name in filter(own.is_picture, source.members) if name not in masks
+    }
+    _pair(found, pictures, masks, partial(labels.map_values, table))
+    return found
 
 
 def read_voc(source: Archive, background: str) -> Annotations:
-    """VOC's folders: JPEGImages/, palette masks in SegmentationClass/, lists in ImageSets/Segmentation/.
+    """Reads VOC's folders: JPEGImages/, palette masks in SegmentationClass/, lists in ImageSets/Segmentation/.
 
-    A list of names (classes.txt, class_names.txt, labels.txt) numbers the classes; else they are VOC's 21.
+    A list of names (classes.txt, class_names.txt, labels.txt) numbers the classes; without one they are VOC's 21.
 
-    Raises:
-        UserError: there are no masks, or one value of them is in two colours.
+    Raises UserError if there are no masks, or one value of them is in two colours.
     """
     found = Annotations(source)
     lines, where = found.read_classes(own.CLASSES, "class_names.txt", "labels.txt", is_order=True)
@@ -117,12 +101,12 @@ def read_voc(source: Archive, background: str) -> Annotations:
     found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
     masks = _in_folders(source, ("segmentationclasspng",), ("segmentationclass",))
     _compare_palettes(source, [name for name in masks if name.lower().endswith(".png")])
-    _pair(found, _in_folders(source, _PICTURES), masks, partial(labels.map_values, table), is_complete=False)
+    _pair(found, _in_folders(source, _PICTURES), masks, partial(labels.map_values, table))
     return found
 
 
 def _compare_palettes(source: Archive, masks: Sequence[str]) -> None:
-    """Raises a UserError for two masks that show a value in two colours, or of which one has no palette."""
+    """Raises UserError if two masks show a value in two colours, or if one has no palette and another has one."""
     palettes = {name: read_palette(source[name].read()) for name in masks}
     of_palette = {palette: name for name, palette in palettes.items()}
     if len(of_palette) > 1 and b"" in of_palette:
@@ -142,11 +126,7 @@ def _compare_palettes(source: Archive, masks: Sequence[str]) -> None:
 
 
 def _in_folders(source: Archive, *choices: Sequence[str]) -> dict[str, str]:
-    """Pictures below the first of these folders that have any: their paths without this folder and the suffix.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Returns pictures below the first of these folders that have any, with their paths without folder and suffix."""
     found = {}
     for folders in choices:
         for name in filter(own.is_picture, source.members):
@@ -157,24 +137,16 @@ def _in_folders(source: Archive, *choices: Sequence[str]) -> dict[str, str]:
         if found:
             return found
     raise UserError(
-        f"{source.path} holds no picture below {' or '.join(choices[-1])}/ ({own.describe(source)})"
+        f"{source.path} has no picture below {' or '.join(choices[-1])}/ ({own.describe(source)})"
     )
 
 
 def _pair(
-    found: Annotations,
-    pictures: Mapping[str, str],
-    masks: Mapping[str, str],
-    convert: Convert,
-    *,
-    is_complete: bool,
+    found: Annotations, pictures: Mapping[str, str], masks: Mapping[str, str], convert: Convert
 ) -> None:
-    """Adds the pairs of pictures and masks of one key, by their paths.
+    """Adds the pairs of pictures and masks of one key, by their paths, and counts the others.
 
-    `is_complete` refuses a picture without a mask, but for those in folders of test.
-
-    Raises:
-        UserError: a picture has two masks, or none.
+    Raises UserError if a picture has two masks, or no picture has one.
     """
     source, by_key, without = found.source, defaultdict[str, list[str]](list), []
     for name, key in masks.items():
@@ -185,22 +157,17 @@ def _pair(
         keys = [key + end for end in (*_MASK_ENDS, name[len(own.stem_of(name)) :])]
         mine = [mask for each in (key, *(k for k in keys if k not in taken)) for mask in by_key.get(each, ())]
         if len(mine) > 1:
-            raise UserError(
-                f"{source[name].where} has two masks, {mine[0]} and {mine[1]}: remove one of them"
-            )
+            raise UserError(f"{source[name].where} has two masks, {mine[0]} and {mine[1]}: remove one")
         if not mine:
             without.append(name)
             continue
         left.discard(mine[0])
         sized = partial(labels.convert_mask, convert, source[name])
         found.pairs.append(Pair(name, source[name], source[mine[0]], sized))
-    lacking = [name for name in without if is_complete and own.split_of_folders(name) != "test"]
-    if not found.pairs or lacking:
-        one = f"{files.shorten(lacking[0])} has no mask" if lacking else "no picture has a mask"
-        there = f" (such as {files.shorten(min(left))})" if left else ""
+    if not found.pairs:
         raise UserError(
-            f"{source.path}: {one}: expected its name, or this and {', '.join(_MASK_ENDS)}, with one of "
-            f"{', '.join(_MASK_SUFFIXES)}; there are {len(pictures)} pictures and {len(masks)} masks{there}"
+            f"{source.path}: no picture has a mask of its name, or of this and {', '.join(_MASK_ENDS)}; there are "
+            f"{len(pictures)} pictures and {len(masks)} masks such as {files.shorten(min(left, default='none'))}"
         )
     found.leave_out("without a mask", (source[name] for name in without))
     found.leave_out("without a picture", (source[name] for name in masks if name in left), own.LABELS)

@@ -1,7 +1,7 @@
-"""A user's own annotations: the rules for splits, names and counts that hold whatever annotated the pictures.
+"""Rules for a user's own annotations that hold for every format: splits, names, classes, and counts.
 
-A reader (labelme.py, coco.py, yolo.py, masks.py) finds pairs of a picture and what its label is made of, and the
-classes. Here each pair gets its split and its name, and whatever the reader left is counted.
+A format's module finds pairs of a picture and its label, and the classes. This module gives each pair its split and
+its name, and counts the files that are left out.
 """
 
 import dataclasses
@@ -17,73 +17,68 @@ from typing import TypeVar
 from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
-from topformer_jax.preparation.archives import IN_FOLDER, REPLACE, Archive, Member, open_archive
+from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, hold, open_archive
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
 CLASSES = "classes.txt"
-VOID = "void"  # the name, in any case, of what is no class
-PICTURES, LABELS, FILES = "pictures", "labels", "other files"  # columns of the table of what went where
+VOID = "void"  # the name, in any case, of the pixels without a class
+PICTURES, LABELS, FILES = "pictures", "labels", "other files"  # columns of the table of counts
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}  # of each split
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# What stands beside the split's word in the name of a folder or a file: panoptic_train2017, "test set", trainannot.
+# Words beside the split's word in the name of a folder or a file: panoptic_train2017, "test set", trainannot.
 _BESIDE = "sets?|splits?|data|images?|imgs?|pictures|photos|masks?|labels?|annot[a-z]*|panoptic|instances"
 _SPLIT_WORD = re.compile(rf"({'|'.join(_SPLITS)})({_BESIDE})?")
 _PICTURE_FOLDERS = {"images", "image", "imgs", "img", "jpegimages"}  # no part of a picture's name
 _OTHER_LISTS = {"main", "layout", "action", "labels"}  # folders of .txt files that do not list pictures
-Content = TypeVar("Content")
+Json = TypeVar("Json")
 Key = TypeVar("Key")
 
 
 @dataclasses.dataclass
 class Pair:
-    """A picture, and what its label is made of."""
+    """A picture, and what its label is made from."""
 
     name: str  # of the picture below the source
     image: Member
-    label: Member | bytes
+    label: Member
     convert: Convert  # makes the label
-    split: str = ""  # that the annotation itself names
-    where: str = ""  # of a label in bytes: the file that it is of
+    split: str = ""  # that the annotation names
     extract: Convert | None = None  # takes the picture out of the file that holds it
-
-    @property
-    def annotation(self) -> str:
-        """The annotation, as an error names it."""
-        return self.label.where if isinstance(self.label, Member) else self.where
 
 
 @dataclasses.dataclass
 class Annotations:
-    """What a reader finds in a source."""
+    """The annotations in a source."""
 
     source: Archive
     classes: list[str] = dataclasses.field(default_factory=list)
     pairs: list[Pair] = dataclasses.field(default_factory=list)
     read: set[Member] = dataclasses.field(default_factory=set)  # other files that were used
-    # Reason, column and names of files that nothing is made of.
+    # Reason, column and names of files that are left out.
     left_out: list[tuple[str, str, list[str]]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
-    decider: str = ""  # what has the last word on splits: a data.yaml; empty: all that say one must agree
+    decider: str = ""  # a file that decides the splits, such as data.yaml; empty: all ways must agree
 
     def leave_out(self, reason: str, members: Iterable[Member], column: str = PICTURES) -> None:
-        """Counts files that nothing is made of."""
+        """Counts files that are left out."""
         members = list(members)
         if members:
             self.left_out.append((reason, column, [member.name for member in members]))
             self.read.update(members)
 
-    def read_classes(self, *names: str, is_order: bool = False) -> tuple[list[str], str]:
-        """The lines of the first of these files that is there, in whatever folder, and where; ([], "") without one.
+    def read_classes(
+        self, *names: str, is_order: bool = False, required: bool = False
+    ) -> tuple[list[str], str]:
+        """Returns the lines of the first of these files that is in any folder, and its path; ([], "") without one.
 
-        Raises:
-            UserError: files of one name differ; or the order of the lines numbers the classes (`is_order`), and a
-                line is more or less than a name.
+        Raises UserError if files of one name differ, if a `required` file is not there, or if `is_order` (the lines
+        number the classes) and a line is more or less than a name.
         """
         source = self.source
         for file in names:
@@ -92,7 +87,7 @@ class Annotations:
             for name, others in zip(found, lines, strict=True):
                 if others != lines[0]:
                     raise UserError(
-                        f"{source[name].where} has other classes than {found[0]}: give all the same"
+                        f"{source[name].where} has other classes than {found[0]}: make them equal"
                     )
             if found:
                 self.read.update(source[name] for name in found)
@@ -100,13 +95,14 @@ class Annotations:
                 if is_order:
                     sources.check_class_lines(dict(enumerate(lines[0], 1)), where)
                 return lines[0], where
+        if required:
+            raise UserError(f"{source.path} holds no {names[0]}, which lists classes ({describe(source)})")
         return [], ""
 
-    def read_json(self, kind: type[Content], field: str) -> Iterator[tuple[str, Content]]:
-        """The names and contents of the .json files that have a field; others are left out, and counted.
+    def read_json(self, kind: type[Json], field: str) -> Iterator[tuple[str, Json]]:
+        """Yields the names and contents of the .json files that have a field; counts the others.
 
-        Raises:
-            UserError: such a file is damaged, or a value in it has another type.
+        Raises UserError if such a file is damaged, or a value in it has another type.
         """
         others = []
         for name, member in self.source.members.items():
@@ -125,80 +121,34 @@ Reader = Callable[[Archive, str], Annotations]  # of a source and --background
 
 
 def open_source(path: pathlib.Path) -> Archive:
-    """Opens a folder or a .zip; zip files in a folder are taken for the folders that they were made of.
-
-    Names get one form: "/", composed characters, and _ for what is no character. A zip file of files that lie beside
-    it is left closed.
+    """Opens a folder or a .zip. Its names get one form: "/", composed characters, and _ for what is no character.
 
     Raises:
         UserError: it cannot be read, or a name in it leads out of it.
     """
     if path.is_file() and path.suffix.lower() != ".zip":
-        raise UserError(
-            f"{path} is neither a folder nor a .zip file: unpack it, and give the folder as --source"
-        )
+        raise UserError(f"{path} is neither a folder nor a .zip file: unpack it for --source")
     members: dict[str, Member] = {}
-    listed = open_archive(path, advice=REPLACE).members
-    is_zip = {name: m.offset == IN_FOLDER and name.lower().endswith(".zip") for name, m in listed.items()}
-    # What is unpacked beside its zip file comes first.
-    for name in sorted(listed, key=lambda name: is_zip[name]):
-        found = _open_inner(name, listed[name], members) if is_zip[name] else {name: listed[name]}
-        for key, member in found.items():
-            key = key if member.offset == IN_FOLDER else key.replace("\\", "/")
-            key = str(pathlib.PurePosixPath(unicodedata.normalize("NFC", files.CONTROL.sub("_", key))))
-            files.require_inside(key, str(path))
-            other = members.setdefault(key, member)
-            if other is not member and other.archive == member.archive:
-                raise UserError(f"two files in {path} are called {key[-80:]!r}: rename one of them")
+    for name, member in open_archive(path).members.items():
+        name = name if member.offset == IN_FOLDER else name.replace("\\", "/")
+        name = str(pathlib.PurePosixPath(unicodedata.normalize("NFC", files.CONTROL.sub("_", name))))
+        files.require_inside(name, str(path))
+        if members.setdefault(name, member) is not member:
+            raise UserError(f"two files in {path} are called {name[-80:]!r}: rename one of them")
     # An archive often has one folder around everything.
-    while members and len(tops := {key.partition("/")[0] for key in members if "/" in key}) == 1:
+    while members and len(tops := {name.partition("/")[0] for name in members}) == 1:
         (top,) = tops
         is_split = split_of(top) and not any(
-            split_of(part) for key in members for part in key.split("/")[1:-1]
+            split_of(part) for name in members for part in name.split("/")[1:-1]
         )
-        if any("/" not in key for key in members) or is_split or re.fullmatch(_BESIDE, top.lower()):
+        if top in members or is_split or re.fullmatch(_BESIDE, top.lower()):
             break
-        members = {key.partition("/")[2]: member for key, member in members.items()}
-    return Archive(path, "", members)
-
-
-def _open_inner(name: str, member: Member, beside: Mapping[str, Member]) -> dict[str, Member]:
-    """The files of a zip file in a folder, as if it were unpacked: into a folder of its name, if it holds none.
-
-    Raises:
-        UserError: it is damaged, or some of its pictures lie beside it.
-    """
-    inner = open_archive(pathlib.Path(member.path), advice=REPLACE).members
-    folder, _, stem = name[: -len(".zip")].rpartition("/")
-    has_folder = all(key.startswith(f"{stem}/") for key in inner)
-    parts = [folder] if has_folder else [folder, stem]
-    found = {"/".join([*filter(None, parts), key]): inside for key, inside in inner.items()}
-    new = {key: found[place] for key, place in zip(inner, found, strict=True) if place not in beside}
-    of_name: dict[str, list[str]] = defaultdict(list)
-    for key in beside:
-        of_name[key.rpartition("/")[2]].append(key)
-    copies = [
-        key
-        for key, inside in new.items()
-        for other in of_name[key.rpartition("/")[2]]
-        if f"/{key}".endswith(f"/{other}") or f"/{other}".endswith(f"/{key}")
-        if inside.size == beside[other].size and inside.read() == beside[other].read()
-    ]
-    if new and len(copies) == len(new):
-        return {name: member}
-    # Two tasks may have equal masks, such as empty ones, of different pictures.
-    others = {stem_of(key.rpartition("/")[2]) for key in {*new} - {*copies}}
-    copies = [key for key in copies if stem_of(key.rpartition("/")[2]) not in others]
-    if pictures := [key for key in copies if is_picture(key)]:
-        raise UserError(
-            f"{member.where} holds {len(pictures)} of the pictures and masks that lie beside it, such as "
-            f"{files.shorten(pictures[0])}: move it away, or them"
-        )
-    return found
+        members = {name.partition("/")[2]: member for name, member in members.items()}
+    return Archive(path, members)
 
 
 def describe(source: Archive) -> str:
-    """What a source holds: how many files of which suffixes."""
+    """Says how many files of which suffixes a source holds."""
     return f"it holds {_count_suffixes(source.members) or 'nothing'}"
 
 
@@ -208,13 +158,13 @@ def is_picture(name: str) -> bool:
 
 
 def stem_of(name: str) -> str:
-    """A path without the suffix of a picture."""
+    """Removes the suffix of a picture from a path."""
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]
 
 
 def split_path(text: str) -> list[str]:
-    """The parts of a path that a file gives, with separators of any system, in the form that names have here.
+    """Splits a path that a file gives, with separators of any system, into the parts that names have here.
 
     >>> split_path("..\\\\images\\\\1.jpg")
     ['images', '1.jpg']
@@ -223,11 +173,14 @@ def split_path(text: str) -> list[str]:
     return [part for part in parts if part not in ("", ".", "..")]
 
 
+# Splits
+
+
 @functools.lru_cache(maxsize=4096)  # most names are of few folders
 def split_of(text: str) -> str:
-    """The split that the name of a folder, a list or a file says, or "".
+    """Returns the split that the name of a folder, a list or a file says by a word at its start or end, or "".
 
-    It does by a word at its begin or its end: of both `val` and `test`, as in COCO's test-dev, it is test.
+    `val` with `test`, as in COCO's test-dev, is test.
 
     >>> [split_of(name) for name in ("panoptic_VAL2017", "testset", "street_test", "trainval", "constraint")]
     ['validation', 'test', 'test', '', '']
@@ -241,82 +194,15 @@ def split_of(text: str) -> str:
 
 
 def split_of_folders(path: str) -> str:
-    """The split that the folders of a path name, or "".
-
-    Raises:
-        UserError: they name two.
-    """
+    """Returns the split that the folders of a path say, or ""; raises UserError if they say two."""
     splits = {split for part in path.split("/")[:-1] if (split := split_of(part))}
     if len(splits) > 1:
-        raise UserError(
-            f"{path} lies in folders of {' and '.join(sorted(splits))}: rename one of the folders"
-        )
+        raise UserError(f"{path} lies in folders of {' and '.join(sorted(splits))}: rename one")
     return splits.pop() if splits else ""
 
 
-def number_classes(
-    names: Mapping[Key, str],
-    background: str,
-    where: str,
-    known: Sequence[str] = (),
-    *,
-    of_masks: bool = False,
-) -> tuple[list[str], dict[Key, int], int | None]:
-    """Numbers the classes in the order of their keys.
-
-    Args:
-        names: of each key; those called void are no class.
-        background: what --background says: a class of what is void or not covered, "void", or "".
-        where: the annotations, for the error.
-        known: the names, in lower case, of an annotated class that is the background.
-        of_masks: then the background is what is void in them, and has the last number if it is no class yet.
-
-    Returns:
-        The classes, the label of each key, and the label of the background; None where nothing says it.
-
-    Raises:
-        UserError: a name is blank, has a line break, or is there twice.
-    """
-    for number, name in enumerate(names.values()):
-        if not is_name(name):
-            raise UserError(
-                f"{where}: the name of class {number} is {name[:60]!r}: give it a name of one line"
-            )
-    classes = [name.strip() for name in names.values() if name.strip().lower() != VOID]
-    if len({*classes}) < len(classes):
-        twice = next(name for name in classes if classes.count(name) > 1)
-        raise UserError(f"{where} has the class {twice[:60]!r} twice: rename one, or make them one")
-    labels = {name: number for number, name in enumerate(classes)}
-    found = next((name for name in classes if name.lower() in known), "")
-    is_void = background.lower() == VOID
-    if background and not is_void and background not in labels:
-        if found:
-            classes[labels[found]] = background
-        else:
-            classes.insert(len(classes) if of_masks else 0, background)
-            labels = {name: number for number, name in enumerate(classes)}
-    chosen = background or found
-    empty = IGNORE_LABEL if is_void else classes.index(chosen) if chosen else None
-    void = empty if of_masks and empty is not None else IGNORE_LABEL
-    return classes, {key: labels.get(name.strip(), void) for key, name in names.items()}, empty
-
-
-def require_background(empty: int | None, where: str) -> int:
-    """The label of the background.
-
-    Raises:
-        UserError: nothing says it.
-    """
-    if empty is None:
-        raise UserError(
-            f"{where} covers a part of the pictures only: give the rest a class by --background NAME, or leave it "
-            f"out of training and scores by --background {VOID}"
-        )
-    return empty
-
-
 def index_ends(names: Iterable[str]) -> defaultdict[str, list[str]]:
-    """The names of files by each end of their paths: c.jpg, b/c.jpg, a/b/c.jpg.
+    """Indexes files by each end of their paths: c.jpg, b/c.jpg, a/b/c.jpg.
 
     >>> index_ends(["b/c.jpg", "c.jpg"])["c.jpg"]
     ['b/c.jpg', 'c.jpg']
@@ -329,79 +215,45 @@ def index_ends(names: Iterable[str]) -> defaultdict[str, list[str]]:
     return index
 
 
-def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list[str]]]:
-    """Gives each pair its split and its name, and counts what nothing is made of.
+def find_ends(index: Mapping[str, list[str]], text: str) -> list[str]:
+    """Returns the files with the longest end that a path has in common with any."""
+    parts = split_path(text)
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((index[end] for end in ends if end in index), [])
 
-    Returns:
-        The plan, and a table of what went where; `annotations` gets notes.
 
-    Raises:
-        UserError: a picture belongs to two splits, or a split is empty.
+def find_picture(index: Mapping[str, list[str]], text: str, name: str, split: str, where: str) -> str:
+    """Returns the path of the picture that the text of a file called `name` (in errors `where`) names.
+
+    Among several it is the one of the file's split or folder, and never one of another split.
+
+    Raises UserError if there is no such picture, or more than one.
     """
-    source, pairs, names = annotations.source, annotations.pairs, annotations.classes
-    _refuse_doubles(pairs)
-    if len(names) == 1:
-        raise UserError(
-            f"{source.path} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second "
-            "one, by --background NAME for the pixels that nothing covers"
-        )
-    if not 2 <= len(names) <= IGNORE_LABEL:
-        raise UserError(f"{source.path} has {len(names)} classes: from 2 to 255 fit into labels")
-    splits, ways = _find_splits(annotations, validation)
-    for split, folder in list(FOLDERS.items())[:2]:
-        if split not in splits:
-            there = ", ".join(f"{splits.count(s)} of {s} (by {ways[s]})" for s in FOLDERS if s in splits)
-            raise UserError(
-                f"{source.path} gives no picture for {split}: {there or 'none is annotated'}; put some into a folder "
-                f"{folder}, or give two or more that nothing says to be of test"
-            )
-    tasks: list[Task] = []
-    for pair, split, name in zip(pairs, splits, _name_pairs(pairs, splits), strict=True):
-        if split:
-            folder, suffix = FOLDERS[split], pair.name[len(stem_of(pair.name)) :]
-            tasks += [
-                Task(f"images/{folder}/{name}{suffix}", split, "image", pair.image, pair.extract),
-                Task(
-                    f"annotations/{folder}/{name}.png", split, "label", pair.label, pair.convert, pair.where
-                ),
-            ]
-    classes = "".join(f"{name}\n" for name in names).encode()
-    table = [["", PICTURES, LABELS, FILES]]
-    for split in FOLDERS:
-        if count := splits.count(split):
-            table.append([f"{split} (by {ways[split]})", str(count), str(count), ""])
-    _add_notes(annotations)
-    return plan_of([*tasks, Task(CLASSES, "", "list", classes)]), table + _count_rest(annotations)
-
-
-def _add_notes(annotations: Annotations) -> None:
-    twins = [name for name, count in Counter(map(str.lower, annotations.classes)).items() if count > 1]
-    if twins:
-        annotations.notes.append(f"classes that differ in upper and lower case only: {_join_first(twins)}")
-    strange = [
-        member.name for member in annotations.source.members.values() if files.CONTROL.search(member.name)
-    ]
-    if strange:
-        annotations.notes.append(
-            f"names that are no text, with _ in its place: {len(strange)} ({_join_first(strange)})"
-        )
-    count = len(annotations.classes)
-    annotations.notes.insert(0, f"classes: {count} ({_join_first(annotations.classes, 12)})")
-
-
-def _refuse_doubles(pairs: Sequence[Pair]) -> None:
-    """Raises a UserError where a picture has two annotations."""
-    by_image: dict[Member, Pair] = {}
-    for pair in pairs:
-        other = by_image.setdefault(pair.image, pair)
-        if other is not pair:
-            raise UserError(
-                f"{pair.image.where} has two annotations, {other.annotation} and {pair.annotation}: remove one"
-            )
+    present = find_ends(index, text)
+    found = [path for path in present if not split or split_of_folders(path) in ("", split)]
+    found = [path for path in found if is_picture(path)]
+    for choice in (
+        [path for path in found if split_of_folders(path) == split],
+        [path for path in found if path.rpartition("/")[0] == name.rpartition("/")[0]],
+        found,
+    ):
+        if len(choice) == 1:
+            return choice[0]
+    shown = f"{where} names {files.shorten(text, 80) or 'no picture'}"
+    if found:
+        raise UserError(f"{shown}, of which there are {len(found)}: name its folder too")
+    file = "".join(split_path(text)[-1:])
+    if file and not is_picture(file):
+        raise UserError(f"{shown}, which is no picture that is read: save it as .jpg or .png")
+    # The name in other letters, or with another suffix.
+    like = (key for key in index if "/" not in key and stem_of(key).lower() == stem_of(file).lower())
+    there = present or [path for key in like for path in index[key]]
+    hint = (f" for {split}" if split else "") + f" (there is {files.shorten(there[0])})" if there else ""
+    raise UserError(f"{shown}, which is not below --source{hint}: copy it there, or correct the name")
 
 
 def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str], dict[str, str]]:
-    """The split of each pair ("": it is left out), and how the pairs of each split were found."""
+    """Returns the split of each pair ("": it is left out), and what says it for the pairs of each split."""
     pairs = annotations.pairs
     listed = read_lists(annotations, _find_lists(annotations))
     is_complete = any(split == "train" for split, _ in listed.values())
@@ -434,16 +286,15 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
 
 
 def _state_split(pair: Pair, listed: tuple[str, str], decider: str) -> tuple[str, str]:
-    """What says the split of a pair, and the split: the first of these ways, which must agree; else the file's name.
+    """Returns what says the split of a pair, and the split: the first of these ways, else the file's name.
 
-    Raises:
-        UserError: two ways say two splits; a `decider` has the last word, but test is never trained on.
+    Raises UserError if two ways say two splits. A `decider` has the last word, but test is never trained on.
     """
     ways = {
         decider: (pair.split, decider),
         "list": listed,
         "folder": (split_of_folders(pair.name), "its folder"),
-        "annotation file": (pair.split, pair.annotation),
+        "annotation file": (pair.split, pair.label.where),
     }
     found = [(way, *said) for way, said in ways.items() if way and said[0]]
     others = {split: where for _, split, where in found[1:] if split != found[0][1]}
@@ -459,7 +310,7 @@ def _state_split(pair: Pair, listed: tuple[str, str], decider: str) -> tuple[str
 
 
 def _find_lists(annotations: Annotations) -> dict[str, str]:
-    """The text files that list the pictures of a split, such as train.txt, by their names."""
+    """Returns the text files that list the pictures of a split, such as train.txt, with the splits."""
     found, others = {}, annotations.read | {pair.label for pair in annotations.pairs}
     for name, member in annotations.source.members.items():
         folders, _, file = name.lower().rpartition("/")
@@ -470,12 +321,11 @@ def _find_lists(annotations: Annotations) -> dict[str, str]:
 
 
 def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, tuple[str, str]]:
-    """The split of pairs by lists of pictures, and the list: by the pairs' places.
+    """Returns the split that lists of pictures say for pairs, and the list, by the pairs' places.
 
-    What a list names and is not there is counted.
+    Counts lines without a picture.
 
-    Raises:
-        UserError: two lists of different splits name one picture, or a line could be of two.
+    Raises UserError if two lists of different splits name one picture, or a line could be of two.
     """
     source, found = annotations.source, dict[int, tuple[str, str]]()
     numbers = {stem_of(pair.name): number for number, pair in enumerate(annotations.pairs)}
@@ -502,30 +352,11 @@ def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, 
 
 
 def _find_line(line: str, index: Mapping[str, list[str]]) -> list[str]:
-    """The pictures that a line of a list may name: the whole line, or its first word."""
+    """Returns the pictures that a line of a list may name: by the whole line, or by its first word."""
     words = line.split()
     names_two = sum(map(is_picture, words)) > 1  # the second one is the label
-    for text, is_whole in ((line, names_two), (words[0], False), (line, False)):
-        parts = split_path(stem_of(text))
-        for start in range(1 if is_whole else len(parts)):
-            if places := index.get("/".join(parts[start:])):
-                return places
-    return []
-
-
-def _name_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> list[str]:
-    """What the pairs are called: their paths without the folders that say the split, if all stay apart without."""
-    short = [_short_name(pair.name) for pair in pairs]
-    counts = Counter((split, name.lower()) for split, name in zip(splits, short, strict=True))
-    names: dict[tuple[str, str], Pair] = {}
-    for pair, split, name in zip(pairs, splits, short, strict=True):
-        unique = name if counts[split, name.lower()] == 1 else stem_of(pair.name)
-        other = names.setdefault((split, unique), pair)
-        if other is not pair:
-            raise UserError(
-                f"{other.image.where} and {pair.image.where} would share one label: keep one, or rename it"
-            )
-    return [name for _, name in names]
+    texts = words[:1] if names_two else [line, words[0]]
+    return next((found for text in texts if (found := find_ends(index, stem_of(text)))), [])
 
 
 def _short_name(path: str) -> str:
@@ -539,18 +370,134 @@ def _hash(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
+# Classes
+
+
+def number_classes(
+    names: Mapping[Key, str],
+    background: str,
+    where: str,
+    known: Sequence[str] = (),
+    *,
+    of_masks: bool = False,
+) -> tuple[list[str], dict[Key, int], int]:
+    """Numbers the classes in the order of their keys; `names` called void are no class.
+
+    `background` is the value of --background: a class, "void" or "". An annotated class with a `known` name, in lower
+    case, is the background too. `of_masks`: it is what is void in masks, and has the last number if it is no class
+    yet; else it is what nothing covers, and has number 0.
+
+    Returns the classes, the label of each key, and the label of the background. Raises UserError if a name is blank,
+    has a line break, or is there twice, or if nothing says the background of annotations that are no masks.
+    """
+    for number, name in enumerate(names.values()):
+        if not is_name(name):
+            raise UserError(f"{where}: the name of class {number} is {name[:60]!r}: name it in one line")
+    classes = [name.strip() for name in names.values() if name.strip().lower() != VOID]
+    if len({*classes}) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"{where} has the class {twice[:60]!r} twice: rename one, or make them one")
+    labels = {name: number for number, name in enumerate(classes)}
+    found = next((name for name in classes if name.lower() in known), "")
+    is_void = background.lower() == VOID
+    if not background and not found and not of_masks:
+        raise UserError(
+            f"{where} does not say what pixels without an annotation are: give them a class by --background NAME, or "
+            f"leave them out of training and scores by --background {VOID}"
+        )
+    if background and not is_void and background not in labels:
+        if found:
+            classes[labels[found]] = background
+        else:
+            classes.insert(len(classes) if of_masks else 0, background)
+            labels = {name: number for number, name in enumerate(classes)}
+    chosen = "" if is_void else background or found
+    empty = classes.index(chosen) if chosen else IGNORE_LABEL
+    void = empty if of_masks else IGNORE_LABEL
+    return classes, {key: labels.get(name.strip(), void) for key, name in names.items()}, empty
+
+
+def _check_classes(annotations: Annotations) -> None:
+    """Raises UserError unless there are 2 to 255 classes; notes what they are."""
+    names, where = annotations.classes, annotations.source.path
+    if len(names) == 1:
+        raise UserError(
+            f"{where} has one class, {files.shorten(names[0])}, so there is nothing to learn: give a second one, by "
+            "--background NAME for the pixels that nothing covers"
+        )
+    if not 2 <= len(names) <= IGNORE_LABEL:
+        raise UserError(f"{where} has {len(names)} classes: from 2 to 255 fit into labels")
+    annotations.notes.insert(0, f"classes: {len(names)} ({_join_first(names, 12)})")
+    twins = [name for name, count in Counter(map(str.lower, names)).items() if count > 1]
+    if twins:
+        annotations.notes.append(f"classes that differ in upper and lower case only: {_join_first(twins)}")
+
+
+# The plan
+
+
+def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list[str]]]:
+    """Gives each pair its split and its name, and counts the files that are left out.
+
+    Returns:
+        The plan, and a table of counts; `annotations` gets notes.
+
+    Raises UserError if a picture belongs to two splits, or a split is empty.
+    """
+    source, pairs = annotations.source, annotations.pairs
+    by_image: dict[Member, Pair] = {}
+    for pair in pairs:
+        if (other := by_image.setdefault(pair.image, pair)) is not pair:
+            raise UserError(
+                f"{pair.image.where} has two annotations, {other.label.where} and {pair.label.where}: remove one"
+            )
+    _check_classes(annotations)
+    splits, ways = _find_splits(annotations, validation)
+    for split, folder in list(FOLDERS.items())[:2]:
+        if split not in splits:
+            there = ", ".join(f"{splits.count(s)} of {s} (by {ways[s]})" for s in FOLDERS if s in splits)
+            raise UserError(
+                f"{source.path} gives no picture for {split}: {there or 'none is annotated'}; put some into a folder "
+                f"{folder}, or give two or more that nothing says to be of test"
+            )
+    classes = "".join(f"{name}\n" for name in annotations.classes).encode()
+    tasks = [Task(CLASSES, "", "list", hold(CLASSES, classes))]
+    for pair, split, name in zip(pairs, splits, _name_pairs(pairs, splits), strict=True):
+        if split:
+            folder, suffix = FOLDERS[split], pair.name[len(stem_of(pair.name)) :]
+            image, label = f"images/{folder}/{name}{suffix}", f"annotations/{folder}/{name}.png"
+            tasks.append(Task(image, split, "image", pair.image, pair.extract))
+            tasks.append(Task(label, split, "label", pair.label, pair.convert))
+    table = [["", PICTURES, LABELS, FILES]]
+    for split in FOLDERS:
+        if count := splits.count(split):
+            table.append([f"{split} (by {ways[split]})", str(count), str(count), ""])
+    return plan_of(tasks), table + _count_rest(annotations)
+
+
+def _name_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> list[str]:
+    """Names the pairs by their paths, without the folders of the split if all names stay different."""
+    short = [_short_name(pair.name) for pair in pairs]
+    counts = Counter((split, name.lower()) for split, name in zip(splits, short, strict=True))
+    names: dict[tuple[str, str], Pair] = {}
+    for pair, split, name in zip(pairs, splits, short, strict=True):
+        unique = name if counts[split, name.lower()] == 1 else stem_of(pair.name)
+        other = names.setdefault((split, unique), pair)
+        if other is not pair:
+            raise UserError(f"{other.image.where} and {pair.image.where} would share one label: rename one")
+    return [name for _, name in names]
+
+
 def _count_rest(annotations: Annotations) -> list[list[str]]:
-    """Rows of the files that nothing is made of, each count in its column."""
+    """Returns rows of the files that are left out, each count in its column."""
     used = {member for pair in annotations.pairs for member in (pair.image, pair.label)} | annotations.read
     rest = {name: member for name, member in annotations.source.members.items() if member not in used}
     annotations.leave_out("in no annotation", (rest[name] for name in rest if is_picture(name)))
-    zips = [name for name in rest if rest[name].offset == IN_FOLDER and name.lower().endswith(".zip")]
-    annotations.leave_out("copies of files beside them", (rest[name] for name in zips), FILES)
     rows = []
     for reason, column, found in annotations.left_out:
         counts = [str(len(found)) if column == each else "" for each in (PICTURES, LABELS, FILES)]
         rows.append([f"left out, {reason}: {_join_first(found)}", *counts])
-    others = [name for name in rest if not is_picture(name) and name not in zips]
+    others = [name for name in rest if not is_picture(name)]
     if others:
         rows.append([f"not read: {_count_suffixes(others)}", "", "", str(len(others))])
     return rows
@@ -562,7 +509,7 @@ def _count_suffixes(names: Iterable[str]) -> str:
 
 
 def _join_first(names: Sequence[str], count: int = 3) -> str:
-    """The first of some names, in one line."""
+    """Joins the first of some names to one line."""
     return ", ".join(files.shorten(name, 40) for name in names[:count]) + (
         ", ..." if len(names) > count else ""
     )

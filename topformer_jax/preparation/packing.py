@@ -1,7 +1,7 @@
 """Packs a data set's folder into array_record shards: few large files, for disks and buckets slow with small ones.
 
 The shards are in tensorflow-datasets' format, written and read without TensorFlow; they hold the files' bytes
-unchanged. An interrupted process goes on where it stopped, and several share the work.
+unchanged. The same command resumes an interrupted one.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from topformer_jax.data import cache, records, sources
+from topformer_jax.data import records, sources
 from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
-from topformer_jax.data.classification import folders as class_folders
+from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
-Source = sources.FolderSource | class_folders.ClassFolderSource
+Source = sources.FolderSource | class_images.ClassFolderSource
 ADVICE = "; the same command goes on from here"
 SHARD_BYTES = 64 << 20  # of the examples' files in a shard, about
 
@@ -37,7 +37,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
 
     VERSION = tfds.core.Version(records.VERSION)
 
-    def __init__(self, dataset: str, folder: str, classes: Sequence[str] = ()):
+    def __init__(self, dataset: str, folder: str, classes: Sequence[str]):
         self.name = dataset
         self.classes = list(classes)  # of a classifier's data set
         super().__init__(data_dir=folder, file_format="array_record")
@@ -77,17 +77,17 @@ class Shard:
 
 
 class Part(msgspec.Struct):
-    """What is known of a finished shard: a file in records.PARTS."""
+    """Facts of a finished shard: a file in records.PARTS."""
 
     digest: str
     size: int
     md5: str
     record_bytes: int
-    label_sizes: list[tuple[records.Side, records.Side]] = []
+    label_sizes: list[tuple[records.Side, records.Side]]
 
 
 def plan_shards(dataset: str, splits: Mapping[str, Source]) -> list[Shard]:
-    """Divides the splits' examples into shards; every process comes to the same."""
+    """Divides the splits' examples into shards."""
     shards = []
     for split, source in splits.items():
         rows = [source.describe(index) for index in range(len(source))]
@@ -100,22 +100,15 @@ def plan_shards(dataset: str, splits: Mapping[str, Source]) -> list[Shard]:
     return shards
 
 
-def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: files.Path, bar: tqdm) -> None:
-    """Writes a shard, which gets its name when it is whole, and then the file that says so."""
+def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: files.Path, bar: tqdm) -> Part:
+    """Writes a shard, and then the file that says that it is whole."""
     from array_record.python import array_record_module
 
     features: Any = builder.info.features
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    in_bucket, record_bytes, sizes = files.is_in_bucket(folder), 0, []
-    with contextlib.ExitStack() as stack:
-        if in_bucket:
-            place = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        else:
-            # Removed when all is there, with what killed processes have left.
-            place = pathlib.Path(folder) / records.PARTS
-            place.mkdir(parents=True, exist_ok=True)
-        temporary = files.temporary_path(place / shard.name)
-        stack.callback(temporary.unlink, missing_ok=True)
+    record_bytes, sizes = 0, []
+    with tempfile.TemporaryDirectory() as place:
+        temporary = pathlib.Path(place) / shard.name
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         for index in range(shard.start, shard.stop):
             example = source[index]
@@ -130,17 +123,15 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
             bar.update()
         writer.close()
         content = temporary.read_bytes()
-        if in_bucket:
-            files.write_file(folder / shard.name, content, ADVICE)
-        else:
-            temporary.replace(pathlib.Path(folder) / shard.name)
+    files.write_file(folder / shard.name, content, ADVICE)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     part = Part(shard.digest, len(content), md5, record_bytes, sizes)
     files.write_file(folder / shard.part_name, msgspec.json.encode(part), ADVICE)
+    return part
 
 
 def find_part(folder: files.Path, shard: Shard) -> Part | None:
-    """What is known of a finished shard; None if it is missing, damaged, or of other files."""
+    """Returns the facts of a finished shard; None if it is missing, damaged, or of other files."""
     try:
         part = msgspec.json.decode((folder / shard.part_name).read_bytes(), type=Part)
         system, inside = fsspec.core.url_to_fs(str(folder / shard.name))
@@ -149,29 +140,23 @@ def find_part(folder: files.Path, shard: Shard) -> Part | None:
         return None
     if part.digest != shard.digest or part.size != facts["size"]:
         return None
-    md5 = cache.read_md5(facts)
+    md5 = records.read_md5(facts)
     if not files.is_in_bucket(folder):
         with (folder / shard.name).open("rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     return part if md5 in ("", part.md5) else None
 
 
-def finish(
-    builder: FolderBuilder, shards: list[Shard], folder: files.Path, others: dict[str, bytes]
-) -> list[Shard]:
-    """Writes what describes the whole, if all shards are there, and returns those that are missing."""
-    parts = {shard: part for shard in shards if (part := find_part(folder, shard))}
-    if missing := [shard for shard in shards if shard not in parts]:
-        # Unless another process has finished meanwhile and removed the parts.
-        return [] if is_complete(folder, shards) else missing
+def finish(builder: FolderBuilder, parts: Mapping[Shard, Part], folder: files.Path) -> None:
+    """Writes the files that describe all shards."""
     infos, sizes = [], {}
     for split in sources.SPLITS:
-        mine = [shard for shard in shards if shard.split == split]
+        mine = {shard: part for shard, part in parts.items() if shard.split == split}
         infos.append(
             tfds.core.SplitInfo(
                 name=split,
                 shard_lengths=[shard.stop - shard.start for shard in mine],
-                num_bytes=sum(parts[shard].record_bytes for shard in mine),
+                num_bytes=sum(part.record_bytes for part in mine.values()),
                 filename_template=tfds.core.ShardedFileTemplate(
                     data_dir=builder.data_path,
                     dataset_name=builder.name,
@@ -180,16 +165,13 @@ def finish(
                 ),
             )
         )
-        sizes[split] = [size for shard in mine for size in parts[shard].label_sizes]
+        sizes[split] = [size for part in mine.values() for size in part.label_sizes]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
     sums = {shard.name: records.Sum(part.size, part.md5) for shard, part in parts.items()}
-    files.write_file(
-        folder / records.CHECKSUMS, msgspec.json.encode(records.Checksums(_digest(shards), sums)), ADVICE
-    )
-    if all(part.label_sizes for part in parts.values()):  # not of numbers, nor of an earlier version's parts
-        others = others | {records.LABEL_SIZES: msgspec.json.encode(sizes)}
-    for name, content in others.items():
-        files.write_file(folder / name, content, ADVICE)
+    checksums = records.Checksums(_digest([*parts]), sums)
+    files.write_file(folder / records.CHECKSUMS, msgspec.json.encode(checksums), ADVICE)
+    if not builder.classes:
+        files.write_file(folder / records.LABEL_SIZES, msgspec.json.encode(sizes), ADVICE)
     with tempfile.TemporaryDirectory() as place:
         builder.info.write_to_directory(place)
         names = [records.CLASS_NAMES] if builder.classes else []
@@ -197,11 +179,10 @@ def finish(
             files.write_file(folder / name, (pathlib.Path(place) / name).read_bytes(), ADVICE)
     with contextlib.suppress(OSError):  # two processes may finish at once
         epath.Path(folder / records.PARTS).rmtree()
-    return []
 
 
 def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
-    """Whether the folder holds all of these shards; a UserError where it holds those of other files."""
+    """Whether the folder holds all of these shards; raises UserError if it holds those of other files."""
     if not (folder / records.INFO).exists():
         return False
     with contextlib.suppress(FileNotFoundError, msgspec.MsgspecError, RecursionError):
@@ -213,53 +194,36 @@ def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
     )
 
 
-def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)) -> tuple[files.Path, str]:
-    """Writes both splits of a folder, or of N = `part[1]` parts of their shards the one of number `part[0]`.
+def build(dataset: str, source: str, output: str) -> files.Path:
+    """Packs train and validation of a folder; returns the folder of the shards.
 
-    Returns:
-        Their folder, and what is missing there in one line, "" if it is complete.
-
-    Raises:
-        UserError: the source is incomplete, or the output cannot be written or holds something else.
+    Raises UserError if the source is incomplete, or the output cannot be written or holds something else.
     """
     splits: dict[str, Source]
     classes: list[str] = []
     if dataset == "imagenet":
-        splits = {split: class_folders.open_class_folder(source, split) for split in sources.SPLITS}
-        classes = class_folders.read_class_folders(source)
+        splits = {split: class_images.open_class_folder(source, split) for split in sources.SPLITS}
+        classes = class_images.read_class_folders(source)
     else:
         layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
         splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
     shards = plan_shards(dataset, splits)
     folder = files.as_path(output) / dataset / records.VERSION
     names = pathlib.Path(source).expanduser() / "classes.txt"
-    others = (
-        {names.name: files.read_bytes(names)} if dataset in ("custom", "imagenet") and names.exists() else {}
-    )
-    with (
-        files.report_errors("write", folder, ADVICE),
-        tempfile.TemporaryDirectory() as empty,
-    ):
+    with files.report_errors("write", folder, ADVICE), tempfile.TemporaryDirectory() as empty:
         if is_complete(folder, shards):
-            return folder, ""
-        builder = FolderBuilder(dataset, empty, classes)
-        mine = shards[part[0] - 1 :: part[1]]
-        for split in sources.SPLITS:
-            todo = [shard for shard in mine if shard.split == split and not find_part(folder, shard)]
-            with tqdm(
-                total=sum(shard.stop - shard.start for shard in todo), desc=split, unit=" examples"
-            ) as bar:
-                for shard in todo:
-                    try:
-                        write_shard(builder, splits[split], shard, folder, bar)
-                    except FileNotFoundError:
-                        # Another process has written all of it meanwhile, and removed the parts.
-                        if is_complete(folder, shards):
-                            return folder, ""
-                        raise
-        missing = finish(builder, shards, folder, others)
-    parts = sorted({shards.index(shard) % part[1] + 1 for shard in missing})
-    return folder, ", ".join(f"{index}/{part[1]}" for index in parts)
+            return folder
+        builder, parts = FolderBuilder(dataset, empty, classes), dict[Shard, Part]()
+        total = sum(map(len, splits.values()))
+        with tqdm(total=total, unit=" examples") as bar:
+            for shard in shards:
+                if part := find_part(folder, shard):
+                    bar.update(shard.stop - shard.start)
+                parts[shard] = part or write_shard(builder, splits[shard.split], shard, folder, bar)
+        if dataset in ("custom", "imagenet") and names.exists():
+            files.write_file(folder / names.name, files.read_bytes(names), ADVICE)
+        finish(builder, parts, folder)
+    return folder
 
 
 def _digest(shards: list[Shard]) -> str:

@@ -1,4 +1,4 @@
-"""Writes what a plan lists: each file whole or not at all, by several processes, going on where a run was stopped."""
+"""Writes the files of a plan, each whole or not at all, by several processes; a later run makes what is missing."""
 
 import concurrent.futures
 import contextlib
@@ -13,19 +13,19 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from topformer_jax.data.workers import WorkerPool, end_with_parent
+from topformer_jax.data.loader import end_with_parent
 from topformer_jax.preparation.archives import Member
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.runtime.logs import Progress
 
-MANIFEST = "manifest.json"  # what was made of which archives: counts and a checksum a split
+MANIFEST = "manifest.json"  # what was made from which archives: counts and a checksum per split
 LISTING = "files.tsv"  # a line for each file that is complete: SHA-256, bytes, split, kind, path
 PARTIAL = ".partial"  # the folder of files that are being written
 ADVICE = "; the same command goes on from here"
 _CHUNK_FILES, _CHUNK_BYTES = 32, 16 << 20  # that a process gets at once
 
-Convert = Callable[[bytes, str], bytes]  # of a file's bytes and its name, for errors
+Convert = Callable[[bytes, str], bytes]  # of a file's bytes and its name in errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +35,18 @@ class Task:
     path: str  # below the output folder, with "/"
     split: str  # train, validation, or another that the data set has; "" for a list
     kind: str  # image, label or list
-    source: Member | bytes
+    source: Member
     convert: Convert | None = None  # None: the bytes stay as they are
-    where: str = ""  # of bytes: the file that they are of
-
-    @property
-    def size(self) -> int:
-        """Bytes that are read."""
-        return len(self.source) if isinstance(self.source, bytes) else self.source.size
 
     def make(self) -> bytes:
-        """The file's bytes; a UserError where what it is made of is damaged, or not what it should be."""
-        data = self.source if isinstance(self.source, bytes) else self.source.read()
-        if self.convert is None:
-            return data
-        return self.convert(data, self.where if isinstance(self.source, bytes) else self.source.where)
+        """Returns the file's bytes; raises UserError if the source is damaged or not what it should be."""
+        data = self.source.read()
+        return self.convert(data, self.source.where) if self.convert else data
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be made."""
+    """All files to make."""
 
     tasks: Iterable[Task]
     size: int  # bytes that are read for them
@@ -62,7 +54,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A file that is complete: a line of the listing."""
+    """A line of the listing: a file that is complete."""
 
     sha256: str
     size: int
@@ -75,8 +67,8 @@ class Record:
 
 
 def plan_of(tasks: list[Task]) -> Plan:
-    """A plan whose tasks are known."""
-    return Plan(tasks, sum(task.size for task in tasks))
+    """A plan of tasks that are all known."""
+    return Plan(tasks, sum(task.source.size for task in tasks))
 
 
 def write(
@@ -84,13 +76,17 @@ def write(
 ) -> dict[str, Any]:
     """Makes the files that are not there yet, and writes manifest and listing.
 
-    By `workers` processes, 0 for this one alone; `verify` also makes again what has another checksum.
+    Args:
+        plan: the files.
+        output: their folder.
+        origin: what they are made from, for the manifest.
+        workers: processes; 0 for this one alone.
+        verify: also makes files anew that have another checksum.
 
     Returns:
         The manifest's splits: images, labels, bytes and SHA-256 of each.
 
-    Raises:
-        UserError: a file cannot be made or written, or the folder was made of something else than `origin`.
+    Raises UserError if a file cannot be made or written, or the folder was made from something else than `origin`.
     """
     _claim(output, origin)
     with _open_listing(output) as listing, _start(workers) as pool:
@@ -98,36 +94,18 @@ def write(
         records = {record.path: record for record in _read_listing(output)}
         made: dict[str, Record] = {}
         done = 0
-        with Progress(plan.size >> 20, "MB", active=plan.size >= 1 << 20) as progress:
 
-            def collect(chunk: list[Record], size: int) -> None:
-                nonlocal done
+        def find(task: Task) -> Record | None:
+            record = records.get(task.path)
+            return record if record and _is_whole(output, record, verify) else None
+
+        with Progress(plan.size >> 20, "MB", active=plan.size >= 1 << 20) as progress:
+            for chunk, size in _make_chunks(plan.tasks, output, find, pool, 2 * workers):
                 listing.write("".join(map(str, chunk)))
                 listing.flush()
                 made.update({record.path: record for record in chunk})
-                if done >> 20 != (done := done + size) >> 20:
-                    progress.update(done >> 20)
-
-            waiting: dict[concurrent.futures.Future[list[Record]], int] = {}
-            for chunk in _chunks(plan.tasks):
-                missing = []
-                for task in chunk:
-                    record = records.get(task.path)
-                    if record and _is_whole(output, record, verify):
-                        made[task.path] = dataclasses.replace(record, split=task.split, kind=task.kind)
-                    else:
-                        missing.append(task)
-                size = sum(task.size for task in chunk)
-                if not pool or not missing:
-                    collect(make_files(output, missing), size)
-                    continue
-                waiting[pool.submit(make_files, output, missing)] = size
-                while len(waiting) > 2 * workers:
-                    for future in concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED").done:
-                        collect(future.result(), waiting.pop(future))
-            for future in concurrent.futures.as_completed(list(waiting)):
-                collect(future.result(), waiting[future])
-            progress.update(plan.size >> 20)
+                done += size
+                progress.update(done >> 20)
         splits = _summarize(made.values())
         files.write_file(output / LISTING, "".join(str(made[path]) for path in sorted(made)), ADVICE)
         shutil.rmtree(output / PARTIAL, ignore_errors=True)
@@ -135,8 +113,44 @@ def write(
     return splits
 
 
+def _make_chunks(
+    tasks: Iterable[Task],
+    output: pathlib.Path,
+    find: Callable[[Task], Record | None],
+    pool: concurrent.futures.Executor | None,
+    most: int,
+) -> Iterator[tuple[list[Record], int]]:
+    """Makes the files that `find` does not find; yields the records of a chunk and the bytes that were read for it.
+
+    At most `most` chunks wait for the pool.
+    """
+    waiting: dict[concurrent.futures.Future[list[Record]], tuple[list[Record], int]] = {}
+
+    def collect() -> Iterator[tuple[list[Record], int]]:
+        for future in concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED").done:
+            known, size = waiting.pop(future)
+            yield known + future.result(), size
+
+    for chunk in _chunks(tasks):
+        known, missing = list[Record](), list[Task]()
+        for task in chunk:
+            if record := find(task):
+                known.append(dataclasses.replace(record, split=task.split, kind=task.kind))
+            else:
+                missing.append(task)
+        size = sum(task.source.size for task in chunk)
+        if pool and missing:
+            waiting[pool.submit(make_files, output, missing)] = known, size
+            while len(waiting) > most:
+                yield from collect()
+        else:
+            yield known + make_files(output, missing), size
+    while waiting:
+        yield from collect()
+
+
 def make_files(output: pathlib.Path, tasks: list[Task]) -> list[Record]:
-    """Makes and writes the files of some tasks: each appears under its name when it is whole."""
+    """Makes and writes files; each appears under its name when it is whole."""
     records = []
     for task in tasks:
         content = task.make()
@@ -151,55 +165,24 @@ def make_files(output: pathlib.Path, tasks: list[Task]) -> list[Record]:
     return records
 
 
-def is_made_of(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
-    """Whether a folder's manifest says that all of it was made of `origin`."""
-    manifest = _read_manifest(folder)
-    return "splits" in manifest and {key: manifest[key] for key in manifest if key != "splits"} == origin
-
-
-def remove(folder: pathlib.Path, origin: dict[str, Any]) -> None:
-    """Deletes what `write` made of `origin` in a folder: the files that its listing names, and empty folders."""
-    if not is_made_of(folder, origin):
-        return
-    parents = {folder}
-    for record in _read_listing(folder):
-        files.require_inside(record.path, str(folder / LISTING))
-        path = folder / record.path
-        if path.resolve().is_relative_to(folder.resolve()) and _is_whole(folder, record, False):
-            path.unlink()
-        parents.update(parent for parent in path.parents if parent.is_relative_to(folder))
-    for name in (LISTING, MANIFEST):
-        (folder / name).unlink(missing_ok=True)
-    for parent in sorted(parents, key=lambda parent: -len(parent.parts)):
-        with contextlib.suppress(OSError):  # something else is in it
-            parent.rmdir()
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """What manifest.json of a folder says; empty where there is none."""
-    path, advice = folder / MANIFEST, "; remove the folder, or name another --output"
-    if not path.exists():
-        return {}
-    return files.read_json(files.read_bytes(path, advice), dict[str, Any], path, advice)
-
-
 def _claim(output: pathlib.Path, origin: dict[str, Any]) -> None:
-    """Marks a folder as made of `origin`."""
+    """Marks a folder as made from `origin`; raises UserError if it holds something else."""
+    path, advice = output / MANIFEST, "; remove the folder, or name another --output"
     with files.report_errors("write into", output):
         output.mkdir(parents=True, exist_ok=True)
-        manifest = _read_manifest(output)
         strangers = [path.name for path in output.iterdir() if not path.name.startswith(".")]
-    if manifest:
-        former = {key: value for key, value in manifest.items() if key != "splits"}
-        if former != origin:
-            changed = ", ".join(key for key in origin if former.get(key) != origin[key])
-            raise UserError(
-                f"{output} was made of something else (other {changed}): remove it, or name another --output"
-            )
-    elif strangers:
-        raise UserError(f"{output} is not empty and was not made by this command: name another --output")
-    else:
+    if not path.exists():
+        if strangers:
+            raise UserError(f"{output} is not empty and was not made by this command: name another --output")
         _write_manifest(output, origin)
+        return
+    former = files.read_json(files.read_bytes(path, advice), dict[str, Any], path, advice)
+    former.pop("splits", None)
+    if former != origin:
+        changed = ", ".join(key for key in origin if former.get(key) != origin[key])
+        raise UserError(
+            f"{output} was made of something else (other {changed}): remove it, or name another --output"
+        )
 
 
 def _write_manifest(output: pathlib.Path, manifest: dict[str, Any]) -> None:
@@ -208,7 +191,7 @@ def _write_manifest(output: pathlib.Path, manifest: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _open_listing(output: pathlib.Path) -> Iterator[Any]:
-    """The listing, to append to; a second process that wants it is refused."""
+    """Opens the listing to append to it; raises UserError if another process has it."""
     with (
         files.report_errors("write", output / LISTING),
         (output / LISTING).open("a+", errors="replace") as listing,
@@ -232,7 +215,7 @@ def _read_listing(output: pathlib.Path) -> Iterator[Record]:
 
 
 def _is_whole(output: pathlib.Path, record: Record, verify: bool) -> bool:
-    """Whether a file that was made is there: by its size, or by its checksum."""
+    """Whether a file is there with its size, and with its checksum if `verify`."""
     path = output / record.path
     try:
         if path.stat().st_size != record.size:
@@ -243,7 +226,7 @@ def _is_whole(output: pathlib.Path, record: Record, verify: bool) -> bool:
 
 
 def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
-    """The tasks, some at a time; a UserError where two would write one file, or one a file outside of the folder."""
+    """Yields some tasks at a time; raises UserError if two would write one file, or one a file outside."""
     chunk: list[Task] = []
     paths: set[str] = set()
     for task in tasks:
@@ -252,19 +235,35 @@ def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
         files.require_inside(task.path, "--source")
         paths.add(task.path)
         chunk.append(task)
-        if len(chunk) == _CHUNK_FILES or sum(task.size for task in chunk) >= _CHUNK_BYTES:
+        if len(chunk) == _CHUNK_FILES or sum(task.source.size for task in chunk) >= _CHUNK_BYTES:
             yield chunk
             chunk = []
     yield chunk
 
 
+class WorkerPool(concurrent.futures.ProcessPoolExecutor):
+    """Processes that never get a Ctrl-C, from their first moment on: they inherit a blocked signal.
+
+    The parent gets a KeyboardInterrupt: a command that ended at once would leave semaphores behind.
+    """
+
+    def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        """Starts a process if one is missing, and gives it a task."""
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*args, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 @contextlib.contextmanager
-def _start(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | None]:
-    """A pool of processes, or None for 0; an error or an interrupt drops what they have not begun."""
+def _start(workers: int) -> Iterator[concurrent.futures.Executor | None]:
+    """Starts a pool of processes, None for 0; an error or an interrupt drops the work that has not begun."""
     if workers == 0:
         yield None
         return
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = WorkerPool(workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool
@@ -273,21 +272,23 @@ def _start(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor | No
 
 
 def _start_worker() -> None:
-    """Runs first in a worker process: Ctrl-C is the parent's to handle."""
+    """Runs first in a worker process: the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def _summarize(records: Iterable[Record]) -> dict[str, Any]:
-    """For each split: how many images and labels, their bytes, and one SHA-256 of all checksums and paths."""
+    """Counts images, labels and bytes of each split, with one SHA-256 of all checksums and paths."""
     splits: dict[str, Any] = {}
     made = sorted((record for record in records if record.kind != "list"), key=lambda record: record.path)
     for name in sorted({record.split for record in made}):
         mine = [record for record in made if record.split == name]
+        kinds = [record.kind for record in mine]
         lines = "".join(f"{record.sha256}  {record.path}\n" for record in mine)
         splits[name] = {
-            f"{kind}s": sum(record.kind == kind for record in mine) for kind in ("image", "label")
+            "images": kinds.count("image"),
+            "labels": kinds.count("label"),
+            "bytes": sum(record.size for record in mine),
+            "sha256": hashlib.sha256(lines.encode()).hexdigest(),
         }
-        splits[name]["bytes"] = sum(record.size for record in mine)
-        splits[name]["sha256"] = hashlib.sha256(lines.encode()).hexdigest()
     return splits

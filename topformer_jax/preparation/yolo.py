@@ -1,4 +1,4 @@
-"""Polygons of YOLO (Ultralytics): data.yaml, and a .txt of each picture below labels/ or beside it."""
+"""Polygons of YOLO (Ultralytics): data.yaml, and a .txt for each picture below labels/ or beside it."""
 
 import math
 import pathlib
@@ -8,8 +8,9 @@ from functools import partial
 
 import msgspec
 
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.preparation import coco, labels, own
-from topformer_jax.preparation.archives import Archive, Member
+from topformer_jax.preparation.archives import Archive, Member, hold
 from topformer_jax.preparation.own import Annotations, Pair
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -18,10 +19,9 @@ _BOXES = "boxes without a polygon, whose pixels are void"
 
 
 class Settings(msgspec.Struct):
-    """What a data.yaml says; paths are of folders, or of lists of pictures."""
+    """The content of a data.yaml; paths are of folders, or of lists of pictures."""
 
     names: dict[int, str | int] | list[str | int] | None = None
-    path: str | None = None
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     test: str | list[str] | None = None
@@ -30,10 +30,9 @@ class Settings(msgspec.Struct):
 
 
 def read(source: Archive, background: str) -> Annotations:
-    """Finds the pictures and their polygons; a picture without a .txt is of background, as Ultralytics takes it.
+    """Finds the pictures and their polygons; a picture without a .txt is background, as for Ultralytics.
 
-    Raises:
-        UserError: a file is wrong, or no class of what nothing covers is known.
+    Raises UserError if a file is wrong, or nothing says the class of the pixels that nothing covers.
     """
     labels.require_pycocotools()
     found = Annotations(source)
@@ -41,20 +40,18 @@ def read(source: Archive, background: str) -> Annotations:
     names = settings.names or []
     rows = dict(enumerate(names)) if isinstance(names, list) else dict(sorted(names.items()))
     named = {number: str(name) for number, name in rows.items()}
-    found.classes, table, background_label = own.number_classes(named, background, where, coco.BACKGROUNDS)
-    empty = own.require_background(background_label, where)
+    found.classes, table, empty = own.number_classes(named, background, where, coco.BACKGROUNDS)
     counts: Counter[str] = Counter()
     texts, polygons = set(), 0
     for name in filter(own.is_picture, source.members):
         image = source[name]
         text = next((path for path in _label_names(name) if path in source.members), "")
         texts.add(text)
-        place = source[text].where if text else f"{image.where} (no .txt)"
-        data = source[text].read() if text else b""
-        polygons += len(parse_regions(data, table, place, counts))
+        label = source[text] if text else hold(f"{image.where} (no .txt)")
+        data = label.read()
+        polygons += len(parse_regions(data, table, label.where, counts))
         counts["pictures with an empty .txt, all background"] += bool(text) and not data.strip()
-        label: Member | bytes = source[text] if text else b""
-        found.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image), "", place))
+        found.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image)))
     if texts <= {""}:
         raise UserError(
             f"{source.path} holds no .txt of polygons below labels/ or beside a picture ({own.describe(source)})"
@@ -62,28 +59,26 @@ def read(source: Archive, background: str) -> Annotations:
     if polygons == counts[_BOXES]:
         raise UserError(f"{source.path} has no polygon in a .txt, and boxes say no pixel's class")
     _divide(found, settings, where)
-    homes = {pair.name.rpartition("/")[0] for pair in found.pairs if pair.label}
+    homes = {pair.name.rpartition("/")[0] for pair in found.pairs if pair.label.archive}
     # Others are no pictures to learn from: plots, masks.
     found.pairs = [
-        pair for pair in found.pairs if pair.label or pair.split or pair.name.rpartition("/")[0] in homes
+        pair
+        for pair in found.pairs
+        if pair.label.archive or pair.split or pair.name.rpartition("/")[0] in homes
     ]
-    counts["pictures without a .txt, all background"] = sum(not pair.label for pair in found.pairs)
+    counts["pictures without a .txt, all background"] = sum(not pair.label.archive for pair in found.pairs)
     found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
     found.notes.append("overlapping polygons are drawn by their area, the largest first")
     lost = [name for name in source.members if "/labels/" in f"/{name}" and name.lower().endswith(".txt")]
-    found.leave_out(
-        "without a picture",
-        (source[name] for name in lost if name not in texts and source[name] not in found.read),
-        own.LABELS,
-    )
+    rest = (source[name] for name in lost if name not in texts and source[name] not in found.read)
+    found.leave_out("without a picture", rest, own.LABELS)
     return found
 
 
 def _read_settings(found: Annotations) -> tuple[Settings, str]:
-    """The data.yaml, or what a classes.txt says instead; and where.
+    """Reads the data.yaml, or a classes.txt in its place; returns also its path.
 
-    Raises:
-        UserError: there is neither, or two differ.
+    Raises UserError if there is neither, or two differ.
     """
     source, listings = found.source, list[tuple[Settings, str]]()
     for name, member in source.members.items():
@@ -92,7 +87,7 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
         try:
             settings = msgspec.yaml.decode(data, type=Settings, strict=False)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = files.shorten(" ".join(str(error).split()), 120)
             raise UserError(f"{member.where} is not the YAML file that was expected ({reason})") from None
         if settings.names:
             found.read.add(member)
@@ -102,12 +97,10 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
         listings.append((Settings([*lines]), where))
     if not listings:
         raise UserError(f"{source.path} holds neither a data.yaml with names of classes nor a classes.txt")
-    for settings, where in listings[1:]:
-        if settings != listings[0][0]:
-            raise UserError(
-                f"{listings[0][1]} and {where} both name classes, and differ: move one of them away"
-            )
     settings, where = listings[0]
+    for other, place in listings[1:]:
+        if other != settings:
+            raise UserError(f"{where} and {place} both name classes, and differ: move one of them away")
     count = len(settings.names or ())
     if settings.nc not in (None, count):
         raise UserError(f"{where} has {count} names and says nc: {settings.nc}: make them agree")
@@ -117,21 +110,19 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
 
 
 def _divide(found: Annotations, settings: Settings, where: str) -> None:
-    """Gives each pair the split that data.yaml says, by lists or by the nearest folder, and leaves others out.
+    """Gives each pair the split of data.yaml, by lists or by the nearest folder, and leaves others out.
 
-    Raises:
-        UserError: a path is not below the source, or the pictures of test are those of another split.
+    Raises UserError if a path is not below the source, or the pictures of test are those of another split.
     """
     folders: dict[str, str] = {}
     lists: dict[str, str] = {}
     source = found.source
-    present = {str(parent) for name in source.members for parent in pathlib.PurePosixPath(name).parents}
+    parents = (str(parent) for name in source.members for parent in pathlib.PurePosixPath(name).parents)
+    index = {path: [path] for path in (*source.members, *parents)}
     for word, split in (("train", "train"), ("val", "validation"), ("test", "test")):
         entry = getattr(settings, word)
         for text in [entry] if isinstance(entry, str) else entry or ():
-            parts = own.split_path(text)
-            ends = ["/".join(parts[start:]) for start in range(len(parts))] or ["."]
-            path = next((end for end in ends if end in source.members or end in present), "")
+            path = "".join(own.find_ends(index, text)) if own.split_path(text) else "."
             chosen = lists if path in source.members else folders
             if path and chosen.setdefault(path, split) != split and split == "test":
                 raise UserError(
@@ -143,16 +134,16 @@ def _divide(found: Annotations, settings: Settings, where: str) -> None:
                 )
     listed = own.read_lists(found, lists)
     for number, pair in enumerate(found.pairs):
-        parents = map(str, pathlib.PurePosixPath(pair.name).parents)  # the nearest first
-        folder = next((parent for parent in parents if parent in folders), "")
-        pair.split = listed.get(number, ("", ""))[0] or folders.get(folder, "")
+        above = map(str, pathlib.PurePosixPath(pair.name).parents)  # the nearest first
+        split = next((folders[folder] for folder in above if folder in folders), "")
+        pair.split = listed.get(number, ("", ""))[0] or split
     if folders or lists:
         found.decider = pathlib.PurePath(where).name
         found.pairs = [pair for pair in found.pairs if pair.split or own.split_of_folders(pair.name)]
 
 
 def _label_names(name: str) -> list[str]:
-    """Where the .txt of a picture may be: the last folder images is labels there; or beside it."""
+    """Returns where the .txt of a picture may be: in labels/ instead of the last images/, or beside it."""
     beside = f"{own.stem_of(name)}.txt"
     head, images, tail = f"/{beside}".rpartition("/images/")
     return [f"{head}/labels/{tail}".lstrip("/"), beside] if images else [beside]
@@ -161,10 +152,9 @@ def _label_names(name: str) -> list[str]:
 def parse_regions(
     data: bytes, table: Mapping[int, int], name: str, counts: Counter[str], size: labels.Size = (1, 1)
 ) -> list[labels.Region]:
-    """The lines CLASS X Y X Y ... of a label file, from 0 to 1; a line of a box (CLASS X Y WIDTH HEIGHT) is void.
+    """Parses lines CLASS X Y X Y ... with numbers from 0 to 1; a box (CLASS X Y WIDTH HEIGHT) is void.
 
-    Raises:
-        UserError: a line is neither.
+    Raises UserError if a line is neither.
     """
     regions = []
     for number, line in enumerate(data.decode("utf-8-sig", "replace").splitlines(), 1):
@@ -177,24 +167,19 @@ def parse_regions(
         except ValueError:
             kind, values = math.nan, []
         if len(values) < 4 or len(values) % 2 or kind % 1 or not all(map(math.isfinite, values)):
-            raise UserError(
-                f"{where}: expected CLASS X Y X Y X Y ... with numbers from 0 to 1, found {line[:60]!r}"
-            )
+            raise UserError(f"{where}: expected CLASS X Y X Y X Y ... (0 to 1), found {line[:60]!r}")
         if int(kind) not in table:
-            raise UserError(
-                f"{where} is of class {files.shorten(words[0], 20)}, which data.yaml does not name"
-            )
+            raise UserError(f"{where} is of class {files.shorten(words[0], 20)}, not in data.yaml")
         values = [value * size[1 - index % 2] for index, value in enumerate(values)]
         if len(values) == 4:
             x, y, width, height = values
             counts[_BOXES] += 1
-            corner = x - width / 2, y - height / 2
-            regions.append(labels.box_region(labels.IGNORE_LABEL, *corner, width, height))
+            regions.append(labels.box_region(IGNORE_LABEL, x - width / 2, y - height / 2, width, height))
         else:
-            regions.append(labels.Region(table[int(kind)], (tuple(values),)))
+            regions.append(labels.Region(table[int(kind)], [values]))
     return regions
 
 
 def _draw(table: Mapping[int, int], empty: int, image: Member, data: bytes, name: str) -> bytes:
-    regions = parse_regions(data, table, name, Counter(), labels.read_size(image))
-    return labels.draw_regions(empty, None, image, regions, name)
+    size = labels.read_size(image, None, name)
+    return labels.draw_regions(empty, size, parse_regions(data, table, name, Counter(), size), name)

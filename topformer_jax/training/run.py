@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.data import loader, sources, workers
+from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import (
@@ -174,9 +174,9 @@ def open_batches(run: Run, start: int) -> loader.DeviceBatches:
         start_step=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        processes_on_host=processes.count_equal(workers.name_shared_memory()),
+        processes_on_host=processes.count_equal(loader.name_shared_memory()),
     )
-    return loader.to_device(batches, sharding.batch_sharding(run.mesh))
+    return loader.DeviceBatches(batches, sharding.batch_sharding(run.mesh))
 
 
 def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:

@@ -1,7 +1,7 @@
 """Augmentation of a classifier's batch on the device: flip, normalisation, random erasing, mixup.
 
 As in `augment.py`, an example's draws depend only on the seed, its epoch and its index. Mixup pairs an example with
-its neighbour in the batch, which lies on the same device, so nothing moves between devices.
+its neighbour in the batch, which lies on the same device: devices exchange no images.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ TRIES = 10  # rectangles that are drawn; the first one that fits is erased
 
 
 class MixedClasses(NamedTuple):
-    """What an image shows: `first` by the share `share`, `second` by the rest."""
+    """The classes of a mixed image: `share` of it shows `first`, the rest `second`."""
 
     first: Int32[Array, " n"]
     second: Int32[Array, " n"]
@@ -35,8 +35,8 @@ def augment_classes(
     """Flips, normalises, erases and mixes a batch for training.
 
     Args:
-        batch: JAX arrays; `label` holds classes. An even number of examples where `data.mixup_alpha` is on.
-        config: of it `seed`, `data.flip_prob`, `data.erasing_prob` and `data.mixup_alpha`. An example's random key is
+        batch: JAX arrays; `label` holds classes. With `data.mixup_alpha`, an even number of examples.
+        config: gives `seed`, `data.flip_prob`, `data.erasing_prob` and `data.mixup_alpha`. An example's random key is
             `fold_in(fold_in(key(seed), epoch), index)`.
         dtype: of the images.
 
@@ -76,8 +76,8 @@ def erase(
     """Fills a random rectangle of a normalised image with normal noise, with a probability.
 
     timm's `RandomErasing` with mode "pixel" (Zhong et al. 2017, https://arxiv.org/abs/1708.04896): the area is
-    uniform in 0.02..1/3 of the image's, the logarithm of the aspect ratio uniform. A rectangle must be lower and
-    narrower than the image; after ten that are not nothing is erased.
+    uniform in 0.02..1/3 of the image's, the logarithm of the aspect ratio uniform. The first of ten rectangles that
+    is lower and narrower than the image is erased, if there is one.
     """
     height, width = image.shape[:2]
     keys = jax.random.split(key, 5)
@@ -91,10 +91,8 @@ def erase(
     top = jax.random.randint(keys[2], (), 0, height - down + 1, jnp.int32)
     left = jax.random.randint(keys[3], (), 0, width - across + 1, jnp.int32)
     erased = jax.random.bernoulli(keys[4], jnp.float32(probability)) & fits[first]
-    rows, columns = (
-        jnp.arange(height, dtype=jnp.int32)[:, None, None],
-        jnp.arange(width, dtype=jnp.int32)[:, None],
-    )
+    rows = jnp.arange(height, dtype=jnp.int32)[:, None, None]
+    columns = jnp.arange(width, dtype=jnp.int32)[:, None]
     inside = (rows >= top) & (rows < top + down) & (columns >= left) & (columns < left + across)
     noise = jax.random.normal(noise_key, image.shape, image.dtype)
     return jnp.where(inside & erased, noise, image)

@@ -1,9 +1,17 @@
-"""One example of a classifier on the host: a random crop to train on, or the centre to evaluate. uint8 in and out.
+"""The images of a classifier: folders on the disk, and one example on the host, a random crop or the centre.
 
-Flip, normalisation, erasing and mixup follow on the device (`augment.py`).
+    <root>/train/<class>/*.JPEG
+    <root>/val/<class>/*.JPEG, or <root>/val/*.JPEG and <root>/val.txt with a line "file class" for each image
+    <root>/classes.txt: names to show, one per line; optional
+
+The number of a class is its place among the sorted folders of train; val.txt may give numbers or folders. Flip,
+normalisation, erasing and mixup follow on the device (`augment.py`).
 """
 
+import dataclasses
 import math
+import os
+import pathlib
 from typing import TypedDict
 
 import cv2
@@ -13,16 +21,162 @@ from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from topformer_jax.data import codecs
-from topformer_jax.data.batch import Image
+from topformer_jax.data.batch import Example, Image
+from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.data.classification.rand_augment import rand_augment
-from topformer_jax.data.example import Example
 from topformer_jax.data.transforms import Size
+from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
+NAMES = "classes.txt"
+LAYOUT = (
+    "the layout must be train/<class>/*.JPEG and val/<class>/*.JPEG, or val/*.JPEG with val.txt; point at it with "
+    "--config.data.root=DIR"
+)
 ASPECT = (3 / 4, 4 / 3)  # width by height of a random crop
 RAND_AUGMENT_STD = 0.5  # of the magnitude
 TRIES = 10  # crops that are drawn before the centre is taken
 Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassFolderSource:
+    """Image files with the numbers of their classes. Arrays, since a million strings take 100 MB in each worker."""
+
+    root: str
+    images: np.ndarray  # paths below the root, as the file system has them
+    labels: np.ndarray  # int32
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        name, path = self._find(index)
+        with files.report_errors("read", path), files.open_regular(path) as file:
+            data = file.read()
+        return Example(name, data, np.asarray(self.labels[index]), (path, f"the class of {path}"))
+
+    def describe(self, index: int) -> tuple[str, int, str]:
+        """An example's name, how many bytes its image has, and its class."""
+        name, path = self._find(index)
+        return name, os.path.getsize(path), f"class {self.labels[index]}"
+
+    def _find(self, index: int) -> tuple[str, str]:
+        """An example's name (the image's path in its split, without suffix), and the path of its file."""
+        image = os.fsdecode(self.images[index])
+        return image.partition("/")[2].rpartition(".")[0], os.path.join(self.root, image)
+
+
+def open_class_folder(root: str, split: str) -> ClassFolderSource:
+    """Lists a split's files.
+
+    Raises:
+        UserError: a folder, a list or an image is missing, or a class is none of the training split's.
+    """
+    base = _find_base(root)
+    numbers = {name: number for number, name in enumerate(read_class_folders(root))}
+    words = ("train",) if split == "train" else ("val", "validation")
+    word = next((word for word in words if (base / word).is_dir()), None)
+    if word is None:
+        raise UserError(f"{base / words[0]} does not exist: expected the {split} split's images there")
+    classes = _list_folders(base / word)
+    rows: list[tuple[str, int]] = []
+    for name in classes:
+        if name not in numbers:
+            raise UserError(f"{base / word / name} is a class that {base / 'train'} does not have")
+        rows += [(f"{word}/{name}/{file}", numbers[name]) for file in _list_images(base / word / name)]
+    if not classes:
+        rows = [(f"{word}/{file}", label) for file, label in _read_list(base, word, numbers)]
+    if not rows:
+        raise UserError(f"{base / word} holds no {' or '.join('*' + suffix for suffix in IMAGE_SUFFIXES)}")
+    return ClassFolderSource(
+        str(base),
+        np.array([os.fsencode(path) for path, _ in rows]),
+        np.array([label for _, label in rows], np.int32),
+    )
+
+
+def read_class_folders(root: str) -> list[str]:
+    """The names of the training split's folders, sorted: the classes in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    base = _find_base(root)
+    names = _list_folders(base / "train")
+    if not names:
+        raise UserError(f"{base / 'train'} holds no folders: {LAYOUT}")
+    return names
+
+
+def read_class_names(root: str) -> tuple[str, ...]:
+    """The classes' names in order: the lines of classes.txt, or else the names of the folders.
+
+    Raises:
+        UserError: there are no folders, or another number of names.
+    """
+    folders = read_class_folders(root)
+    file = _find_base(root) / NAMES
+    if not file.exists():
+        return tuple(folders)
+    names = tuple(files.number_names(file).values())
+    if len(names) != len(folders):
+        raise UserError(
+            f"{file} names {len(names)} classes, {file.parent / 'train'} has {len(folders)} folders: "
+            "one name a line, in the order of the sorted folders"
+        )
+    return names
+
+
+def _find_base(root: str) -> pathlib.Path:
+    base = pathlib.Path(root).expanduser()
+    if not root or not base.is_dir():
+        why = f"{base.absolute()} does not exist" if root else "data.root is empty"
+        raise UserError(f"no images by class: {why}; {LAYOUT}")
+    return base
+
+
+def _list_folders(folder: pathlib.Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list_images(folder: pathlib.Path) -> list[str]:
+    return sorted(
+        name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
+    )
+
+
+def _read_list(base: pathlib.Path, word: str, numbers: dict[str, int]) -> list[tuple[str, int]]:
+    """The files of a flat folder with their classes, in the order of their names."""
+    file = base / f"{word}.txt"
+    if not file.exists():
+        raise UserError(
+            f"{base / word} has no folders of classes, and there is no {file}: write a line 'file class' for "
+            "each image, or sort the images into folders"
+        )
+    labels: dict[str, int] = {}
+    for line in files.read_lines(file):
+        name, _, label = line.rpartition(" ")
+        number = numbers.get(label, int(label) if label.isdecimal() and len(label) < 9 else -1)
+        if not name or not 0 <= number < len(numbers):
+            raise UserError(
+                f"{file} holds {line!r}: expected a file and its class, a number below {len(numbers)} or a folder of "
+                f"{base / 'train'}"
+            )
+        labels[name.strip()] = number
+    found = _list_images(base / word)
+    stems = {name: name.rpartition(".")[0] for name in found}
+    if missing := [name for name in found if name not in labels and stems[name] not in labels]:
+        raise UserError(f"{file} has no line for {missing[0]} ({len(missing)} of {len(found)} images)")
+    if absent := labels.keys() - stems.keys() - set(stems.values()):
+        raise UserError(
+            f"{base / word} has no image {min(absent)}, which {file} names ({len(absent)} of {len(labels)} lines): "
+            "copy the images again, or remove the lines"
+        )
+    return [(name, labels.get(name, labels.get(stems[name], -1))) for name in found]
 
 
 class ClassExample(TypedDict):
@@ -36,12 +190,12 @@ class ClassExample(TypedDict):
 def make_training_example(example: Example, config: ConfigDict, rng: np.random.Generator) -> ClassExample:
     """Decodes a random crop, resizes it bilinearly to `data.crop_size`, and applies RandAugment.
 
-    A JPEG is decoded at a half, a quarter or an eighth where the crop still has the result's size then. So it is
-    never shrunk by much more than 2, which bilinear weights do well; what is no JPEG is averaged over areas there.
-    Files keep the orientation that they are stored in, as in torchvision.
+    A JPEG is decoded at a half, a quarter or an eighth if the crop is still as large as the result. So bilinear
+    weights never shrink it by much more than 2; other files are averaged over areas instead. Files keep the
+    orientation that they are stored in, as in torchvision.
 
     Raises:
-        UserError: the file is damaged, or its class is none.
+        UserError: the file is damaged, or the model lacks its class.
     """
     data, where = example.image, example.where[0]
     target = config.data.crop_size
@@ -72,11 +226,11 @@ def random_box(size: Size, area: tuple[float, float], rng: np.random.Generator) 
 
     Args:
         size: (height, width) of the image.
-        area: range of the box's share of it, drawn uniformly; the aspect ratio's logarithm is, too.
+        area: range of the box's share of the image. It and the logarithm of the aspect ratio are drawn uniformly.
         rng: the source of all draws.
 
     Returns:
-        Of ten boxes the first one that fits; else the largest one in the centre whose aspect ratio is allowed.
+        The first of ten boxes that fits; else the largest one in the centre with an allowed aspect ratio.
     """
     height, width = size
     for _ in range(TRIES):
@@ -92,7 +246,7 @@ def random_box(size: Size, area: tuple[float, float], rng: np.random.Generator) 
 
 
 def choose_reduction(size: Size, target: Size) -> int:
-    """The largest of 1, 2, 4 and 8 by which both sides can be divided and stay at least the target's.
+    """The largest of 1, 2, 4 and 8 that leaves both sides at least as long as the target's.
 
     >>> choose_reduction((448, 600), (224, 224)), choose_reduction((447, 2000), (224, 224))
     (2, 1)

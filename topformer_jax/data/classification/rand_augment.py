@@ -1,9 +1,8 @@
 """RandAugment on the host: the operations of timm's `rand-m9-mstd0.5`, on uint8 RGB images, in OpenCV and NumPy.
 
-Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. Each operation gives Pillow's bytes, but for one level in
-rotations, shears and translations. Most of them are a table of 256 values, so they stay on the host: under `vmap` a
-device would compute all fifteen operations for every image, twice, to take one of them on average. dm-pix has
-colours, affine maps and, of the tables, solarize, at the same cost.
+Cubuk et al. 2020, https://arxiv.org/abs/1909.13719. Each operation gives Pillow's bytes; rotations, shears and
+translations may differ by one level. They run on the host: under `vmap`, a device would compute all fifteen
+operations twice for every image.
 """
 
 import math
@@ -11,7 +10,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 
 from topformer_jax.data.batch import Image
 
@@ -21,7 +20,8 @@ FILL = (124, 116, 104)  # of what comes from outside the image: ImageNet's mean
 GREY = (19595, 38470, 7471)  # Pillow's weights of red, green and blue, in 1 / 65536
 LEVELS = np.arange(256)
 Number = int | float
-Table = UInt8[np.ndarray, "256"] | UInt8[np.ndarray, "256 3"]
+Operation = Callable[[Image, Number], Image]
+Argument = Callable[[float, int], Number]
 Matrix = tuple[Number, Number, Number, Number, Number, Number]
 
 
@@ -45,7 +45,7 @@ def rand_augment(image: Image, *, magnitude: Number, std: Number, rng: np.random
     return image
 
 
-def autocontrast(image: Image, _: Number = 0) -> Image:
+def autocontrast(image: Image, _: Number) -> Image:
     """Stretches each channel so that its smallest value becomes 0 and its largest 255."""
     tables = []
     for counts in _histograms(image):
@@ -53,44 +53,17 @@ def autocontrast(image: Image, _: Number = 0) -> Image:
         scale = 255.0 / (high - low) if high > low else 1.0
         offset = -low * scale if high > low else 0.0
         tables.append(np.clip(np.trunc(LEVELS * scale + offset), 0, 255))
-    return _look_up(image, np.stack(tables, 1).astype(np.uint8))
+    return _look_up(image, np.stack(tables, 1))
 
 
-def equalize(image: Image, _: Number = 0) -> Image:
+def equalize(image: Image, _: Number) -> Image:
     """Spreads each channel's values so that its histogram becomes flat."""
     tables = []
     for counts in _histograms(image):
         step = (counts.sum() - counts[counts > 0][-1]) // 255
         below = np.cumsum(counts) - counts
         tables.append(np.minimum((step // 2 + below) // step, 255) if step else LEVELS)
-    return _look_up(image, np.stack(tables, 1).astype(np.uint8))
-
-
-def invert(image: Image, _: Number = 0) -> Image:
-    """255 minus each value."""
-    return 255 - image
-
-
-def posterize(image: Image, bits: Number) -> Image:
-    """Keeps the highest bits of each value."""
-    return _look_up(image, (LEVELS & ~(2 ** (8 - int(bits)) - 1)).astype(np.uint8))
-
-
-def solarize(image: Image, threshold: Number) -> Image:
-    """Inverts the values from the threshold on."""
-    return _look_up(image, np.where(threshold > LEVELS, LEVELS, 255 - LEVELS).astype(np.uint8))
-
-
-def solarize_add(image: Image, addend: Number) -> Image:
-    """Adds to the values below 128."""
-    return _look_up(
-        image, np.where(LEVELS < 128, np.minimum(LEVELS + int(addend), 255), LEVELS).astype(np.uint8)
-    )
-
-
-def brightness(image: Image, factor: Number) -> Image:
-    """Multiplies each value."""
-    return _look_up(image, _blend(np.float32(0), LEVELS.astype(np.float32), factor))
+    return _look_up(image, np.stack(tables, 1))
 
 
 def contrast(image: Image, factor: Number) -> Image:
@@ -110,7 +83,7 @@ def sharpness(image: Image, factor: Number) -> Image:
     total = cv2.boxFilter(image, cv2.CV_16U, (3, 3), normalize=False) + image * np.uint16(4)
     smooth = cv2.convertScaleAbs(
         total, alpha=1 / 13
-    )  # rounded; a thirteenth of a whole number is never a half
+    )  # rounds; a thirteenth of a whole number is never a half
     result = _blend(smooth.astype(np.float32), image.astype(np.float32), factor)
     result[[0, -1]], result[:, [0, -1]] = image[[0, -1]], image[:, [0, -1]]
     return result
@@ -125,26 +98,6 @@ def rotate(image: Image, degrees: Number) -> Image:
     return _transform(image, (cosine, -sine, across, sine, cosine, down))
 
 
-def shear_x(image: Image, factor: Number) -> Image:
-    """Moves each row by a share of its position."""
-    return _transform(image, (1, factor, 0, 0, 1, 0))
-
-
-def shear_y(image: Image, factor: Number) -> Image:
-    """Moves each column by a share of its position."""
-    return _transform(image, (1, 0, 0, factor, 1, 0))
-
-
-def translate_x(image: Image, share: Number) -> Image:
-    """Moves the image to the left by a share of its width."""
-    return _transform(image, (1, 0, share * image.shape[1], 0, 1, 0))
-
-
-def translate_y(image: Image, share: Number) -> Image:
-    """Moves the image up by a share of its height."""
-    return _transform(image, (1, 0, 0, 0, 1, share * image.shape[0]))
-
-
 def _histograms(image: Image) -> list[np.ndarray]:
     """How often each value occurs in red, green and blue."""
     return [
@@ -152,8 +105,9 @@ def _histograms(image: Image) -> list[np.ndarray]:
     ]
 
 
-def _look_up(image: Image, table: Table) -> Image:
-    return cv2.LUT(image, table.reshape(256, 1, -1))
+def _look_up(image: Image, table: np.ndarray) -> Image:
+    """Replaces each value by its entry in a table `[256]`, or in one of each channel `[256, 3]`."""
+    return cv2.LUT(image, table.astype(np.uint8).reshape(256, 1, -1))
 
 
 def _grey(image: Image) -> Float32[np.ndarray, "h w"]:
@@ -173,26 +127,22 @@ def _blend(start: np.ndarray | np.float32, end: np.ndarray, factor: Number) -> n
 def _transform(image: Image, matrix: Matrix) -> Image:
     """Fetches each pixel (x, y) from (a x + b y + c, d x + e y + f), bilinearly, with FILL from outside.
 
-    Positions are those of pixels' centres, (0.5, 0.5) for the first. Pillow cuts the digits off where OpenCV rounds:
-    so the pixels are interpolated in 1 / 256.
+    Positions are those of pixels' centres, (0.5, 0.5) for the first. Pillow truncates where OpenCV rounds, so the
+    pixels are interpolated in 1 / 256.
     """
     a, b, c, d, e, f = matrix
-    size = image.shape[1], image.shape[0]
+    size, inverse = (image.shape[1], image.shape[0]), cv2.WARP_INVERSE_MAP
     between_corners = np.array([[a, b, a / 2 + b / 2 + c - 0.5], [d, e, d / 2 + e / 2 + f - 0.5]])
-    flags = cv2.WARP_INVERSE_MAP
+    wide = image.astype(np.uint16) << 8
     warped: np.ndarray = cv2.warpAffine(
-        image.astype(np.uint16) << 8,
-        between_corners,
-        size,
-        flags=flags | cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
+        wide, between_corners, size, flags=inverse | cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
     everywhere = np.ones(image.shape[:2], np.uint8)
-    inside = cv2.warpAffine(everywhere, between_corners, size, flags=flags | cv2.INTER_NEAREST)
+    inside = cv2.warpAffine(everywhere, between_corners, size, flags=inverse | cv2.INTER_NEAREST)
     return cv2.copyTo((warped >> 8).astype(np.uint8), inside, np.full_like(image, FILL))
 
 
-def _signed(largest: Number) -> Callable[[float, int], Number]:
+def _signed(largest: Number) -> Argument:
     return lambda level, sign: sign * level * largest
 
 
@@ -200,25 +150,41 @@ def _enhance(level: float, _: int) -> float:
     return level * 1.8 + 0.1
 
 
-def _nothing(_: float, __: int) -> float:
-    return 0.0
-
-
 # By name: the operation, and its argument from the level in 0..1 and a random sign. timm's list without "increasing".
-OPERATIONS: dict[str, tuple[Callable[[Image, Number], Image], Callable[[float, int], Number]]] = {
-    "autocontrast": (autocontrast, _nothing),
-    "equalize": (equalize, _nothing),
-    "invert": (invert, _nothing),
+OPERATIONS: dict[str, tuple[Operation, Argument]] = {
+    "autocontrast": (autocontrast, lambda level, _: 0),
+    "equalize": (equalize, lambda level, _: 0),
+    "invert": (lambda image, _: 255 - image, lambda level, _: 0),
     "rotate": (rotate, _signed(30)),
-    "posterize": (posterize, lambda level, _: int(level * 4)),
-    "solarize": (solarize, lambda level, _: min(256, int(level * 256))),
-    "solarize_add": (solarize_add, lambda level, _: min(128, int(level * 110))),
+    "posterize": (
+        lambda image, bits: _look_up(image, LEVELS & ~(2 ** (8 - int(bits)) - 1)),
+        lambda level, _: int(level * 4),
+    ),
+    "solarize": (
+        lambda image, threshold: _look_up(image, np.where(threshold > LEVELS, LEVELS, 255 - LEVELS)),
+        lambda level, _: min(256, int(level * 256)),
+    ),
+    "solarize_add": (
+        lambda image, addend: _look_up(
+            image, np.where(LEVELS < 128, np.minimum(LEVELS + int(addend), 255), LEVELS)
+        ),
+        lambda level, _: min(128, int(level * 110)),
+    ),
     "color": (color, _enhance),
     "contrast": (contrast, _enhance),
-    "brightness": (brightness, _enhance),
+    "brightness": (
+        lambda image, factor: _look_up(image, _blend(np.float32(0), LEVELS.astype(np.float32), factor)),
+        _enhance,
+    ),
     "sharpness": (sharpness, _enhance),
-    "shear_x": (shear_x, _signed(0.3)),
-    "shear_y": (shear_y, _signed(0.3)),
-    "translate_x": (translate_x, _signed(0.45)),
-    "translate_y": (translate_y, _signed(0.45)),
+    "shear_x": (lambda image, factor: _transform(image, (1, factor, 0, 0, 1, 0)), _signed(0.3)),
+    "shear_y": (lambda image, factor: _transform(image, (1, 0, 0, factor, 1, 0)), _signed(0.3)),
+    "translate_x": (
+        lambda image, share: _transform(image, (1, 0, share * image.shape[1], 0, 1, 0)),
+        _signed(0.45),
+    ),
+    "translate_y": (
+        lambda image, share: _transform(image, (1, 0, 0, 0, 1, share * image.shape[0])),
+        _signed(0.45),
+    ),
 }
