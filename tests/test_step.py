@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from benchmarks import traffic
@@ -225,7 +226,8 @@ def test_the_loss_is_the_textbooks_of_the_networks_outputs(x64: None) -> None:
     model = load(settings)
     model.train()
     pixel_loss = PixelLoss(tuple(settings.loss.class_weight), 0.1, 0.9, 0.7, 2.0)
-    sums = plain_cross_entropy(model(images), labels, teacher(images), pixel_loss=pixel_loss)
+    apply = nnx.jit(lambda model, images: model(images))
+    sums = plain_cross_entropy(apply(model, images), labels, apply(teacher, images), pixel_loss=pixel_loss)
     assert found == pytest.approx(float(sums.loss) / labels.size, rel=1e-9)
 
 
