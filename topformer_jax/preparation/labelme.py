@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.codecs import JPEG, PNG, decode_image
+from topformer_jax.data.codecs import JPEG, PNG, decode_image, read_label_values
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive, Member, hold
 from topformer_jax.preparation.own import Annotations, Pair
@@ -25,6 +25,7 @@ from topformer_jax.runtime.errors import UserError
 IGNORED = "__ignore__"  # labelme's name of void
 BACKGROUND = "_background_"  # labelme's name of what nothing covers
 _LINE_WIDTH, _POINT_RADIUS = 10, 5  # pixels, as labelme's shape_to_mask
+_THIN = ("line", "linestrip", "point")
 _POLYGONS = ("polygon", "rectangle", "rotation", "oriented_rectangle", "quadrilateral")
 
 Length = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
@@ -50,14 +51,17 @@ class Drawing(msgspec.Struct, omit_defaults=True):
 
 
 def read(source: Archive, background: str) -> Annotations:
-    """Finds the files of labelme and their pictures. classes.txt or labels.txt gives the order of the classes.
+    """Finds the files of labelme and their pictures. Without a background, shapes must cover every picture.
+
+    classes.txt or labels.txt in the source, or labels.txt beside it, gives the order of the classes.
 
     Raises:
-        UserError: a file is wrong or has no picture, or nothing says the class of the pixels that no shape covers.
+        UserError: a file is wrong or has no picture, or nothing says the class of pixels that no shape covers.
     """
     found = Annotations(source)
     places: dict[str, str] = {}  # the first file of each label
-    empty = renamed = 0
+    spelled: set[str] = set()  # labels that are written in another way than their class
+    empty = renamed = thin = 0
     pictures = [*filter(own.is_picture, source.members)]
     index, by_stem = own.index_ends(source.members), defaultdict[str, list[str]](list)
     for path in pictures:
@@ -67,7 +71,11 @@ def read(source: Archive, background: str) -> Annotations:
         where = source[name].where
         empty += not drawing.shapes
         for number, shape in enumerate(drawing.shapes):
-            places.setdefault(_name(shape, f"{where}: shape {number}"), where)
+            label = _name(shape, f"{where}: shape {number}")
+            places.setdefault(label, where)
+            thin += shape.shape_type in _THIN
+            if label != shape.label:
+                spelled.add(f"{label} (as {shape.label!r})")
         picture, extract = _find_picture(source, index, by_stem, name, drawing)
         stated = own.split_path(drawing.imagePath or "")[-1:]
         renamed += bool(stated) and not extract and stated != picture.split("/")[-1:]
@@ -75,11 +83,21 @@ def read(source: Archive, background: str) -> Annotations:
         drawn.append((name, picture, extract, hold(where, msgspec.json.encode(drawing))))
     if not drawn:
         raise UserError(f"{source.path} holds no .json of labelme, with shapes ({own.describe(source)})")
-    found.classes, table = _list_classes(found, places, background)
+    found.classes, table, is_covered = _list_classes(found, places, background)
     for name, picture, extract, content in drawn:
         image = source[name if extract else picture]
+        if is_covered:
+            _require_full_cover(table, image, extract, content)
         convert = partial(draw_shapes, table, image, extract)
         found.pairs.append(Pair(picture, image, content, convert, own.split_of_folders(name), extract))
+    if spelled:
+        found.notes.append(
+            f"labels written differently: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}"
+        )
+    if thin:
+        found.notes.append(
+            f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
+        )
     if empty:
         found.notes.append(f"files without a shape, all background: {empty}")
     if renamed:
@@ -99,9 +117,17 @@ def _name(shape: Shape, where: str) -> str:
 
 def _list_classes(
     found: Annotations, places: Mapping[str, str], background: str
-) -> tuple[list[str], dict[str, int]]:
-    """Returns the classes, and the label of each name; that of "" is for pixels that no shape covers."""
+) -> tuple[list[str], dict[str, int], bool]:
+    """Returns the classes, the label of each name, and whether shapes must cover every pixel.
+
+    The label of "" is for the pixels that no shape covers.
+    """
     lines, where = found.read_classes("classes.txt", "labels.txt")
+    beside = found.source.path.absolute().parent / "labels.txt"  # as in labelme's examples
+    if not where and beside.is_file():
+        listed = files.read_lines(beside)
+        if {*places} <= {" ".join(line.split()) for line in listed} | {IGNORED, BACKGROUND}:
+            lines, where = listed, str(beside)
     names = [" ".join(line.split()) for line in lines] if where else sorted(places)
     if where:
         found.notes.append(f"the order of the classes is that of {where}")
@@ -117,9 +143,25 @@ def _list_classes(
     if not where:  # labelme's own tools give the background label 0
         names.sort(key=lambda name: name != BACKGROUND)
     where = where or str(found.source.path)
-    classes, numbers, empty = own.number_classes(dict(enumerate(names)), background, where, (BACKGROUND,))
+    is_covered = not background and BACKGROUND not in map(str.lower, names)
+    classes, numbers, empty = own.number_classes(
+        dict(enumerate(names)), own.VOID if is_covered else background, where, (BACKGROUND,)
+    )
     table = {name: numbers[place] for place, name in enumerate(names)}
-    return classes, {"": empty, BACKGROUND: empty} | table | {IGNORED: IGNORE_LABEL}
+    return classes, {"": empty, BACKGROUND: empty} | table | {IGNORED: IGNORE_LABEL}, is_covered
+
+
+def _require_full_cover(
+    table: Mapping[str, int], image: Member, extract: Convert | None, content: Member
+) -> None:
+    """Raises UserError if no shape covers a pixel of the picture."""
+    probe = dict.fromkeys(table, 0) | {"": 1}
+    drawn = draw_shapes(probe, image, extract, content.read(), content.where)
+    if uncovered := float(read_label_values(drawn, content.where).mean()):
+        raise UserError(
+            f"{content.where}: no shape covers {uncovered:.2%} of the picture: give the rest a class by --background "
+            f"NAME, or leave it out of training and scores by --background {own.VOID}"
+        )
 
 
 def _find_picture(

@@ -418,7 +418,7 @@ def number_classes(
 
 
 def _check_classes(annotations: Annotations) -> None:
-    """Raises UserError unless there are 2 to 255 classes; notes what they are."""
+    """Raises UserError unless there are 2 to 255 classes; notes what they are, and strange names."""
     names, where = annotations.classes, annotations.source.path
     if len(names) == 1:
         raise UserError(
@@ -431,6 +431,11 @@ def _check_classes(annotations: Annotations) -> None:
     twins = [name for name, count in Counter(map(str.lower, names)).items() if count > 1]
     if twins:
         annotations.notes.append(f"classes that differ in upper and lower case only: {_join_first(twins)}")
+    members = annotations.source.members.values()
+    if strange := [member.name for member in members if files.CONTROL.search(member.name)]:
+        annotations.notes.append(
+            f"names that are no text, with _ in its place: {len(strange)} ({_join_first(strange)})"
+        )
 
 
 # The plan
