@@ -10,7 +10,7 @@ import msgspec
 
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.preparation import labels, own
-from topformer_jax.preparation.archives import Archive, Member, hold
+from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, hold, open_archive
 from topformer_jax.preparation.own import Annotations, Pair
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -114,7 +114,7 @@ def read(source: Archive, background: str) -> Annotations:
     if kind.startswith("panoptic"):
         # COCO's own rule: pixels without a segment are void.
         classes, table, empty = own.number_classes(categories, background or own.VOID, where)
-        masks = {name: _mask_folder(source, name) for name in contents}
+        masks = {name: _mask_folder(found, name) for name in contents}
     else:
         if not any(row.has_outline for file in contents.values() for row in file.annotations or ()):
             raise UserError(f"{where} has no polygons or run lengths: boxes say no pixel's class")
@@ -155,10 +155,22 @@ def _find_categories(found: Annotations, contents: Mapping[str, File]) -> dict[I
     return categories or {}
 
 
-def _mask_folder(source: Archive, name: str) -> str:
-    """Returns the folder of a panoptic file's masks: of the file's name, or the file's own (Mapillary)."""
-    stem = name[: -len(".json")]
-    return stem if any(path.startswith(f"{stem}/") for path in source.members) else name.rpartition("/")[0]
+def _mask_folder(found: Annotations, name: str) -> str:
+    """Returns the folder of a panoptic file's masks: of the file's name, or the file's own (Mapillary).
+
+    Masks in a .zip of the file's name join the source, as if they were unpacked into that folder.
+    """
+    members, stem = found.source.members, name[: -len(".json")]
+    if any(path.startswith(f"{stem}/") for path in members):
+        return stem
+    packed = members.get(f"{stem}.zip")
+    if packed is None or packed.offset != IN_FOLDER:
+        return name.rpartition("/")[0]
+    found.read.add(packed)
+    folder = stem.rpartition("/")[2]
+    for path, member in open_archive(pathlib.Path(packed.path)).members.items():
+        members[f"{stem}/{path.removeprefix(f'{folder}/')}"] = member
+    return stem
 
 
 def _mask_name(folder: str, row: Annotation) -> str:
@@ -204,7 +216,7 @@ def _add_panoptic(
             mask = _mask_name(folder, row)
             if mask not in source.members:
                 raise UserError(
-                    f"{where} names the mask {files.shorten(mask)}, which is not there: put it there, unpacked"
+                    f"{where} names the mask {files.shorten(mask)}, which is not there: put it there"
                 )
             segments = {part.id: _label(part.category_id, table, where) for part in row.segments_info or ()}
             convert = partial(labels.map_segments, segments, empty)
