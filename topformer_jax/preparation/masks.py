@@ -27,10 +27,10 @@ _COLOUR = re.compile(r"(.*\S)(?:\s+|:)(\d{1,3})[\s,]+(\d{1,3})[\s,]+(\d{1,3})(:[
 def read_colours(listing: str, folder: str, source: Archive, background: str) -> Annotations:
     """Reads pictures, masks of their names below a folder, and a file that lists the colour of each class.
 
-    With labelmap.txt this is CVAT's "Segmentation mask".
+    With labelmap.txt this is CVAT's "Segmentation mask", in which pictures may be without a mask.
 
     Raises:
-        UserError: a line is wrong, a colour is there twice, or a picture has no mask.
+        UserError: a line is wrong, a colour is there twice, or a picture has no mask (with CVAT: none has one).
     """
     found, colours = Annotations(source), dict[labels.Colour, str]()
     lines, where = found.read_classes(listing, required=True)
@@ -54,7 +54,7 @@ def read_colours(listing: str, folder: str, source: Archive, background: str) ->
     found.classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
     convert = partial(labels.map_colours, table)
     pictures, drawn = _in_folders(source, _PICTURES), _in_folders(source, (folder,))
-    _pair(found, pictures, drawn, convert)
+    _pair(found, pictures, drawn, convert, is_complete=listing == own.CLASSES)
     return found
 
 
@@ -142,11 +142,17 @@ def _in_folders(source: Archive, *choices: Sequence[str]) -> dict[str, str]:
 
 
 def _pair(
-    found: Annotations, pictures: Mapping[str, str], masks: Mapping[str, str], convert: Convert
+    found: Annotations,
+    pictures: Mapping[str, str],
+    masks: Mapping[str, str],
+    convert: Convert,
+    *,
+    is_complete: bool = False,
 ) -> None:
     """Adds the pairs of pictures and masks of one key, by their paths, and counts the others.
 
-    Raises UserError if a picture has two masks, or no picture has one.
+    Raises UserError if a picture has two masks, if no picture has one, or, if `is_complete`, one that is not of test
+    has none.
     """
     source, by_key, without = found.source, defaultdict[str, list[str]](list), []
     for name, key in masks.items():
@@ -164,10 +170,13 @@ def _pair(
         left.discard(mine[0])
         sized = partial(labels.convert_mask, convert, source[name])
         found.pairs.append(Pair(name, source[name], source[mine[0]], sized))
-    if not found.pairs:
+    lacking = [name for name in without if is_complete and own.split_of_folders(name) != "test"]
+    if lacking or not found.pairs:
+        shown = f"{files.shorten(lacking[0])} has no mask" if lacking else "no picture has a mask"
+        rest = f", such as {files.shorten(min(left))}" if left else ""
         raise UserError(
-            f"{source.path}: no picture has a mask of its name, or of this and {', '.join(_MASK_ENDS)}; there are "
-            f"{len(pictures)} pictures and {len(masks)} masks such as {files.shorten(min(left, default='none'))}"
+            f"{source.path}: {shown} of its name, or of this and {', '.join(_MASK_ENDS)}; there are "
+            f"{len(pictures)} pictures and {len(masks)} masks{rest}"
         )
     found.leave_out("without a mask", (source[name] for name in without))
     found.leave_out("without a picture", (source[name] for name in masks if name in left), own.LABELS)
