@@ -69,6 +69,38 @@ def test_shards_hold_the_files(small_shards: None, files: pathlib.Path, tmp_path
         packing.build("ade20k", str(files), str(tmp_path / "records"))
 
 
+def pack(files: pathlib.Path, output: str, *flags: str) -> None:
+    """Runs the command."""
+    words = ["ade20k", "--format", "array_record", "--source", str(files), "--output", output, *flags]
+    prepare.prepare(prepare.make_parser().parse_args(words))
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_parts_make_the_same_files(
+    small_shards: None,
+    files: pathlib.Path,
+    tmp_path: pathlib.Path,
+    bucket: Bucket,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))))
+    output = str(bucket) if place == "bucket" else str(tmp_path / "parts")
+    said = []
+    for part in ("2/3", "3/3", "3/3", "1/3", "2/3"):  # the last one finds all complete
+        pack(files, output, "--shard", part)
+        said.append(capsys.readouterr().out)
+        if len(said) == 1:
+            with pytest.raises(UserError, match=r"1\.0\.0 is incomplete: run the same python -m"):
+                sources.open_source(records_config(output), "train")
+    folder = files_lib.as_path(output) / "ade20k/1.0.0"
+    assert f"wrote --shard 2/3 of {folder}; still missing: --shard 1/3, 3/3" in said[0]
+    assert all("still missing: --shard 1/3\n" in text for text in said[1:3])
+    assert all(f"{folder} is complete" in text and "missing" not in text for text in said[3:])
+    assert not any("complete" in text for text in said[:3])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
 @pytest.mark.parametrize("place", ["disk", "bucket"])
 def test_an_interrupted_build_goes_on(
     small_shards: None,
@@ -166,8 +198,7 @@ def test_the_command_packs_into_a_bucket(
 ) -> None:
     output = f"{bucket}/records"
     bucket.set_faults(fail=1, cut=1, match="upload")  # gcsfs tries again
-    words = ["ade20k", "--format", "array_record", "--source", str(files), "--output", output]
-    prepare.prepare(prepare.make_parser().parse_args(words))
+    pack(files, output)
     out = capsys.readouterr().out
     assert "is complete" in out
     assert f"--config.data.source=array_record --config.data.root={output}" in out
@@ -176,9 +207,8 @@ def test_the_command_packs_into_a_bucket(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents(pathlib.Path(whole))
     source = sources.open_source(records_config(output), "train")
     assert [source[index].image for index in range(7)] == [JPEG + bytes([index]) for index in range(7)]
-    words[2] = "folder"
-    with pytest.raises(UserError, match="is in a bucket: make a local folder first"):
-        prepare.prepare(prepare.make_parser().parse_args(words))
+    with pytest.raises(UserError, match="folder that this command has made is packed in parts or into a"):
+        pack(tmp_path, output)  # no folder of ADE20K
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 
 Archives are read without unpacking them; pictures stay byte for byte. The same command resumes an interrupted one,
 and after a finished one it checks that everything is there. --format array_record packs a folder that this command
-has made; --output may then be a bucket (gs://...).
+has made, and --output may then be a bucket (gs://...); from downloads it makes that folder first, below --output.
 """
 
 import argparse
@@ -48,6 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core); 0: none")
     parser.add_argument("--verify", action="store_true", help="also compare checksums of existing files")
+    parser.add_argument(
+        "--shard", metavar="I/N", default="1/1", help="pack the I-th of N parts: N processes share the work"
+    )
     return parser
 
 
@@ -58,8 +61,8 @@ from functools import partial
 
 from etils import epath
 
-from topformer_jax.data import sources
-from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, SPLITS
+from topformer_jax.data import records, sources
+from topformer_jax.data.catalog import SPLITS
 from topformer_jax.data.loader import count_cores
 from topformer_jax.preparation import coco, labelme, masks, own, releases, writer, yolo
 from topformer_jax.preparation.archives import fingerprint
@@ -79,27 +82,44 @@ READERS: dict[str, own.Reader] = {
 
 def prepare(args: argparse.Namespace) -> None:
     """Runs the command; raises UserError if a flag, a download or the output is wrong."""
+    part = _parse_part(args.shard)
     workers = count_cores() if args.workers is None else args.workers
     if workers < 0 or not 0 < args.validation < 1:
         raise UserError(
             f"--workers is {workers}, --validation {args.validation}: expected 0 or more, and a share between 0 and 1"
         )
-    if args.kind and (args.dataset != "custom" or args.format == "array_record"):
-        raise UserError(
-            f"--from {args.kind} makes a folder from your own data: prepare custom, without --format array_record"
-        )
-    if args.format == "array_record":
-        _pack(args.dataset, args.source, args.output)
+    if args.kind and args.dataset != "custom":
+        raise UserError(f"--from {args.kind} is for your own data: prepare custom, not {args.dataset}")
+    is_packed = args.format == "array_record"
+    if not args.kind and releases.has_layout(args.dataset, args.source):
+        if not is_packed:
+            _check_folder(args.dataset, args.source)
+            raise UserError(
+                f"{args.source} has the layout of {args.dataset} already: use it with "
+                f"--config.data.root={args.source}"
+            )
+        _pack(args.dataset, args.source, args.output, part)
         return
-    if files.is_in_bucket(args.output):
+    if part != (1, 1) or files.is_in_bucket(args.output):
         raise UserError(
-            f"--output {args.output} is in a bucket: make a local folder first, then pack it into the bucket"
+            f"--shard {args.shard}, --output {args.output}: only a folder that this command has made is packed in "
+            "parts or into a bucket: make it first"
         )
     source, output = (pathlib.Path(path).expanduser() for path in (args.source, args.output))
     if args.kind and output.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--output {output} lies in --source {source}, and would be read as a part of it")
     if source.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--source {source} lies in --output {output}, where files are made: name another")
+    folder = output / args.dataset / "files" if is_packed else output
+    _make_folder(args, source, folder, workers)
+    print(f"{folder} is complete; use it with --config.data.root={folder}")
+    if is_packed:
+        _pack(args.dataset, str(folder), args.output, part)
+        print(f"note: {folder} stays: the packed files do not need it")
+
+
+def _make_folder(args: argparse.Namespace, source: pathlib.Path, output: pathlib.Path, workers: int) -> None:
+    """Makes a data set's folder, and prints what is in each split."""
     found = _find_own(source, args) if args.dataset == "custom" else releases.find(args.dataset, source)
     splits = writer.write(found.plan, output, found.origin, workers=workers, verify=args.verify)
     for name, split in splits.items():
@@ -109,17 +129,30 @@ def prepare(args: argparse.Namespace) -> None:
             f"{name}: {split['images']:,} images{note}, {split['labels']:,} labels, {split['bytes'] / 1e6:,.0f} MB, "
             f"sha256 {split['sha256']}"
         )
-    if args.dataset != "imagenet":
-        layout = CUSTOM_LAYOUT if args.dataset == "custom" else CATALOG[args.dataset].layout
-        for name in SPLITS:  # raises UserError for a picture without a label
-            sources.open_folder(args.dataset, layout, str(output), name)
-    print(f"{output} is complete; use it with --config.data.root={output}")
+    _check_folder(args.dataset, str(output))
+
+
+def _check_folder(dataset: str, folder: str) -> None:
+    """Raises UserError if a split is missing or a picture has no label."""
+    if layout := releases.find_layout(dataset):
+        for split in SPLITS:
+            sources.open_folder(dataset, layout, folder, split)
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    """Returns (I, N) of "I/N"."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4")
+    return int(index), int(count)
 
 
 def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
     """Finds a user's annotations, and prints what goes where."""
     if not args.kind:
-        raise UserError(f"{source}: name the format of your annotations by --from {', '.join(READERS)}")
+        raise UserError(
+            f"{source} has no images/train: name the format of your annotations by --from {', '.join(READERS)}"
+        )
     annotations = READERS[args.kind](own.open_source(source), " ".join(args.background.split()))
     plan, table = own.divide(annotations, args.validation)
     print(cli.table(table))
@@ -133,12 +166,14 @@ def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
     return releases.Found(plan, origin, {})
 
 
-def _pack(dataset: str, source: str, output: str) -> None:
-    """Packs a folder, and prints what is there."""
+def _pack(dataset: str, source: str, output: str, part: tuple[int, int]) -> None:
+    """Packs a folder, or a part of it, and prints what is there."""
     # It imports tensorflow-datasets, which worker processes do not need.
     from topformer_jax.preparation import packing
 
-    folder = packing.build(dataset, source, output)
+    folder = packing.build(dataset, source, output, part)
+    if not (folder / records.INFO).exists():
+        return
     size = sum(file.stat().length for file in epath.Path(folder).iterdir())
     print(
         f"{folder} is complete ({size / 1e6:.0f} MB): train and validation; use it with any config of {dataset}:"

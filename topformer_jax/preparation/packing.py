@@ -1,7 +1,7 @@
 """Packs a data set's folder into array_record shards: few large files, for disks and buckets slow with small ones.
 
 The shards are in tensorflow-datasets' format, written and read without TensorFlow; they hold the files' bytes
-unchanged. The same command resumes an interrupted one.
+unchanged. The same command resumes an interrupted one, and several processes may share the work.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class Part(msgspec.Struct):
 
 
 def plan_shards(dataset: str, splits: Mapping[str, Source]) -> list[Shard]:
-    """Divides the splits' examples into shards."""
+    """Divides the splits' examples into shards: the same ones in every process."""
     shards = []
     for split, source in splits.items():
         rows = [source.describe(index) for index in range(len(source))]
@@ -194,10 +194,11 @@ def is_complete(folder: files.Path, shards: list[Shard]) -> bool:
     )
 
 
-def build(dataset: str, source: str, output: str) -> files.Path:
-    """Packs train and validation of a folder; returns the folder of the shards.
+def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)) -> files.Path:
+    """Packs train and validation of a folder, or of N parts of their shards the I-th one, for `part` (I, N).
 
-    Raises UserError if the source is incomplete, or the output cannot be written or holds something else.
+    Returns the folder of the shards; prints which parts are missing there. Raises UserError if the source is
+    incomplete, or the output cannot be written or holds something else.
     """
     splits: dict[str, Source]
     classes: list[str] = []
@@ -214,15 +215,22 @@ def build(dataset: str, source: str, output: str) -> files.Path:
         if is_complete(folder, shards):
             return folder
         builder, parts = FolderBuilder(dataset, empty, classes), dict[Shard, Part]()
-        total = sum(map(len, splits.values()))
-        with tqdm(total=total, unit=" examples") as bar:
-            for shard in shards:
-                if part := find_part(folder, shard):
+        mine = shards[part[0] - 1 :: part[1]]
+        with tqdm(total=sum(shard.stop - shard.start for shard in mine), unit=" examples") as bar:
+            for shard in mine:
+                if found := find_part(folder, shard):
                     bar.update(shard.stop - shard.start)
-                parts[shard] = part or write_shard(builder, splits[shard.split], shard, folder, bar)
-        if dataset in ("custom", "imagenet") and names.exists():
-            files.write_file(folder / names.name, files.read_bytes(names), ADVICE)
-        finish(builder, parts, folder)
+                parts[shard] = found or write_shard(builder, splits[shard.split], shard, folder, bar)
+        of_all = {shard: parts.get(shard) or find_part(folder, shard) for shard in shards}
+        complete = {shard: found for shard, found in of_all.items() if found}
+        if len(complete) == len(shards):
+            if dataset in ("custom", "imagenet") and names.exists():
+                files.write_file(folder / names.name, files.read_bytes(names), ADVICE)
+            finish(builder, complete, folder)
+        elif not is_complete(folder, shards):  # another process may have finished, and removed the parts
+            missing = {number % part[1] + 1 for number, shard in enumerate(shards) if shard not in complete}
+            shown = ", ".join(f"{number}/{part[1]}" for number in sorted(missing))
+            print(f"wrote --shard {part[0]}/{part[1]} of {folder}; still missing: --shard {shown}")
     return folder
 
 
