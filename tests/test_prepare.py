@@ -21,7 +21,7 @@ from topformer_jax import config as config_lib, prepare
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.preparation import labels
+from topformer_jax.preparation import labels, releases
 from topformer_jax.runtime.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +50,16 @@ cli.run(prepare.main)
 
 def run(dataset: str, source: pathlib.Path, output: pathlib.Path, *flags: str) -> None:
     """Runs the command in this process."""
-    words = [dataset, "--source", str(source), "--output", str(output), "--workers", "0", *flags]
+    words = [
+        dataset.partition(" ")[0],
+        "--source",
+        str(source),
+        "--output",
+        str(output),
+        "--workers",
+        "0",
+        *flags,
+    ]
     prepare.prepare(prepare.make_parser().parse_args(words))
 
 
@@ -106,6 +115,45 @@ def test_downloads_become_the_layout(
     }
     run(dataset, downloads, made, "--workers", "2")  # again: nothing changes
     assert tree(made) == before
+
+
+def test_downloads_become_records(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By way of a folder below the output, which stays."""
+    (tmp_path / "downloads").mkdir()
+    expected, made = miniatures.ade20k(tmp_path / "downloads"), tmp_path / "made"
+    before: dict[str, bytes] = {}
+    for _ in range(2):  # again: it is complete
+        run("ade20k", tmp_path / "downloads", made, "--format", "array_record")
+        out = capsys.readouterr().out
+        assert f"--config.data.source=array_record --config.data.root={made}" in out
+        assert f"note: {made}/ade20k/files stays" in out
+        before = before or tree(made)
+        assert tree(made) == before
+    changes = {"data.source": "array_record", "data.root": str(made)}
+    source = sources.open_source(config_lib.load(expected.config, changes), "train")
+    found = {source[index].name: source[index].image for index in range(len(source))}
+    assert found == {name: image for name, (image, _) in expected.train.items()}
+
+
+def test_lists_and_colours_of_camvid() -> None:
+    """Counts, ends and order of SegNet's lists; a few pixels in no class's colour are void."""
+    lists = {word: [*releases.list_camvid(word)] for word in ("train", "val", "test")}
+    assert {word: len(names) for word, names in lists.items()} == {"train": 367, "val": 101, "test": 233}
+    assert all(names == sorted(names) for names in lists.values())
+    assert len({name for names in lists.values() for name in names}) == 701
+    ends = [(names[0], names[-1]) for names in lists.values()]
+    assert ends[0] == ("0001TP_006690", "0016E5_08640")
+    assert ends[2] == ("0001TP_008550", "Seq05VD_f05100")
+    mask, name = np.full((20, 20, 3), 128), "0016E5_07959_L.png"
+    mask[0, :4] = 7
+    colours = {(128, 128, 128): 0}
+    data = labels.map_colours(colours, miniatures.png(mask), name, void_share=0.01)
+    assert (decode_label(data, name, classes=1, reduce_zero_label=False) == 255).sum() == 4
+    mask[1, 0] = 8
+    with pytest.raises(
+        UserError, match=r"1\.25% of the pixels have colours that no class has, such as \(7, 7"
+    ):
+        labels.map_colours(colours, miniatures.png(mask), name, void_share=0.01)
 
 
 @pytest.mark.parametrize("dataset", ["voc2012", "imagenet"])  # one pass over a .tgz, and nested archives
@@ -340,14 +388,21 @@ def test_a_folder_is_of_one_thing(tmp_path: pathlib.Path) -> None:
     assert "was not made by this command: name another --output" in refusal(
         "ade20k", tmp_path, tmp_path / "full"
     )
-    for words in (["ade20k"], ["custom", "--format", "array_record"]):
-        line = refusal(words[0], tmp_path, tmp_path / "new", "--from", "coco", *words[1:])
-        assert "--from coco makes a folder from your own data" in line
+    line = refusal("ade20k", tmp_path, tmp_path / "new", "--from", "coco")
+    assert "--from coco is for your own data" in line
+    assert "has the layout of ade20k already: use it with" in refusal(
+        "ade20k", tmp_path / "made", tmp_path / "new"
+    )
+    assert "--shard 1/2, --output" in refusal("ade20k", tmp_path, tmp_path / "new", "--shard", "1/2")
+    for part in ("0/4", "5/4", "4", "a/b"):
+        line = refusal("ade20k", tmp_path, tmp_path / "new", "--shard", part)
+        assert f"--shard {part} is not I/N: for 4 processes, 1/4 to 4/4" in line
     assert "--workers is -1" in refusal("ade20k", tmp_path, tmp_path / "new", "--workers", "-1")
     assert "where files are made" in refusal("ade20k", tmp_path / "made/images", tmp_path / "made")
-    line = refusal("ade20k", tmp_path, tmp_path / "new", "--format", "array_record")
-    assert "new" not in line
-    assert "images/training" in line
+    (tmp_path / "made/annotations/validation/ADE_val_00000004.png").unlink()
+    for kind in ("folder", "array_record"):
+        line = refusal("ade20k", tmp_path / "made", tmp_path / "new", "--format", kind)
+        assert "1 image (ADE_val_00000004.jpg) in " in line
 
 
 def test_context_of_59_and_60_classes_is_one_folder(tmp_path: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as masks
 
 from tests.annotations import BACK, FORMATS, SPLITS, draw, labelme, make, palette_png, shape, write
-from tests.miniatures import jpeg, png
+from tests.miniatures import jpeg, png, write_zip
 from tests.test_prepare import refusal, run, tree
 
 H, W = 40, 60
@@ -147,6 +147,8 @@ def test_panoptic_masks(tmp_path: pathlib.Path) -> None:
         files[f"{split}2017/a.png"] = picture(len(split), ".png")  # as the mask is called
         files[f"annotations/panoptic_{split}2017.json"] = instances("a.png", annotations=rows)
         files[f"annotations/panoptic_{split}2017/a.png"] = png(ids)
+    packed = f"panoptic_{split}2017/a.png"  # val's masks stay in their zip, as COCO gives them
+    write_zip(tmp_path / "x/annotations/panoptic_val2017.zip", {packed: files.pop(f"annotations/{packed}")})
     for flags, cat, rest in (((), 0, 255), (BACK, 1, 0)):
         made = tmp_path / str(rest)
         run("custom", write(tmp_path / "x", files), made, "--from", "coco", *flags)
@@ -156,12 +158,17 @@ def test_panoptic_masks(tmp_path: pathlib.Path) -> None:
             assert (found[:20] == cat).all()
             assert (found[20:] == rest).all()
     deep = cv2.imencode(".png", ids.astype(np.uint16))[1].tobytes()
-    write(tmp_path / "x", {"annotations/panoptic_val2017/a.png": deep})
+    write(tmp_path / "x", {"annotations/panoptic_val2017/a.png": deep})  # a folder comes before its zip
     line = refusal("custom", tmp_path / "x", tmp_path / "deep", "--from", "coco")
     assert "panoptic_val2017/a.png holds none of its 1 segments: is it of another picture?" in line
-    (tmp_path / "x/annotations/panoptic_val2017/a.png").unlink()
-    line = refusal("custom", tmp_path / "x", tmp_path / "deep", "--from", "coco")
-    assert "a.png, which is not there: put it there, unpacked" in line
+    shutil.rmtree(tmp_path / "x/annotations/panoptic_val2017")
+    packed_masks = tmp_path / "x/annotations/panoptic_val2017.zip"
+    packed_masks.write_bytes(b"PK")
+    line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "coco")
+    assert "panoptic_val2017.zip (2 bytes) is cut off, damaged or no such archive" in line
+    packed_masks.unlink()
+    line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "coco")
+    assert "a.png, which is not there: put it there" in line
 
 
 # YOLO
@@ -338,13 +345,32 @@ def test_ignored_and_background(flags: tuple[str, ...], tmp_path: pathlib.Path) 
 
 
 def test_labels_txt_gives_the_order(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = drawn(shape("car", BOX)) | {"labels.txt": "__ignore__\n_background_\ntruck\ncar\n"}
+    """In the source or, as in labelme's own examples, beside it."""
+    text = "__ignore__\n_background_\ntruck\ncar\n"
+    files = drawn(shape("car", BOX)) | {"labels.txt": text}
     np.testing.assert_array_equal(make_label(tmp_path, files), 2 * polygon(BOX))
     assert classes(tmp_path / "made") == ["_background_", "truck", "car"]
     assert f"the order of the classes is that of {tmp_path}/x/labels.txt" in capsys.readouterr().out
+    write(tmp_path, {"labels.txt": text})
+    run("custom", write(tmp_path / "y", drawn(shape("car", BOX))), tmp_path / "other", "--from", "labelme")
+    assert classes(tmp_path / "other") == ["_background_", "truck", "car"]
+    assert f"the order of the classes is that of {tmp_path}/labels.txt" in capsys.readouterr().out
     write(tmp_path / "x", {"labels.txt": "__ignore__\n_background_\ntruck\n"})
     line = refusal("custom", tmp_path / "x", tmp_path / "b", "--from", "labelme")
     assert "a.json: car is not in labels.txt: add it there" in line
+
+
+def test_a_set_that_is_not_fully_labelled_needs_a_background(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "x", drawn(shape("crack", BOX)))
+    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme")
+    assert "a.json: no shape covers 72.88% of the picture: give the rest a class by --background NAME" in line
+    assert not (tmp_path / "made").exists()
+    line = refusal("custom", tmp_path / "x", tmp_path / "made", "--from", "labelme", "--background", "void")
+    assert "has one class, crack, so there is nothing to learn" in line
+    wall = shape("wall", [[0, 0], [W, H]], "rectangle")
+    found = make_label(tmp_path, drawn(wall, shape("crack", BOX)))
+    assert classes(tmp_path / "made") == ["crack", "wall"]
+    np.testing.assert_array_equal(found == 0, polygon(BOX))
 
 
 def expect_drawn(kind: str, points: Sequence[Sequence[float]]) -> np.ndarray:
@@ -387,14 +413,18 @@ def expect_drawn(kind: str, points: Sequence[Sequence[float]]) -> np.ndarray:
     ],
 )
 def test_shapes_are_drawn_as_labelme_draws_them(
-    kind: str, points: list[list[float]], tmp_path: pathlib.Path
+    kind: str, points: list[list[float]], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mask = base64.b64encode(png(MASK)).decode()
     found = make_label(tmp_path, drawn(shape("car", points, kind, mask=mask)), *BACK)
     np.testing.assert_array_equal(found, expect_drawn(kind, points))
+    is_thin = kind in ("line", "linestrip", "point")
+    assert ("lines and points: 2, drawn as labelme does" in capsys.readouterr().out) == is_thin
 
 
-def test_labels_that_are_numbers_or_differ_by_blanks(tmp_path: pathlib.Path) -> None:
+def test_labels_that_are_numbers_or_differ_by_blanks(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small, corner = [[0, 0], [5, 0], [5, 5]], [[50, 0], [59, 0], [59, 9]]
     shapes = shape("car ", BOX), shape("car", small), shape(1, small), shape("Void", corner)
     found = make_label(tmp_path, drawn(*shapes), *BACK)
@@ -403,6 +433,7 @@ def test_labels_that_are_numbers_or_differ_by_blanks(tmp_path: pathlib.Path) -> 
     expected[polygon(small)] = 1
     expected[polygon(corner)] = 255  # void is no class, whatever the background
     np.testing.assert_array_equal(found, expected)
+    assert "labels written differently: 1 (as 1), car (as 'car ')" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -543,6 +574,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("roboflow-masks", {"_classes.csv": "0,a\n1,b\n"} | both("images/{}/a_mask.png", png(255 * HALVES)),
      "a_mask.png holds 255, which stands for no class"),
     ("labelme", {"train/a.json": "", "val/a.json": ""}, "x holds no .json of labelme, with shapes"),
+    ("labelme", drawn(shape(None, BOX)), "train/a.json: shape 0 has a blank label: give it a name"),
     ("labelme", drawn(shape("  ", BOX)), "train/a.json: shape 0 has a blank label: give it a name"),
     ("labelme", drawn(shape("car", BOX), imageWidth=2 * W), "of 120 x 40 pixels, but x/train/a.jpg has 60 x 40"),
     ("labelme", drawn(shape("car", [[900, 9], [999, 9], [999, 30]])), "lies outside of its picture of 60 x 40"),

@@ -109,6 +109,17 @@ def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
     assert not tree(tmp_path).keys()
 
 
+def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
+    make(tmp_path, colours_set("train/a", "val/b", "test/c"))
+    flags = ("--from", "colours", "--format", "array_record")
+    run("custom", tmp_path / "x", tmp_path / "packed", *flags)
+    assert tree(tmp_path / "packed/custom/files") == tree(tmp_path / "made")
+    changes = {"data.dataset": "custom", "data.source": "array_record", "data.root": str(tmp_path / "packed")}
+    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 2})
+    example = sources.open_source(config, "train")[0]
+    assert (example.name, example.image) == ("a", jpeg(0))
+
+
 def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> None:
     """labelme turns pictures by their EXIF orientation, and so does the decoder."""
     file, exif = io.BytesIO(), Image.Exif()
@@ -138,7 +149,7 @@ def test_each_picture_goes_where_it_belongs(
     """By its folders, in any case; two of one name stay apart, and test is scored and never trained on."""
     train, validation, test = words
     names = [f"{train}/a/1", f"{train}/b/1", f"{validation}/a/1", f"{test}/1", f"{test}/2"]
-    others = {"images/readme.md": "", "masks/old.png": png(grid(0)), "images/new.jpg": jpeg(9)}
+    others = {"images/readme.md": "", "masks/old.png": png(grid(0)), f"images/{test}/new.jpg": jpeg(9)}
     found = make(tmp_path, colours_set(*names) | others)
     assert found == {"train": {"a/1", "b/1"}, "val": {"a/1"}, "test": {"1", "2"}}
     assert (tmp_path / "made/images/train/b/1.jpg").read_bytes() == jpeg(1)
@@ -151,7 +162,7 @@ def test_each_picture_goes_where_it_belongs(
         "train (by folder) 2 2",
         "validation (by folder) 1 1",
         "test (by folder) 2 2",
-        "left out, without a mask: images/new.jpg 1",
+        f"left out, without a mask: images/{test}/new.jpg 1",
         "left out, without a picture: masks/old.png 1",
         "not read: 1 .md 1",
     ]
@@ -233,7 +244,9 @@ def test_strange_files_and_names(tmp_path: pathlib.Path, capsys: pytest.CaptureF
     (source / "images/loop").symlink_to(source)
     (source / "notes.txt").symlink_to(source / "nowhere")
     assert make(tmp_path, {}) == {"train": {"Zoë", "a_"}, "val": {"b"}}
-    assert "not read: 1 .txt" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "names that are no text, with _ in its place: 2 (images/train/a?.jpg, masks/train/a?.png)" in out
+    assert "not read: 1 .txt" in out
     (source / "masks/val/b.png").unlink()
     (source / "masks/val/b.png").symlink_to(source / "nowhere")
     line = refuse(tmp_path, {})
@@ -288,6 +301,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"masks/train/a.png": png(np.zeros((3, 4, 3)))}, "a.png is of 4 x 3 pixels, but x/images/train/a.jpg has 8 x 6"),
     ({"masks/train/a.png": png(np.zeros((HEIGHT, WIDTH, 4)))}, "a.png: 100.00% of the pixels are transparent"),
     ({"images/train/test/b.jpg": jpeg(1), "masks/train/test/b.png": b""}, "lies in folders of test and train"),
+    ({"images/train/b.jpg": jpeg(1), "masks/train/b-seg.png": b""},
+     "images/train/b.jpg has no mask of its name, or of this and _mask, -mask, _label, _gt; there are 3 pictures "
+     "and 3 masks, such as masks/train/b-seg.png"),
     ({"images/train/a.jpeg": jpeg(1)}, "images/train/a.jpg would share one label: rename one"),
 ]  # fmt: skip
 
