@@ -95,6 +95,8 @@ def annotate(kind: str, name: str) -> Any:
             return png(np.stack([2 - values, 0 * values, 0 * values], -1))
         case "cvat" | "colours":
             return png(np.where(values[..., None] > 0, [128, 0, 0], 0))
+        case "roboflow-masks":
+            return png(2 * values)  # values may have gaps
         case "yolo":
             return "0 " + " ".join(str(value / SIDE) for value in np.ravel(outline))
         case "voc":
@@ -137,7 +139,7 @@ def make(kind: str) -> dict[str, Any]:
             "coco of Roboflow": {f"{split}/_annotations.coco.json": coco(names, group="car")},
             "panoptic": {f"panoptic_{split}.json": coco(names, 1, 2)},
             "Mapillary": {f"{split}/v2.0/panoptic/panoptic_2020.json": coco(names, 1, 2)},
-            "roboflow-masks": {f"{split}/_classes.csv": "Pixel Value, Class\n0, street\n1, car\n"},
+            "roboflow-masks": {f"{split}/_classes.csv": "Pixel Value, Class\n0, street\n2, car\n"},
             "cvat": listing,
             "voc": listing,
         }
