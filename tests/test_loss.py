@@ -1,4 +1,4 @@
-"""The tiled loss against the plain formulation and against PyTorch: values and gradients."""
+"""The tiled losses against the plain formulations and against PyTorch: values and gradients."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,9 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from benchmarks import traffic
 from tests.parity import distance, to_nchw, to_nhwc
-from tests.reference.loss import plain_cross_entropy
+from tests.reference.loss import plain_cross_entropy, plain_dice
 from topformer_jax.ops import IGNORE_LABEL, loss
-from topformer_jax.ops.loss import ACCELERATOR, CPU, PixelLoss, Tiling, upsampled_cross_entropy
+from topformer_jax.ops.loss import (
+    ACCELERATOR,
+    CPU,
+    PixelLoss,
+    Tiling,
+    upsampled_cross_entropy,
+    upsampled_dice,
+)
 
 SIDE = st.integers(1, 9)
 TILINGS = (
@@ -167,6 +174,35 @@ def test_distillation_against_pytorch() -> None:
     assert distance(gradient, to_nhwc(tensor.grad)) <= 1e-12
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("tiling", TILINGS[2:])
+def test_the_tiled_dice_is_the_plain_one(tiling: Tiling, dtype: str, limit: float) -> None:
+    logits, labels = _inputs(8, 4, (5, 6), (37, 45), 5)
+    labels[labels == 3] = 2  # a class that does not occur
+    factors = np.array((1.0, 2.0, -0.5, 3.0), dtype)
+    with jax.enable_x64(dtype == "float64"), _on_cpu(tiling):
+
+        def run(function: Any) -> Any:
+            def total(logits: Any) -> Any:
+                losses = function(logits, jnp.asarray(labels))
+                return jnp.sum(losses * factors), losses
+
+            return jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(logits, dtype))
+
+        (gradient, ours), (plain_gradient, plain) = run(upsampled_dice), run(plain_dice)
+    assert distance(ours, plain) <= limit
+    assert distance(gradient, plain_gradient) <= limit
+
+
+@pytest.mark.usefixtures("x64")
+def test_dice_of_numbers_by_hand() -> None:
+    """Two classes, one of which the network is sure of: p = (1, 0) everywhere, half of the pixels are of class 0."""
+    logits = jnp.zeros((1, 2, 2, 2)).at[..., 0].set(100.0)
+    labels = jnp.zeros((1, 16, 16), jnp.int32).at[0, :, :8].set(1)
+    expected = (1 - (2 * 128 + 1) / (256 + 128 + 1) + 1 - 1 / (128 + 1)) / 2
+    assert float(upsampled_dice(logits, labels)[0]) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("images", [8, 2])
 def test_devices_that_share_the_batch(images: int) -> None:
     """24 images on 8 devices, in groups of 3 or 1 per device: the plain sums, and nothing else is sent."""
@@ -240,7 +276,11 @@ def test_memory_is_a_thirtieth() -> None:
     """Of 4 images of 150 classes at 512 x 512; PyTorch keeps at least three arrays as large as the resized logits."""
     logits = jax.ShapeDtypeStruct((4, 64, 64, 150), jnp.float32)
     labels = jax.ShapeDtypeStruct((4, 512, 512), jnp.int32)
-    step = jax.jit(jax.value_and_grad(lambda logits, labels: upsampled_cross_entropy(logits, labels).loss))
+
+    def total(logits: Any, labels: Any) -> Any:
+        return upsampled_cross_entropy(logits, labels).loss + jnp.sum(upsampled_dice(logits, labels))
+
+    step = jax.jit(jax.value_and_grad(total))
     memory = step.lower(logits, labels).compile().memory_analysis()
     assert memory is not None
     resized = 4 * 512 * 512 * 150 * 4

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import traffic
 from tests.parity import distance, summed_bytes
-from tests.reference.loss import plain_cross_entropy
+from tests.reference.loss import plain_cross_entropy, plain_dice
 from topformer_jax import config, load
 from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.data import augment
@@ -146,6 +146,7 @@ LOSSES: dict[str, Any] = {
     "loss__class_weight": tuple(1 + 0.01 * i for i in range(150)),
     "loss__label_smoothing": 0.1,
     "loss__ohem_threshold": 0.9,
+    "loss__dice_weight": 0.5,
     "distillation__weight": 0.7,
     "distillation__temperature": 2.0,
 }
@@ -201,12 +202,13 @@ def test_micro_batches_and_means(x64: None) -> None:
     share = float((batch["label"] != 255).mean())
     results = []
     for count, is_over_labelled in ((1, False), (2, True)):
+        factor = share if is_over_labelled else 1
+        options = LOSSES | {"loss__dice_weight": 0.5 / factor}  # its mean is over images
         settings = _settings(
-            "float64", grad_accum_steps=count, ignore_void_in_mean=is_over_labelled, **LOSSES
+            "float64", grad_accum_steps=count, ignore_void_in_mean=is_over_labelled, **options
         )
         state, train_step = init_training(settings, _mesh(1))
         state, metrics = train_step(state, batch)
-        factor = share if is_over_labelled else 1
         results.append((float(metrics["loss"]) * factor, float(metrics["gradient_norm"]) * factor))
         assert int(state.stats["backbone.tpm.stem.0.bn.num_batches_tracked"]) == count
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
@@ -227,8 +229,10 @@ def test_the_loss_is_the_textbooks_of_the_networks_outputs(x64: None) -> None:
     model.train()
     pixel_loss = PixelLoss(tuple(settings.loss.class_weight), 0.1, 0.9, 0.7, 2.0)
     apply = nnx.jit(lambda model, images: model(images))
-    sums = plain_cross_entropy(apply(model, images), labels, apply(teacher, images), pixel_loss=pixel_loss)
-    assert found == pytest.approx(float(sums.loss) / labels.size, rel=1e-9)
+    logits = apply(model, images)
+    sums = plain_cross_entropy(logits, labels, apply(teacher, images), pixel_loss=pixel_loss)
+    expected = sums.loss / labels.size + 0.5 * jnp.mean(plain_dice(logits, labels))
+    assert found == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_bfloat16_trains() -> None:

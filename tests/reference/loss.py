@@ -1,7 +1,8 @@
-"""The textbook formulation of the loss in `topformer_jax.ops.loss`, for tests and benchmarks."""
+"""The textbook formulations of the losses in `topformer_jax.ops.loss`, for tests and benchmarks."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from topformer_jax.ops import IGNORE_LABEL
 from topformer_jax.ops.loss import CROSS_ENTROPY, Labels, Logits, LossSums, PixelLoss
@@ -37,3 +38,16 @@ def plain_cross_entropy(
         loss = loss + pixel_loss.distillation_weight * temperature**2 * divergence
     correct = (label_logit >= logits.max(-1)) & valid
     return LossSums(jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(correct), jnp.sum(valid))
+
+
+def plain_dice(
+    logits: Logits, labels: Labels, *, precision: str | None = "highest", devices: int = 1
+) -> Float[Array, " n"]:
+    """The textbook formulation of `upsampled_dice`; `devices` is not used."""
+    logits = resize(logits, (labels.shape[1], labels.shape[2]), precision=precision)
+    valid = labels != IGNORE_LABEL
+    target = jax.nn.one_hot(jnp.where(valid, labels, 0), logits.shape[-1], dtype=logits.dtype)
+    target = jnp.where(valid[..., None], target, 0)
+    softmax = jnp.where(valid[..., None], jax.nn.softmax(logits), 0)
+    shared, squares, pixels = (jnp.sum(x, (1, 2)) for x in (softmax * target, softmax**2, target))
+    return jnp.mean(1 - (2 * shared + 1) / (squares + pixels + 1), -1)

@@ -255,7 +255,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
         )
-    for key in ("loss.class_weight", "loss.ohem_threshold", "distillation.config"):
+    for key in ("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config"):
         if is_classification and values[key]:
             raise UserError(f"{key} is {_show(values[key])}: it is for task=segmentation only")
     if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):

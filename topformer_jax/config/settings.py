@@ -166,6 +166,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "loss.label_smoothing": Setting(0.0, "share of the target spread over all classes", BELOW_ONE),
         "loss.ohem_threshold": Setting(
             0.0, "ignore pixels whose true class has this probability or more, e.g. 0.7; 0: use all", PROBABILITY),
+        "loss.dice_weight": Setting(
+            0.0, "factor of the Dice loss of each image, which is added; 0: off", Range(0, 10**6)),
     },
     "Distillation": {
         "distillation.config": Setting("", "recipe or config file of the teacher; empty: no distillation"),

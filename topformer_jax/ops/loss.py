@@ -92,15 +92,31 @@ def upsampled_cross_entropy(
     >>> float(sums.loss), int(sums.correct), int(sums.valid)
     (0.0, 224, 224)
     """
-    sums = functools.partial(_sum_groups, pixel_loss=pixel_loss, precision=precision, devices=devices)
-
-    def sum_tiles(maps: tuple[Array, ...], labels: Array) -> tuple[Array, Array, Array]:
-        on_cpu, elsewhere = (functools.partial(sums, tiling=tiling) for tiling in (CPU, ACCELERATOR))
-        return lax.platform_dependent(maps, labels, cpu=on_cpu, default=elsewhere)
-
+    tile_loss = functools.partial(_compute_tile_loss, pixel_loss=pixel_loss)
+    sum_tiles = functools.partial(_sum_tiles, tile_loss, precision=precision, devices=devices)
     with jax.named_scope("loss"):
         loss, correct = _cross_entropy_sums(sum_tiles, logits, labels, teacher)
         return LossSums(jnp.sum(loss), jnp.sum(correct), jnp.sum(labels != IGNORE_LABEL))
+
+
+def upsampled_dice(
+    logits: Logits, labels: Labels, *, precision: str | None = "highest", devices: int = 1
+) -> Float[Array, " n"]:
+    """Resizes the logits bilinearly to the labels' size and computes the Dice loss of each image.
+
+    The mean over all classes of `1 - (2 sum(p t) + 1) / (sum(p**2) + sum(t) + 1)`: sums over the labelled pixels of
+    the image, with the softmax p, and t 1 where the class is the label and else 0. It is mmsegmentation's `DiceLoss`
+    with exponent 2 and smooth 1, except that unlabelled pixels do not count in `sum(p**2)`. The arguments are those
+    of `upsampled_cross_entropy`. The backward pass goes over the tiles a second time.
+
+    >>> logits = jnp.zeros((1, 2, 2, 4)).at[..., 3].set(100.0)
+    >>> upsampled_dice(logits, jnp.full((1, 16, 16), 3)).tolist()
+    [0.0]
+    """
+    sum_tiles = functools.partial(_sum_tiles, _compute_overlap, precision=precision, devices=devices)
+    with jax.named_scope("dice"):
+        shared, squares, pixels = _overlap_sums(sum_tiles, logits, labels)
+        return jnp.mean(1 - (2 * shared + 1) / (squares + pixels + 1), -1)
 
 
 def class_cross_entropy(
@@ -277,7 +293,7 @@ def _weigh_rows(vertical: Array, patch: Array) -> Array:
     return functools.reduce(jnp.add, terms)
 
 
-def _compute_tile_loss(tile: Tile, pixel_loss: PixelLoss) -> tuple[tuple[Array, Array], Array]:
+def _compute_tile_loss(tile: Tile, _: None, *, pixel_loss: PixelLoss) -> tuple[tuple[Array, Array], Array]:
     """The loss and the number of correct pixels of each image in a tile, and the gradient of the scores.
 
     With the target's weights a (of the label's class, and of all of them where labels are smoothed), the loss is
@@ -334,39 +350,101 @@ def _compute_divergence(tile: Tile, pixel_loss: PixelLoss, softmax: Softmax) -> 
     return temperature**2 * jnp.sum(factor * divergence, (1, 2)), score_grad
 
 
+class Overlap(NamedTuple):
+    """Sums over the labelled pixels of each image, `[n, classes]` each.
+
+    Attributes:
+        shared: of `p * t`, with the softmax p, and t 1 where the class is the label and else 0.
+        squares: of `p**2`.
+        pixels: of `t`.
+    """
+
+    shared: Array
+    squares: Array
+    pixels: Array
+
+
+def _compute_overlap(tile: Tile, gradients: Overlap | None) -> tuple[Overlap, None] | tuple[tuple[()], Array]:
+    """The overlap of each image in a tile; or, from the loss's gradients in the overlap, that in the scores."""
+    softmax, valid = tile.compute_softmax(0), tile.valid[:, :, None]
+    p = jnp.where(valid, softmax.exponentials / softmax.total[:, :, None], 0)
+    t = (tile.is_label & valid).astype(p.dtype)
+    if gradients is None:
+        return Overlap(*(jnp.sum(terms, (1, 3)) for terms in (p * t, p**2, t))), None
+    by_shared, by_squares, _ = (gradient[:, None, :, None] for gradient in gradients)
+    by_p = by_shared * t + 2 * by_squares * p
+    return (), p * (by_p - jnp.sum(by_p * p, 2, keepdims=True))
+
+
+# From a tile and arrays `[n, ...]` to sums over the pixels of each image, arrays `[n, ...]`, and the gradient of the
+# first map's scores, `[n, rows, classes, columns]`, or None.
+TileLoss = Callable[[Tile, Any], tuple[Any, Array | None]]
+
+
+def _sum_tiles(
+    tile_loss: TileLoss,
+    maps: tuple[Array, ...],
+    labels: Array,
+    extra: Any = None,
+    *,
+    precision: str | None,
+    devices: int,
+) -> tuple[Any, Array | None]:
+    """Adds up what a function computes of each tile.
+
+    Args:
+        tile_loss: the function.
+        maps: logits, all `[n, h, w, classes]`.
+        labels: `[n, height, width]`.
+        extra: the second argument of `tile_loss`.
+        precision, devices: see `upsampled_cross_entropy`.
+
+    Returns:
+        The sums of each image, and the gradient of the first map or None.
+    """
+    run = functools.partial(_sum_groups, tile_loss, precision=precision, devices=devices)
+    on_cpu, elsewhere = (functools.partial(run, tiling=tiling) for tiling in (CPU, ACCELERATOR))
+    return lax.platform_dependent(maps, labels, extra, cpu=on_cpu, default=elsewhere)
+
+
 def _sum_groups(
-    maps: tuple[Array, ...], labels: Array, *, devices: int, tiling: Tiling, **options: Any
-) -> tuple[Array, Array, Array]:
+    tile_loss: TileLoss, *arrays: Any, devices: int, tiling: Tiling, precision: str | None
+) -> tuple[Any, Array | None]:
     """Runs `_sum_group` on groups of at most `tiling.images` images per device, one group after the other."""
 
-    def run(group: tuple[tuple[Array, ...], Array]) -> tuple[Array, Array, Array]:
-        return _sum_group(*group, tiling=tiling, **options)
+    def run(group: Any) -> tuple[Any, Array | None]:
+        return _sum_group(tile_loss, *group, tiling=tiling, precision=precision)
 
     # A group has equally many images from each device. If devices hold unequal numbers, all images are one group.
-    n = len(labels)
+    n = len(arrays[1])
     per_device = n // devices if n % devices == 0 else 1
     divisors = (count for count in range(1, per_device + 1) if per_device % count == 0)
     groups = next(count for count in divisors if per_device // count <= tiling.images)
     if groups == 1:
-        return run((maps, labels))
+        return run(arrays)
     # Groups interleave, so that no image moves to another device.
-    split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), (maps, labels))
+    split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), arrays)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(run, split))
 
 
 def _sum_group(
-    maps: tuple[Array, ...], labels: Array, *, pixel_loss: PixelLoss, precision: str | None, tiling: Tiling
-) -> tuple[Array, Array, Array]:
-    """The loss and the number of correct pixels of each image, `[n]`, and the gradient of the first map.
+    tile_loss: TileLoss,
+    maps: tuple[Array, ...],
+    labels: Array,
+    extra: Any,
+    *,
+    precision: str | None,
+    tiling: Tiling,
+) -> tuple[Any, Array | None]:
+    """`_sum_tiles` of one group.
 
-    `maps` are the logits, and the teacher's if there is one, all `[n, h, w, classes]`. The sums stay separate for
-    each image: summing over a sharded batch would need communication at every tile.
+    The sums stay separate for each image: summing over a sharded batch would need communication at every tile.
     """
     n, height, width = labels.shape
     _, h, w, classes = maps[0].shape
-    dtype = maps[0].dtype
-    down, pad_rows = _cut_axis(h, height, tiling.height, True, dtype.name)
-    across, pad_columns = _cut_axis(w, width, tiling.width, False, dtype.name)
+    dtype = maps[0].dtype.name
+    down, pad_rows = _cut_axis(h, height, tiling.height, True, dtype)
+    across, pad_columns = _cut_axis(w, width, tiling.width, False, dtype)
     tiles_down, rows, cell_rows = down.weights.shape
     tiles_across, columns, cell_columns = across.weights.shape
     labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), pad_rows, pad_columns), constant_values=IGNORE_LABEL)
@@ -374,14 +452,12 @@ def _sum_group(
     # Columns last: they fill vector lanes, classes may not.
     maps = tuple(each.swapaxes(2, 3) for each in maps)
     is_near = tuple(jnp.max(each) - jnp.min(each) < SAFE_RANGE for each in maps)
-    zero = jnp.int32(0)
+    zero, shape = jnp.int32(0), (n, cell_rows, classes, cell_columns)
 
-    def add_tile(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        loss, correct, gradient = carry
+    def cut_tile(number: Array) -> tuple[Tile, tuple[Array, ...]]:
         number = number.astype(jnp.int32)  # with x64 enabled the loop counts in int64
         row, column = number // tiles_across, number % tiles_across
         corner = (zero, down.starts[row], zero, across.starts[column])
-        shape = n, cell_rows, classes, cell_columns
         tile = Tile(
             lax.dynamic_slice(labels, (zero, row * rows, column * columns), (n, rows, columns)),
             tuple(lax.dynamic_slice(each, corner, shape) for each in maps),
@@ -391,14 +467,21 @@ def _sum_group(
             tiling.lookups,
             precision,
         )
-        (tile_loss, tile_correct), score_grad = _compute_tile_loss(tile, pixel_loss)
-        old = lax.dynamic_slice(gradient, corner, shape)
-        gradient = lax.dynamic_update_slice(gradient, old + tile.pull_back(score_grad), corner)
-        return loss + tile_loss, correct + tile_correct, gradient
+        return tile, corner
 
-    start = jnp.zeros(n, dtype), jnp.zeros(n, jnp.int32), jnp.zeros_like(maps[0])
-    loss, correct, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
-    return loss, correct, gradient.swapaxes(2, 3)
+    def add_tile(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, gradient = carry
+        tile, corner = cut_tile(number)
+        terms, score_grad = tile_loss(tile, extra)
+        if score_grad is not None:
+            old = lax.dynamic_slice(gradient, corner, shape)
+            gradient = lax.dynamic_update_slice(gradient, old + tile.pull_back(score_grad), corner)
+        return jax.tree.map(jnp.add, sums, terms), gradient
+
+    terms, score_grad = jax.eval_shape(lambda: tile_loss(cut_tile(zero)[0], extra))
+    start = jax.tree.map(jnp.zeros_like, terms), None if score_grad is None else jnp.zeros_like(maps[0])
+    sums, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
+    return sums, None if gradient is None else gradient.swapaxes(2, 3)
 
 
 def _cut_axis(
@@ -423,8 +506,7 @@ def _cut_axis(
     return split_into_bands(matrix, tile), (before, -len(matrix) % tile)
 
 
-# From maps of logits and labels to the losses and the numbers of correct pixels of the images, and a gradient.
-SumTiles = Callable[[tuple[Array, ...], Array], tuple[Array, Array, Array]]
+SumTiles = Callable[..., tuple[Any, Any]]  # `_sum_tiles` with its function
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -438,8 +520,7 @@ def _cross_entropy_sums(
 def _sum_forward(
     sum_tiles: SumTiles, logits: Array, labels: Array, teacher: Array | None
 ) -> tuple[tuple[Array, Array], Array]:
-    loss, correct, gradient = sum_tiles((logits,) if teacher is None else (logits, teacher), labels)
-    return (loss, correct), gradient
+    return sum_tiles((logits,) if teacher is None else (logits, teacher), labels)
 
 
 def _sum_backward(
@@ -449,3 +530,25 @@ def _sum_backward(
 
 
 _cross_entropy_sums.defvjp(_sum_forward, _sum_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _overlap_sums(sum_tiles: SumTiles, logits: Array, labels: Array) -> Overlap:
+    """The overlap of each image."""
+    return sum_tiles((logits,), labels)[0]
+
+
+def _overlap_forward(
+    sum_tiles: SumTiles, logits: Array, labels: Array
+) -> tuple[Overlap, tuple[Array, Array]]:
+    return sum_tiles((logits,), labels)[0], (logits, labels)
+
+
+def _overlap_backward(
+    sum_tiles: SumTiles, residuals: tuple[Array, Array], gradients: Overlap
+) -> tuple[Array, None]:
+    logits, labels = residuals
+    return sum_tiles((logits,), labels, gradients)[1], None
+
+
+_overlap_sums.defvjp(_overlap_forward, _overlap_backward)

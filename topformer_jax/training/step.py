@@ -19,7 +19,13 @@ from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
 from topformer_jax.data.classification.augment import augment_classes
 from topformer_jax.ops import at_least_float32
-from topformer_jax.ops.loss import LossSums, PixelLoss, class_cross_entropy, upsampled_cross_entropy
+from topformer_jax.ops.loss import (
+    LossSums,
+    PixelLoss,
+    class_cross_entropy,
+    upsampled_cross_entropy,
+    upsampled_dice,
+)
 from topformer_jax.runtime import sharding
 
 Tensors = dict[str, Array]
@@ -54,8 +60,9 @@ class TrainState:
 StateSharding: TypeAlias = TrainState
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 CrossEntropy = Callable[..., LossSums]
-# From parameters, statistics, a micro-batch and a random key to the loss's sums and the next statistics.
-Forward = Callable[[Tensors, Tensors, Batch, Array], tuple[LossSums, Tensors]]
+# From parameters, statistics, a micro-batch and a random key to the sums of the pixels' losses, the mean of the other
+# losses over the images, and the next statistics.
+Forward = Callable[[Tensors, Tensors, Batch, Array], tuple[LossSums, ArrayLike, Tensors]]
 
 
 def init_training(
@@ -70,9 +77,10 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: `loss` (the mean cross-entropy, plus distillation if it is on), `pixel_accuracy` (of the labelled pixels
-    of the augmented crops; in classification `accuracy`, of the augmented images), `learning_rate` (the backbone's),
-    `gradient_norm` (before clipping). The step donates its state: use the one that it returns.
+    device: `loss` (the mean cross-entropy, plus distillation and the Dice loss if they are on), `pixel_accuracy` (of
+    the labelled pixels of the augmented crops; in classification `accuracy`, of the augmented images),
+    `learning_rate` (the backbone's), `gradient_norm` (before clipping). The step donates its state: use the one that
+    it returns.
 
     Args:
         config: the settings.
@@ -132,7 +140,8 @@ def build_train_step(
         config=config,
         graphdef=nnx.graphdef(model),
         teacher_graphdef=None if teacher is None else nnx.graphdef(teacher),
-        cross_entropy=functools.partial(cross_entropy, devices=mesh.size),
+        cross_entropy=cross_entropy,
+        devices=mesh.size,
     )
     return jax.jit(
         functools.partial(_apply_step, config=config, forward=forward, layout=layout),
@@ -148,7 +157,7 @@ def _apply_step(
     teacher_tensors: Tensors | None = None,
     *,
     config: ConfigDict,
-    forward: Callable[..., tuple[LossSums, Tensors]],
+    forward: Callable[..., tuple[LossSums, ArrayLike, Tensors]],
     layout: StateSharding,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
@@ -187,8 +196,8 @@ def _accumulate_gradients(
     whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
 
     def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, Any]:
-        sums, stats = forward(params, stats, micro_batch, key)
-        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype)
+        sums, others, stats = forward(params, stats, micro_batch, key)
+        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + others / count
         return loss, (stats, sums._replace(loss=loss))
 
     def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -222,7 +231,8 @@ def _forward(
     graphdef: nnx.GraphDef,
     teacher_graphdef: nnx.GraphDef | None,
     cross_entropy: CrossEntropy,
-) -> tuple[LossSums, Tensors]:
+    devices: int,
+) -> tuple[LossSums, ArrayLike, Tensors]:
     """A `Forward`: augments a micro-batch, runs the network and sums the loss."""
     model = models.merge_state_dict(graphdef, params | stats)
     rngs = nnx.Rngs(dropout=key)
@@ -231,7 +241,7 @@ def _forward(
         images, classes = augment_classes(batch, config, dtype)
         smoothing = config.loss.label_smoothing
         sums = class_cross_entropy(model(images, rngs=rngs), *classes, smoothing=smoothing)
-        return sums, models.state_dict(model, nnx.BatchStat)
+        return sums, 0.0, models.state_dict(model, nnx.BatchStat)
     images, labels = augment(
         batch,
         config.seed,
@@ -250,10 +260,12 @@ def _forward(
         config.distillation.weight,
         config.distillation.temperature,
     )
-    sums = cross_entropy(
-        logits, labels, teacher_logits, pixel_loss=pixel_loss, precision=config.model.precision
-    )
-    return sums, models.state_dict(model, nnx.BatchStat)
+    options: Any = {"precision": config.model.precision, "devices": devices}
+    sums = cross_entropy(logits, labels, teacher_logits, pixel_loss=pixel_loss, **options)
+    others: ArrayLike = 0.0
+    if weight := config.loss.dice_weight:
+        others = weight * jnp.mean(upsampled_dice(logits, labels, **options))
+    return sums, others, models.state_dict(model, nnx.BatchStat)
 
 
 def average_decay(step: Array, config: ConfigDict) -> float | Array:
