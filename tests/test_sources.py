@@ -113,7 +113,7 @@ def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
     (tmp_path / names[1]).unlink()
     assert "1 image (" in (line := refusal(config))
     made = "annotations" if dataset == "custom" else "the downloads"
-    assert f"(python -m topformer_jax.prepare {dataset} makes it of {made})" in line
+    assert f"(python -m topformer_jax.prepare {dataset} makes it from {made})" in line
     (tmp_path / names[2]).unlink()
     if dataset == "context59":
         assert "1 image (a) in " in (line := refusal(config))
@@ -223,7 +223,7 @@ def test_names_that_do_not_fit(
     ("text", "words"),
     [
         ("sky\nsea\nsky\n", ": line 3 repeats 'sky' of 1: give each class another name"),
-        ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name a line"),
+        ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name per line"),
         ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
         ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
         ("sky\nsea, sand\nrock\n", ": line 2 is several values, 'sea, sand': expected"),
