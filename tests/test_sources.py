@@ -120,6 +120,16 @@ def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
         assert "train.txt without an image in" in line
 
 
+def test_raw_cityscapes_labels_are_named(tmp_path: pathlib.Path) -> None:
+    config, label = write(tmp_path, "cityscapes"), paths("cityscapes")[1]
+    for name in paths("cityscapes")[1::2]:
+        (tmp_path / name).unlink()
+    raw = label.replace("TrainIds", "Ids")
+    for name in (raw, *(raw.replace("labelIds", kind) for kind in ("color", "instanceIds"))):
+        (tmp_path / name).write_bytes(PNG)
+    assert f"which has ulm/{pathlib.Path(raw).name} " in refusal(config)
+
+
 @pytest.mark.parametrize(
     ("dataset", "layout"),
     [
@@ -223,7 +233,10 @@ def test_names_that_do_not_fit(
     ("text", "words"),
     [
         ("sky\nsea\nsky\n", ": line 3 repeats 'sky' of 1: give each class another name"),
-        ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name per line"),
+        (
+            "# streets\nsky\nsea\nsand\n",
+            ": line 1 is a comment, '# streets': expected one class name per line",
+        ),
         ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
         ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
         ("sky\nsea, sand\nrock\n", ": line 2 is several values, 'sea, sand': expected"),

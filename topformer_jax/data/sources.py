@@ -342,7 +342,10 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
     unlabelled = ""
     if without := [images[name] for name in sorted(images) if label_of[name] not in labels]:
-        others = unused or (() if labels else sorted(label_files))
+        # Of Cityscapes' files for an image, the raw labels tell most.
+        others = sorted(
+            unused or (() if labels else label_files), key=lambda path: ("labelIds" not in path, path)
+        )
         there = f", which has {files.shorten(others[0], 40)}" if others else ""
         unlabelled = (
             f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
