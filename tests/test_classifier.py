@@ -147,7 +147,7 @@ def test_evaluate(trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_pat
 def test_flags_of_segmentation_are_refused(flag: str, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     words = _words(tmp_path, {"data.root": root})
     line = commands.refused_command(evaluate.main, "--checkpoint", "x.pth", flag, *words)
-    assert "topformer_t_imagenet is a classifier: --exported, --img-ratios" in line
+    assert "topformer_t_imagenet is a classifier: --exported, --stretch, --img-ratios" in line
 
 
 def test_a_segmenter_starts_from_it(trained: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:

@@ -22,6 +22,7 @@ from topformer_jax import config, inference, models
 from topformer_jax.data.augment import normalize
 from topformer_jax.inference import compiled
 from topformer_jax.inference.plan import LabelInput, network_sizes, plan_shapes, prepare_input, window_grids
+from topformer_jax.models.layers import BatchNorm
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
 from topformer_jax.ops.tiled import ViewLogits
@@ -207,6 +208,28 @@ def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
     assert getattr(programs._network_of, "cache_info")().currsize == 1  # noqa: B009
     for program in (programs.network(shapes, 0), programs.predict_and_count):
         assert getattr(program, "_cache_size")() == 1  # noqa: B009
+
+
+def test_segment_keeps_the_weights_and_notices_others(small: models.Segmenter) -> None:
+    model = _evaluated_by(small, scale=(64, 64))
+    image = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+    head = model.decode_head.conv_seg
+    assert head.bias is not None
+    for label in range(3):
+        bias = jnp.where(jnp.arange(5) == label, 1e6, 0.0)
+        if label == 1:
+            head.bias.set_value(bias)
+        else:
+            model.decode_head.conv_seg = head = nnx.clone(head)
+            head.bias = nnx.data(nnx.Param(bias))
+        assert (inference.segment(model, image) == label).all()
+        with mock.patch.object(models, "state_dict", side_effect=AssertionError):
+            assert (inference.segment(model, image) == label).all()
+    model.train()
+    assert (inference.segment(model, image) == 2).all()
+    assert all(
+        module.use_running_average for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)
+    )
 
 
 def test_memory_of_a_large_picture() -> None:

@@ -16,6 +16,7 @@ from topformer_jax import browse, inference, load, predict
 from topformer_jax.data.codecs import decode_image, decode_label, read_image_size
 from topformer_jax.runtime.errors import UserError
 
+ENDS = ("overlay.jpg", "mask.png", "probabilities.npz")
 CONFIG = ["--config", "topformer_t_shapes", "--config.evaluation.scale=(96,64)"]
 
 
@@ -42,8 +43,7 @@ def test_a_folder_with_what_users_have_in_it(
     assert "notes.txt" in printed
     assert "cut.jpg is cut off" in printed
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    kinds = ("overlay.jpg", "mask.png", "probabilities.npz")
-    assert names == {f"{stem}_{kind}" for stem in ("a", "deep/b", "long") for kind in kinds}
+    assert names == {f"{stem}_{end}" for stem in ("a", "deep/b", "long") for end in ENDS}
     model = load("topformer_t_shapes", shapes_weights, **{"evaluation.scale": (96, 64)})
     labels = inference.segment(model, decode_image((inside / "a.png").read_bytes(), "a"))
     mask = decode_label((out / "a_mask.png").read_bytes(), "a", classes=10, reduce_zero_label=False)
@@ -67,16 +67,16 @@ def test_standard_input(
 def test_images_are_listed_once_and_outputs_differ(tmp_path: pathlib.Path) -> None:
     _write_image(tmp_path / "a.png", 4, 4)
     _write_image(tmp_path / "b" / "a.png", 4, 4)
-    images, others, results = predict.list_images([str(tmp_path), str(tmp_path / "*.png")])
+    images, others, results = predict.list_images([str(tmp_path), str(tmp_path / "*.png")], tmp_path / "out")
     assert [str(file.output) for file in images] == ["a", "b/a"]
     assert others == results == []
     with pytest.raises(UserError, match=r"would both be written to a_mask\.png"):
-        predict.list_images([str(tmp_path / "a.png"), str(tmp_path / "b" / "a.png")])
+        predict.list_images([str(tmp_path / "a.png"), str(tmp_path / "b" / "a.png")], tmp_path / "out")
     with pytest.raises(UserError, match="there is no image"):
-        predict.list_images([str(tmp_path / "*.gif")])
+        predict.list_images([str(tmp_path / "*.gif")], tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no image"):
-        predict.list_images([str(tmp_path / "empty")])
+        predict.list_images([str(tmp_path / "empty")], tmp_path / "out")
 
 
 def test_links_are_followed_and_results_are_no_inputs(tmp_path: pathlib.Path) -> None:
@@ -87,21 +87,24 @@ def test_links_are_followed_and_results_are_no_inputs(tmp_path: pathlib.Path) ->
     (inside / "link").symlink_to(tmp_path / "elsewhere")
     (inside / "loop").symlink_to(inside)
     pictures = ["a", "b_mask", "link/c"]
-    for count in (0, 6):
-        images, others, results = predict.list_images([str(inside)])
+    for count in (0, 10):
+        images, others, results = predict.list_images([str(inside)], out)
         assert [str(file.output) for file in images] == pictures
         assert others == []
         assert len(results) == count
-        for name in pictures:
-            _write_image(out / f"{name}_overlay.jpg", 4, 4)
-            _write_image(out / f"{name}_mask.png", 4, 4)
-    (inside / "a_overlay.jpg").write_bytes(b"")
-    (inside / "a_mask.png").write_bytes(b"")  # beside the pictures
-    listing = predict.list_images([str(path) for path in inside.iterdir() if path.is_file()])
+        (out / "link").mkdir(parents=True, exist_ok=True)
+        for name in (f"{picture}_{end}" for picture in pictures for end in ENDS):
+            (out / name).touch()
+        (out / "cut_overlay.jpg").touch()  # of an interrupted run
+    for end in ENDS:
+        (inside / f"a_{end}").touch()  # beside the pictures
+    files = [str(path) for path in inside.iterdir() if path.is_file()]
+    listing = predict.list_images(files, tmp_path / "another")
     assert sorted(str(file.output) for file in listing.images) == ["a", "b_mask"]
-    assert len(listing.results) == 2
-    with pytest.raises(UserError, match="nothing but 6 results of this command"):
-        predict.list_images([str(out)])
+    assert len(listing.results) == 3
+    (out / "cut_overlay.jpg").unlink()
+    with pytest.raises(UserError, match="nothing but 9 results of this command"):
+        predict.list_images([str(out)], out)
 
 
 def test_browse(tmp_path: pathlib.Path) -> None:

@@ -568,7 +568,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("cvat", {}, "x holds no labelmap.txt, which lists classes (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
     ("voc", {}, "x has no picture below segmentationclass/ (it holds 2 .jpg, 2 .txt, 1 .yaml)"),
     ("voc", {"SegmentationClass/a.png": b"", "classes.txt": "classes:\na\nb\n"},
-     "x/classes.txt: line 1 is a heading, 'classes:': expected one class name a line"),
+     "x/classes.txt: line 1 is a heading, 'classes:': expected one class name per line"),
     ("roboflow-masks", {}, "holds no _classes.csv"),
     ("roboflow-masks", {"_classes.csv": "Pixel Value,Class\n0,a\n0,b\n"}, "the value 0 is there twice"),
     ("roboflow-masks", {"_classes.csv": "0,a\n1,b\n"} | both("images/{}/a_mask.png", png(255 * HALVES)),

@@ -113,11 +113,21 @@ def test_layouts(tmp_path: pathlib.Path, dataset: str) -> None:
     (tmp_path / names[1]).unlink()
     assert "1 image (" in (line := refusal(config))
     made = "annotations" if dataset == "custom" else "the downloads"
-    assert f"(python -m topformer_jax.prepare {dataset} makes it of {made})" in line
+    assert f"(python -m topformer_jax.prepare {dataset} makes it from {made})" in line
     (tmp_path / names[2]).unlink()
     if dataset == "context59":
         assert "1 image (a) in " in (line := refusal(config))
         assert "train.txt without an image in" in line
+
+
+def test_raw_cityscapes_labels_are_named(tmp_path: pathlib.Path) -> None:
+    config, label = write(tmp_path, "cityscapes"), paths("cityscapes")[1]
+    for name in paths("cityscapes")[1::2]:
+        (tmp_path / name).unlink()
+    raw = label.replace("TrainIds", "Ids")
+    for name in (raw, *(raw.replace("labelIds", kind) for kind in ("color", "instanceIds"))):
+        (tmp_path / name).write_bytes(PNG)
+    assert f"which has ulm/{pathlib.Path(raw).name} " in refusal(config)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +233,10 @@ def test_names_that_do_not_fit(
     ("text", "words"),
     [
         ("sky\nsea\nsky\n", ": line 3 repeats 'sky' of 1: give each class another name"),
-        ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name a line"),
+        (
+            "# streets\nsky\nsea\nsand\n",
+            ": line 1 is a comment, '# streets': expected one class name per line",
+        ),
         ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
         ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
         ("sky\nsea, sand\nrock\n", ": line 2 is several values, 'sea, sand': expected"),

@@ -21,7 +21,12 @@ def make_parser() -> cli.Parser:
     add("--flip", action="store_true", help="average with the mirrored images")
     add("--slide", action="store_true", help="use sliding windows of evaluation.crop_size")
     add("--split", choices=SPLITS, default="validation", help="default: validation")
-    add("--workdir", type=files.as_path, metavar="DIR", help="default: runs/<config name>/evaluate")
+    add(
+        "--workdir",
+        type=files.as_path,
+        metavar="DIR",
+        help="default: runs/<config name>/evaluate, or evaluate_exported",
+    )
     add(
         "--save-predictions", type=files.as_path, metavar="DIR", help="write predictions as indexed PNG files"
     )
@@ -255,12 +260,13 @@ def main() -> None:
     if args.slide:
         overrides["evaluation.mode"] = "slide"
     config = config_lib.load(config, overrides)
-    workdir = args.workdir or files.as_path("runs") / config.name / "evaluate"
+    folder = "evaluate_exported" if args.exported else "evaluate"
+    workdir = args.workdir or files.as_path("runs") / config.name / folder
     if config.task == "classification":
-        if overrides or args.exported or args.save_predictions:
+        if overrides or args.exported or args.stretch or args.save_predictions:
             raise UserError(
-                f"{config.name} is a classifier: --exported, --img-ratios, --flip, --slide and --save-predictions "
-                "are for segmentation"
+                f"{config.name} is a classifier: --exported, --stretch, --img-ratios, --flip, --slide and "
+                "--save-predictions are for segmentation"
             )
         classifier = checkpoints.load_model(config, args.checkpoint)
         assert isinstance(classifier, models.Classifier)

@@ -49,10 +49,11 @@ from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing
 
 STDIN = "-"
-RESULTS = {  # ends of the names of an image's results: those of what lies beside it
+RESULTS = {  # how the names of an image's results end, and those of the files beside each
     "_overlay.jpg": ("_mask.png",),
     "_overlay.png": ("_mask.png",),
     "_mask.png": ("_overlay.jpg", "_overlay.png"),
+    "_probabilities.npz": ("_mask.png",),
 }
 
 
@@ -71,11 +72,12 @@ class Listing(NamedTuple):
     results: list[str]  # what this command wrote: no inputs
 
 
-def list_images(arguments: Sequence[str]) -> Listing:
+def list_images(arguments: Sequence[str], output: files.Path) -> Listing:
     """Lists the images that a command line names, and what is left out.
 
     Args:
         arguments: files, folders, glob patterns, or "-".
+        output: the folder of results; files in it are none of the images of a folder that it lies in.
 
     Raises:
         UserError: an argument names no image, or two images have the same output.
@@ -100,7 +102,7 @@ def list_images(arguments: Sequence[str]) -> Listing:
                     outputs[str(path)] = pathlib.PurePath(path.stem)
                 continue
             found = [path / name for name in sorted(sources.list_files(path))]
-            inputs = [file for file in found if not _is_result(file)]
+            inputs = [file for file in found if not (_is_result(file) or _is_below(file, path, output))]
             results += map(str, sorted({*found}.difference(inputs)))
             images = [file for file in inputs if file.suffix.lower() in IMAGE_SUFFIXES]
             others += map(str, sorted({*inputs}.difference(images)))
@@ -155,12 +157,20 @@ def segment_files(
 
 
 def _is_result(path: pathlib.Path) -> bool:
-    """Whether a file is an overlay beside its mask, or a mask beside its overlay, by their names."""
+    """Whether a file is a result beside another one of the same image, by their names."""
     for end, partners in RESULTS.items():
         if path.name.endswith(end):
             base = path.name.removesuffix(end)
             return any(path.with_name(base + partner).exists() for partner in partners)
     return False
+
+
+def _is_below(file: pathlib.Path, folder: pathlib.Path, output: files.Path) -> bool:
+    """Whether a file is in an output folder that lies below a folder: an interrupted run leaves single results."""
+    if files.is_in_bucket(output):
+        return False
+    inside = output.resolve()
+    return folder.resolve() in inside.parents and inside in file.resolve().parents
 
 
 def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
@@ -210,7 +220,7 @@ def main() -> None:
     """The command."""
     args, config = make_parser().parse()
     assert config is not None  # --config is required
-    images, others, results = list_images(args.images)
+    images, others, results = list_images(args.images, args.output)
     for why, left_out in (("not an image", others), ("written by this command", results)):
         if left_out:
             more = ", ..." if len(left_out) > 3 else ""

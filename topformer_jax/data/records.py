@@ -31,7 +31,7 @@ from topformer_jax.runtime.logs import Progress
 VERSION = "1.0.0"  # of the layout
 INFO = "dataset_info.json"  # written last: without it the data set is incomplete
 FEATURES = "features.json"
-CLASS_NAMES = "label.labels.txt"  # of a classifier's data set, a line a class
+CLASS_NAMES = "label.labels.txt"  # of a classifier's data set, one class per line
 CHECKSUMS = "checksums.json"  # sizes and MD5 sums of the shards
 LABEL_SIZES = "label_sizes.json"  # height and width of each label, by split
 PARTS = "parts"  # the folder that says, while the data set is incomplete, which shards are finished

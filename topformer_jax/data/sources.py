@@ -173,7 +173,7 @@ def check_class_lines(lines: Mapping[int, str], file: files.Path | str, advice: 
         }
         if kind := next((kind for kind, holds in kinds.items() if holds), ""):
             raise UserError(
-                f"{file}: line {number} is {kind}, {files.shorten(line, 40)!r}: expected one class name a line, in "
+                f"{file}: line {number} is {kind}, {files.shorten(line, 40)!r}: expected one class name per line, in "
                 f"the order of the labels, and nothing else{advice}"
             )
 
@@ -218,7 +218,7 @@ def _read_custom_classes(config: ConfigDict) -> tuple[tuple[str, ...], str]:
         return tuple(lines.values()), f"{file.name} in {file.parent}"
     why = f"{file} holds none: write them there" if file else f"write them to {places[0]}"
     raise UserError(
-        f"the custom data set's classes are unknown: {why}, one name a line in the order of the labels, or give "
+        f"the custom data set's classes are unknown: {why}, one name per line in the order of the labels, or give "
         '--config.data.class_names=\'("name","name")\''
     )
 
@@ -342,7 +342,10 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
     unlabelled = ""
     if without := [images[name] for name in sorted(images) if label_of[name] not in labels]:
-        others = unused or (() if labels else sorted(label_files))
+        # Of Cityscapes' files for an image, the raw labels tell most.
+        others = sorted(
+            unused or (() if labels else label_files), key=lambda path: ("labelIds" not in path, path)
+        )
         there = f", which has {files.shorten(others[0], 40)}" if others else ""
         unlabelled = (
             f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
@@ -448,7 +451,7 @@ def _count_images(paths: list[str]) -> str:
 def _name_maker(dataset: str) -> str:
     """The command that makes a data set's folder, in parentheses."""
     origin = "annotations" if dataset == "custom" else "the downloads"
-    return f"(python -m topformer_jax.prepare {dataset} makes it of {origin})"
+    return f"(python -m topformer_jax.prepare {dataset} makes it from {origin})"
 
 
 def _read(path: str, count: int = -1) -> bytes:

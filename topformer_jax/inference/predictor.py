@@ -1,9 +1,13 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
+import collections
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, UInt8
 
 from topformer_jax import models
@@ -25,6 +29,8 @@ from topformer_jax.runtime.errors import UserError
 
 # Images as the network sees them, before the normalisation, to logits.
 Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]
+# The last two models that `segment` was called with: their parts, and their predictors.
+_recent: collections.deque[tuple[list[Any], "Predictor"]] = collections.deque(maxlen=2)
 
 
 class Predictor:
@@ -115,8 +121,35 @@ class Predictor:
         return np.asarray(predictions)[0, : image.shape[0], : image.shape[1]]
 
 
+def _list_parts(model: nnx.Module) -> list[Any]:
+    """The modules, weights and settings of a model: the objects themselves, without copies."""
+    modules, others = [model], []
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Module):
+                modules.append(value)
+            elif isinstance(value, nnx.Variable):
+                others.append(value.get_raw_value())  # a hundred times as fast as get_value
+            elif not name.startswith("_"):  # flax's own
+                others.append(value)
+    return [*modules, *others]
+
+
+def _find_predictor(model: models.Segmenter | models.Classifier) -> Predictor:
+    """The predictor of an earlier call, or a new one if a weight, a mode or the config is another object now."""
+    parts = _list_parts(model)
+    for known, predictor in tuple(_recent):
+        if len(parts) == len(known) and all(map(operator.is_, parts, known)):
+            return predictor
+    predictor = Predictor(model)
+    _recent.append((_list_parts(model), predictor))  # in inference mode
+    return predictor
+
+
 def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:
     """The class of each pixel of one RGB image of any size, evaluated as the model's own config says.
+
+    The weights of the last two models stay on the device between calls.
 
     >>> import numpy as np, topformer_jax
     >>> model = topformer_jax.load("topformer_t_context60")  # and a checkpoint
@@ -134,4 +167,4 @@ def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels
     Raises:
         UserError: the model is a classifier.
     """
-    return Predictor(model)(image)
+    return _find_predictor(model)(image)

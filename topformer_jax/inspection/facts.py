@@ -221,7 +221,7 @@ def _open_split(
 
 
 def _find_unread(source: ClassFolderSource) -> list[str]:
-    """Images in a classifier's folder that are no examples: they have another format or another depth."""
+    """Images in a classifier's folder that are no examples: they do not lie directly in the folder of a class."""
     folder = os.fsdecode(source.images[0]).partition("/")[0]
     examples = set(source.images.tolist())
     paths = (f"{folder}/{path}" for path in sources.list_files(pathlib.Path(source.root, folder)))

@@ -123,7 +123,7 @@ def read_class_names(root: str) -> tuple[str, ...]:
     if len(names) != len(folders):
         raise UserError(
             f"{file} names {len(names)} classes, {file.parent / 'train'} has {len(folders)} folders: "
-            "one name a line, in the order of the sorted folders"
+            "one name per line, in the order of the sorted folders"
         )
     return names
 
