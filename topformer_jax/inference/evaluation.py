@@ -406,7 +406,7 @@ def _fetch_labels(predictions: Array, row: int, example: _LoadedExample) -> Labe
 def _fetch_local_rows(array: Array) -> dict[int, np.ndarray]:
     """The rows of a global array that this process holds, copied to the host."""
     return {
-        (shard.index[0].start or 0) + number: row
+        (shard.index[0].start or 0) + number: np.asarray(row)
         for shard in array.addressable_shards
         for number, row in enumerate(np.asarray(shard.data))
     }

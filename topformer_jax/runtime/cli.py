@@ -19,7 +19,7 @@ from topformer_jax.config.settings import as_text
 from topformer_jax.runtime import files, logs
 from topformer_jax.runtime.errors import UserError, explain_out_of_memory
 
-LONGEST_LINE = 400  # characters of an error
+LONGEST_LINE = 300  # characters of an error
 
 
 class Parser(argparse.ArgumentParser):
