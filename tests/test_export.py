@@ -172,7 +172,7 @@ def test_what_cannot_be_exported(
         ("t.tflite", [*integers, "--images", tmp_path], "holds no picture"),
         ("t.onnx", ["--config.model.variant=base"], "it is of variant tiny, the config of base"),
         ("t.stablehlo", ["--target", "web"], "--target web is only for .onnx files"),
-        ("t.onnx", ["--logits", "--scale-labels", "1/2"], "logits are at an eighth"),
+        ("t.onnx", ["--logits", "--scale-labels", "1/2"], "logits have an eighth of the size"),
         ("t.safetensors", [], "convert writes only the weights"),
         ("file/t.onnx", ["--size", "64x64"], "cannot write"),
     ):
