@@ -291,7 +291,7 @@ def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None
     for file, words, line in (
         (logits, ["--stretch"], "--stretch is for a file of one size"),
         (small, ["--stretch", "--img-ratios", "0.5,1"], "leave out --img-ratios"),
-        (labels, [], "expects 64x64; the resized image is 80x96"),
+        (labels, [], "expects 64x64; the resized image is 80x96. Pass --stretch"),
         (labels, ["--flip"], "views are averaged before there are any: export --logits"),
         (logits, ["--slide"], "sees whole images"),
         (logits, ["--config.model.num_classes=150"], "has 10 classes, the config 150"),

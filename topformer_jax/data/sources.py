@@ -386,7 +386,7 @@ def _find_folders(
     expected = [text.format(split=both) + suffix for text, suffix in zip(paths, suffixes, strict=False)]
     raise UserError(
         f"no {dataset} in {base.absolute()}: {why}; the layout must be {', '.join(expected)} "
-        f"{_name_maker(dataset)}; point at it with --config.data.root=DIR; {_TRY_WITHOUT_DATA}"
+        f"{_name_maker(dataset)}; point at it with --config.data.root=DIR"
     )
 
 
