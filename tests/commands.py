@@ -43,7 +43,9 @@ def arguments(workdir: Workdir, changes: dict[str, Any]) -> list[str]:
     return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
 
 
-def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 1) -> subprocess.Popen[str]:
+def start(
+    workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 1, platform: str = "cpu"
+) -> subprocess.Popen[str]:
     """The command in a process of its own; it finds what the tests have compiled."""
     return subprocess.Popen(
         [sys.executable, "-m", "topformer_jax.train", *arguments(workdir, changes), *flags],
@@ -51,7 +53,7 @@ def start(workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int =
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        env=os.environ | {"JAX_PLATFORMS": platform, "JAX_NUM_CPU_DEVICES": str(devices)},
     )
 
 

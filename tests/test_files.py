@@ -13,6 +13,24 @@ from topformer_jax.runtime.errors import UserError
 __all__ = ["bucket", "storage"]
 
 
+class Vanishing(pathlib.PosixPath):
+    """A file that somebody deletes after the question whether it exists."""
+
+    def exists(self, **options: bool) -> bool:
+        found = super().exists(**options)
+        self.unlink(missing_ok=True)
+        return found
+
+
+def test_a_file_that_vanishes_before_it_is_read(tmp_path: pathlib.Path) -> None:
+    path = Vanishing(tmp_path / "run.lock")
+    path.write_text("x")
+    assert files.read_existing(path) is None
+    path.mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*run.lock"):
+        files.read_existing(pathlib.Path(path))
+
+
 def fail() -> None:
     raise UserError("the disk is full")
 

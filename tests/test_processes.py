@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.commands import LONGEST, finish, start, start_pair, wait_for
+from tests.commands import LONGEST, finish, free_port, start, start_pair, wait_for
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.runtime import processes
 from topformer_jax.runtime.errors import UserError
@@ -67,6 +67,15 @@ def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> N
     other = pair[1 - number]
     assert other.returncode not in (0, None)
     assert LOST.search(outputs[1 - number][1]), outputs
+
+
+def test_devices_that_do_not_start_are_one_line(tmp_path: pathlib.Path) -> None:
+    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process-id")
+    pair = [start(tmp_path, CHANGES, *flags, str(number), platform="nowhere") for number in range(2)]
+    outputs = finish(pair)
+    for process, (_, err) in zip(pair, outputs, strict=True):
+        assert process.returncode == 2, outputs
+        assert re.fullmatch(r"error: JAX does not start on .*\n", err), err
 
 
 def has_steps(workdir: pathlib.Path, count: int) -> bool:
@@ -173,6 +182,10 @@ def test_a_tpu_machine_asks_for_its_slice(
         server.server_close()
 
 
-def test_half_an_address_is_refused() -> None:
-    with pytest.raises(UserError, match="--coordinator, --processes and --process-id go together"):
-        processes.start_processes("127.0.0.1:1", None, None)
+@pytest.mark.parametrize(
+    ("coordinator", "count", "message"),
+    [("127.0.0.1:1", None, "--process-id go together"), ("127.0.0.1", 2, "expected HOST:PORT")],
+)
+def test_half_an_address_is_refused(coordinator: str, count: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        processes.start_processes(coordinator, count, count and 0)

@@ -155,11 +155,9 @@ def abort_run_on_error(_: object, error: BaseException | None, *rest: object) ->
 
     Its arguments are those of `__exit__`, so that an ExitStack can call it first.
     """
-    import jax
-
     from topformer_jax.runtime import processes
 
-    if error is None or isinstance(error, SystemExit) or jax.process_count() == 1:
+    if error is None or isinstance(error, SystemExit) or not processes.is_one_of_several():
         return
     processes.wait_if_exiting()  # the others may have left a moment earlier
     if processes.is_lost_connection(error):

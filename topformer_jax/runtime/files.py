@@ -240,7 +240,12 @@ def read_existing(path: Path, advice: str = "") -> bytes | None:
     with report_errors("read", path, advice):
         if not path.exists():
             return None
-    return read_bytes(path, advice)
+        try:
+            return read_bytes(path, advice)
+        except UserError:
+            if path.exists():
+                raise
+            return None  # deleted in between
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -33,18 +34,33 @@ def start_processes(coordinator: str | None, processes: int | None, process_id: 
     """Joins the other processes of this run, if flags or the environment announce any.
 
     Raises:
-        UserError: only some of the flags are given, or the others cannot be reached.
+        UserError: only some of the flags are given, the others cannot be reached, or JAX does not start.
     """
     flags = (coordinator, processes, process_id)
     if any(flag is not None for flag in flags):
-        if any(flag is None for flag in flags):
+        if coordinator is None or processes is None or process_id is None:
             raise UserError("--coordinator, --processes and --process-id go together: give all three")
+        if not re.fullmatch(r".+:\d{1,5}", coordinator):
+            raise UserError(f"--coordinator is {coordinator!r}: expected HOST:PORT")
         try:
             _initialize(coordinator, processes, process_id)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"cannot join {coordinator} as process {process_id}: {error}") from None
     elif _knows_others():
         _initialize()
+    else:
+        return
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        host = socket.gethostname()
+        name = f"; can this machine resolve its own name, {host}?" if "gloo" in str(error) else ""
+        raise UserError(f"JAX does not start on {host}: {error}{name}") from None
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others; unlike `jax.process_count`, it needs no devices."""
+    return distributed.global_state.num_processes > 1
 
 
 def _knows_others() -> bool:
@@ -152,7 +168,7 @@ def wait_if_exiting() -> None:
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone."""
     words = "Gloo|NCCL|Connection reset|Connection closed|Socket closed|UNAVAILABLE|heartbeat"
-    return jax.process_count() > 1 and re.search(words, str(error)) is not None
+    return re.search(words, str(error)) is not None
 
 
 def report_lost_connection() -> None:
