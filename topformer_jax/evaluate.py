@@ -159,7 +159,7 @@ def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoin
     print(f"top-1 {100 * top1:.2f}  top-5 {100 * top5:.2f}  of {len(source):,} images")
     # ImageNet has two classes "crane".
     unique = [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]
-    classes = {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels)}
+    classes = {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels).tolist()}
     scores = {"top1": top1, "top5": top5, "images": len(source), "classes": classes}
     settings = {"crop_size": config.data.crop_size, "short_side": config.evaluation.short_side}
     files.make_folder(workdir)
