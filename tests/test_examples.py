@@ -177,7 +177,7 @@ def test_the_cpp_program(shapes_weights: pathlib.Path, tmp_path: pathlib.Path) -
     )
     assert len(np.unique(expected)) > 1
     assert (labels != expected).mean() <= 1e-4
-    palette = np.array(export.describe_origin(config.shapes(), "", model)["palette"])
+    palette = np.array(export.describe_model(config.shapes(), "", model)["palette"])
     assert np.array_equal(overlay, (picture + palette[labels] + 1) // 2)
 
     missing = run(tmp_path / "none.onnx", tmp_path / "a.ppm", tmp_path / "b")

@@ -76,7 +76,7 @@ def test_a_reordered_classes_txt(own: pathlib.Path, root: pathlib.Path, tmp_path
     assert list(json.loads((tmp_path / "after/metrics.json").read_text())["classes"]) == NAMES
     settings = config.load("topformer_t_shapes", OWN | {"data.root": str(root)})
     model = checkpoints.load_model(settings, own)
-    assert export.describe_origin(settings, "", model)["classes"] == NAMES
+    assert export.describe_model(settings, "", model)["classes"] == NAMES
 
     (root / "classes.txt").write_text("one\ntwo\n")
     more = "names 2 classes, the checkpoint 10: the checkpoint's own names are used\n"
@@ -103,7 +103,7 @@ def test_predict_and_export_need_no_data_folder(
     assert list(mask[start : start + 30]) == np.ravel(COLOURS).tolist()
 
     settings = config.load("topformer_t_shapes", OWN)
-    facts = export.describe_origin(settings, "", checkpoints.load_model(settings, own))
+    facts = export.describe_model(settings, "", checkpoints.load_model(settings, own))
     assert (facts["classes"], facts["palette"]) == (NAMES, COLOURS)
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 5})
     words = [*flags(OWN | {"data.root": tmp_path / "no"}), "--checkpoint", unnamed, "--output", out]
@@ -257,7 +257,7 @@ def test_an_exported_file_has_the_commands_settings(
         "--config.data.crop_size='(128,128)'; this command uses (300,200), (64,96)\n"
     )
     settings = config.load("topformer_t_shapes", other)
-    facts = export.describe_origin(settings, "", checkpoints.load_model(settings, own))
+    facts = export.describe_model(settings, "", checkpoints.load_model(settings, own))
     assert facts["config"]["evaluation"]["scale"] == [300, 200]
 
 
@@ -335,7 +335,7 @@ def test_a_classifiers_names(tmp_path: pathlib.Path) -> None:
     assert (meta["CLASSES"], "PALETTE" in meta) == (classes, False)
     model = topformer_jax.load(settings, tmp_path / "c.pth")
     assert (model.classes, model.palette) == (tuple(classes), ())
-    assert export.describe_origin(settings, "", model)["classes"] == classes
+    assert export.describe_model(settings, "", model)["classes"] == classes
 
     sources.check_class_folders(settings, classes)
     (tmp_path / "images/train/bee").rename(tmp_path / "images/train/bees")  # in its place

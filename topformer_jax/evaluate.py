@@ -79,7 +79,7 @@ def score_segmenter(
     """Scores a segmenter on a split of the config's data set, prints the table and writes the outputs.
 
     Args:
-        predictor: a checkpoint or an exported file; classes have its names.
+        predictor: of a checkpoint or of an exported file; it gives the names of the classes.
         config: says which data, and how to evaluate.
         workdir: for metrics.json, confusion.csv and report.html.
         origin: where the weights come from, for the outputs.

@@ -131,7 +131,7 @@ def export_model(
     description = dataclasses.asdict(choices) | {
         "output": "scores" if isinstance(model, models.Classifier) else choices.output,
         "stride": 8 if choices.output == "logits" else choices.stride,
-        **describe_origin(config, checkpoint, model),
+        **describe_model(config, checkpoint, model),
     }
     if choices.size is not None:
         size = choices.size[::-1]
@@ -154,10 +154,10 @@ def _make_file(
 ) -> tuple[bytes, str]:
     """The content of a file of a format's module, and the result of its comparison with the model."""
     # The layers as they are evaluated, not as they are exported.
-    plain = models.build(config_lib.load(model.config, {"model.conv_impl": "auto"}))
+    evaluated = models.build(config_lib.load(model.config, {"model.conv_impl": "auto"}))
     tensors = {key: np.asarray(value) for key, value in models.state_dict(model).items()}
-    checkpoints.load_state_dict(plain, tensors)
-    plain.eval()
+    checkpoints.load_state_dict(evaluated, tensors)
+    evaluated.eval()
 
     def write(facts: Mapping[str, Any]) -> bytes:
         function = network.make_function(model, facts["output"], facts["stride"], by_rows=module.BY_ROWS)
@@ -173,13 +173,13 @@ def _make_file(
     float_facts = {**description, "precision": "float32"}
     others = pictures[1::2] or pictures
     data = write(float_facts)
-    found = verification.verify(open_data(data, float_facts), plain, model, others, make_logits)
+    found = verification.verify(open_data(data, float_facts), evaluated, model, others, make_logits)
     if (precision := description["precision"]) != "float32":
         float_data, data = data, module.lower_precision(data, description, pictures[::2])
         images = others[:8] or list(verification.draw_images(description["size"]))
         share, layer = module.compare_layers(data, float_data, images)
         verification.check_layer(share, layer, precision)
-        found = verification.verify(open_data(data, description), plain, model, others)
+        found = verification.verify(open_data(data, description), evaluated, model, others)
     return data, found
 
 
@@ -232,7 +232,7 @@ def read_pictures(folder: files.Path) -> list[Image]:
     return pictures
 
 
-def describe_origin(
+def describe_model(
     config: ConfigDict, checkpoint: str, model: models.Segmenter | models.Classifier
 ) -> dict[str, Any]:
     """The origin of a file's weights, and the meaning of its numbers."""

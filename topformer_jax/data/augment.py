@@ -142,10 +142,10 @@ def _distort(planes: Planes, key: Array) -> Planes:
     factor = jax.random.uniform(keys[7], (), jnp.float32, 0.5, 1.5)
     turn = jax.random.randint(keys[8], (), -18, 18, jnp.int32)
     early = coins[2]
-    # Brightness by 0 and contrast by 1 change no byte, so a coin may choose the amount.
+    # Brightness +0 and contrast x1 change no byte, so the coin chooses the amount.
     planes = brightness(planes, jnp.where(coins[0], delta, 0.0))
     planes = _cut(contrast(planes, jnp.where(early, gain, 1.0)))
-    # The way through 8-bit HSV changes bytes even then, so a coin chooses the whole step.
+    # A round trip through 8-bit HSV changes bytes even then, so the coin chooses whether the step runs.
     planes = _cut(_choose(coins[3], saturation(planes, factor), planes))
     planes = _cut(_choose(coins[4], hue(planes, turn), planes))
     return contrast(planes, jnp.where(early, 1.0, gain))

@@ -184,7 +184,7 @@ class TrainingBatches(Iterator[Batch]):
 
 @dataclasses.dataclass
 class _ExampleMaker:
-    """Makes the training example at each position of one process's share of the order."""
+    """Maps a position in one process's share of the order to its training example."""
 
     source: Source
     config: ConfigDict

@@ -1,6 +1,6 @@
 """ONNX files: written from the traced program, run by onnxruntime.
 
-A file for processors first leaves out the classes that are the label of no pixel. Every pixel lies in a cell: four
+A file for CPUs first leaves out the classes that are the label of no pixel. Every pixel lies in a cell: four
 neighbouring logits of each class, whose average by the pixel's weights is the class's score there. A class whose
 largest corner is below the smallest corner of another class has a lower score at every pixel of the cell. Where that
 holds in every cell of all images, the class is dropped before the logits are enlarged. The labels are those of all
@@ -109,7 +109,7 @@ def _possible_classes(graph: Graph, logits: str) -> str:
     surely_reached = largest(smallest_corner, [1], keepdims=1)
     # The lead of each class where it leads most.
     lead = largest(graph.add("Sub", largest_corner(logits), surely_reached), [0, 2, 3])
-    # NaN and infinities may leave no class that leads, and there must be a label: those that are behind least stay.
+    # NaN and infinities may leave no class that leads; a label is needed, so the classes closest to leading stay.
     bound = graph.add("Min", largest(lead, [0]), graph.constant_name(np.float32(0)))
     stays = graph.add("Not", graph.add("Less", lead, bound))
     return str(graph.add("Squeeze", graph.add("NonZero", stays), graph.integers([0])))

@@ -17,12 +17,12 @@ from topformer_jax.runtime.errors import UserError
 
 Model = models.Segmenter | models.Classifier
 # The share of the labels that may differ from the model's, and the difference of other outputs by their spread. A
-# dead layer changes 0.5 % of the labels, and logits by 5 %. Fewer bits change as much: `litert_file.compare_layers`
-# finds dead layers there.
+# dead layer changes 0.5 % of the labels, and logits by 5 %. Quantization changes as much, so
+# `litert_file.compare_layers` finds dead layers in int8 files.
 LIMITS = {"float32": (1e-4, 1e-4), "float16": (0.1, 0.3), "int8": (0.5, math.inf)}
 TIES = 3  # labels that may always differ
-# A network of random weights makes much of rounding. If the same model with other sums differs from itself, a file
-# may differ this many times as much, up to a bound.
+# A network of random weights amplifies rounding. If another order of sums changes the model's own outputs, a file may
+# differ from the model this many times as much, up to a bound.
 ROUNDINGS, MOST_ROUNDING = 10, (2e-3, 1e-2)
 LEAST_SPREAD = 0.1  # of a layer's values over pixels, by that of float32
 MOST_COMMON = 0.99  # of the labels: if more are of one class, a broken file's may be too
@@ -41,8 +41,8 @@ class Comparison:
         shares: the share of equal labels in each batch; for logits and scores, the label is the largest one's class.
         num_labels: the number of labels compared.
         most_common: the share of the commonest label; 0 if the output is not labels.
-        difference: for other outputs than labels, the root mean square of the differences, divided by that of the
-            values' deviations from their mean over pixels, class by class (for scores: over classes).
+        difference: for other outputs than labels, the root mean square of the differences, divided by the
+            standard deviation of the values over pixels, per class (for scores: over classes).
 
     Raises:
         UserError: the shapes or dtypes differ.

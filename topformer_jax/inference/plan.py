@@ -65,7 +65,7 @@ class WindowGrid(NamedTuple):
 class RatioShapes(NamedTuple):
     """The static shapes at one of `evaluation.img_ratios`."""
 
-    canvases: tuple[Size, ...]  # of the network's input, a window; each image takes one of them
+    canvases: tuple[Size, ...]  # (height, width) of the network's input; an image uses one of them
     windows: int  # the most sliding windows of any image
     support: Size  # cells of a window's logits (down, across) that a tile depends on at most
 
@@ -133,7 +133,7 @@ class ViewInput(NamedTuple):
 
     windows: UInt8[Arrays, "*n windows h w 3"]  # each at the top left; in mode "whole" one, the image
     counts: Int32[Arrays, "*n 2"]  # windows of this image, down and across
-    canvas: Int32[Arrays, "*n"]  # which of the shapes' canvases; their number in a row without an image
+    canvas: Int32[Arrays, "*n"]  # index into the canvases; their count if the row has no image
     area: ImageArea  # of a window on its canvas; WHOLE if nothing is masked
     rows: BandedResize  # of each row of windows, from its logits to the rows of the image
     columns: BandedResize
@@ -206,10 +206,10 @@ def plan_evaluation(
 ) -> list[EvalBatch]:
     """Plans the batches of a data set: every example exactly once.
 
-    A device computes images of one canvas at a time, other devices those of others, so that a batch is full although
-    few of its images share a canvas; its programs then have a branch for each canvas. With a single device each
-    canvas has programs of its own. The last batch spreads over all devices, and with them over the hosts that read
-    the images.
+    In a batch, each device computes images of one canvas, and different devices may use different canvases. A batch
+    is then full even if few of its images share a canvas; the compiled programs have one branch per canvas. With a
+    single device, each canvas has its own programs. The last batch is spread over all devices, so that all hosts read
+    some of its images.
 
     Args:
         image_sizes: (height, width) of every example.
@@ -295,7 +295,8 @@ def choose_canvases(
 ) -> list[tuple[int, ...]]:
     """Few canvases into which images fit: at most `limit`, and no more than keep the padding under `max_padding`.
 
-    It adds one after the other, and each time exchanges each for the one that leaves the fewest pixels to compute.
+    A greedy search: it adds the canvas that leaves the fewest pixels to compute, then tries to exchange each of those
+    chosen before, in three rounds.
 
     Args:
         sizes: of the images: height and width, for each ratio.
@@ -385,7 +386,7 @@ def prepare_input(
 def padding_input(
     size: Size, evaluation: ConfigDict, shapes: ProgramShapes, label_size: Size, dtype: str = "float32"
 ) -> InferenceInput:
-    """Fills a row of a batch that has no image: a black one of a size that fits, without a canvas and tiles."""
+    """The input for a row of a batch that has no image: a black image, which no canvas and no tile takes."""
     black = np.zeros((*size, 3), np.uint8)
     views, label = prepare_input(black, None, evaluation, shapes, label_size, dtype)
     canvas = np.array(len(shapes.canvases), np.int32)

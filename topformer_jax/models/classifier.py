@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from numpy.random import Generator
 
 from topformer_jax.models.layers import BatchNorm, Dropout, DTypePolicy
-from topformer_jax.models.topformer import Backbone, Images, Network
+from topformer_jax.models.topformer import Backbone, ConfiguredModel, Images
 
 
 class Linear(nnx.Module):
@@ -39,7 +39,7 @@ class ClassifierHead(nnx.Module):
         return self.l(self.dropout(self.bn(x), rngs))
 
 
-class Classifier(Backbone, Network):
+class Classifier(Backbone, ConfiguredModel):
     """The backbone with pooling stride 1 and without injections; mean over all positions; `ClassifierHead`.
 
     Takes normalised RGB images and returns logits in float32 or wider. `settings` are `config.model`.

@@ -341,7 +341,9 @@ RESIZES: dict[tuple[int, int], Callable[[int, int, str], np.ndarray]] = {
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("size", "matrices"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class ImageArea:
-    """The sizes of a batch's images on their canvas; `make_image_area` makes it for one image.
+    """The sizes of a batch's images on a larger canvas, and their resize matrices; only masked evaluation uses it.
+
+    Training, export and unmasked evaluation pass `WHOLE`. `make_image_area` makes the area of one image.
 
     Attributes:
         size: int32 `[n, 2]`, (height, width) of each image, pixels of the network's input.

@@ -231,7 +231,7 @@ class DecodeHead(nnx.Module):
         return self.conv_seg(x.astype(self.policy.accum_dtype))
 
 
-class Network(nnx.Module):
+class ConfiguredModel(nnx.Module):
     """What `models.build` and `topformer_jax.load` attach to a model; static parts of its graph definition.
 
     Attributes:
@@ -247,7 +247,7 @@ class Network(nnx.Module):
     checkpoint_config: FrozenConfigDict | None = None
 
 
-class Segmenter(Network):
+class Segmenter(ConfiguredModel):
     """The whole network: normalised RGB images to logits at stride 8, in float32 or wider.
 
     `settings` are `config.model`; `topformer_jax.load` and `models.build` make one from a config.

@@ -53,7 +53,7 @@ class LossSums(NamedTuple):
     """Sums over the pixels of a batch, which the caller adds up over micro-batches and then divides.
 
     Attributes:
-        loss: the sum of the losses of the pixels whose label is not `IGNORE_LABEL`.
+        loss: the sum of the losses of the pixels whose label is not `IGNORE_LABEL`; the mean after the division.
         correct: the number of these pixels where no class has a larger logit than the label's.
         valid: the number of these pixels.
     """
@@ -390,7 +390,7 @@ def _sum_tiles(
     precision: str | None,
     devices: int,
 ) -> tuple[Any, Array | None]:
-    """Adds up what a function computes of each tile.
+    """Sums a function over all tiles of a batch.
 
     Args:
         tile_loss: the function.

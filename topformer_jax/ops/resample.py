@@ -77,7 +77,7 @@ def adaptive_avg_pool(
 def library_resize(
     images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
 ) -> Float[Array, "n height width c"]:
-    """`resize` with method "single_op"; exporters find it by its name, and may use an operation of their own."""
+    """`resize` with method "single_op"; the LiteRT exporter finds it by its name and writes a resize of its own."""
     return _multiply_axes(images, size, bilinear_matrix, precision)
 
 

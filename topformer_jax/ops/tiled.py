@@ -1,9 +1,9 @@
 """From stride-8 logits to full-resolution scores, one tile of output pixels at a time.
 
-All resizes between the logits and the original image (to the network's input, the mean over sliding windows, to the
-image) are linear in each axis, so their matrices multiply into one matrix per axis and window. Two small products
-give the scores of a tile from a few cells of the logits. Image sizes are data, not shapes, so one compiled program
-serves images of many sizes, and full-resolution scores exist for one tile only.
+The steps between the logits and the original image (the resize to the network's input, the mean over sliding windows,
+the resize to the image) are linear in each axis, so their matrices multiply into one matrix per axis and window. Two
+small products give the scores of a tile from a few cells of the logits. Image sizes are data, not shapes, so one
+compiled program serves images of many sizes, and full-resolution scores exist for one tile only.
 """
 
 import functools

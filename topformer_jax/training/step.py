@@ -301,8 +301,8 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
         step(i) = lr * decay_rate ** floor(i / decay_steps)
         warm-up, i < w: start * (1 - (1 - i / w) * (1 - ratio))
 
-    `start` is poly(i) in mmcv's poly, and lr in the other two, which are timm's schedulers (`CosineLRScheduler`,
-    `StepLRScheduler`, without prefix). timm's step changes at the first epoch after the time, here it is exact.
+    `start` is poly(i) if the policy is poly, as in mmcv, and lr otherwise, as in timm's `CosineLRScheduler` and
+    `StepLRScheduler` (without prefix). timm's step changes at the first epoch after the time, here it is exact.
 
     >>> from topformer_jax import config
     >>> schedule = config.ade20k("tiny").schedule
