@@ -75,7 +75,9 @@ def test_devices_that_do_not_start_are_one_line(tmp_path: pathlib.Path) -> None:
     outputs = finish(pair)
     for process, (_, err) in zip(pair, outputs, strict=True):
         assert process.returncode == 2, outputs
-        assert re.fullmatch(r"error: JAX does not start on .*\n", err), err
+        # JAX's C++ code may print first that the other process has ended.
+        assert re.fullmatch(r"error: JAX does not start on .*", err.splitlines()[-1]), err
+        assert "Traceback" not in err
 
 
 def has_steps(workdir: pathlib.Path, count: int) -> bool:

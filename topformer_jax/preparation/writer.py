@@ -248,12 +248,18 @@ class WorkerPool(concurrent.futures.ProcessPoolExecutor):
     """
 
     def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
-        """Starts a process if one is missing, and gives it a task."""
+        """Starts a process if one is missing, and gives it a task; called by the main thread."""
         former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Another thread may still receive the signal. Half-way through a start, an exception would lose the process.
+        interrupts: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
             return super().submit(*args, **options)
         finally:
+            signal.signal(signal.SIGINT, handler)
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
+            if interrupts:
+                raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
