@@ -31,6 +31,7 @@ from topformer_jax.data import sources
 from topformer_jax.inspection.sample import look_at_labels
 from topformer_jax.runtime import errors, logs, processes, sharding
 from topformer_jax.training import run as run_lib
+from topformer_jax.training.folded import restore_statistics
 from topformer_jax.training.run import Monitor, Run, StepProfiler, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
@@ -101,6 +102,9 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         at_exit.callback(batches.close)
         at_exit.push(cli.abort_run_on_error)
         at_exit.enter_context(errors.report_out_of_memory("train", store.describe_newest))
+        if not start:
+            with jax.transfer_guard("allow"):
+                state = restore_statistics(run, state)
         run_lib.evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with run_lib.save_on_error(run, state, step - 1, monitor):

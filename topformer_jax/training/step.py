@@ -11,13 +11,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 from ml_collections import ConfigDict
 
 from topformer_jax import models
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
-from topformer_jax.data.classification.augment import augment_classes
+from topformer_jax.data.classification.augment import MixedClasses, augment_classes
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import (
     LossSums,
@@ -236,19 +236,11 @@ def _forward(
     """A `Forward`: augments a micro-batch, runs the network and sums the loss."""
     model = models.merge_state_dict(graphdef, params | stats)
     rngs = nnx.Rngs(dropout=key)
-    dtype = at_least_float32(models.DTYPES[config.model.dtype])
-    if config.task == "classification":
-        images, classes = augment_classes(batch, config, dtype)
+    images, labels = augment_batch(batch, config)
+    if isinstance(labels, MixedClasses):
         smoothing = config.loss.label_smoothing
-        sums = class_cross_entropy(model(images, rngs=rngs), *classes, smoothing=smoothing)
+        sums = class_cross_entropy(model(images, rngs=rngs), *labels, smoothing=smoothing)
         return sums, 0.0, models.state_dict(model, nnx.BatchStat)
-    images, labels = augment(
-        batch,
-        config.seed,
-        flip=config.data.flip_prob,
-        photometric=config.data.photometric_distortion,
-        dtype=dtype,
-    )
     logits, teacher_logits = model(images, rngs=rngs), None
     if teacher_graphdef is not None and teacher_tensors is not None:
         teacher = models.merge_state_dict(teacher_graphdef, teacher_tensors)
@@ -266,6 +258,22 @@ def _forward(
     if weight := config.loss.dice_weight:
         others = weight * jnp.mean(upsampled_dice(logits, labels, **options))
     return sums, others, models.state_dict(model, nnx.BatchStat)
+
+
+def augment_batch(
+    batch: Batch, config: ConfigDict
+) -> tuple[Float[Array, "n h w 3"], Int32[Array, "n h w"] | MixedClasses]:
+    """The augmented images of a batch, in at least float32, with their label maps or a classifier's labels."""
+    dtype = at_least_float32(models.DTYPES[config.model.dtype])
+    if config.task == "classification":
+        return augment_classes(batch, config, dtype)
+    return augment(
+        batch,
+        config.seed,
+        flip=config.data.flip_prob,
+        photometric=config.data.photometric_distortion,
+        dtype=dtype,
+    )
 
 
 def average_decay(step: Array, config: ConfigDict) -> float | Array:
