@@ -12,9 +12,11 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
 from topformer_jax.config.loading import (
     compare_configs as compare_configs,
     complete as complete,
+    explain_warmup as explain_warmup,
     hide_paths as hide_paths,
     load as load,
     recipe_names as recipe_names,
+    resolve_schedule as resolve_schedule,
 )
 from topformer_jax.config.recipes import (
     ade20k as ade20k,

@@ -45,7 +45,8 @@ def load(
 
     Args:
         source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config.
-        overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true".
+        overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true". Of `schedule.steps`
+            and `schedule.epochs`, the one that is given counts.
 
     Returns:
         A new, locked config.
@@ -55,7 +56,10 @@ def load(
             not legal.
     """
     config = source if isinstance(source, ConfigDict) else _read(_find(source))
-    values = flatten(config.to_dict()) | dict(overrides or {})
+    overrides = dict(overrides or {})
+    if "schedule.steps" in overrides:
+        overrides.setdefault("schedule.epochs", 0)
+    values = flatten(config.to_dict()) | overrides
     for key in values:
         if key not in SETTINGS:
             raise _unknown(key)
@@ -68,6 +72,34 @@ def load(
     checked = base_config()
     checked.update_from_flattened_dict(values)
     return checked.lock()
+
+
+def resolve_schedule(config: ConfigDict, examples: int) -> ConfigDict:
+    """A config whose lengths are steps, for this number of training examples: the last epoch is a whole one.
+
+    >>> settings = load("topformer_t_camvid", {"schedule.epochs": 5, "evaluate_every": 0})
+    >>> resolved = resolve_schedule(settings, examples=367)
+    >>> resolved.batch_size, resolved.schedule.steps, resolved.schedule.epochs, resolved.evaluate_every
+    (4, 459, 0, 46)
+
+    Raises:
+        UserError: there would be more than 1,000,000,000 steps.
+    """
+    epochs, steps = config.schedule.epochs, config.schedule.steps
+    if epochs:
+        steps = -(-epochs * examples // config.batch_size)
+    return load(config, {"schedule.steps": steps, "evaluate_every": config.evaluate_every or -(-steps // 10)})
+
+
+def explain_warmup(schedule: ConfigDict) -> str:
+    """One line if a run ends before its warm-up does; "" if not."""
+    steps, warmup = schedule.steps, schedule.warmup_steps
+    if warmup < steps:
+        return ""
+    return (
+        f"all {steps} steps are warm-up (schedule.warmup_steps={warmup}), and the learning rate stays below "
+        f"schedule.lr: set schedule.warmup_steps to about {steps // 10}"
+    )
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:

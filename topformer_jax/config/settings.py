@@ -88,7 +88,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "upload_every": Setting(
             60, "seconds between uploads of logs and pictures to a work directory in a bucket", Range(1, 86_400)),
         "max_to_keep": Setting(3, "newest checkpoints to keep, besides the best one", Range(1, 10_000)),
-        "evaluate_every": Setting(16_000, "steps between evaluations", COUNT),
+        "evaluate_every": Setting(16_000, "steps between evaluations; 0: ten evaluations in a run", Range(0, 10**9)),
     },
     "Model": {
         "model.variant": Setting("tiny", "size of the network", ("tiny", "small", "base")),
@@ -192,7 +192,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "optimizer.clip_norm": Setting(0.0, "maximum global norm of the gradient; 0: no limit", Range(0, 10**9)),
     },
     "Schedule": {
-        "schedule.steps": Setting(160_000, "number of training steps", COUNT),
+        "schedule.steps": Setting(160_000, "number of training steps, if schedule.epochs is 0", COUNT),
+        "schedule.epochs": Setting(0,
+            "passes over the training pictures; a flag for schedule.steps sets it to 0", Range(0, 10**6)),
         "schedule.lr": Setting(1.2e-4, "highest learning rate of the backbone", Range(0, 1e30)),
         "schedule.base_batch_size": Setting(0,
             "batch size that schedule.lr is for; with another batch_size, it is scaled linearly; 0: no scaling",

@@ -155,7 +155,8 @@ def print_banner(
         f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
         "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and {len(splits[1])} "
         "validation examples",
-        "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
+        "length": f"{epochs:.1f} epochs of {len(splits[0])} pictures = {steps} steps of {config.batch_size} images, "
+        f"crops {config.data.crop_size}",
         "devices": f"{jax.device_count()} x {device} in {jax.process_count()} processes, mesh {axes}",
         "writing to": folder.path,
         "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'fresh weights'}",
