@@ -139,6 +139,11 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.cat_max_ratio": Setting(0.75,
             "redraw a crop, at most 10 times, if one class has this share of its labelled pixels; 1: never",
             PROBABILITY),
+        "data.aspect_range": Setting(
+            (1.0, 1.0), "range of a random factor on width / height that keeps the area; (1,1): off", Range(0.25, 4)),
+        "data.rotation": Setting(0.0,
+            "largest random rotation in degrees; corners are lost, and what is outside is void; 0: off",
+            Range(0, 180)),
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
             True, "true: change brightness, contrast, saturation and hue, each with probability 0.5"),

@@ -304,6 +304,8 @@ def crop_example(
         ratio_range=data.ratio_range,
         cat_max_ratio=data.cat_max_ratio,
         rng=rng,
+        aspect_range=data.aspect_range,
+        rotation=data.rotation,
     )
 
 
