@@ -14,6 +14,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import scipy.ndimage
 from hypothesis import given, strategies as st
 
 from topformer_jax.data import codecs, transforms
@@ -442,3 +443,39 @@ def test_void_pixels_have_no_say() -> None:
     assert transforms._is_varied(label, 0.76)
     label[0, 3] = 3
     assert not transforms._is_varied(label, 1.5)  # one class alone
+
+
+# Blur and JPEG
+
+
+def test_degraded_as_by_scipy_and_pillow() -> None:
+    image = _picture(40, 50)
+    for seed in range(4):
+        draws = np.random.default_rng(seed)
+        draws.random()
+        sigma = draws.uniform(0.1, 2)
+        options = {
+            "sigma": (sigma, sigma, 0),
+            "mode": "mirror",
+            "radius": (round(3 * sigma), round(3 * sigma), 0),
+        }
+        theirs = scipy.ndimage.gaussian_filter(image.astype(float), **options)
+        ours = transforms.degrade(image, blur_prob=1.0, jpeg_prob=0.0, rng=np.random.default_rng(seed))
+        np.testing.assert_allclose(ours, theirs, atol=1.5)
+        draws = np.random.default_rng(seed)
+        draws.random()
+        file = io.BytesIO()
+        PIL.Image.fromarray(image).save(file, "JPEG", quality=int(draws.integers(30, 96)))
+        ours = transforms.degrade(image, blur_prob=0.0, jpeg_prob=1.0, rng=np.random.default_rng(seed))
+        np.testing.assert_allclose(ours.astype(int), np.asarray(PIL.Image.open(file)), atol=2)
+
+
+def test_degraded_as_often_as_asked() -> None:
+    image, rng = _picture(8, 8), np.random.default_rng(0)
+    changed = [
+        (transforms.degrade(image, blur_prob=0.3, jpeg_prob=0.5, rng=rng) != image).any() for _ in range(400)
+    ]
+    assert 0.55 < np.mean(changed) < 0.72  # 1 - 0.7 * 0.5, and a blur of 0.1 pixels changes nothing
+    state = rng.bit_generator.state
+    assert transforms.degrade(image, blur_prob=0.0, jpeg_prob=0.0, rng=rng) is image
+    assert rng.bit_generator.state == state

@@ -147,6 +147,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
             True, "true: change brightness, contrast, saturation and hue, each with probability 0.5"),
+        "data.blur_prob": Setting(
+            0.0, "probability of a Gaussian blur of 0.1 to 2 pixels on the crop", PROBABILITY),
+        "data.jpeg_prob": Setting(
+            0.0, "probability of a JPEG compression of the crop, quality 30 to 95", PROBABILITY),
         "data.crop_area": Setting(
             (0.08, 1.0), "classifiers: range of the share of the image in a random crop", PROBABILITY),
         "data.rand_augment": Setting(

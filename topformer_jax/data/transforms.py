@@ -13,6 +13,8 @@ from jaxtyping import Int32, UInt8
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 
+BLUR_SIGMA = (0.1, 2.0)  # pixels, as in SimCLR
+JPEG_QUALITY = (30, 95)  # of 100
 MAX_CROP_TRIES = 10  # crops tested against cat_max_ratio before one is taken untested
 Size = tuple[int, int]  # (height, width) in pixels
 ResizedImage = UInt8[np.ndarray, "height width 3"]  # an `Image` of another size than its argument's h and w
@@ -122,6 +124,32 @@ def random_resize_crop(
         "label": cv2.copyMakeBorder(label_crop, 0, below, 0, right, cv2.BORDER_CONSTANT, value=IGNORE_LABEL),
         "size": np.array((height, width), np.int32),
     }
+
+
+def degrade(image: Image, *, blur_prob: float, jpeg_prob: float, rng: np.random.Generator) -> Image:
+    """Blurs an image with one probability, then compresses it as a JPEG with another one, as weak cameras do.
+
+    Gaussian blur has a standard deviation from `BLUR_SIGMA` (SimCLR, Chen et al. 2020, appendix A), the JPEG a
+    quality from `JPEG_QUALITY`, both drawn uniformly.
+
+    >>> image = np.zeros((5, 5, 3), np.uint8)
+    >>> image[2, 2] = 255
+    >>> degrade(image, blur_prob=1.0, jpeg_prob=0.0, rng=np.random.default_rng(0))[2, :, 0].tolist()
+    [1, 28, 107, 28, 1]
+
+    Args:
+        image: uint8 `[h, w, 3]`, RGB.
+        blur_prob, jpeg_prob: the probabilities.
+        rng: the source of all draws; with a probability of 0, it is not used.
+    """
+    if blur_prob and rng.random() < blur_prob:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*BLUR_SIGMA))
+    if jpeg_prob and rng.random() < jpeg_prob:
+        quality = int(rng.integers(*JPEG_QUALITY, endpoint=True))
+        flags = [cv2.IMWRITE_JPEG_QUALITY, quality]
+        file = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), flags)[1]
+        image = np.asarray(cv2.imdecode(file, cv2.IMREAD_COLOR_RGB))
+    return image
 
 
 def _crop_resized(
