@@ -69,7 +69,6 @@ def test_a_training_starts_from_the_same_network(
         "data.shapes.train": 8,  # one batch
         "schedule.steps": 1,
         "ema_decay": 0.5,
-        "data.num_workers": 2,
     }
     line = "43 BatchNorms are folded into the weights; their statistics are estimated from 8 training crops"
     assert line in run_here(tmp_path / "run", changes)

@@ -25,8 +25,9 @@ TRANSFORMER_STRIDE = 64  # of the segmenter: pixels of the image for each pixel 
 # What may differ between a checkpoint's config and that of the run that resumes it. The first group would not fit the
 # state, or change the meaning of labels.
 REFUSED = {
-    *("task", "data.reduce_zero_label", "optimizer.name", "model.variant", "model.num_classes"),
-    *("model.injection", "model.head_channels", "model.depthwise_head", "model.depths"),
+    *("task", "data.reduce_zero_label", "optimizer.name", "optimizer.freeze"),
+    *("model.variant", "model.num_classes", "model.depths"),
+    *("model.injection", "model.head_channels", "model.depthwise_head"),
 }
 # These change neither what the model learns nor its scores.
 SILENT = {
@@ -316,9 +317,8 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
     is_classification = values["task"] == "classification"
     side, crop = values["evaluation.short_side"], max(values["data.crop_size"])
     # The smallest map of such a micro-batch is one pixel of one image.
-    if values["batch_size"] == values["grad_accum_steps"] and (
-        is_classification or crop <= TRANSFORMER_STRIDE
-    ):
+    is_single = values["batch_size"] == values["grad_accum_steps"] and not values["model.bn_frozen"]
+    if is_single and (is_classification or crop <= TRANSFORMER_STRIDE):
         way_out = "" if is_classification else f", or data.crop_size larger than {TRANSFORMER_STRIDE}"
         raise UserError(
             f"batch_size is {values['batch_size']}, grad_accum_steps {values['grad_accum_steps']}: BatchNorm needs "

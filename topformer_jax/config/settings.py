@@ -105,6 +105,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
             0.1,
             "probability of stochastic depth in the last block; it rises linearly from 0 in the first", BELOW_ONE),
         "model.dropout_ratio": Setting(0.1, "probability of dropping a channel before the last layer", BELOW_ONE),
+        "model.bn_momentum": Setting(
+            0.1, "training: share of a batch's statistics in BatchNorm's running ones, as in PyTorch", PROBABILITY),
+        "model.bn_frozen": Setting(
+            False, "training: true normalises with BatchNorm's running statistics, and keeps them"),
         "model.dtype": Setting("float32",
             "dtype of activations; BatchNorm, softmax, logits and parameters use at least float32",
             ("float32", "bfloat16", "float64")),
@@ -198,6 +202,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "optimizer.no_decay_norm": Setting(
             False, "true: no weight decay for BatchNorm's scales and for biases"),
         "optimizer.head_lr_mult": Setting(10.0, "factor for decode_head's learning rate", Range(0, 10**6)),
+        "optimizer.freeze": Setting("none",
+            "weights and BatchNorm statistics that stay as they are; names as in init_part",
+            ("none", "token_pyramid", "backbone", "all_but_classes")),
         "optimizer.clip_norm": Setting(0.0, "maximum global norm of the gradient; 0: no limit", Range(0, 10**9)),
     },
     "Schedule": {
