@@ -44,7 +44,11 @@ for _short, _variant in (("t", "tiny"), ("s", "small"), ("b", "base")):
 OTHERS = (
     "s_cityscapes",
     "t_shapes",
-    *(f"{variant}_{name}" for variant in "tsb" for name in ("imagenet", "imagenet_adamw", "camvid")),
+    *(
+        f"{variant}_{name}"
+        for variant in "tsb"
+        for name in ("imagenet", "imagenet_adamw", "camvid", "finetune")
+    ),
 )
 
 
@@ -80,7 +84,7 @@ def test_recipe(configs: pathlib.Path, name: str) -> None:
 
 def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Path) -> None:
     names = [f"topformer_{name}" for name in (*RECIPES, *OTHERS)]
-    assert len(names) == 26
+    assert len(names) == 29
     for name in names:
         settings = config.load(configs / f"{name}.py")
         assert settings.name == name

@@ -24,6 +24,7 @@ from topformer_jax.config.recipes import (
     camvid as camvid,
     cityscapes as cityscapes,
     coco_stuff10k as coco_stuff10k,
+    fine_tune as fine_tune,
     imagenet as imagenet,
     pascal_context as pascal_context,
     shapes as shapes,
