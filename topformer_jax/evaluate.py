@@ -219,8 +219,15 @@ def _write_scores(
     """Writes metrics.json, with the scores of all pixels and those near boundaries, and confusion.csv."""
     scores, boundary = both
     of_class = zip(classes, scores.iou, scores.accuracy, strict=True)
-    found: Any = {name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(acc)} for name, iou, acc in of_class}
-    values: Any = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc, "images": len(result.accuracy)}
+    found: Any = {
+        name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(acc)} for name, iou, acc in of_class
+    }
+    values: Any = {
+        "mIoU": scores.miou,
+        "mAcc": scores.macc,
+        "aAcc": scores.aacc,
+        "images": len(result.accuracy),
+    }
     if boundary:
         values["boundary_mIoU"] = _number_or_none(boundary.miou)
         for name, iou in zip(classes, boundary.iou, strict=True):
