@@ -91,7 +91,13 @@ def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Pa
     assert set(names) <= set(config.recipe_names())  # a user's own configs may be there too
 
 
-@pytest.mark.parametrize("key", ["data.aspect_range", "data.rotation", "data.blur_prob", "data.jpeg_prob"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("data.aspect_range", "data.rotation", "data.blur_prob", "data.jpeg_prob"),
+        "evaluation.boundary_pixels",
+    ],
+)
 def test_what_is_for_few_pictures_is_off_in_all_recipes(configs: pathlib.Path, key: str) -> None:
     for file in configs.glob("topformer_*.py"):
         assert flatten(config.load(file).to_dict())[key] == SETTINGS[key].default

@@ -247,6 +247,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "whole", "the whole image, or windows whose logits are averaged where they overlap", ("whole", "slide")),
         "evaluation.crop_size": Setting((512, 512), "pixels (height, width) of a window (mode=slide)", PIXELS),
         "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows (mode=slide)", PIXELS),
+        "evaluation.boundary_pixels": Setting(0,
+            "also score the pixels at most this far from another label, e.g. 3; 0: off", Range(0, 256)),
         "evaluation.max_canvases": Setting(4,
             "maximum number of compiled input shapes per ratio; smaller images are padded. More shapes mean less "
             "padding and longer compilation", Range(1, 64)),
