@@ -96,12 +96,16 @@ def init_training(
         teacher: to distil from, with the classes of `model`; None: without distillation.
 
     Raises:
-        UserError: the mesh does not divide the batch, or the length is in epochs (`config.resolve_schedule`).
+        UserError: the mesh does not divide the batch, `loss.class_weight` is a name, or the length is in epochs.
     """
     if config.schedule.epochs:
         raise UserError(
             f"schedule.epochs is {config.schedule.epochs}: give the config that "
             "config.resolve_schedule(config, len(source)) returns"
+        )
+    if isinstance(config.loss.class_weight, str):
+        raise UserError(
+            f"loss.class_weight={config.loss.class_weight}: a step needs numbers, as training.class_weight makes them"
         )
     mesh = sharding.make_train_mesh(config) if mesh is None else mesh
     model = models.build(config) if model is None else model
