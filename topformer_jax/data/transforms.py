@@ -80,6 +80,7 @@ def random_resize_crop(
     rng: np.random.Generator,
     aspect_range: tuple[float, float] = (1.0, 1.0),
     rotation: float = 0.0,
+    wanted: int | None = None,
 ) -> CroppedExample:
     """Resizes an image and its label by a random factor and takes a random crop, padded to `crop_size`.
 
@@ -99,6 +100,7 @@ def random_resize_crop(
         aspect_range: of a factor on width / height that keeps the area; its logarithm is drawn uniformly.
         rotation: the largest angle in degrees, in either direction, by which the resized image is turned about its
             centre. Its size stays the same, so that it loses its corners.
+        wanted: a class that an accepted crop holds; None: any.
 
     Returns:
         Padded at the bottom and on the right, and outside a turned image: the image with 0, the label with
@@ -110,12 +112,13 @@ def random_resize_crop(
         size = max(round(size[0] / stretch), 1), max(round(size[1] * stretch), 1)
     degrees = rng.uniform(-rotation, rotation) if rotation else 0.0
     height, width = min(size[0], crop_size[0]), min(size[1], crop_size[1])
-    tries = MAX_CROP_TRIES if cat_max_ratio < 1 else 0
+    tries = 0 if cat_max_ratio >= 1 and wanted is None else MAX_CROP_TRIES
     for attempt in range(tries + 1):
         top, left = (int(rng.integers(0, size[axis] - (height, width)[axis] + 1)) for axis in (0, 1))
         box = top, left, height, width
         label_crop = _crop_resized(label, size, degrees, box)
-        if attempt == tries or _is_varied(label_crop, cat_max_ratio):
+        is_wanted = wanted is None or wanted in label_crop
+        if attempt == tries or (is_wanted and (cat_max_ratio >= 1 or _is_varied(label_crop, cat_max_ratio))):
             break
     image_crop = _crop_resized(image, size, degrees, box)
     below, right = crop_size[0] - height, crop_size[1] - width
