@@ -193,13 +193,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_killed_run_with_every_option_resumes(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ) -> None:
-    """Averages, accumulation, worker processes, a profile, boundaries, and a teacher: the finished run."""
+    """Averages, accumulation, workers, class weights, a profile, boundaries, and a teacher: the finished run."""
     changes: dict[str, Any] = {
         "batch_size": 16,
         "ema_decay": 0.5,
         "grad_accum_steps": 2,
         "data.num_workers": 2,
         "evaluation.boundary_pixels": 2,
+        "loss.class_weight": "balanced",
         "distillation.config": "topformer_t_shapes",
         "distillation.checkpoint": whole[0],
     }
@@ -229,6 +230,7 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
         "checkpoint_every": 5,
         "data.shapes.validation": 5,
         "model.dtype": "float64",
+        "loss.class_weight": "enet",
     }
     runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
     for devices, workdir in runs.items():

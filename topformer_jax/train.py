@@ -31,6 +31,7 @@ from topformer_jax.data import sources
 from topformer_jax.inspection.sample import look_at_labels
 from topformer_jax.runtime import errors, logs, processes, sharding
 from topformer_jax.training import run as run_lib
+from topformer_jax.training.class_weight import set_class_weight
 from topformer_jax.training.run import Monitor, Run, StepProfiler, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
@@ -56,9 +57,10 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
-    model = run_lib.load_initial_model(config)
-    state, train_step = init_training(config, mesh, model, run_lib.load_teacher(config))
+    model, teacher = run_lib.load_initial_model(config), run_lib.load_teacher(config)
     folder.open()
+    weighted = set_class_weight(config, data_set, train_source, folder, make_progress)
+    state, train_step = init_training(weighted, mesh, model, teacher)
     store = run_lib.open_store(config, folder)
     start = store.latest or 0
     changes: list[str] = []

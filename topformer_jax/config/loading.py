@@ -199,6 +199,8 @@ def parse(key: str, value: Any) -> Any:
         UserError: the value has another type than the setting, or is not legal.
     """
     default = SETTINGS[key].default
+    if isinstance(value, str) and value in SETTINGS[key].names:
+        return value
     if isinstance(value, str) and not isinstance(default, str):
         words = {"true": True, "false": False, "none": None}
         try:
@@ -239,13 +241,14 @@ def _wrong_type(key: str, value: Any) -> UserError:
     if default == ():
         example = ("name", "name") if _part_type(key) is str else (1.0, 2.5)
     kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
+    kind = " or ".join((kind, *SETTINGS[key].names))
     return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
 
 
 def _check_together(values: Mapping[str, Any]) -> None:
     """Raises a UserError if settings, by dotted key, do not go together."""
     is_classification = values["task"] == "classification"
-    classes, weights = values["model.num_classes"], len(values["loss.class_weight"])
+    classes, weights = values["model.num_classes"], values["loss.class_weight"]
     if not is_classification and classes > 255:
         raise UserError(
             f"model.num_classes is {classes}: expected 1 to 255 in segmentation, whose labels are bytes with 255 for "
@@ -255,9 +258,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
         )
-    if weights not in (0, classes):
+    if isinstance(weights, tuple) and len(weights) not in (0, classes):
         raise UserError(
-            f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
+            f"loss.class_weight has {len(weights)} numbers: expected one for each of {classes} classes"
         )
     for key in SEGMENTATION_ONLY:
         if is_classification and values[key] != SETTINGS[key].default:

@@ -17,7 +17,12 @@ def base_config() -> ConfigDict:
             if group not in place:
                 place[group] = ConfigDict()
             place = place[group]
-        place[name] = config_dict.placeholder(int) if setting.default is None else setting.default
+        if setting.default is None:
+            place[name] = config_dict.placeholder(int)
+        elif setting.names:
+            place[name] = config_dict.FieldReference(setting.default, field_type=object)  # a tuple or a name
+        else:
+            place[name] = setting.default
     return config
 
 

@@ -32,12 +32,13 @@ class Setting:
     """One row of the table.
 
     The default gives the type: a tuple of two takes two values, any other tuple any number of them, and None stands
-    for "no value" beside the whole numbers in `legal`.
+    for "no value" beside the whole numbers in `legal`. One of `names` may stand for the numbers of a tuple.
     """
 
     default: Any
     meaning: str
     legal: Range | tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
@@ -50,7 +51,8 @@ class Setting:
         if self.legal is None:
             return "names" if isinstance(self.default, tuple) else "text"
         each = "each " if isinstance(self.default, tuple) else ""
-        return f"{each}{self.legal}{', or none' if self.default is None else ''}"
+        words = ("none",) if self.default is None else self.names
+        return ", or ".join((f"{each}{self.legal}", *words))
 
 
 COUNT = Range(1, 10**9)
@@ -60,6 +62,7 @@ PIXELS = Range(1, 16_384)
 RATIO = Range(0, 100, open_low=True)
 # Pixels of the longest side that an image is resized to; a square one of that size takes 3 GB.
 LONGEST_SIDE = 32_768
+WEIGHTINGS = ("balanced", "enet", "median_frequency")  # see data.class_pixels.weigh_classes
 DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
     *("imagenet", "shapes", "custom"),
@@ -178,7 +181,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
     },
     "Loss": {
         "loss.class_weight": Setting(
-            (), "one factor per class for the loss of its pixels; empty: all 1", Range(0, 10**6)),
+            (),
+            "one factor per class for the loss of its pixels; empty: all 1; a name: from the pixels of all training "
+            "labels, with a mean of 1 over these pixels", Range(0, 10**6), WEIGHTINGS),
         "loss.label_smoothing": Setting(0.0, "share of the target spread over all classes", BELOW_ONE),
         "loss.ohem_threshold": Setting(
             0.0, "ignore pixels whose true class has this probability or more, e.g. 0.7; 0: use all", PROBABILITY),

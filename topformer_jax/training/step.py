@@ -27,6 +27,7 @@ from topformer_jax.ops.loss import (
     upsampled_dice,
 )
 from topformer_jax.runtime import sharding
+from topformer_jax.runtime.errors import UserError
 
 Tensors = dict[str, Array]
 # Folded into the seed's key, so that dropout draws other numbers than the augmentation with the same seed.
@@ -89,8 +90,12 @@ def init_training(
         teacher: to distil from, with the classes of `model`; None: without distillation.
 
     Raises:
-        UserError: the mesh does not divide the batch.
+        UserError: the mesh does not divide the batch, or `loss.class_weight` is a name.
     """
+    if isinstance(config.loss.class_weight, str):
+        raise UserError(
+            f"loss.class_weight={config.loss.class_weight}: a step needs numbers, as training.class_weight makes them"
+        )
     mesh = sharding.make_train_mesh(config) if mesh is None else mesh
     model = models.build(config) if model is None else model
     state = init_state(config, model)
