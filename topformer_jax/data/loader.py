@@ -49,14 +49,14 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     processes_on_host: int = 1,
-    class_pixels: np.ndarray | None = None,
+    class_draws: mixing.ClassDraws | None = None,
 ) -> "TrainingBatches":
     """Makes an endless iterator over one process's rows of each global batch, from `start_step` on.
 
     Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
     an order of its own; batches run across the epochs' borders, so that no example is dropped. `data.balance` draws
-    another example, for a class, at this share of the places. `processes_on_host` share one /dev/shm. `class_pixels`
-    `[examples, classes]` has the pixels of each class in each label, for settings that `needs_class_pixels`.
+    another example, for a class, at this share of the places; `needs_class_draws` says when `class_draws` must be
+    given. `processes_on_host` share one /dev/shm.
 
     >>> from topformer_jax import config
     >>> from topformer_jax.data import sources
@@ -76,13 +76,8 @@ def training_batches(
             f"--config.batch_size that is a multiple of {process_count}"
         )
     rows = config.batch_size // process_count
-    class_draws = None
-    if needs_class_pixels(config):
-        if class_pixels is None:
-            raise ValueError(
-                "data.balance and data.mix=paste need class_pixels: see class_pixels.count_pixels"
-            )
-        class_draws = mixing.group_by_class(class_pixels)
+    if class_draws is None and needs_class_draws(config):
+        raise ValueError("data.balance and data.mix=paste need class_draws: see mixing.group_by_class")
     make_example = _ExampleMaker(source, config, process_index, process_count, class_draws)
     batches = grain.MapDataset.range(_ENDLESS).map(make_example).batch(rows)[start_step:]
 
@@ -103,8 +98,8 @@ def training_batches(
     return TrainingBatches(dataset.mp_prefetch(options, _start_worker), len(source))
 
 
-def needs_class_pixels(config: ConfigDict) -> bool:
-    """Whether examples are drawn for a class, so that `training_batches` needs the pixels of each class."""
+def needs_class_draws(config: ConfigDict) -> bool:
+    """Whether examples are drawn for a class, to be trained on or to be pasted."""
     return bool(config.data.balance) or config.data.mix == "paste"
 
 

@@ -2,38 +2,42 @@
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from jaxtyping import Float64, Int
 
-from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.transforms import CroppedExample
+from topformer_jax.data.transforms import CroppedExample, count_classes
 from topformer_jax.runtime.errors import UserError
 
 
 class ClassDraws(NamedTuple):
-    """Which examples hold each class that occurs."""
+    """Which examples hold each class that occurs, and how likely each is drawn."""
 
     classes: Int[np.ndarray, " present"]
-    holders: tuple[Int[np.ndarray, " examples"], ...]  # indices, in order, for each of them
     rarity: Float64[np.ndarray, " present"]  # 1 / sqrt(pixels), scaled to a sum of 1
+    # For each of the classes, the indices of examples in order, and their shares of its pixels.
+    holders: tuple[Int[np.ndarray, " examples"], ...]
+    shares: tuple[Float64[np.ndarray, " examples"], ...]
 
     def draw(self, rng: np.random.Generator, *, by_rarity: bool = False) -> tuple[int, int]:
-        """Draws a class, then one of the examples that hold it; returns (class, index).
+        """Draws a class, then one of its pixels; returns (class, index of the example that holds the pixel).
 
         Each class is equally likely, as in class-balanced sampling, of which `data.balance` is the share in a
         progressively-balanced one (Kang et al. 2020, https://arxiv.org/abs/1910.09217); or by 1 / sqrt(its pixels)
         (Mahajan et al. 2018, https://arxiv.org/abs/1805.00932).
         """
         place = int(rng.choice(len(self.classes), p=self.rarity if by_rarity else None))
-        return int(self.classes[place]), int(rng.choice(self.holders[place]))
+        return int(self.classes[place]), int(rng.choice(self.holders[place], p=self.shares[place]))
 
 
 def group_by_class(pixels: Int[np.ndarray, "labels classes"]) -> ClassDraws:
     """The examples by class, from the pixels of each class in each label.
 
     >>> draws = group_by_class(np.array([[90, 0, 4], [10, 0, 0]]))
-    >>> draws.classes.tolist(), [indices.tolist() for indices in draws.holders], draws.rarity.round(2).tolist()
-    ([0, 2], [[0, 1], [0]], [0.17, 0.83])
+    >>> draws.classes.tolist(), draws.rarity.round(2).tolist()
+    ([0, 2], [0.17, 0.83])
+    >>> [indices.tolist() for indices in draws.holders], [shares.tolist() for shares in draws.shares]
+    ([[0, 1], [0]], [[0.9, 0.1], [1.0]])
 
     Raises:
         UserError: there are no pixels.
@@ -44,7 +48,10 @@ def group_by_class(pixels: Int[np.ndarray, "labels classes"]) -> ClassDraws:
         raise UserError("no training label has a pixel of a class, so that none can be drawn: check them")
     rarity = 1 / np.sqrt(total[classes])
     holders = tuple(np.flatnonzero(pixels[:, each]) for each in classes)
-    return ClassDraws(classes, holders, rarity / rarity.sum())
+    shares = tuple(
+        pixels[indices, each] / total[each] for each, indices in zip(classes, holders, strict=True)
+    )
+    return ClassDraws(classes, rarity / rarity.sum(), holders, shares)
 
 
 def mix(
@@ -65,18 +72,19 @@ def mix(
     height, width = np.minimum(crop["size"], other["size"])
     label = other["label"][:height, :width]
     if method == "cutmix":
-        chosen = np.zeros((height, width), bool)
+        chosen = np.zeros((height, width), np.uint8)
         half = np.sqrt(rng.random()) / 2
         y, x = rng.random(2)
         rows, columns = (
             slice(max(round((middle - half) * side), 0), round((middle + half) * side))
             for middle, side in ((y, height), (x, width))
         )
-        chosen[rows, columns] = True
-    elif method == "classmix":
-        classes = np.setdiff1d(label, [IGNORE_LABEL])
-        chosen = np.isin(label, rng.choice(classes, len(classes) // 2, replace=False))
+        chosen[rows, columns] = 1
     else:
-        chosen = label == pasted
-    np.copyto(crop["image"][:height, :width], other["image"][:height, :width], where=chosen[..., None])
-    np.copyto(crop["label"][:height, :width], label, where=chosen)
+        classes = np.array([pasted])
+        if method == "classmix":
+            present = np.flatnonzero(count_classes(label))
+            classes = rng.choice(present, len(present) // 2, replace=False)
+        chosen = cv2.LUT(label, np.isin(np.arange(256), classes).astype(np.uint8))
+    for name in ("image", "label"):
+        cv2.copyTo(other[name][:height, :width], chosen, crop[name][:height, :width])
