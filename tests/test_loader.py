@@ -187,9 +187,16 @@ if __name__ == "__main__":
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int) -> None:
-    config = config_lib.load(broken, {"data.num_workers": workers, "data.skip_unreadable": True})
+@pytest.mark.parametrize(("workers", "mix"), [(0, "none"), (1, "none"), (0, "cutmix")])
+def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int, mix: str) -> None:
+    """Also those that would be pasted, which are counted only where they are in the order."""
+    changes = {
+        "data.num_workers": workers,
+        "data.skip_unreadable": True,
+        "data.mix": mix,
+        "data.mix_prob": 1.0,
+    }
+    config = config_lib.load(broken, changes)
     iterator = loader.training_batches(sources.open_source(config, "train"), config)
     index = np.concatenate([batch["index"] for batch in itertools.islice(iterator, 6)])
     iterator.close()
