@@ -37,7 +37,7 @@ SILENT = {
 }
 SEGMENTATION_ONLY = (
     *("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config"),
-    *("data.aspect_range", "data.rotation", "evaluation.boundary_pixels"),
+    *("data.aspect_range", "data.rotation", "data.balance", "data.mix", "evaluation.boundary_pixels"),
 )
 # A resumed run reads its checkpoint instead.
 WITHOUT_EFFECT = {"init_from", "init_part"}
