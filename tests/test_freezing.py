@@ -69,7 +69,7 @@ def test_frozen_parts_keep_every_bit(part: str, fsdp: int) -> None:
         model__drop_path_rate=0.2,
         schedule__lr=0.1,
         schedule__warmup_steps=0,
-        ema_decay=0.3,
+        ema_decay=0.6,  # rounding moves an average of equal numbers
         grad_accum_steps=1 if fsdp > 1 else 2,
     )
     mesh = _mesh(8 if fsdp > 1 else 1, fsdp)
