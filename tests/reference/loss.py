@@ -1,12 +1,14 @@
-"""The textbook formulations of the losses in `topformer_jax.ops.loss`, for tests and benchmarks."""
+"""The textbook formulations of the losses in `topformer_jax.ops`, for tests and benchmarks."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from topformer_jax.ops import IGNORE_LABEL
-from topformer_jax.ops.loss import CROSS_ENTROPY, Labels, Logits, LossSums, PixelLoss
+from topformer_jax.ops.loss import CROSS_ENTROPY, LossSums, PixelLoss
 from topformer_jax.ops.resample import resize
+from topformer_jax.ops.tile_sums import Labels, Logits
 
 
 def plain_cross_entropy(
@@ -40,14 +42,48 @@ def plain_cross_entropy(
     return LossSums(jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(correct), jnp.sum(valid))
 
 
-def plain_dice(
-    logits: Logits, labels: Labels, *, precision: str | None = "highest", devices: int = 1
-) -> Float[Array, " n"]:
-    """The textbook formulation of `upsampled_dice`; `devices` is not used."""
-    logits = resize(logits, (labels.shape[1], labels.shape[2]), precision=precision)
-    valid = labels != IGNORE_LABEL
-    target = jax.nn.one_hot(jnp.where(valid, labels, 0), logits.shape[-1], dtype=logits.dtype)
-    target = jnp.where(valid[..., None], target, 0)
-    softmax = jnp.where(valid[..., None], jax.nn.softmax(logits), 0)
+def plain_dice(logits: Logits, labels: Labels) -> Float[Array, " n"]:
+    """The textbook formulation of `upsampled_dice`."""
+    softmax, target = _masked(logits, labels)
     shared, squares, pixels = (jnp.sum(x, (1, 2)) for x in (softmax * target, softmax**2, target))
     return jnp.mean(1 - (2 * shared + 1) / (squares + pixels + 1), -1)
+
+
+def plain_jaccard(logits: Logits, labels: Labels, teacher: Logits | None = None) -> Float[Array, " n"]:
+    """The fuzzy Jaccard index, which `upsampled_jaccard` writes with distances."""
+    softmax, target = _masked(logits, labels)
+    active = jnp.sum(target, (1, 2)) > 0
+    if teacher is not None:
+        target, active = _masked(teacher, labels)[0], jnp.ones_like(active)
+    shared, union = (jnp.sum(x, (1, 2)) for x in (jnp.minimum(softmax, target), jnp.maximum(softmax, target)))
+    loss = 1 - (shared + 1e-3) / (union + 1e-3)
+    means = [
+        jnp.mean(row[mask]) if mask.any() else row[0] * 0 for row, mask in zip(loss, active, strict=True)
+    ]
+    return jnp.stack(means)
+
+
+def plain_lovasz(logits: Logits, labels: Labels) -> Float[Array, " n"]:
+    """Algorithm 1 of Berman et al. for each image and each class in its labels."""
+    softmax, target = _masked(logits, labels)
+    losses = []
+    for image in range(len(labels)):
+        valid = labels[image] != IGNORE_LABEL
+        terms = []
+        for label in np.unique(labels[image][valid]):
+            hits, p = target[image][valid][:, label], softmax[image][valid][:, label]
+            errors = jnp.abs(hits - p)
+            order = jnp.argsort(-errors)
+            errors, hits = errors[order], hits[order]
+            loss = 1 - (jnp.sum(hits) - jnp.cumsum(hits)) / (jnp.sum(hits) + jnp.cumsum(1 - hits))
+            terms.append(jnp.dot(errors, jnp.diff(loss, prepend=jnp.zeros(1, loss.dtype))))
+        losses.append(jnp.mean(jnp.stack(terms)) if terms else softmax[image].sum() * 0)
+    return jnp.stack(losses)
+
+
+def _masked(logits: Logits, labels: Labels) -> tuple[Array, Array]:
+    """The softmax of the resized logits, and 1 where a class is the label, both 0 at unlabelled pixels."""
+    logits = resize(logits, (labels.shape[1], labels.shape[2]), precision="highest")
+    valid = (labels != IGNORE_LABEL)[..., None]
+    target = jax.nn.one_hot(jnp.where(valid[..., 0], labels, 0), logits.shape[-1], dtype=logits.dtype)
+    return jnp.where(valid, jax.nn.softmax(logits), 0), jnp.where(valid, target, 0)
