@@ -38,6 +38,7 @@ from topformer_jax.training.run import (
     wait_for_batch,
 )
 from topformer_jax.training.run_folder import RunFolder
+from topformer_jax.training.step import learning_rate
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -94,6 +95,27 @@ def test_a_later_start_of_a_finished_run(whole: tuple[pathlib.Path, str]) -> Non
     assert len(list((workdir / "configs").iterdir())) == 2
 
 
+def test_a_run_of_epochs(tmp_path: pathlib.Path) -> None:
+    """Its schedule, evaluations and end are those of the steps; a warm-up that does not end is said."""
+    changes = {"schedule.epochs": 2, "evaluate_every": 0, "schedule.warmup_steps": 3, "model.depths": 1}
+    out = run_here(tmp_path, changes)
+    assert "2.0 epochs of 12 pictures = 3 steps of 8 images, crops (64, 64)\n" in out
+    assert (
+        "warning: all 3 steps are warm-up (schedule.warmup_steps=3), and the learning rate stays below" in out
+    )
+    records = logs.read_records(tmp_path / "metrics.jsonl")
+    assert [(record["kind"], record["step"]) for record in records] == [
+        (kind, step) for step in (1, 2, 3) for kind in ("train", "evaluation")
+    ]
+    schedule = config.load(config.shapes(), {"schedule.steps": 3, "schedule.warmup_steps": 3}).schedule
+    rates = [record["learning_rate"] for record in records if record["kind"] == "train"]
+    np.testing.assert_allclose(rates, [learning_rate(step, schedule) for step in range(3)], rtol=1e-6)
+    again = run_here(tmp_path, changes | {"schedule.warmup_steps": 2, "data.shapes.train": 16})
+    assert "from checkpoint 3" in again
+    assert "warm-up" not in again
+    assert "changed since step 3: schedule.steps: 3 -> 4\n" in again
+
+
 @jax.jit
 def compute(x: jax.Array, count: int) -> jax.Array:
     """Keeps the device busy for `count` products."""
@@ -144,7 +166,7 @@ def test_a_teacher_that_does_not_fit() -> None:
         load_teacher(config.load(config.shapes(), teacher))
     with pytest.raises(UserError, match="needs both"):
         config.load(config.shapes(), {"distillation.checkpoint": "b.pth"})
-    with pytest.raises(UserError, match="distillation.channel_weight is 3.0: it needs a teacher"):
+    with pytest.raises(UserError, match=r"channel_weight is 3\.0: it needs a teacher"):
         config.load(config.shapes(), {"distillation.channel_weight": 3})
 
 

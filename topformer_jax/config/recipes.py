@@ -139,6 +139,35 @@ def camvid(variant: str) -> ConfigDict:
     return config.lock()
 
 
+def fine_tune(variant: str, *, classes: int, root: str, init_from: str) -> ConfigDict:
+    """50 to 5,000 pictures of your own, from ADE20K weights: 50 epochs of batch 8 on 512 x 512 crops.
+
+    Args:
+        variant: "tiny", "small" or "base".
+        classes: how many the pictures have.
+        root: their folder.
+        init_from: the weights.
+
+    >>> settings = fine_tune("tiny", classes=3, root="data/streets", init_from="TopFormer-T.pth")
+    >>> settings.schedule.epochs, settings.schedule.lr
+    (50, 0.001)
+    """
+    config = _recipe("finetune", variant, classes, "custom", root)
+    config.init_from, config.init_part = init_from, "all_but_classes"
+    config.batch_size = 8
+    config.ema_decay = 0.999
+    config.ema_warmup = True
+    config.ignore_void_in_mean = True
+    config.model.drop_path_rate = 0.0
+    config.optimizer.head_lr_mult = 1.0  # the head, too, is trained already, except for its last layer
+    config.schedule.lr = 1e-3
+    config.schedule.warmup_steps = 100
+    config.schedule.epochs = 50
+    config.evaluate_every = 0
+    config.log_every, config.checkpoint_every = 20, 500
+    return config.lock()
+
+
 def shapes() -> ConfigDict:
     """TopFormer-T on the synthetic shapes (data/shapes.py): shows the whole thing in minutes, without data."""
     config = _recipe("shapes", "tiny", 10, "shapes", "")

@@ -91,7 +91,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "upload_every": Setting(
             60, "seconds between uploads of logs and pictures to a work directory in a bucket", Range(1, 86_400)),
         "max_to_keep": Setting(3, "newest checkpoints to keep, besides the best one", Range(1, 10_000)),
-        "evaluate_every": Setting(16_000, "steps between evaluations", COUNT),
+        "evaluate_every": Setting(16_000, "steps between evaluations; 0: ten evaluations in a run", Range(0, 10**9)),
     },
     "Model": {
         "model.variant": Setting("tiny", "size of the network", ("tiny", "small", "base")),
@@ -108,6 +108,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
             0.1,
             "probability of stochastic depth in the last block; it rises linearly from 0 in the first", BELOW_ONE),
         "model.dropout_ratio": Setting(0.1, "probability of dropping a channel before the last layer", BELOW_ONE),
+        "model.bn_momentum": Setting(
+            0.1, "training: share of a batch's statistics in BatchNorm's running ones, as in PyTorch", PROBABILITY),
+        "model.bn_frozen": Setting(
+            False, "training: true normalises with BatchNorm's running statistics, and keeps them"),
         "model.dtype": Setting("float32",
             "dtype of activations; BatchNorm, softmax, logits and parameters use at least float32",
             ("float32", "bfloat16", "float64")),
@@ -215,10 +219,15 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "optimizer.no_decay_norm": Setting(
             False, "true: no weight decay for BatchNorm's scales and for biases"),
         "optimizer.head_lr_mult": Setting(10.0, "factor for decode_head's learning rate", Range(0, 10**6)),
+        "optimizer.freeze": Setting("none",
+            "weights and BatchNorm statistics that stay as they are; names as in init_part",
+            ("none", "token_pyramid", "backbone", "all_but_classes")),
         "optimizer.clip_norm": Setting(0.0, "maximum global norm of the gradient; 0: no limit", Range(0, 10**9)),
     },
     "Schedule": {
-        "schedule.steps": Setting(160_000, "number of training steps", COUNT),
+        "schedule.steps": Setting(160_000, "number of training steps, if schedule.epochs is 0", COUNT),
+        "schedule.epochs": Setting(0,
+            "passes over the training pictures; a flag for schedule.steps sets it to 0", Range(0, 10**6)),
         "schedule.lr": Setting(1.2e-4, "highest learning rate of the backbone", Range(0, 1e30)),
         "schedule.base_batch_size": Setting(0,
             "batch size that schedule.lr is for; with another batch_size, it is scaled linearly; 0: no scaling",
