@@ -85,9 +85,9 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: `loss` (the mean cross-entropy plus the other losses that are on), `pixel_accuracy` (of the labelled pixels of
-    the augmented crops; in classification `accuracy`, of the augmented images), `learning_rate` (the backbone's),
-    `gradient_norm` (before clipping). The step donates its state: use the one that it returns.
+    device: `loss` (the mean cross-entropy plus the other losses that are on), `pixel_accuracy` (of the labelled
+    pixels of the augmented crops; in classification `accuracy`, of the augmented images), `learning_rate` (the
+    backbone's), `gradient_norm` (before clipping). The step donates its state: use the one that it returns.
 
     Args:
         config: the settings.
