@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from topformer_jax.ops import IGNORE_LABEL
@@ -57,28 +56,28 @@ def plain_jaccard(logits: Logits, labels: Labels, teacher: Logits | None = None)
         target, active = _masked(teacher, labels)[0], jnp.ones_like(active)
     shared, union = (jnp.sum(x, (1, 2)) for x in (jnp.minimum(softmax, target), jnp.maximum(softmax, target)))
     loss = 1 - (shared + 1e-3) / (union + 1e-3)
-    means = [
-        jnp.mean(row[mask]) if mask.any() else row[0] * 0 for row, mask in zip(loss, active, strict=True)
-    ]
-    return jnp.stack(means)
+    return jnp.sum(jnp.where(active, loss, 0), -1) / jnp.maximum(jnp.sum(active, -1), 1).astype(loss.dtype)
 
 
 def plain_lovasz(logits: Logits, labels: Labels) -> Float[Array, " n"]:
     """Algorithm 1 of Berman et al. for each image and each class in its labels."""
-    softmax, target = _masked(logits, labels)
-    losses = []
-    for image in range(len(labels)):
-        valid = labels[image] != IGNORE_LABEL
-        terms = []
-        for label in np.unique(labels[image][valid]):
-            hits, p = target[image][valid][:, label], softmax[image][valid][:, label]
-            errors = jnp.abs(hits - p)
-            order = jnp.argsort(-errors)
-            errors, hits = errors[order], hits[order]
-            loss = 1 - (jnp.sum(hits) - jnp.cumsum(hits)) / (jnp.sum(hits) + jnp.cumsum(1 - hits))
-            terms.append(jnp.dot(errors, jnp.diff(loss, prepend=jnp.zeros(1, loss.dtype))))
-        losses.append(jnp.mean(jnp.stack(terms)) if terms else softmax[image].sum() * 0)
-    return jnp.stack(losses)
+    softmax, target = (x.reshape(len(x), -1, x.shape[-1]) for x in _masked(logits, labels))
+    valid = jnp.asarray(labels != IGNORE_LABEL).reshape(len(labels), -1)
+
+    def extend(p: Array, hits: Array, valid: Array) -> Array:
+        """The loss of a class, whose unlabelled pixels come last."""
+        errors = jnp.where(valid, jnp.abs(hits - p), -1)
+        order = jnp.argsort(-errors)
+        errors, hits, valid = errors[order], hits[order], valid[order]
+        misses = jnp.cumsum(jnp.where(valid, 1 - hits, 0))
+        loss = 1 - (jnp.sum(hits) - jnp.cumsum(hits)) / jnp.maximum(jnp.sum(hits) + misses, 1)
+        return jnp.sum(jnp.where(valid, errors * jnp.diff(loss, prepend=jnp.zeros(1, loss.dtype)), 0))
+
+    losses = jax.vmap(jax.vmap(extend, (1, 1, None)))(softmax, target, valid)
+    present = jnp.sum(target, 1) > 0
+    return jnp.sum(jnp.where(present, losses, 0), 1) / jnp.maximum(jnp.sum(present, 1), 1).astype(
+        losses.dtype
+    )
 
 
 def _masked(logits: Logits, labels: Labels) -> tuple[Array, Array]:

@@ -189,8 +189,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "loss.jaccard_weight": Setting(
             0.0, "factor of the Jaccard metric loss (JML) of each image, which is added; 0: off", Range(0, 10**6)),
         "loss.lovasz_weight": Setting(
-            0.0, "factor of the Lovász-softmax loss of each image, which is added; it sorts the pixels for each class "
-            "of an image, which is slow on a CPU; 0: off", Range(0, 10**6)),
+            0.0, "factor of the Lovász-softmax loss of each image, which is added; it sorts the pixels for each "
+            "class of an image, which is slow on a CPU; 0: off", Range(0, 10**6)),
     },
     "Distillation": {
         "distillation.config": Setting("", "recipe or config file of the teacher; empty: no distillation"),
