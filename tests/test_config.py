@@ -95,7 +95,7 @@ def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Pa
     "key",
     [
         *("data.aspect_range", "data.rotation", "data.blur_prob", "data.jpeg_prob"),
-        "evaluation.boundary_pixels",
+        *("data.balance", "data.mix", "evaluation.boundary_pixels"),
     ],
 )
 def test_what_is_for_few_pictures_is_off_in_all_recipes(configs: pathlib.Path, key: str) -> None:

@@ -192,8 +192,8 @@ def _check_collectives(text: str, state: TrainState, settings: ConfigDict, fsdp:
     """Devices send each other gradients and sums, and parameters inside a group of `fsdp`; no feature maps."""
     sent = traffic.sent_by_kind(text)
     if fsdp == 1:
-        # On a CPU each loop over tiles also asks for the extremes of the logits: one loop of the cross-entropy, two of
-        # Dice and of Jaccard. Each loss of images has a mean, and Lovász-softmax asks for the largest number of
+        # On a CPU each loop over tiles also asks for the extremes of the logits: one loop of the cross-entropy, two
+        # of Dice and of Jaccard. Each loss of images has a mean, and Lovász-softmax asks for the largest number of
         # classes in a label. Counts of pixels are int64 here.
         loops, means = 5, 3
         assert sent == {"all-reduce": summed_bytes(state, settings) + (2 * loops + means) * 8 + 4}

@@ -224,6 +224,9 @@ def test_a_killed_run_with_every_option_resumes(
         "grad_accum_steps": 2,
         "data.num_workers": 2,
         "evaluation.boundary_pixels": 2,
+        "data.balance": 0.5,
+        "data.mix": "paste",
+        "data.rotation": 20.0,
         "loss.class_weight": "balanced",
         "distillation.config": "topformer_t_shapes",
         "distillation.checkpoint": whole[0],
@@ -232,6 +235,9 @@ def test_a_killed_run_with_every_option_resumes(
     assert f"topformer_t_shapes, {whole[0]}" in out
     assert f"wrote the profile into {tmp_path}/whole/profile" in out
     assert list((tmp_path / "whole/profile").rglob("*.xplane.pb"))
+    assert re.search(
+        r"examples are drawn for 10 of 10 classes, those in 12 training labels; \w+ is in the fewest, \d", out
+    )
     assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)
     # The schedule depends on the number of steps, so the first half is cut off by a kill, not by fewer steps.
     process = start(tmp_path / "cut", changes, devices=8)

@@ -64,6 +64,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     model, teacher = run_lib.load_initial_model(config), run_lib.load_teacher(config)
     folder.open()
     weighted = set_class_weight(config, data_set, train_source, folder, make_progress)
+    class_draws = run_lib.find_class_draws(config, data_set, train_source, folder, make_progress)
     state, train_step = init_training(weighted, mesh, model, teacher)
     store = run_lib.open_store(config, folder)
     start = store.latest or 0
@@ -85,6 +86,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         model=model,
         data_set=data_set,
         train_source=train_source,
+        class_draws=class_draws,
         validation_source=validation_source,
         store=store,
         log=log,

@@ -36,15 +36,9 @@ SILENT = {
     *("evaluation.per_device_batch_size", "data.class_names"),  # class names have a check of their own
 }
 SEGMENTATION_ONLY = (
-    *(
-        "loss.class_weight",
-        "loss.ohem_threshold",
-        "loss.dice_weight",
-        "loss.jaccard_weight",
-        "loss.lovasz_weight",
-        "distillation.config",
-    ),
-    *("data.aspect_range", "data.rotation", "evaluation.boundary_pixels"),
+    *("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "loss.jaccard_weight"),
+    *("loss.lovasz_weight", "distillation.config"),
+    *("data.aspect_range", "data.rotation", "data.balance", "data.mix", "evaluation.boundary_pixels"),
 )
 # A resumed run reads its checkpoint instead.
 WITHOUT_EFFECT = {"init_from", "init_part"}

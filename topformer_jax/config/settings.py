@@ -158,6 +158,13 @@ GROUPS: dict[str, dict[str, Setting]] = {
             0.0, "probability of a Gaussian blur of 0.1 to 2 pixels on the crop", PROBABILITY),
         "data.jpeg_prob": Setting(
             0.0, "probability of a JPEG compression of the crop, quality 30 to 95", PROBABILITY),
+        "data.balance": Setting(0.0,
+            "share of examples that are drawn for a class, each class equally often, with a crop that holds it",
+            PROBABILITY),
+        "data.mix": Setting("none",
+            "paste from another example: a box, half of its classes, or a class of few pixels",
+            ("none", "cutmix", "classmix", "paste")),
+        "data.mix_prob": Setting(0.5, "probability of data.mix for an example", PROBABILITY),
         "data.crop_area": Setting(
             (0.08, 1.0), "classifiers: range of the share of the image in a random crop", PROBABILITY),
         "data.rand_augment": Setting(

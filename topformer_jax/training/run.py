@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.config import as_typed
-from topformer_jax.data import loader, sources
+from topformer_jax.data import loader, mixing, records, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import (
@@ -29,6 +29,7 @@ from topformer_jax.inference.evaluation import (
 from topformer_jax.inference.metrics import compute_scores
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.class_weight import find_class_pixels
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
 from topformer_jax.training.step import STATISTICS, TrainState, frozen_names
@@ -50,6 +51,7 @@ class Run:
     model: models.Segmenter | models.Classifier
     data_set: DataSet
     train_source: sources.Source
+    class_draws: mixing.ClassDraws | None
     validation_source: sources.Source
     store: checkpoints.CheckpointStore
     log: logs.RunLog
@@ -88,6 +90,31 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
             f"{config.model.num_classes}: distillation needs the same ones"
         )
     return checkpoints.load_segmenter(teacher, config.distillation.checkpoint)
+
+
+def find_class_draws(
+    config: ConfigDict,
+    data_set: DataSet,
+    source: sources.Source,
+    folder: RunFolder,
+    make_progress: records.MakeProgress,
+) -> mixing.ClassDraws | None:
+    """The training examples that hold each class, if some are drawn for a class; prints what was counted.
+
+    Raises:
+        UserError: a label cannot be read, or no label holds a class.
+    """
+    if not loader.needs_class_draws(config):
+        return None
+    pixels = find_class_pixels(config, source, folder, make_progress)
+    draws = mixing.group_by_class(pixels)
+    counts = [len(indices) for indices in draws.holders]
+    rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]
+    processes.say(
+        f"examples are drawn for {len(counts)} of {len(data_set.classes)} classes, those in {len(pixels):,} training "
+        f"labels; {rarest} is in the fewest, {min(counts):,}"
+    )
+    return draws
 
 
 def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointStore:
@@ -196,6 +223,7 @@ def open_batches(run: Run, start: int) -> loader.DeviceBatches:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         processes_on_host=processes.count_equal(loader.name_shared_memory()),
+        class_draws=run.class_draws,
     )
     return loader.DeviceBatches(batches, sharding.batch_sharding(run.mesh))
 
