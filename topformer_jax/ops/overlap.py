@@ -233,7 +233,7 @@ def _extend_jaccard(
     1, it would lose digits: it is written out.
     """
     flat_p, flat_t, flat_valid = (each.reshape(len(p), -1) for each in (p, t, valid))
-    error = jnp.where(flat_valid, jnp.maximum(jnp.where(flat_t, 1 - flat_p, flat_p), 0), -1)
+    error = jnp.where(flat_valid, jnp.where(flat_t, 1 - flat_p, flat_p), -1)
     order = jnp.argsort(-error, 1, stable=False)
     error, hit = (jnp.take_along_axis(each, order, 1) for each in (error, flat_t))
     hits = jnp.cumsum(hit, 1, dtype=jnp.int32)
@@ -241,7 +241,7 @@ def _extend_jaccard(
     misses = lax.broadcasted_iota(jnp.int32, hits.shape, 1) + 1 - hits
     union = (pixels + misses).astype(p.dtype)  # of the label and the wrong pixels so far
     missed = (pixels - hits).astype(p.dtype) / (union * jnp.maximum(union - 1, 1))
-    slope = jnp.where(error < 0, 0, jnp.where(hit, 1 / union, missed))  # 0 at unlabelled pixels
+    slope = jnp.where(hit, 1 / union, missed)  # 0 at unlabelled pixels, which come after all hits
 
     def put_back(places: Array, values: Array) -> Array:
         return jnp.zeros_like(values).at[places].set(values, unique_indices=True)
