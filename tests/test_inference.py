@@ -107,7 +107,34 @@ def _whole(seen: list[ViewLogits], label: LabelInput, classes: int) -> np.ndarra
         return lax.dynamic_update_slice(carry, found.swapaxes(1, 2), (*corner, jnp.int32(0)))
 
     start = jnp.zeros((*label.labels.shape, classes), jnp.float64)
-    return np.asarray(tiled.fold_tiles(jax.tree.map(jnp.asarray, seen), jnp.asarray(label.tiles), start, use))
+    compute = tiled.tile_logits(jax.tree.map(jnp.asarray, seen))
+    return np.asarray(tiled.fold_tiles(compute, jnp.asarray(label.tiles), start, use))
+
+
+@pytest.mark.parametrize("special", [0.0, np.inf])
+def test_classes_that_are_the_label_of_no_pixel_are_left_out(special: float) -> None:
+    """The labels stay the same bits. On the left few classes may be the label, on the right all 40."""
+    rng, size, cells, classes = np.random.default_rng(0), (100, 512), (13, 64), 40
+    logits = rng.normal(size=(*cells, classes)).astype(np.float32)
+    logits[:, :32, :12] += 12 * np.arange(12) / 12
+    logits[:, :16, :4] += 12
+    logits[3, 20, 30] += special
+    bands = [
+        tiled.split_into_bands(tiled.resize_matrices(pixels, pixels), tile, support=number)
+        for pixels, tile, number in zip(size, tiled.TILE, (8, 24), strict=True)
+    ]
+    view = ViewLogits(logits.swapaxes(1, 2)[None], np.ones(2, np.int32), *bands)
+    view = jax.tree.map(jnp.asarray, view)
+    all_logits, labels = tiled.tile_logits([view]), jax.jit(tiled.tile_labels([view]))
+    possible = []
+    for row, column in np.ndindex(4, 4):
+        tile = jnp.int32(row), jnp.int32(column)
+        assert np.array_equal(labels(*tile), tiled.predict_classes(all_logits(*tile)))
+        read = tiled._read_cells(view, *[jnp.int32(0)] * 3, *tile)
+        possible.append(classes - int(tiled._is_behind(*read).sum()))
+    assert min(possible) <= 8
+    assert 20 < max(possible)
+    assert (possible[0] == classes) == np.isinf(special)
 
 
 @pytest.mark.parametrize("mode", MODES)
