@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import config, models
-from topformer_jax.config.loading import parse
+from topformer_jax.config.loading import flatten, parse
 from topformer_jax.config.settings import SETTINGS, as_markdown, as_typed
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.models.injection import INJECTIONS
@@ -86,6 +86,18 @@ def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Pa
     assert set(names) <= set(config.recipe_names())  # a user's own configs may be there too
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("data.aspect_range", "data.rotation", "data.blur_prob", "data.jpeg_prob"),
+        "evaluation.boundary_pixels",
+    ],
+)
+def test_what_is_for_few_pictures_is_off_in_all_recipes(configs: pathlib.Path, key: str) -> None:
+    for file in configs.glob("topformer_*.py"):
+        assert flatten(config.load(file).to_dict())[key] == SETTINGS[key].default
+
+
 def test_docstrings_of_recipes(configs: pathlib.Path) -> None:
     for file in configs.glob("topformer_*.py"):
         docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
@@ -115,6 +127,14 @@ def test_docstrings_of_recipes(configs: pathlib.Path) -> None:
             "batch_size is 4, grad_accum_steps 4: BatchNorm needs more than one value a channel, and a micro-batch "
             "of one image is one pixel in the last layers; set batch_size to at least twice grad_accum_steps, or "
             "data.crop_size larger than 64",
+        ),
+        (
+            {"data.aspect_range": (2.0, 0.5)},
+            "data.aspect_range is (2.0, 0.5): expected the smaller number first",
+        ),
+        (
+            {"task": "classification", "data.aspect_range": (0.5, 2.0)},
+            "data.aspect_range is (0.5, 2.0): it is for task=segmentation only",
         ),
     ],
 )

@@ -14,6 +14,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -22,7 +23,8 @@ from tests.commands import command, finish, free_port, refused_command
 from topformer_jax import config as config_lib, evaluate, inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.inference.evaluation import ExampleResult, evaluate_split
+from topformer_jax.inference import metrics
+from topformer_jax.inference.evaluation import ExampleResult, evaluate_images, evaluate_split
 from topformer_jax.inference.plan import plan_shapes, prepare_input
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,6 +68,48 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
         assert np.array_equal(result.confusion, expected)
         assert np.array_equal(result.accuracy, results[0].accuracy)
         assert np.array_equal(result.miou, results[0].miou)
+
+
+def _near(label: np.ndarray, pixels: int) -> np.ndarray:
+    """Where a pixel's chessboard distance to another value is at most so many pixels, by SciPy's transform."""
+    near = np.zeros(label.shape, bool)
+    for value in np.unique(label):
+        own = label == value
+        if not own.all():
+            near |= own & (scipy.ndimage.distance_transform_cdt(own, "chessboard") <= pixels)
+    return near
+
+
+@pytest.mark.parametrize("pixels", [1, 3, 40])
+def test_the_band_near_boundaries(pixels: int) -> None:
+    rng = np.random.default_rng(pixels)
+    for height, width in ((1, 1), (1, 30), (17, 60)):
+        coarse = rng.choice([0, 1, 7, 255], (-(-height // 8), -(-width // 8))).astype(np.uint8)
+        label = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
+        label[height // 2, width // 2] = 3
+        expected = np.where(_near(label, pixels), label, 255)
+        np.testing.assert_array_equal(metrics.keep_boundary(label, pixels), expected)
+
+
+def test_scores_near_boundaries() -> None:
+    """On 1 and 8 devices, and of a function: counted in the band, which the other counts do not see."""
+    config = _config(evaluation__boundary_pixels=2)
+    source = sources.open_source(config, "validation")
+    model = models.build_segmenter(config)
+    predictor = inference.Predictor(model)
+    expected = np.zeros((10, 10), np.int64)
+    for index in range(13):
+        label = np.asarray(source[index].label)
+        counted = _near(label, 2) & (label < 10)
+        np.add.at(expected, (label[counted], predictor(np.asarray(source[index].image))[counted]), 1)
+    plain = evaluate_split(models.build_segmenter(_config()), source, _mesh(1))
+    assert plain.boundary is None
+    assert 0 < expected.sum() < plain.confusion.sum() / 2
+    results = [evaluate_split(model, source, _mesh(devices)) for devices in (1, 8)]
+    for result in (*results, evaluate_images(predictor, source, config)):
+        assert result.boundary is not None
+        np.testing.assert_array_equal(result.boundary, expected)
+        np.testing.assert_array_equal(result.confusion, plain.confusion)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +178,7 @@ def test_the_official_scores(
     printed = command(evaluate.main, *words)
     official = json.loads(golden(f"eval/{mode}.json").read_text())
     found = json.loads((tmp_path / "metrics.json").read_text())
+    assert "boundary" not in printed + json.dumps(found)
     shown = {name: (found[name], official["metrics"][name]) for name in ("mIoU", "mAcc", "aAcc")}
     print(mode, shown)
     for ours, theirs in shown.values():
@@ -158,8 +203,17 @@ def test_two_processes_count_as_one(shapes_weights: pathlib.Path, tmp_path: path
     """Five pictures on 2 processes x 4 devices: the second has nothing to do in the last batches."""
     arguments = ["--config", "configs/topformer_t_shapes.py", "--config.data.shapes.validation=5"]
     arguments += ["--config.data.shapes.size=48", "--config.evaluation.scale=(64,48)"]
+    arguments += ["--config.evaluation.boundary_pixels=2"]
     arguments += ["--checkpoint", str(shapes_weights), "--workdir"]
-    command(evaluate.main, *arguments, tmp_path / "one")
+    printed = command(evaluate.main, *arguments, tmp_path / "one").splitlines()
+    found = json.loads((tmp_path / "one/metrics.json").read_text())
+    assert "boundary_pixels 2" in found["evaluation"]
+    heading, means = (next(line for line in printed if word in line) for word in ("class ", "mIoU "))
+    assert heading.split() == ["class", "IoU", "boundary", "IoU", "Acc"]
+    assert means.endswith(f"boundary mIoU {100 * found['boundary_mIoU']:.2f}")
+    of_class = [row["boundary_IoU"] for row in found["classes"].values() if row["boundary_IoU"] is not None]
+    assert np.isclose(found["boundary_mIoU"], np.mean(of_class))
+    assert found["boundary_mIoU"] != found["mIoU"]
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     start = [sys.executable, "-m", "topformer_jax.evaluate", *arguments, str(tmp_path / "two"), *flags]
@@ -180,6 +234,7 @@ def test_two_processes_count_as_one(shapes_weights: pathlib.Path, tmp_path: path
     assert "mIoU" not in outputs[1][0]
     ours, theirs = ((tmp_path / name / "confusion.csv").read_text() for name in ("one", "two"))
     assert ours == theirs
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["boundary_mIoU"] == found["boundary_mIoU"]
 
 
 @pytest.mark.parametrize(

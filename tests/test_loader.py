@@ -82,6 +82,19 @@ def test_each_epoch_has_every_example_once_with_its_own_order_and_crops() -> Non
     assert not crops & {image.tobytes() for batch in other for image in batch["image"]}
 
 
+def test_degraded_batches_differ_only_inside_their_images() -> None:
+    plain, degraded = batches(settings(), 4), batches(settings(data__blur_prob=1.0, data__jpeg_prob=0.5), 4)
+    changed = []
+    for ours, theirs in zip(degraded, plain, strict=True):
+        for image, other, (height, width) in zip(ours["image"], theirs["image"], theirs["size"], strict=True):
+            changed.append((image[:height, :width] != other[:height, :width]).any())
+            assert not image[height:].any()
+            assert not image[:, width:].any()
+        assert_same([ours | {"image": theirs["image"]}], [theirs])
+    assert sum(changed) > 12  # a blur of 0.1 pixels changes nothing
+    assert any((batch["size"] != (32, 40)).any() for batch in plain)  # some are padded
+
+
 def test_processes_share_one_batch() -> None:
     shares = [batches(settings(), 6, process_index=p, process_count=4) for p in range(4)]
     together = [

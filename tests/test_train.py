@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import threading
@@ -192,12 +193,13 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_killed_run_with_every_option_resumes(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ) -> None:
-    """Averages, accumulation, worker processes, a profile, and a teacher: the finished run."""
+    """Averages, accumulation, worker processes, a profile, boundaries, and a teacher: the finished run."""
     changes: dict[str, Any] = {
         "batch_size": 16,
         "ema_decay": 0.5,
         "grad_accum_steps": 2,
         "data.num_workers": 2,
+        "evaluation.boundary_pixels": 2,
         "distillation.config": "topformer_t_shapes",
         "distillation.checkpoint": whole[0],
     }
@@ -205,6 +207,7 @@ def test_a_killed_run_with_every_option_resumes(
     assert f"topformer_t_shapes, {whole[0]}" in out
     assert f"wrote the profile into {tmp_path}/whole/profile" in out
     assert list((tmp_path / "whole/profile").rglob("*.xplane.pb"))
+    assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)
     # The schedule depends on the number of steps, so the first half is cut off by a kill, not by fewer steps.
     process = start(tmp_path / "cut", changes, devices=8)
     _wait_for_step(process, tmp_path / "cut", 2)

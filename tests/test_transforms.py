@@ -14,6 +14,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import pytest
+import scipy.ndimage
 from hypothesis import given, strategies as st
 
 from topformer_jax.data import codecs, transforms
@@ -291,6 +292,7 @@ def test_a_corner_where_opencv_takes_other_paths(size: tuple[int, int]) -> None:
 
 # Crops
 
+UNSURE = 200  # the class of pixels that rounding decides
 SETTINGS: dict[str, Any] = {
     "crop_size": (40, 56),
     "scale": (96, 48),
@@ -316,8 +318,14 @@ def _plainly(
     h, w = label.shape
     factor = min(long / max(h, w), short / min(h, w))
     size = max(int(w * factor + 0.5), 1), max(int(h * factor + 0.5), 1)
-    image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR))
-    label = np.asarray(cv2.resize(label, size, interpolation=cv2.INTER_NEAREST))
+    if "aspect_range" in settings:
+        stretch = np.sqrt(np.exp(rng.uniform(*np.log(settings["aspect_range"]))))
+        size = max(round(size[0] * stretch), 1), max(round(size[1] / stretch), 1)
+    if "rotation" in settings:
+        image, label = _turn(image, label, size, rng.uniform(-settings["rotation"], settings["rotation"]))
+    else:
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR))
+        label = np.asarray(cv2.resize(label, size, interpolation=cv2.INTER_NEAREST))
     height, width = settings["crop_size"]
 
     def draw() -> tuple[slice, slice]:
@@ -336,6 +344,28 @@ def _plainly(
     images, labels = np.zeros((height, width, 3), np.uint8), np.full((height, width), 255, np.uint8)
     images[:h, :w], labels[:h, :w] = image[window], label[window]
     return {"image": images, "label": labels, "size": np.array((h, w), np.int32)}, drawn
+
+
+def _turn(
+    image: np.ndarray, label: np.ndarray, size: tuple[int, int], degrees: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel of the turned image is looked up in the source, by complex numbers: x + iy, y down.
+
+    UNSURE where the nearest pixel is within 1/100 of another one, as OpenCV computes with 1/1024.
+    """
+    h, w = label.shape
+    x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
+    place = (x - size[0] / 2 + 1j * (y - size[1] / 2)) * np.exp(1j * np.deg2rad(degrees))
+    x, y = (place.real / size[0] + 0.5) * w - 0.5, (place.imag / size[1] + 0.5) * h - 0.5
+    black, void = np.pad(image, ((2, 2), (2, 2), (0, 0))), np.pad(label, 2, constant_values=255)
+    x, y = np.clip(x + 2, 0, w + 2.99), np.clip(y + 2, 0, h + 2.99)
+    unsure = (abs(x % 1 - 0.5) < 0.01) | (abs(y % 1 - 0.5) < 0.01)
+    turned = np.where(unsure, UNSURE, void[np.rint(y).astype(int), np.rint(x).astype(int)]).astype(np.uint8)
+    left, top = x.astype(int), y.astype(int)
+    right, down = (x - left)[..., None], (y - top)[..., None]
+    above = black[top, left] * (1 - right) + black[top, left + 1] * right
+    below = black[top + 1, left] * (1 - right) + black[top + 1, left + 1] * right
+    return np.rint(above * (1 - down) + below * down).astype(np.uint8), turned
 
 
 def _compare(h: int, w: int, settings: dict[str, Any], seed: int) -> tuple[bool, int]:
@@ -367,6 +397,44 @@ def test_examples_as_the_plain_way(share: float) -> None:
     assert drawn >= {1, 2, 3, 11} if share < 1 else drawn == {1}
 
 
+@pytest.mark.parametrize("rotation", [{}, {"rotation": 180.0}])
+def test_turned_and_stretched_crops_as_the_plain_way(rotation: dict[str, float]) -> None:
+    settings = SETTINGS | {"aspect_range": (0.5, 2.0), "cat_max_ratio": 1.0} | rotation
+    seen = 0
+    for seed in range(60):
+        rng, their_rng = np.random.default_rng(seed), np.random.default_rng(seed)
+        h, w = rng.integers(20, 120, 2).tolist()
+        their_rng.integers(20, 120, 2)
+        image = np.clip((_picture(h, w, seed) - 127.5) * 6 + 127.5, 0, 255).astype(np.uint8)
+        label = np.random.default_rng(seed).integers(0, 4, (h, w), dtype=np.uint8)
+        ours: Any = random_resize_crop(image, label, **settings, rng=rng)
+        theirs, _ = _plainly(image, label, settings, their_rng)
+        assert rng.bit_generator.state == their_rng.bit_generator.state
+        np.testing.assert_array_equal(ours["size"], theirs["size"])
+        sure = theirs["label"] != UNSURE
+        assert sure.mean() > 0.9
+        np.testing.assert_array_equal(ours["label"][sure], theirs["label"][sure])
+        # OpenCV 4 takes positions to 1/32, which the step to black outside makes 4 levels.
+        np.testing.assert_allclose(ours["image"].astype(int), theirs["image"], atol=4 if rotation else 0)
+        height, width = ours["size"]
+        seen += (ours["label"][:height, :width] == 255).any()
+    assert (seen > 30) == bool(rotation)  # corners from outside the image
+
+
+def test_turned_labels_lie_on_their_images() -> None:
+    settings = SETTINGS | {"rotation": 45.0, "aspect_range": (0.7, 1.4), "ratio_range": (1.0, 3.0)}
+    for seed in range(20):
+        label = _blocks(50, 70, seed, void=0)
+        image = np.stack([label * 50 + 50] * 3, axis=-1)
+        found: Any = random_resize_crop(image, label, **settings, rng=np.random.default_rng(seed))
+        inside = found["label"] != 255
+        colour = np.where(inside, found["label"] * 50 + 50, 0)
+        far = cv2.dilate(colour, np.ones((5, 5))) == cv2.erode(colour, np.ones((5, 5)))
+        far[[0, 1, -2, -1]], far[:, [0, 1, -2, -1]] = False, False  # what is beyond them is not known
+        np.testing.assert_array_equal(found["image"][far], np.stack([colour] * 3, axis=-1)[far])
+        assert far.mean() > 0.5
+
+
 def test_void_pixels_have_no_say() -> None:
     label = np.full((10, 10), 255, np.uint8)
     assert not transforms._is_varied(label, 0.75)
@@ -375,3 +443,39 @@ def test_void_pixels_have_no_say() -> None:
     assert transforms._is_varied(label, 0.76)
     label[0, 3] = 3
     assert not transforms._is_varied(label, 1.5)  # one class alone
+
+
+# Blur and JPEG
+
+
+def test_degraded_as_by_scipy_and_pillow() -> None:
+    image = _picture(40, 50)
+    for seed in range(4):
+        draws = np.random.default_rng(seed)
+        draws.random()
+        sigma = draws.uniform(0.1, 2)
+        options = {
+            "sigma": (sigma, sigma, 0),
+            "mode": "mirror",
+            "radius": (round(3 * sigma), round(3 * sigma), 0),
+        }
+        theirs = scipy.ndimage.gaussian_filter(image.astype(float), **options)
+        ours = transforms.degrade(image, blur_prob=1.0, jpeg_prob=0.0, rng=np.random.default_rng(seed))
+        np.testing.assert_allclose(ours, theirs, atol=1.5)
+        draws = np.random.default_rng(seed)
+        draws.random()
+        file = io.BytesIO()
+        PIL.Image.fromarray(image).save(file, "JPEG", quality=int(draws.integers(30, 96)))
+        ours = transforms.degrade(image, blur_prob=0.0, jpeg_prob=1.0, rng=np.random.default_rng(seed))
+        np.testing.assert_allclose(ours.astype(int), np.asarray(PIL.Image.open(file)), atol=2)
+
+
+def test_degraded_as_often_as_asked() -> None:
+    image, rng = _picture(8, 8), np.random.default_rng(0)
+    changed = [
+        (transforms.degrade(image, blur_prob=0.3, jpeg_prob=0.5, rng=rng) != image).any() for _ in range(400)
+    ]
+    assert 0.55 < np.mean(changed) < 0.72  # 1 - 0.7 * 0.5, and a blur of 0.1 pixels changes nothing
+    state = rng.bit_generator.state
+    assert transforms.degrade(image, blur_prob=0.0, jpeg_prob=0.0, rng=rng) is image
+    assert rng.bit_generator.state == state

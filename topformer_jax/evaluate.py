@@ -112,12 +112,13 @@ def score_segmenter(
     scores = score_split(result, config, split)
     if not is_first:
         return
-    print(format_table(scores, data_set.classes))
+    boundary = None if result.boundary is None else metrics.compute_scores(result.boundary)
+    print(format_table(scores, data_set.classes, boundary))
     facts = {"images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels"}
     facts |= _describe(config, origin, split, _list_settings(config, predictor))
     if isinstance(predictor, ExportedPredictor):
         facts["devices"] = predictor.runtime
-    _write_scores(workdir, scores, result, data_set.classes, facts)
+    _write_scores(workdir, (scores, boundary), result, data_set.classes, facts)
     best, worst = _choose_examples(config, predictor, source, result)
     title = f"{config.name} on {config.data.dataset}"
     report.write_report(
@@ -129,7 +130,9 @@ def score_segmenter(
 
 def _list_settings(config: ConfigDict, predictor: Predictor | ExportedPredictor) -> dict[str, object]:
     """The settings that the score depends on."""
-    unused = {"per_device_batch_size"}
+    unused = {"per_device_batch_size"} | (
+        {"boundary_pixels"} if not config.evaluation.boundary_pixels else set()
+    )
     if config.evaluation.mode == "whole":
         unused |= {"crop_size", "stride"}
     stretched = isinstance(predictor, ExportedPredictor) and predictor.stretched_size
@@ -167,15 +170,25 @@ def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoin
     print(f"wrote {workdir / 'metrics.json'}")
 
 
-def format_table(scores: metrics.Scores, classes: Sequence[str]) -> str:
-    """The scores in percent, one line per class; nan for a class that is in no label and no prediction."""
-    rows = [("class", "IoU", "Acc")]
-    rows += [
-        (name, f"{100 * iou:.2f}", f"{100 * accuracy:.2f}")
-        for name, iou, accuracy in zip(classes, scores.iou, scores.accuracy, strict=True)
-    ]
-    means = f"mIoU {100 * scores.miou:.2f}  mAcc {100 * scores.macc:.2f}  aAcc {100 * scores.aacc:.2f}"
-    return f"{cli.table(rows)}\n{means}"
+def format_table(
+    scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None = None
+) -> str:
+    """The scores in percent, one line per class; nan for a class that is in no label and no prediction.
+
+    Args:
+        scores: of all pixels.
+        classes: their names.
+        boundary: the scores near boundaries, whose IoU gets a column too; None: no column.
+    """
+    columns = {"IoU": scores.iou, "Acc": scores.accuracy}
+    means = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc}
+    if boundary:
+        columns = {"IoU": scores.iou, "boundary IoU": boundary.iou, "Acc": scores.accuracy}
+        means["boundary mIoU"] = boundary.miou
+    shares = zip(*columns.values(), strict=True)
+    rows = [(name, *(f"{100 * share:.2f}" for share in of)) for name, of in zip(classes, shares, strict=True)]
+    line = "  ".join(f"{name} {100 * mean:.2f}" for name, mean in means.items())
+    return f"{cli.table([('class', *columns), *rows])}\n{line}"
 
 
 def _describe(
@@ -198,23 +211,28 @@ def _write_metrics(workdir: files.Path, values: Mapping[str, object]) -> None:
 
 def _write_scores(
     workdir: files.Path,
-    scores: metrics.Scores,
+    both: tuple[metrics.Scores, metrics.Scores | None],
     result: EvaluationResult,
     classes: Sequence[str],
     facts: Mapping[str, str],
 ) -> None:
-    """Writes metrics.json and confusion.csv."""
+    """Writes metrics.json, with the scores of all pixels and those near boundaries, and confusion.csv."""
+    scores, boundary = both
     of_class = zip(classes, scores.iou, scores.accuracy, strict=True)
-    values = {
+    found: Any = {
+        name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(acc)} for name, iou, acc in of_class
+    }
+    values: Any = {
         "mIoU": scores.miou,
         "mAcc": scores.macc,
         "aAcc": scores.aacc,
         "images": len(result.accuracy),
-        "classes": {
-            name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(acc)} for name, iou, acc in of_class
-        },
     }
-    _write_metrics(workdir, {**values, **facts})
+    if boundary:
+        values["boundary_mIoU"] = _number_or_none(boundary.miou)
+        for name, iou in zip(classes, boundary.iou, strict=True):
+            found[name]["boundary_IoU"] = _number_or_none(iou)
+    _write_metrics(workdir, {**values, "classes": found, **facts})
     lines = io.StringIO()
     writer = csv.writer(lines)
     writer.writerow(["label", *classes])

@@ -34,6 +34,10 @@ SILENT = {
     *("data.num_workers", "data.prefetch", "data.cache", "mesh.data", "mesh.fsdp", "mesh.slices"),
     *("evaluation.per_device_batch_size", "data.class_names"),  # class names have a check of their own
 }
+SEGMENTATION_ONLY = (
+    *("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config"),
+    *("data.aspect_range", "data.rotation", "evaluation.boundary_pixels"),
+)
 # A resumed run reads its checkpoint instead.
 WITHOUT_EFFECT = {"init_from", "init_part"}
 
@@ -255,14 +259,14 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
         )
-    for key in ("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config"):
-        if is_classification and values[key]:
+    for key in SEGMENTATION_ONLY:
+        if is_classification and values[key] != SETTINGS[key].default:
             raise UserError(f"{key} is {_show(values[key])}: it is for task=segmentation only")
     if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):
         raise UserError(
             "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
         )
-    for key in ("data.ratio_range", "data.crop_area"):
+    for key in ("data.ratio_range", "data.aspect_range", "data.crop_area"):
         low, high = values[key]
         if low > high or high == 0:
             raise UserError(f"{key} is {(low, high)}: expected the smaller number first, and one above 0")

@@ -139,9 +139,18 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.cat_max_ratio": Setting(0.75,
             "redraw a crop, at most 10 times, if one class has this share of its labelled pixels; 1: never",
             PROBABILITY),
+        "data.aspect_range": Setting(
+            (1.0, 1.0), "range of a random factor on width / height that keeps the area; (1,1): off", Range(0.25, 4)),
+        "data.rotation": Setting(0.0,
+            "largest random rotation in degrees; corners are lost, and what is outside is void; 0: off",
+            Range(0, 180)),
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
             True, "true: change brightness, contrast, saturation and hue, each with probability 0.5"),
+        "data.blur_prob": Setting(
+            0.0, "probability of a Gaussian blur of 0.1 to 2 pixels on the crop", PROBABILITY),
+        "data.jpeg_prob": Setting(
+            0.0, "probability of a JPEG compression of the crop, quality 30 to 95", PROBABILITY),
         "data.crop_area": Setting(
             (0.08, 1.0), "classifiers: range of the share of the image in a random crop", PROBABILITY),
         "data.rand_augment": Setting(
@@ -229,6 +238,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "whole", "the whole image, or windows whose logits are averaged where they overlap", ("whole", "slide")),
         "evaluation.crop_size": Setting((512, 512), "pixels (height, width) of a window (mode=slide)", PIXELS),
         "evaluation.stride": Setting((341, 341), "pixels (down, across) between windows (mode=slide)", PIXELS),
+        "evaluation.boundary_pixels": Setting(0,
+            "also score the pixels at most this far from another label, e.g. 3; 0: off", Range(0, 256)),
         "evaluation.max_canvases": Setting(4,
             "maximum number of compiled input shapes per ratio; smaller images are padded. More shapes mean less "
             "padding and longer compilation", Range(1, 64)),

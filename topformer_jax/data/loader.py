@@ -286,25 +286,32 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
 def crop_example(
     example: Example, config: ConfigDict, index: int, epoch: int
 ) -> transforms.CroppedExample | class_images.ClassExample:
-    """Decodes an example and takes the random crop that the seed, its index and the epoch decide.
+    """Decodes an example, takes the random crop that the seed, its index and the epoch decide, and degrades it.
 
     Raises:
         UserError: as `decode_example` does.
     """
     data = config.data
     rng = np.random.default_rng([config.seed, epoch, index])
+    crop: transforms.CroppedExample | class_images.ClassExample
     if config.task == "classification":
-        return class_images.make_training_example(example, config, rng)
-    image, label = decode_example(example, config)
-    return transforms.random_resize_crop(
-        image,
-        label,
-        crop_size=data.crop_size,
-        scale=data.scale,
-        ratio_range=data.ratio_range,
-        cat_max_ratio=data.cat_max_ratio,
-        rng=rng,
-    )
+        crop = class_images.make_training_example(example, config, rng)
+    else:
+        crop = transforms.random_resize_crop(
+            *decode_example(example, config),
+            crop_size=data.crop_size,
+            scale=data.scale,
+            ratio_range=data.ratio_range,
+            cat_max_ratio=data.cat_max_ratio,
+            rng=rng,
+            aspect_range=data.aspect_range,
+            rotation=data.rotation,
+        )
+    if data.blur_prob or data.jpeg_prob:
+        height, width = crop["size"]
+        seen = crop["image"][:height, :width]
+        seen[:] = transforms.degrade(seen, blur_prob=data.blur_prob, jpeg_prob=data.jpeg_prob, rng=rng)
+    return crop
 
 
 def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:

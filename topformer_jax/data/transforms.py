@@ -1,9 +1,10 @@
-"""Geometry of one example on the host: resize, crop, pad. NumPy and OpenCV, uint8 in and out.
+"""Geometry of one example on the host: resize, rotate, crop, pad. NumPy and OpenCV, uint8 in and out.
 
-Every byte equals the official pipeline's (mmsegmentation 0.19 on mmcv 1.4). Flip, colours and normalisation follow
-on the device (`augment.py`). All random draws come from the generator that is passed in.
+Without rotation, every byte equals the official pipeline's (mmsegmentation 0.19 on mmcv 1.4). Flip, colours and
+normalisation follow on the device (`augment.py`). All random draws come from the generator that is passed in.
 """
 
+import math
 from typing import TypedDict
 
 import cv2
@@ -12,6 +13,8 @@ from jaxtyping import Int32, UInt8
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 
+BLUR_SIGMA = (0.1, 2.0)  # pixels, as in SimCLR
+JPEG_QUALITY = (30, 95)  # of 100
 MAX_CROP_TRIES = 10  # crops tested against cat_max_ratio before one is taken untested
 Size = tuple[int, int]  # (height, width) in pixels
 ResizedImage = UInt8[np.ndarray, "height width 3"]  # an `Image` of another size than its argument's h and w
@@ -75,10 +78,13 @@ def random_resize_crop(
     ratio_range: tuple[float, float],
     cat_max_ratio: float,
     rng: np.random.Generator,
+    aspect_range: tuple[float, float] = (1.0, 1.0),
+    rotation: float = 0.0,
 ) -> CroppedExample:
     """Resizes an image and its label by a random factor and takes a random crop, padded to `crop_size`.
 
-    mmsegmentation's `Resize`, `RandomCrop` and `Pad` in one: only the pixels of the crop are computed.
+    mmsegmentation's `Resize`, `RandomRotate`, `RandomCrop` and `Pad` in one: only the pixels of the crop are
+    computed. A pixel is a mean of four neighbours at most: an image that shrinks aliases, as it does in evaluation.
 
     Args:
         image: uint8 `[h, w, 3]`, of any size.
@@ -90,28 +96,89 @@ def random_resize_crop(
             labelled pixels or more. After `MAX_CROP_TRIES` rejected crops, one more is drawn and taken untested.
             With 1 or more, the first crop is taken.
         rng: the source of all draws.
+        aspect_range: of a factor on width / height that keeps the area; its logarithm is drawn uniformly.
+        rotation: the largest angle in degrees, in either direction, by which the resized image is turned about its
+            centre. Its size stays the same, so that it loses its corners.
 
     Returns:
-        Padded at the bottom and on the right: the image with 0, the label with IGNORE_LABEL.
+        Padded at the bottom and on the right, and outside a turned image: the image with 0, the label with
+        IGNORE_LABEL.
     """
-    source = image.shape[0], image.shape[1]
-    size = fit_size(source, multiply_scale(scale, rng.uniform(*ratio_range)))
+    size = fit_size((image.shape[0], image.shape[1]), multiply_scale(scale, rng.uniform(*ratio_range)))
+    if aspect_range != (1, 1):
+        stretch = math.exp(rng.uniform(*np.log(aspect_range)) / 2)
+        size = max(round(size[0] / stretch), 1), max(round(size[1] * stretch), 1)
+    degrees = rng.uniform(-rotation, rotation) if rotation else 0.0
     height, width = min(size[0], crop_size[0]), min(size[1], crop_size[1])
     tries = MAX_CROP_TRIES if cat_max_ratio < 1 else 0
     for attempt in range(tries + 1):
         top, left = (int(rng.integers(0, size[axis] - (height, width)[axis] + 1)) for axis in (0, 1))
-        rows = nearest_indices(source[0], size[0])[top : top + height]
-        columns = nearest_indices(source[1], size[1])[left : left + width]
-        label_crop = label.take(rows, axis=0).take(columns, axis=1)
+        box = top, left, height, width
+        label_crop = _crop_resized(label, size, degrees, box)
         if attempt == tries or _is_varied(label_crop, cat_max_ratio):
             break
-    image_crop = _resize_corner(image, size, top + height, left + width)[top:, left:]
+    image_crop = _crop_resized(image, size, degrees, box)
     below, right = crop_size[0] - height, crop_size[1] - width
     return {
         "image": cv2.copyMakeBorder(image_crop, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0),
         "label": cv2.copyMakeBorder(label_crop, 0, below, 0, right, cv2.BORDER_CONSTANT, value=IGNORE_LABEL),
         "size": np.array((height, width), np.int32),
     }
+
+
+def degrade(image: Image, *, blur_prob: float, jpeg_prob: float, rng: np.random.Generator) -> Image:
+    """Blurs an image with one probability, then compresses it as a JPEG with another one, as weak cameras do.
+
+    Gaussian blur has a standard deviation from `BLUR_SIGMA` (SimCLR, Chen et al. 2020, appendix A), the JPEG a
+    quality from `JPEG_QUALITY`, both drawn uniformly.
+
+    >>> image = np.zeros((5, 5, 3), np.uint8)
+    >>> image[2, 2] = 255
+    >>> degrade(image, blur_prob=1.0, jpeg_prob=0.0, rng=np.random.default_rng(0))[2, :, 0].tolist()
+    [1, 28, 107, 28, 1]
+
+    Args:
+        image: uint8 `[h, w, 3]`, RGB.
+        blur_prob, jpeg_prob: the probabilities.
+        rng: the source of all draws; with a probability of 0, it is not used.
+    """
+    if blur_prob and rng.random() < blur_prob:
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*BLUR_SIGMA))
+    if jpeg_prob and rng.random() < jpeg_prob:
+        quality = int(rng.integers(*JPEG_QUALITY, endpoint=True))
+        flags = [cv2.IMWRITE_JPEG_QUALITY, quality]
+        file = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), flags)[1]
+        image = np.asarray(cv2.imdecode(file, cv2.IMREAD_COLOR_RGB))
+    return image
+
+
+def _crop_resized(
+    array: np.ndarray, size: Size, degrees: float, box: tuple[int, int, int, int]
+) -> np.ndarray:
+    """A box (top, left, height, width) of an image or a label that is resized to `size`, and turned anticlockwise."""
+    top, left, height, width = box
+    is_image, source = array.ndim == 3, array.shape
+    if degrees:
+        matrix = _map_to_source((source[0], source[1]), size, degrees, (top, left))
+        flags = (cv2.INTER_LINEAR if is_image else cv2.INTER_NEAREST) | cv2.WARP_INVERSE_MAP
+        outside = 0 if is_image else IGNORE_LABEL
+        return cv2.warpAffine(array, matrix, (width, height), flags=flags, borderValue=outside)
+    if is_image:
+        return _resize_corner(array, size, top + height, left + width)[top:, left:]
+    rows = nearest_indices(source[0], size[0])[top : top + height]
+    columns = nearest_indices(source[1], size[1])[left : left + width]
+    return array.take(rows, axis=0).take(columns, axis=1)
+
+
+def _map_to_source(source: Size, size: Size, degrees: float, corner: tuple[int, int]) -> np.ndarray:
+    """The matrix `[2, 3]` that takes (x, y, 1) of a crop with this (top, left) corner to (x, y) in the source."""
+    sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
+    turn = np.array([[cosine, -sine], [sine, cosine]])
+    middle = np.array(size[::-1]) / 2
+    shrink = np.array(source[::-1]) / size[::-1]
+    # Whole numbers are the centres of pixels.
+    start = shrink * (turn @ (np.array(corner[::-1]) + 0.5 - middle) + middle) - 0.5
+    return np.column_stack([shrink[:, None] * turn, start])
 
 
 def nearest_indices(size: int, new_size: int) -> np.ndarray:

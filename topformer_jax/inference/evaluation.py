@@ -58,6 +58,9 @@ class EvaluationResult(NamedTuple):
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
     accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
     miou: Float[np.ndarray, " examples"]  # of each example alone
+    boundary: (
+        Int[np.ndarray, "classes classes"] | None
+    )  # near boundaries; None: `evaluation.boundary_pixels` is 0
 
 
 class ClassifierResult(NamedTuple):
@@ -127,7 +130,7 @@ def evaluate_split(
     sizes = _read_sizes(source)
     batches = plan_evaluation(sizes, config.evaluation, devices=mesh.size, rows_per_device=per_device)
     dtype = programs.dtype.name
-    counter = _PixelCounter(config.model.num_classes, len(source), on_example)
+    counter = _PixelCounter(config, len(source), on_example)
 
     def load(number: int, index: int) -> _LoadedExample:
         batch, example = batches[number], source[index]
@@ -177,8 +180,7 @@ def evaluate_images(
     Raises:
         UserError: an example cannot be read.
     """
-    classes = config.model.num_classes
-    counter = _PixelCounter(classes, len(source), on_example)
+    counter = _PixelCounter(config, len(source), on_example)
 
     def load(index: int) -> _LoadedExample:
         example = source[index]
@@ -187,9 +189,7 @@ def evaluate_images(
     for example in loader.map_in_threads(load, range(len(source))):
         on_progress(example.index, "")
         prediction = predict(example.image)
-        counted = example.label < classes
-        pairs = example.label[counted].astype(np.int64) * classes + prediction[counted]
-        counts = np.bincount(pairs, minlength=classes**2)
+        counts = metrics.count_on_host(example.label, prediction, config.model.num_classes)
         counter.add(example, counts, functools.partial(np.copy, prediction))
     on_progress(len(source), "")
     return counter.sum_over_processes()
@@ -308,15 +308,20 @@ class _LoadedExample:
 class _PixelCounter:
     """Adds up the confusion matrices of this process's examples."""
 
-    def __init__(self, classes: int, examples: int, on_example: Callable[[ExampleResult], None]):
-        self._confusion = np.zeros((classes, classes), np.int64)
+    def __init__(self, config: ConfigDict, examples: int, on_example: Callable[[ExampleResult], None]):
+        classes, self._boundary_pixels = config.model.num_classes, config.evaluation.boundary_pixels
+        # Of all pixels, and of those near boundaries.
+        self._confusions = np.zeros((2 if self._boundary_pixels else 1, classes, classes), np.int64)
         self._scores = np.zeros((examples, 2), np.float32)  # accuracy and mIoU; zero for others' examples
         self._on_example = on_example
 
     def add(self, example: _LoadedExample, counts: np.ndarray, prediction: Callable[[], Labels]) -> None:
         """Adds an example's counts `[classes**2]`, and hands the example on."""
-        matrix = counts.reshape(self._confusion.shape)
-        self._confusion += matrix
+        matrix = counts.reshape(self._confusions.shape[1:])
+        self._confusions[0] += matrix
+        if self._boundary_pixels:
+            near = metrics.keep_boundary(example.label, self._boundary_pixels)
+            self._confusions[1] += metrics.count_on_host(near, prediction(), len(matrix))
         scores = metrics.compute_image_scores(np.diagonal(matrix), matrix.sum(1), matrix.sum(0))
         self._scores[example.index] = scores
         self._on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
@@ -324,8 +329,8 @@ class _PixelCounter:
     def sum_over_processes(self) -> EvaluationResult:
         """The counts of all processes."""
         scores = processes.sum_over_processes(self._scores)
-        confusion = processes.sum_over_processes(self._confusion)
-        return EvaluationResult(confusion, scores[:, 0], scores[:, 1])
+        confusion, *boundary = processes.sum_over_processes(self._confusions)
+        return EvaluationResult(confusion, scores[:, 0], scores[:, 1], boundary[0] if boundary else None)
 
 
 def compute_ranks(logits: Float[Array, "n classes"], labels: Int32[Array, " n"]) -> Int32[Array, " n"]:

@@ -2,11 +2,14 @@
 
 from typing import NamedTuple
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float64, Int, Int32, UInt8
+
+from topformer_jax.data.batch import IGNORE_LABEL, Labels
 
 
 class Scores(NamedTuple):
@@ -52,6 +55,35 @@ def count_confusions(
         return product.astype(jnp.int32).ravel()
 
     return lax.platform_dependent(labels, predictions, tpu=multiply, default=scatter)
+
+
+def count_on_host(label: Labels, prediction: Labels, classes: int) -> Int[np.ndarray, "classes classes"]:
+    """The confusion matrix of one image in NumPy: the counts of `count_confusions`.
+
+    >>> count_on_host(np.array([[0, 1, 255]], np.uint8), np.array([[1, 1, 1]], np.uint8), 2).tolist()
+    [[0, 1], [0, 1]]
+    """
+    counted = label < classes
+    pairs = label[counted].astype(np.int64) * classes + prediction[counted]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def keep_boundary(label: Labels, pixels: int) -> Labels:
+    """A label that is IGNORE_LABEL except near its boundaries: the trimap by which DeepLab scores boundaries.
+
+    Kohli et al. 2009; Chen et al. 2015, https://arxiv.org/abs/1412.7062. A pixel stays if the square of
+    `2 * pixels + 1` around it, cut off at the edge of the image, holds another value. Void is a value too.
+
+    >>> keep_boundary(np.array([[0, 0, 0, 1, 1, 1]], np.uint8), 1).tolist()
+    [[255, 255, 0, 1, 255, 255]]
+
+    Args:
+        label: uint8 `[h, w]`.
+        pixels: width of the band on each side of a boundary, at least 1.
+    """
+    square = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
+    is_near = cv2.dilate(label, square) != cv2.erode(label, square)
+    return np.where(is_near, label, np.uint8(IGNORE_LABEL))
 
 
 def compute_scores(confusion: Int[np.ndarray, "classes classes"]) -> Scores:

@@ -25,6 +25,7 @@ from topformer_jax.inference.evaluation import (
     evaluate_split,
     score_split,
 )
+from topformer_jax.inference.metrics import compute_scores
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.run_folder import RunFolder
@@ -394,7 +395,10 @@ def _score_segmenter(
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
         drawing.write_image(run.folder.local / "predictions" / f"{step:07}.png", grid)
     scores = score_split(result, run.config, "validation")
-    return {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+    found = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
+    if result.boundary is not None:
+        found["boundary_miou"] = compute_scores(result.boundary).miou
+    return found
 
 
 def _score_classifier(
