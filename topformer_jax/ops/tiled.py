@@ -189,12 +189,12 @@ def tile_labels(
         return predict_classes(all_logits(row, column))
 
     def label_possible(row: Array, column: Array) -> Array:
-        cells, *resize = _read_cells(view, zero, zero, zero, row, column)
-        is_behind = _is_behind(cells, *resize)
+        cells, rows, columns = _read_cells(view, zero, zero, zero, row, column)
+        is_behind = _is_behind(cells, rows, columns)
         order = jnp.argsort(is_behind)  # first those that may be a label, in the order of classes
 
         def label_few(few: int) -> Array:
-            return order[predict_classes([_enlarge(cells[:, order[:few]], *resize, precision)])]
+            return order[predict_classes([_enlarge(cells[:, order[:few]], rows, columns, precision)])]
 
         branches = [functools.partial(label_few, few) for few in numbers]
         too_few = sum((~is_behind[order[few - 1]]).astype(jnp.int32) for few in numbers)
