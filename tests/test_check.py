@@ -111,6 +111,20 @@ def test_broken_sets(spoilt: pathlib.Path, kind: str, name: str) -> None:
     assert all("\n" not in finding.text for finding in found)
 
 
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_length_of_a_training(healthy: pathlib.Path, kind: str) -> None:
+    """Epochs become steps, whatever --limit is; a warm-up that does not end is named."""
+    changes = {"schedule.epochs": 6, "schedule.warmup_steps": 2, "batch_size": 8, "data.mixup_alpha": 0.0}
+    pictures = COUNTS["train"] if kind == "maps" else 12
+    steps = -(-6 * pictures // 8)
+    length = rules.Finding("note", "length", f"6 epochs of {pictures} pictures = {steps} steps of 8 images")
+    found, _ = look_through(configure(healthy / kind, changes), limit=2)
+    assert length in found
+    assert not [each for each in found if each.rule == "warm-up"]
+    found, _ = look_through(configure(healthy / kind, changes | {"schedule.warmup_steps": steps}))
+    assert [each.level for each in found if each.rule == "warm-up"] == ["warning"]
+
+
 def test_palettes_that_agree(spoilt: pathlib.Path) -> None:
     """A palette may be cut after the last value of its picture."""
     root = spoilt / "maps"

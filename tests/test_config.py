@@ -17,6 +17,7 @@ from topformer_jax.data.catalog import CATALOG
 from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.ops.convolution import METHODS
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.step import init_training
 
 # variant, classes, crop, training scale, test scale, align, zero label void, batch, steps, learning rate,
 # head width (None: the variant's), depthwise head
@@ -43,7 +44,11 @@ for _short, _variant in (("t", "tiny"), ("s", "small"), ("b", "base")):
 OTHERS = (
     "s_cityscapes",
     "t_shapes",
-    *(f"{variant}_{name}" for variant in "tsb" for name in ("imagenet", "imagenet_adamw", "camvid")),
+    *(
+        f"{variant}_{name}"
+        for variant in "tsb"
+        for name in ("imagenet", "imagenet_adamw", "camvid", "finetune")
+    ),
 )
 
 
@@ -79,7 +84,7 @@ def test_recipe(configs: pathlib.Path, name: str) -> None:
 
 def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Path) -> None:
     names = [f"topformer_{name}" for name in (*RECIPES, *OTHERS)]
-    assert len(names) == 26
+    assert len(names) == 29
     for name in names:
         settings = config.load(configs / f"{name}.py")
         assert settings.name == name
@@ -90,7 +95,7 @@ def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Pa
     "key",
     [
         *("data.aspect_range", "data.rotation", "data.blur_prob", "data.jpeg_prob"),
-        "evaluation.boundary_pixels",
+        *("data.balance", "data.mix", "evaluation.boundary_pixels"),
     ],
 )
 def test_what_is_for_few_pictures_is_off_in_all_recipes(configs: pathlib.Path, key: str) -> None:
@@ -163,6 +168,30 @@ def test_right_settings_from_text_and_from_values() -> None:
         is None
     )
     assert config.ade20k("base").batch_size == 16  # the source is left alone
+
+
+def test_epochs_or_steps() -> None:
+    """A flag for one of the two replaces the other; with both, and in a file, epochs count."""
+    of_epochs = config.load("topformer_t_camvid", {"schedule.epochs": 5})
+    for source, flags, steps in (
+        (of_epochs, {}, 459),
+        (of_epochs, {"schedule.steps": 40}, 40),
+        (of_epochs, {"schedule.steps": 40, "schedule.epochs": 1}, 92),
+        (of_epochs, {"schedule.epochs": 0}, 10_000),
+        (config.camvid("tiny"), {}, 10_000),
+    ):
+        resolved = config.resolve_schedule(config.load(source, flags), 367)
+        assert (resolved.schedule.steps, resolved.schedule.epochs, resolved.evaluate_every) == (
+            steps,
+            0,
+            2000,
+        )
+    with pytest.raises(UserError, match=r"schedule\.steps is \d+: expected 1 to 1,000,000,000"):
+        config.resolve_schedule(of_epochs, 10**10)
+    with pytest.raises(
+        UserError, match=r"schedule\.epochs is 5: give the config that config\.resolve_schedule"
+    ):
+        init_training(of_epochs)
 
 
 def test_wrong_files(configs: pathlib.Path, tmp_path: pathlib.Path) -> None:

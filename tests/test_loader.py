@@ -43,7 +43,7 @@ def settings(**overrides: Any) -> ConfigDict:
     )
 
 
-def batches(config: ConfigDict, count: int, **place: int) -> list[Arrays]:
+def batches(config: ConfigDict, count: int, **place: Any) -> list[Arrays]:
     iterator = loader.training_batches(sources.open_source(config, "train"), config, **place)
     made = cast(list[Arrays], list(itertools.islice(iterator, count)))
     iterator.close()

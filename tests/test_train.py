@@ -38,6 +38,7 @@ from topformer_jax.training.run import (
     wait_for_batch,
 )
 from topformer_jax.training.run_folder import RunFolder
+from topformer_jax.training.step import learning_rate
 
 
 def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
@@ -92,6 +93,27 @@ def test_a_later_start_of_a_finished_run(whole: tuple[pathlib.Path, str]) -> Non
     line = refused_here(workdir, {"optimizer.name": "rmsprop_tf"})
     assert f"{workdir}/checkpoints/6 holds a run with optimizer.name=adamw, and the config has" in line
     assert len(list((workdir / "configs").iterdir())) == 2
+
+
+def test_a_run_of_epochs(tmp_path: pathlib.Path) -> None:
+    """Its schedule, evaluations and end are those of the steps; a warm-up that does not end is said."""
+    changes = {"schedule.epochs": 2, "evaluate_every": 0, "schedule.warmup_steps": 3, "model.depths": 1}
+    out = run_here(tmp_path, changes)
+    assert "2.0 epochs of 12 pictures = 3 steps of 8 images, crops (64, 64)\n" in out
+    assert (
+        "warning: all 3 steps are warm-up (schedule.warmup_steps=3), and the learning rate stays below" in out
+    )
+    records = logs.read_records(tmp_path / "metrics.jsonl")
+    assert [(record["kind"], record["step"]) for record in records] == [
+        (kind, step) for step in (1, 2, 3) for kind in ("train", "evaluation")
+    ]
+    schedule = config.load(config.shapes(), {"schedule.steps": 3, "schedule.warmup_steps": 3}).schedule
+    rates = [record["learning_rate"] for record in records if record["kind"] == "train"]
+    np.testing.assert_allclose(rates, [learning_rate(step, schedule) for step in range(3)], rtol=1e-6)
+    again = run_here(tmp_path, changes | {"schedule.warmup_steps": 2, "data.shapes.train": 16})
+    assert "from checkpoint 3" in again
+    assert "warm-up" not in again
+    assert "changed since step 3: schedule.steps: 3 -> 4\n" in again
 
 
 @jax.jit
@@ -193,13 +215,17 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_killed_run_with_every_option_resumes(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ) -> None:
-    """Averages, accumulation, worker processes, a profile, boundaries, and a teacher: the finished run."""
+    """Averages, accumulation, workers, class weights, a profile, boundaries, and a teacher: the finished run."""
     changes: dict[str, Any] = {
         "batch_size": 16,
         "ema_decay": 0.5,
         "grad_accum_steps": 2,
         "data.num_workers": 2,
         "evaluation.boundary_pixels": 2,
+        "data.balance": 0.5,
+        "data.mix": "paste",
+        "data.rotation": 20.0,
+        "loss.class_weight": "balanced",
         "distillation.config": "topformer_t_shapes",
         "distillation.checkpoint": whole[0],
     }
@@ -207,6 +233,9 @@ def test_a_killed_run_with_every_option_resumes(
     assert f"topformer_t_shapes, {whole[0]}" in out
     assert f"wrote the profile into {tmp_path}/whole/profile" in out
     assert list((tmp_path / "whole/profile").rglob("*.xplane.pb"))
+    assert re.search(
+        r"examples are drawn for 10 of 10 classes, those in 12 training labels; \w+ is in the fewest, \d", out
+    )
     assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)
     # The schedule depends on the number of steps, so the first half is cut off by a kill, not by fewer steps.
     process = start(tmp_path / "cut", changes, devices=8)
@@ -229,6 +258,7 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
         "checkpoint_every": 5,
         "data.shapes.validation": 5,
         "model.dtype": "float64",
+        "loss.class_weight": "enet",
     }
     runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
     for devices, workdir in runs.items():

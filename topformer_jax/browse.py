@@ -33,9 +33,10 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax.data import loader, sources
+from topformer_jax.data import loader, mixing, sources
 from topformer_jax.data.augment import MEAN, STD, augment
 from topformer_jax.data.batch import Batch, Image
+from topformer_jax.data.class_pixels import count_pixels
 from topformer_jax.data.classification.augment import augment_classes
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
@@ -56,7 +57,12 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     data_set = sources.find_data_set(config)
     source = sources.open_source(config, "train", logs.Progress)
     settings = config_lib.load(config, {"data.num_workers": 0})
-    with contextlib.closing(loader.training_batches(source, settings, start_step=step - 1)) as batches:
+    draws = None
+    if loader.needs_class_draws(settings):
+        print(f"counting the pixels of {len(source):,} labels", flush=True)
+        draws = mixing.group_by_class(np.stack([*count_pixels(source, settings, range(len(source)))]))
+    batches = loader.training_batches(source, settings, start_step=step - 1, class_draws=draws)
+    with contextlib.closing(batches):
         # Mixup takes pairs.
         batch: Batch = jax.tree.map(lambda values: values[: count + count % 2], next(batches))
     is_classifier = config.task == "classification"
@@ -71,7 +77,9 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     rows, captions = [], []
     for number in range(min(count, len(images))):
         picture = _denormalize(images[number], np.asarray(batch["size"][number]))
-        caption = f"example {batch['index'][number]}, epoch {batch['epoch'][number]}"
+        epoch = int(batch["epoch"][number])
+        when = f"epoch {epoch}" if epoch < loader.FIRST_DRAW // 2 else "drawn for a class"
+        caption = f"example {batch['index'][number]}, {when}"
         if is_classifier:
             rows.append([picture])
             captions.append(f"{data_set.classes[labels.first[number]]}, {caption}")

@@ -33,7 +33,9 @@ from typing import Any
 
 import numpy as np
 
+from topformer_jax.config.settings import WEIGHTINGS
 from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.class_pixels import weigh_classes
 from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.inspection.facts import Inspection, SplitFacts
 from topformer_jax.inspection.rules import Finding
@@ -75,17 +77,25 @@ def _describe_split(facts: Inspection, split: SplitFacts) -> Report:
         rows = zip(names, pixels, strict=True)
         return described | {"classes": [{"name": name, "images": count} for name, count in rows]}
     labels = facts.per_class(split.label_counts).tolist()
-    return described | {
-        "labels": len(split.labels),
-        "label_files": dict(sorted(collections.Counter(label.kind for label in split.labels).items())),
-        "values": {value: split.pixels[value] for value in sorted(split.pixels) if value <= IGNORE_LABEL},
-        "largest_value": max((label.largest for label in split.labels), default=0),
-        "void_pixels": sum(split.pixels[value] for value in facts.void),
-        "classes": [
-            {"name": name, "pixels": count, "labels": holders}
-            for name, count, holders in zip(names, pixels, labels, strict=True)
-        ],
-    }
+    weighed = {}
+    if split.name == "train" and split.is_whole and sum(pixels):
+        table = np.array([facts.per_class(collections.Counter(label.pixels)) for label in split.labels])
+        weighed = {"class_weight": {name: weigh_classes(name, table).tolist() for name in WEIGHTINGS}}
+    return (
+        described
+        | weighed
+        | {
+            "labels": len(split.labels),
+            "label_files": dict(sorted(collections.Counter(label.kind for label in split.labels).items())),
+            "values": {value: split.pixels[value] for value in sorted(split.pixels) if value <= IGNORE_LABEL},
+            "largest_value": max((label.largest for label in split.labels), default=0),
+            "void_pixels": sum(split.pixels[value] for value in facts.void),
+            "classes": [
+                {"name": name, "pixels": count, "labels": holders}
+                for name, count, holders in zip(names, pixels, labels, strict=True)
+            ],
+        }
+    )
 
 
 def format_report(report: Report) -> str:
@@ -151,7 +161,7 @@ def _format_share(count: int, total: int) -> str:
 
 
 def _class_rows(splits: Report) -> list[list[str]]:
-    """Pixels and labels, or images, of each class; for a large classifier only the smallest classes of train."""
+    """Pixels, labels and weights of each class, or images; of a large classifier only the smallest classes."""
     train = splits["train"]
     names = [row["name"] for row in train["classes"]]
     shown, heading = list(range(len(names))), "class"
@@ -171,6 +181,10 @@ def _class_rows(splits: Report) -> list[list[str]]:
                 cells += [_format_share(row["pixels"], total), f"{row['labels']:,}"]
             else:
                 cells.append(f"{row['images']:,}")
+    for name, weights in train.get("class_weight", {}).items():
+        rows[0].append(name)
+        for cells, label in zip(rows[1:], shown, strict=True):
+            cells.append(f"{weights[label]:.3g}")
     return rows
 
 

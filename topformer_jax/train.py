@@ -27,10 +27,13 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
+from topformer_jax import config as config_lib
 from topformer_jax.data import sources
 from topformer_jax.inspection.sample import look_at_labels
 from topformer_jax.runtime import errors, logs, processes, sharding
 from topformer_jax.training import run as run_lib
+from topformer_jax.training.class_weight import set_class_weight
+from topformer_jax.training.folded import restore_statistics
 from topformer_jax.training.run import Monitor, Run, StepProfiler, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
@@ -38,7 +41,7 @@ from topformer_jax.training.step import init_training
 
 
 def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)) -> None:
-    """Trains until `schedule.steps`, from the newest checkpoint of the work directory.
+    """Trains for `schedule.epochs` or `schedule.steps`, from the newest checkpoint of the work directory.
 
     Raises:
         UserError: the data, the devices, the work directory or a checkpoint do not fit the config, or the loss
@@ -51,14 +54,18 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     make_progress = functools.partial(logs.Progress, active=is_first)
     train_source = sources.open_source(config, "train", make_progress)
     validation_source = sources.open_source(config, "validation", make_progress)
-    for line in look_at_labels(config, data_set, {"train": train_source, "validation": validation_source}):
+    config = config_lib.resolve_schedule(config, len(train_source))
+    warnings = look_at_labels(config, data_set, {"train": train_source, "validation": validation_source})
+    for line in filter(None, (*warnings, config_lib.explain_warmup(config.schedule))):
         processes.say(f"warning: {line}")
 
     # ---- state
     mesh = sharding.make_train_mesh(config)
-    model = run_lib.load_initial_model(config)
-    state, train_step = init_training(config, mesh, model, run_lib.load_teacher(config))
+    model, teacher = run_lib.load_initial_model(config), run_lib.load_teacher(config)
     folder.open()
+    weighted = set_class_weight(config, data_set, train_source, folder, make_progress)
+    class_draws = run_lib.find_class_draws(config, data_set, train_source, folder, make_progress)
+    state, train_step = init_training(weighted, mesh, model, teacher)
     store = run_lib.open_store(config, folder)
     start = store.latest or 0
     changes: list[str] = []
@@ -79,6 +86,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         model=model,
         data_set=data_set,
         train_source=train_source,
+        class_draws=class_draws,
         validation_source=validation_source,
         store=store,
         log=log,
@@ -101,6 +109,9 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         at_exit.callback(batches.close)
         at_exit.push(cli.abort_run_on_error)
         at_exit.enter_context(errors.report_out_of_memory("train", store.describe_newest))
+        if not start:
+            with jax.transfer_guard("allow"):
+                state = restore_statistics(run, state)
         run_lib.evaluate_if_missing(run, state, start)
         for step in range(start + 1, config.schedule.steps + 1):
             with run_lib.save_on_error(run, state, step - 1, monitor):

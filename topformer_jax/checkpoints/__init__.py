@@ -11,6 +11,7 @@ Every format reads and writes the same: a model's tensors by official name in th
 
 from topformer_jax.checkpoints.load import (
     describe_origin as describe_origin,
+    fresh_names as fresh_names,
     load_model as load_model,
     load_segmenter as load_segmenter,
     load_state_dict as load_state_dict,

@@ -29,6 +29,7 @@ Tensors = dict[str, np.ndarray]
 Metadata = dict[str, Any]
 Shape = tuple[int, ...]
 CLASS_LAYERS = ("decode_head.conv_seg.", "head.l.")  # the layers whose shape depends on the number of classes
+PARTS = {"token_pyramid": ("tpm.",), "backbone": ("tpm.", "trans.")}  # by the prefixes of their weights
 # Names of the same modules in older checkpoints, and the names in the model.
 ALIASES = {
     "patch_embed": "tpm",
@@ -192,9 +193,12 @@ def find_format(path: files.Path) -> Format:
 
 
 def fresh_names(names: Iterable[str], part: str) -> set[str]:
-    """The names of a model's tensors that a start from `part` of a checkpoint leaves fresh."""
-    if part == "backbone":
-        return {name for name in names if not name.startswith(("backbone.tpm.", "backbone.trans."))}
+    """The names of a model's tensors outside a part: a start from that part of a checkpoint leaves them fresh.
+
+    Parts are those of `init_part`, and "token_pyramid".
+    """
+    if part in PARTS:
+        return {name for name in names if not name.removeprefix("backbone.").startswith(PARTS[part])}
     return {name for name in names if part == "all_but_classes" and name.startswith(CLASS_LAYERS)}
 
 

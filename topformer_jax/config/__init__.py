@@ -12,9 +12,11 @@ A config is a locked `ml_collections.ConfigDict`. Commands take `--config FILE_O
 from topformer_jax.config.loading import (
     compare_configs as compare_configs,
     complete as complete,
+    explain_warmup as explain_warmup,
     hide_paths as hide_paths,
     load as load,
     recipe_names as recipe_names,
+    resolve_schedule as resolve_schedule,
 )
 from topformer_jax.config.recipes import (
     ade20k as ade20k,
@@ -22,6 +24,7 @@ from topformer_jax.config.recipes import (
     camvid as camvid,
     cityscapes as cityscapes,
     coco_stuff10k as coco_stuff10k,
+    fine_tune as fine_tune,
     imagenet as imagenet,
     pascal_context as pascal_context,
     shapes as shapes,

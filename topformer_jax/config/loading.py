@@ -25,8 +25,9 @@ TRANSFORMER_STRIDE = 64  # of the segmenter: pixels of the image for each pixel 
 # What may differ between a checkpoint's config and that of the run that resumes it. The first group would not fit the
 # state, or change the meaning of labels.
 REFUSED = {
-    *("task", "data.reduce_zero_label", "optimizer.name", "model.variant", "model.num_classes"),
-    *("model.injection", "model.head_channels", "model.depthwise_head", "model.depths"),
+    *("task", "data.reduce_zero_label", "optimizer.name", "optimizer.freeze"),
+    *("model.variant", "model.num_classes", "model.depths"),
+    *("model.injection", "model.head_channels", "model.depthwise_head"),
 }
 # These change neither what the model learns nor its scores.
 SILENT = {
@@ -36,7 +37,7 @@ SILENT = {
 }
 SEGMENTATION_ONLY = (
     *("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config"),
-    *("data.aspect_range", "data.rotation", "evaluation.boundary_pixels"),
+    *("data.aspect_range", "data.rotation", "data.balance", "data.mix", "evaluation.boundary_pixels"),
 )
 # A resumed run reads its checkpoint instead.
 WITHOUT_EFFECT = {"init_from", "init_part"}
@@ -49,7 +50,8 @@ def load(
 
     Args:
         source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config.
-        overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true".
+        overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true". Of `schedule.steps`
+            and `schedule.epochs`, the one that is given counts.
 
     Returns:
         A new, locked config.
@@ -59,7 +61,10 @@ def load(
             not legal.
     """
     config = source if isinstance(source, ConfigDict) else _read(_find(source))
-    values = flatten(config.to_dict()) | dict(overrides or {})
+    overrides = dict(overrides or {})
+    if "schedule.steps" in overrides:
+        overrides.setdefault("schedule.epochs", 0)
+    values = flatten(config.to_dict()) | overrides
     for key in values:
         if key not in SETTINGS:
             raise _unknown(key)
@@ -72,6 +77,34 @@ def load(
     checked = base_config()
     checked.update_from_flattened_dict(values)
     return checked.lock()
+
+
+def resolve_schedule(config: ConfigDict, examples: int) -> ConfigDict:
+    """A config whose lengths are steps, for this number of training examples: the last epoch is a whole one.
+
+    >>> settings = load("topformer_t_camvid", {"schedule.epochs": 5, "evaluate_every": 0})
+    >>> resolved = resolve_schedule(settings, examples=367)
+    >>> resolved.batch_size, resolved.schedule.steps, resolved.schedule.epochs, resolved.evaluate_every
+    (4, 459, 0, 46)
+
+    Raises:
+        UserError: there would be more than 1,000,000,000 steps.
+    """
+    epochs, steps = config.schedule.epochs, config.schedule.steps
+    if epochs:
+        steps = -(-epochs * examples // config.batch_size)
+    return load(config, {"schedule.steps": steps, "evaluate_every": config.evaluate_every or -(-steps // 10)})
+
+
+def explain_warmup(schedule: ConfigDict) -> str:
+    """One line if a run ends before its warm-up does; "" if not."""
+    steps, warmup = schedule.steps, schedule.warmup_steps
+    if warmup < steps:
+        return ""
+    return (
+        f"all {steps} steps are warm-up (schedule.warmup_steps={warmup}), and the learning rate stays below "
+        f"schedule.lr: set schedule.warmup_steps to about {steps // 10}"
+    )
 
 
 def complete(values: Mapping[str, Any]) -> ConfigDict:
@@ -199,6 +232,8 @@ def parse(key: str, value: Any) -> Any:
         UserError: the value has another type than the setting, or is not legal.
     """
     default = SETTINGS[key].default
+    if isinstance(value, str) and value in SETTINGS[key].names:
+        return value
     if isinstance(value, str) and not isinstance(default, str):
         words = {"true": True, "false": False, "none": None}
         try:
@@ -239,13 +274,14 @@ def _wrong_type(key: str, value: Any) -> UserError:
     if default == ():
         example = ("name", "name") if _part_type(key) is str else (1.0, 2.5)
     kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
+    kind = " or ".join((kind, *SETTINGS[key].names))
     return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
 
 
 def _check_together(values: Mapping[str, Any]) -> None:
     """Raises a UserError if settings, by dotted key, do not go together."""
     is_classification = values["task"] == "classification"
-    classes, weights = values["model.num_classes"], len(values["loss.class_weight"])
+    classes, weights = values["model.num_classes"], values["loss.class_weight"]
     if not is_classification and classes > 255:
         raise UserError(
             f"model.num_classes is {classes}: expected 1 to 255 in segmentation, whose labels are bytes with 255 for "
@@ -255,9 +291,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
         )
-    if weights not in (0, classes):
+    if isinstance(weights, tuple) and len(weights) not in (0, classes):
         raise UserError(
-            f"loss.class_weight has {weights} numbers: expected one for each of {classes} classes"
+            f"loss.class_weight has {len(weights)} numbers: expected one for each of {classes} classes"
         )
     for key in SEGMENTATION_ONLY:
         if is_classification and values[key] != SETTINGS[key].default:
@@ -284,9 +320,8 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
     is_classification = values["task"] == "classification"
     side, crop = values["evaluation.short_side"], max(values["data.crop_size"])
     # The smallest map of such a micro-batch is one pixel of one image.
-    if values["batch_size"] == values["grad_accum_steps"] and (
-        is_classification or crop <= TRANSFORMER_STRIDE
-    ):
+    is_single = values["batch_size"] == values["grad_accum_steps"] and not values["model.bn_frozen"]
+    if is_single and (is_classification or crop <= TRANSFORMER_STRIDE):
         way_out = "" if is_classification else f", or data.crop_size larger than {TRANSFORMER_STRIDE}"
         raise UserError(
             f"batch_size is {values['batch_size']}, grad_accum_steps {values['grad_accum_steps']}: BatchNorm needs "

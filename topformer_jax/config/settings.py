@@ -32,12 +32,13 @@ class Setting:
     """One row of the table.
 
     The default gives the type: a tuple of two takes two values, any other tuple any number of them, and None stands
-    for "no value" beside the whole numbers in `legal`.
+    for "no value" beside the whole numbers in `legal`. One of `names` may stand for the numbers of a tuple.
     """
 
     default: Any
     meaning: str
     legal: Range | tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str:
@@ -50,7 +51,8 @@ class Setting:
         if self.legal is None:
             return "names" if isinstance(self.default, tuple) else "text"
         each = "each " if isinstance(self.default, tuple) else ""
-        return f"{each}{self.legal}{', or none' if self.default is None else ''}"
+        words = ("none",) if self.default is None else self.names
+        return ", or ".join((f"{each}{self.legal}", *words))
 
 
 COUNT = Range(1, 10**9)
@@ -60,6 +62,7 @@ PIXELS = Range(1, 16_384)
 RATIO = Range(0, 100, open_low=True)
 # Pixels of the longest side that an image is resized to; a square one of that size takes 3 GB.
 LONGEST_SIDE = 32_768
+WEIGHTINGS = ("balanced", "enet", "median_frequency")  # see data.class_pixels.weigh_classes
 DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
     *("imagenet", "shapes", "custom"),
@@ -88,7 +91,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "upload_every": Setting(
             60, "seconds between uploads of logs and pictures to a work directory in a bucket", Range(1, 86_400)),
         "max_to_keep": Setting(3, "newest checkpoints to keep, besides the best one", Range(1, 10_000)),
-        "evaluate_every": Setting(16_000, "steps between evaluations", COUNT),
+        "evaluate_every": Setting(16_000, "steps between evaluations; 0: ten evaluations in a run", Range(0, 10**9)),
     },
     "Model": {
         "model.variant": Setting("tiny", "size of the network", ("tiny", "small", "base")),
@@ -105,6 +108,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
             0.1,
             "probability of stochastic depth in the last block; it rises linearly from 0 in the first", BELOW_ONE),
         "model.dropout_ratio": Setting(0.1, "probability of dropping a channel before the last layer", BELOW_ONE),
+        "model.bn_momentum": Setting(
+            0.1, "training: share of a batch's statistics in BatchNorm's running ones, as in PyTorch", PROBABILITY),
+        "model.bn_frozen": Setting(
+            False, "training: true normalises with BatchNorm's running statistics, and keeps them"),
         "model.dtype": Setting("float32",
             "dtype of activations; BatchNorm, softmax, logits and parameters use at least float32",
             ("float32", "bfloat16", "float64")),
@@ -151,6 +158,13 @@ GROUPS: dict[str, dict[str, Setting]] = {
             0.0, "probability of a Gaussian blur of 0.1 to 2 pixels on the crop", PROBABILITY),
         "data.jpeg_prob": Setting(
             0.0, "probability of a JPEG compression of the crop, quality 30 to 95", PROBABILITY),
+        "data.balance": Setting(0.0,
+            "share of examples that are drawn for a class, each class equally often, with a crop that holds it",
+            PROBABILITY),
+        "data.mix": Setting("none",
+            "paste from another example: a box, half of its classes, or a class of few pixels",
+            ("none", "cutmix", "classmix", "paste")),
+        "data.mix_prob": Setting(0.5, "probability of data.mix for an example", PROBABILITY),
         "data.crop_area": Setting(
             (0.08, 1.0), "classifiers: range of the share of the image in a random crop", PROBABILITY),
         "data.rand_augment": Setting(
@@ -171,7 +185,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
     },
     "Loss": {
         "loss.class_weight": Setting(
-            (), "one factor per class for the loss of its pixels; empty: all 1", Range(0, 10**6)),
+            (),
+            "one factor per class for the loss of its pixels; empty: all 1; a name: from the pixels of all training "
+            "labels, with a mean of 1 over these pixels", Range(0, 10**6), WEIGHTINGS),
         "loss.label_smoothing": Setting(0.0, "share of the target spread over all classes", BELOW_ONE),
         "loss.ohem_threshold": Setting(
             0.0, "ignore pixels whose true class has this probability or more, e.g. 0.7; 0: use all", PROBABILITY),
@@ -198,10 +214,15 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "optimizer.no_decay_norm": Setting(
             False, "true: no weight decay for BatchNorm's scales and for biases"),
         "optimizer.head_lr_mult": Setting(10.0, "factor for decode_head's learning rate", Range(0, 10**6)),
+        "optimizer.freeze": Setting("none",
+            "weights and BatchNorm statistics that stay as they are; names as in init_part",
+            ("none", "token_pyramid", "backbone", "all_but_classes")),
         "optimizer.clip_norm": Setting(0.0, "maximum global norm of the gradient; 0: no limit", Range(0, 10**9)),
     },
     "Schedule": {
-        "schedule.steps": Setting(160_000, "number of training steps", COUNT),
+        "schedule.steps": Setting(160_000, "number of training steps, if schedule.epochs is 0", COUNT),
+        "schedule.epochs": Setting(0,
+            "passes over the training pictures; a flag for schedule.steps sets it to 0", Range(0, 10**6)),
         "schedule.lr": Setting(1.2e-4, "highest learning rate of the backbone", Range(0, 1e30)),
         "schedule.base_batch_size": Setting(0,
             "batch size that schedule.lr is for; with another batch_size, it is scaled linearly; 0: no scaling",

@@ -48,7 +48,8 @@ class Batch(TypedDict):
 
     A label is a map of classes, or one class in classification. Maps and their images are padded at the bottom and on
     the right: `size` is the (height, width) that is not padding. `index` is the example's place in the data set. The
-    seed, `epoch` and `index` decide its random draws.
+    seed, `epoch` and `index` decide its random draws. Examples that are drawn for a class count down from 2**31 - 1
+    instead of epochs, as an epoch may have several draws of one example.
     """
 
     image: UInt8[Array | np.ndarray, "n h w 3"]

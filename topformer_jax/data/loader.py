@@ -3,8 +3,9 @@
     source -> _ExampleMaker: shuffle, decode, resize, crop -> TrainingBatches -> DeviceBatches
               in worker processes, or in threads               host arrays       global arrays, prefetched
 
-An example's place in the order depends only on the seed, and its random draws only on (seed, epoch, example). So the
-batches are the same on 1 or N processes, with 0 or N workers, and from any start step.
+An example's place in the order depends only on the seed, and its random draws only on (seed, epoch, example).
+Examples that are drawn for a class or to be pasted depend only on the seed and the place. So the batches are the same
+on 1 or N processes, with 0 or N workers, and from any start step.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from topformer_jax.data import codecs, transforms
+from topformer_jax.data import codecs, mixing, transforms
 from topformer_jax.data.batch import Batch, Example, Image, Labels, Source
 from topformer_jax.data.classification import images as class_images
 from topformer_jax.runtime import files
@@ -36,6 +37,7 @@ from topformer_jax.runtime.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
 SHARED_MEMORY = "/dev/shm"
+FIRST_DRAW = 2**31 - 1  # in place of an epoch: examples that are drawn for a class count down from here
 _ENDLESS = 2**62  # examples; grain counts batches in floating point, which overflows for sys.maxsize
 
 
@@ -47,12 +49,14 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     processes_on_host: int = 1,
+    class_draws: mixing.ClassDraws | None = None,
 ) -> "TrainingBatches":
     """Makes an endless iterator over one process's rows of each global batch, from `start_step` on.
 
     Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
-    an order of its own; batches run across the epochs' borders, so that no example is dropped. `processes_on_host`
-    share one /dev/shm.
+    an order of its own; batches run across the epochs' borders, so that no example is dropped. `data.balance` draws
+    another example, for a class, at this share of the places; `needs_class_draws` says when `class_draws` must be
+    given. `processes_on_host` share one /dev/shm.
 
     >>> from topformer_jax import config
     >>> from topformer_jax.data import sources
@@ -72,7 +76,9 @@ def training_batches(
             f"--config.batch_size that is a multiple of {process_count}"
         )
     rows = config.batch_size // process_count
-    make_example = _ExampleMaker(source, config, process_index, process_count)
+    if class_draws is None and needs_class_draws(config):
+        raise ValueError("data.balance and data.mix=paste need class_draws: see mixing.group_by_class")
+    make_example = _ExampleMaker(source, config, process_index, process_count, class_draws)
     batches = grain.MapDataset.range(_ENDLESS).map(make_example).batch(rows)[start_step:]
 
     if not flags.FLAGS.is_parsed():  # grain reads its own absl flags, which nobody has parsed outside absl
@@ -90,6 +96,11 @@ def training_batches(
         if process_index == 0:
             print(line, flush=True)
     return TrainingBatches(dataset.mp_prefetch(options, _start_worker), len(source))
+
+
+def needs_class_draws(config: ConfigDict) -> bool:
+    """Whether examples are drawn for a class, to be trained on or to be pasted."""
+    return bool(config.data.balance) or config.data.mix == "paste"
 
 
 def _explain_full_shared_memory(
@@ -190,6 +201,7 @@ class _ExampleMaker:
     config: ConfigDict
     process_index: int
     process_count: int
+    class_draws: mixing.ClassDraws | None
 
     def __post_init__(self) -> None:
         # grain shuffles epoch e with seed + e: hashed, so that neighbouring seeds share no epochs.
@@ -200,20 +212,41 @@ class _ExampleMaker:
         rows = self.config.batch_size // self.process_count
         step, row = divmod(local_position, rows)
         position = step * self.config.batch_size + self.process_index * rows + row
-        first, epoch = int(self._order[position]), position // len(self.source)
+        first, epoch, wanted = int(self._order[position]), position // len(self.source), None
+        # Four numbers: no stream of `crop_example`, which takes three.
+        rng = np.random.default_rng([self.config.seed, position, 0, 1])
+        if self.class_draws and rng.random() < self.config.data.balance:
+            wanted, first = self.class_draws.draw(rng)
+            epoch = FIRST_DRAW - position % FIRST_DRAW  # others at the same index have another one
         limit = min(MAX_SKIPPED_IN_A_ROW, len(self.source))
         for skipped in range(limit):
             index = (first + skipped) % len(self.source)
             try:
-                example = crop_example(self.source[index], self.config, index, epoch)
+                example = crop_example(self.source[index], self.config, index, epoch, wanted)
             except UserError as error:
                 if not self.config.data.skip_unreadable:
                     raise
                 last_error = error
             else:
+                if self.config.data.mix != "none" and rng.random() < self.config.data.mix_prob:
+                    self._mix(example, position, rng)
                 numbers = {"index": index, "epoch": epoch, "skipped": skipped}
                 return {**example, **{name: np.int32(value) for name, value in numbers.items()}}
         raise UserError(f"{limit} examples in a row are unreadable; the last: {last_error.line}")
+
+    def _mix(self, example: Any, position: int, rng: np.random.Generator) -> None:
+        """Pastes part of another example onto the one of a position; of an unreadable one, nothing."""
+        pasted, index = None, int(rng.integers(len(self.source)))
+        if self.config.data.mix == "paste":
+            assert self.class_draws
+            pasted, index = self.class_draws.draw(rng, by_rarity=True)
+        try:
+            other = crop_example(self.source[index], self.config, index, FIRST_DRAW + 1 + position, pasted)
+        except UserError:
+            if not self.config.data.skip_unreadable:  # which counts it where it is in the order
+                raise
+        else:
+            mixing.mix(example, cast(Any, other), self.config.data.mix, pasted, rng)
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -284,9 +317,11 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
 
 
 def crop_example(
-    example: Example, config: ConfigDict, index: int, epoch: int
+    example: Example, config: ConfigDict, index: int, epoch: int, wanted: int | None = None
 ) -> transforms.CroppedExample | class_images.ClassExample:
     """Decodes an example, takes the random crop that the seed, its index and the epoch decide, and degrades it.
+
+    A segmenter's crop holds the class `wanted`, if one of the tries finds it.
 
     Raises:
         UserError: as `decode_example` does.
@@ -306,6 +341,7 @@ def crop_example(
             rng=rng,
             aspect_range=data.aspect_range,
             rotation=data.rotation,
+            wanted=wanted,
         )
     if data.blur_prob or data.jpeg_prob:
         height, width = crop["size"]

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from topformer_jax import config as config_lib
 from topformer_jax.data import codecs
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import SPLITS
@@ -332,6 +333,19 @@ def uneven_classes(facts: Inspection) -> Iterator[Finding]:
             yield Finding("note", "uneven-classes", text)
 
 
+def training_length(facts: Inspection) -> Iterator[Finding]:
+    """Epochs as steps, and a warm-up that does not end."""
+    epochs, pictures = facts.config.schedule.epochs, facts.splits["train"].available
+    if not pictures:
+        return
+    config = config_lib.resolve_schedule(facts.config, pictures)
+    if epochs:
+        text = f"{epochs} epochs of {pictures} pictures = {config.schedule.steps} steps of {config.batch_size} images"
+        yield Finding("note", "length", text)
+    if text := config_lib.explain_warmup(config.schedule):
+        yield Finding("warning", "warm-up", text)
+
+
 def _count_labels(split: SplitFacts, noun: str) -> str:
     """How many labels were read, and of how many."""
     count, plural = len(split.labels), f"{noun}s"
@@ -340,7 +354,10 @@ def _count_labels(split: SplitFacts, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}"
 
 
-FILE_RULES: tuple[Rule, ...] = (split_files, damaged_files, copies_between_the_splits, dark_images)
+FILE_RULES: tuple[Rule, ...] = (
+    *(split_files, damaged_files, copies_between_the_splits, dark_images),
+    training_length,
+)
 # The first rule that finds something explains the values.
 VALUE_RULES: tuple[Rule, ...] = (label_palettes, interpolated_labels, wrong_values, zero_label)
 CLASS_RULES: tuple[Rule, ...] = (

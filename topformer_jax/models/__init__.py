@@ -15,7 +15,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax.models.classifier import Classifier
-from topformer_jax.models.layers import DTypePolicy
+from topformer_jax.models.layers import BatchNorm, DTypePolicy
 from topformer_jax.models.topformer import VARIANTS as VARIANTS, Segmenter
 from topformer_jax.runtime.errors import UserError
 
@@ -50,6 +50,9 @@ def build(config: ConfigDict) -> Segmenter | Classifier:
     network = Classifier if config.task == "classification" else Segmenter
     model = network(settings, policy=policy, rng=np.random.default_rng(config.seed))
     model.config = FrozenConfigDict(config)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.momentum = settings.bn_momentum
     return model
 
 

@@ -164,10 +164,11 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """PyTorch's BatchNorm (`torch.nn.BatchNorm2d`) over all axes except the last: eps 1e-5, momentum 0.1.
+    """PyTorch's BatchNorm (`torch.nn.BatchNorm2d`) over all axes except the last: eps 1e-5.
 
     Training normalises with the mean and the biased variance of the global batch (SyncBN), and the running
-    statistics become `0.9 * running + 0.1 * batch` with the *unbiased* variance, all in `policy.accum_dtype`.
+    statistics become `(1 - momentum) * running + momentum * batch` with the *unbiased* variance, all in
+    `policy.accum_dtype`. `models.build` sets `momentum` from `model.bn_momentum`.
 
     Raises:
         ValueError: in training, where a channel has a single value.

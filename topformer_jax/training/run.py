@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.data import loader, sources
+from topformer_jax.config import as_typed
+from topformer_jax.data import loader, mixing, records, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import (
@@ -28,9 +29,10 @@ from topformer_jax.inference.evaluation import (
 from topformer_jax.inference.metrics import compute_scores
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.class_weight import find_class_pixels
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
-from topformer_jax.training.step import TrainState
+from topformer_jax.training.step import STATISTICS, TrainState, frozen_names
 from topformer_jax.visualize import drawing
 
 SCORES = {"segmentation": "miou", "classification": "top1"}  # by which the best checkpoint is chosen
@@ -49,6 +51,7 @@ class Run:
     model: models.Segmenter | models.Classifier
     data_set: DataSet
     train_source: sources.Source
+    class_draws: mixing.ClassDraws | None
     validation_source: sources.Source
     store: checkpoints.CheckpointStore
     log: logs.RunLog
@@ -56,8 +59,20 @@ class Run:
 
 
 def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifier:
-    """The network with its initial weights: fresh ones, or those of `config.init_from`."""
+    """The network with its initial weights: fresh ones, or those of `config.init_from`.
+
+    Raises:
+        UserError: the checkpoint does not fit, or what is frozen would be fresh.
+    """
     model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
+    names = models.named_variables(model)
+    fresh = checkpoints.fresh_names(names, config.init_part) if config.init_from else set(names)
+    if frozen := frozen_names(config, fresh):
+        raise UserError(
+            f"optimizer.freeze={config.optimizer.freeze}, model.bn_frozen={as_typed(config.model.bn_frozen)}: "
+            f"{len(frozen)} tensors would stay untrained, {min(frozen)} for one; set init_from to weights that have "
+            f"them (init_part is {config.init_part})"
+        )
     if config.init_from:
         processes.say(checkpoints.describe_origin(model, config.init_part, config.init_from))
     return model
@@ -75,6 +90,31 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
             f"{config.model.num_classes}: distillation needs the same ones"
         )
     return checkpoints.load_segmenter(teacher, config.distillation.checkpoint)
+
+
+def find_class_draws(
+    config: ConfigDict,
+    data_set: DataSet,
+    source: sources.Source,
+    folder: RunFolder,
+    make_progress: records.MakeProgress,
+) -> mixing.ClassDraws | None:
+    """The training examples that hold each class, if some are drawn for a class; prints what was counted.
+
+    Raises:
+        UserError: a label cannot be read, or no label holds a class.
+    """
+    if not loader.needs_class_draws(config):
+        return None
+    pixels = find_class_pixels(config, source, folder, make_progress)
+    draws = mixing.group_by_class(pixels)
+    counts = [len(indices) for indices in draws.holders]
+    rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]
+    processes.say(
+        f"examples are drawn for {len(counts)} of {len(data_set.classes)} classes, those in {len(pixels):,} training "
+        f"labels; {rarest} is in the fewest, {min(counts):,}"
+    )
+    return draws
 
 
 def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointStore:
@@ -151,15 +191,22 @@ def print_banner(
     epochs = steps * config.batch_size / len(splits[0])
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     device, distillation = jax.devices()[0].device_kind, config.distillation
+    tensors = state.params | state.stats
+    frozen = frozen_names(config, tensors)
+    sizes = {name: x.size for name, x in tensors.items() if not name.endswith(STATISTICS)}
+    total, still = sum(sizes.values()), sum(size for name, size in sizes.items() if name in frozen)
+    norms = sum(name.endswith(STATISTICS[0]) for name in frozen)
     rows = {
         "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
-        f"{sum(x.size for x in state.params.values()):,} parameters, {config.model.dtype}",
+        f"{total:,} parameters, {config.model.dtype}",
         "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and {len(splits[1])} "
         "validation examples",
-        "steps": f"{steps} of {config.batch_size} images, {epochs:.1f} epochs, crops {config.data.crop_size}",
+        "length": f"{epochs:.1f} epochs of {len(splits[0])} pictures = {steps} steps of {config.batch_size} images, "
+        f"crops {config.data.crop_size}",
         "devices": f"{jax.device_count()} x {device} in {jax.process_count()} processes, mesh {axes}",
         "writing to": folder.path,
         "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'fresh weights'}",
+        "frozen": frozen and f"{still:,} of {total:,} parameters, statistics of {norms} BatchNorms",
         "teacher": distillation.config and f"{distillation.config}, {distillation.checkpoint}",
     }
     for name, value in rows.items():
@@ -176,6 +223,7 @@ def open_batches(run: Run, start: int) -> loader.DeviceBatches:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         processes_on_host=processes.count_equal(loader.name_shared_memory()),
+        class_draws=run.class_draws,
     )
     return loader.DeviceBatches(batches, sharding.batch_sharding(run.mesh))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 from ml_collections import ConfigDict
 
-from topformer_jax import models
+from topformer_jax import checkpoints, models
 from topformer_jax.data.augment import augment
 from topformer_jax.data.batch import IGNORE_LABEL, Batch
-from topformer_jax.data.classification.augment import augment_classes
+from topformer_jax.data.classification.augment import MixedClasses, augment_classes
+from topformer_jax.models.layers import BatchNorm
 from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import (
     LossSums,
@@ -27,12 +28,18 @@ from topformer_jax.ops.loss import (
     upsampled_dice,
 )
 from topformer_jax.runtime import sharding
+from topformer_jax.runtime.errors import UserError
 
 Tensors = dict[str, Array]
 # Folded into the seed's key, so that dropout draws other numbers than the augmentation with the same seed.
 DROPOUT_STREAM = 0x64726F70
 ACCURACY = {"segmentation": "pixel_accuracy", "classification": "accuracy"}  # its name among the metrics
 HEAD_PREFIX = "decode_head."
+STATISTICS = (
+    ".running_mean",
+    ".running_var",
+    ".num_batches_tracked",
+)  # of a BatchNorm; all else are parameters
 RMS_DECAY, MOMENTUM = 0.9, 0.9  # of RMSprop: the mean squared gradient and the updates
 
 
@@ -43,8 +50,8 @@ class TrainState:
 
     Attributes:
         step: int32 scalar, steps made so far; with the config it determines the data position and all random draws.
-        params: parameters, `{name: array}`.
-        stats: BatchNorm statistics, `{name: array}`.
+        params: parameters that are trained, `{name: array}`.
+        stats: BatchNorm statistics and the parameters of `optimizer.freeze`, `{name: array}`.
         optimizer: optax's state.
         average: moving averages of params and stats if `config.ema_decay` is on, else `{}`.
     """
@@ -89,12 +96,23 @@ def init_training(
         teacher: to distil from, with the classes of `model`; None: without distillation.
 
     Raises:
-        UserError: the mesh does not divide the batch.
+        UserError: the mesh does not divide the batch, `loss.class_weight` is a name, or the length is in epochs.
     """
+    if config.schedule.epochs:
+        raise UserError(
+            f"schedule.epochs is {config.schedule.epochs}: give the config that "
+            "config.resolve_schedule(config, len(source)) returns"
+        )
+    if isinstance(config.loss.class_weight, str):
+        raise UserError(
+            f"loss.class_weight={config.loss.class_weight}: a step needs numbers, as training.class_weight makes them"
+        )
     mesh = sharding.make_train_mesh(config) if mesh is None else mesh
     model = models.build(config) if model is None else model
     state = init_state(config, model)
     layout = sharding.state_sharding(state, mesh)
+    # Statistics are small, and frozen weights would be gathered at each step.
+    layout.stats = dict.fromkeys(state.stats, sharding.replicated(mesh))
     train_step = build_train_step(config, model, mesh, layout, teacher=teacher)
     state = jax.device_put(state, layout)
     if teacher is None:
@@ -106,10 +124,26 @@ def init_training(
 def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
     """The state at step 0 from a model's weights, on the default device."""
     params, stats = models.state_dict(model, nnx.Param), models.state_dict(model, nnx.BatchStat)
+    for name in frozen_names(config, params):
+        stats[name] = params.pop(name)
     # Under jit: by itself optax compiles one program for each shape of its zeros, which takes 2 s.
     optimizer_state = jax.jit(build_optimizer(config).init)(params)
     average = jax.tree.map(jnp.copy, params | stats) if config.ema_decay else {}
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer_state, average)
+
+
+def frozen_names(config: ConfigDict, names: Iterable[str]) -> set[str]:
+    """Those of a model's names whose tensors `optimizer.freeze` and `model.bn_frozen` keep as they are.
+
+    >>> from topformer_jax import config
+    >>> names = "backbone.tpm.stem.0.c.weight", "decode_head.linear_fuse.bn.running_mean", "decode_head.conv_seg.bias"
+    >>> settings = config.load(config.ade20k("tiny"), {"optimizer.freeze": "backbone", "model.bn_frozen": True})
+    >>> sorted(frozen_names(settings, names))
+    ['backbone.tpm.stem.0.c.weight', 'decode_head.linear_fuse.bn.running_mean']
+    """
+    names, part = set(names), config.optimizer.freeze
+    frozen = set() if part == "none" else names - checkpoints.fresh_names(names, part)
+    return frozen | {name for name in names if config.model.bn_frozen and name.endswith(STATISTICS)}
 
 
 def build_train_step(
@@ -131,6 +165,10 @@ def build_train_step(
         teacher: the network to distil from; its tensors by name are a third argument of the step.
     """
     model.train()
+    frozen = frozen_names(config, layout.params | layout.stats)
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            module.use_running_average = ".".join(map(str, (*path, "running_mean"))) in frozen
     in_shardings: tuple[Any, ...] = (layout, sharding.batch_sharding(mesh))
     if teacher is not None:
         teacher.eval()
@@ -168,7 +206,11 @@ def _apply_step(
         params = optax.apply_updates(state.params, updates)
     tensors = params | stats
     decay = average_decay(state.step, config)
-    average = {name: _move_average(old, tensors[name], decay) for name, old in state.average.items()}
+    frozen = frozen_names(config, tensors)  # whose averages would move by rounding
+    average = {
+        name: tensors[name] if name in frozen else _move_average(old, tensors[name], decay)
+        for name, old in state.average.items()
+    }
     metrics = {
         "loss": sums.loss,
         ACCURACY[config.task]: sums.correct / jnp.maximum(sums.valid, 1),
@@ -236,19 +278,11 @@ def _forward(
     """A `Forward`: augments a micro-batch, runs the network and sums the loss."""
     model = models.merge_state_dict(graphdef, params | stats)
     rngs = nnx.Rngs(dropout=key)
-    dtype = at_least_float32(models.DTYPES[config.model.dtype])
-    if config.task == "classification":
-        images, classes = augment_classes(batch, config, dtype)
+    images, labels = augment_batch(batch, config)
+    if isinstance(labels, MixedClasses):
         smoothing = config.loss.label_smoothing
-        sums = class_cross_entropy(model(images, rngs=rngs), *classes, smoothing=smoothing)
-        return sums, 0.0, models.state_dict(model, nnx.BatchStat)
-    images, labels = augment(
-        batch,
-        config.seed,
-        flip=config.data.flip_prob,
-        photometric=config.data.photometric_distortion,
-        dtype=dtype,
-    )
+        sums = class_cross_entropy(model(images, rngs=rngs), *labels, smoothing=smoothing)
+        return sums, 0.0, stats | models.state_dict(model, nnx.BatchStat)
     logits, teacher_logits = model(images, rngs=rngs), None
     if teacher_graphdef is not None and teacher_tensors is not None:
         teacher = models.merge_state_dict(teacher_graphdef, teacher_tensors)
@@ -265,7 +299,23 @@ def _forward(
     others: ArrayLike = 0.0
     if weight := config.loss.dice_weight:
         others = weight * jnp.mean(upsampled_dice(logits, labels, **options))
-    return sums, others, models.state_dict(model, nnx.BatchStat)
+    return sums, others, stats | models.state_dict(model, nnx.BatchStat)
+
+
+def augment_batch(
+    batch: Batch, config: ConfigDict
+) -> tuple[Float[Array, "n h w 3"], Int32[Array, "n h w"] | MixedClasses]:
+    """The augmented images of a batch, in at least float32, with their label maps or a classifier's labels."""
+    dtype = at_least_float32(models.DTYPES[config.model.dtype])
+    if config.task == "classification":
+        return augment_classes(batch, config, dtype)
+    return augment(
+        batch,
+        config.seed,
+        flip=config.data.flip_prob,
+        photometric=config.data.photometric_distortion,
+        dtype=dtype,
+    )
 
 
 def average_decay(step: Array, config: ConfigDict) -> float | Array:
