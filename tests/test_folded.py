@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.commands import TINY, run_here
+from tests.commands import TINY, finish, run_here, start_pair
 from tests.parity import distance, run
 from tests.test_folding import randomized
 from topformer_jax import checkpoints, config, models, train
@@ -45,13 +45,27 @@ def test_folded_layers_are_found(variance: float) -> None:
     assert len(find_folded(folded | {"decode_head.linear_fuse.bn.running_mean": other})) == 42
 
 
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a training of one step from a folded checkpoint, on one batch."""
+    tensors = models.state_dict(randomized(models.build(SETTINGS)))
+    folded = fold({name: np.asarray(value) for name, value in tensors.items()}, 1.0)
+    path = tmp_path_factory.mktemp("weights") / "folded"
+    checkpoints.write_checkpoint(path, folded, {"config": SETTINGS.to_dict(), "meta": {}})
+    return {
+        "model.depths": 1,
+        "init_from": path,
+        "data.shapes.train": 8,
+        "batch_size": 8,
+        "schedule.steps": 1,
+        "ema_decay": 0.5,
+    }
+
+
 def test_a_training_starts_from_the_same_network(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In inference mode the outputs are equal; the first batch then finds its own statistics there."""
-    model = randomized(models.build(SETTINGS))
-    tensors = fold({name: np.asarray(value) for name, value in models.state_dict(model).items()}, 1.0)
-    checkpoints.write_checkpoint(tmp_path / "folded", tensors, {"config": SETTINGS.to_dict(), "meta": {}})
     states: list[dict[str, Any]] = []
 
     def record(run: Run, state: TrainState) -> TrainState:
@@ -63,18 +77,13 @@ def test_a_training_starts_from_the_same_network(
         return new
 
     monkeypatch.setattr(train, "restore_statistics", record)
-    changes = {
-        "model.depths": 1,
-        "init_from": tmp_path / "folded",
-        "data.shapes.train": 8,  # one batch
-        "schedule.steps": 1,
-        "ema_decay": 0.5,
-    }
     line = "43 BatchNorms are folded into the weights; their statistics are estimated from 8 training crops"
     assert line in run_here(tmp_path / "run", changes)
     before, after = states
     assert find_folded(after) == []
     images = np.random.default_rng(1).normal(size=(2, 70, 99, 3)).astype(np.float32)
+    model = models.build(SETTINGS)
+    model.eval()
     outputs = []
     for tensors in (before, after):
         checkpoints.load_state_dict(model, tensors)
@@ -94,3 +103,15 @@ def test_a_training_starts_from_the_same_network(
         assert (ratio <= 1 + 0.1 / 7).all(), name  # unbiased, of 8 values or more
     assert "43 BatchNorms" not in run_here(tmp_path / "run", changes)
     assert len(states) == 2  # only at step 0
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_statistics(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    run_here(tmp_path / "one", changes)
+    outputs = finish(pair := start_pair(tmp_path / "two", changes, devices=4))
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert ["43 BatchNorms are folded" in out for out, _ in outputs] == [True, False]
+    one, two = (checkpoints.read_model(tmp_path / name)[0] for name in ("one", "two"))
+    for name in one:
+        if name.endswith((".running_mean", ".running_var")):
+            assert distance(two[name], one[name]) <= 1e-4, name  # the order of float32 sums

@@ -89,7 +89,7 @@ def test_frozen_parts_keep_every_bit(part: str, fsdp: int) -> None:
 
 
 def test_a_run_with_a_frozen_backbone(tmp_path: pathlib.Path) -> None:
-    """Of a run that resumes; what would stay random, and another part than the checkpoint's, is refused."""
+    """It resumes; what would stay random, and another part than the checkpoint's, is refused."""
     settings = config.load(config.shapes(), TINY | {"model.depths": 1})
     tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
     metadata = {"config": json.loads(settings.to_json()), "meta": {}}

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from tests.commands import LONGEST
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
+from topformer_jax.data.batch import Example
 from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
@@ -93,6 +94,19 @@ def test_degraded_batches_differ_only_inside_their_images() -> None:
         assert_same([ours | {"image": theirs["image"]}], [theirs])
     assert sum(changed) > 12  # a blur of 0.1 pixels changes nothing
     assert any((batch["size"] != (32, 40)).any() for batch in plain)  # some are padded
+
+
+def test_an_image_that_opencv_cannot_turn_is_named() -> None:
+    image, label = np.zeros((1, 2**15 - 1, 3), np.uint8), np.zeros((1, 2**15 - 1), np.uint8)
+    example = Example("long", image, label, ("long.png", "label of long"))
+    assert loader.crop_example(example, settings(), 0, epoch=0)["image"].shape == (32, 40, 3)
+    turned = settings(data__rotation=1.0)
+    with pytest.raises(
+        UserError, match=r"long.png has a side of 32,767 pixels: data.rotation takes at most 32,766"
+    ):
+        loader.crop_example(example, turned, 0, epoch=0)
+    shorter = example._replace(image=image[:, 1:], label=label[:, 1:])
+    assert loader.crop_example(shorter, turned, 0, epoch=0)["image"].shape == (32, 40, 3)
 
 
 def test_processes_share_one_batch() -> None:
@@ -187,9 +201,16 @@ if __name__ == "__main__":
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int) -> None:
-    config = config_lib.load(broken, {"data.num_workers": workers, "data.skip_unreadable": True})
+@pytest.mark.parametrize(("workers", "mix"), [(0, "none"), (1, "none"), (0, "cutmix")])
+def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int, mix: str) -> None:
+    """Also those that would be pasted, which are counted only where they are in the order."""
+    changes = {
+        "data.num_workers": workers,
+        "data.skip_unreadable": True,
+        "data.mix": mix,
+        "data.mix_prob": 1.0,
+    }
+    config = config_lib.load(broken, changes)
     iterator = loader.training_batches(sources.open_source(config, "train"), config)
     index = np.concatenate([batch["index"] for batch in itertools.islice(iterator, 6)])
     iterator.close()

@@ -50,8 +50,8 @@ def load(
 
     Args:
         source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config.
-        overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true". Of `schedule.steps`
-            and `schedule.epochs`, the one that is given counts.
+        overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true".
+            `schedule.steps` without `schedule.epochs` sets the latter to 0.
 
     Returns:
         A new, locked config.

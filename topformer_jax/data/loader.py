@@ -324,7 +324,7 @@ def crop_example(
     A segmenter's crop holds the class `wanted`, if one of the tries finds it.
 
     Raises:
-        UserError: as `decode_example` does.
+        UserError: as `decode_example` does, or the image is too large for `data.rotation`.
     """
     data = config.data
     rng = np.random.default_rng([config.seed, epoch, index])
@@ -332,8 +332,15 @@ def crop_example(
     if config.task == "classification":
         crop = class_images.make_training_example(example, config, rng)
     else:
+        image, label = decode_example(example, config)
+        if data.rotation and max(label.shape) > transforms.LONGEST_TURNED:
+            raise UserError(
+                f"{example.where[0]} has a side of {max(label.shape):,} pixels: data.rotation takes at most "
+                f"{transforms.LONGEST_TURNED:,}; cut the picture, or set data.rotation=0"
+            )
         crop = transforms.random_resize_crop(
-            *decode_example(example, config),
+            image,
+            label,
             crop_size=data.crop_size,
             scale=data.scale,
             ratio_range=data.ratio_range,

@@ -15,6 +15,7 @@ from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 
 BLUR_SIGMA = (0.1, 2.0)  # pixels, as in SimCLR
 JPEG_QUALITY = (30, 95)  # of 100
+LONGEST_TURNED = 2**15 - 2  # pixels of an image's long side that OpenCV 4 turns
 MAX_CROP_TRIES = 10  # crops tested against cat_max_ratio before one is taken untested
 Size = tuple[int, int]  # (height, width) in pixels
 ResizedImage = UInt8[np.ndarray, "height width 3"]  # an `Image` of another size than its argument's h and w

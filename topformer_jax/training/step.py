@@ -133,7 +133,7 @@ def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
 
 
 def frozen_names(config: ConfigDict, names: Iterable[str]) -> set[str]:
-    """Those of a model's names whose tensors `optimizer.freeze` and `model.bn_frozen` keep as they are.
+    """The names of a model's tensors that `optimizer.freeze` and `model.bn_frozen` keep as they are.
 
     >>> from topformer_jax import config
     >>> names = "backbone.tpm.stem.0.c.weight", "decode_head.linear_fuse.bn.running_mean", "decode_head.conv_seg.bias"
