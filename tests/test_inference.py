@@ -227,7 +227,7 @@ def test_pictures_of_any_size(small: models.Segmenter, size: tuple[int, int]) ->
 
 
 def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
-    model = _evaluated_by(small, scale=(64, 64))
+    model = _evaluated_by(small, scale=(80, 64))
     image = np.zeros((50, 60, 3), np.uint8)
     inference.Predictor(model, runtime="jax")(image)
     again = models.build_segmenter(model.config)
