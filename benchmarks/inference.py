@@ -3,10 +3,11 @@
   python -m benchmarks.inference --peer torch --config configs/topformer_b_ade.py
   python -m benchmarks.inference --peer torch --exported --checkpoint TopFormer-T.pth --image street.jpg
 
-One image at a time; each call is waited for. Ours are the programs that evaluation and prediction run, for an image
-on the device. `--exported` adds exported files and PyTorch's own ONNX export: each runs in its runtime and in a
-process of its own, on all cores. The weights are random without `--checkpoint`. An .onnx file of labels leaves out
-classes that are nowhere the label: with trained weights, on a photograph (`--image`), most of them.
+One image at a time; each call is waited for. Ours are the programs that evaluation runs, for an image on the device;
+"auto" is what prediction runs by default, for an image on the host. `--exported` adds exported files and PyTorch's
+own ONNX export: each runs in its runtime and in a process of its own, on all cores. The weights are random without
+`--checkpoint`. On a CPU, classes that are nowhere the label cost little: with trained weights, on a photograph
+(`--image`), most of them.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from benchmarks.runner import OURS, Program, Report
 from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data.codecs import decode_image
 from topformer_jax.exporters import exported, network
-from topformer_jax.inference import compile_inference, make_global_batch
+from topformer_jax.inference import Predictor, compile_inference, make_global_batch
 from topformer_jax.inference.plan import plan_shapes, prepare_input
 from topformer_jax.runtime import cli, files, sharding
 from topformer_jax.version import __version__
@@ -94,10 +95,14 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
     image = samples.images(1, size)
     if args.image:
         image = cv2.resize(decode_image(files.read_bytes(args.image), str(args.image)), size)[None]
+    auto = Predictor(model, [size])
+    by_default = {"logits": lambda: auto.network and auto.network(image), "labels": lambda: auto(image[0])}
     once = argparse.Namespace(peer="torch", variants=["eager"])  # a file has no variants
     rows, notes = [], []
     for output, ours in our_programs(model, image[0]).items():
         programs: dict[str, Program] = {OURS: ours}
+        if auto.network is not None:
+            programs["auto"] = runner.start(f"auto, {output}", by_default[output])
         with contextlib.ExitStack() as stack:
             for suffix in (".onnx", ".tflite") if args.exported else ():
                 file = write_file(config, output, size, suffix, checkpoint=args.checkpoint)

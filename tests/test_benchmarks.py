@@ -71,7 +71,7 @@ def test_train_step(run: Run) -> None:
 
 def test_inference(run: Run) -> None:
     rows = run("inference", *TINY, "--size", "64", "--exported", *EAGER)
-    programs = ["ours", "our .onnx", "our .tflite", TORCH, "torch's ONNX"]
+    programs = ["ours", "auto", "our .onnx", "our .tflite", TORCH, "torch's ONNX"]
     assert [(row["case"], row["program"]) for row in rows] == [
         (f"to {output}", program) for output in ("logits", "labels") for program in programs
     ]

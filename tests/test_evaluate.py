@@ -55,7 +55,7 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
     ]
     assert set(seen.values()) == {2}
     assert len(seen) == 13
-    predictor = inference.Predictor(model)
+    predictor = inference.Predictor(model, runtime="jax")
     expected = np.zeros((10, 10), np.int64)
     for index in range(13):
         example = source[index]
@@ -96,7 +96,7 @@ def test_scores_near_boundaries() -> None:
     config = _config(evaluation__boundary_pixels=2)
     source = sources.open_source(config, "validation")
     model = models.build_segmenter(config)
-    predictor = inference.Predictor(model)
+    predictor = inference.Predictor(model, runtime="jax")
     expected = np.zeros((10, 10), np.int64)
     for index in range(13):
         label = np.asarray(source[index].label)
@@ -237,9 +237,27 @@ def test_two_processes_count_as_one(shapes_weights: pathlib.Path, tmp_path: path
     assert json.loads((tmp_path / "two/metrics.json").read_text())["boundary_mIoU"] == found["boundary_mIoU"]
 
 
+def test_onnxruntime_counts_as_jax(shapes_weights: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Except for ties of two classes."""
+    words = ["--config", "topformer_t_shapes", "--checkpoint", shapes_weights]
+    words += [f"--config.{key}={value}" for key, value in SHAPES.items()]
+    confusions = []
+    for runtime in ("jax", "onnx"):
+        command(evaluate.main, *words, "--runtime", runtime, "--workdir", tmp_path / runtime)
+        rows = np.loadtxt(tmp_path / runtime / "confusion.csv", delimiter=",", skiprows=1, dtype=str)
+        confusions.append(rows[:, 1:].astype(int))
+    assert confusions[0].sum() == confusions[1].sum() > 0
+    assert np.abs(confusions[0] - confusions[1]).sum() <= 1e-3 * confusions[0].sum()
+    facts = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["devices"] for name in ("jax", "onnx")
+    ]
+    assert facts[1] == "onnxruntime" != facts[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["--runtime", "onnx", "--slide"], "runtime onnx sees whole images"),
         (["--config", "topformer_b_ade"], "it is of variant tiny"),
         (
             ["--config.model.num_classes=59", "--config.data.dataset=context59"],

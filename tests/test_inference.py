@@ -20,9 +20,10 @@ import topformer_jax
 from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import config, inference, models
 from topformer_jax.data.augment import normalize
-from topformer_jax.inference import compiled
+from topformer_jax.exporters import onnx_graph
+from topformer_jax.inference import compiled, predictor
 from topformer_jax.inference.plan import LabelInput, network_sizes, plan_shapes, prepare_input, window_grids
-from topformer_jax.models.layers import BatchNorm
+from topformer_jax.models.layers import BatchNorm, fold_batch_norms
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
 from topformer_jax.ops.tiled import ViewLogits
@@ -107,7 +108,35 @@ def _whole(seen: list[ViewLogits], label: LabelInput, classes: int) -> np.ndarra
         return lax.dynamic_update_slice(carry, found.swapaxes(1, 2), (*corner, jnp.int32(0)))
 
     start = jnp.zeros((*label.labels.shape, classes), jnp.float64)
-    return np.asarray(tiled.fold_tiles(jax.tree.map(jnp.asarray, seen), jnp.asarray(label.tiles), start, use))
+    compute = tiled.tile_logits(jax.tree.map(jnp.asarray, seen))
+    return np.asarray(tiled.fold_tiles(compute, jnp.asarray(label.tiles), start, use))
+
+
+@pytest.mark.parametrize("special", [0.0, np.inf])
+def test_classes_that_are_the_label_of_no_pixel_are_left_out(special: float) -> None:
+    """The labels stay the same bits. On the left few classes may be the label, on the right all 40."""
+    rng, size, cells, classes = np.random.default_rng(0), (100, 512), (13, 64), 40
+    logits = rng.normal(size=(*cells, classes)).astype(np.float32)
+    logits[:, :32, :12] += 12 * np.arange(12) / 12
+    logits[:, :16, :4] += 12
+    logits[3, 20, 30] += special
+    bands = [
+        tiled.split_into_bands(tiled.resize_matrices(pixels, pixels), tile, support=number)
+        for pixels, tile, number in zip(size, tiled.TILE, (8, 24), strict=True)
+    ]
+    rows, columns = jax.tree.map(jnp.asarray, bands)
+    view = ViewLogits(jnp.asarray(logits.swapaxes(1, 2)[None]), jnp.ones(2, jnp.int32), rows, columns)
+    all_logits, labels = tiled.tile_logits([view]), jax.jit(tiled.tile_labels([view]))
+    possible = []
+    for row, column in np.ndindex(4, 4):
+        tile = jnp.int32(row), jnp.int32(column)
+        assert np.array_equal(labels(*tile), tiled.predict_classes(all_logits(*tile)))
+        zero = jnp.int32(0)
+        read = tiled._read_cells(view, zero, zero, zero, *tile)
+        possible.append(classes - int(tiled._is_behind(*read).sum()))
+    assert min(possible) <= 8
+    assert max(possible) > 20
+    assert (possible[0] == classes) == np.isinf(special)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -161,7 +190,7 @@ def test_a_model_is_evaluated_by_its_own_recipe() -> None:
         with mock.patch.object(compiled.CompiledInference, "compute_views", autospec=True) as compute_views:
             compute_views.side_effect = RuntimeError
             with pytest.raises(RuntimeError):
-                topformer_jax.segment(model, image)
+                topformer_jax.segment(model, image, runtime="jax")
         *_, batch = compute_views.call_args.args
         sizes[recipe.name] = [
             tuple(map(int, np.argwhere(view.windows[0, 0].any(-1))[-1] + 1)) for view in batch.views
@@ -198,11 +227,11 @@ def test_pictures_of_any_size(small: models.Segmenter, size: tuple[int, int]) ->
 
 
 def test_a_second_predictor_compiles_nothing(small: models.Segmenter) -> None:
-    model = _evaluated_by(small, scale=(64, 64))
+    model = _evaluated_by(small, scale=(80, 64))
     image = np.zeros((50, 60, 3), np.uint8)
-    inference.Predictor(model)(image)
+    inference.Predictor(model, runtime="jax")(image)
     again = models.build_segmenter(model.config)
-    inference.Predictor(again)(np.ones((49, 59, 3), np.uint8))
+    inference.Predictor(again, runtime="jax")(np.ones((49, 59, 3), np.uint8))
     programs = inference.compile_inference(model, make_inference_mesh(jax.devices()[:1]))
     shapes = plan_shapes([(50, 60)], model.config.evaluation, round_up=True)
     assert getattr(programs._network_of, "cache_info")().currsize == 1  # noqa: B009
@@ -230,6 +259,44 @@ def test_segment_keeps_the_weights_and_notices_others(small: models.Segmenter) -
     assert all(
         module.use_running_average for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)
     )
+
+
+@pytest.mark.parametrize("kind", ["plain", "folded", "views"])
+def test_onnxruntime_gives_the_labels_of_jax(small: models.Segmenter, kind: str) -> None:
+    """Of pictures of two sizes: the graph for one size, and the one for any."""
+    views = {"img_ratios": (1.0, 1.5), "flip": True} if kind == "views" else {}
+    model = _evaluated_by(small, scale=(96, 64), **views)
+    model.eval()
+    model = fold_batch_norms(model) if kind == "folded" else model
+    ours, theirs = (inference.Predictor(model, runtime=runtime) for runtime in ("jax", "auto"))
+    assert (ours.runtime, theirs.runtime) == ("jax", "onnxruntime")
+    for size in ((60, 90), (70, 64)):
+        noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+        image = cv2.resize(noise, size[::-1])
+        expected, probabilities = ours.with_probabilities(image)
+        labels, found = theirs.with_probabilities(image)
+        assert np.abs(found - probabilities).max() < 1e-5
+        assert (labels != expected).mean() < 1e-3
+
+
+def test_where_onnxruntime_does_not_work(small: models.Segmenter, capsys: pytest.CaptureFixture[str]) -> None:
+    """auto is JAX there; a layer that the exporter does not know is said."""
+    slide = _evaluated_by(small, mode="slide")
+    assert inference.Predictor(slide).runtime == "jax"
+    with pytest.raises(UserError, match=r"set evaluation\.mode=whole"):
+        inference.Predictor(slide, runtime="onnx")
+    with pytest.raises(UserError, match="expected one of auto, jax, onnx"):
+        inference.Predictor(small, runtime="fast")
+    with mock.patch.object(predictor.importlib.util, "find_spec", return_value=None):
+        assert inference.Predictor(small).runtime == "jax"
+    model, image = _evaluated_by(small, scale=(64, 64)), np.zeros((50, 60, 3), np.uint8)
+    unknown = inference.Predictor(model)
+    with mock.patch.dict(onnx_graph.RULES):
+        del onnx_graph.RULES["conv_general_dilated"]
+        labels = unknown(image)
+    assert "there is no ONNX rule for JAX's conv_general_dilated" in capsys.readouterr().err
+    assert unknown.runtime == "jax"
+    assert np.array_equal(labels, inference.Predictor(model, runtime="jax")(image))
 
 
 def test_memory_of_a_large_picture() -> None:

@@ -40,12 +40,13 @@ def test_a_folder_with_what_users_have_in_it(
     said = refused_command(predict.main, *flags)
     assert said == f"error: 1 of 4 images could not be read; the others are in {out}"
     printed = capsys.readouterr().out
+    assert "runtime: onnxruntime (--runtime jax for JAX)" in printed
     assert "notes.txt" in printed
     assert "cut.jpg is cut off" in printed
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert names == {f"{stem}_{end}" for stem in ("a", "deep/b", "long") for end in ENDS}
     model = load("topformer_t_shapes", shapes_weights, **{"evaluation.scale": (96, 64)})
-    labels = inference.segment(model, decode_image((inside / "a.png").read_bytes(), "a"))
+    labels = inference.segment(model, decode_image((inside / "a.png").read_bytes(), "a"), runtime="onnx")
     mask = decode_label((out / "a_mask.png").read_bytes(), "a", classes=10, reduce_zero_label=False)
     assert np.array_equal(mask, labels)
     with np.load(out / "a_probabilities.npz") as stored:

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 
 from benchmarks import traffic
 from tests.parity import distance, summed_bytes
-from tests.reference.loss import plain_cross_entropy, plain_dice
+from tests.reference.loss import plain_cross_entropy, plain_dice, plain_jaccard, plain_lovasz
 from topformer_jax import config, load
 from topformer_jax.checkpoints.torch_format import to_torch
 from topformer_jax.data import augment
 from topformer_jax.data.batch import Batch
-from topformer_jax.ops.loss import PixelLoss
+from topformer_jax.ops.loss import PixelLoss, channel_divergence
 from topformer_jax.runtime import sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.step import TrainState, init_training
@@ -147,8 +147,16 @@ LOSSES: dict[str, Any] = {
     "loss__label_smoothing": 0.1,
     "loss__ohem_threshold": 0.9,
     "loss__dice_weight": 0.5,
+    "loss__jaccard_weight": 0.4,
+    "loss__lovasz_weight": 0.3,
     "distillation__weight": 0.7,
     "distillation__temperature": 2.0,
+}
+TEACHER: dict[str, Any] = {
+    "distillation__config": "the teacher",
+    "distillation__checkpoint": "is an argument",
+    "distillation__jaccard_weight": 0.2,
+    "distillation__channel_weight": 0.6,
 }
 
 
@@ -184,8 +192,11 @@ def _check_collectives(text: str, state: TrainState, settings: ConfigDict, fsdp:
     """Devices send each other gradients and sums, and parameters inside a group of `fsdp`; no feature maps."""
     sent = traffic.sent_by_kind(text)
     if fsdp == 1:
-        # On a CPU the loss also asks for the extremes of the logits; counts of pixels are int64 here.
-        assert sent == {"all-reduce": summed_bytes(state, settings) + 2 * 8}
+        # On a CPU each loop over tiles also asks for the extremes of the logits: one loop of the cross-entropy, two
+        # of Dice and of Jaccard. Each loss of images has a mean, and Lovász-softmax asks for the largest number of
+        # classes in a label. Counts of pixels are int64 here.
+        loops, means = 5, 3
+        assert sent == {"all-reduce": summed_bytes(state, settings) + (2 * loops + means) * 8 + 4}
         return
     divided = [value for value in state.params.values() if not value.is_fully_replicated]
     assert set(sent) <= {"all-reduce", "reduce-scatter", "all-gather"}
@@ -203,7 +214,12 @@ def test_micro_batches_and_means(x64: None) -> None:
     results = []
     for count, is_over_labelled in ((1, False), (2, True)):
         factor = share if is_over_labelled else 1
-        options = LOSSES | {"loss__dice_weight": 0.5 / factor}  # its mean is over images
+        images = (
+            "loss__dice_weight",
+            "loss__jaccard_weight",
+            "loss__lovasz_weight",
+        )  # their means are over images
+        options = LOSSES | {name: LOSSES[name] / factor for name in images}
         settings = _settings(
             "float64", grad_accum_steps=count, ignore_void_in_mean=is_over_labelled, **options
         )
@@ -217,7 +233,7 @@ def test_micro_batches_and_means(x64: None) -> None:
 
 def test_the_loss_is_the_textbooks_of_the_networks_outputs(x64: None) -> None:
     """With all options and a teacher, on eight devices."""
-    settings = _settings("float64", batch_size=8, **LOSSES)
+    settings = _settings("float64", batch_size=8, **LOSSES, **TEACHER)
     teacher = load(config.load(settings, {"seed": 7}))
     batch, model = _random_batch(8, 64), load(settings)
     state, train_step = init_training(settings, _mesh(8), model, teacher)
@@ -230,8 +246,18 @@ def test_the_loss_is_the_textbooks_of_the_networks_outputs(x64: None) -> None:
     pixel_loss = PixelLoss(tuple(settings.loss.class_weight), 0.1, 0.9, 0.7, 2.0)
     apply = nnx.jit(lambda model, images: model(images))
     logits = apply(model, images)
-    sums = plain_cross_entropy(logits, labels, apply(teacher, images), pixel_loss=pixel_loss)
-    expected = sums.loss / labels.size + 0.5 * jnp.mean(plain_dice(logits, labels))
+    goal = apply(teacher, images)
+    sums = plain_cross_entropy(logits, labels, goal, pixel_loss=pixel_loss)
+    expected = sums.loss / labels.size + sum(
+        weight * jnp.mean(losses)
+        for weight, losses in (
+            (0.5, plain_dice(logits, labels)),
+            (0.4, plain_jaccard(logits, labels)),
+            (0.3, plain_lovasz(logits, labels)),
+            (0.2, plain_jaccard(logits, labels, goal)),
+            (0.6, channel_divergence(logits, goal)),
+        )
+    )
     assert found == pytest.approx(float(expected), rel=1e-9)
 
 

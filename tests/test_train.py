@@ -166,6 +166,8 @@ def test_a_teacher_that_does_not_fit() -> None:
         load_teacher(config.load(config.shapes(), teacher))
     with pytest.raises(UserError, match="needs both"):
         config.load(config.shapes(), {"distillation.checkpoint": "b.pth"})
+    with pytest.raises(UserError, match=r"channel_weight is 3\.0: it needs a teacher"):
+        config.load(config.shapes(), {"distillation.channel_weight": 3})
 
 
 @pytest.mark.parametrize("steps", ["3", "3:2", "0:1", "a:b"])

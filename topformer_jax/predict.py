@@ -19,6 +19,12 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, patterns, or -")
     cli.add_weights_flags(parser)
+    parser.add_argument(
+        "--runtime",
+        choices=["auto", "jax", "onnx"],
+        default="auto",
+        help="of a checkpoint's network; auto: onnxruntime on a CPU if it is installed, else JAX",
+    )
     parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="result folder")
     parser.add_argument("--probabilities", action="store_true", help="write class probabilities too")
     return parser
@@ -42,8 +48,8 @@ from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.data.codecs import decode_image, describe_depth, read_depth, read_image_size
-from topformer_jax.exporters.exported import ExportedPredictor, open_predictor
 from topformer_jax.inference import Predictor
+from topformer_jax.inference.exported_predictor import ExportedPredictor, open_predictor
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing
@@ -229,8 +235,15 @@ def main() -> None:
         found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
     sizes = [size for size in found if size is not None]
     predictor = open_predictor(
-        config, args.checkpoint, args.exported, stretch=args.stretch, image_sizes=sizes
+        config,
+        args.checkpoint,
+        args.exported,
+        stretch=args.stretch,
+        image_sizes=sizes,
+        runtime=args.runtime,
     )
+    if args.checkpoint and predictor.runtime != "jax":
+        print(f"runtime: {predictor.runtime} (--runtime jax for JAX)")
     files.make_folder(args.output)
     data_set = sources.find_data_set(config, predictor.classes, predictor.palette)
     with logs.Progress(len(images), "images") as progress:

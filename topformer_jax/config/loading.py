@@ -36,7 +36,8 @@ SILENT = {
     *("evaluation.per_device_batch_size", "data.class_names"),  # class names have a check of their own
 }
 SEGMENTATION_ONLY = (
-    *("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "distillation.config"),
+    *("loss.class_weight", "loss.ohem_threshold", "loss.dice_weight", "loss.jaccard_weight"),
+    *("loss.lovasz_weight", "distillation.config"),
     *("data.aspect_range", "data.rotation", "data.balance", "data.mix", "evaluation.boundary_pixels"),
 )
 # A resumed run reads its checkpoint instead.
@@ -302,6 +303,11 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(
             "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
         )
+    for key in ("distillation.channel_weight", "distillation.jaccard_weight"):
+        if values[key] and not values["distillation.config"]:
+            raise UserError(
+                f"{key} is {values[key]}: it needs a teacher, distillation.config and .checkpoint"
+            )
     for key in ("data.ratio_range", "data.aspect_range", "data.crop_area"):
         low, high = values[key]
         if low > high or high == 0:

@@ -193,6 +193,11 @@ GROUPS: dict[str, dict[str, Setting]] = {
             0.0, "ignore pixels whose true class has this probability or more, e.g. 0.7; 0: use all", PROBABILITY),
         "loss.dice_weight": Setting(
             0.0, "factor of the Dice loss of each image, which is added; 0: off", Range(0, 10**6)),
+        "loss.jaccard_weight": Setting(
+            0.0, "factor of the Jaccard metric loss (JML) of each image, which is added; 0: off", Range(0, 10**6)),
+        "loss.lovasz_weight": Setting(
+            0.0, "factor of the Lovász-softmax loss of each image, which is added; it sorts the pixels for each "
+            "class of an image, which is slow on a CPU; 0: off", Range(0, 10**6)),
     },
     "Distillation": {
         "distillation.config": Setting("", "recipe or config file of the teacher; empty: no distillation"),
@@ -201,6 +206,14 @@ GROUPS: dict[str, dict[str, Setting]] = {
             1.0, "weight of temperature**2 * KL(teacher, student), added at each labelled pixel", Range(0, 10**6)),
         "distillation.temperature": Setting(
             1.0, "divisor of both networks' logits before the softmax", Range(0, 1000, open_low=True)),
+        "distillation.channel_weight": Setting(
+            0.0, "factor of the channel-wise distillation (CWD) of the logits, which is added, e.g. 3; 0: off",
+            Range(0, 10**6)),
+        "distillation.channel_temperature": Setting(
+            4.0, "divisor of both networks' logits in it", Range(0, 1000, open_low=True)),
+        "distillation.jaccard_weight": Setting(
+            0.0, "factor of the Jaccard metric loss with the teacher's probabilities, which is added; 0: off",
+            Range(0, 10**6)),
     },
     "Optimizer": {
         "optimizer.name": Setting("adamw",

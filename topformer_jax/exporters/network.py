@@ -4,6 +4,7 @@ It runs the model's own modules with BatchNorms folded and each layer as one pla
 (`model.conv_impl=single_op`), so that a new block or injection needs nothing here.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
@@ -30,6 +32,15 @@ EXPORT_SETTINGS = {
 def export_config(config: ConfigDict) -> ConfigDict:
     """A config whose model exporters can read: plain operations in float32."""
     return config_lib.load(config, EXPORT_SETTINGS)
+
+
+def with_single_ops(model: models.Segmenter) -> models.Segmenter:
+    """A copy of a float32 model that exporters can read: with plain operations."""
+    copy = nnx.clone(model)
+    for _, module in nnx.iter_modules(copy):
+        if hasattr(module, "policy"):
+            module.policy = dataclasses.replace(module.policy, conv_impl="single_op")
+    return copy
 
 
 def input_shape(size: Sequence[int] | None) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ holds in every cell of all images, the class is dropped before the logits are en
 classes, except for ties by rounding; labels of logits with NaN or infinities are arbitrary.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from topformer_jax import models
+from topformer_jax.data.transforms import Size
 from topformer_jax.exporters import network
 from topformer_jax.exporters.exported import KEY, Run, seal
 from topformer_jax.exporters.onnx_graph import ELEMENT_TYPES, Graph, Rule, Value, translate
@@ -31,30 +34,61 @@ CLASSES_FIRST = (0, 3, 1, 2)  # as convolutions take and give their maps
 
 def write(function: network.Function, description: Mapping[str, Any]) -> bytes:
     """A function of images as an ONNX file, with any number of images."""
-    shape = network.input_shape(description["size"])
-    program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
-    graph = Graph()
-    images = graph.add_input(INPUT, shape, "uint8")
-    # The order of the first convolution, at once: 3 channels last make the normalisation ten times slower.
-    pixels = Value(shape, "uint8", CLASSES_FIRST, graph.stored(images, CLASSES_FIRST))
     # What is fast on a CPU, WebGPU computes wrongly or slowly; the program's own products are right there.
     overrides = {} if description["target"] == "web" else RULES
-    outputs = translate(graph, program, [pixels], overrides)
-    model = graph.model([images], [(description["output"], outputs[0])])
+    model = _make_model(function, description["size"], description["output"], overrides)
     model.producer_name, model.producer_version = KEY, description["versions"][KEY]
     onnx.helper.set_model_props(model, {KEY: json.dumps(dict(description))})
     onnx.checker.check_model(model, full_check=True)
     return seal(bytes(model.SerializeToString()))
 
 
-def open_bytes(data: bytes) -> tuple[Run, bytes]:
+def _make_model(
+    function: network.Function, size: Size | None, output: str, overrides: Mapping[str, Rule]
+) -> onnx.ModelProto:
+    shape = network.input_shape(size)
+    program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
+    graph = Graph()
+    images = graph.add_input(INPUT, shape, "uint8")
+    # The order of the first convolution, at once: 3 channels last make the normalisation ten times slower.
+    pixels = Value(shape, "uint8", CLASSES_FIRST, graph.stored(images, CLASSES_FIRST))
+    outputs = translate(graph, program, [pixels], overrides)
+    return graph.model([images], [(output, outputs[0])])
+
+
+def open_model(model: models.Segmenter) -> Run:
+    """A model's network as a function of images of any size, which onnxruntime computes: see `Predictor`.
+
+    The function raises NotImplementedError if there is no rule for an operation of the network.
+    """
+    function = network.make_function(network.with_single_ops(model), "logits")
+    sizes: set[Size] = set()
+
+    @functools.cache
+    def open_for(size: Size | None) -> Run:
+        made = _make_model(function, size, "logits", RULES)
+        return open_bytes(bytes(made.SerializeToString()), spin=False)[0]  # JAX's threads want the cores next
+
+    def run(images: np.ndarray) -> np.ndarray:
+        size = (images.shape[1], images.shape[2])
+        sizes.add(size)
+        # A graph for one size is made in a tenth of the time: enough for a single picture.
+        return open_for(size if len(sizes) == 1 else None)(images)
+
+    return run
+
+
+def open_bytes(data: bytes, *, spin: bool = True) -> tuple[Run, bytes]:
     """The function that runs a file, and the JSON text of its description.
+
+    With `spin`, idle threads keep their cores busy for a while: faster if nothing else wants them.
 
     Raises:
         UserError: it is damaged, or needs a newer onnxruntime.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # only errors
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         text = session.get_modelmeta().custom_metadata_map.get(KEY, "{}")

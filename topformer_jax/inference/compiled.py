@@ -23,7 +23,7 @@ from topformer_jax.data.transforms import Size
 from topformer_jax.inference.metrics import count_confusions
 from topformer_jax.inference.plan import InferenceInput, LabelInput, ProgramShapes, ViewInput, view_flips
 from topformer_jax.models.layers import DTypePolicy
-from topformer_jax.ops.tiled import TILE, ViewLogits, fold_tiles, mean_probabilities, predict_classes
+from topformer_jax.ops.tiled import TILE, ViewLogits, fold_tiles, mean_probabilities, tile_labels, tile_logits
 from topformer_jax.runtime import sharding
 
 
@@ -141,15 +141,14 @@ class CompiledInference:
         def count_image(image: Any) -> tuple[Array, Array]:
             views, (tiles, labels) = image
 
-            def count_tile(carry: Any, logits: list[Array], corner: Any) -> Any:
+            def count_tile(carry: Any, predicted: Array, corner: Any) -> Any:
                 predictions, counts = carry
-                predicted = predict_classes(logits)
                 of_tile = lax.dynamic_slice(labels, corner, TILE)
                 counts = counts + count_confusions(of_tile, predicted, self.num_classes)
                 return lax.dynamic_update_slice(predictions, predicted.astype(jnp.uint8), corner), counts
 
             init = (jnp.zeros_like(labels), jnp.zeros(self.num_classes**2, jnp.int32))
-            return fold_tiles(views, tiles, init, count_tile, precision=self._precision)
+            return fold_tiles(tile_labels(views, self._precision), tiles, init, count_tile)
 
         return lax.map(count_image, (views, label))
 
@@ -166,7 +165,7 @@ class CompiledInference:
                 return lax.dynamic_update_slice(carry, found, (*corner, jnp.zeros_like(corner[0])))
 
             init = jnp.zeros((*labels.shape, self.num_classes), self.dtype)
-            return fold_tiles(views, tiles, init, write_tile, precision=self._precision)
+            return fold_tiles(tile_logits(views, self._precision), tiles, init, write_tile)
 
         return lax.map(image_probabilities, (views, label))
 

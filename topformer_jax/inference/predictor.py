@@ -1,7 +1,10 @@
 """Labels for single images of any size: `Predictor`, and `segment` for one call."""
 
 import collections
+import functools
+import importlib.util
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +16,7 @@ from jaxtyping import Float, UInt8
 from topformer_jax import models
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
+from topformer_jax.exporters.exported import need_packages
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
 from topformer_jax.inference.plan import (
     InferenceInput,
@@ -24,11 +28,12 @@ from topformer_jax.inference.plan import (
     view_flips,
 )
 from topformer_jax.ops.tiled import ViewLogits
-from topformer_jax.runtime import sharding
+from topformer_jax.runtime import files, sharding
 from topformer_jax.runtime.errors import UserError
 
 # Images as the network sees them, before the normalisation, to logits.
 Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]
+RUNTIMES = ("auto", "jax", "onnx")
 # The last two models that `segment` was called with: their parts, and their predictors.
 _recent: collections.deque[tuple[list[Any], "Predictor"]] = collections.deque(maxlen=2)
 
@@ -43,13 +48,17 @@ class Predictor:
         model: as `topformer_jax.load` returns it; it is switched to inference mode.
         image_sizes: (height, width) of the images to come, if they are known: fewer programs are compiled.
         network: computes the logits instead of the model, for example an exported file; not in mode "slide".
+        runtime: of the network. "onnx" is onnxruntime, for a CPU, float32 and mode "whole": its labels are JAX's,
+            except for ties of two classes by rounding. "auto" is "onnx" where that works, and else "jax".
 
     Attributes:
         model: the model.
+        network: computes the logits; None if JAX does.
+        runtime: "jax", or "onnxruntime" for another network.
         classes, palette, checkpoint_config: the model's.
 
     Raises:
-        UserError: the model is a classifier.
+        UserError: the model is a classifier, or the runtime does not work for it.
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class Predictor:
         model: models.Segmenter | models.Classifier,
         image_sizes: Sequence[Size] = (),
         network: Network | None = None,
+        runtime: str = "auto",
     ):
         if not isinstance(model, models.Segmenter):
             raise UserError(f"{model.config.name} is a classifier: only a segmenter labels pixels")
@@ -65,12 +75,17 @@ class Predictor:
         self.checkpoint_config = model.checkpoint_config
         mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
         self._programs = compile_inference(model, mesh)
-        self._tensors = jax.device_put(models.state_dict(model), sharding.replicated(mesh))
-        self._network = network
+        self.network = _open_onnx(model, runtime) if network is None else network
+        self.runtime = "jax" if self.network is None else "onnxruntime"
         self._planned: list[ProgramShapes] = []
         if image_sizes:
             planned = plan_shapes(image_sizes, self._programs.evaluation, round_up=True)
             self._planned = [planned.select_canvas(canvas) for canvas in range(len(planned.canvases))]
+
+    @functools.cached_property
+    def _tensors(self) -> Any:
+        """The weights on the device, once they are needed there."""
+        return jax.device_put(models.state_dict(self.model), sharding.replicated(self._programs.mesh))
 
     def __call__(self, image: Image) -> Labels:
         """The class of each pixel: uint8 `[h, w]` for an RGB image uint8 `[h, w, 3]`."""
@@ -86,11 +101,18 @@ class Predictor:
         programs = self._programs
         size = (image.shape[0], image.shape[1])
         shapes = self._find_shapes(size)
+        if self.network is not None:
+            shapes = shapes._replace(masked=False)  # it sees images of their own size
         prepared = prepare_input(image, None, programs.evaluation, shapes, dtype=programs.dtype.name)
         batch = make_global_batch({0: prepared}, 1, programs.batch_sharding)
-        if self._network is not None:
-            return batch.label, self._run_network(self._network, size, shapes, batch)
-        return batch.label, programs.compute_views(self._tensors, shapes, batch)
+        if self.network is None:
+            return batch.label, programs.compute_views(self._tensors, shapes, batch)
+        try:
+            return batch.label, self._run_network(self.network, size, shapes, batch)
+        except NotImplementedError as error:  # of the exporter, for a network with other layers
+            print(f"note: JAX computes the network: {files.shorten(error, 150)}", file=sys.stderr)
+            self.network, self.runtime = None, "jax"
+            return self._compute_views(image)
 
     def _run_network(
         self, network: Network, size: Size, shapes: ProgramShapes, batch: InferenceInput
@@ -121,6 +143,27 @@ class Predictor:
         return np.asarray(predictions)[0, : image.shape[0], : image.shape[1]]
 
 
+def _open_onnx(model: models.Segmenter, runtime: str) -> Network | None:
+    """The network in onnxruntime; None if JAX computes it."""
+    if runtime not in RUNTIMES:
+        raise UserError(f"runtime {runtime!r}: expected one of {', '.join(RUNTIMES)}")
+    mode, platform = model.config.evaluation.mode, jax.local_devices()[0].platform
+    mistakes = {
+        f"runtime onnx is for CPUs, and the device is a {platform}": platform != "cpu",
+        "runtime onnx computes float32: set model.dtype=float32": model.policy.dtype != np.float32,
+        "runtime onnx sees whole images: set evaluation.mode=whole": mode != "whole",
+    }
+    is_installed = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
+    if runtime == "jax" or (runtime == "auto" and (any(mistakes.values()) or not is_installed)):
+        return None
+    for line, is_made in mistakes.items():
+        if is_made:
+            raise UserError(line)
+    with need_packages("runtime onnx needs onnx and onnxruntime"):
+        from topformer_jax.exporters import onnx_file
+    return onnx_file.open_model(model)
+
+
 def _list_parts(model: nnx.Module) -> list[Any]:
     """The modules, weights and settings of a model: the objects themselves, without copies."""
     modules, others = [model], []
@@ -135,18 +178,19 @@ def _list_parts(model: nnx.Module) -> list[Any]:
     return [*modules, *others]
 
 
-def _find_predictor(model: models.Segmenter | models.Classifier) -> Predictor:
+def _find_predictor(model: models.Segmenter | models.Classifier, runtime: str) -> Predictor:
     """The predictor of an earlier call, or a new one if a weight, a mode or the config is another object now."""
-    parts = _list_parts(model)
+    runtime = sys.intern(runtime)
+    parts = [runtime, *_list_parts(model)]
     for known, predictor in tuple(_recent):
         if len(parts) == len(known) and all(map(operator.is_, parts, known)):
             return predictor
-    predictor = Predictor(model)
-    _recent.append((_list_parts(model), predictor))  # in inference mode
+    predictor = Predictor(model, runtime=runtime)
+    _recent.append(([runtime, *_list_parts(model)], predictor))  # in inference mode
     return predictor
 
 
-def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels:
+def segment(model: models.Segmenter | models.Classifier, image: Image, runtime: str = "auto") -> Labels:
     """The class of each pixel of one RGB image of any size, evaluated as the model's own config says.
 
     The weights of the last two models stay on the device between calls.
@@ -160,11 +204,12 @@ def segment(model: models.Segmenter | models.Classifier, image: Image) -> Labels
         model: as `topformer_jax.load` returns it; it is switched to inference mode. To change the evaluation, load it
             with other settings: `load(config, checkpoint, **{"evaluation.flip": True})`.
         image: uint8 `[h, w, 3]`.
+        runtime: see `Predictor`.
 
     Returns:
         uint8 `[h, w]`.
 
     Raises:
-        UserError: the model is a classifier.
+        UserError: the model is a classifier, or the runtime does not work for it.
     """
-    return _find_predictor(model)(image)
+    return _find_predictor(model, runtime)(image)

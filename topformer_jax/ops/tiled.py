@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from topformer_jax.ops.resample import bilinear_matrix, bilinear_taps
 
 STRIDE = 8  # input pixels per cell of the logits
 TILE = (32, 128)  # output pixels, (height, width); 128 columns fill a TPU's vector lanes
+FEW = (8, 16, 32, 64)  # numbers of classes that a CPU labels a tile with
 Corner = tuple[Array, Array]  # the first row and column of a tile
 TileLogits = Float[Array, "rows classes columns"]  # a view's logits, resized, at the pixels of a tile
 
@@ -127,55 +128,112 @@ def split_into_bands(
 
 
 def fold_tiles(
-    views: Sequence[ViewLogits],
+    compute: Callable[[Array, Array], Any],
     tiles: Int[Array, "2"],
     init: Any,
-    body: Callable[[Any, list[TileLogits], Corner], Any],
-    *,
-    precision: str | None = "highest",
+    body: Callable[[Any, Any, Corner], Any],
 ) -> Any:
-    """Runs `carry = body(carry, logits, corner)` over the tiles of an image, row by row; returns the last carry.
+    """Runs `carry = body(carry, values, corner)` over the tiles of an image, row by row; returns the last carry.
 
     Args:
-        views: of the image, each with its own logits and resize.
+        compute: the values of the tile in a row and a column of tiles: `tile_logits` or `tile_labels`.
         tiles: of the image, down and across.
         init: the carry before the first tile.
-        body: gets the resized logits of every view at a tile: see `predict_classes` and `mean_probabilities`.
-        precision: of the matrix products.
+        body: gets the values of each tile, and its first row and column of pixels.
     """
     down, across = tiles
 
     def fold_one(tile: Array, carry: Any) -> Any:
         row, column = tile // across, tile % across
-        logits = [_tile_logits(view, row, column, precision) for view in views]
-        return body(carry, logits, (row * TILE[0], column * TILE[1]))
+        return body(carry, compute(row, column), (row * TILE[0], column * TILE[1]))
 
     with jax.named_scope("tiles"):
         return lax.fori_loop(0, down * across, fold_one, init)
 
 
-def _tile_logits(view: ViewLogits, row: Array, column: Array, precision: str | None) -> TileLogits:
-    """The resized logits of one tile: the sum over the windows."""
-    windows, _, classes, _ = view.logits.shape
-    height, width = view.rows.weights.shape[-1], view.columns.weights.shape[-1]
+def tile_logits(
+    views: Sequence[ViewLogits], precision: str | None = "highest"
+) -> Callable[[Array, Array], list[TileLogits]]:
+    """The resized logits of each view at a tile: the sum over the windows."""
     zero = jnp.zeros((), jnp.int32)
+
+    def of_view(view: ViewLogits, row: Array, column: Array) -> TileLogits:
+        windows, _, classes, _ = view.logits.shape
+        if windows == 1:
+            return _enlarge(*_read_cells(view, zero, zero, zero, row, column), precision)
+
+        def add_window(number: Array, total: Array) -> Array:
+            down, across = number // view.counts[1], number % view.counts[1]
+            return total + _enlarge(*_read_cells(view, number, down, across, row, column), precision)
+
+        zeros = jnp.zeros((TILE[0], classes, TILE[1]), view.logits.dtype)
+        return lax.fori_loop(zero, view.counts[0] * view.counts[1], add_window, zeros)
+
+    return lambda row, column: [of_view(view, row, column) for view in views]
+
+
+def tile_labels(
+    views: Sequence[ViewLogits], precision: str | None = "highest"
+) -> Callable[[Array, Array], Int32[Array, "rows columns"]]:
+    """The class with the largest mean probability at the pixels of a tile; a single view needs no softmax.
+
+    A CPU leaves out classes that are the label of no pixel of a tile (see `_is_behind`), which are most of them in
+    a photograph.
+    """
+    all_logits = tile_logits(views, precision)
+    view, zero = views[0], jnp.zeros((), jnp.int32)
+    windows, _, classes, _ = view.logits.shape
+    numbers = [few for few in FEW if 2 * few <= classes]
+
+    def label(row: Array, column: Array) -> Array:
+        return predict_classes(all_logits(row, column))
+
+    def label_possible(row: Array, column: Array) -> Array:
+        cells, rows, columns = _read_cells(view, zero, zero, zero, row, column)
+        is_behind = _is_behind(cells, rows, columns)
+        order = jnp.argsort(is_behind)  # first those that may be a label, in the order of classes
+
+        def label_few(few: int) -> Array:
+            return order[predict_classes([_enlarge(cells[:, order[:few]], rows, columns, precision)])]
+
+        branches = [functools.partial(label_few, few) for few in numbers]
+        too_few = sum((~is_behind[order[few - 1]]).astype(jnp.int32) for few in numbers)
+        return lax.switch(too_few, [*branches, lambda: label(row, column)])
+
+    if len(views) > 1 or windows > 1 or not numbers:
+        return label
+    return lambda row, column: lax.platform_dependent(row, column, cpu=label_possible, default=label)
+
+
+def _is_behind(
+    cells: Float[Array, "h classes w"], rows: Float[Array, "_rows h"], columns: Float[Array, "_columns w"]
+) -> Bool[Array, " classes"]:
+    """Whether the largest of a class's cells that a tile depends on is below the smallest of another class's.
+
+    Scores are averages of these cells, so the class is the label of no pixel. The margin is far above rounding. If a
+    cell is infinite, no class is behind.
+    """
+    used = (rows != 0).any(0)[:, None, None] & (columns != 0).any(0)
+    largest = jnp.max(cells, (0, 2), where=used, initial=-jnp.inf)
+    smallest = jnp.min(cells, (0, 2), where=used, initial=jnp.inf)
+    return largest < jnp.max(smallest) - 1e-5 * jnp.max(jnp.abs(cells))
+
+
+def _read_cells(
+    view: ViewLogits, window: Array, down: Array, across: Array, row: Array, column: Array
+) -> tuple[Array, Array, Array]:
+    """The cells `[h, classes, w]` of a window that a tile depends on, and their resize in rows and columns."""
+    height, width = view.rows.weights.shape[-1], view.columns.weights.shape[-1]
+    corner = (window, view.rows.starts[down, row], jnp.zeros_like(row), view.columns.starts[across, column])
+    cells = lax.dynamic_slice(view.logits, corner, (1, height, view.logits.shape[2], width))[0]
+    return cells, view.rows.weights[down, row], view.columns.weights[across, column]
+
+
+def _enlarge(cells: Array, rows: Array, columns: Array, precision: str | None) -> TileLogits:
+    height, classes, width = cells.shape
     matmul = functools.partial(jnp.matmul, precision=precision)
-
-    def resize_window(number: Array, down: Array, across: Array) -> Array:
-        corner = (number, view.rows.starts[down, row], zero, view.columns.starts[across, column])
-        patch = lax.dynamic_slice(view.logits, corner, (1, height, classes, width))
-        stretched = matmul(patch.reshape(height * classes, width), view.columns.weights[across, column].T)
-        scores = matmul(view.rows.weights[down, row], stretched.reshape(height, -1))
-        return scores.reshape(TILE[0], classes, TILE[1])
-
-    if windows == 1:
-        return resize_window(zero, zero, zero)
-
-    def add_window(number: Array, total: Array) -> Array:
-        return total + resize_window(number, number // view.counts[1], number % view.counts[1])
-
-    zeros = jnp.zeros((TILE[0], classes, TILE[1]), view.logits.dtype)
-    return lax.fori_loop(zero, view.counts[0] * view.counts[1], add_window, zeros)
+    stretched = matmul(cells.reshape(height * classes, width), columns.T)
+    return matmul(rows, stretched.reshape(height, -1)).reshape(TILE[0], classes, TILE[1])
 
 
 def mean_probabilities(logits: Sequence[TileLogits]) -> Float[Array, "rows classes columns"]:

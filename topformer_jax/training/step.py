@@ -23,10 +23,11 @@ from topformer_jax.ops import at_least_float32
 from topformer_jax.ops.loss import (
     LossSums,
     PixelLoss,
+    channel_divergence,
     class_cross_entropy,
     upsampled_cross_entropy,
-    upsampled_dice,
 )
+from topformer_jax.ops.overlap import upsampled_dice, upsampled_jaccard, upsampled_lovasz
 from topformer_jax.runtime import sharding
 from topformer_jax.runtime.errors import UserError
 
@@ -84,10 +85,9 @@ def init_training(
         state, metrics = train_step(state, batch)
 
     `batch` is a `data.batch.Batch` of `config.batch_size` examples, numpy or JAX arrays. `metrics` are scalars on the
-    device: `loss` (the mean cross-entropy, plus distillation and the Dice loss if they are on), `pixel_accuracy` (of
-    the labelled pixels of the augmented crops; in classification `accuracy`, of the augmented images),
-    `learning_rate` (the backbone's), `gradient_norm` (before clipping). The step donates its state: use the one that
-    it returns.
+    device: `loss` (the mean cross-entropy plus the other losses that are on), `pixel_accuracy` (of the labelled
+    pixels of the augmented crops; in classification `accuracy`, of the augmented images), `learning_rate` (the
+    backbone's), `gradient_norm` (before clipping). The step donates its state: use the one that it returns.
 
     Args:
         config: the settings.
@@ -295,10 +295,9 @@ def _forward(
         config.distillation.temperature,
     )
     options: Any = {"precision": config.model.precision, "devices": devices}
-    sums = cross_entropy(logits, labels, teacher_logits, pixel_loss=pixel_loss, **options)
-    others: ArrayLike = 0.0
-    if weight := config.loss.dice_weight:
-        others = weight * jnp.mean(upsampled_dice(logits, labels, **options))
+    goal = teacher_logits if config.distillation.weight else None
+    sums = cross_entropy(logits, labels, goal, pixel_loss=pixel_loss, **options)
+    others = _sum_image_losses(config, logits, labels, teacher_logits, options)
     return sums, others, stats | models.state_dict(model, nnx.BatchStat)
 
 
@@ -316,6 +315,28 @@ def augment_batch(
         photometric=config.data.photometric_distortion,
         dtype=dtype,
     )
+
+
+def _sum_image_losses(
+    config: ConfigDict, logits: Array, labels: Array, teacher: Array | None, options: dict[str, Any]
+) -> ArrayLike:
+    """The weighted means over the images of the losses that are computed image by image; 0 without any."""
+    loss, distillation = config.loss, config.distillation
+    terms: list[tuple[float, Callable[[], Array]]] = [
+        (loss.dice_weight, lambda: upsampled_dice(logits, labels, **options)),
+        (loss.jaccard_weight, lambda: upsampled_jaccard(logits, labels, **options)),
+        (loss.lovasz_weight, lambda: upsampled_lovasz(logits, labels, precision=options["precision"])),
+    ]
+    if teacher is not None:
+        temperature = distillation.channel_temperature
+        terms += [
+            (distillation.jaccard_weight, lambda: upsampled_jaccard(logits, labels, teacher, **options)),
+            (
+                distillation.channel_weight,
+                lambda: channel_divergence(logits, teacher, temperature=temperature),
+            ),
+        ]
+    return sum((weight * jnp.mean(compute()) for weight, compute in terms if weight), start=0.0)
 
 
 def average_decay(step: Array, config: ConfigDict) -> float | Array:

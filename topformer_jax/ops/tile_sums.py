@@ -1,0 +1,297 @@
+"""Sums over the pixels of logits that are resized to the labels' size, without storing the resized logits.
+
+For 150 classes and 512 x 512 pixels the resized logits take 157 MB per image, and their gradient as much again: in
+the official code, writing and reading them is most of a training step. Here a loop goes over tiles of the labels. For
+each tile it resizes the logits and adds its part of the sums and of the gradient; only these are stored.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from topformer_jax.ops import IGNORE_LABEL
+from topformer_jax.ops.resample import bilinear_matrix
+from topformer_jax.ops.tiled import BandedResize, split_into_bands
+
+Logits = Float[Array, "n h w classes"]
+Labels = Int[Array, "n height width"]
+
+
+class Tiling(NamedTuple):
+    """How a batch of labels is cut into tiles.
+
+    Attributes:
+        height, width: of a tile at most, pixels.
+        images: that a device computes together at most.
+        lookups: whether to look up the label's score and bound the softmax's shift; else both are reductions over
+            the classes.
+    """
+
+    height: int
+    width: int
+    images: int
+    lookups: bool
+
+
+# Small tiles, whose scores fit the caches. XLA writes and reads the scores for each reduction: 4 x 64 x 64 x 150
+# logits take 130 ms, and 240 ms with reductions instead of look-ups and with matrix products for the rows (2 cores).
+CPU = Tiling(8, 128, 2**31, lookups=True)
+# Tiles of whole rows. XLA fuses all reductions over the classes with the scores' computation and never writes the
+# scores. The TPU compiler estimates a sixth of the time of smaller tiles; 8 images fit a fast memory of 128 MB.
+ACCELERATOR = Tiling(8, 2**31, 8, lookups=False)
+# With all logits this close to each other, `exp` of the distance to a bound of the maximum is above 0.
+SAFE_RANGE = 80
+
+
+class Softmax(NamedTuple):
+    """The softmax of the scores in a tile, `exponentials / total`, and its parts.
+
+    Attributes:
+        scores: `[n, rows, classes, columns]`.
+        exponentials: of the scores less `shift`.
+        total: their sum over the classes, `[n, rows, columns]`.
+        shift: at least the largest score, `[n, rows, columns]`; the largest one where `Tiling.lookups` is off.
+    """
+
+    scores: Array
+    exponentials: Array
+    total: Array
+    shift: Array
+
+    @property
+    def probabilities(self) -> Array:
+        """`[n, rows, classes, columns]`."""
+        return self.exponentials / self.total[:, :, None]
+
+    @property
+    def log_total(self) -> Array:
+        """The logarithm of the sum of the scores' exponentials, `[n, rows, columns]`."""
+        return jnp.log(self.total) + self.shift
+
+
+class Tile(NamedTuple):
+    """The pixels of a tile: their labels, and the cells that their scores are interpolated from.
+
+    Attributes:
+        label: int32 `[n, rows, columns]`.
+        patches: of each map of logits the cells that the tile depends on, `[n, cell_rows, classes, cell_columns]`.
+        is_near: of each map, whether all logits are within `SAFE_RANGE`.
+        vertical, horizontal: weights of the resize, `[rows, cell_rows]` and `[columns, cell_columns]`.
+        lookups: see `Tiling`.
+        precision: of matrix products.
+    """
+
+    label: Array
+    patches: tuple[Array, ...]
+    is_near: tuple[Array, ...]
+    vertical: Array
+    horizontal: Array
+    lookups: bool
+    precision: str | None
+
+    @property
+    def valid(self) -> Array:
+        """Where the label is not `IGNORE_LABEL`, `[n, rows, columns]`."""
+        return self.label != IGNORE_LABEL
+
+    @property
+    def is_label(self) -> Array:
+        """Whether a class is the label, `[n, rows, classes, columns]`."""
+        classes = lax.broadcasted_iota(jnp.int32, (1, 1, self.patches[0].shape[2], 1), 2)
+        return classes == self.label[:, :, None]
+
+    def look_up(self, values: Array) -> Array:
+        """Each pixel's value of its label's class, of values `[n, rows, classes, columns]`."""
+        if not self.lookups:
+            return jnp.sum(jnp.where(self.is_label, values, 0), 2)
+        index = jnp.where(self.valid, self.label, 0)[:, :, None]
+        return jnp.take_along_axis(values, index, 2)[:, :, 0]
+
+    def weigh_label(self, weights: Array) -> Array:
+        """Each pixel's weight, of weights by class."""
+        if not self.lookups:
+            return self.look_up(weights[:, None])
+        return weights[jnp.where(self.valid, self.label, 0)]
+
+    def compute_softmax(self, number: int, temperature: float = 1.0) -> Softmax:
+        """The softmax of a map's scores divided by a temperature."""
+        patch = self.patches[number]
+        stretched = jnp.matmul(
+            patch.reshape(-1, patch.shape[-1]), self.horizontal.T, precision=self.precision
+        )
+        stretched = stretched.reshape(*patch.shape[:-1], -1)
+        if temperature != 1:
+            stretched = stretched / temperature
+        scores = _weigh_rows(self.vertical, stretched)
+        if not self.lookups:
+            shift = jnp.max(scores, 2)
+        else:
+            # The resized maximum is at least the maximum of the resized scores, which takes a pass over a tile
+            # several times as large. Where the exponentials of all classes might vanish it is the maximum itself.
+            shift = lax.cond(
+                self.is_near[number] if temperature >= 1 else jnp.bool_(False),
+                lambda: _weigh_rows(self.vertical, jnp.max(stretched, 2)),
+                lambda: jnp.max(_weigh_rows(self.vertical, stretched), 2),
+            )
+        exponentials = jnp.exp(scores - shift[:, :, None])
+        return Softmax(scores, exponentials, jnp.sum(exponentials, 2), shift)
+
+    def pull_back(self, score_grad: Array) -> Array:
+        """The gradient of a patch from that of the tile's scores: the transpose of the resize."""
+        cell_rows = self.vertical.shape[1]
+        if self.lookups:  # XLA's CPU backend would write an array that a reduction reads to memory
+            x = _weigh_rows(self.vertical.T, score_grad)
+        else:
+            weights = self.vertical[:, :, None, None]
+            x = jnp.stack([jnp.sum(weights[:, row] * score_grad, 1) for row in range(cell_rows)], 1)
+        grad = jnp.matmul(x.reshape(-1, x.shape[-1]), self.horizontal, precision=self.precision)
+        return grad.reshape(self.patches[0].shape)
+
+
+# From a tile and arrays `[n, ...]` to sums over the pixels of each image, arrays `[n, ...]`, and the gradient of the
+# first map's scores, `[n, rows, classes, columns]`, or None.
+TileLoss = Callable[[Tile, Any], tuple[Any, Array | None]]
+SumTiles = Callable[..., tuple[Any, Any]]  # `sum_tiles` with its function
+
+
+def _weigh_rows(vertical: Array, patch: Array) -> Array:
+    """Resizes the second axis of an array by a matrix: multiply-adds, which XLA fuses with what follows.
+
+    `vertical` is `[after, before]`, `patch` `[n, before, ...]`, the result `[n, after, ...]`.
+    """
+    weights = vertical.reshape(*vertical.shape, *(1,) * (patch.ndim - 2))
+    terms = (weights[:, row] * patch[:, row, None] for row in range(patch.shape[1]))
+    return functools.reduce(jnp.add, terms)
+
+
+def sum_tiles(
+    tile_loss: TileLoss,
+    maps: tuple[Array, ...],
+    labels: Array,
+    extra: Any = None,
+    *,
+    precision: str | None,
+    devices: int,
+) -> tuple[Any, Array | None]:
+    """Sums a function over all tiles of a batch.
+
+    Args:
+        tile_loss: the function.
+        maps: logits, all `[n, h, w, classes]`.
+        labels: `[n, height, width]`.
+        extra: the second argument of `tile_loss`.
+        precision: of matrix products.
+        devices: the batch is sharded over. The sums do not depend on it; with the right number no images move between
+            devices.
+
+    Returns:
+        The sums of each image, and the gradient of the first map or None.
+    """
+    run = functools.partial(_sum_groups, tile_loss, precision=precision, devices=devices)
+    on_cpu, elsewhere = (functools.partial(run, tiling=tiling) for tiling in (CPU, ACCELERATOR))
+    return lax.platform_dependent(maps, labels, extra, cpu=on_cpu, default=elsewhere)
+
+
+def _sum_groups(
+    tile_loss: TileLoss, *arrays: Any, devices: int, tiling: Tiling, precision: str | None
+) -> tuple[Any, Array | None]:
+    """Runs `_sum_group` on groups of at most `tiling.images` images per device, one group after the other."""
+
+    def run(group: Any) -> tuple[Any, Array | None]:
+        return _sum_group(tile_loss, *group, tiling=tiling, precision=precision)
+
+    # A group has equally many images from each device. If devices hold unequal numbers, all images are one group.
+    n = len(arrays[1])
+    per_device = n // devices if n % devices == 0 else 1
+    divisors = (count for count in range(1, per_device + 1) if per_device % count == 0)
+    groups = next(count for count in divisors if per_device // count <= tiling.images)
+    if groups == 1:
+        return run(arrays)
+    # Groups interleave, so that no image moves to another device.
+    split = jax.tree.map(lambda x: x.reshape(-1, groups, *x.shape[1:]).swapaxes(0, 1), arrays)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(run, split))
+
+
+def _sum_group(
+    tile_loss: TileLoss,
+    maps: tuple[Array, ...],
+    labels: Array,
+    extra: Any,
+    *,
+    precision: str | None,
+    tiling: Tiling,
+) -> tuple[Any, Array | None]:
+    """`sum_tiles` of one group.
+
+    The sums stay separate for each image: summing over a sharded batch would need communication at every tile.
+    """
+    n, height, width = labels.shape
+    _, h, w, classes = maps[0].shape
+    dtype = maps[0].dtype.name
+    down, pad_rows = _cut_axis(h, height, tiling.height, True, dtype)
+    across, pad_columns = _cut_axis(w, width, tiling.width, False, dtype)
+    tiles_down, rows, cell_rows = down.weights.shape
+    tiles_across, columns, cell_columns = across.weights.shape
+    labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), pad_rows, pad_columns), constant_values=IGNORE_LABEL)
+    down, across = jax.tree.map(jnp.asarray, (down, across))
+    # Columns last: they fill vector lanes, classes may not.
+    maps = tuple(each.swapaxes(2, 3) for each in maps)
+    is_near = tuple(jnp.max(each) - jnp.min(each) < SAFE_RANGE for each in maps)
+    zero, shape = jnp.int32(0), (n, cell_rows, classes, cell_columns)
+
+    def cut_tile(number: Array) -> tuple[Tile, tuple[Array, ...]]:
+        number = number.astype(jnp.int32)  # with x64 enabled the loop counts in int64
+        row, column = number // tiles_across, number % tiles_across
+        corner = (zero, down.starts[row], zero, across.starts[column])
+        tile = Tile(
+            lax.dynamic_slice(labels, (zero, row * rows, column * columns), (n, rows, columns)),
+            tuple(lax.dynamic_slice(each, corner, shape) for each in maps),
+            is_near,
+            down.weights[row],
+            across.weights[column],
+            tiling.lookups,
+            precision,
+        )
+        return tile, corner
+
+    def add_tile(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        sums, gradient = carry
+        tile, corner = cut_tile(number)
+        terms, score_grad = tile_loss(tile, extra)
+        if score_grad is not None:
+            old = lax.dynamic_slice(gradient, corner, shape)
+            gradient = lax.dynamic_update_slice(gradient, old + tile.pull_back(score_grad), corner)
+        return jax.tree.map(jnp.add, sums, terms), gradient
+
+    terms, score_grad = jax.eval_shape(lambda: tile_loss(cut_tile(zero)[0], extra))
+    start = jax.tree.map(jnp.zeros_like, terms), None if score_grad is None else jnp.zeros_like(maps[0])
+    sums, gradient = lax.fori_loop(0, tiles_down * tiles_across, add_tile, start)
+    return sums, None if gradient is None else gradient.swapaxes(2, 3)
+
+
+def _cut_axis(
+    cells: int, pixels: int, tile: int, between: bool, dtype: str
+) -> tuple[BandedResize, tuple[int, int]]:
+    """Cuts one axis of the labels into tiles.
+
+    Args:
+        cells: logits along the axis.
+        pixels: labels along the axis.
+        tile: pixels of a tile at most.
+        between: whether the first of several tiles begins half a tile before the axis. At stride 8 each tile of 8
+            pixels then lies between the centres of two neighbouring logits, and is interpolated from these two only.
+        dtype: of the weights.
+
+    Returns:
+        The resize of each tile (see `ops.tiled`), and the padding (before, after) of the labels, pixels.
+    """
+    tile = min(tile, pixels)
+    before = tile // 2 if between and tile < pixels else 0
+    matrix = np.pad(bilinear_matrix(cells, pixels, dtype), ((before, 0), (0, 0)))
+    return split_into_bands(matrix, tile), (before, -len(matrix) % tile)
