@@ -44,7 +44,7 @@ def write(function: network.Function, description: Mapping[str, Any]) -> bytes:
 
 
 def _make_model(
-    function: network.Function, size: Size | None, output: str, overrides: Mapping[str, Rule]
+    function: network.Function, size: Sequence[int] | None, output: str, overrides: Mapping[str, Rule]
 ) -> onnx.ModelProto:
     shape = network.input_shape(size)
     program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
