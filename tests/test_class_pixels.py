@@ -133,8 +133,9 @@ def test_numbers_of_a_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
         f"weight {weights[rarest]:.3g}\n"
     )
     assert out.endswith(f"12/12 training labels counted\n{line}")
-    assert set_weights(settings, tmp_path, capsys) == (found, line)
     file = tmp_path / "class_pixels.json"
+    said = f"the pixels of classes are those in {file}: if labels have changed since, delete it\n"
+    assert set_weights(settings, tmp_path, capsys) == (found, said + line)
     file.write_text(
         file.read_text().replace('"labels":[{', '"labels":[{"0":1,', 1)
     )  # the first start's count

@@ -80,8 +80,8 @@ def find_class_pixels(
 ) -> Int[np.ndarray, "labels classes"]:
     """The pixels of each class in each training label, int32, the same on every process.
 
-    The processes share the counting. A later start reads the file of the first one, and so has the same counts even
-    if a label was edited since.
+    The processes share the counting. A later start reads the file of the first one, and says so, since it has the
+    same counts even if a label was edited in between.
 
     Raises:
         UserError: a label or the file cannot be read.
@@ -100,6 +100,7 @@ def find_class_pixels(
         pixels = np.zeros((number, classes), np.int32)
         for row, label in zip(pixels, found.labels, strict=True):
             row[list(label)] = list(label.values())
+        processes.say(f"the pixels of classes are those in {path}: if labels have changed since, delete it")
         return pixels
     rows = -(-number // count)
     own = range(number)[jax.process_index() * rows :][:rows]
