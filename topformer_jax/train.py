@@ -72,6 +72,8 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     if start:
         data_set, changes = run_lib.check_changes(store, start, config, data_set)
         state = run_lib.restore_state(store, start, state)
+    else:
+        run_lib.refuse_untrained(config, state.params | state.stats)
 
     # ---- banner
     if is_first:

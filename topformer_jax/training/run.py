@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.config import as_typed
 from topformer_jax.data import loader, mixing, records, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
@@ -59,23 +58,23 @@ class Run:
 
 
 def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifier:
-    """The network with its initial weights: fresh ones, or those of `config.init_from`.
-
-    Raises:
-        UserError: the checkpoint does not fit, or what is frozen would be fresh.
-    """
+    """The network with its initial weights: fresh ones, or those of `config.init_from`."""
     model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
-    names = models.named_variables(model)
-    fresh = checkpoints.fresh_names(names, config.init_part) if config.init_from else set(names)
-    if frozen := frozen_names(config, fresh):
-        raise UserError(
-            f"optimizer.freeze={config.optimizer.freeze}, model.bn_frozen={as_typed(config.model.bn_frozen)}: "
-            f"{len(frozen)} tensors would stay untrained, {min(frozen)} for one; set init_from to weights that have "
-            f"them (init_part is {config.init_part})"
-        )
     if config.init_from:
         processes.say(checkpoints.describe_origin(model, config.init_part, config.init_from))
     return model
+
+
+def refuse_untrained(config: ConfigDict, names: Collection[str]) -> None:
+    """Raises a UserError if a new run would keep tensors, of a model's names, as they were drawn."""
+    fresh = checkpoints.fresh_names(names, config.init_part) if config.init_from else set(names)
+    if frozen := frozen_names(config, fresh):
+        bn_frozen = config_lib.as_typed(config.model.bn_frozen)
+        raise UserError(
+            f"optimizer.freeze={config.optimizer.freeze}, model.bn_frozen={bn_frozen}: {len(frozen)} tensors would "
+            f"stay untrained, {min(frozen)} for one; set init_from to weights that have them (init_part is "
+            f"{config.init_part})"
+        )
 
 
 def load_teacher(config: ConfigDict) -> models.Segmenter | None:
