@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.data import loader, mixing, records, sources
+from topformer_jax.data import loader, mixing, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import (
@@ -28,7 +29,6 @@ from topformer_jax.inference.evaluation import (
 from topformer_jax.inference.metrics import compute_scores
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training.class_weight import find_class_pixels
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
 from topformer_jax.training.step import STATISTICS, TrainState, frozen_names
@@ -92,20 +92,16 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
 
 
 def find_class_draws(
-    config: ConfigDict,
-    data_set: DataSet,
-    source: sources.Source,
-    folder: RunFolder,
-    make_progress: records.MakeProgress,
+    config: ConfigDict, data_set: DataSet, pixels: Int[np.ndarray, "labels classes"] | None
 ) -> mixing.ClassDraws | None:
     """The training examples that hold each class, if some are drawn for a class; prints what was counted.
 
     Raises:
-        UserError: a label cannot be read, or no label holds a class.
+        UserError: no label holds a class.
     """
     if not loader.needs_class_draws(config):
         return None
-    pixels = find_class_pixels(config, source, folder, make_progress)
+    assert pixels is not None
     draws = mixing.group_by_class(pixels)
     counts = [len(indices) for indices in draws.holders]
     rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]
