@@ -21,7 +21,7 @@ from topformer_jax.data import sources
 from topformer_jax.data.class_pixels import count_pixels, weigh_classes
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training.class_weight import set_class_weight
+from topformer_jax.training.class_weight import find_class_pixels, set_class_weight
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.step import init_training
 
@@ -112,9 +112,8 @@ def set_weights(
     """The numbers in place of the name, and what is printed."""
     source = sources.open_source(settings, "train")
     workdir.mkdir(exist_ok=True)
-    made = set_class_weight(
-        settings, sources.find_data_set(settings), source, RunFolder(workdir, 60), logs.Progress
-    )
+    pixels = find_class_pixels(settings, source, RunFolder(workdir, 60), logs.Progress)
+    made = set_class_weight(settings, sources.find_data_set(settings), pixels)
     assert config.load(made, {"loss.class_weight": settings.loss.class_weight}) == settings
     return made.loss.class_weight, capsys.readouterr().out
 
@@ -133,8 +132,9 @@ def test_numbers_of_a_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
         f"weight {weights[rarest]:.3g}\n"
     )
     assert out.endswith(f"12/12 training labels counted\n{line}")
-    assert set_weights(settings, tmp_path, capsys) == (found, line)
     file = tmp_path / "class_pixels.json"
+    said = f"the pixels of classes are those in {file}: if labels have changed since, delete it\n"
+    assert set_weights(settings, tmp_path, capsys) == (found, said + line)
     file.write_text(
         file.read_text().replace('"labels":[{', '"labels":[{"0":1,', 1)
     )  # the first start's count

@@ -143,11 +143,11 @@ def test_evaluate(trained: tuple[pathlib.Path, str], root: pathlib.Path, tmp_pat
     assert np.mean(list(written["classes"].values())) == pytest.approx(logged["top1"])
 
 
-@pytest.mark.parametrize("flag", ["--flip", "--slide", "--img-ratios=0.5,1"])
+@pytest.mark.parametrize("flag", ["--flip", "--slide", "--img-ratios=0.5,1", "--runtime=onnx"])
 def test_flags_of_segmentation_are_refused(flag: str, root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     words = _words(tmp_path, {"data.root": root})
     line = commands.refused_command(evaluate.main, "--checkpoint", "x.pth", flag, *words)
-    assert "topformer_t_imagenet is a classifier: --exported, --stretch, --img-ratios" in line
+    assert "topformer_t_imagenet is a classifier: --exported, --runtime, --stretch, --img-ratios" in line
 
 
 def test_a_segmenter_starts_from_it(trained: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:

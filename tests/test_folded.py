@@ -105,6 +105,15 @@ def test_a_training_starts_from_the_same_network(
     assert len(states) == 2  # only at step 0
 
 
+def test_frozen_layers_stay_folded(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    out = run_here(tmp_path / "run", changes | {"optimizer.freeze": "backbone"})
+    assert "10 BatchNorms are folded" in out
+    before, after = (checkpoints.read_model(path)[0] for path in (changes["init_from"], tmp_path / "run"))
+    for name, value in before.items():
+        is_frozen = name.startswith(("backbone.tpm.", "backbone.trans."))
+        assert np.array_equal(after[name], value) or not is_frozen, name
+
+
 @pytest.mark.slow
 def test_two_processes_find_the_same_statistics(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
     run_here(tmp_path / "one", changes)

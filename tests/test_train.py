@@ -238,6 +238,7 @@ def test_a_killed_run_with_every_option_resumes(
     assert re.search(
         r"examples are drawn for 10 of 10 classes, those in 12 training labels; \w+ is in the fewest, \d", out
     )
+    assert "the pixels of classes are those in" not in out  # labels are counted once, for both settings
     assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)
     # The schedule depends on the number of steps, so the first half is cut off by a kill, not by fewer steps.
     process = start(tmp_path / "cut", changes, devices=8)

@@ -287,9 +287,9 @@ def main() -> None:
     folder = "evaluate_exported" if args.exported else "evaluate"
     workdir = args.workdir or files.as_path("runs") / config.name / folder
     if config.task == "classification":
-        if overrides or args.exported or args.stretch or args.save_predictions:
+        if overrides or args.exported or args.stretch or args.save_predictions or args.runtime != "jax":
             raise UserError(
-                f"{config.name} is a classifier: --exported, --stretch, --img-ratios, --flip, --slide and "
+                f"{config.name} is a classifier: --exported, --runtime, --stretch, --img-ratios, --flip, --slide and "
                 "--save-predictions are for segmentation"
             )
         classifier = checkpoints.load_model(config, args.checkpoint)

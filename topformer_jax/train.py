@@ -32,7 +32,7 @@ from topformer_jax.data import sources
 from topformer_jax.inspection.sample import look_at_labels
 from topformer_jax.runtime import errors, logs, processes, sharding
 from topformer_jax.training import run as run_lib
-from topformer_jax.training.class_weight import set_class_weight
+from topformer_jax.training.class_weight import find_class_pixels, set_class_weight
 from topformer_jax.training.folded import restore_statistics
 from topformer_jax.training.run import Monitor, Run, StepProfiler, parse_steps
 from topformer_jax.training.run_folder import RunFolder
@@ -63,8 +63,9 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     mesh = sharding.make_train_mesh(config)
     model, teacher = run_lib.load_initial_model(config), run_lib.load_teacher(config)
     folder.open()
-    weighted = set_class_weight(config, data_set, train_source, folder, make_progress)
-    class_draws = run_lib.find_class_draws(config, data_set, train_source, folder, make_progress)
+    pixels = find_class_pixels(config, train_source, folder, make_progress)
+    weighted = set_class_weight(config, data_set, pixels)
+    class_draws = run_lib.find_class_draws(config, data_set, pixels)
     state, train_step = init_training(weighted, mesh, model, teacher)
     store = run_lib.open_store(config, folder)
     start = store.latest or 0
@@ -72,6 +73,8 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     if start:
         data_set, changes = run_lib.check_changes(store, start, config, data_set)
         state = run_lib.restore_state(store, start, state)
+    else:
+        run_lib.refuse_untrained(config, state.params | state.stats)
 
     # ---- banner
     if is_first:

@@ -48,8 +48,8 @@ class Batch(TypedDict):
 
     A label is a map of classes, or one class in classification. Maps and their images are padded at the bottom and on
     the right: `size` is the (height, width) that is not padding. `index` is the example's place in the data set. The
-    seed, `epoch` and `index` decide its random draws. Examples that are drawn for a class count down from 2**31 - 1
-    instead of epochs, as an epoch may have several draws of one example.
+    seed, `epoch` and `index` decide its random draws. An example that is drawn for a class has a number of its own
+    instead of the epoch, counted down from 2**31 - 1, since an epoch may have several draws of one example.
     """
 
     image: UInt8[Array | np.ndarray, "n h w 3"]

@@ -235,7 +235,7 @@ class _ExampleMaker:
         raise UserError(f"{limit} examples in a row are unreadable; the last: {last_error.line}")
 
     def _mix(self, example: Any, position: int, rng: np.random.Generator) -> None:
-        """Pastes part of another example onto the one of a position; of an unreadable one, nothing."""
+        """Pastes part of another example, if it is readable, onto the example of a position."""
         pasted, index = None, int(rng.integers(len(self.source)))
         if self.config.data.mix == "paste":
             assert self.class_draws
@@ -243,7 +243,7 @@ class _ExampleMaker:
         try:
             other = crop_example(self.source[index], self.config, index, FIRST_DRAW + 1 + position, pasted)
         except UserError:
-            if not self.config.data.skip_unreadable:  # which counts it where it is in the order
+            if not self.config.data.skip_unreadable:  # it is counted at its own place in the order
                 raise
         else:
             mixing.mix(example, cast(Any, other), self.config.data.mix, pasted, rng)

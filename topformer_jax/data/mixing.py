@@ -22,8 +22,8 @@ class ClassDraws(NamedTuple):
     def draw(self, rng: np.random.Generator, *, by_rarity: bool = False) -> tuple[int, int]:
         """Draws a class, then one of its pixels; returns (class, index of the example that holds the pixel).
 
-        Each class is equally likely, as in class-balanced sampling, of which `data.balance` is the share in a
-        progressively-balanced one (Kang et al. 2020, https://arxiv.org/abs/1910.09217); or by 1 / sqrt(its pixels)
+        Each class is equally likely, as in class-balanced sampling (Kang et al. 2020,
+        https://arxiv.org/abs/1910.09217). With `by_rarity`, its probability is proportional to 1 / sqrt(its pixels)
         (Mahajan et al. 2018, https://arxiv.org/abs/1805.00932).
         """
         place = int(rng.choice(len(self.classes), p=self.rarity if by_rarity else None))

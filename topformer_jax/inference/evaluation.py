@@ -58,9 +58,7 @@ class EvaluationResult(NamedTuple):
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
     accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
     miou: Float[np.ndarray, " examples"]  # of each example alone
-    boundary: (
-        Int[np.ndarray, "classes classes"] | None
-    )  # near boundaries; None: `evaluation.boundary_pixels` is 0
+    boundary: Int[np.ndarray, "classes classes"] | None  # of `evaluation.boundary_pixels`; None if it is 0
 
 
 class ClassifierResult(NamedTuple):

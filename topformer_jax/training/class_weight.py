@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from topformer_jax import config as config_lib
 from topformer_jax.config.loading import flatten
 from topformer_jax.config.settings import SETTINGS
-from topformer_jax.data import records
+from topformer_jax.data import loader, records
 from topformer_jax.data.batch import Source
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.data.class_pixels import count_pixels, weigh_classes
@@ -36,21 +36,17 @@ class _ClassPixels(msgspec.Struct):
 
 
 def set_class_weight(
-    config: ConfigDict,
-    data_set: DataSet,
-    source: Source,
-    folder: RunFolder,
-    make_progress: records.MakeProgress,
+    config: ConfigDict, data_set: DataSet, pixels: Int[np.ndarray, "labels classes"] | None
 ) -> ConfigDict:
     """The config with numbers in place of a name in `loss.class_weight`; prints their range and the rarest class.
 
     Raises:
-        UserError: a label cannot be read, no label holds a class, or a class is too rare.
+        UserError: no label holds a class, or a class is too rare.
     """
     name, classes = config.loss.class_weight, np.array(data_set.classes)
     if not isinstance(name, str):
         return config
-    pixels = find_class_pixels(config, source, folder, make_progress)
+    assert pixels is not None
     total, empty = pixels.sum(0), int((pixels.sum(1) == 0).sum())
     if empty == len(pixels):
         raise UserError(f"loss.class_weight={name} needs a training label that holds a class: check them")
@@ -77,15 +73,17 @@ def set_class_weight(
 
 def find_class_pixels(
     config: ConfigDict, source: Source, folder: RunFolder, make_progress: records.MakeProgress
-) -> Int[np.ndarray, "labels classes"]:
-    """The pixels of each class in each training label, int32, the same on every process.
+) -> Int[np.ndarray, "labels classes"] | None:
+    """The pixels of each class in each training label, int32, the same on every process; None if none are needed.
 
-    The processes share the counting. A later start reads the file of the first one, and so has the same counts even
-    if a label was edited since.
+    The processes share the counting. A later start reads the file of the first one, and says so, since it has the
+    same counts even if a label was edited in between.
 
     Raises:
         UserError: a label or the file cannot be read.
     """
+    if not isinstance(config.loss.class_weight, str) and not loader.needs_class_draws(config):
+        return None
     number, count, classes = len(source), jax.process_count(), config.model.num_classes
     values = flatten(config.to_dict())
     settings = json.dumps([number, *(values[key] for key in COUNTED_BY)])
@@ -100,6 +98,7 @@ def find_class_pixels(
         pixels = np.zeros((number, classes), np.int32)
         for row, label in zip(pixels, found.labels, strict=True):
             row[list(label)] = list(label.values())
+        processes.say(f"the pixels of classes are those in {path}: if labels have changed since, delete it")
         return pixels
     rows = -(-number // count)
     own = range(number)[jax.process_index() * rows :][:rows]

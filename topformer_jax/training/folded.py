@@ -54,12 +54,13 @@ def restore_statistics(run: Run, state: TrainState) -> TrainState:
 
     They are the mean and the variance of each layer's input, in inference mode, over the augmented crops of the first
     steps; all processes compute them together. Factor and bias then change so that the layer computes the same.
+    Layers of `optimizer.freeze` stay as they are: they never normalise with a batch's statistics.
 
     Raises:
         UserError: a picture cannot be read.
     """
     tensors = state.params | state.stats
-    names = find_folded(models.state_dict(run.model))
+    names = [name for name in find_folded(models.state_dict(run.model)) if f"{name}.weight" in state.params]
     if not names:
         return state
     few = config_lib.load(run.config, {"data.num_workers": 0})  # a few batches are not worth new processes

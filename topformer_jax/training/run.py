@@ -7,17 +7,17 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.config import as_typed
-from topformer_jax.data import loader, mixing, records, sources
+from topformer_jax.data import loader, mixing, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import (
@@ -29,7 +29,6 @@ from topformer_jax.inference.evaluation import (
 from topformer_jax.inference.metrics import compute_scores
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training.class_weight import find_class_pixels
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.shutdown import GracefulShutdown
 from topformer_jax.training.step import STATISTICS, TrainState, frozen_names
@@ -59,23 +58,23 @@ class Run:
 
 
 def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifier:
-    """The network with its initial weights: fresh ones, or those of `config.init_from`.
-
-    Raises:
-        UserError: the checkpoint does not fit, or what is frozen would be fresh.
-    """
+    """The network with its initial weights: fresh ones, or those of `config.init_from`."""
     model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
-    names = models.named_variables(model)
-    fresh = checkpoints.fresh_names(names, config.init_part) if config.init_from else set(names)
-    if frozen := frozen_names(config, fresh):
-        raise UserError(
-            f"optimizer.freeze={config.optimizer.freeze}, model.bn_frozen={as_typed(config.model.bn_frozen)}: "
-            f"{len(frozen)} tensors would stay untrained, {min(frozen)} for one; set init_from to weights that have "
-            f"them (init_part is {config.init_part})"
-        )
     if config.init_from:
         processes.say(checkpoints.describe_origin(model, config.init_part, config.init_from))
     return model
+
+
+def refuse_untrained(config: ConfigDict, names: Collection[str]) -> None:
+    """Raises a UserError if a new run would keep tensors, of a model's names, as they were drawn."""
+    fresh = checkpoints.fresh_names(names, config.init_part) if config.init_from else set(names)
+    if frozen := frozen_names(config, fresh):
+        bn_frozen = config_lib.as_typed(config.model.bn_frozen)
+        raise UserError(
+            f"optimizer.freeze={config.optimizer.freeze}, model.bn_frozen={bn_frozen}: {len(frozen)} tensors would "
+            f"stay untrained, {min(frozen)} for one; set init_from to weights that have them (init_part is "
+            f"{config.init_part})"
+        )
 
 
 def load_teacher(config: ConfigDict) -> models.Segmenter | None:
@@ -93,20 +92,16 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
 
 
 def find_class_draws(
-    config: ConfigDict,
-    data_set: DataSet,
-    source: sources.Source,
-    folder: RunFolder,
-    make_progress: records.MakeProgress,
+    config: ConfigDict, data_set: DataSet, pixels: Int[np.ndarray, "labels classes"] | None
 ) -> mixing.ClassDraws | None:
     """The training examples that hold each class, if some are drawn for a class; prints what was counted.
 
     Raises:
-        UserError: a label cannot be read, or no label holds a class.
+        UserError: no label holds a class.
     """
     if not loader.needs_class_draws(config):
         return None
-    pixels = find_class_pixels(config, source, folder, make_progress)
+    assert pixels is not None
     draws = mixing.group_by_class(pixels)
     counts = [len(indices) for indices in draws.holders]
     rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]

@@ -36,11 +36,7 @@ Tensors = dict[str, Array]
 DROPOUT_STREAM = 0x64726F70
 ACCURACY = {"segmentation": "pixel_accuracy", "classification": "accuracy"}  # its name among the metrics
 HEAD_PREFIX = "decode_head."
-STATISTICS = (
-    ".running_mean",
-    ".running_var",
-    ".num_batches_tracked",
-)  # of a BatchNorm; all else are parameters
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # of a BatchNorm, beside parameters
 RMS_DECAY, MOMENTUM = 0.9, 0.9  # of RMSprop: the mean squared gradient and the updates
 
 
