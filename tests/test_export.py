@@ -294,6 +294,7 @@ def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None
         (labels, [], "expects 64x64; the resized image is 80x96. Pass --stretch"),
         (labels, ["--flip"], "views are averaged before there are any: export --logits"),
         (logits, ["--slide"], "sees whole images"),
+        (logits, ["--runtime", "onnx"], "--runtime is for --checkpoint"),
         (logits, ["--config.model.num_classes=150"], "has 10 classes, the config 150"),
         (tmp_path / "a.txt", [], "is no exported file"),
         (tmp_path / "none.onnx", [], "cannot read"),

@@ -298,6 +298,12 @@ def test_where_onnxruntime_does_not_work(small: models.Segmenter, capsys: pytest
     assert unknown.runtime == "jax"
     assert np.array_equal(labels, inference.Predictor(model, runtime="jax")(image))
 
+    def fail(_: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    with pytest.raises(NotImplementedError):  # the model's weights are not those of another network
+        inference.Predictor(model, network=fail)(image)
+
 
 def test_memory_of_a_large_picture() -> None:
     """2048 x 1024 pixels and 150 classes: what follows the network, against the resized logits at once."""

@@ -104,7 +104,7 @@ def explain_warmup(schedule: ConfigDict) -> str:
         return ""
     return (
         f"all {steps} steps are warm-up (schedule.warmup_steps={warmup}), and the learning rate stays below "
-        f"schedule.lr: set schedule.warmup_steps to about {steps // 10}"
+        f"schedule.lr: set schedule.warmup_steps to about {max(1, steps // 10)}"
     )
 
 

@@ -147,6 +147,8 @@ def open_predictor(
     """
     predictor: Predictor | ExportedPredictor
     if exported is not None:
+        if runtime == "onnx":
+            raise UserError("--runtime is for --checkpoint: an exported file has a runtime of its own")
         predictor = ExportedPredictor(open_exported(exported), config, stretch, image_sizes)
     elif stretch:
         raise UserError("--stretch is for --exported")

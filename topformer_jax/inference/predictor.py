@@ -75,6 +75,8 @@ class Predictor:
         self.checkpoint_config = model.checkpoint_config
         mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
         self._programs = compile_inference(model, mesh)
+        # Where a file is the network, the model has other weights.
+        self._may_fall_back = network is None
         self.network = _open_onnx(model, runtime) if network is None else network
         self.runtime = "jax" if self.network is None else "onnxruntime"
         self._planned: list[ProgramShapes] = []
@@ -110,6 +112,8 @@ class Predictor:
         try:
             return batch.label, self._run_network(self.network, size, shapes, batch)
         except NotImplementedError as error:  # of the exporter, for a network with other layers
+            if not self._may_fall_back:
+                raise
             print(f"note: JAX computes the network: {files.shorten(error, 150)}", file=sys.stderr)
             self.network, self.runtime = None, "jax"
             return self._compute_views(image)
