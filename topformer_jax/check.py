@@ -77,25 +77,20 @@ def _describe_split(facts: Inspection, split: SplitFacts) -> Report:
         rows = zip(names, pixels, strict=True)
         return described | {"classes": [{"name": name, "images": count} for name, count in rows]}
     labels = facts.per_class(split.label_counts).tolist()
-    weighed = {}
     if split.name == "train" and split.is_whole and sum(pixels):
         table = np.array([facts.per_class(collections.Counter(label.pixels)) for label in split.labels])
-        weighed = {"class_weight": {name: weigh_classes(name, table).tolist() for name in WEIGHTINGS}}
-    return (
-        described
-        | weighed
-        | {
-            "labels": len(split.labels),
-            "label_files": dict(sorted(collections.Counter(label.kind for label in split.labels).items())),
-            "values": {value: split.pixels[value] for value in sorted(split.pixels) if value <= IGNORE_LABEL},
-            "largest_value": max((label.largest for label in split.labels), default=0),
-            "void_pixels": sum(split.pixels[value] for value in facts.void),
-            "classes": [
-                {"name": name, "pixels": count, "labels": holders}
-                for name, count, holders in zip(names, pixels, labels, strict=True)
-            ],
-        }
-    )
+        described["class_weight"] = {name: weigh_classes(name, table).tolist() for name in WEIGHTINGS}
+    return described | {
+        "labels": len(split.labels),
+        "label_files": dict(sorted(collections.Counter(label.kind for label in split.labels).items())),
+        "values": {value: split.pixels[value] for value in sorted(split.pixels) if value <= IGNORE_LABEL},
+        "largest_value": max((label.largest for label in split.labels), default=0),
+        "void_pixels": sum(split.pixels[value] for value in facts.void),
+        "classes": [
+            {"name": name, "pixels": count, "labels": holders}
+            for name, count, holders in zip(names, pixels, labels, strict=True)
+        ],
+    }
 
 
 def format_report(report: Report) -> str:

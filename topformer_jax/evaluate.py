@@ -136,9 +136,9 @@ def score_segmenter(
 
 def _list_settings(config: ConfigDict, predictor: Predictor | ExportedPredictor) -> dict[str, object]:
     """The settings that the score depends on."""
-    unused = {"per_device_batch_size"} | (
-        {"boundary_pixels"} if not config.evaluation.boundary_pixels else set()
-    )
+    unused = {"per_device_batch_size"}
+    if not config.evaluation.boundary_pixels:
+        unused.add("boundary_pixels")
     if config.evaluation.mode == "whole":
         unused |= {"crop_size", "stride"}
     stretched = isinstance(predictor, ExportedPredictor) and predictor.stretched_size
