@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float64, Int, Int64
 from ml_collections import ConfigDict
 
-from topformer_jax.data import codecs, loader
+from topformer_jax.data import loader
 from topformer_jax.data.batch import Source
 from topformer_jax.runtime.errors import UserError
 
@@ -28,14 +28,11 @@ def count_pixels(
     Raises:
         UserError: a label cannot be read; with `data.skip_unreadable` its counts are 0.
     """
-    classes, reduce = config.model.num_classes, config.data.reduce_zero_label
+    classes = config.model.num_classes
 
     def count(index: int) -> np.ndarray:
         try:
-            example = source[index]
-            label = codecs.decode_label(
-                example.label, example.where[1], classes=classes, reduce_zero_label=reduce
-            )
+            label = loader.decode_label(source[index], config)
         except UserError:
             if not config.data.skip_unreadable:
                 raise

@@ -306,14 +306,23 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
         UserError: a file is damaged, not an image, holds a value that is no class, or the sizes differ.
     """
     image = codecs.decode_image(example.image, example.where[0])
-    label = codecs.decode_label(
+    label = decode_label(example, config)
+    codecs.check_same_size(image, label, example.where[0])
+    return image, label
+
+
+def decode_label(example: Example, config: ConfigDict) -> Labels:
+    """Decodes an example's label, and applies `data.reduce_zero_label`.
+
+    Raises:
+        UserError: the file is damaged, not an image, or holds a value that is no class.
+    """
+    return codecs.decode_label(
         example.label,
         example.where[1],
         classes=config.model.num_classes,
         reduce_zero_label=config.data.reduce_zero_label,
     )
-    codecs.check_same_size(image, label, example.where[0])
-    return image, label
 
 
 def crop_example(
