@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from benchmarks import runner, samples
 from benchmarks.runner import Report
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference import EvalBatch, ProgramShapes, plan_evaluation
-from topformer_jax.inference.plan import plan_shapes, window_grids
+from topformer_jax.inference.plan import EvalBatch, ProgramShapes, plan_evaluation, plan_shapes, window_grids
 from topformer_jax.runtime import cli
 
 

@@ -24,7 +24,7 @@ from topformer_jax import config as config_lib, evaluate, inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
 from topformer_jax.inference import metrics
-from topformer_jax.inference.evaluation import ExampleResult, evaluate_images, evaluate_split
+from topformer_jax.inference.evaluation import LoadedExample, evaluate_images, evaluate_split
 from topformer_jax.inference.plan import plan_shapes, prepare_input
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
     model = models.build_segmenter(config)
     seen: collections.Counter[int] = collections.Counter()
     results = [
-        evaluate_split(model, source, _mesh(devices), on_example=lambda example: seen.update([example.index]))
+        evaluate_split(model, source, _mesh(devices), on_example=lambda each, _: seen.update([each.index]))
         for devices in (1, 8)
     ]
     assert set(seen.values()) == {2}
@@ -63,11 +63,11 @@ def test_the_same_integers_on_any_number_of_devices() -> None:
         valid = np.asarray(label) < 10
         np.add.at(expected, (np.asarray(label)[valid], guess[valid]), 1)
         accuracy = (np.asarray(label)[valid] == guess[valid]).mean()
-        assert np.isclose(results[0].accuracy[index], accuracy)
+        assert np.isclose(results[0].example_accuracy[index], accuracy)
     for result in results:
         assert np.array_equal(result.confusion, expected)
-        assert np.array_equal(result.accuracy, results[0].accuracy)
-        assert np.array_equal(result.miou, results[0].miou)
+        assert np.array_equal(result.example_accuracy, results[0].example_accuracy)
+        assert np.array_equal(result.example_miou, results[0].example_miou)
 
 
 def _near(label: np.ndarray, pixels: int) -> np.ndarray:
@@ -135,8 +135,8 @@ def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, An
     model = models.build_segmenter(config)
     predictions, images = {}, {}
 
-    def keep(example: ExampleResult) -> None:
-        predictions[example.index] = example.prediction()
+    def keep(example: LoadedExample, predict: Callable[[], np.ndarray]) -> None:
+        predictions[example.index] = predict()
         images[example.index] = example.image
 
     with samples.written_files(3, config, sizes) as source:

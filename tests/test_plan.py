@@ -12,8 +12,14 @@ from benchmarks.plan import padding, used_rows
 from benchmarks.samples import ade20k_sizes
 from topformer_jax import config as config_lib
 from topformer_jax.data.transforms import Size
-from topformer_jax.inference import EvalBatch, plan_evaluation
-from topformer_jax.inference.plan import choose_canvases, padded_label_size, plan_shapes, window_grids
+from topformer_jax.inference.plan import (
+    EvalBatch,
+    choose_canvases,
+    padded_label_size,
+    plan_evaluation,
+    plan_shapes,
+    window_grids,
+)
 
 
 def _check(

@@ -46,7 +46,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,7 +59,7 @@ from topformer_jax.data.batch import Image, Labels
 from topformer_jax.inference import Predictor, metrics
 from topformer_jax.inference.evaluation import (
     EvaluationResult,
-    ExampleResult,
+    LoadedExample,
     evaluate_classifier,
     evaluate_images,
     evaluate_split,
@@ -84,13 +84,8 @@ def score_segmenter(
 ) -> None:
     """Scores a segmenter on a split of the config's data set, prints the table and writes the outputs.
 
-    Args:
-        predictor: of a checkpoint or of an exported file; it gives the names of the classes.
-        config: says which data, and how to evaluate.
-        workdir: for metrics.json, confusion.csv and report.html.
-        origin: where the weights come from, for the outputs.
-        split: "train" or "validation".
-        save_predictions: a folder for each example's prediction as an indexed PNG.
+    `origin` says in the outputs where the weights come from. `save_predictions` is a folder for each example's
+    prediction as an indexed PNG.
 
     Raises:
         UserError: the data cannot be read, no label has a pixel of a class, or an output cannot be written.
@@ -102,10 +97,10 @@ def score_segmenter(
     if is_first:
         files.make_folder(workdir)
 
-    def save_prediction(example: ExampleResult) -> None:
+    def save_prediction(example: LoadedExample, predict: Callable[[], Labels]) -> None:
         if save_predictions:
             files.require_inside(example.name, "the name of an example")
-            path, labels = save_predictions / f"{example.name}.png", example.prediction()
+            path, labels = save_predictions / f"{example.name}.png", predict()
             writes.add(lambda: drawing.write_labels(path, labels, data_set.palette))
 
     with files.WriteQueue() as writes, logs.Progress(len(source), "images", active=is_first) as progress:
@@ -115,16 +110,17 @@ def score_segmenter(
             result = evaluate_split(predictor.model, source, mesh, **calls)
         else:
             result = evaluate_images(predictor, source, config, **calls)
-    scores = score_split(result, config, split)
+    scores, boundary = score_split(result, config, split)
     if not is_first:
         return
-    boundary = None if result.boundary is None else metrics.compute_scores(result.boundary)
     print(format_table(scores, data_set.classes, boundary))
     facts = {"images": f"{len(source):,}, {result.confusion.sum():,} labelled pixels"}
     facts |= _describe(config, origin, split, _list_settings(config, predictor))
     if predictor.runtime != "jax":
         facts["devices"] = predictor.runtime
-    _write_scores(workdir, (scores, boundary), result, data_set.classes, facts)
+    _write_metrics(workdir, {**list_scores(scores, data_set.classes, boundary), **facts})
+    rows = ([name, *row] for name, row in zip(data_set.classes, result.confusion, strict=True))
+    files.write_file(workdir / "confusion.csv", _to_csv([["label", *data_set.classes], *rows]))
     best, worst = _choose_examples(config, predictor, source, result)
     title = f"{config.name} on {config.data.dataset}"
     report.write_report(
@@ -181,10 +177,7 @@ def format_table(
 ) -> str:
     """The scores in percent, one line per class; nan for a class that is in no label and no prediction.
 
-    Args:
-        scores: of all pixels.
-        classes: their names.
-        boundary: the scores near boundaries, whose IoU gets a column too; None: no column.
+    If there are scores near boundaries, their IoU gets a column too.
     """
     columns = {"IoU": scores.iou, "Acc": scores.accuracy}
     means = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc}
@@ -215,35 +208,26 @@ def _write_metrics(workdir: files.Path, values: Mapping[str, object]) -> None:
     files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
 
 
-def _write_scores(
-    workdir: files.Path,
-    both: tuple[metrics.Scores, metrics.Scores | None],
-    result: EvaluationResult,
-    classes: Sequence[str],
-    facts: Mapping[str, str],
-) -> None:
-    """Writes metrics.json, with the scores of all pixels and those near boundaries, and confusion.csv."""
-    scores, boundary = both
-    of_class = zip(classes, scores.iou, scores.accuracy, strict=True)
-    found: Any = {
-        name: {"IoU": _number_or_none(iou), "Acc": _number_or_none(acc)} for name, iou, acc in of_class
-    }
-    values: Any = {
-        "mIoU": scores.miou,
-        "mAcc": scores.macc,
-        "aAcc": scores.aacc,
-        "images": len(result.accuracy),
-    }
+def list_scores(
+    scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None
+) -> dict[str, Any]:
+    """The scores of metrics.json, as shares of 1; null for a class that is in no label and no prediction."""
+    means = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc}
+    columns = {"IoU": scores.iou, "Acc": scores.accuracy}
     if boundary:
-        values["boundary_mIoU"] = _number_or_none(boundary.miou)
-        for name, iou in zip(classes, boundary.iou, strict=True):
-            found[name]["boundary_IoU"] = _number_or_none(iou)
-    _write_metrics(workdir, {**values, "classes": found, **facts})
+        means["boundary_mIoU"] = boundary.miou
+        columns["boundary_IoU"] = boundary.iou
+    rows = {
+        name: {key: _number_or_none(values[label]) for key, values in columns.items()}
+        for label, name in enumerate(classes)
+    }
+    return {key: _number_or_none(mean) for key, mean in means.items()} | {"classes": rows}
+
+
+def _to_csv(rows: Iterable[Sequence[object]]) -> str:
     lines = io.StringIO()
-    writer = csv.writer(lines)
-    writer.writerow(["label", *classes])
-    writer.writerows([name, *row] for name, row in zip(classes, result.confusion, strict=True))
-    files.write_file(workdir / "confusion.csv", lines.getvalue())
+    csv.writer(lines).writerows(rows)
+    return lines.getvalue()
 
 
 def _choose_examples(
@@ -257,11 +241,11 @@ def _choose_examples(
     def load_example(index: int) -> report.ReportExample:
         example = source[index]
         image, label = loader.decode_example(example, config)
-        return report.ReportExample(
-            example.name, result.accuracy[index], result.miou[index], image, label, predict(image)
-        )
+        scores = result.example_accuracy[index], result.example_miou[index]
+        return report.ReportExample(example.name, *scores, image, label, predict(image))
 
-    order = [int(index) for index in np.argsort(result.accuracy) if np.isfinite(result.accuracy[index])]
+    accuracy = result.example_accuracy
+    order = [int(index) for index in np.argsort(accuracy) if np.isfinite(accuracy[index])]
     count = min(REPORT_IMAGES, len(order) // 2)
     best, worst = ([load_example(index) for index in some[:count]] for some in (order[::-1], order))
     return best, worst
@@ -299,23 +283,10 @@ def main() -> None:
         return
     if (args.exported or args.runtime == "onnx") and jax.process_count() > 1:
         raise UserError("--exported and --runtime onnx run in one process: start one")
-    predictor = open_predictor(
-        config,
-        args.checkpoint,
-        args.exported,
-        stretch=args.stretch,
-        given=tuple(overrides),
-        runtime=args.runtime,
-    )
+    predictor = open_predictor(config, args, given=overrides)
     checkpoints.check_label_rules(predictor, config)
-    score_segmenter(
-        predictor,
-        config,
-        workdir,
-        origin=args.checkpoint or args.exported,
-        split=args.split,
-        save_predictions=args.save_predictions,
-    )
+    outputs: dict[str, Any] = {"split": args.split, "save_predictions": args.save_predictions}
+    score_segmenter(predictor, config, workdir, origin=args.checkpoint or args.exported, **outputs)
 
 
 if __name__ == "__main__":

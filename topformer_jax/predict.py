@@ -42,7 +42,6 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-from jaxtyping import Float
 
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
@@ -79,11 +78,7 @@ class Listing(NamedTuple):
 
 
 def list_images(arguments: Sequence[str], output: files.Path) -> Listing:
-    """Lists the images that a command line names, and what is left out.
-
-    Args:
-        arguments: files, folders, glob patterns, or "-".
-        output: the folder of results; files in it are none of the images of a folder that it lies in.
+    """Lists the images that a command line names, and what is left out, such as files in the folder of results.
 
     Raises:
         UserError: an argument names no image, or two images have the same output.
@@ -120,7 +115,13 @@ def list_images(arguments: Sequence[str], output: files.Path) -> Listing:
     if not outputs:
         there = f"nothing but {len(results)} results of this command" if results else "no image"
         raise UserError(f"{' '.join(arguments)}: {there}: name pictures ({', '.join(IMAGE_SUFFIXES)})")
-    _check_distinct(outputs)
+    owners: dict[pathlib.PurePath, str] = {}
+    for image, base in outputs.items():
+        if (owner := owners.setdefault(base, image)) != image:
+            raise UserError(
+                f"{owner} and {image} would both be written to {base}_mask.png: segment them one after the other, "
+                "into two folders"
+            )
     return Listing([ImageFile(*item) for item in outputs.items()], others, sorted({*results}))
 
 
@@ -135,11 +136,7 @@ def segment_files(
 ) -> list[str]:
     """Segments each image and writes its results into an existing folder.
 
-    Returns:
-        The errors of the images that cannot be read, one line each; these images are skipped.
-
-    Raises:
-        UserError: a result cannot be written.
+    It skips images that cannot be read, and returns a line for each.
     """
     errors = []
     with files.WriteQueue() as writes:
@@ -152,9 +149,11 @@ def segment_files(
             base = output / file.output
             if probabilities:
                 labels, values = predictor.with_probabilities(image)
+                data = io.BytesIO()
+                names = np.array(data_set.classes)
+                np.savez_compressed(data, probabilities=values.astype(np.float16), classes=names)
                 # At once: hundreds of megabytes an image are too many to wait for a thread.
-                path = base.with_name(f"{base.name}_probabilities.npz")
-                _write_probabilities(path, values, data_set.classes)
+                files.write_file(base.with_name(f"{base.name}_probabilities.npz"), data.getvalue())
             else:
                 labels = predictor(image)
             writes.add(functools.partial(_write_pictures, base, image, labels, data_set))
@@ -179,20 +178,8 @@ def _is_below(file: pathlib.Path, folder: pathlib.Path, output: files.Path) -> b
     return folder.resolve() in inside.parents and inside in file.resolve().parents
 
 
-def _check_distinct(outputs: dict[str, pathlib.PurePath]) -> None:
-    """Refuses two images with the same output."""
-    owners: dict[pathlib.PurePath, str] = {}
-    for image, output in outputs.items():
-        if output in owners:
-            raise UserError(
-                f"{owners[output]} and {image} would both be written to {output}_mask.png: segment them one "
-                "after the other, into two folders"
-            )
-        owners[output] = image
-
-
 def _read_image(file: ImageFile) -> tuple[ImageFile, Image | UserError]:
-    """Reads and decodes an image; returns an error, so that the caller can continue with the next image."""
+    """Reads and decodes an image, or returns the error."""
     name = "standard input" if file.path == STDIN else file.path
     try:
         data = sys.stdin.buffer.read() if file.path == STDIN else pathlib.Path(file.path).read_bytes()
@@ -214,14 +201,6 @@ def _write_pictures(base: files.Path, image: Image, labels: Labels, data_set: so
     drawing.write_labels(base.with_name(f"{base.name}_mask.png"), labels, data_set.palette)
 
 
-def _write_probabilities(
-    path: files.Path, values: Float[np.ndarray, "h w classes"], names: Sequence[str]
-) -> None:
-    data = io.BytesIO()
-    np.savez_compressed(data, probabilities=values.astype(np.float16), classes=np.array(names))
-    files.write_file(path, data.getvalue())
-
-
 def main() -> None:
     """The command."""
     args, config = make_parser().parse()
@@ -234,14 +213,7 @@ def main() -> None:
     with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
         found = list(loader.map_in_threads(read_image_size, [image.path for image in images]))
     sizes = [size for size in found if size is not None]
-    predictor = open_predictor(
-        config,
-        args.checkpoint,
-        args.exported,
-        stretch=args.stretch,
-        image_sizes=sizes,
-        runtime=args.runtime,
-    )
+    predictor = open_predictor(config, args, image_sizes=sizes)
     if args.checkpoint and predictor.runtime != "jax":
         print(f"runtime: {predictor.runtime} (--runtime jax for JAX)")
     files.make_folder(args.output)

@@ -76,10 +76,9 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     else:
         run_lib.refuse_untrained(config, state.params | state.stats)
 
-    # ---- banner
+    # ---- the run
     if is_first:
-        run_lib.print_banner(config, folder, mesh, state, (train_source, validation_source))
-        run_lib.record_start(config, folder, start, changes)
+        run_lib.record_start(config, folder, start)
     log = logs.RunLog(folder.local, start, config.schedule.steps, active=is_first)
     shutdown = GracefulShutdown()
     run = Run(
@@ -95,8 +94,10 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
         log=log,
         shutdown=shutdown,
     )
+    if is_first:
+        run_lib.print_banner(run, state, changes)
     batches = run_lib.open_batches(run, start)
-    profiler = StepProfiler(profile_steps, folder.local / "profile", folder.path / "profile")
+    profiler = StepProfiler(profile_steps, folder)
     monitor = Monitor(run, batches)
     processes.call_before_exit(store.wait_before_exit)
     shutdown.set_early_exit_callback(monitor.has_computed, log.print_line)

@@ -24,18 +24,8 @@ the top left (`models/layers.py`); a *cell* is a pixel of the logits (stride 8);
 original image.
 """
 
-from topformer_jax.inference.compiled import CompiledInference, compile_inference, make_global_batch
-from topformer_jax.inference.plan import EvalBatch, InferenceInput, ProgramShapes, plan_evaluation
-from topformer_jax.inference.predictor import Predictor, segment
-
-__all__ = [
-    "CompiledInference",
-    "EvalBatch",
-    "InferenceInput",
-    "Predictor",
-    "ProgramShapes",
-    "compile_inference",
-    "make_global_batch",
-    "plan_evaluation",
-    "segment",
-]
+from topformer_jax.inference.compiled import (
+    compile_inference as compile_inference,
+    make_global_batch as make_global_batch,
+)
+from topformer_jax.inference.predictor import Predictor as Predictor, segment as segment

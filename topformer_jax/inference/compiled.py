@@ -34,7 +34,6 @@ class CompiledInference:
     the same shapes however many devices there are.
 
     Attributes:
-        num_classes, evaluation, mesh: the number of classes, the settings and the devices of the programs.
         predict_and_count: the program `(views, label) -> (predictions, counts)`, see `_predict_and_count`.
         probabilities: the program `(views, label) -> [n, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
@@ -49,13 +48,10 @@ class CompiledInference:
         evaluation: FrozenConfigDict,
         mesh: Mesh,
     ):
-        self.num_classes = num_classes
+        self.num_classes, self.evaluation, self.mesh = num_classes, evaluation, mesh
         self.dtype = np.dtype(policy.accum_dtype)
-        self.evaluation = evaluation
-        self.mesh = mesh
         self.batch_sharding = sharding.batch_sharding(mesh)
-        self._graphdef = graphdef
-        self._precision = policy.precision
+        self._graphdef, self._precision = graphdef, policy.precision
         batch, replicated = P(mesh.axis_names), P()
 
         def divide(function: Callable[..., Any], *in_specs: P, **options: Any) -> Callable[..., Any]:
@@ -83,11 +79,10 @@ class CompiledInference:
     ) -> list[ViewLogits]:
         """The logits of every view of a batch that lies on the mesh (see `make_global_batch`)."""
         flips = len(view_flips(self.evaluation))
+        networks = [self.network(shapes, number // flips) for number in range(len(batch.views))]
         return [
-            ViewLogits(
-                self.network(shapes, number // flips)(tensors, view), view.counts, view.rows, view.columns
-            )
-            for number, view in enumerate(batch.views)
+            ViewLogits(network(tensors, view), view.counts, view.rows, view.columns)
+            for network, view in zip(networks, batch.views, strict=True)
         ]
 
     def network(self, shapes: ProgramShapes, ratio: int) -> Callable[..., Any]:
@@ -187,13 +182,7 @@ _cached_inference = functools.lru_cache(maxsize=8)(CompiledInference)
 def make_global_batch(
     inputs: Mapping[int, InferenceInput], rows: int, batch_sharding: NamedSharding
 ) -> InferenceInput:
-    """One batch on the mesh from this process's rows of it, all prepared for the same shapes.
-
-    Args:
-        inputs: by row, every row that lies on this process's devices.
-        rows: of the batch, over all processes.
-        batch_sharding: of the rows.
-    """
+    """One batch of `rows` rows on the mesh from this process's rows of it, all prepared for the same shapes."""
 
     def put(*arrays: np.ndarray) -> Array:
         local = dict(zip(inputs, arrays, strict=True))

@@ -42,22 +42,26 @@ Progress = Callable[[int, str], None]  # gets the number of examples started, an
 
 
 @dataclasses.dataclass(frozen=True)
-class ExampleResult:
-    """One example of this process after its batch was computed; `prediction()` copies its labels to the host."""
+class LoadedExample:
+    """An example on the host; `inputs` stack into a batch."""
 
     index: int
     name: str
     image: Image
     label: Labels
-    prediction: Callable[[], Labels]
+    inputs: InferenceInput | None = None
+
+
+# Gets an example of this process, and a function that copies its predicted labels to the host.
+OnExample = Callable[[LoadedExample, Callable[[], Labels]], None]
 
 
 class EvaluationResult(NamedTuple):
     """The counts of a segmenter; the same on every process."""
 
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
-    accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
-    miou: Float[np.ndarray, " examples"]  # of each example alone
+    example_accuracy: Float[np.ndarray, " examples"]  # of its labelled pixels; nan if it has none
+    example_miou: Float[np.ndarray, " examples"]
     boundary: Int[np.ndarray, "classes classes"] | None  # of `evaluation.boundary_pixels`; None if it is 0
 
 
@@ -83,8 +87,10 @@ class ClassifierResult(NamedTuple):
         return ClassifierResult(self.ranks[self.labels == label], self.labels[self.labels == label])
 
 
-def score_split(result: EvaluationResult, config: ConfigDict, split: str) -> metrics.Scores:
-    """The scores of the counts.
+def score_split(
+    result: EvaluationResult, config: ConfigDict, split: str
+) -> tuple[metrics.Scores, metrics.Scores | None]:
+    """The scores of all pixels, and of those near boundaries if they were counted.
 
     Raises:
         UserError: no label of the split has a pixel of a class.
@@ -94,7 +100,8 @@ def score_split(result: EvaluationResult, config: ConfigDict, split: str) -> met
             f"no label of the {split} split in {config.data.root or config.data.source} has a pixel of a class, so "
             "there is nothing to score: python -m topformer_jax.check says what the labels hold"
         )
-    return metrics.compute_scores(result.confusion)
+    boundary = None if result.boundary is None else metrics.compute_scores(result.boundary)
+    return metrics.compute_scores(result.confusion), boundary
 
 
 def evaluate_split(
@@ -103,7 +110,7 @@ def evaluate_split(
     mesh: Mesh,
     *,
     tensors: Mapping[str, Any] | None = None,
-    on_example: Callable[[ExampleResult], None] = lambda _: None,
+    on_example: OnExample = lambda *_: None,
     on_progress: Progress = lambda *_: None,
 ) -> EvaluationResult:
     """Counts the pixels of every example of a source exactly once, on all devices of all processes.
@@ -115,7 +122,8 @@ def evaluate_split(
         source: the examples.
         mesh: all devices of all processes.
         tensors: by official name, to use instead of the model's own.
-        on_example, on_progress: called with each example of this process; called before each batch and at the end.
+        on_example: see `OnExample`.
+        on_progress: called before each batch and at the end.
 
     Raises:
         UserError: an example cannot be read.
@@ -130,13 +138,14 @@ def evaluate_split(
     dtype = programs.dtype.name
     counter = _PixelCounter(config, len(source), on_example)
 
-    def load(number: int, index: int) -> _LoadedExample:
-        batch, example = batches[number], source[index]
-        image, label = loader.decode_example(example, config)
-        inputs = prepare_input(image, label, config.evaluation, batch.shapes, batch.label_size, dtype)
-        return _LoadedExample(index, example.name, image, label, inputs)
+    def load(number: int, index: int) -> LoadedExample:
+        batch, example = batches[number], _load_example(source, config, index)
+        inputs = prepare_input(
+            example.image, example.label, config.evaluation, batch.shapes, batch.label_size, dtype
+        )
+        return dataclasses.replace(example, inputs=inputs)
 
-    def dispatch(number: int, loaded: Mapping[int, _LoadedExample]) -> tuple[Array, Array]:
+    def dispatch(number: int, loaded: Mapping[int, LoadedExample]) -> tuple[Array, Array]:
         batch = batches[number]
         inputs = {row: example.inputs for row, example in loaded.items() if example.inputs}
         if len(inputs) < len(own_rows):
@@ -147,12 +156,11 @@ def evaluate_split(
         views = programs.compute_views(device_tensors, batch.shapes, global_batch)
         return cast(tuple[Array, Array], programs.predict_and_count(views, global_batch.label))
 
-    def collect(loaded: Mapping[int, _LoadedExample], predictions: Array, counts: Array) -> None:
+    def collect(loaded: Mapping[int, LoadedExample], predictions: Array, counts: Array) -> None:
         counts_of_row = _fetch_local_rows(counts)
         for row, example in loaded.items():
-            counter.add(
-                example, counts_of_row[row], functools.partial(_fetch_labels, predictions, row, example)
-            )
+            fetch = functools.partial(_fetch_labels, predictions, row, example)
+            counter.add(example, counts_of_row[row], fetch)
 
     rows, notes = [batch.rows for batch in batches], _name_new_canvases(batches)
     _run_batches(rows, own_rows, load, dispatch, collect, on_progress, notes)
@@ -164,26 +172,16 @@ def evaluate_images(
     source: sources.Source,
     config: ConfigDict,
     *,
-    on_example: Callable[[ExampleResult], None] = lambda _: None,
+    on_example: OnExample = lambda *_: None,
     on_progress: Progress = lambda *_: None,
 ) -> EvaluationResult:
     """Counts as `evaluate_split` does, with labels from a function and in one process.
-
-    Args:
-        predict: an image, uint8 `[h, w, 3]`, to labels of its size.
-        source: the examples.
-        config: of the data set.
-        on_example, on_progress: see `evaluate_split`.
 
     Raises:
         UserError: an example cannot be read.
     """
     counter = _PixelCounter(config, len(source), on_example)
-
-    def load(index: int) -> _LoadedExample:
-        example = source[index]
-        return _LoadedExample(index, example.name, *loader.decode_example(example, config))
-
+    load = functools.partial(_load_example, source, config)
     for example in loader.map_in_threads(load, range(len(source))):
         on_progress(example.index, "")
         prediction = predict(example.image)
@@ -201,16 +199,9 @@ def evaluate_classifier(
     tensors: Mapping[str, Any] | None = None,
     on_progress: Progress = lambda *_: None,
 ) -> ClassifierResult:
-    """Finds the rank of every image's class, on all devices of all processes.
+    """Finds the rank of every image's class, on all devices of all processes; arguments as for `evaluate_split`.
 
     A device computes as many images at once, by the same program, however many devices there are.
-
-    Args:
-        model: its `config` says how to evaluate; it is switched to inference mode.
-        source, mesh, tensors, on_progress: see `evaluate_split`.
-
-    Raises:
-        UserError: an example cannot be read.
     """
     config = model.config
     model.eval()
@@ -240,11 +231,8 @@ def evaluate_classifier(
         for row, (index, _, label) in loaded.items():
             found[:, index] = rank_of_row[row], label
 
-    indices = range(len(source))
-    rows = [
-        [index if index in indices else None for index in range(start, start + count)]
-        for start in indices[::count]
-    ]
+    starts = range(0, len(source), count)
+    rows = [[index if index < len(source) else None for index in range(n, n + count)] for n in starts]
     _run_batches(rows, own_rows, load, dispatch, collect, on_progress, [""] * len(rows))
     ranks, labels = processes.sum_over_processes(found)
     return ClassifierResult(ranks, labels)
@@ -267,8 +255,7 @@ def _run_batches(
         load: reads an example, from the number of its batch and its index; called by threads.
         dispatch: starts the computation of a batch, from its number and its examples by row.
         collect: gets a batch's examples by row, and what `dispatch` returned.
-        on_progress: called before each batch with its note, and at the end.
-        notes: of the batches.
+        on_progress: called before each batch with its note of `notes`, and at the end.
     """
     jobs = [
         (number, index)
@@ -292,37 +279,31 @@ def _run_batches(
     on_progress(started, "")
 
 
-@dataclasses.dataclass(frozen=True)
-class _LoadedExample:
-    """An example on the host; `inputs` are ready to be stacked into a batch."""
-
-    index: int
-    name: str
-    image: Image
-    label: Labels
-    inputs: InferenceInput | None = None
+def _load_example(source: sources.Source, config: ConfigDict, index: int) -> LoadedExample:
+    example = source[index]
+    return LoadedExample(index, example.name, *loader.decode_example(example, config))
 
 
 class _PixelCounter:
     """Adds up the confusion matrices of this process's examples."""
 
-    def __init__(self, config: ConfigDict, examples: int, on_example: Callable[[ExampleResult], None]):
+    def __init__(self, config: ConfigDict, examples: int, on_example: OnExample):
         classes, self._boundary_pixels = config.model.num_classes, config.evaluation.boundary_pixels
         # Of all pixels, and of those near boundaries.
         self._confusions = np.zeros((2 if self._boundary_pixels else 1, classes, classes), np.int64)
         self._scores = np.zeros((examples, 2), np.float32)  # accuracy and mIoU; zero for others' examples
         self._on_example = on_example
 
-    def add(self, example: _LoadedExample, counts: np.ndarray, prediction: Callable[[], Labels]) -> None:
+    def add(self, example: LoadedExample, counts: np.ndarray, predict: Callable[[], Labels]) -> None:
         """Adds an example's counts `[classes**2]`, and hands the example on."""
         matrix = counts.reshape(self._confusions.shape[1:])
         self._confusions[0] += matrix
         if self._boundary_pixels:
             near = metrics.keep_boundary(example.label, self._boundary_pixels)
-            self._confusions[1] += metrics.count_on_host(near, prediction(), len(matrix))
-        scores = metrics.compute_image_scores(np.diagonal(matrix), matrix.sum(1), matrix.sum(0))
-        self._scores[example.index] = scores
-        self._on_example(ExampleResult(example.index, example.name, example.image, example.label, prediction))
+            self._confusions[1] += metrics.count_on_host(near, predict(), len(matrix))
+        scores = metrics.compute_scores(matrix)
+        self._scores[example.index] = scores.aacc, scores.miou
+        self._on_example(example, predict)
 
     def sum_over_processes(self) -> EvaluationResult:
         """The counts of all processes."""
@@ -393,15 +374,13 @@ def _name_new_canvases(batches: Sequence[EvalBatch]) -> list[str]:
     known: set[Size] = set()
     names = []
     for batch in batches:
-        sizes = dict.fromkeys(size for canvas in batch.shapes.canvases for size in canvas)
-        names.append(
-            ", ".join(f"{height}x{width}" for height, width in sizes if (height, width) not in known)
-        )
-        known |= set(sizes)
+        new = [size for canvas in batch.shapes.canvases for size in canvas if size not in known]
+        names.append(", ".join(f"{height}x{width}" for height, width in dict.fromkeys(new)))
+        known |= set(new)
     return names
 
 
-def _fetch_labels(predictions: Array, row: int, example: _LoadedExample) -> Labels:
+def _fetch_labels(predictions: Array, row: int, example: LoadedExample) -> Labels:
     height, width = example.label.shape
     return _fetch_local_rows(predictions)[row][:height, :width]
 

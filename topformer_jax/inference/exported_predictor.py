@@ -1,8 +1,8 @@
 """Labels for images of any size by an exported file; `open_predictor` opens what a command names."""
 
+import argparse
 import itertools
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -33,12 +33,12 @@ class ExportedPredictor:
         exported: the file.
         config: says how to evaluate.
         stretch: resizes every image to the one size of the file instead, whatever its shape, as an app does.
-        image_sizes: (height, width) of the images to come, if they are known: see `Predictor`.
+        image_sizes: see `Predictor`.
 
     Attributes:
         runtime: the name and version of the runtime.
         stretched_size: (height, width) that every image is resized to; None without `stretch`.
-        classes, palette, checkpoint_config: what the file says about its checkpoint, as a loaded model does.
+        classes, palette, checkpoint_config: of its checkpoint, as a loaded model has them.
 
     Raises:
         UserError: the file does not fit the config.
@@ -123,37 +123,31 @@ class ExportedPredictor:
 
 def open_predictor(
     config: ConfigDict,
-    checkpoint: str | os.PathLike[str] | None,
-    exported: str | None,
+    args: argparse.Namespace,
     *,
-    stretch: bool = False,
     image_sizes: Sequence[Size] = (),
-    given: Collection[str] = (),
-    runtime: str = "auto",
+    given: Iterable[str] = (),
 ) -> Predictor | ExportedPredictor:
     """Opens the checkpoint or the exported file of a command, and prints where the config differs from it.
 
     Args:
         config: the command's.
-        checkpoint: the value of --checkpoint.
-        exported: the value of --exported, in place of a checkpoint.
-        stretch: see `ExportedPredictor`.
+        args: the flags of `cli.add_weights_flags`, and `runtime`.
         image_sizes: see `Predictor`.
-        runtime: see `Predictor`.
         given: settings that the command's own flags have changed; their differences are not printed.
 
     Raises:
         UserError: it cannot be read, or does not fit the config.
     """
     predictor: Predictor | ExportedPredictor
-    if exported is not None:
-        if runtime == "onnx":
+    if args.exported is not None:
+        if args.runtime == "onnx":
             raise UserError("--runtime is for --checkpoint: an exported file has a runtime of its own")
-        predictor = ExportedPredictor(open_exported(exported), config, stretch, image_sizes)
-    elif stretch:
+        predictor = ExportedPredictor(open_exported(args.exported), config, args.stretch, image_sizes)
+    elif args.stretch:
         raise UserError("--stretch is for --exported")
     else:
-        model = checkpoints.load_segmenter(config, checkpoint)
-        predictor = Predictor(model, image_sizes=image_sizes, runtime=runtime)
-    checkpoints.print_differences(predictor, config, given=(*given, *(STRETCHED if stretch else ())))
+        model = checkpoints.load_segmenter(config, args.checkpoint)
+        predictor = Predictor(model, image_sizes=image_sizes, runtime=args.runtime)
+    checkpoints.print_differences(predictor, config, given={*given, *(STRETCHED if args.stretch else ())})
     return predictor

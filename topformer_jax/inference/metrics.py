@@ -19,9 +19,7 @@ class Scores(NamedTuple):
     """
 
     iou: Float64[np.ndarray, " classes"]
-    accuracy: Float64[
-        np.ndarray, " classes"
-    ]  # correct pixels of the label's pixels; nan without such a label
+    accuracy: Float64[np.ndarray, " classes"]  # of the class's pixels; nan without such a label
     miou: float  # mean of `iou`
     macc: float  # mean of `accuracy`
     aacc: float  # correct pixels of all labelled pixels
@@ -32,16 +30,9 @@ def count_confusions(
 ) -> Int32[Array, " pairs"]:
     """Counts the pixels of each pair of label and prediction: a flattened confusion matrix.
 
-    Runs on the device. A TPU scatters slowly, so there the counts are a product of one-hot matrices, exact in
-    float32 for fewer than 2**24 pixels; elsewhere they are a scatter-add.
-
-    Args:
-        labels: of any shape; a label that is not a class (void is 255) is not counted.
-        predictions: of the same shape, each below `classes`.
-        classes: number of classes.
-
-    Returns:
-        int32 `[classes * classes]`, the label's index varying slowest.
+    The label's index varies slowest; a label that is no class (void is 255) is not counted. Runs on the device. A TPU
+    scatters slowly, so there the counts are a product of one-hot matrices, exact in float32 for fewer than 2**24
+    pixels; elsewhere they are a scatter-add.
     """
     labels, predictions = labels.ravel().astype(jnp.int32), predictions.ravel()
 
@@ -76,10 +67,6 @@ def keep_boundary(label: Labels, pixels: int) -> Labels:
 
     >>> keep_boundary(np.array([[0, 0, 0, 1, 1, 1]], np.uint8), 1).tolist()
     [[255, 255, 0, 1, 255, 255]]
-
-    Args:
-        label: uint8 `[h, w]`.
-        pixels: width of the band on each side of a boundary, at least 1.
     """
     square = np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8)
     is_near = cv2.dilate(label, square) != cv2.erode(label, square)
@@ -87,7 +74,7 @@ def keep_boundary(label: Labels, pixels: int) -> Labels:
 
 
 def compute_scores(confusion: Int[np.ndarray, "classes classes"]) -> Scores:
-    """The scores of a confusion matrix of pixels, `[classes, classes]`: a row a label, a column a prediction.
+    """The scores of a confusion matrix of pixels: a row a label, a column a prediction.
 
     >>> import numpy as np
     >>> scores = compute_scores(np.array([[6, 2], [0, 2]]))
@@ -105,21 +92,3 @@ def compute_scores(confusion: Int[np.ndarray, "classes classes"]) -> Scores:
         return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
     return Scores(iou, accuracy, mean(iou), mean(accuracy), float(total))
-
-
-def compute_image_scores(
-    correct: Int[np.ndarray, " classes"],
-    labelled: Int[np.ndarray, " classes"],
-    predicted: Int[np.ndarray, " classes"],
-) -> tuple[float, float]:
-    """Pixel accuracy and mIoU of one image, from its pixels of each class; nan where nothing is labelled.
-
-    >>> import numpy as np
-    >>> compute_image_scores(np.array([6, 2]), np.array([8, 2]), np.array([6, 4]))
-    (0.8, 0.625)
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = correct / (labelled + predicted - correct)
-        present = np.isfinite(iou)
-        accuracy, miou = correct.sum() / labelled.sum(), iou[present].sum() / present.sum()
-    return float(accuracy), float(miou)

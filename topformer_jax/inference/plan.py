@@ -99,25 +99,20 @@ class ProgramShapes(NamedTuple):
     def find_canvas(self, grids: Sequence[WindowGrid]) -> int:
         """The number of the smallest canvas that an image's windows fit into; there is one."""
         windows = [grid.window for grid in grids]
-        fitting = {
-            number: _count_pixels(canvas)
-            for number, canvas in enumerate(self.canvases)
-            if np.all(np.array(windows) <= np.array(canvas))
-        }
-        return min(fitting, key=fitting.__getitem__)
+        fitting = [n for n, canvas in enumerate(self.canvases) if np.all(np.array(windows) <= canvas)]
+        return min(fitting, key=self.pixels)
 
     def fits(self, smaller: "ProgramShapes") -> bool:
         """Whether the images of other shapes fit into these; both have one canvas."""
         return all(
             small.windows <= large.windows
-            and all(np.array(small.canvases[0]) <= large.canvases[0])
-            and all(np.array(small.support) <= large.support)
+            and np.all(np.array([small.canvases[0], small.support]) <= [large.canvases[0], large.support])
             for small, large in zip(smaller.ratios, self.ratios, strict=True)
         )
 
-    def pixels(self) -> int:
-        """The pixels of the network's input, for a single canvas."""
-        return _count_pixels(self.canvases[0])
+    def pixels(self, canvas: int = 0) -> int:
+        """The pixels of the network's input on a canvas, over all ratios."""
+        return sum(height * width for height, width in self.canvases[canvas])
 
 
 class EvalBatch(NamedTuple):
@@ -176,19 +171,15 @@ def axis_windows(pixels: int, window: int, stride: int) -> tuple[tuple[int, ...]
 
 def window_grids(size: Size, evaluation: ConfigDict) -> tuple[WindowGrid, ...]:
     """What the network sees of an image of `size`, one grid per ratio."""
-    grids = []
-    for resized in network_sizes(size, evaluation):
-        axes = []
-        for axis in (0, 1):
-            starts: tuple[int, ...] = (0,)
-            window = resized[axis]
-            if evaluation.mode == "slide":
-                starts, window = axis_windows(
-                    resized[axis], evaluation.crop_size[axis], evaluation.stride[axis]
-                )
-            axes.append(AxisWindows(size[axis], resized[axis], window, starts))
-        grids.append(WindowGrid(*axes))
-    return tuple(grids)
+
+    def cut(axis: int, resized: int) -> AxisWindows:
+        starts: tuple[int, ...] = (0,)
+        window = resized
+        if evaluation.mode == "slide":
+            starts, window = axis_windows(resized, evaluation.crop_size[axis], evaluation.stride[axis])
+        return AxisWindows(size[axis], resized, window, starts)
+
+    return tuple(WindowGrid(cut(0, h), cut(1, w)) for h, w in network_sizes(size, evaluation))
 
 
 def view_flips(evaluation: ConfigDict) -> tuple[bool, ...]:
@@ -211,11 +202,7 @@ def plan_evaluation(
     single device, each canvas has its own programs. The last batch is spread over all devices, so that all hosts read
     some of its images.
 
-    Args:
-        image_sizes: (height, width) of every example.
-        evaluation: the settings `config.evaluation`.
-        devices: of all processes.
-        rows_per_device: images that a device computes at once.
+    `devices` are those of all processes, each of which computes `rows_per_device` images at once.
     """
     if not image_sizes:
         return []
@@ -259,10 +246,7 @@ def plan_shapes(
 ) -> ProgramShapes:
     """The static shapes of the programs for images of these sizes.
 
-    Args:
-        image_sizes: (height, width) of images, in any order.
-        evaluation: the settings `config.evaluation`.
-        round_up: whether canvases are rounded up to one of few sizes, so that other images can share the programs.
+    With `round_up`, canvases are rounded up to one of few sizes, so that other images can share the programs.
     """
     number_of = collections.Counter(image_sizes)
     grids = {size: window_grids(size, evaluation) for size in number_of}
@@ -278,14 +262,10 @@ def plan_shapes(
     ratios = []
     for number, of_ratio in enumerate(zip(*grids.values(), strict=True)):
         windows = max(grid.num_windows for grid in of_ratio)
+        windows = _round_up_to_power(windows) if round_up else windows
         support = _largest([(_support(grid.rows, 0), _support(grid.columns, 1)) for grid in of_ratio])
-        ratios.append(
-            RatioShapes(
-                tuple((canvas[2 * number], canvas[2 * number + 1]) for canvas in canvases),
-                _round_up_to_power(windows) if round_up else windows,
-                support,
-            )
-        )
+        sizes = tuple((canvas[2 * number], canvas[2 * number + 1]) for canvas in canvases)
+        ratios.append(RatioShapes(sizes, windows, support))
     masked = round_up or any(each not in canvases for each in wanted)
     return ProgramShapes(tuple(ratios), masked)
 
@@ -298,11 +278,7 @@ def choose_canvases(
     A greedy search: it adds the canvas that leaves the fewest pixels to compute, then tries to exchange each of those
     chosen before, in three rounds.
 
-    Args:
-        sizes: of the images: height and width, for each ratio.
-        weights: how often each size occurs.
-        limit: of the number of results.
-        max_padding: share of the pixels that may be padding.
+    `sizes` are those of the images, height and width for each ratio; `weights` say how often each occurs.
     """
 
     def count_pixels(sides: np.ndarray) -> np.ndarray:
@@ -348,8 +324,8 @@ def prepare_input(
     """Resizes an image for the network, cuts its windows, and lays out their resize matrices and its labels.
 
     Args:
-        image: uint8 `[h, w, 3]`, RGB.
-        label: uint8 `[h, w]`, or None if only the prediction is wanted.
+        image: RGB.
+        label: None if only the prediction is wanted.
         evaluation: the settings `config.evaluation`.
         shapes: of the programs; the image fits into them.
         label_size: of the labels' array, which the image shares with others; its own if None.
@@ -389,44 +365,26 @@ def padding_input(
     """The input for a row of a batch that has no image: a black image, which no canvas and no tile takes."""
     black = np.zeros((*size, 3), np.uint8)
     views, label = prepare_input(black, None, evaluation, shapes, label_size, dtype)
-    canvas = np.array(len(shapes.canvases), np.int32)
-    return InferenceInput(
-        tuple(view._replace(canvas=canvas) for view in views), label._replace(tiles=np.zeros(2, np.int32))
-    )
+    none = np.array(len(shapes.canvases), np.int32)
+    views = tuple(view._replace(canvas=none) for view in views)
+    return InferenceInput(views, label._replace(tiles=np.zeros(2, np.int32)))
 
 
 @functools.lru_cache(maxsize=256)
 def _resize_bands(
     axis: AxisWindows, number: int, num_tiles: int, ratio: RatioShapes, flip: bool, dtype: str
 ) -> BandedResize:
-    """The resizes of an image's windows along one axis in tiles; cached, since images share few sizes.
-
-    Args:
-        axis: the image's windows.
-        number: of the axis: 0 for rows, 1 for columns.
-        num_tiles: of the labels' array.
-        ratio: the shapes of the result.
-        flip: whether the network sees the image mirrored.
-        dtype: of the matrices.
-    """
+    """The resizes of an image's windows along one axis, 0 or 1, in tiles; cached, since images share few sizes."""
     matrices = resize_matrices(axis.resized, axis.pixels, axis.starts, axis.window, dtype)
-    bands = split_into_bands(
-        matrices[:, ::-1] if flip and number == 1 else matrices,
-        TILE[number],
-        support=ratio.support[number],
-        num_tiles=num_tiles,
-        padded_cells=ratio.logits_size()[number],
-    )
+    matrices = matrices[:, ::-1] if flip and number == 1 else matrices
+    support, cells = ratio.support[number], ratio.logits_size()[number]
+    bands = split_into_bands(matrices, TILE[number], support=support, num_tiles=num_tiles, padded_cells=cells)
     missing = (0, ratio.windows - len(axis.starts))
     return BandedResize(*(np.pad(x, [missing] + [(0, 0)] * (x.ndim - 1)) for x in bands))
 
 
 def _support(axis: AxisWindows, number: int) -> int:
     return tile_support(axis.pixels, axis.resized, TILE[number], axis.window)
-
-
-def _count_pixels(sizes: ViewSizes) -> int:
-    return sum(height * width for height, width in sizes)
 
 
 def _largest(sizes: Sequence[Size]) -> Size:

@@ -17,16 +17,9 @@ from topformer_jax import models
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
 from topformer_jax.exporters.exported import need_packages
+from topformer_jax.inference import plan
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.plan import (
-    InferenceInput,
-    LabelInput,
-    ProgramShapes,
-    network_sizes,
-    plan_shapes,
-    prepare_input,
-    view_flips,
-)
+from topformer_jax.inference.plan import InferenceInput, LabelInput, ProgramShapes, plan_shapes, view_flips
 from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.runtime import files, sharding
 from topformer_jax.runtime.errors import UserError
@@ -52,7 +45,6 @@ class Predictor:
             except for ties of two classes by rounding. "auto" is "onnx" where that works, and else "jax".
 
     Attributes:
-        model: the model.
         network: computes the logits; None if JAX does.
         runtime: "jax", or "onnxruntime" for another network.
         classes, palette, checkpoint_config: the model's.
@@ -96,8 +88,8 @@ class Predictor:
     def with_probabilities(self, image: Image) -> tuple[Labels, Float[np.ndarray, "h w classes"]]:
         """The class of each pixel, and the softmax over classes: 4 bytes per class and pixel."""
         label, views = self._compute_views(image)
-        found = np.asarray(self._programs.probabilities(views, label))[0]
-        return self._predict_labels(image, label, views), found[: image.shape[0], : image.shape[1]]
+        shares = np.asarray(self._programs.probabilities(views, label))[0]
+        return self._predict_labels(image, label, views), shares[: image.shape[0], : image.shape[1]]
 
     def _compute_views(self, image: Image) -> tuple[LabelInput, list[ViewLogits]]:
         programs = self._programs
@@ -105,7 +97,7 @@ class Predictor:
         shapes = self._find_shapes(size)
         if self.network is not None:
             shapes = shapes._replace(masked=False)  # it sees images of their own size
-        prepared = prepare_input(image, None, programs.evaluation, shapes, dtype=programs.dtype.name)
+        prepared = plan.prepare_input(image, None, programs.evaluation, shapes, dtype=programs.dtype.name)
         batch = make_global_batch({0: prepared}, 1, programs.batch_sharding)
         if self.network is None:
             return batch.label, programs.compute_views(self._tensors, shapes, batch)
@@ -124,15 +116,15 @@ class Predictor:
         """The views' logits from another network, padded like the model's own."""
         views = []
         flips = len(view_flips(self._programs.evaluation))
-        sizes = network_sizes(size, self._programs.evaluation)
+        sizes = plan.network_sizes(size, self._programs.evaluation)
         for number, view in enumerate(batch.views):
-            ratio = number // flips
-            height, width = sizes[ratio]
+            height, width = sizes[number // flips]
             logits = network(np.ascontiguousarray(np.asarray(view.windows)[0, :, :height, :width]))
-            down, across = shapes.ratios[ratio].logits_size()
-            pad = ((0, 0), (0, down - logits.shape[1]), (0, across - logits.shape[2]), (0, 0))
-            padded = np.pad(logits, pad).swapaxes(2, 3)[None]
-            placed = jax.device_put(padded, self._programs.batch_sharding)
+            padded = np.zeros(
+                (1, *shapes.ratios[number // flips].logits_size(), self.model.num_classes), np.float32
+            )
+            padded[:, : logits.shape[1], : logits.shape[2]] = logits
+            placed = jax.device_put(padded.swapaxes(2, 3)[None], self._programs.batch_sharding)
             views.append(ViewLogits(placed, view.counts, view.rows, view.columns))
         return views
 

@@ -7,6 +7,7 @@ size *after* their convolution and activation. A fifth, "none", leaves them out,
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -16,33 +17,18 @@ from numpy.random import Generator
 from topformer_jax.models.layers import ConvModule, DTypePolicy, hsigmoid
 from topformer_jax.ops.resample import Matrices, resize
 
-
-class _Injection(nnx.Module):
-    """What all kinds share: the policy, and the resize of global semantics (for `matrices` see `resize`)."""
-
-    def __init__(self, policy: DTypePolicy):
-        self.policy = policy
-
-    def _resize_like(
-        self, semantics: Float[Array, "n gh gw c"], local: Float[Array, "n h w _c"], matrices: Matrices | None
-    ) -> Float[Array, "n h w c"]:
-        _, h, w, _ = local.shape
-        method, precision = self.policy.conv_impl, self.policy.matmul_precision
-        return resize(semantics, (h, w), matrices=matrices, method=method, precision=precision)
+Resize = Callable[[Array], Array]  # of global semantics to the size of the local tokens
 
 
-class MultiSum(_Injection):
-    """`ConvBN(local) * resize(hsigmoid(ConvBN(global))) + resize(ConvBN(global))`, the paper's choice."""
-
-    activation: Callable[[Array], Array] | None = None
-    gate_norm = True
+class Injection(nnx.Module):
+    """One kind of injection: its layers, and `fuse`, which applies them to tokens and semantics."""
 
     def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
-        super().__init__(policy)
-        embedding = functools.partial(ConvModule, inputs, outputs, policy=policy, rng=rng)
-        self.local_embedding = embedding(activation=self.activation)
-        self.global_embedding = embedding(activation=self.activation)
-        self.global_act = embedding(norm=self.gate_norm)
+        self.policy = policy
+        self.add_layers(functools.partial(ConvModule, inputs, outputs, policy=policy, rng=rng))
+
+    add_layers: Callable[..., None]  # (conv): in the order of their random draws
+    fuse: Callable[..., Array]  # (local, semantics, resize)
 
     def __call__(
         self,
@@ -50,9 +36,27 @@ class MultiSum(_Injection):
         semantics: Float[Array, "n gh gw inputs"],
         matrices: Matrices | None = None,
     ) -> Float[Array, "n h w outputs"]:
-        gate = self._resize_like(hsigmoid(self.global_act(semantics)), local, matrices)
-        feature = self._resize_like(self.global_embedding(semantics), local, matrices)
-        return self.local_embedding(local) * gate + feature
+        """The injected tokens; for `matrices` see `ops.resample.resize`."""
+        _, h, w, _ = local.shape
+        method, precision = self.policy.conv_impl, self.policy.matmul_precision
+        options: Any = {"matrices": matrices, "method": method, "precision": precision}
+        return self.fuse(local, semantics, lambda x: resize(x, (h, w), **options))
+
+
+class MultiSum(Injection):
+    """`ConvBN(local) * resize(hsigmoid(ConvBN(global))) + resize(ConvBN(global))`, the paper's choice."""
+
+    activation: Callable[[Array], Array] | None = None
+    gate_norm = True
+
+    def add_layers(self, conv: Callable[..., ConvModule]) -> None:
+        self.local_embedding = conv(activation=self.activation)
+        self.global_embedding = conv(activation=self.activation)
+        self.global_act = conv(norm=self.gate_norm)
+
+    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+        gate = resize(hsigmoid(self.global_act(semantics)))
+        return self.local_embedding(local) * gate + resize(self.global_embedding(semantics))
 
 
 class MultiSumCBR(MultiSum):
@@ -62,52 +66,34 @@ class MultiSumCBR(MultiSum):
     gate_norm = False
 
 
-class FuseSum(_Injection):
+class FuseSum(Injection):
     """`ConvBN(local) + resize(ConvBN(global))`."""
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
-        super().__init__(policy)
-        self.fuse1 = ConvModule(inputs, outputs, policy=policy, rng=rng)
-        self.fuse2 = ConvModule(inputs, outputs, policy=policy, rng=rng)
+    def add_layers(self, conv: Callable[..., ConvModule]) -> None:
+        self.fuse1, self.fuse2 = conv(), conv()
 
-    def __call__(
-        self,
-        local: Float[Array, "n h w inputs"],
-        semantics: Float[Array, "n gh gw inputs"],
-        matrices: Matrices | None = None,
-    ) -> Float[Array, "n h w outputs"]:
-        return self.fuse1(local) + self._resize_like(self.fuse2(semantics), local, matrices)
+    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+        return self.fuse1(local) + resize(self.fuse2(semantics))
 
 
 class FuseMulti(FuseSum):
     """`ConvBN(local) * resize(hsigmoid(ConvBN(global)))`."""
 
-    def __call__(
-        self,
-        local: Float[Array, "n h w inputs"],
-        semantics: Float[Array, "n gh gw inputs"],
-        matrices: Matrices | None = None,
-    ) -> Float[Array, "n h w outputs"]:
-        return self.fuse1(local) * self._resize_like(hsigmoid(self.fuse2(semantics)), local, matrices)
+    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+        return self.fuse1(local) * resize(hsigmoid(self.fuse2(semantics)))
 
 
-class LocalTokens(_Injection):
+class LocalTokens(Injection):
     """`ConvBN(local)`, without semantics. The transformer stays in the model, and in its size, but has no effect."""
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
-        super().__init__(policy)
-        self.local_embedding = ConvModule(inputs, outputs, policy=policy, rng=rng)
+    def add_layers(self, conv: Callable[..., ConvModule]) -> None:
+        self.local_embedding = conv()
 
-    def __call__(
-        self,
-        local: Float[Array, "n h w inputs"],
-        semantics: Float[Array, "n gh gw inputs"],
-        matrices: Matrices | None = None,
-    ) -> Float[Array, "n h w outputs"]:
+    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
         return self.local_embedding(local)
 
 
-INJECTIONS: dict[str, Callable[..., MultiSum | FuseSum | LocalTokens]] = {
+INJECTIONS: dict[str, type[Injection]] = {
     "multi_sum": MultiSum,
     "multi_sum_cbr": MultiSumCBR,
     "fuse_sum": FuseSum,

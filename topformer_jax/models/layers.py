@@ -104,7 +104,7 @@ def make_divisible(channels: int, divisor: int = 8) -> int:
 
 
 def sequential(layers: Iterable[Any], x: Array, size: Sizes = None) -> Array:
-    """Applies modules and functions in order, as `torch.nn.Sequential` does; `size`: see `Conv`."""
+    """Applies modules and functions in order; `size`: see `Conv`."""
     for layer in layers:
         x = layer(x, size) if isinstance(layer, ConvBN) else layer(x)
     return x
@@ -150,16 +150,10 @@ class Conv(nnx.Module):
         """The convolution of feature maps, or of an image at the top left of each: `size` is its (height, width)."""
         policy = self.policy
         weight = self.weight[...].astype(policy.dtype)
-        if len(weight) > 1:
-            x = zero_outside(x, size)
-        x = conv(
-            x,
-            weight,
-            self.stride,
-            groups=self.groups,
-            method=policy.conv_impl,
-            precision=policy.matmul_precision,
-        )
+        if len(weight) > 1 and size is not None:  # zeros outside of the images
+            x = jnp.where(image_mask(size, *x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))
+        method, precision = policy.conv_impl, policy.matmul_precision
+        x = conv(x, weight, self.stride, groups=self.groups, method=method, precision=precision)
         return x if self.bias is None else x + self.bias[...].astype(policy.dtype)
 
 
@@ -311,7 +305,7 @@ def fold_batch_norms(model: Model) -> Model:
 
 
 def _fold(conv: Conv, norm: BatchNorm) -> None:
-    """Includes the BatchNorm after a convolution in its weight and bias, computed in float64."""
+    """Includes the BatchNorm after a convolution in its weight and bias, in float64."""
     if not norm.use_running_average:
         raise ValueError("BatchNorms can be folded in inference mode only: call model.eval() first")
     weight, shift, mean, variance = (
@@ -331,8 +325,7 @@ def _fold(conv: Conv, norm: BatchNorm) -> None:
 # a convolution above 1x1 first sets everything outside to zero, as its own padding; pooling and resizes use the
 # matrices of the image's own size, padded with zeros; attention gives no weight to keys outside.
 
-# The resizes inside the segmenter, (stride before, stride after): pooling of the tokens, and the bilinear resizes of
-# the injections and the head.
+# The resizes inside the segmenter, (stride before, stride after): poolings; then those of injections and head.
 RESIZES: dict[tuple[int, int], Callable[[int, int, str], np.ndarray]] = {
     **dict.fromkeys([(4, 64), (8, 64), (16, 64), (32, 64)], pooling_matrix),
     **dict.fromkeys([(64, 8), (64, 16), (64, 32), (16, 8), (32, 8)], bilinear_matrix),
@@ -344,10 +337,8 @@ RESIZES: dict[tuple[int, int], Callable[[int, int, str], np.ndarray]] = {
 class ImageArea:
     """The sizes of a batch's images on a larger canvas, and their resize matrices; only masked evaluation uses it.
 
-    Training, export and unmasked evaluation pass `WHOLE`. `make_image_area` makes the area of one image.
-
     Attributes:
-        size: int32 `[n, 2]`, (height, width) of each image, pixels of the network's input.
+        size: (height, width) of each image, pixels of the network's input.
         matrices: of the resizes in `RESIZES`, for rows and columns, each `[n, after, before]`.
     """
 
@@ -376,15 +367,11 @@ class ImageArea:
         return ImageArea(self.size, matrices)
 
 
-# Every image fills its canvas: the plain network.
-WHOLE = ImageArea()
+WHOLE = ImageArea()  # every image fills its canvas: in training, export and unmasked evaluation
 
 
 def make_image_area(size: tuple[int, int], canvas: tuple[int, int], dtype: str) -> ImageArea:
-    """The area of one image, in numpy, without the batch axis.
-
-    `size` and `canvas` are (height, width) in pixels of the network's input; `dtype` is that of the matrices.
-    """
+    """The area of one image of `size` on a canvas, both (height, width) in pixels, without the batch axis."""
     rows, columns = (_axis_matrices(size[axis], canvas[axis], dtype) for axis in (0, 1))
     return ImageArea(np.array(size, np.int32), {key: (rows[key], columns[key]) for key in RESIZES})
 
@@ -410,10 +397,3 @@ def image_mask(size: Int32[Array, "n 2"], height: int, width: int) -> Bool[Array
     rows = jnp.arange(height, dtype=size.dtype) < size[:, :1]
     columns = jnp.arange(width, dtype=size.dtype) < size[:, 1:]
     return rows[:, :, None] & columns[:, None, :]
-
-
-def zero_outside(x: Float[Array, "n h w c"], size: Sizes) -> Float[Array, "n h w c"]:
-    """Feature maps with zeros outside the images; unchanged if `size` is None."""
-    if size is None:
-        return x
-    return jnp.where(image_mask(size, *x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))

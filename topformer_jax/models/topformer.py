@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +28,16 @@ class Variant:
     """One size of the network.
 
     Attributes:
-        rows: (depthwise kernel, expansion ratio, output channels, stride) of each block of the token pyramid.
+        blocks: of the token pyramid.
         taps: the blocks (counted from 0) whose outputs are the tokens of strides 4, 8, 16 and 32.
         head_channels: of the injections and the head.
         heads: of the attention.
     """
 
-    rows: tuple[tuple[int, int, int, int], ...]
+    blocks: tuple[Block, ...]
     taps: tuple[int, ...]
     head_channels: int
     heads: int
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks of the token pyramid."""
-        return tuple(Block(*row) for row in self.rows)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -49,23 +45,21 @@ class Variant:
         return tuple(self.blocks[tap].channels for tap in self.taps)
 
 
+def _blocks(*rows: tuple[int, int, int, int]) -> tuple[Block, ...]:
+    return tuple(Block(*row) for row in rows)
+
+
 # fmt: off
 VARIANTS = {
-    "tiny": Variant(
-        ((3, 1, 16, 1), (3, 4, 16, 2), (3, 3, 16, 1), (5, 3, 32, 2), (5, 3, 32, 1), (3, 3, 64, 2), (3, 3, 64, 1),
-         (5, 6, 96, 2), (5, 6, 96, 1)),
-        taps=(2, 4, 6, 8), head_channels=128, heads=4,
-    ),
-    "small": Variant(
-        ((3, 1, 16, 1), (3, 4, 24, 2), (3, 3, 24, 1), (5, 3, 48, 2), (5, 3, 48, 1), (3, 3, 96, 2), (3, 3, 96, 1),
-         (5, 6, 128, 2), (5, 6, 128, 1), (3, 6, 128, 1)),
-        taps=(2, 4, 6, 9), head_channels=192, heads=6,
-    ),
-    "base": Variant(
-        ((3, 1, 16, 1), (3, 4, 32, 2), (3, 3, 32, 1), (5, 3, 64, 2), (5, 3, 64, 1), (3, 3, 128, 2), (3, 3, 128, 1),
-         (5, 6, 160, 2), (5, 6, 160, 1), (3, 6, 160, 1)),
-        taps=(2, 4, 6, 9), head_channels=256, heads=8,
-    ),
+    "tiny": Variant(_blocks(
+        (3, 1, 16, 1), (3, 4, 16, 2), (3, 3, 16, 1), (5, 3, 32, 2), (5, 3, 32, 1), (3, 3, 64, 2), (3, 3, 64, 1),
+        (5, 6, 96, 2), (5, 6, 96, 1)), taps=(2, 4, 6, 8), head_channels=128, heads=4),
+    "small": Variant(_blocks(
+        (3, 1, 16, 1), (3, 4, 24, 2), (3, 3, 24, 1), (5, 3, 48, 2), (5, 3, 48, 1), (3, 3, 96, 2), (3, 3, 96, 1),
+        (5, 6, 128, 2), (5, 6, 128, 1), (3, 6, 128, 1)), taps=(2, 4, 6, 9), head_channels=192, heads=6),
+    "base": Variant(_blocks(
+        (3, 1, 16, 1), (3, 4, 32, 2), (3, 3, 32, 1), (5, 3, 64, 2), (5, 3, 64, 1), (3, 3, 128, 2), (3, 3, 128, 1),
+        (5, 6, 160, 2), (5, 6, 160, 1), (3, 6, 160, 1)), taps=(2, 4, 6, 9), head_channels=256, heads=8),
 }
 # fmt: on
 
@@ -82,16 +76,11 @@ class PyramidPool(nnx.Module):
     ) -> Float[Array, "n h w c"]:
         _, h, w, _ = tokens[-1].shape
         size = ((h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
-        pooled = [
-            adaptive_avg_pool(
-                x,
-                size,
-                matrices=area.matrices_between(stride, STRIDES[-1] * self.stride),
-                method=self.policy.conv_impl,
-                precision=self.policy.matmul_precision,
-            )
-            for stride, x in zip(STRIDES, tokens, strict=True)
-        ]
+        method, precision = self.policy.conv_impl, self.policy.matmul_precision
+        pooled = []
+        for stride, x in zip(STRIDES, tokens, strict=True):
+            matrices = area.matrices_between(stride, STRIDES[-1] * self.stride)
+            pooled.append(adaptive_avg_pool(x, size, matrices=matrices, method=method, precision=precision))
         return jnp.concatenate(pooled, axis=-1)
 
 
@@ -112,14 +101,8 @@ class Backbone(nnx.Module):
         self.channels = variant.channels
         self.tpm = TokenPyramid(variant.blocks, variant.taps, policy=policy, rng=rng)
         self.ppa = PyramidPool(pool_stride, policy)
-        self.trans = Transformer(
-            sum(self.channels),
-            variant.heads,
-            settings.depths,
-            drop_path_rate=settings.drop_path_rate,
-            policy=policy,
-            rng=rng,
-        )
+        rates = np.linspace(0, settings.drop_path_rate, settings.depths)
+        self.trans = Transformer(sum(self.channels), variant.heads, rates.tolist(), policy=policy, rng=rng)
 
     def extract_features(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None, area: ImageArea = WHOLE
@@ -163,31 +146,18 @@ class TopFormer(Backbone):
         super().__init__(settings, 2, policy=policy, rng=rng)
         injection = INJECTIONS[settings.injection]
         # As officially, slot 0 has no weights: the tokens of stride 4 are an input of the transformer only.
-        self.SIM = nnx.List(
-            [
-                _no_injection,
-                *(
-                    injection(channels, head_channels, policy=policy, rng=rng)
-                    for channels in self.channels[1:]
-                ),
-            ]
-        )
+        slots: list[Any] = [_no_injection]
+        slots += [injection(inputs, head_channels, policy=policy, rng=rng) for inputs in self.channels[1:]]
+        self.SIM = nnx.List(slots)
 
     def __call__(
         self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None, area: ImageArea = WHOLE
     ) -> list[Float[Array, "n _h _w head_channels"]]:
         tokens, semantics = self.extract_features(images, rngs, area)
-        offsets = [sum(self.channels[: index + 1]) for index in range(len(self.channels) - 1)]
-        semantics_of_scale = jnp.split(semantics, offsets, axis=-1)
+        parts = jnp.split(semantics, np.cumsum(self.channels)[:-1].tolist(), axis=-1)
+        matrices = [area.matrices_between(SEMANTICS_STRIDE, stride) for stride in STRIDES]
         with jax.named_scope("SIM"):
-            return [
-                self.SIM[index](
-                    tokens[index],
-                    semantics_of_scale[index],
-                    area.matrices_between(SEMANTICS_STRIDE, STRIDES[index]),
-                )
-                for index in range(1, len(tokens))
-            ]
+            return [self.SIM[i](tokens[i], parts[i], matrices[i]) for i in range(1, len(tokens))]
 
 
 class DecodeHead(nnx.Module):
@@ -199,20 +169,13 @@ class DecodeHead(nnx.Module):
 
     def __init__(self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: Generator):
         self.policy = policy
+        channels, groups = head_channels, head_channels if settings.depthwise_head else 1
         # mmcv initialises this layer with the fan-out of a full convolution, also if it is depthwise.
-        self.linear_fuse = ConvModule(
-            head_channels,
-            head_channels,
-            head_channels if settings.depthwise_head else 1,
-            activation=jax.nn.relu,
-            std=math.sqrt(2 / head_channels),
-            policy=policy,
-            rng=rng,
-        )
+        start: dict[str, Any] = {"activation": jax.nn.relu, "std": math.sqrt(2 / channels)}
+        self.linear_fuse = ConvModule(channels, channels, groups, **start, policy=policy, rng=rng)
         self.dropout = Dropout(settings.dropout_ratio, broadcast_dims=(1, 2))
-        self.conv_seg = Conv(
-            head_channels, settings.num_classes, bias=True, std=0.01, policy=policy.accum_policy, rng=rng
-        )
+        start = {"bias": True, "std": 0.01}
+        self.conv_seg = Conv(channels, settings.num_classes, **start, policy=policy.accum_policy, rng=rng)
 
     def __call__(
         self,

@@ -1,8 +1,10 @@
 """The scale-aware semantics extractor (paper, section 3.2): transformer blocks of 1x1 convolutions."""
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 from numpy.random import Generator
@@ -44,18 +46,14 @@ class Attention(nnx.Module):
             return y.reshape(n, h * w, self.heads, -1).transpose(0, 2, 1, 3)  # [n, heads, h*w, channels]
 
         query, key, value = (split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        scores = jnp.matmul(
-            query,
-            key.swapaxes(2, 3),
-            precision=policy.matmul_precision,
-            preferred_element_type=policy.accum_dtype,
-        )
+        matmul = functools.partial(jnp.matmul, precision=policy.matmul_precision)
+        scores = matmul(query, key.swapaxes(2, 3), preferred_element_type=policy.accum_dtype)
         if size is not None:  # no weight for keys outside of the image
             keys = image_mask(size, h, w).reshape(n, 1, 1, h * w)
             scores = jnp.where(keys, scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(policy.dtype)
-        y = jnp.matmul(weights, value, precision=policy.matmul_precision)
-        return sequential(self.proj, y.transpose(0, 2, 1, 3).reshape(n, h, w, -1))
+        y = matmul(weights, value).transpose(0, 2, 1, 3).reshape(n, h, w, -1)
+        return sequential(self.proj, y)
 
 
 class Mlp(nnx.Module):
@@ -88,24 +86,13 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """`depths` blocks; their drop-path rates rise linearly from 0 to `drop_path_rate`."""
+    """A block for each of the drop-path rates."""
 
     def __init__(
-        self,
-        features: int,
-        heads: int,
-        depths: int,
-        *,
-        drop_path_rate: float = 0.1,
-        policy: DTypePolicy,
-        rng: Generator,
+        self, features: int, heads: int, rates: Sequence[float], *, policy: DTypePolicy, rng: Generator
     ):
-        self.transformer_blocks = nnx.List(
-            [
-                TransformerBlock(features, heads, float(rate), policy=policy, rng=rng)
-                for rate in np.linspace(0, drop_path_rate, depths)
-            ]
-        )
+        blocks = [TransformerBlock(features, heads, rate, policy=policy, rng=rng) for rate in rates]
+        self.transformer_blocks = nnx.List(blocks)
 
     def __call__(
         self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Sizes = None

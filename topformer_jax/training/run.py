@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import pathlib
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,15 +17,9 @@ from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import loader, mixing, sources
-from topformer_jax.data.batch import Batch
+from topformer_jax.data.batch import Batch, Labels
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.inference.evaluation import (
-    ExampleResult,
-    evaluate_classifier,
-    evaluate_split,
-    score_split,
-)
-from topformer_jax.inference.metrics import compute_scores
+from topformer_jax.inference.evaluation import LoadedExample, evaluate_classifier, evaluate_split, score_split
 from topformer_jax.runtime import errors, files, logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.run_folder import RunFolder
@@ -163,10 +156,8 @@ def _to_trees(state: TrainState) -> dict[str, Any]:
     return {"model": state.params | state.stats, "optimizer": state.optimizer, "average": state.average}
 
 
-def record_start(config: ConfigDict, folder: RunFolder, start: int, changes: Sequence[str]) -> None:
-    """Prints what changed since the last start, stores the settings of this one, and fetches an earlier log."""
-    for change in changes:
-        print(f"changed since step {start}: {change}")
+def record_start(config: ConfigDict, folder: RunFolder, start: int) -> None:
+    """Stores the settings of this start, and fetches an earlier log."""
     text = config.to_json(indent=2)
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     for name in ("config.json", f"configs/{start:07}-{moment}.json"):
@@ -174,17 +165,11 @@ def record_start(config: ConfigDict, folder: RunFolder, start: int, changes: Seq
     folder.fetch("metrics.jsonl")
 
 
-def print_banner(
-    config: ConfigDict,
-    folder: RunFolder,
-    mesh: Mesh,
-    state: TrainState,
-    splits: tuple[sources.Source, sources.Source],
-) -> None:
-    """Prints the facts of the run, one per line."""
+def print_banner(run: Run, state: TrainState, changes: Sequence[str]) -> None:
+    """Prints the facts of the run, one per line, and what changed since the last start."""
+    config, pictures = run.config, len(run.train_source)
     steps, start = config.schedule.steps, int(state.step)
-    epochs = steps * config.batch_size / len(splits[0])
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    axes = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     device, distillation = jax.devices()[0].device_kind, config.distillation
     tensors = state.params | state.stats
     frozen = frozen_names(config, tensors)
@@ -194,31 +179,26 @@ def print_banner(
     rows = {
         "config": f"{config.name}, TopFormer {config.model.variant}, {config.model.num_classes} classes, "
         f"{total:,} parameters, {config.model.dtype}",
-        "data": f"{config.data.dataset} ({config.data.source}), {len(splits[0])} training and {len(splits[1])} "
-        "validation examples",
-        "length": f"{epochs:.1f} epochs of {len(splits[0])} pictures = {steps} steps of {config.batch_size} images, "
-        f"crops {config.data.crop_size}",
+        "data": f"{config.data.dataset} ({config.data.source}), {pictures} training and "
+        f"{len(run.validation_source)} validation examples",
+        "length": f"{steps * config.batch_size / pictures:.1f} epochs of {pictures} pictures = {steps} steps of "
+        f"{config.batch_size} images, crops {config.data.crop_size}",
         "devices": f"{jax.device_count()} x {device} in {jax.process_count()} processes, mesh {axes}",
-        "writing to": folder.path,
+        "writing to": run.folder.path,
         "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'fresh weights'}",
         "frozen": frozen and f"{still:,} of {total:,} parameters, statistics of {norms} BatchNorms",
         "teacher": distillation.config and f"{distillation.config}, {distillation.checkpoint}",
     }
-    for name, value in rows.items():
-        if value:
-            print(f"{name:<10}  {value}", flush=True)
+    lines = [f"{name:<10}  {value}" for name, value in rows.items() if value]
+    print(*lines, *(f"changed since step {start}: {change}" for change in changes), sep="\n", flush=True)
 
 
 def open_batches(run: Run, start: int) -> loader.DeviceBatches:
     """The batches after a step, on the devices."""
+    places: Any = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    places["processes_on_host"] = processes.count_equal(loader.name_shared_memory())
     batches = loader.training_batches(
-        run.train_source,
-        run.config,
-        start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        processes_on_host=processes.count_equal(loader.name_shared_memory()),
-        class_draws=run.class_draws,
+        run.train_source, run.config, start_step=start, class_draws=run.class_draws, **places
     )
     return loader.DeviceBatches(batches, sharding.batch_sharding(run.mesh))
 
@@ -250,7 +230,7 @@ class Monitor:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Starts the clock for the rates of the next log line."""
+        """Starts the time of the next log line."""
         self._start, self._data_wait_seconds = time.perf_counter(), 0.0
 
     def next_batch(self) -> Batch:
@@ -319,26 +299,16 @@ def parse_steps(text: str | None) -> range:
 
 
 class StepProfiler:
-    """A `jax.profiler` trace of some steps, for TensorBoard's profile plugin or Perfetto.
+    """A `jax.profiler` trace of some steps in a run's folder: call it around every step, and `close` at the end."""
 
-    Call `before` and `after` around every step, and `close` at the end.
-
-    Args:
-        steps: to trace.
-        folder: a local one.
-        name: of the folder, as the user knows it.
-    """
-
-    def __init__(self, steps: range, folder: pathlib.Path, name: object):
-        self._steps = steps
-        self._name = name
-        self._folder = folder
+    def __init__(self, steps: range, folder: RunFolder):
+        self._steps, self._folder = steps, folder
         self._is_tracing = False
 
     def before(self, step: int) -> None:
         """Starts the trace before the first chosen step, or a later one if a run resumes among them."""
         if step in self._steps and not self._is_tracing:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._folder.local / "profile"))
             self._is_tracing = True
 
     def after(self, step: int, outputs: Any) -> None:
@@ -354,9 +324,8 @@ class StepProfiler:
             try:
                 jax.profiler.stop_trace()
             except (OSError, RuntimeError) as error:
-                raise UserError(f"cannot write the profile into {self._folder}: {error}") from None
-            if jax.process_index() == 0:
-                print(f"wrote the profile into {self._name}")
+                raise UserError(f"cannot write the profile into {self._folder.local}: {error}") from None
+            processes.say(f"wrote the profile into {self._folder.path / 'profile'}")
 
 
 def is_log_step(config: ConfigDict, step: int) -> bool:
@@ -426,9 +395,9 @@ def _score_segmenter(
     palette = run.data_set.palette
     rows: list[list[np.ndarray]] = []
 
-    def add_to_grid(example: ExampleResult) -> None:
+    def add_to_grid(example: LoadedExample, predict: Callable[[], Labels]) -> None:
         if len(rows) < GRID_ROWS and run.log.active:
-            labels = example.label, example.prediction()
+            labels = example.label, predict()
             rows.append([example.image, *(drawing.colorize(each, palette) for each in labels)])
 
     assert isinstance(run.model, models.Segmenter)
@@ -437,20 +406,17 @@ def _score_segmenter(
     if rows:
         grid = drawing.image_grid(rows, titles=("image", "label", "prediction"))
         drawing.write_image(run.folder.local / "predictions" / f"{step:07}.png", grid)
-    scores = score_split(result, run.config, "validation")
+    scores, boundary = score_split(result, run.config, "validation")
     found = {"miou": scores.miou, "macc": scores.macc, "aacc": scores.aacc}
-    if result.boundary is not None:
-        found["boundary_miou"] = compute_scores(result.boundary).miou
-    return found
+    return found | ({} if boundary is None else {"boundary_miou": boundary.miou})
 
 
 def _score_classifier(
     run: Run, tensors: Mapping[str, Any], _: int, on_progress: Callable[..., None]
 ) -> dict[str, float]:
     assert isinstance(run.model, models.Classifier)
-    result = evaluate_classifier(
-        run.model, run.validation_source, run.mesh, tensors=tensors, on_progress=on_progress
-    )
+    options: Any = {"tensors": tensors, "on_progress": on_progress}
+    result = evaluate_classifier(run.model, run.validation_source, run.mesh, **options)
     return {"top1": result.top(1), "top5": result.top(5)}
 
 

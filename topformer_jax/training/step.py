@@ -1,7 +1,6 @@
 """The training step: the state, the optimizer, and a pure function from a state and a batch to the next state."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -63,10 +62,6 @@ class TrainState:
 # The structure of a state with a sharding for each array; see `sharding.state_sharding`.
 StateSharding: TypeAlias = TrainState
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-CrossEntropy = Callable[..., LossSums]
-# From parameters, statistics, a micro-batch and a random key to the sums of the pixels' losses, the mean of the other
-# losses over the images, and the next statistics.
-Forward = Callable[[Tensors, Tensors, Batch, Array], tuple[LossSums, ArrayLike, Tensors]]
 
 
 def init_training(
@@ -147,18 +142,11 @@ def build_train_step(
     model: nnx.Module,
     mesh: Mesh,
     layout: StateSharding,
-    cross_entropy: CrossEntropy = upsampled_cross_entropy,
     teacher: nnx.Module | None = None,
 ) -> Any:
-    """The `TrainStep` of a model as a jitted function; switches the model to training mode.
+    """The jitted step of a model, whose weights it does not use; switches the model to training mode.
 
-    Args:
-        config: the settings.
-        model: the network; the step does not use its weights.
-        mesh: the devices.
-        layout: the sharding of every array of the state.
-        cross_entropy: of segmentation; takes the arguments of `upsampled_cross_entropy`.
-        teacher: the network to distil from; its tensors by name are a third argument of the step.
+    With a teacher, its tensors by name are a third argument of the step.
     """
     model.train()
     frozen = frozen_names(config, layout.params | layout.stats)
@@ -169,132 +157,119 @@ def build_train_step(
     if teacher is not None:
         teacher.eval()
         in_shardings += (sharding.replicated(mesh),)
-    forward = functools.partial(
-        _forward,
-        config=config,
-        graphdef=nnx.graphdef(model),
-        teacher_graphdef=None if teacher is None else nnx.graphdef(teacher),
-        cross_entropy=cross_entropy,
-        devices=mesh.size,
-    )
+    teacher_graph = None if teacher is None else nnx.graphdef(teacher)
     return jax.jit(
-        functools.partial(_apply_step, config=config, forward=forward, layout=layout),
+        _Step(config, layout, nnx.graphdef(model), teacher_graph).apply,
         in_shardings=in_shardings,
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def _apply_step(
-    state: TrainState,
-    batch: Batch,
-    teacher_tensors: Tensors | None = None,
-    *,
-    config: ConfigDict,
-    forward: Callable[..., tuple[LossSums, ArrayLike, Tensors]],
-    layout: StateSharding,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One step: augment, forward, backward, update. Pure; see `init_training` for the batch and the metrics."""
-    forward = functools.partial(forward, teacher_tensors=teacher_tensors)
-    gradients, stats, sums = _accumulate_gradients(state, batch, config, forward, layout)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
-        updates, optimizer_state = build_optimizer(config).update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-    tensors = params | stats
-    decay = average_decay(state.step, config)
-    frozen = frozen_names(config, tensors)  # whose averages would move by rounding
-    average = {
-        name: tensors[name] if name in frozen else _move_average(old, tensors[name], decay)
-        for name, old in state.average.items()
-    }
-    metrics = {
-        "loss": sums.loss,
-        ACCURACY[config.task]: sums.correct / jnp.maximum(sums.valid, 1),
-        "learning_rate": scaled_learning_rate(state.step, config),
-        "gradient_norm": optax.tree.norm(gradients),
-    }
-    return TrainState(state.step + 1, params, stats, optimizer_state, average), metrics
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """One step: augment, forward, backward, update. Its methods are pure."""
 
+    config: ConfigDict
+    layout: StateSharding
+    graph: nnx.GraphDef
+    teacher_graph: nnx.GraphDef | None
 
-def _accumulate_gradients(
-    state: TrainState, batch: Batch, config: ConfigDict, forward: Forward, layout: StateSharding
-) -> tuple[Tensors, Tensors, LossSums]:
-    """Gradients by parameter name, BatchNorm statistics after the batch, and its mean loss and counts.
+    def apply(
+        self, state: TrainState, batch: Batch, teacher: Tensors | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The next state and the metrics; see `init_training`."""
+        config = self.config
+        gradients, stats, sums = self.accumulate_gradients(state, batch, teacher)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
+            updates, optimizer_state = build_optimizer(config).update(
+                gradients, state.optimizer, state.params
+            )
+            params = optax.apply_updates(state.params, updates)
+        tensors = params | stats
+        decay = average_decay(state.step, config)
+        frozen = frozen_names(config, tensors)  # whose averages would move by rounding
+        average = {
+            name: tensors[name] if name in frozen else _move_average(old, tensors[name], decay)
+            for name, old in state.average.items()
+        }
+        metrics = {
+            "loss": sums.loss,
+            ACCURACY[config.task]: sums.correct / jnp.maximum(sums.valid, 1),
+            "learning_rate": scaled_learning_rate(state.step, config),
+            "gradient_norm": optax.tree.norm(gradients),
+        }
+        return TrainState(state.step + 1, params, stats, optimizer_state, average), metrics
 
-    Parameters that are divided over devices are gathered once, at the start, and their gradients divided again as
-    soon as they are there. XLA by itself would divide feature maps by channels too, and move them for it.
-    """
-    count = config.grad_accum_steps
-    # Interleaved, so that each device's share of a micro-batch consists of the device's own examples.
-    micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
-    divisor: Any = batch["label"].size
-    if config.task == "segmentation" and config.ignore_void_in_mean:
-        divisor = jnp.maximum(jnp.sum(batch["label"] != IGNORE_LABEL), 1)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
-    whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
+    def accumulate_gradients(
+        self, state: TrainState, batch: Batch, teacher: Tensors | None
+    ) -> tuple[Tensors, Tensors, LossSums]:
+        """Gradients by parameter name, BatchNorm statistics after the batch, and its mean loss and counts.
 
-    def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, Any]:
-        sums, others, stats = forward(params, stats, micro_batch, key)
-        loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + others / count
-        return loss, (stats, sums._replace(loss=loss))
+        Parameters that are divided over devices are gathered once, at the start, and their gradients divided again as
+        soon as they are there. XLA by itself would divide feature maps by channels too, and move them for it.
+        """
+        config, layout, count = self.config, self.layout, self.config.grad_accum_steps
+        # Interleaved, so that each device's share of a micro-batch consists of the device's own examples.
+        micro_batches = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), dict(batch))
+        divisor: Any = batch["label"].size
+        if config.task == "segmentation" and config.ignore_void_in_mean:
+            divisor = jnp.maximum(jnp.sum(batch["label"] != IGNORE_LABEL), 1)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
+        whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
 
-    def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
+        def compute_loss(
+            params: Tensors, stats: Tensors, micro_batch: Batch, key: Array
+        ) -> tuple[Array, Any]:
+            sums, others, stats = self.forward(params | stats, micro_batch, key, teacher)
+            loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + others / count
+            return loss, (stats, sums._replace(loss=loss))
+
+        def add_micro_batch(carry: Any, inputs: Any) -> tuple[Any, None]:
+            stats, gradients, total = carry
+            micro_batch, key = inputs
+            grads, (new, sums) = jax.grad(compute_loss, has_aux=True)(whole, stats, micro_batch, key)
+            grads = jax.lax.with_sharding_constraint(grads, layout.params)
+            added = jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, total, sums)
+            return (stats | new, *added), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        counter = jnp.zeros((), jnp.sum(jnp.zeros(0, bool)).dtype)  # int32, or int64 in 64-bit mode
+        loss = jnp.zeros((), at_least_float32(models.DTYPES[config.model.dtype]))
+        carry: Any = (state.stats, zeros, LossSums(loss, counter, counter))
+        inputs = (micro_batches, jax.random.split(key, count))
+        if count == 1:
+            carry, _ = add_micro_batch(carry, jax.tree.map(lambda x: x[0], inputs))
+        else:
+            carry, _ = jax.lax.scan(add_micro_batch, carry, inputs)
         stats, gradients, total = carry
-        micro_batch, key = inputs
-        grads, (stats, sums) = jax.grad(compute_loss, has_aux=True)(whole, stats, micro_batch, key)
-        grads = jax.lax.with_sharding_constraint(grads, layout.params)
-        return (stats, jax.tree.map(jnp.add, gradients, grads), jax.tree.map(jnp.add, total, sums)), None
+        return gradients, stats, total
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    counter = jnp.zeros((), jnp.sum(jnp.zeros(0, bool)).dtype)  # int32, or int64 in 64-bit mode
-    loss = jnp.zeros((), at_least_float32(models.DTYPES[config.model.dtype]))
-    carry: Any = (state.stats, zeros, LossSums(loss, counter, counter))
-    inputs = (micro_batches, jax.random.split(key, count))
-    if count == 1:
-        carry, _ = add_micro_batch(carry, jax.tree.map(lambda x: x[0], inputs))
-    else:
-        carry, _ = jax.lax.scan(add_micro_batch, carry, inputs)
-    stats, gradients, total = carry
-    return gradients, stats, total
-
-
-def _forward(
-    params: Tensors,
-    stats: Tensors,
-    batch: Batch,
-    key: Array,
-    *,
-    teacher_tensors: Tensors | None,
-    config: ConfigDict,
-    graphdef: nnx.GraphDef,
-    teacher_graphdef: nnx.GraphDef | None,
-    cross_entropy: CrossEntropy,
-    devices: int,
-) -> tuple[LossSums, ArrayLike, Tensors]:
-    """A `Forward`: augments a micro-batch, runs the network and sums the loss."""
-    model = models.merge_state_dict(graphdef, params | stats)
-    rngs = nnx.Rngs(dropout=key)
-    images, labels = augment_batch(batch, config)
-    if isinstance(labels, MixedClasses):
-        smoothing = config.loss.label_smoothing
-        sums = class_cross_entropy(model(images, rngs=rngs), *labels, smoothing=smoothing)
-        return sums, 0.0, stats | models.state_dict(model, nnx.BatchStat)
-    logits, teacher_logits = model(images, rngs=rngs), None
-    if teacher_graphdef is not None and teacher_tensors is not None:
-        teacher = models.merge_state_dict(teacher_graphdef, teacher_tensors)
-        teacher_logits = jax.lax.stop_gradient(teacher(images))
-    pixel_loss = PixelLoss(
-        tuple(config.loss.class_weight),
-        config.loss.label_smoothing,
-        config.loss.ohem_threshold,
-        config.distillation.weight,
-        config.distillation.temperature,
-    )
-    options: Any = {"precision": config.model.precision, "devices": devices}
-    goal = teacher_logits if config.distillation.weight else None
-    sums = cross_entropy(logits, labels, goal, pixel_loss=pixel_loss, **options)
-    others = _sum_image_losses(config, logits, labels, teacher_logits, options)
-    return sums, others, stats | models.state_dict(model, nnx.BatchStat)
+    def forward(
+        self, tensors: Tensors, batch: Batch, key: Array, teacher: Tensors | None
+    ) -> tuple[LossSums, ArrayLike, Tensors]:
+        """The sums of the pixels' losses, the mean of the other losses over the images, and the next statistics."""
+        config = self.config
+        model = models.merge_state_dict(self.graph, tensors)
+        images, labels = augment_batch(batch, config)
+        logits = model(images, rngs=nnx.Rngs(dropout=key))
+        stats = models.state_dict(model, nnx.BatchStat)
+        if isinstance(labels, MixedClasses):
+            return class_cross_entropy(logits, *labels, smoothing=config.loss.label_smoothing), 0.0, stats
+        goal = None
+        if self.teacher_graph is not None and teacher is not None:
+            goal = jax.lax.stop_gradient(models.merge_state_dict(self.teacher_graph, teacher)(images))
+        pixel_loss = PixelLoss(
+            tuple(config.loss.class_weight),
+            config.loss.label_smoothing,
+            config.loss.ohem_threshold,
+            config.distillation.weight,
+            config.distillation.temperature,
+        )
+        options: Any = {"precision": config.model.precision, "devices": self.layout.step.mesh.size}
+        pixel_goal = goal if config.distillation.weight else None
+        sums = upsampled_cross_entropy(logits, labels, pixel_goal, pixel_loss=pixel_loss, **options)
+        return sums, _sum_image_losses(config, logits, labels, goal, options), stats
 
 
 def augment_batch(
@@ -304,13 +279,8 @@ def augment_batch(
     dtype = at_least_float32(models.DTYPES[config.model.dtype])
     if config.task == "classification":
         return augment_classes(batch, config, dtype)
-    return augment(
-        batch,
-        config.seed,
-        flip=config.data.flip_prob,
-        photometric=config.data.photometric_distortion,
-        dtype=dtype,
-    )
+    flip, photometric = config.data.flip_prob, config.data.photometric_distortion
+    return augment(batch, config.seed, flip=flip, photometric=photometric, dtype=dtype)
 
 
 def _sum_image_losses(
@@ -324,13 +294,10 @@ def _sum_image_losses(
         (loss.lovasz_weight, lambda: upsampled_lovasz(logits, labels, precision=options["precision"])),
     ]
     if teacher is not None:
-        temperature = distillation.channel_temperature
+        heat = distillation.channel_temperature
         terms += [
             (distillation.jaccard_weight, lambda: upsampled_jaccard(logits, labels, teacher, **options)),
-            (
-                distillation.channel_weight,
-                lambda: channel_divergence(logits, teacher, temperature=temperature),
-            ),
+            (distillation.channel_weight, lambda: channel_divergence(logits, teacher, temperature=heat)),
         ]
     return sum((weight * jnp.mean(compute()) for weight, compute in terms if weight), start=0.0)
 
@@ -355,8 +322,7 @@ def _move_average(old: Array, new: Array, decay: float | Array) -> Array:
     """The exponential moving average; integers (counters) take the new value."""
     if not jnp.issubdtype(old.dtype, jnp.floating):
         return new
-    if isinstance(decay, Array):
-        decay = decay.astype(old.dtype)
+    decay = decay.astype(old.dtype) if isinstance(decay, Array) else decay
     return decay * old + (1 - decay) * new
 
 
@@ -384,13 +350,9 @@ def learning_rate(step: ArrayLike, schedule: ConfigDict) -> Float[Array, ""]:
     else:
         # Only integers are subtracted: float32 would lose digits.
         remaining = jnp.maximum(schedule.steps - step, 0).astype(dtype) / schedule.steps
-        share = (
-            remaining**schedule.power
-            if schedule.policy == "poly"
-            else (1 - jnp.cos(jnp.pi * remaining)) / 2  # the angle is pi minus the formula's
-        )
-        rate = (schedule.lr - schedule.min_lr) * share
-        rate = rate + schedule.min_lr
+        cosine = (1 - jnp.cos(jnp.pi * remaining)) / 2  # the angle is pi minus the formula's
+        share = remaining**schedule.power if schedule.policy == "poly" else cosine
+        rate = (schedule.lr - schedule.min_lr) * share + schedule.min_lr
     warmup = schedule.warmup_steps
     if warmup == 0:
         return rate
@@ -425,17 +387,14 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     settings = config.optimizer
 
     def scale_head(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
-        multiplier = settings.head_lr_mult
-        return {
-            name: update * multiplier if name.startswith(HEAD_PREFIX) else update
-            for name, update in updates.items()
+        head = {
+            name: x * settings.head_lr_mult for name, x in updates.items() if name.startswith(HEAD_PREFIX)
         }
+        return {**updates, **head}
 
     def decay_mask(params: optax.Params) -> dict[str, bool]:
-        return {
-            name: not (settings.no_decay_norm and (".bn." in name or name.endswith(".bias")))
-            for name in params
-        }
+        exempt = {name for name in params if ".bn." in name or name.endswith(".bias")}
+        return {name: not (settings.no_decay_norm and name in exempt) for name in params}
 
     clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(settings.weight_decay, mask=decay_mask)
