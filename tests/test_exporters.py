@@ -281,7 +281,7 @@ def test_a_wrong_file_is_refused() -> None:
     def check(change: Callable[[np.ndarray], np.ndarray]) -> None:
         facts = describe(output="logits", stride=1, precision="float16")
         file = Exported("FILE", lambda images: change(np.array(right(images))), facts)
-        assert "compared in its runtime at 70x99" in verification.verify(file, drawn.plain, drawn.for_export)
+        assert "compared in its runtime at 70x99" in verification.verify(file, drawn.plain)
 
     check(lambda values: values)
     with pytest.raises(UserError, match=r"the exported file differs from the model: .* nothing was written"):

@@ -66,7 +66,6 @@ from typing import Any
 
 import cv2
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
@@ -107,12 +106,9 @@ class Choices:
 def export_model(
     config: ConfigDict, checkpoint: str, output: files.Path, choices: Choices, pictures: Sequence[Image] = ()
 ) -> str:
-    """Writes a file in the format of `output`'s suffix, after it was run and compared with the model.
+    """Writes a file in the format of `output`'s suffix, and returns the result of its comparison with the model.
 
     Every second one of the pictures, of any size, gives int8 its ranges; the file is compared on the others too.
-
-    Returns:
-        The result of the comparison.
 
     Raises:
         UserError: the choices contradict each other, the checkpoint does not fit, the file cannot be written, or it
@@ -136,13 +132,13 @@ def export_model(
     if choices.size is not None:
         size = choices.size[::-1]
         pictures = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
-    data, found = _make_file(str(output), module, model, description, pictures)
+    data, result = _make_file(str(output), module, model, description, pictures)
     with contextlib.ExitStack() as stack:
         if beside is not None:
             stack.enter_context(files.unfinished(beside))
             files.write_file(beside, json.dumps(description, indent=1) + "\n")
         files.write_file(output, data)
-    return f"{found}\nwrote {output}: {len(data) / 1e6:.1f} MB"
+    return f"{result}\nwrote {output}: {len(data) / 1e6:.1f} MB"
 
 
 def _make_file(
@@ -153,66 +149,57 @@ def _make_file(
     pictures: Sequence[Image],
 ) -> tuple[bytes, str]:
     """The content of a file of a format's module, and the result of its comparison with the model."""
-    # The layers as they are evaluated, not as they are exported.
-    evaluated = models.build(config_lib.load(model.config, {"model.conv_impl": "auto"}))
-    tensors = {key: np.asarray(value) for key, value in models.state_dict(model).items()}
-    checkpoints.load_state_dict(evaluated, tensors)
-    evaluated.eval()
 
-    def write(facts: Mapping[str, Any]) -> bytes:
-        function = network.make_function(model, facts["output"], facts["stride"], by_rows=module.BY_ROWS)
-        return bytes(module.write(function, facts))
+    def write(description: Mapping[str, Any]) -> bytes:
+        output, stride = description["output"], description["stride"]
+        function = network.make_function(model, output, stride, by_rows=module.BY_ROWS)
+        return bytes(module.write(function, description))
 
-    def open_data(data: bytes, facts: Mapping[str, Any]) -> exported.Exported:
-        return exported.open_bytes(name, data, module, None if module.HOLDS_DESCRIPTION else facts)
+    def open_data(data: bytes, description: Mapping[str, Any]) -> exported.Exported:
+        return exported.open_bytes(name, data, module, None if module.HOLDS_DESCRIPTION else description)
 
     def make_logits() -> exported.Exported:
-        facts = float_facts | {"output": "logits", "stride": 8}
-        return open_data(write(facts), facts)
+        logits = in_float32 | {"output": "logits", "stride": 8}
+        return open_data(write(logits), logits)
 
-    float_facts = {**description, "precision": "float32"}
+    in_float32 = {**description, "precision": "float32"}
     others = pictures[1::2] or pictures
-    data = write(float_facts)
-    found = verification.verify(open_data(data, float_facts), evaluated, model, others, make_logits)
+    data = write(in_float32)
+    result = verification.verify(open_data(data, in_float32), model, others, make_logits)
     if (precision := description["precision"]) != "float32":
         float_data, data = data, module.lower_precision(data, description, pictures[::2])
         images = others[:8] or list(verification.draw_images(description["size"]))
         share, layer = module.compare_layers(data, float_data, images)
         verification.check_layer(share, layer, precision)
-        found = verification.verify(open_data(data, description), evaluated, model, others)
-    return data, found
+        result = verification.verify(open_data(data, description), model, others)
+    return data, result
 
 
 def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num_pictures: int) -> None:
     """Raises a UserError if a choice does not go with the format, the model or another choice."""
-    suffix, precision = output.suffix.lower(), choices.precision
+    suffix, precision, target = output.suffix.lower(), choices.precision, choices.target
     is_int8, is_logits = precision == "int8", choices.output == "logits"
-    is_classifier = config.task == "classification"
-    has_label_flags = choices.output != "labels" or choices.stride != 1
-    mistakes: dict[str, object] = {
-        f"--precision {precision} is only for .tflite files; the output is {output}": (
-            precision != "float32" and suffix != ".tflite"
-        ),
-        f"--target {choices.target} is only for .onnx files; the output is {output}": (
-            choices.target != "cpu" and suffix != ".onnx"
-        ),
-        f"{config.name} is a classifier, whose file returns scores: leave out the flags for labels": (
-            is_classifier and has_label_flags
-        ),
-        "--scale-labels is for labels and probabilities: logits have an eighth of the size": (
-            is_logits and choices.stride != 1
-        ),
-        "--keep-float is for --precision int8": choices.keep_float and not is_int8,
-        "--precision int8 is for --logits: with the labels inside, a tenth of them would change": (
-            is_int8 and not is_logits and not is_classifier
-        ),
-        "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more": (
-            is_int8 and num_pictures < 2
-        ),
-    }
-    for line, is_made in mistakes.items():
-        if is_made:
-            raise UserError(line)
+    is_classifier, is_scaled = config.task == "classification", choices.stride != 1
+    if precision != "float32" and suffix != ".tflite":
+        raise UserError(f"--precision {precision} is only for .tflite files; the output is {output}")
+    if target != "cpu" and suffix != ".onnx":
+        raise UserError(f"--target {target} is only for .onnx files; the output is {output}")
+    if is_classifier and (choices.output != "labels" or is_scaled):
+        raise UserError(
+            f"{config.name} is a classifier, whose file returns scores: leave out the flags for labels"
+        )
+    if is_logits and is_scaled:
+        raise UserError("--scale-labels is for labels and probabilities: logits have an eighth of the size")
+    if choices.keep_float and not is_int8:
+        raise UserError("--keep-float is for --precision int8")
+    if is_int8 and not is_logits and not is_classifier:
+        raise UserError(
+            "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
+        )
+    if is_int8 and num_pictures < 2:
+        raise UserError(
+            "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
+        )
 
 
 def read_pictures(folder: files.Path) -> list[Image]:
@@ -226,10 +213,8 @@ def read_pictures(folder: files.Path) -> list[Image]:
     paths = sorted(path for path in found if not path.name.startswith("."))
     if not paths:
         raise UserError(f"--images {folder} holds no picture: looked for {', '.join(IMAGE_SUFFIXES)}")
-    pictures = []
-    for path in paths[:: -(-len(paths) // MOST_PICTURES)]:
-        pictures.append(decode_image(files.read_bytes(path), str(path)))
-    return pictures
+    spread = paths[:: -(-len(paths) // MOST_PICTURES)]
+    return [decode_image(files.read_bytes(path), str(path)) for path in spread]
 
 
 def describe_model(
@@ -265,17 +250,11 @@ def main() -> None:
     kind = "logits" if args.logits else "probabilities" if args.probabilities else "labels"
     if args.scale_labels not in SCALES:
         raise UserError(f"--scale-labels is {args.scale_labels}: expected one of {', '.join(SCALES)}")
-    size = (
-        None if args.size == "any" else cli.size("--size", args.size) if args.size else config.data.crop_size
-    )
-    choices = Choices(
-        kind,
-        SCALES[args.scale_labels],
-        None if size is None else (int(size[0]), int(size[1])),
-        args.target,
-        args.precision,
-        tuple(args.keep_float),
-    )
+    size: tuple[int, int] | None = tuple(config.data.crop_size)
+    if args.size:
+        size = None if args.size == "any" else cli.size("--size", args.size)
+    stride, keep_float = SCALES[args.scale_labels], tuple(args.keep_float)
+    choices = Choices(kind, stride, size, args.target, args.precision, keep_float)
     pictures = read_pictures(files.as_path(args.images)) if args.images else ()
     print(export_model(config, args.checkpoint, args.output, choices, pictures))
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from topformer_jax import config as config_lib
-from topformer_jax.data.catalog import CATALOG, is_name
+from topformer_jax.data.catalog import CATALOG, DataSet, is_name
 from topformer_jax.data.transforms import Size
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError, explain_out_of_memory
@@ -139,16 +139,14 @@ def seal(data: bytes) -> bytes:
 
 
 def _check_names(name: str, facts: _Description, dataset: str, count: int) -> None:
-    known = CATALOG.get(dataset)
-    for what, found, own in (
-        ("names", facts.classes, known and known.classes),
-        ("colours", facts.palette, known and known.palette),
-    ):
+    known = CATALOG.get(dataset, DataSet((), ()))
+    both = ("names", facts.classes, known.classes), ("colours", facts.palette, known.palette)
+    for what, found, own in both:
         if found and len(found) != count:
             raise UserError(
                 f"{name} has {len(found)} {what} for the {count} classes of its config: export it again"
             )
-        if own and found != own and sorted(found) == sorted(own):
+        if found != own and sorted(found) == sorted(own):
             raise UserError(f"{name} has the {what} of {dataset} in another order: export it again")
     if strange := [text for text in facts.classes if not is_name(text)]:
         raise UserError(f"{name} names a class {strange[0][:40]!r}, which is no name: export it again")
@@ -157,15 +155,12 @@ def _check_names(name: str, facts: _Description, dataset: str, count: int) -> No
 def _check_output(name: str, output: str, count: int, values: np.ndarray) -> None:
     """Raises a UserError if a file's output is not what its description says, or holds NaN."""
     found = f"{name} gives {output}, {values.dtype} of shape {'x'.join(map(str, values.shape))}"
-    if values.ndim != {"labels": 3, "scores": 2}.get(output, 4) or (
-        output == "labels" and values.dtype != np.uint8
-    ):
+    is_labels, ndim = output == "labels", {"labels": 3, "scores": 2}.get(output, 4)
+    if values.ndim != ndim or (is_labels and values.dtype != np.uint8):
         raise UserError(f"{found}: it is not what its description says; export it again")
-    if output == "labels" and values.max(initial=0) >= count:
-        raise UserError(
-            f"{name} gives the label {values.max()}, and its config has {count} classes: export it again"
-        )
-    if output != "labels" and values.shape[-1] != count:
+    if is_labels and (most := values.max(initial=0)) >= count:
+        raise UserError(f"{name} gives the label {most}, and its config has {count} classes: export it again")
+    if not is_labels and values.shape[-1] != count:
         raise UserError(f"{found}, and its config has {count} classes: export it again")
     if not np.isfinite(values).all():
         raise UserError(f"{name} gives NaN or infinity: export it again from a checkpoint that is whole")

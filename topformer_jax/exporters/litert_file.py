@@ -70,11 +70,7 @@ def _use_own_operations(module: Any, ir: Any) -> None:
     """Replaces resizes and poolings in a StableHLO module of one image by LiteRT's own operations.
 
     The products with matrices that they replace need transposes of whole feature maps. Products of all classes at the
-    size of the labels cost more than the network.
-
-    Args:
-        module: holds calls of the functions of `OWN_OPERATIONS`.
-        ir: the Python package of the module.
+    size of the labels cost more than the network. `ir` is the Python package of the module.
     """
     calls: list[Any] = []
 
@@ -95,10 +91,8 @@ def _use_own_operations(module: Any, ir: Any) -> None:
         place = ir.InsertionPoint(call)
         operands = list(call.operands)
         for value in map(ir.Attribute.parse, constants):
-            constant = ir.Operation.create(
-                "arith.constant", [value.type], attributes={"value": value}, ip=place
-            )
-            operands.append(constant.results[0])
+            options = {"attributes": {"value": value}, "ip": place}
+            operands.append(ir.Operation.create("arith.constant", [value.type], **options).results[0])
         attributes = {key: ir.Attribute.parse(text) for key, text in texts.items()}
         types = [call.results[0].type]
         new = ir.Operation.create(new_name, types, operands, attributes, loc=call.location, ip=place)
@@ -125,36 +119,25 @@ OWN_OPERATIONS = {str(function.__name__): rule for function, rule in FUNCTIONS}
 
 
 def lower_precision(data: bytes, description: Mapping[str, Any], images: Images = ()) -> bytes:
-    """A float32 file with fewer bits.
+    """A file of `write` with the precision of a description, "float16" or "int8".
 
-    Args:
-        data: from `write`.
-        description: of the new file; its `precision` is "float16" or "int8".
-        images: of the file's size; their activations give the ranges of 8-bit integers.
+    The activations of images, of the file's size, give the ranges of 8-bit integers.
     """
-    if description["precision"] == "float16":
-        data = _round_to_float16(data)
-    else:
-        data = _quantize_int8(data, images, description.get("keep_float", ()))
+    is_half = description["precision"] == "float16"
+    keep_float = description.get("keep_float", ())
+    data = _round_to_float16(data) if is_half else _quantize_int8(data, images, keep_float)
     return _append_metadata(data, description)
 
 
 def compare_layers(data: bytes, float_data: bytes, images: Images) -> tuple[float, str]:
     """Finds the layer that a file of fewer bits flattens most: a dead layer gives the same value everywhere.
 
-    Args:
-        data: the file.
-        float_data: the float32 file that it was made from.
-        images: at least one.
-
-    Returns:
-        The spread of the layer's values over pixels as a share of their spread in float32, and the layer's name.
+    Returns the spread of its values over pixels as a share of their spread in the float32 file, and its name.
     """
-    spreads, float_spreads = (_measure_spreads(content, images) for content in (data, float_data))
-    share, name = min(
-        (spreads[name] / spread, name) for name, spread in float_spreads.items() if spread and name in spreads
-    )
-    return share, name.partition(";")[0].partition("/")[2] or name
+    spreads, wide = (_measure_spreads(content, images) for content in (data, float_data))
+    shares = {name: spreads[name] / spread for name, spread in wide.items() if spread and name in spreads}
+    name = min(shares, key=lambda name: (shares[name], name))
+    return shares[name], name.partition(";")[0].partition("/")[2] or name
 
 
 def _measure_spreads(data: bytes, images: Images) -> dict[str, float]:
@@ -162,10 +145,10 @@ def _measure_spreads(data: bytes, images: Images) -> dict[str, float]:
     # Fused operations have no results between them.
     plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = _open(data, experimental_op_resolver_type=plain, experimental_preserve_all_tensors=True)
-    (images_at,) = (tensor["index"] for tensor in interpreter.get_input_details())
+    (source,) = interpreter.get_input_details()
     variances: dict[str, float] = {}
     for image in images:
-        interpreter.set_tensor(images_at, image[None])
+        interpreter.set_tensor(source["index"], image[None])
         interpreter.invoke()
         for tensor in interpreter.get_tensor_details():
             name = tensor["name"]
@@ -250,10 +233,7 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
                 if METADATA in archive.namelist() and archive.getinfo(METADATA).file_size < files.MOST_BYTES:
                     description = archive.read(METADATA)
         interpreter = _open(data)
-        (images_at,), (output_at,) = (
-            [tensor["index"] for tensor in tensors]
-            for tensors in (interpreter.get_input_details(), interpreter.get_output_details())
-        )
+        (source,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
     except Exception as error:  # of many types
         reason = files.shorten(str(error) or type(error).__name__, 150)
         raise UserError(f"is not a LiteRT file, or a damaged one: {reason}") from None
@@ -261,9 +241,9 @@ def open_bytes(data: bytes) -> tuple[Run, bytes]:
     def run(images: np.ndarray) -> np.ndarray:
         outputs = []
         for image in images:
-            interpreter.set_tensor(images_at, image[None])
+            interpreter.set_tensor(source["index"], image[None])
             interpreter.invoke()
-            outputs.append(interpreter.get_tensor(output_at))
+            outputs.append(interpreter.get_tensor(result["index"]))
         return np.concatenate(outputs)
 
     return run, description

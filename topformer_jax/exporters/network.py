@@ -1,7 +1,7 @@
 """The function that an exported file computes: pictures in, labels (or logits, probabilities, scores) out.
 
-It runs the model's own modules with BatchNorms folded and each layer as one plain operation
-(`model.conv_impl=single_op`), so that a new block or injection needs nothing here.
+It runs the model's own modules with BatchNorms folded and each layer as one operation (`model.conv_impl=single_op`),
+so that a new block or injection needs nothing here.
 """
 
 import dataclasses
@@ -19,27 +19,23 @@ from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib, models
 from topformer_jax.data.augment import normalize
-from topformer_jax.models.layers import fold_batch_norms
+from topformer_jax.models.layers import Model, fold_batch_norms
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize
 
 Function = Callable[[UInt8[Array, "n h w 3"]], Array]
-EXPORT_SETTINGS = {
-    "model.conv_impl": "single_op",
-    "model.dtype": "float32",
-}
 
 
 def export_config(config: ConfigDict) -> ConfigDict:
-    """A config whose model exporters can read: plain operations in float32."""
-    return config_lib.load(config, EXPORT_SETTINGS)
+    """A config whose model exporters can read: each layer as one operation, in float32."""
+    return config_lib.load(config, {"model.conv_impl": "single_op", "model.dtype": "float32"})
 
 
-def with_single_ops(model: models.Segmenter) -> models.Segmenter:
-    """A copy of a float32 model that exporters can read: with plain operations."""
+def with_conv_impl(model: Model, conv_impl: str) -> Model:
+    """A copy of a model with `model.conv_impl`: "single_op" for exporters, "auto" as it is evaluated."""
     copy = nnx.clone(model)
     for _, module in nnx.iter_modules(copy):
         if hasattr(module, "policy"):
-            module.policy = dataclasses.replace(module.policy, conv_impl="single_op")
+            module.policy = dataclasses.replace(module.policy, conv_impl=conv_impl)
     return copy
 
 
@@ -57,7 +53,7 @@ def make_function(
     fold: bool = True,
     by_rows: bool = False,
 ) -> Function:
-    """The function that a file computes.
+    """The function of images, uint8 `[n, h, w, 3]`, RGB, that a file computes.
 
     Args:
         model: in inference mode; to be written, of a config from `export_config`.
@@ -66,9 +62,6 @@ def make_function(
         stride: of labels and probabilities: 2 is for half of the height and width, rounded up.
         fold: whether BatchNorms become part of the convolutions; files are compared with a model without folding.
         by_rows: whether labels are found one row at a time; XLA is slow with all at once.
-
-    Returns:
-        A function of images, uint8 `[n, h, w, 3]`, RGB.
     """
     network: Callable[..., Array] = fold_batch_norms(model) if fold else model
 
@@ -86,15 +79,16 @@ def make_function(
     return compute
 
 
+# Exporters know the next two by their names, and may use operations of their own.
 @functools.partial(jax.jit, static_argnames="size")
 def enlarge(logits: Float[Array, "n h w classes"], size: Any) -> Float[Array, "n height width classes"]:
-    """The resize of the logits; exporters know it by its name and may use an operation of their own."""
+    """The resize of the logits."""
     return resize(logits, size, method="single_op")
 
 
 @functools.partial(jax.jit, static_argnames="size")
 def label_pixels(logits: Float[Array, "n h w classes"], size: Any) -> UInt8[Array, "n height width"]:
-    """The largest class of each pixel of enlarged logits; exporters know it by its name too."""
+    """The largest class of each pixel of enlarged logits."""
     return jnp.argmax(enlarge(logits, size=size), axis=-1).astype(jnp.uint8)
 
 

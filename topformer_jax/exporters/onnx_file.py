@@ -61,7 +61,7 @@ def open_model(model: models.Segmenter) -> Run:
 
     The function raises NotImplementedError if there is no rule for an operation of the network.
     """
-    function = network.make_function(network.with_single_ops(model), "logits")
+    function = network.make_function(network.with_conv_impl(model, "single_op"), "logits")
     sizes: set[Size] = set()
 
     @functools.cache

@@ -145,20 +145,15 @@ class Graph:
         """The whole model; each output is stored in the program's order of axes under a name."""
         for name, value in outputs:
             self._nodes.append(helper.make_node("Identity", [self.stored(value)], [name]))
-        infos = [
-            [
-                helper.make_tensor_value_info(name, ELEMENT_TYPES[value.dtype], _describe(value.shape))
-                for name, value in values
-            ]
-            for values in ([(value.name, value) for value in inputs], outputs)
-        ]
-        graph = helper.make_graph(self._nodes, "topformer", infos[0], infos[1], self._initializers)
+
+        def describe(name: str, value: Value) -> onnx.ValueInfoProto:
+            shape = [x if isinstance(x, int) else str(x).replace(" ", "") for x in value.shape]
+            return helper.make_tensor_value_info(name, ELEMENT_TYPES[value.dtype], shape)
+
+        ends = [describe(value.name, value) for value in inputs], [describe(*each) for each in outputs]
+        graph = helper.make_graph(self._nodes, "topformer", *ends, self._initializers)
         opsets = [helper.make_opsetid("", OPSET)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-
-
-def _describe(shape: Shape) -> list[int | str]:
-    return [extent if isinstance(extent, int) else str(extent).replace(" ", "") for extent in shape]
 
 
 class _Extent:
@@ -244,17 +239,10 @@ def _elementwise(op: str) -> Callable[..., Value]:
 
     def apply(graph: Graph, equation: Any, *operands: Value) -> Value:
         # The order of the largest operand; constants take any.
-        first = max(
-            operands, key=lambda value: (len(value.shape), value.constant is None, -len(value.unit_axes))
-        )
-        names = [
-            graph.stored(value, first.order if value.shape else (), broadcast=False) for value in operands
-        ]
-        unit_axes = frozenset(
-            axis
-            for axis, extent in enumerate(equation.outvars[0].aval.shape)
-            if extent != 1 and all(value.is_unit(axis) for value in operands)
-        )
+        first = max(operands, key=lambda x: (len(x.shape), x.constant is None, -len(x.unit_axes)))
+        names = [graph.stored(x, first.order if x.shape else (), broadcast=False) for x in operands]
+        wide = [axis for axis, extent in enumerate(equation.outvars[0].aval.shape) if extent != 1]
+        unit_axes = frozenset(axis for axis in wide if all(value.is_unit(axis) for value in operands))
         return _output(equation, graph.add(op, *names), first.order, unit_axes=unit_axes)
 
     return apply
@@ -315,11 +303,9 @@ def _dot_general(graph: Graph, equation: Any, left: Value, right: Value) -> Valu
         for value, over, batch in ((left, left_over, left_batch), (right, right_over, right_batch))
     ]
     if len(free[0]) == 1 and len(free[1]) == 1 and len(left_over) == 1:
-        names = (
-            graph.stored(left, (*left_batch, *free[0], *left_over)),
-            graph.stored(right, (*right_batch, *right_over, *free[1])),
-        )
-        return _output(equation, graph.add("MatMul", *names))
+        rows = graph.stored(left, (*left_batch, *free[0], *left_over))
+        columns = graph.stored(right, (*right_batch, *right_over, *free[1]))
+        return _output(equation, graph.add("MatMul", rows, columns))
     raise NotImplementedError(f"there is no ONNX rule for this product: {equation}")
 
 

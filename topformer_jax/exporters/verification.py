@@ -12,7 +12,7 @@ from jaxtyping import Array, UInt8
 from topformer_jax import models
 from topformer_jax.data import shapes
 from topformer_jax.exporters.exported import Exported
-from topformer_jax.exporters.network import make_function
+from topformer_jax.exporters.network import make_function, with_conv_impl
 from topformer_jax.runtime.errors import UserError
 
 Model = models.Segmenter | models.Classifier
@@ -41,8 +41,8 @@ class Comparison:
         shares: the share of equal labels in each batch; for logits and scores, the label is the largest one's class.
         num_labels: the number of labels compared.
         most_common: the share of the commonest label; 0 if the output is not labels.
-        difference: for other outputs than labels, the root mean square of the differences, divided by the
-            standard deviation of the values over pixels, per class (for scores: over classes).
+        difference: for other outputs, the root mean square of the differences, divided by the standard deviation of
+            the values over pixels, per class (for scores: over classes).
 
     Raises:
         UserError: the shapes or dtypes differ.
@@ -70,9 +70,8 @@ class Comparison:
             self.shares.append(float((labels[0] == labels[1]).mean()))
             self.num_labels += labels[0].size
         self.most_common = float(counts.max() / self.num_labels)
-        self.difference = (
-            None if output == "labels" else math.sqrt(error / max(spread, np.finfo(np.float64).tiny))
-        )
+        ratio = error / max(spread, np.finfo(np.float64).tiny)
+        self.difference = None if output == "labels" else math.sqrt(ratio)
 
     def describe(self, limits: Sequence[float]) -> str:
         """The shares and the difference in words, with what may differ."""
@@ -94,16 +93,14 @@ class Comparison:
 def verify(
     exported: Exported,
     model: Model,
-    alternative_model: Model,
     pictures: Sequence[UInt8[np.ndarray, "h w 3"]] = (),
     make_logits: Callable[[], Exported] | None = None,
 ) -> str:
-    """Compares a file with the model on pictures and, except for int8, on a drawn scene and noise, 1 and 2 at once.
+    """Compares a file with a float32 model on pictures and, except for int8, on drawn ones, 1 and 2 at once.
 
     Args:
         exported: the file.
-        model: in float32, with its layers as they are evaluated.
-        alternative_model: the same model with other operations.
+        model: with its layers as they are evaluated, or as they are exported.
         pictures: for int8 at least one, since its ranges are not for noise.
         make_logits: makes a file of logits in the same way; it is compared if nearly all labels are of one class.
 
@@ -119,11 +116,13 @@ def verify(
     drawn = [] if precision == "int8" else map(draw_images, sizes)
     batches = [part for images in drawn for part in (images[:1], images[1:])]
     batches += [picture[None] for picture in pictures]
-    reference, same = (
-        jax.jit(make_function(form, output, facts["stride"], fold=False))
-        for form in (model, alternative_model)
-    )
-    expected = [np.asarray(reference(images)) for images in batches]
+
+    def run(conv_impl: str) -> list[np.ndarray]:
+        form = with_conv_impl(model, conv_impl)
+        function = jax.jit(make_function(form, output, facts["stride"], fold=False))
+        return [np.asarray(function(images)) for images in batches]
+
+    expected = run("auto")
     found = Comparison(output, map(exported, batches), expected)
     limits = list(LIMITS[precision])
     if output == "labels":
@@ -131,7 +130,7 @@ def verify(
     elif precision == "float32":
         limits[0] = 1.0  # the other limit is stricter, and untrained networks have ties
     if precision == "float32" and not found.is_within(limits):
-        rounding = Comparison(output, (np.asarray(same(images)) for images in batches), expected)
+        rounding = Comparison(output, run("single_op"), expected)
         differences = 1 - float(np.mean(rounding.shares)), rounding.difference or 0.0
         for number, (difference, most) in enumerate(zip(differences, MOST_ROUNDING, strict=True)):
             limits[number] = max(limits[number], min(ROUNDINGS * difference, most))
@@ -145,7 +144,7 @@ def verify(
     counts += f", {len(pictures)} pictures" if pictures else ""
     said = f"compared in its runtime at {tried}{counts}: {said}"
     if found.most_common > MOST_COMMON and make_logits is not None:
-        logits = verify(make_logits(), model, alternative_model, pictures)
+        logits = verify(make_logits(), model, pictures)
         said += f"\nnearly all of these labels are of one class; as a file of logits, {logits}"
     return said
 
