@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
+from unittest import mock
 
 import jax
 import numpy as np
@@ -30,13 +31,7 @@ from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training.run import (
-    STEPS_IN_FLIGHT,
-    limit_steps_in_flight,
-    load_teacher,
-    parse_steps,
-    wait_for_batch,
-)
+from topformer_jax.training.run import STEPS_IN_FLIGHT, Monitor, load_teacher, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.step import learning_rate
 
@@ -126,9 +121,10 @@ def test_a_few_steps_are_in_flight() -> None:
     """However many steps there are between two log lines, the host is at most two ahead of the devices."""
 
     steps = []
+    monitor = Monitor(mock.Mock(), mock.Mock())
     for step in range(8):
         steps.append({"loss": compute(jax.numpy.full((512, 512), float(step)), 300)})
-        limit_steps_in_flight(steps)
+        monitor.add(steps[-1])
         assert all(metrics["loss"].is_ready() for metrics in steps[:-STEPS_IN_FLIGHT])
 
 
@@ -150,13 +146,14 @@ def test_a_wait_for_data_counts_while_the_devices_are_idle(busy: bool) -> None:
         come.wait()
         yield cast(Batch, {"index": np.zeros(1, np.int32)})
 
-    steps = [{"loss": compute(jax.numpy.ones((512, 512)), 1000 if busy else 1)}]
+    metrics = {"loss": compute(jax.numpy.ones((512, 512)), 1000 if busy else 1)}
     if not busy:
-        steps[0]["loss"].block_until_ready()
+        metrics["loss"].block_until_ready()
     batches = Batches(make_batches(), jax.sharding.SingleDeviceSharding(jax.devices()[0]), 1)
-    waited = wait_for_batch(batches, steps)
-    assert (waited > 0) == (not busy)
-    assert next(batches)["index"] == 0
+    monitor = Monitor(mock.Mock(), batches)
+    monitor.add(metrics)
+    assert monitor.next_batch()["index"] == 0
+    assert (monitor.data_wait_seconds > 0) == (not busy)
     batches.close()
 
 

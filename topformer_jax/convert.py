@@ -28,12 +28,8 @@ def make_parser() -> cli.Parser:
         "--new-head", action="store_true", help="leave the last layer fresh, for another number of classes"
     )
     parser.add_argument("--summary", action="store_true", help="print parameters and multiply-adds and stop")
-    parser.add_argument(
-        "--size",
-        metavar="HxW",
-        default=None,
-        help="size of the image for --summary, in pixels (default: data.crop_size)",
-    )
+    text = "size of the image for --summary, in pixels (default: data.crop_size)"
+    parser.add_argument("--size", metavar="HxW", help=text)
     return parser
 
 
@@ -45,7 +41,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.checkpoints.load import TORCH, check_finite, find_format, is_file_path
+from topformer_jax.checkpoints.load import FILE_FORMATS, TORCH, check_finite, find_format
 from topformer_jax.checkpoints.origin import complete_config, read_names, set_origin
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import DataSet
@@ -67,7 +63,8 @@ def main() -> None:
     if not args.checkpoint or not args.output:
         raise UserError("convert needs --checkpoint PATH and --output PATH (or --config FILE --summary)")
     suffix = files.as_path(args.output).suffix
-    if not is_file_path(args.output) and suffix[1:2].isalpha():  # `.5` can be the version of a folder
+    is_file = suffix.lower() in FILE_FORMATS
+    if not is_file and suffix[1:2].isalpha():  # `.5` can be the version of a folder
         raise UserError(
             f"--output is {args.output}: expected FILE.pth, FILE.pt, FILE.safetensors, or a folder without a suffix; "
             "topformer_jax.export writes the files for other runtimes"
@@ -95,7 +92,7 @@ def main() -> None:
         metadata = {"config": own, "meta": found.get("meta", {})}
         settings, named = config, DataSet(model.classes, model.palette)
     metadata = metadata | {"meta": _make_meta(metadata, settings, named)}
-    if is_file_path(args.output):
+    if is_file:
         # A file may be published: it names no folders of this machine.
         meta = {"epoch": 0, "iter": 0, "topformer_jax": __version__} | metadata["meta"]
         metadata = metadata | {"config": config_lib.hide_paths(metadata["config"]), "meta": meta}
@@ -111,7 +108,7 @@ def main() -> None:
 def _make_meta(
     metadata: Mapping[str, Any], config: ConfigDict | None, named: DataSet | None
 ) -> dict[str, Any]:
-    """Returns a checkpoint's `meta` with `CLASSES` and `PALETTE`: its own, or else those of its data set, if known.
+    """A checkpoint's `meta` with `CLASSES` and `PALETTE`: its own, or else those of its data set, if known.
 
     Without a config it is unchanged, since nothing tells which names are right.
     """

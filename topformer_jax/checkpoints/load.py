@@ -103,11 +103,7 @@ def load_model(
 def load_segmenter(
     config: ConfigDict, checkpoint: str | os.PathLike[str] | None = None, *, part: str = "all"
 ) -> models.Segmenter:
-    """`load_model` for commands that need a segmenter.
-
-    Raises:
-        UserError: the config is a classifier's, or as `load_model` does.
-    """
+    """`load_model` for commands that need a segmenter; a UserError if the config is a classifier's."""
     return _load_weights(models.build_segmenter(config), checkpoint, part)
 
 
@@ -125,15 +121,11 @@ def _load_weights(model: Model, checkpoint: str | os.PathLike[str] | None, part:
 def read_checkpoint(
     path: str | os.PathLike[str], model: models.Segmenter | models.Classifier, part: str = "all"
 ) -> tuple[Tensors, Metadata]:
-    """Reads a checkpoint of any format that fits a model exactly; does not change the model.
-
-    Args:
-        path: see `load_model`.
-        model: gives the expected names and shapes, and the values of the tensors that `part` leaves fresh.
-        part: see `load_model`.
+    """Reads a checkpoint of any format that fits a model exactly; for `part` see `load_model`.
 
     Returns:
-        All tensors of the model by official name in this package's layout, and the metadata of the checkpoint.
+        All tensors of the model by official name in this package's layout, those that `part` leaves fresh from the
+        model, and the metadata of the checkpoint.
 
     Raises:
         UserError: the checkpoint cannot be read, does not fit, or holds NaN or infinity.
@@ -151,9 +143,7 @@ def read_checkpoint(
     tensors = match_names(tensors, shapes, str(path))
     fresh = fresh_names(variables, part)
     skipped = ("head.",) if part == "backbone" else ()  # of the classifier
-    tensors = {
-        name: tensor for name, tensor in tensors.items() if name not in fresh and not name.startswith(skipped)
-    }
+    tensors = {name: x for name, x in tensors.items() if name not in fresh and not name.startswith(skipped)}
     injection = metadata.get("config", {}).get("model", {}).get("injection", config.model.injection)
     if part != "backbone" and injection != config.model.injection:  # two have the same names and shapes
         raise UserError(f"{path} has injection {injection}, the config {config.model.injection}")
@@ -175,11 +165,6 @@ def write_checkpoint(
     """
     target = files.as_path(path)
     FILE_FORMATS.get(target.suffix.lower(), FOLDER).write(target, tensors, metadata)
-
-
-def is_file_path(path: str | os.PathLike[str]) -> bool:
-    """Whether `write_checkpoint` would write a file rather than a folder."""
-    return files.as_path(path).suffix.lower() in FILE_FORMATS
 
 
 def find_format(path: files.Path) -> Format:
@@ -215,12 +200,11 @@ def describe_origin(model: nnx.Module, part: str, source: object) -> str:
     """Says which modules of a model come from `part` of a checkpoint, and which are fresh."""
     names = models.named_variables(model)
     fresh = fresh_names(names, part)
-    modules: dict[bool, list[str]] = {False: [], True: []}
-    for name in names:
-        module = ".".join(name.split(".")[:2])
-        if module not in modules[name in fresh]:
-            modules[name in fresh].append(module)
-    taken, new = ", ".join(modules[False]), ", ".join(modules[True])
+
+    def list_modules(names: Iterable[str]) -> str:
+        return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+
+    taken, new = (list_modules(name for name in names if (name in fresh) == each) for each in (False, True))
     return f"from {source}: {taken}" + (f"; fresh: {new}" if new else "")
 
 
@@ -232,10 +216,7 @@ def match_names(
 ) -> dict[str, np.ndarray]:
     """Brings a file's names to the model's: without prefixes, with or without `backbone.`, without old aliases.
 
-    Prints which network of the file is taken and what is left out.
-
-    Returns:
-        Tensors by the model's names; unknown ones by their own, without prefixes.
+    Unknown names stay, without prefixes. Prints which network of the file is taken and what is left out.
 
     Raises:
         UserError: two tensors of the file end up with the same name, or two of its networks fit.
@@ -340,13 +321,9 @@ def _missing_counters(
     tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], source: str
 ) -> dict[str, np.ndarray]:
     """Zeros for the missing counters of BatchNorms whose statistics are there: some trainers do not keep them."""
-    missing = [
-        name
-        for name in expected
-        if name.endswith(".num_batches_tracked")
-        and name not in tensors
-        and name.replace("num_batches_tracked", "running_var") in tensors
-    ]
+    norms = [name.removesuffix("running_var") for name in tensors if name.endswith(".running_var")]
+    counters = [f"{norm}num_batches_tracked" for norm in norms]
+    missing = [name for name in counters if name in expected and name not in tensors]
     if missing:
         processes.say(f"{source}: {len(missing)} num_batches_tracked are missing, and start at 0")
     return {name: np.zeros(expected[name], np.int32) for name in missing}
@@ -368,29 +345,25 @@ def _check_state_dict(
         return "x".join(map(str, as_in_file(shape))) or "scalar"
 
     found = {name: tensor.shape for name, tensor in tensors.items()}
-    wrong = {
-        "missing": [
-            f"{name}  config {describe(shape)}" for name, shape in expected.items() if name not in found
-        ],
-        "unexpected": [
-            f"{name}  file {describe(shape)}" for name, shape in found.items() if name not in expected
-        ],
-        "wrong shape": [
-            f"{name}  file {describe(found[name])}, config {describe(shape)}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ],
-    }
+    wrong: dict[str, list[str]] = {"missing": [], "unexpected": [], "wrong shape": []}
+    for name in dict.fromkeys((*expected, *found)):
+        ours, theirs = expected.get(name), found.get(name)
+        if ours is not None and theirs is None:
+            wrong["missing"].append(f"{name}  config {describe(ours)}")
+        elif theirs is not None and ours is None:
+            wrong["unexpected"].append(f"{name}  file {describe(theirs)}")
+        elif ours is not None and theirs is not None and ours != theirs:
+            wrong["wrong shape"].append(f"{name}  file {describe(theirs)}, config {describe(ours)}")
     if not any(wrong.values()):
         return
-    details = [
-        f"  {kind:<11}  {lines[0]}" + (f" (and {len(lines) - 1} more)" if lines[1:] else "")
-        for kind, lines in wrong.items()
-        if lines
-    ]
+    details = []
+    for kind, lines in wrong.items():
+        more = f" (and {len(lines) - 1} more)" if lines[1:] else ""
+        details += [f"  {kind:<11}  {lines[0]}{more}"] if lines else []
+    missing, unexpected, wrong_shape = map(len, wrong.values())
     raise UserError(
-        f"{source} does not fit the config: {len(wrong['missing'])} tensors missing, {len(wrong['unexpected'])} "
-        f"unexpected, {len(wrong['wrong shape'])} of the wrong shape; {_explain_misfit(tensors, expected, config)}",
+        f"{source} does not fit the config: {missing} tensors missing, {unexpected} unexpected, {wrong_shape} of the "
+        f"wrong shape; {_explain_misfit(tensors, expected, config)}",
         details,
     )
 
@@ -419,8 +392,7 @@ def _explain_misfit(
         )
     if config.task == "classification" and "decode_head.conv_seg.weight" in tensors:
         return "it is a segmenter's: use the config of its data set"
-    parts = (name.partition("transformer_blocks.")[2].partition(".")[0] for name in tensors)
-    depths = len({part for part in parts if part})
+    depths = len({name.partition("transformer_blocks.")[2].partition(".")[0] for name in tensors} - {""})
     if depths not in (0, config.model.depths):
         return f"it has {depths} transformer blocks, the config {config.model.depths}: --config.model.depths={depths}"
     classes = config.model.num_classes

@@ -29,9 +29,7 @@ SCORES_FILE = "scores.json"
 EXIT_SECONDS = 10.0  # a process that has to end waits so long for a write in flight
 
 
-class _Groups(msgspec.Struct):
-    """The groups of settings that readers look into."""
-
+class _Groups(msgspec.Struct):  # of settings that readers look into
     model: dict[str, Any] = {}
     data: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
@@ -84,14 +82,13 @@ def save_model(
     directory = _absolute(directory)
     # Try to write first: Orbax would retry for minutes in the background before it reports an error.
     files.make_folder(directory)
+    trees = {"model": dict(tensors)}
+    metadata = {**metadata, "crc32": checksums(trees)}
     with files.report_errors("write a checkpoint into", directory):
         if (directory / str(step)).exists():
             raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
         with _checkpointer(directory) as checkpointer:
-            trees = {"model": dict(tensors)}
-            checkpointer.save_checkpointables(
-                step, trees, custom_metadata={**metadata, "crc32": checksums(trees)}
-            )
+            checkpointer.save_checkpointables(step, trees, custom_metadata=metadata)
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -147,11 +144,7 @@ class CheckpointStore:
 
     Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
     is deleted when its successor is complete. Methods raise a UserError if the folder cannot be read or written.
-
-    Args:
-        directory: the folder of the steps.
-        max_to_keep: how many of the newest steps stay.
-        read_log: gives scores by step if `scores.json` has none: without any, the best step would not stay.
+    `read_log` gives scores by step if `scores.json` has none: without any, the best step would not stay.
     """
 
     def __init__(
@@ -200,12 +193,9 @@ class CheckpointStore:
         return step in self._scores
 
     def save(self, step: int, trees: Mapping[str, Any], metadata: dict[str, Any]) -> None:
-        """Starts to write one step; the arrays are copied before this returns, so they may be donated.
+        """Starts to write one step, if it has not; the arrays are copied before this returns, so they may be donated.
 
-        Args:
-            step: nothing happens if this process has saved it already.
-            trees: `model`, `optimizer` and `average`, trees of arrays; empty ones are skipped.
-            metadata: `config` and `meta`, of values that JSON can hold.
+        `trees` are `model`, `optimizer` and `average`; empty ones are skipped. `metadata` is of values for JSON.
         """
         if step == self._newest_started:
             return
@@ -239,10 +229,9 @@ class CheckpointStore:
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the trees of a step, with the structure, dtypes and shardings of the arrays in `like`."""
 
-        def describe(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-        described = jax.tree.map(describe, _non_empty(like))
+        described = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _non_empty(like)
+        )
         with self._report_read_error(step):
             _, sums = self._read_step(step)
             loaded = self._checkpointer.load_checkpointables(step, described)
@@ -316,7 +305,7 @@ class _NewestAndBest:
     scores: Mapping[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """Which checkpoints stay, given all of them from the oldest to the newest one."""
+        """Which checkpoints stay, from the oldest to the newest one."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-self.count :], _find_best(steps, self.scores)}
         return [step in kept for step in steps]
@@ -337,7 +326,8 @@ def _read_scores(path: files.Path) -> dict[int, float]:
 
 def _absolute(directory: str | os.PathLike[str]) -> files.Path:
     """Orbax refuses relative paths."""
-    return files.absolute(files.as_path(directory))
+    path = files.as_path(directory)
+    return path if files.is_in_bucket(path) else path.absolute()
 
 
 def _checkpointer(directory: files.Path, preservation_policy: Any | None = None) -> ocp.training.Checkpointer:

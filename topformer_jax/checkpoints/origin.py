@@ -61,7 +61,7 @@ def read_names(metadata: Mapping[str, Any], config: ConfigDict, source: object) 
         classes, left_out = None, "meta.CLASSES, which is no list of names"
     elif classes and len(classes) != count:
         classes, left_out = None, f"meta.CLASSES, {len(classes)} names for {count} classes"
-    elif palette and not (_is_list(palette) and len(palette) == count and all(map(_is_colour, palette))):
+    elif palette and not (_is_list(palette, count) and all(map(_is_colour, palette))):
         palette, left_out = None, f"meta.PALETTE, which is not {count} colours [red, green, blue]"
     if left_out:
         processes.say(f"left out of {source}: {left_out}")
@@ -100,7 +100,7 @@ def print_differences(
         weights: the model or the exported file.
         config: the command's.
         also: settings that matter to the command beside those that change a score.
-        given: settings that flags of the command have changed on purpose; they are not compared.
+        given: settings that flags of the command have changed on purpose.
         are_kept: whether the checkpoint's settings are used instead of the command's.
     """
     if line := sources.compare_classes(config, weights.classes):
@@ -142,11 +142,9 @@ def check_label_rules(weights: Weights, config: ConfigDict) -> None:
     processes.say(f"{text}: right if the labels of the two data sets are numbered otherwise")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+def _is_list(value: Any, length: int | None = None) -> bool:
+    return isinstance(value, list | tuple) and length in (None, len(value))
 
 
 def _is_colour(value: Any) -> bool:
-    return (
-        _is_list(value) and len(value) == 3 and all(type(part) is int and 0 <= part <= 255 for part in value)
-    )
+    return _is_list(value, 3) and all(type(part) is int and 0 <= part <= 255 for part in value)

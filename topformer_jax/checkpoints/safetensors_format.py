@@ -44,17 +44,15 @@ def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str,
     try:
         stored = library.deserialize(data)
     except (library.SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a safetensors file, or a damaged one: {files.shorten(error, 120)}"
-        ) from None
+        reason = files.shorten(error, 120)
+        raise UserError(f"{path} is not a safetensors file, or a damaged one: {reason}") from None
     if not stored:
         raise UserError(f"{path} holds no tensors")
     strings = files.read_json(data[8 : 8 + int.from_bytes(data[:8], "little")], _Header, path).strings
     text = strings.get(KEY, "{}").encode()
     sums = files.read_json(strings.get(CRC_KEY, "{}").encode(), dict[str, int], path)
-    check_sums(
-        {KEY: zlib.crc32(text)} | {name: zlib.crc32(tensor["data"]) for name, tensor in stored}, sums, path
-    )
+    found = {KEY: zlib.crc32(text)} | {name: zlib.crc32(tensor["data"]) for name, tensor in stored}
+    check_sums(found, sums, path)
     files.read_json(text, Metadata, path)  # a check; entries of other versions are returned too
     tensors = {name: _to_array(f"{path}: {files.shorten(name)}", tensor) for name, tensor in stored}
     return tensors, {"meta": {}, **files.read_json(text, dict[str, Any], path)}

@@ -86,9 +86,7 @@ def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             "save the model's state_dict() with torch.save"
         )
     torch = _import_torch()
-    tensors = {
-        name: from_torch(_to_numpy(name, tensor, torch)) for name, tensor in _find_tensors(content, torch)
-    }
+    tensors = {name: from_torch(_to_numpy(name, x, torch)) for name, x in _find_tensors(content, torch)}
     if not tensors:
         items = list(content.items())[:6]
         found = ", ".join(f"{key} ({type(value).__name__})" for key, value in items) or "nothing"
@@ -208,9 +206,8 @@ def _check_sums(content: bytes, path: files.Path) -> None:
     with contextlib.suppress(Exception):  # PyTorch says why it is no archive of its own
         damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
     if damaged:
-        raise UserError(
-            f"{path} is damaged: {files.shorten(damaged)} in it differs from what was written; copy it again"
-        )
+        name = files.shorten(damaged)
+        raise UserError(f"{path} is damaged: {name} in it differs from what was written; copy it again")
 
 
 # Stand-ins

@@ -82,13 +82,9 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_weights_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of commands that label images with a checkpoint or an exported file."""
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument(
-        "--checkpoint", metavar="PATH", help="a file, a checkpoint folder or a work directory"
-    )
-    weights.add_argument(
-        "--exported", metavar="FILE", help="a file of topformer_jax.export, run in its runtime"
-    )
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--checkpoint", metavar="PATH", help="a file, a checkpoint folder or a work directory")
+    add("--exported", metavar="FILE", help="a file of topformer_jax.export, run in its runtime")
     text = "with --exported: resize every image to the fixed size of FILE, whatever its shape"
     parser.add_argument("--stretch", action="store_true", help=text)
 
@@ -103,11 +99,8 @@ class _HelpConfig(argparse.Action):
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Aligns rows of text: the first column is flush left, the others flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = (
-        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        for row in rows
-    )
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([name.ljust(first), *map(str.rjust, cells, widths)] for name, *cells in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in lines)
 
 
@@ -151,17 +144,13 @@ def run(main: Callable[[], None]) -> None:
 
 
 def abort_run_on_error(_: object, error: BaseException | None, *rest: object) -> None:
-    """Ends a failed process at once if there are several: an orderly end would wait for the others.
-
-    Its arguments are those of `__exit__`, so that an ExitStack can call it first.
-    """
+    """Ends a failed process at once if there are several, since each would wait for the others; an `__exit__`."""
     from topformer_jax.runtime import processes
 
     if error is None or isinstance(error, SystemExit) or not processes.is_one_of_several():
         return
     processes.wait_if_exiting()  # the others may have left a moment earlier
-    if processes.is_lost_connection(error):
-        processes.report_lost_connection()
+    if processes.report_lost_connection(error):
         processes.hard_exit(1)
     status = _report(error)
     if status is None:
@@ -183,10 +172,8 @@ def _report(error: BaseException) -> int | None:
             print(*lines, sep="\n", file=sys.stderr)
             return 2
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EPIPE):
-            print(
-                f"error: cannot write {error.filename or 'what the command prints'}: {error.strerror}",
-                file=sys.stderr,
-            )
+            what = error.filename or "what the command prints"
+            print(f"error: cannot write {what}: {error.strerror}", file=sys.stderr)
             logs.discard_output()
             return 2
         case KeyboardInterrupt():
@@ -249,10 +236,7 @@ def _split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         key, equals, value = word.removeprefix("--config.").partition("=")
-        if not equals:
-            following = next(words, None)
-            if following is None or following.startswith("--"):
-                raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
-            value = following
+        if not equals and (value := next(words, "--")).startswith("--"):
+            raise UserError(f"--config.{key} has no value: write --config.{key}=VALUE")
         overrides[key] = value
     return rest, overrides

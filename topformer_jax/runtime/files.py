@@ -74,11 +74,6 @@ def is_in_bucket(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def absolute(path: Path) -> Path:
-    """The path from the root: Orbax refuses relative ones."""
-    return path if is_in_bucket(path) else path.absolute()
-
-
 def make_folder(path: Path, alternative: str = "another folder") -> None:
     """Creates a folder and its parents; a UserError, which suggests `alternative`, if it is not writable."""
     with report_errors("write into", path, f"; name {alternative}"):
@@ -210,9 +205,8 @@ def explain(error: BaseException) -> str:
     code = str(getattr(error, "code", ""))  # of HTTP
     if code in ("401", "403") or "Forbidden" in text or "does not have" in text:
         return f"this account has no permission ({text})"
-    is_network = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(
-        "aiohttp"
-    )
+    is_network = isinstance(error, ConnectionError | TimeoutError)
+    is_network |= type(error).__module__.startswith("aiohttp")
     if is_network or code in ("408", "429") or code.startswith("5"):
         return f"no connection to the bucket ({text})"
     return text
@@ -270,18 +264,16 @@ def number_lines(file: Path | str, data: bytes | None = None) -> dict[int, str]:
     Raises:
         UserError: it cannot be read, is not UTF-8, or holds control characters or line breaks of another kind.
     """
+    data = read_bytes(as_path(file), "; expected one name per line") if data is None else data
     try:
-        text = (read_bytes(as_path(file), "; expected one name per line") if data is None else data).decode(
-            "utf-8-sig"
-        )
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8, one name per line") from None
     lines = {}
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         if strange := CONTROL.search(line.strip("\t ").replace("\t", " ")):
-            raise UserError(
-                f"{file}: line {number} holds {strange[0]!r}: expected one name per line, of visible characters"
-            )
+            wish = "expected one name per line, of visible characters"
+            raise UserError(f"{file}: line {number} holds {strange[0]!r}: {wish}")
         if line.strip():
             lines[number] = line.strip()
     return lines

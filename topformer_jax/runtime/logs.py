@@ -30,16 +30,16 @@ def silence_orbax_threads() -> None:
     When a checkpoint is damaged or the disk is full, they log tracebacks (absl), leave futures behind that asyncio
     reports, and call into a closed event loop: up to a thousand lines.
     """
+
+    def report(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            sys.__unraisablehook__(unraisable)
+
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _report_unless_loop_is_closed
-
-
-def _report_unless_loop_is_closed(unraisable: Any) -> None:
-    if "Event loop is closed" not in str(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
+        sys.unraisablehook = report
 
 
 def discard_output() -> None:
@@ -65,9 +65,8 @@ class RunLog:
         earlier = [record for record in read_records(self._path) if record["step"] <= start]
         files.write_file(self._path, b"".join(map(_encode_line, earlier)))
         self._events = _EventWriter(workdir / "tensorboard", start + 1)
-        self._bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), leave=False
-        )
+        hidden = not sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=hidden, leave=False)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Logs the metrics of a training step, from 1 on, and the estimated time left.
@@ -258,14 +257,9 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: files.Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (kind, name) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        points = [
-            (record["step"], record[name])
-            for record in records
-            if record["kind"] == kind and isinstance(record.get(name), int | float)
-        ]
-        axes.plot(
-            *zip(*points, strict=True) if points else ([], []), marker="o" if kind == "evaluation" else ""
-        )
+        of_kind = [r for r in records if r["kind"] == kind and isinstance(r.get(name), int | float)]
+        steps, values = [r["step"] for r in of_kind], [r[name] for r in of_kind]
+        axes.plot(steps, values, marker="o" if kind == "evaluation" else "")
         axes.set_title(f"{kind}: {name.replace('_', ' ')}")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -165,16 +165,14 @@ def wait_if_exiting() -> None:
         threading.Event().wait()
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error says that another process of the run is gone."""
+def report_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone, which it prints; JAX's service may do so too."""
     words = "Gloo|NCCL|Connection reset|Connection closed|Socket closed|UNAVAILABLE|heartbeat"
-    return re.search(words, str(error)) is not None
-
-
-def report_lost_connection() -> None:
-    """Prints that another process is gone; JAX's coordination service does so too if it notices it first."""
+    is_lost = re.search(words, str(error)) is not None
     line = "another process of this run ended or stopped answering; see its output, and start the same command again"
-    print(f"error: {line} on every host", file=sys.stderr, flush=True)
+    if is_lost:
+        print(f"error: {line} on every host", file=sys.stderr, flush=True)
+    return is_lost
 
 
 def count_equal(text: str) -> int:

@@ -90,13 +90,10 @@ def find_class_pixels(
     path, advice = folder.path / FILE, "; delete it, and the labels are counted again"
     text = files.read_existing(path, advice) or b""
     is_shared = processes.count_equal(text.decode(errors="replace")) == count
-    if (
-        text
-        and is_shared
-        and (found := files.read_json(text, _ClassPixels, path, advice)).settings == settings
-    ):
+    earlier = files.read_json(text, _ClassPixels, path, advice) if text and is_shared else None
+    if earlier is not None and earlier.settings == settings:
         pixels = np.zeros((number, classes), np.int32)
-        for row, label in zip(pixels, found.labels, strict=True):
+        for row, label in zip(pixels, earlier.labels, strict=True):
             row[list(label)] = list(label.values())
         processes.say(f"the pixels of classes are those in {path}: if labels have changed since, delete it")
         return pixels

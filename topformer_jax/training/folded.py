@@ -39,14 +39,12 @@ def find_folded(tensors: Mapping[str, Any]) -> list[str]:
     >>> find_folded(tensors | {"decode_head.linear_fuse.bn.bias": np.ones(128)})
     ['decode_head.linear_fuse.bn']
     """
-    layers = [name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")]
-    return [
-        name
-        for name in layers
-        if not np.any(tensors[f"{name}.running_mean"])
-        and np.all(np.abs(np.asarray(tensors[f"{name}.running_var"]) - 1) <= 2 * BatchNorm.eps)
-        and np.any(tensors[f"{name}.bias"])
-    ]
+    found = []
+    for name in (name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")):
+        mean, variance, bias = (tensors[f"{name}.{part}"] for part in ("running_mean", "running_var", "bias"))
+        is_unit = np.all(np.abs(np.asarray(variance) - 1) <= 2 * BatchNorm.eps)
+        found += [name] if is_unit and np.any(bias) and not np.any(mean) else []
+    return found
 
 
 def restore_statistics(run: Run, state: TrainState) -> TrainState:

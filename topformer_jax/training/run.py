@@ -203,23 +203,12 @@ def open_batches(run: Run, start: int) -> loader.DeviceBatches:
     return loader.DeviceBatches(batches, sharding.batch_sharding(run.mesh))
 
 
-def limit_steps_in_flight(metrics: Sequence[Mapping[str, jax.Array]]) -> None:
-    """Waits until at most `STEPS_IN_FLIGHT` steps are left to compute, so that a signal is answered soon."""
-    if len(metrics) > STEPS_IN_FLIGHT:
-        metrics[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
-
-
-def wait_for_batch(batches: loader.DeviceBatches, metrics: Sequence[Mapping[str, Any]]) -> float:
-    """Waits for the next batch; returns the seconds in which the devices had nothing to compute."""
-    idle_since = None
-    while not batches.wait(POLL_SECONDS):
-        if idle_since is None and (not metrics or metrics[-1]["loss"].is_ready()):
-            idle_since = time.perf_counter()
-    return 0.0 if idle_since is None else time.perf_counter() - idle_since
-
-
 class Monitor:
-    """Keeps the metrics of each step on the device, and logs their means on log steps."""
+    """Keeps the metrics of each step on the device, and logs their means on log steps.
+
+    Attributes:
+        data_wait_seconds: the time in which the devices waited for a batch, since the last log line.
+    """
 
     def __init__(self, run: Run, batches: loader.DeviceBatches):
         self._run = run
@@ -231,19 +220,24 @@ class Monitor:
 
     def restart_clock(self) -> None:
         """Starts the time of the next log line."""
-        self._start, self._data_wait_seconds = time.perf_counter(), 0.0
+        self._start, self.data_wait_seconds = time.perf_counter(), 0.0
 
     def next_batch(self) -> Batch:
-        """The next batch; counts the time in which the devices wait for it."""
-        self._data_wait_seconds += wait_for_batch(self._batches, self._pending)
+        """The next batch; counts the time in which the devices have nothing to compute."""
+        idle_since = None
+        while not self._batches.wait(POLL_SECONDS):
+            if idle_since is None and (not self._pending or self._pending[-1]["loss"].is_ready()):
+                idle_since = time.perf_counter()
+        self.data_wait_seconds += 0.0 if idle_since is None else time.perf_counter() - idle_since
         return next(self._batches)
 
     def add(self, step_metrics: Mapping[str, jax.Array]) -> None:
-        """Adds the metrics of a step, and waits for the step `STEPS_IN_FLIGHT` before it."""
+        """Adds the metrics of a step; waits until few are left to compute, so that a signal is answered soon."""
         self._pending.append(step_metrics)
         if self._first_loss is None:
             self._first_loss = step_metrics["loss"]
-        limit_steps_in_flight(self._pending)
+        if len(self._pending) > STEPS_IN_FLIGHT:
+            self._pending[-1 - STEPS_IN_FLIGHT]["loss"].block_until_ready()
 
     def has_computed(self) -> bool:
         """Whether this process has computed a step."""
@@ -253,13 +247,12 @@ class Monitor:
         """The new metrics of the steps up to `step`; a UserError if one is not finite."""
         fetched, self._pending = jax.device_get(self._pending), []
         for at, values in enumerate(fetched, step - len(fetched) + 1):
-            bad = [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]
-            if bad:
-                name, value = bad[0].replace("_", " "), float(values[bad[0]])
-                raise UserError(
-                    f"the {name} is {value} at step {at}: lower schedule.lr, or set optimizer.clip_norm; "
-                    f"{self._run.store.describe_newest()}"
-                )
+            for name in ("loss", "gradient_norm"):
+                if not math.isfinite(value := float(values[name])):
+                    advice = (
+                        f"lower schedule.lr, or set optimizer.clip_norm; {self._run.store.describe_newest()}"
+                    )
+                    raise UserError(f"the {name.replace('_', ' ')} is {value} at step {at}: {advice}")
         return fetched
 
     def log(self, step: int) -> None:
@@ -271,7 +264,7 @@ class Monitor:
         means |= {
             "learning_rate": float(fetched[-1]["learning_rate"]),
             "images_per_second": len(fetched) * run.config.batch_size / elapsed,
-            "data_wait": min(self._data_wait_seconds / elapsed, 1.0),
+            "data_wait": min(self.data_wait_seconds / elapsed, 1.0),
         }
         run.log.log_step(step, means | {"skipped": batches.skipped})
         if run.log.active:

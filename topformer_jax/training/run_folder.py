@@ -146,13 +146,10 @@ class Lease:
         renew_seconds: float = RENEW_SECONDS,
         expired_seconds: float = EXPIRED_SECONDS,
     ):
-        self._folder = folder
-        self._file = folder / LEASE
-        self._renew_seconds = renew_seconds
+        self._folder, self._file = folder, folder / LEASE
+        self._renew_seconds, self._expired_seconds = renew_seconds, expired_seconds
         self._record = _this_process()
-        other = self._read()
-        if other is not None:
-            self._wait_until_free(other, renew_seconds, expired_seconds)
+        self._wait_until_free()
         files.write_file(self._file, msgspec.json.encode(self._record))
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew_loop, daemon=True)
@@ -165,11 +162,11 @@ class Lease:
         data = files.read_existing(self._file, advice)
         return None if data is None else files.read_json(data, Record, self._file, advice)
 
-    def _wait_until_free(self, other: Record, pause: float, expired: float) -> None:
-        """Returns once the other run is gone; a UserError if it is not."""
-        who = f"process {other.pid} on {other.host}"
-        if has_ended := _has_ended(other):
+    def _wait_until_free(self) -> None:
+        """Returns once no other run uses the folder; a UserError if one does."""
+        if (other := self._read()) is None or (has_ended := _has_ended(other)):
             return
+        who, expired = f"process {other.pid} on {other.host}", self._expired_seconds
         if has_ended is None:
             print(
                 f"{self._folder} was used by {who}: waiting {expired:.0f} s to see whether it still is",
@@ -177,7 +174,7 @@ class Lease:
             )
             deadline = time.monotonic() + expired
             while (now := self._read()) == other and time.monotonic() < deadline:
-                time.sleep(min(pause, expired) / 3)
+                time.sleep(min(self._renew_seconds, expired) / 3)
             if now in (other, None):
                 return
         raise UserError(f"{self._folder} is in use by {who}: give another --workdir, or end that run")

@@ -24,11 +24,9 @@ class GracefulShutdown:
     """
 
     def __init__(self) -> None:
-        self.signal = 0
-        self._received = 0
+        self.signal = self._received = self._moment = 0
         self._has_computed: Callable[[], bool] | None = None
         self._print_line: Callable[[str], None] = print
-        self._moment = 0
         self._stopped = threading.Event()
         self._is_alone = jax.process_count() == 1
         numbers = (signal.SIGTERM, signal.SIGINT) if self._is_alone else (signal.SIGINT,)
@@ -94,13 +92,11 @@ class GracefulShutdown:
     def check(self) -> bool:
         """Whether the run ends here. Every process must call it at the same moments: each step, each scored batch."""
         processes.wait_if_exiting()
-        if not self.signal:
-            if self._is_alone:
-                self.signal = self._received
-            else:
-                self._moment += 1
-                if processes.has_reached_stop(self._moment):
-                    self.signal = signal.SIGTERM
+        if self._is_alone:
+            self.signal = self.signal or self._received
+        elif not self.signal:
+            self._moment += 1
+            self.signal = signal.SIGTERM if processes.has_reached_stop(self._moment) else 0
         return bool(self.signal)
 
     def restore_handlers(self) -> None:
