@@ -34,7 +34,7 @@ def test_round_trip_of_each_injection(tmp_path: pathlib.Path, pth: Callable, inj
     tensors, metadata = checkpoints.read_checkpoint(source, models.build(settings))
     checkpoints.save_model(tmp_path / "orbax", tensors, {"config": settings.to_dict()} | metadata)
     again, metadata = checkpoints.read_model(tmp_path / "orbax")
-    torch_format.write_pth(tmp_path / "back.pth", again, metadata)
+    torch_format.write(tmp_path / "back.pth", again, metadata)
     written = torch.load(tmp_path / "back.pth", weights_only=True)
     assert same_states(written["state_dict"], network.state_dict())
     assert written["meta"] == {"iter": 3}
@@ -115,9 +115,9 @@ def test_nothing_is_overwritten(tmp_path: pathlib.Path, states: dict[str, torch.
     checkpoints.save_model(tmp_path / "orbax", tensors, {})
     with pytest.raises(UserError, match="already holds a checkpoint of step 0"):
         checkpoints.save_model(tmp_path / "orbax", tensors, {})
-    torch_format.write_pth(tmp_path / "a.pth", tensors, {})
+    torch_format.write(tmp_path / "a.pth", tensors, {})
     with pytest.raises(UserError, match="is there already"):
-        torch_format.write_pth(tmp_path / "a.pth", tensors, {})
+        torch_format.write(tmp_path / "a.pth", tensors, {})
     assert {path.name for path in tmp_path.iterdir()} == {"orbax", "a.pth"}
 
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: pathlib.Path, states: dict[st
         with pytest.raises(UserError, match="cannot write"):
             checkpoints.save_model(place, tensors, {})
     with pytest.raises(UserError, match="cannot write"):
-        torch_format.write_pth(tmp_path / "file" / "a.pth", tensors, {})
+        torch_format.write(tmp_path / "file" / "a.pth", tensors, {})
 
 
 NAMES = ("backbone.tpm.stem.0.c.weight", BIAS)
@@ -190,7 +190,7 @@ def test_permutations_are_inverse() -> None:
         tensor = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
         ours = torch_format.from_torch(tensor)
         np.testing.assert_array_equal(torch_format.to_torch(ours), tensor)
-        assert torch_format.torch_shape(ours.shape) == shape
+        assert torch_format.file_shape(ours.shape) == shape
 
 
 @pytest.mark.parametrize("suffix", [".PT", ""])

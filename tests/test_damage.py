@@ -139,7 +139,7 @@ def writer_of(content: bytes | str, name: str) -> Callable[[pathlib.Path], pathl
 
 def make_safetensors(folder: pathlib.Path) -> pathlib.Path:
     settings = json.loads(config.ade20k("tiny").to_json())
-    safetensors_format.write_safetensors(
+    safetensors_format.write(
         folder / "x.safetensors", TENSORS, {"meta": {"CLASSES": ["a"]}, "config": settings}
     )
     return folder / "x.safetensors"
@@ -155,7 +155,7 @@ def make_pth(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_transposed(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
-    tensors, metadata = torch_format.read_pth(path)
+    tensors, metadata = torch_format.read(path)
     return {name.rpartition("/")[2]: tensor.T for name, tensor in tensors.items()}, metadata
 
 
@@ -352,7 +352,7 @@ KINDS: dict[str, Kind] = {
         lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
     ),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
-    "safetensors": Kind(make_safetensors, safetensors_format.read_safetensors, equals_tensors),
+    "safetensors": Kind(make_safetensors, safetensors_format.read, equals_tensors),
     "pth": Kind(make_pth, read_transposed, equals_tensors),
     "shard": Kind(
         functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records

@@ -32,7 +32,7 @@ def path(states: States, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Pa
 
 def test_round_trip(path: pathlib.Path, states: States, tmp_path: pathlib.Path) -> None:
     """From this package's layout, whose transposed views are not contiguous; with metadata."""
-    tensors, _ = safetensors_format.read_safetensors(path)
+    tensors, _ = safetensors_format.read(path)
     expected = {name: torch_format.from_torch(tensor.numpy()) for name, tensor in states.items()}
     assert tensors.keys() == expected.keys()
     assert all(tensors[name].dtype == expected[name].dtype for name in expected)
@@ -42,7 +42,7 @@ def test_round_trip(path: pathlib.Path, states: States, tmp_path: pathlib.Path) 
     metadata = {"config": settings.to_dict(), "meta": {"CLASSES": ["wall"], "iter": 3, "best": float("nan")}}
     checkpoints.write_checkpoint(tmp_path / "back.safetensors", tensors, metadata)
     assert same_states(safetensors.torch.load_file(tmp_path / "back.safetensors"), states)
-    again, found = safetensors_format.read_safetensors(tmp_path / "back.safetensors")
+    again, found = safetensors_format.read(tmp_path / "back.safetensors")
     assert all((again[name] == tensors[name]).all() for name in tensors)
     assert found["meta"] == {"CLASSES": ["wall"], "iter": 3, "best": None}  # JSON has no NaN
     assert found["config"] == json.loads(settings.to_json())
@@ -61,9 +61,7 @@ def test_commands_need_no_pytorch(path: pathlib.Path, states: States, tmp_path: 
         ["--checkpoint", tmp_path / "a.safetensors", "--output", tmp_path / "b.safetensors"],
     ):
         subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=ROOT, check=True)
-    first, second = (
-        safetensors_format.read_safetensors(tmp_path / f"{name}.safetensors")[1] for name in "ab"
-    )
+    first, second = (safetensors_format.read(tmp_path / f"{name}.safetensors")[1] for name in "ab")
     assert first == second
     assert same_states(safetensors.torch.load_file(tmp_path / "b.safetensors"), states)
 
@@ -72,7 +70,7 @@ def test_commands_need_no_pytorch(path: pathlib.Path, states: States, tmp_path: 
 def test_dtypes(dtype: type, tmp_path: pathlib.Path) -> None:
     values: np.ndarray = np.array([[1, 0, 3], [0, 1, 2]]).astype(dtype)
     (tmp_path / "x.safetensors").write_bytes(safetensors.numpy.save({"x": values}))
-    tensors, _ = safetensors_format.read_safetensors(tmp_path / "x.safetensors")
+    tensors, _ = safetensors_format.read(tmp_path / "x.safetensors")
     kind = np.dtype(dtype).kind
     assert tensors["x"].dtype == (
         np.int32 if kind in "iub" else np.float64 if dtype == np.float64 else np.float32
@@ -99,13 +97,13 @@ def test_what_is_refused(
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(UserError, match=expected) as error:
-        safetensors_format.read_safetensors(bad)
+        safetensors_format.read(bad)
     assert "\n" not in error.value.line
 
 
 def test_without_the_library(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(
-        UserError, match=r"safetensors, which is not installed: pip install 'topformer_jax\[export\]'"
+        UserError, match=r"safetensors files needs safetensors: .*; pip install 'topformer_jax\[export\]'"
     ):
-        safetensors_format.read_safetensors(files.as_path(path))
+        safetensors_format.read(files.as_path(path))

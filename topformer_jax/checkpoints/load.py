@@ -6,11 +6,12 @@ A reader puts the keys that lead to a state dict before its names, with "/": `st
 put prefixes before names; averages, teachers, profilers, losses and auxiliary heads add tensors.
 """
 
-import dataclasses
+import importlib
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from topformer_jax import models
-from topformer_jax.checkpoints import orbax_store, safetensors_format, torch_format
 from topformer_jax.checkpoints.origin import set_origin
 from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
@@ -53,26 +53,11 @@ SURPLUS = re.compile(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """How one kind of checkpoint is read and written.
-
-    Readers return tensors in this package's layout under the names of the file, and metadata (`meta`, and `config` if
-    it is known). Writers take the same. `shape` gives the shape of a tensor as the file has it, for messages.
-    """
-
-    read: Callable[[files.Path], tuple[Tensors, Metadata]]
-    write: Callable[[files.Path, Mapping[str, np.ndarray], Mapping[str, Any]], None]
-    shape: Callable[[Shape], Shape] = torch_format.torch_shape
-
-
-FOLDER = Format(orbax_store.read_model, orbax_store.save_model, shape=lambda shape: shape)
-TORCH = Format(torch_format.read_pth, torch_format.write_pth)
-FILE_FORMATS = {
-    ".pth": TORCH,
-    ".pt": TORCH,
-    ".safetensors": Format(safetensors_format.read_safetensors, safetensors_format.write_safetensors),
-}
+# The modules of the formats. Each has `read(path)`, which returns tensors in this package's layout under the names of
+# the file, and metadata (`meta`, and `config` if it is known); `write(path, tensors, metadata)`; and `file_shape`,
+# which gives the shape of a tensor as the file has it, for messages.
+FOLDER, TORCH = "orbax_store", "torch_format"
+FILE_FORMATS = {".pth": TORCH, ".pt": TORCH, ".safetensors": "safetensors_format"}
 
 
 def load_model(
@@ -136,8 +121,8 @@ def read_checkpoint(
             "only a segmenter can start from a classifier's backbone; the config is a classifier's"
         )
     path = files.as_path(path)
-    file_format = find_format(path)
-    tensors, metadata = file_format.read(path)
+    module = import_format(find_format(path))
+    tensors, metadata = module.read(path)
     variables = models.named_variables(model)
     shapes = {name: variable.shape for name, variable in variables.items()}
     tensors = match_names(tensors, shapes, str(path))
@@ -149,7 +134,7 @@ def read_checkpoint(
         raise UserError(f"{path} has injection {injection}, the config {config.model.injection}")
     expected = {name: shape for name, shape in shapes.items() if name not in fresh}
     tensors |= _missing_counters(tensors, expected, str(path))
-    _check_state_dict(tensors, expected, file_format.shape, str(path), config)
+    _check_state_dict(tensors, expected, module.file_shape, str(path), config)
     check_finite(tensors, str(path))
     tensors |= {name: np.asarray(variables[name].get_value()) for name in fresh}
     return tensors, metadata
@@ -164,10 +149,10 @@ def write_checkpoint(
         UserError: it exists, or cannot be written.
     """
     target = files.as_path(path)
-    FILE_FORMATS.get(target.suffix.lower(), FOLDER).write(target, tensors, metadata)
+    import_format(FILE_FORMATS.get(target.suffix.lower(), FOLDER)).write(target, tensors, metadata)
 
 
-def find_format(path: files.Path) -> Format:
+def find_format(path: files.Path) -> str:
     """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
     with files.report_errors("read", path):
         exists, is_folder = path.exists(), path.is_dir()
@@ -175,6 +160,11 @@ def find_format(path: files.Path) -> Format:
         suffixes = " or ".join(FILE_FORMATS)
         raise UserError(f"there is no checkpoint {path}: expected a {suffixes} file, or a checkpoint folder")
     return FOLDER if is_folder else FILE_FORMATS.get(path.suffix.lower(), TORCH)
+
+
+def import_format(name: str) -> ModuleType:
+    """The module of a format."""
+    return importlib.import_module(f"topformer_jax.checkpoints.{name}")
 
 
 def fresh_names(names: Iterable[str], part: str) -> set[str]:

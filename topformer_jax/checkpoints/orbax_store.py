@@ -68,13 +68,9 @@ def check_sums(found: Mapping[str, int], stored: Mapping[str, int], where: objec
 
 
 def save_model(
-    directory: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, Any],
-    *,
-    step: int = 0,
+    directory: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes a model as one step of a checkpoint folder, whole or not at all.
+    """Writes a model as step 0 of a checkpoint folder, whole or not at all.
 
     Raises:
         UserError: the step exists, or the folder cannot be written.
@@ -85,10 +81,10 @@ def save_model(
     trees = {"model": dict(tensors)}
     metadata = {**metadata, "crc32": checksums(trees)}
     with files.report_errors("write a checkpoint into", directory):
-        if (directory / str(step)).exists():
-            raise UserError(f"{directory} already holds a checkpoint of step {step}: name another folder")
+        if (directory / "0").exists():
+            raise UserError(f"{directory} already holds a checkpoint of step 0: name another folder")
         with _checkpointer(directory) as checkpointer:
-            checkpointer.save_checkpointables(step, trees, custom_metadata=metadata)
+            checkpointer.save_checkpointables(0, trees, custom_metadata=metadata)
 
 
 def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -349,3 +345,11 @@ def _reason(error: BaseException) -> str:
 
 def _non_empty(trees: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+read, write = read_model, save_model  # as the other formats call them
+
+
+def file_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor as the folder has it: this package's."""
+    return shape

@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from topformer_jax.checkpoints.orbax_store import Metadata, check_sums, checksum
-from topformer_jax.checkpoints.torch_format import from_torch, json_part, to_torch
+from topformer_jax.checkpoints.torch_format import file_shape as file_shape, from_torch, json_part, to_torch
 from topformer_jax.runtime import files
-from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.errors import UserError, need_packages
 
 KEY, CRC_KEY = "topformer_jax", "topformer_jax_crc32"  # of the header
 # By the format's names.
@@ -31,7 +31,7 @@ class _Header(msgspec.Struct):
     strings: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
-def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads the tensors of a file under its own names, in this package's layout, and its `meta` and `config`, if any.
 
     16-bit floats are read as float32, all integers as 32-bit ones.
@@ -58,9 +58,7 @@ def read_safetensors(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str,
     return tensors, {"meta": {}, **files.read_json(text, dict[str, Any], path)}
 
 
-def write_safetensors(
-    path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
-) -> None:
+def write(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Writes a file whole or not at all.
 
     Raises:
@@ -87,12 +85,7 @@ def _to_array(what: str, stored: Mapping[str, Any]) -> np.ndarray:
 
 
 def _import_safetensors() -> ModuleType:
-    try:
+    with need_packages("reading and writing .safetensors files needs safetensors"):
         import safetensors
         import safetensors.numpy
-    except ImportError:
-        raise UserError(
-            "reading and writing .safetensors files needs safetensors, which is not installed: "
-            "pip install 'topformer_jax[export]' (from a clone: pip install -e '.[export]')"
-        ) from None
     return safetensors

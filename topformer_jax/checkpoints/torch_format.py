@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from topformer_jax.runtime import files, processes
-from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.errors import UserError, need_packages
 
 Shape = tuple[int, ...]
 MOST_CLASSES = 200  # a file that names more is refused: each costs a reading
@@ -65,12 +65,12 @@ def to_torch(tensor: np.ndarray) -> np.ndarray:
     return np.array(tensor, np.int64 if tensor.dtype == np.int32 else tensor.dtype, order="C")
 
 
-def torch_shape(shape: Shape) -> Shape:
+def file_shape(shape: Shape) -> Shape:
     """The shape of `to_torch`'s result."""
     return tuple(shape[axis] for axis in INVERSE_AXES.get(len(shape), range(len(shape))))
 
 
-def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads the tensors of a PyTorch file, and `{"meta": ...}`; runs none of the file's code.
 
     Tensors have this package's layout, 16-bit floats are float32. The keys of the dictionaries that hold them stand
@@ -98,7 +98,7 @@ def read_pth(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return tensors, {"meta": json_part(meta) if isinstance(meta, dict) else {}}
 
 
-def write_pth(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+def write(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Writes an mmcv file, `{"meta": metadata["meta"], "state_dict": ...}`, whole or not at all.
 
     Raises:
@@ -188,13 +188,8 @@ def json_part(value: Any) -> Any:
 
 
 def _import_torch() -> ModuleType:
-    try:
+    with need_packages("reading and writing .pth files needs PyTorch", "convert"):
         import torch
-    except ImportError:
-        raise UserError(
-            "reading and writing .pth files needs PyTorch, which is not installed: "
-            "pip install 'topformer_jax[convert]' (from a clone: pip install -e '.[convert]')"
-        ) from None
     return torch
 
 

@@ -1,10 +1,9 @@
 """An exported file in Python: `open_exported` gives a function of images."""
 
-import contextlib
 import importlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from topformer_jax import config as config_lib
 from topformer_jax.data.catalog import CATALOG, DataSet, is_name
 from topformer_jax.data.transforms import Size
 from topformer_jax.runtime import files
-from topformer_jax.runtime.errors import UserError, explain_out_of_memory
+from topformer_jax.runtime.errors import UserError, explain_out_of_memory, need_packages
 
 # By suffix: the module of a format in this package, and the packages that it needs.
 FORMATS = {
@@ -183,14 +182,3 @@ def import_format(path: files.Path) -> ModuleType:
     name, packages = FORMATS[suffix]
     with need_packages(f"{suffix} files need {packages}"):
         return importlib.import_module(f"topformer_jax.exporters.{name}")
-
-
-@contextlib.contextmanager
-def need_packages(what: str) -> Iterator[None]:
-    """Turns a failed import into a UserError: what needs which packages, and how to install them."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(
-            f"{what}: {error}; pip install 'topformer_jax[export]' (from a clone: pip install -e '.[export]')"
-        ) from None

@@ -21,11 +21,11 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from jaxtyping import UInt8
 
 from topformer_jax.data import loader
-from topformer_jax.exporters.exported import SEAL_BYTES, Run, need_packages, seal
+from topformer_jax.exporters.exported import SEAL_BYTES, Run, seal
 from topformer_jax.exporters.network import Function
 from topformer_jax.ops import resample
 from topformer_jax.runtime import files
-from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.errors import UserError, need_packages
 
 HOLDS_DESCRIPTION = True
 BY_ROWS = False

@@ -16,13 +16,12 @@ from jaxtyping import Float, UInt8
 from topformer_jax import models
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.transforms import Size
-from topformer_jax.exporters.exported import need_packages
 from topformer_jax.inference import plan
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
 from topformer_jax.inference.plan import InferenceInput, LabelInput, ProgramShapes, plan_shapes, view_flips
 from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.runtime import files, sharding
-from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.errors import UserError, need_packages
 
 # Images as the network sees them, before the normalisation, to logits.
 Network = Callable[[UInt8[np.ndarray, "1 h w 3"]], Float[np.ndarray, "1 _h _w classes"]]

@@ -59,3 +59,13 @@ def report_out_of_memory(command: str, describe_state: Callable[[], str] = str) 
         if line is None:
             raise
         raise UserError("; ".join(filter(None, [line, describe_state()]))) from None
+
+
+@contextlib.contextmanager
+def need_packages(what: str, extra: str = "export") -> Iterator[None]:
+    """Turns a failed import into a UserError: what needs which packages, and how to install them."""
+    try:
+        yield
+    except ImportError as error:
+        install = f"pip install 'topformer_jax[{extra}]' (from a clone: pip install -e '.[{extra}]')"
+        raise UserError(f"{what}: {error}; {install}") from None
