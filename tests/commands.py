@@ -19,8 +19,9 @@ from topformer_jax.runtime import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 LONGEST = 1800.0  # seconds that a test waits for anything: for what hangs, not for what is slow
-TINY = {
-    "batch_size": 4,
+TINY = {  # all runs share the compiled programs
+    "batch_size": 8,
+    "model.depths": 1,
     "data.crop_size": "(64,64)",
     "data.shapes.train": 12,
     "data.shapes.validation": 3,
@@ -44,7 +45,7 @@ def arguments(workdir: Workdir, changes: dict[str, Any]) -> list[str]:
 
 
 def start(
-    workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 1, platform: str = "cpu"
+    workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 8, platform: str = "cpu"
 ) -> subprocess.Popen[str]:
     """The command in a process of its own; it finds what the tests have compiled."""
     return subprocess.Popen(
@@ -66,9 +67,9 @@ def command(main: Callable[[], None], *words: object) -> str:
 
 
 def run_here(workdir: Workdir, changes: dict[str, Any], *flags: str) -> str:
-    """What a training prints, in this process, with a batch that the devices of the tests divide."""
+    """What a training prints, in this process."""
     with contextlib.chdir(ROOT):
-        return command(train.main, *arguments(workdir, {"batch_size": 8} | changes), *flags)
+        return command(train.main, *arguments(workdir, changes), *flags)
 
 
 def refused_command(main: Callable[[], None], *words: object) -> str:
@@ -166,5 +167,5 @@ def refused(*words: str) -> str:
 
 
 def refused_here(workdir: Workdir, changes: dict[str, Any]) -> str:
-    """`refused` with the settings of `refused_run`, but for a batch that the devices of the tests divide."""
-    return refused(*arguments(workdir, {"batch_size": 8} | changes))
+    """`refused` with the settings of `refused_run`."""
+    return refused(*arguments(workdir, changes))

@@ -91,7 +91,7 @@ def test_outputs_in_a_bucket_are_those_on_a_disk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Convert, predict and evaluate; one process also has its cache of compiled programs in the bucket."""
-    words = settings(None, {})
+    words = settings(None, {"model.depths": 4})
     monkeypatch.chdir(ROOT)
     # Each place reads what was written into the same place.
     for place in (tmp_path, bucket):

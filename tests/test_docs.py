@@ -83,6 +83,7 @@ STYLE = {
 LONGEST_SENTENCE = 40  # words
 SMALL = TINY | {
     "batch_size": 2,
+    "model.depths": 4,
     "data.num_workers": 0,
     "evaluation.crop_size": "(64,64)",
     "evaluation.stride": "(32,32)",

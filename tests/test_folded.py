@@ -15,7 +15,7 @@ from topformer_jax.training.folded import find_folded, restore_statistics
 from topformer_jax.training.run import Run
 from topformer_jax.training.step import TrainState
 
-SETTINGS = config.load(config.shapes(), TINY | {"model.depths": 1})
+SETTINGS = config.load(config.shapes(), TINY)
 
 
 def fold(tensors: dict[str, np.ndarray], variance: float) -> dict[str, np.ndarray]:

@@ -90,11 +90,11 @@ def test_frozen_parts_keep_every_bit(part: str, fsdp: int) -> None:
 
 def test_a_run_with_a_frozen_backbone(tmp_path: pathlib.Path) -> None:
     """It resumes; what would stay random, and another part than the checkpoint's, is refused."""
-    settings = config.load(config.shapes(), TINY | {"model.depths": 1})
+    settings = config.load(config.shapes(), TINY)
     tensors = {name: np.asarray(value) for name, value in models.state_dict(models.build(settings)).items()}
     metadata = {"config": json.loads(settings.to_json()), "meta": {}}
     checkpoints.write_checkpoint(tmp_path / "start", tensors, metadata)
-    changes = {"model.depths": 1, "init_from": tmp_path / "start", "optimizer.freeze": "backbone"}
+    changes = {"init_from": tmp_path / "start", "optimizer.freeze": "backbone"}
     out = run_here(tmp_path / "run", changes | {"schedule.steps": 2})
     parameters = {name: value.size for name, value in tensors.items() if not name.endswith(STATISTICS)}
     total = sum(parameters.values())

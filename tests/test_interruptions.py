@@ -55,7 +55,7 @@ def test_a_full_disk_and_a_bad_picture_lose_nothing(
     """The second checkpoint does not fit; then there is space; then a picture of the evaluation is fixed."""
     changes = FOLDER | {"data.root": root, "checkpoint_every": 3}
     workdir = tmp_path / "small/run"
-    disk(workdir.parent, "20m")
+    disk(workdir.parent, "10m")
     line = refused_here(workdir, changes)
     assert f"cannot write a checkpoint into {workdir}/checkpoints: no space is left on the disk" in line
     assert "the newest saved step is 3; fix it and start the same command again" in line

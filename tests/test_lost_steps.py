@@ -111,7 +111,7 @@ class Watcher:
 
 def test_no_step_goes_while_it_is_scored(tmp_path: pathlib.Path) -> None:
     """Saved before the first evaluation of the process, and not written again for the score."""
-    changes = {"model.depths": 1, "checkpoint_every": 100, "evaluate_every": 3, "max_to_keep": 1}
+    changes = {"checkpoint_every": 100, "evaluate_every": 3, "max_to_keep": 1}
     with Watcher(lambda: list_disk(tmp_path / "run"), 1) as watcher:
         run_here(tmp_path / "run", changes)
         watcher.wait_for_looks()

@@ -142,7 +142,7 @@ def test_a_picture_without_memory_is_not_damaged(
 
 # In a run
 
-SMALL = {"model.depths": 1, "schedule.steps": 4}
+SMALL = {"schedule.steps": 4}
 
 
 def test_a_step_without_memory_loses_nothing_else(

@@ -21,8 +21,6 @@ from topformer_jax.runtime.errors import UserError
 
 # Nothing is logged, saved or scored before the end: only the signal asks for it.
 CHANGES: dict[str, Any] = {
-    "batch_size": 8,
-    "model.depths": 1,
     "schedule.steps": 100_000,
     "log_every": 100_000,
     "checkpoint_every": 100_000,

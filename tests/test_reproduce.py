@@ -23,6 +23,7 @@ SMALL = {
     "schedule.warmup_steps": 1,
     "batch_size": 2,
     "data.num_workers": 0,
+    "model.depths": 1,
     "data.crop_size": "(128,128)",
     "evaluation.scale": "(128,128)",
 }

@@ -230,7 +230,7 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
     local, remote = tmp_path / "run", bucket / "run"
     run_here(local, {})
     bucket.set_faults(fail=3, status=503, delay=0.01)
-    process = start(remote, {"batch_size": 8, "upload_every": 1}, devices=8)
+    process = start(remote, {"upload_every": 1})
     while process.poll() is None and not (remote / "checkpoints/2/commit_success.txt").exists():
         time.sleep(0.5)
     process.kill()

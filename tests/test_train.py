@@ -69,7 +69,7 @@ def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     assert "best: mIoU" in out
     scored = [r for r in logs.read_records(workdir / "metrics.jsonl") if r["kind"] == "evaluation"]
     assert [record["step"] for record in scored] == [6]
-    model = load(config.load(ROOT / "configs/topformer_t_shapes.py"), workdir)
+    model = load(ROOT / "configs/topformer_t_shapes.py", workdir, **{"model.depths": 1})
     assert jax.eval_shape(model, jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")).shape == (1, 8, 8, 10)
 
 
@@ -92,7 +92,7 @@ def test_a_later_start_of_a_finished_run(whole: tuple[pathlib.Path, str]) -> Non
 
 def test_a_run_of_epochs(tmp_path: pathlib.Path) -> None:
     """Its schedule, evaluations and end are those of the steps; a warm-up that does not end is said."""
-    changes = {"schedule.epochs": 2, "evaluate_every": 0, "schedule.warmup_steps": 3, "model.depths": 1}
+    changes = {"schedule.epochs": 2, "evaluate_every": 0, "schedule.warmup_steps": 3}
     out = run_here(tmp_path, changes)
     assert "2.0 epochs of 12 pictures = 3 steps of 8 images, crops (64, 64)\n" in out
     assert (
@@ -181,7 +181,7 @@ def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch
             return jax.tree.map(np.asarray, super().__next__())
 
     monkeypatch.setattr(loader, "DeviceBatches", HostBatches)
-    settings = config.load(config.shapes(), TINY | {"batch_size": 8})
+    settings = config.load(config.shapes(), TINY)
     with (
         RunFolder(tmp_path / "run", 60) as folder,
         pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"),
@@ -197,7 +197,7 @@ def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: 
 def test_a_signal_saves_and_the_same_command_goes_on(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ) -> None:
-    process = start(tmp_path, {"batch_size": 8}, devices=8)
+    process = start(tmp_path, {})
     _wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=LONGEST)
@@ -215,6 +215,9 @@ def test_a_killed_run_with_every_option_resumes(
     whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
 ) -> None:
     """Averages, accumulation, workers, class weights, a profile, boundaries, and a teacher: the finished run."""
+    teacher = tmp_path / "teacher.py"
+    lines = "from topformer_jax import config", "def get_config():", "    settings = config.shapes()"
+    teacher.write_text("\n".join([*lines, "    settings.model.depths = 1", "    return settings"]))
     changes: dict[str, Any] = {
         "batch_size": 16,
         "ema_decay": 0.5,
@@ -225,11 +228,11 @@ def test_a_killed_run_with_every_option_resumes(
         "data.mix": "paste",
         "data.rotation": 20.0,
         "loss.class_weight": "balanced",
-        "distillation.config": "topformer_t_shapes",
+        "distillation.config": teacher,
         "distillation.checkpoint": whole[0],
     }
     out = run_here(tmp_path / "whole", changes, "--profile", "2:3")
-    assert f"topformer_t_shapes, {whole[0]}" in out
+    assert f"{teacher}, {whole[0]}" in out
     assert f"wrote the profile into {tmp_path}/whole/profile" in out
     assert list((tmp_path / "whole/profile").rglob("*.xplane.pb"))
     assert re.search(
@@ -238,7 +241,7 @@ def test_a_killed_run_with_every_option_resumes(
     assert "the pixels of classes are those in" not in out  # labels are counted once, for both settings
     assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)
     # The schedule depends on the number of steps, so the first half is cut off by a kill, not by fewer steps.
-    process = start(tmp_path / "cut", changes, devices=8)
+    process = start(tmp_path / "cut", changes)
     _wait_for_step(process, tmp_path / "cut", 2)
     process.kill()
     process.communicate(timeout=LONGEST)
@@ -253,7 +256,6 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
     # float64: in float32 rounding alone drives the runs apart by a few thousandths in ten steps.
     monkeypatch.setenv("JAX_ENABLE_X64", "1")
     changes = {
-        "batch_size": 8,
         "schedule.steps": 10,
         "checkpoint_every": 5,
         "data.shapes.validation": 5,
