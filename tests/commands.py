@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 
-from topformer_jax import train
-from topformer_jax.runtime import cli
+from topformer_jax import checkpoints, train
+from topformer_jax.runtime import cli, logs
 
 ROOT = pathlib.Path(__file__).parents[1]
 LONGEST = 1800.0  # seconds that a test waits for anything: for what hangs, not for what is slow
@@ -44,18 +45,29 @@ def arguments(workdir: Workdir, changes: dict[str, Any]) -> list[str]:
     return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
 
 
-def start(
-    workdir: Workdir, changes: dict[str, Any], *flags: str, devices: int = 8, platform: str = "cpu"
-) -> subprocess.Popen[str]:
-    """The command in a process of its own; it finds what the tests have compiled."""
+def launch(module: str, *words: object, devices: int = 8, platform: str = "cpu") -> subprocess.Popen[str]:
+    """A command of the package in a process of its own; it finds what the tests have compiled."""
     return subprocess.Popen(
-        [sys.executable, "-m", "topformer_jax.train", *arguments(workdir, changes), *flags],
+        [sys.executable, "-m", f"topformer_jax.{module}", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": platform, "JAX_NUM_CPU_DEVICES": str(devices)},
     )
+
+
+def launch_pair(
+    module: str, *words: object, port: int | None = None, devices: int = 4, platform: str = "cpu"
+) -> list[subprocess.Popen[str]]:
+    """Two processes of one command, which meet at a port."""
+    words = (*words, "--coordinator", f"127.0.0.1:{port or free_port()}", "--processes", 2, "--process-id")
+    return [launch(module, *words, number, devices=devices, platform=platform) for number in range(2)]
+
+
+def start(workdir: Workdir, changes: dict[str, Any], *flags: str) -> subprocess.Popen[str]:
+    """A training in a process of its own."""
+    return launch("train", *arguments(workdir, changes), *flags)
 
 
 def command(main: Callable[[], None], *words: object) -> str:
@@ -90,11 +102,24 @@ def free_port() -> int:
 
 
 def start_pair(
-    workdir: Workdir, changes: dict[str, Any], *flags: str, port: int | None = None, devices: int = 1
+    workdir: Workdir, changes: dict[str, Any], *flags: str, port: int | None = None
 ) -> list[subprocess.Popen[str]]:
-    """Two processes of one training, which meet at a port."""
-    flags = (*flags, "--coordinator", f"127.0.0.1:{port or free_port()}", "--processes", "2", "--process-id")
-    return [start(workdir, changes, *flags, str(number), devices=devices) for number in range(2)]
+    """Two processes of one training, with 4 devices each."""
+    return launch_pair("train", *arguments(workdir, changes), *flags, port=port)
+
+
+def losses(workdir: Workdir) -> dict[int, float]:
+    """All losses of a run's log, each step once, whatever was computed twice."""
+    records = [record for record in logs.read_records(workdir / "metrics.jsonl") if "loss" in record]
+    found = {record["step"]: record["loss"] for record in records}
+    assert len(found) == len(records)
+    return found
+
+
+def outcome(workdir: Workdir) -> tuple[dict[str, bytes], dict[int, float]]:
+    """The weights of a run's last checkpoint, bit for bit, and all its losses."""
+    tensors, _ = checkpoints.read_model(workdir)
+    return {name: np.asarray(value).tobytes() for name, value in tensors.items()}, losses(workdir)
 
 
 def comes_to_pass(processes: Sequence[subprocess.Popen[Any]], holds: Callable[[], bool]) -> bool:
@@ -139,13 +164,11 @@ def run_check(
     recipe: str, settings: dict[str, Any], output: pathlib.Path, status: int, *flags: str
 ) -> tuple[str, str]:
     """The command that checks a data set in a process of its own: its stdout and stderr."""
-    command = [sys.executable, "-m", "topformer_jax.check", "--config", recipe, "--output", str(output)]
     words = [f"--config.{key}={value}" for key, value in settings.items()]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": LONGEST}
-    done = subprocess.run([*command, *words, *flags], cwd=ROOT, env=environment, **options)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout, done.stderr
+    process = launch("check", "--config", recipe, "--output", output, *words, *flags)
+    ((out, err),) = finish([process])
+    assert process.returncode == status, out + err
+    return out, err
 
 
 def run(workdir: Workdir, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:

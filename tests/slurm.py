@@ -64,7 +64,7 @@ class Slurm:
             "VENV": str(folder),
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_NUM_CPU_DEVICES": "4",
         }
         self._daemons: list[subprocess.Popen[bytes]] = []
 

@@ -1,10 +1,7 @@
 """Every command with paths in a bucket does what it does on a local disk; a slice's run from bucket to bucket."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -13,7 +10,16 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import ROOT, arguments, command as run_here, finish, free_port, start_pair, wait_for
+from tests.commands import (
+    ROOT,
+    arguments,
+    command as run_here,
+    finish,
+    launch,
+    launch_pair,
+    start_pair,
+    wait_for,
+)
 from topformer_jax import checkpoints, convert, evaluate, predict
 from topformer_jax.data import shapes
 from topformer_jax.runtime import logs
@@ -21,27 +27,9 @@ from topformer_jax.runtime import logs
 __all__ = ["bucket", "storage"]
 
 
-def command(module: str, *words: Any, count: int = 1, devices: int = 1) -> list[str]:
-    """Runs a command of the package in `count` processes that find each other; what each printed."""
-    group = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(count)] if count > 1 else []
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                f"topformer_jax.{module}",
-                *map(str, words),
-                *group,
-                *(["--process-id", str(n)] if group else []),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
-        )
-        for n in range(count)
-    ]
+def command(module: str, *words: Any, is_pair: bool = False) -> list[str]:
+    """Runs a command in one process or in two that find each other; returns what each printed."""
+    started = launch_pair(module, *words) if is_pair else [launch(module, *words)]
     outputs = finish(started)
     report = "\n".join(text for pair in outputs for text in pair)
     assert all(process.returncode == 0 for process in started), report
@@ -116,7 +104,7 @@ def test_outputs_in_a_bucket_are_those_on_a_disk(
 
 def kill_after_a_checkpoint(bucket: Bucket, workdir: Any, changes: dict[str, Any], step: int) -> None:
     """Starts two processes of 4 devices, on a server that fails meanwhile; kills both after a step's checkpoint."""
-    pair = start_pair(workdir, changes, devices=4)
+    pair = start_pair(workdir, changes)
     try:
         wait_for(pair, (workdir / f"checkpoints/{step}/commit_success.txt").exists)
         bucket.set_faults(cut=2, fail=3, status=503, delay=0.02)  # it is writing the next one, or soon will
@@ -135,7 +123,6 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
     changes: dict[str, Any] = {
         "data.source": "array_record",
         "data.dataset": "custom",
-        "batch_size": 8,
         "schedule.steps": 8,
         "checkpoint_every": 1,
         "upload_every": 1,
@@ -150,11 +137,11 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
     for step in (2, 5):
         kill_after_a_checkpoint(bucket, bucket / "run", places[bucket], step)
     for place, change in places.items():
-        out = command("train", *arguments(f"{place}/run", change), count=2, devices=4)
+        out = command("train", *arguments(f"{place}/run", change), is_pair=True)
         assert ("from checkpoint" in out[0]) == (place is bucket), out
         assert "done: curves in" in out[0]
         words = [*settings(None, change), "--checkpoint", f"{place}/run"]
-        command("evaluate", *words, "--workdir", f"{place}/scores", count=2, devices=4)
+        command("evaluate", *words, "--workdir", f"{place}/scores", is_pair=True)
         command("predict", *words, "--output", f"{place}/out", picture)
         command("convert", *words, "--output", f"{place}/model.pth")
     local, remote = (

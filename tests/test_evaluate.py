@@ -3,10 +3,7 @@
 import collections
 import csv
 import json
-import os
 import pathlib
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks import samples
-from tests.commands import command, finish, free_port, refused_command
+from tests.commands import command, finish, launch_pair, refused_command
 from topformer_jax import config as config_lib, evaluate, inference, models
 from topformer_jax.data import sources
 from topformer_jax.data.codecs import decode_label
@@ -214,20 +211,7 @@ def test_two_processes_count_as_one(shapes_weights: pathlib.Path, tmp_path: path
     of_class = [row["boundary_IoU"] for row in found["classes"].values() if row["boundary_IoU"] is not None]
     assert np.isclose(found["boundary_mIoU"], np.mean(of_class))
     assert found["boundary_mIoU"] != found["mIoU"]
-    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-    start = [sys.executable, "-m", "topformer_jax.evaluate", *arguments, str(tmp_path / "two"), *flags]
-    pair = [
-        subprocess.Popen(
-            [*start, "--process-id", str(number)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        for number in range(2)
-    ]
+    pair = launch_pair("evaluate", *arguments, tmp_path / "two")
     outputs = finish(pair)
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "mIoU" in outputs[0][0]

@@ -11,15 +11,12 @@ import subprocess
 import time
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import FOLDER, LONGEST, finish, free_port, start, start_pair
+from tests.commands import FOLDER, LONGEST, finish, free_port, outcome, start, start_pair
 from tests.test_lost_steps import Watcher, list_bucket, list_disk
 from tests.test_processes import LOST
-from topformer_jax import checkpoints
-from topformer_jax.runtime import logs
 
 __all__ = ["bucket", "storage"]
 
@@ -30,14 +27,6 @@ def have_met(number: int) -> bool:
     """Whether both processes are connected to a port; before that, one waits five minutes for the other."""
     rows = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return sum(row[2].endswith(f":{number:04X}") and row[3] == "01" for row in rows) >= 2
-
-
-def outcome(workdir: Any) -> tuple[dict[str, bytes], list[tuple[int, float]]]:
-    """The last checkpoint's weights, and all losses of the log: each step once, whatever was computed twice."""
-    tensors, _ = checkpoints.read_model(workdir)
-    records = logs.read_records(workdir / "metrics.jsonl")
-    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    return {name: np.asarray(value).tobytes() for name, value in tensors.items()}, losses
 
 
 def kill(pair: list[subprocess.Popen[str]], victims: list[int]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.commands import LONGEST, finish, free_port, start, start_pair, wait_for
+from tests.commands import LONGEST, arguments, finish, launch_pair, start, start_pair, wait_for
 from topformer_jax.checkpoints import CheckpointStore
 from topformer_jax.runtime import processes
 from topformer_jax.runtime.errors import UserError
@@ -68,8 +68,7 @@ def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> N
 
 
 def test_devices_that_do_not_start_are_one_line(tmp_path: pathlib.Path) -> None:
-    flags = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process-id")
-    pair = [start(tmp_path, CHANGES, *flags, str(number), platform="nowhere") for number in range(2)]
+    pair = launch_pair("train", *arguments(tmp_path, CHANGES), platform="nowhere")
     outputs = finish(pair)
     for process, (_, err) in zip(pair, outputs, strict=True):
         assert process.returncode == 2, outputs

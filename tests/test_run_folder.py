@@ -4,9 +4,7 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -14,8 +12,7 @@ import pytest
 
 from tests import cloud, machines
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import LONGEST, only_line, refused_here, run_here, start
-from topformer_jax import checkpoints
+from tests.commands import LONGEST, only_line, outcome, refused_here, run_here, start
 from topformer_jax.runtime import files, logs
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import run_folder
@@ -24,25 +21,20 @@ from topformer_jax.training.run_folder import LEASE, Lease, RunFolder
 __all__ = ["bucket", "storage"]
 
 
-def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path) -> None:
-    code = (
-        "import os, pathlib; from topformer_jax.training.run_folder import Lease; "
-        f"Lease(pathlib.Path({str(tmp_path)!r})); os._exit(9)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=False)
-    assert json.loads((tmp_path / LEASE).read_text())["pid"]
-    Lease(tmp_path).release()
-
-
-def test_a_crashed_run_that_nobody_has_waited_for_leaves_the_folder(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path, is_waited_for: bool) -> None:
     """The kernel keeps a dead process until its parent asks for its status, which some containers' first never do."""
     process = machines.start_here(HOLDER, tmp_path)
     assert machines.read_line(process) == "there"
-    process.send_signal(signal.SIGKILL)
-    stat = pathlib.Path(f"/proc/{process.pid}/stat")
-    cloud.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    process.kill()
+    if is_waited_for:
+        process.communicate()
+    else:
+        stat = pathlib.Path(f"/proc/{process.pid}/stat")
+        cloud.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    assert json.loads((tmp_path / LEASE).read_text())["pid"] == process.pid
     Lease(tmp_path).release()
-    process.communicate()
+    process.wait()
 
 
 HOLDER = """
@@ -68,7 +60,7 @@ except UserError as error:
 """
 
 
-def outcome(process: subprocess.Popen[str]) -> list[str]:
+def last_words(process: subprocess.Popen[str]) -> list[str]:
     out, err = process.communicate(timeout=LONGEST)
     assert (process.returncode, err) == (0, ""), err
     return out.splitlines()
@@ -83,13 +75,13 @@ def test_where_the_kernel_does_not_tell_a_lease_is_watched(tmp_path: pathlib.Pat
     who = json.loads((tmp_path / LEASE).read_text())
     assert who["started"] is None if mounts else who["pid"] == 1
     who = f"process {who['pid']} on {who['host']}"
-    waiting, line = outcome(machines.start(SUCCESSOR, mounts, tmp_path))
+    waiting, line = last_words(machines.start(SUCCESSOR, mounts, tmp_path))
     assert waiting == f"{tmp_path} was used by {who}: waiting 20 s to see whether it still is"
     assert line == f"{tmp_path} is in use by {who}: give another --workdir, or end that run"
     first.kill()
     first.communicate()
     code = SUCCESSOR.replace("expired_seconds=20.0", "expired_seconds=0.5")
-    assert outcome(machines.start(code, mounts, tmp_path))[1:] == ["taken"]
+    assert last_words(machines.start(code, mounts, tmp_path))[1:] == ["taken"]
 
 
 def test_a_run_of_another_user_is_respected(tmp_path: pathlib.Path) -> None:
@@ -100,11 +92,11 @@ def test_a_run_of_another_user_is_respected(tmp_path: pathlib.Path) -> None:
         first = machines.start_here(HOLDER, folder)
         assert machines.read_line(first) == "there"
         (folder / LEASE).chmod(0o666)
-        lines = outcome(machines.start(SUCCESSOR, machines.HIDDEN_PROC, folder, 65534))
+        lines = last_words(machines.start(SUCCESSOR, machines.HIDDEN_PROC, folder, 65534))
         assert f"{folder} is in use by process {first.pid} on " in lines[-1]
         first.kill()
         first.communicate()
-        assert outcome(machines.start(SUCCESSOR, machines.HIDDEN_PROC, folder, 65534)) == ["taken"]
+        assert last_words(machines.start(SUCCESSOR, machines.HIDDEN_PROC, folder, 65534)) == ["taken"]
 
 
 def write_lease_of_another_machine(folder: files.Path) -> dict:
@@ -131,16 +123,8 @@ def test_a_renewed_lease_is_respected(tmp_path: pathlib.Path, monkeypatch: pytes
 
 
 def test_who_was_taken_over_ends(tmp_path: pathlib.Path) -> None:
-    code = (
-        "import time, pathlib; from topformer_jax.training.run_folder import Lease; "
-        f"Lease(pathlib.Path({str(tmp_path)!r}), renew_seconds=0.1); "
-        f"print('there', flush=True); time.sleep({LONGEST})"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout
-    process.stdout.readline()
+    process = machines.start_here(HOLDER, tmp_path)
+    assert machines.read_line(process) == "there"
     write_lease_of_another_machine(tmp_path)
     _, err = process.communicate(timeout=LONGEST)
     assert process.returncode == 2
@@ -238,16 +222,9 @@ def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
     out = run_here(remote, {})
     assert "from checkpoint" in out
     assert f"done: curves in {remote}/curves.png" in out
-    expected, found = (
-        {r["step"]: r["loss"] for r in logs.read_records(folder / "metrics.jsonl") if "loss" in r}
-        for folder in (local, remote)
-    )
-    assert found == expected != {}
+    assert outcome(remote) == outcome(local)
     for name in ("config.json", "curves.png", "predictions/0000006.png"):
         assert (remote / name).exists()
-    weights, same = (checkpoints.read_model(folder)[0] for folder in (local, remote))
-    assert weights.keys() == same.keys()
-    assert all((weights[name] == same[name]).all() for name in weights)
 
 
 def test_a_second_run_is_refused(tmp_path: pathlib.Path) -> None:

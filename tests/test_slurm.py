@@ -13,9 +13,8 @@ import time
 import pytest
 
 from tests.cloud import write_program
-from tests.commands import arguments, finish, start_pair
+from tests.commands import arguments, finish, outcome, start_pair
 from tests.slurm import Job, Slurm, daemons, slurm
-from tests.test_kills import outcome
 from tests.test_processes import CHANGES, LOST
 
 __all__ = ["daemons", "slurm"]

@@ -18,15 +18,19 @@ from tests.commands import (
     LONGEST,
     ROOT,
     TINY,
+    arguments,
     comes_to_pass,
     finish,
+    launch,
+    losses,
+    outcome,
     refused_here,
     run,
     run_here,
     start,
     start_pair,
 )
-from topformer_jax import checkpoints, config, load, train
+from topformer_jax import config, load, train
 from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
 from topformer_jax.runtime import logs
@@ -34,20 +38,6 @@ from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.run import STEPS_IN_FLIGHT, Monitor, load_teacher, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.step import learning_rate
-
-
-def _tensors(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    return checkpoints.read_model(workdir)[0]
-
-
-def _same(first: pathlib.Path, second: pathlib.Path) -> bool:
-    one, two = _tensors(first), _tensors(second)
-    return set(one) == set(two) and all(np.array_equal(one[name], two[name]) for name in one)
-
-
-def _losses(workdir: pathlib.Path) -> dict[int, float]:
-    records = logs.read_records(workdir / "metrics.jsonl")
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +51,7 @@ def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     workdir, out = whole
     expected = "checkpoints config.json configs curves.png metrics.jsonl predictions tensorboard"
     assert {path.name for path in workdir.iterdir()} == {*expected.split()}
-    assert sorted(_losses(workdir)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8
     assert [path.name for path in (workdir / "predictions").iterdir()] == ["0000006.png"]
     assert list((workdir / "tensorboard").iterdir())
@@ -191,7 +181,7 @@ def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch
 
 def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:
     """Returns when it has logged the step, or has ended."""
-    comes_to_pass([process], lambda: max(_losses(workdir) or {0: 0.0}) >= step)
+    comes_to_pass([process], lambda: max(losses(workdir) or {0: 0.0}) >= step)
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(
@@ -204,11 +194,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert process.returncode == 128 + signal.SIGTERM, out + err
     assert "the same command resumes from here" in out
     assert "Traceback" not in err
-    stopped_at = max(_losses(tmp_path))
+    stopped_at = max(losses(tmp_path))
     assert 3 <= stopped_at < 6
     assert f"from checkpoint {stopped_at}" in run_here(tmp_path, {})
-    assert _same(tmp_path, whole[0])
-    assert _losses(tmp_path) == _losses(whole[0])
+    assert outcome(tmp_path) == outcome(whole[0])
 
 
 def test_a_killed_run_with_every_option_resumes(
@@ -246,8 +235,7 @@ def test_a_killed_run_with_every_option_resumes(
     process.kill()
     process.communicate(timeout=LONGEST)
     run_here(tmp_path / "cut", changes)
-    assert _same(tmp_path / "whole", tmp_path / "cut")
-    assert _losses(tmp_path / "whole") == _losses(tmp_path / "cut")
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
 
 @pytest.mark.slow
@@ -264,19 +252,19 @@ def test_two_processes_train_as_one(tmp_path: pathlib.Path, monkeypatch: pytest.
     }
     runs = {1: tmp_path / "one", 8: tmp_path / "eight"}
     for devices, workdir in runs.items():
-        process = start(workdir, changes, devices=devices)
+        process = launch("train", *arguments(workdir, changes), devices=devices)
         out, err = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, out + err
-    pair = start_pair(tmp_path / "two", changes, devices=4)
+    pair = start_pair(tmp_path / "two", changes)
     outputs = finish(pair)
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "8 x cpu in 2 processes" in outputs[0][0]
     assert "step 10/10" in outputs[0][0]
     assert "step" not in outputs[1][0]
-    expected = _losses(runs[1])
+    expected = losses(runs[1])
     worst = 0.0
     for workdir in (runs[8], tmp_path / "two"):
-        found = _losses(workdir)
+        found = losses(workdir)
         assert set(found) == set(expected) == set(range(1, 11))
         worst = max(worst, *(abs(found[step] / expected[step] - 1) for step in expected))
     print(f"1 device, 8 devices, 2 processes x 4: losses of 10 steps differ by {worst:.1e}")
