@@ -46,7 +46,7 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,7 +120,8 @@ def score_segmenter(
         facts["devices"] = predictor.runtime
     _write_metrics(workdir, {**list_scores(scores, data_set.classes, boundary), **facts})
     rows = ([name, *row] for name, row in zip(data_set.classes, result.confusion, strict=True))
-    files.write_file(workdir / "confusion.csv", _to_csv([["label", *data_set.classes], *rows]))
+    csv.writer(table := io.StringIO()).writerows([["label", *data_set.classes], *rows])
+    files.write_file(workdir / "confusion.csv", table.getvalue())
     best, worst = _choose_examples(config, predictor, source, result)
     title = f"{config.name} on {config.data.dataset}"
     report.write_report(
@@ -132,16 +133,13 @@ def score_segmenter(
 
 def _list_settings(config: ConfigDict, predictor: Predictor | ExportedPredictor) -> dict[str, object]:
     """The settings that the score depends on."""
-    unused = {"per_device_batch_size"}
-    if not config.evaluation.boundary_pixels:
-        unused.add("boundary_pixels")
-    if config.evaluation.mode == "whole":
-        unused |= {"crop_size", "stride"}
-    stretched = isinstance(predictor, ExportedPredictor) and predictor.stretched_size
-    if stretched:
-        unused |= {key.removeprefix("evaluation.") for key in STRETCHED}
-    settings = {key: value for key, value in config.evaluation.to_dict().items() if key not in unused}
-    return settings | ({"stretched to": stretched} if stretched else {})
+    settings = config.evaluation.to_dict()
+    unused = ["per_device_batch_size", *([] if settings["boundary_pixels"] else ["boundary_pixels"])]
+    unused += ["crop_size", "stride"] if settings["mode"] == "whole" else []
+    if isinstance(predictor, ExportedPredictor) and predictor.stretched_size:
+        settings["stretched to"] = predictor.stretched_size
+        unused += [key.removeprefix("evaluation.") for key in STRETCHED]
+    return {key: value for key, value in settings.items() if key not in unused}
 
 
 def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoint: str, split: str) -> None:
@@ -222,12 +220,6 @@ def list_scores(
         for label, name in enumerate(classes)
     }
     return {key: _number_or_none(mean) for key, mean in means.items()} | {"classes": rows}
-
-
-def _to_csv(rows: Iterable[Sequence[object]]) -> str:
-    lines = io.StringIO()
-    csv.writer(lines).writerows(rows)
-    return lines.getvalue()
 
 
 def _choose_examples(

@@ -59,11 +59,7 @@ def read(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def write(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        UserError: safetensors is not installed, the file exists, or it cannot be written.
-    """
+    """Writes a file whole or not at all; a UserError if it exists, or cannot be written."""
     library = _import_safetensors()
     files.refuse_existing(path)
     # Only contiguous arrays: of others the library writes the memory as it is, and does not warn.

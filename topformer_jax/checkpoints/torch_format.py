@@ -99,11 +99,7 @@ def read(path: files.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def write(path: files.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Writes an mmcv file, `{"meta": metadata["meta"], "state_dict": ...}`, whole or not at all.
-
-    Raises:
-        UserError: PyTorch is not installed, the file exists, or it cannot be written.
-    """
+    """Writes an mmcv file, `{"meta": metadata["meta"], "state_dict": ...}`, whole or not at all."""
     torch = _import_torch()
     files.refuse_existing(path)
     states = {name: torch.from_numpy(to_torch(tensor)) for name, tensor in tensors.items()}

@@ -183,13 +183,9 @@ class _Extent:
 def translate(
     graph: Graph, program: core.ClosedJaxpr, inputs: Sequence[Value], overrides: Mapping[str, Rule]
 ) -> list[Value]:
-    """Adds a program's operations to a graph and returns the program's outputs.
+    """Adds the operations of a program, from `jax.make_jaxpr`, to a graph and returns the program's outputs.
 
-    Args:
-        graph: gets the nodes.
-        program: from `jax.make_jaxpr`.
-        inputs: of the program.
-        overrides: rules for its jitted functions by name, used instead of their contents.
+    `overrides` are rules for its jitted functions by name, used instead of their contents.
 
     Raises:
         NotImplementedError: there is no rule for one of its primitives.

@@ -56,27 +56,22 @@ class ExportedPredictor:
         )
         classes = self.checkpoint_config.model.num_classes
         has_labels, several_sizes = facts["output"] == "labels", len(evaluation.img_ratios) > 1
-        mistakes = {
-            f"{name} gives {facts['output']}: expected a file of labels or logits": (
-                not has_labels and facts["output"] != "logits"
-            ),
-            f"{name} has {classes} classes, the config {config.model.num_classes}": (
-                classes != config.model.num_classes
-            ),
-            "an exported file sees whole images: leave out --slide, or set evaluation.mode=whole": (
-                evaluation.mode != "whole"
-            ),
-            f"{name} gives labels, and views are averaged before there are any: export --logits": (
-                has_labels and (several_sizes or evaluation.flip)
-            ),
-            f"--stretch is for a file of one size, and {name} takes images of any": (
-                stretch and facts["size"] is None
-            ),
-            "--stretch resizes an image to one size: leave out --img-ratios": stretch and several_sizes,
-        }
-        for line, is_made in mistakes.items():
-            if is_made:
-                raise UserError(line)
+        if not has_labels and facts["output"] != "logits":
+            raise UserError(f"{name} gives {facts['output']}: expected a file of labels or logits")
+        if classes != config.model.num_classes:
+            raise UserError(f"{name} has {classes} classes, the config {config.model.num_classes}")
+        if evaluation.mode != "whole":
+            raise UserError(
+                "an exported file sees whole images: leave out --slide, or set evaluation.mode=whole"
+            )
+        if has_labels and (several_sizes or evaluation.flip):
+            raise UserError(
+                f"{name} gives labels, and views are averaged before there are any: export --logits"
+            )
+        if stretch and facts["size"] is None:
+            raise UserError(f"--stretch is for a file of one size, and {name} takes images of any")
+        if stretch and several_sizes:
+            raise UserError("--stretch resizes an image to one size: leave out --img-ratios")
         self.stretched_size: Size | None = None
         if stretch:
             self.stretched_size = size = facts["size"][0], facts["size"][1]

@@ -52,16 +52,10 @@ def make_inference_mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def _split_into_slices(devices: Sequence[jax.Device], expected: int) -> list[list[jax.Device]]:
-    """Returns the devices of each slice, in the order of their processes.
+    """The devices of each slice, in the order of their processes; a UserError if there are not `expected` equal ones.
 
-    The loader of process p makes the p-th part of a batch, so the order of the batch does not depend on the slices.
-
-    Args:
-        devices: at least one.
-        expected: number of slices; 0 for the number that TPUs report. Other devices are cut into equal parts.
-
-    Raises:
-        UserError: the number of slices is another one, or slices differ in size.
+    0 is for the number that TPUs report; other devices are cut into equal parts. The loader of process p makes the
+    p-th part of a batch, so the order of the batch does not depend on the slices.
     """
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     slices: dict[int, list[jax.Device]] = {}
@@ -118,9 +112,8 @@ def to_host(tree: Any) -> Any:
 
     def fetch(leaf: jax.Array) -> np.ndarray:
         if not leaf.is_fully_replicated:
-            sharding = leaf.sharding
-            assert isinstance(sharding, NamedSharding)
-            leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(sharding.mesh, P()))(leaf)
+            assert isinstance(leaf.sharding, NamedSharding)
+            leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)
         return np.asarray(leaf.addressable_data(0))
 
     return jax.tree.map(fetch, tree)

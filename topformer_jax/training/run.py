@@ -87,11 +87,7 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
 def find_class_draws(
     config: ConfigDict, data_set: DataSet, pixels: Int[np.ndarray, "labels classes"] | None
 ) -> mixing.ClassDraws | None:
-    """The training examples that hold each class, if some are drawn for a class; prints what was counted.
-
-    Raises:
-        UserError: no label holds a class.
-    """
+    """The training examples that hold each class, if some are drawn for one; a UserError if no label holds one."""
     if not loader.needs_class_draws(config):
         return None
     assert pixels is not None
@@ -118,13 +114,9 @@ def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointS
 def check_changes(
     store: checkpoints.CheckpointStore, step: int, config: ConfigDict, data_set: DataSet
 ) -> tuple[DataSet, list[str]]:
-    """Compares a checkpoint with the config and the data of this start.
+    """Compares a checkpoint with the config and the data of this start; a UserError if the run cannot go on.
 
-    Returns:
-        The data set with the checkpoint's names and colours of the classes, and a line for each difference.
-
-    Raises:
-        UserError: the run cannot go on with such a change.
+    Returns the data set with the checkpoint's names and colours of the classes, and a line for each difference.
     """
     metadata = store.read_metadata(step)
     source = store.directory / str(step)
