@@ -58,7 +58,7 @@ class Storage:
         Args:
             **faults: fail (how many requests are answered by `status`), status (503), cut (how many uploads lose
                 their connection half way), delay (seconds before each answer), match (only requests whose first
-                line, such as "GET /storage/v1/b/NAME/o HTTP/1.1", contains it) or away (True: nobody answers).
+                line, such as "GET /storage/v1/b/NAME/o HTTP/1.1", contains it).
 
         Returns:
             The first lines of all requests since the last call.
@@ -82,16 +82,10 @@ class Storage:
 
 
 class Bucket:
-    """An empty bucket.
-
-    Attributes:
-        root: gs://NAME, as epath has it.
-        environment: the variables, for commands that do not inherit this process's.
-    """
+    """An empty bucket: `root` is gs://NAME, as epath has it."""
 
     def __init__(self, storage: Storage):
         self.root = epath.Path(f"gs://{storage.make_bucket()}")
-        self.environment = storage.environment
         self.set_faults = storage.set_faults
 
     def __truediv__(self, path: str) -> epath.Path:

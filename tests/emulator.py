@@ -1,7 +1,7 @@
 """A Cloud Storage server in memory on loopback, behind a proxy that can fail; run as a process by bucket.py.
 
-Prints its port. Each line on standard input changes what the proxy does (JSON, the fields of `Faults`, or "away") and
-is answered by a line with the requests since the last one. When standard input ends, everything ends.
+Prints its port. Each line on standard input changes what the proxy does (JSON, the fields of `Faults`) and is
+answered by a line with the requests since the last one. When standard input ends, everything ends.
 """
 
 import asyncio
@@ -36,24 +36,9 @@ class Proxy:
         self.server, self.port = server, port
         self.faults = Faults()
         self.requests: list[str] = []
-        self._listener: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
 
-    async def listen(self) -> None:
-        """Accepts connections."""
-        if self._listener is None:
-            self._listener = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-
-    async def go_away(self) -> None:
-        """Closes all connections; new ones are refused."""
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        for writer in list(self._open):
-            writer.transport.abort()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open.add(writer)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serves one connection."""
         to_server: asyncio.StreamWriter | None = None
         try:
             from_server, to_server = await asyncio.open_connection("127.0.0.1", self.server)
@@ -62,7 +47,6 @@ class Proxy:
         except (OSError, EOFError, asyncio.CancelledError):
             pass  # either side is gone, or all of it ends
         finally:
-            self._open.discard(writer)
             for side in (writer, to_server):
                 if side is not None:
                     side.close()
@@ -154,25 +138,12 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
     assert package.__file__
     (program,) = (pathlib.Path(package.__file__).parent / "vendor").rglob("fake-gcs-server-*")
     address = f"127.0.0.1:{port}"
-    return subprocess.Popen(
-        [
-            *(
-                str(program),
-                "-backend",
-                "memory",
-                "-scheme",
-                "http",
-                "-host",
-                "127.0.0.1",
-                "-port",
-                str(port),
-            ),
-            *("-public-host", address, "-external-url", f"http://{address}", "-log-level", "error"),
-        ],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    flags = (
+        f"-backend memory -scheme http -host 127.0.0.1 -port {port} -public-host {address} -log-level error"
     )
+    words = [str(program), *flags.split(), "-external-url", f"http://{address}"]
+    nothing = subprocess.DEVNULL
+    return subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
 def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
@@ -185,19 +156,14 @@ def _wait_for(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 async def _run(proxy: Proxy) -> None:
-    await proxy.listen()
+    listener = await asyncio.start_server(proxy.serve, "127.0.0.1", proxy.port)
     print(proxy.port, flush=True)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
-        wanted = json.loads(line)
-        if wanted.pop("away", False):
-            await proxy.go_away()
-        else:
-            await proxy.listen()
-        proxy.faults = Faults(**wanted)
+        proxy.faults = Faults(**json.loads(line))
         print(json.dumps(proxy.requests), flush=True)
         proxy.requests.clear()
-    await proxy.go_away()
+    listener.close()
 
 
 def main() -> None:
