@@ -139,10 +139,9 @@ def evaluate_split(
     counter = _PixelCounter(config, len(source), on_example)
 
     def load(number: int, index: int) -> LoadedExample:
-        batch, example = batches[number], _load_example(source, config, index)
-        inputs = prepare_input(
-            example.image, example.label, config.evaluation, batch.shapes, batch.label_size, dtype
-        )
+        example, batch = _load_example(source, config, index), batches[number]
+        shapes, size = batch.shapes, batch.label_size
+        inputs = prepare_input(example.image, example.label, config.evaluation, shapes, size, dtype)
         return dataclasses.replace(example, inputs=inputs)
 
     def dispatch(number: int, loaded: Mapping[int, LoadedExample]) -> tuple[Array, Array]:
