@@ -161,8 +161,8 @@ def evaluate_split(
             fetch = functools.partial(_fetch_labels, predictions, row, example)
             counter.add(example, counts_of_row[row], fetch)
 
-    rows, notes = [batch.rows for batch in batches], _name_new_canvases(batches)
-    _run_batches(rows, own_rows, load, dispatch, collect, on_progress, notes)
+    rows = list(zip([batch.rows for batch in batches], _name_new_canvases(batches), strict=True))
+    _run_batches(rows, own_rows, load, dispatch, collect, on_progress)
     return counter.sum_over_processes()
 
 
@@ -232,40 +232,39 @@ def evaluate_classifier(
 
     starts = range(0, len(source), count)
     rows = [[index if index < len(source) else None for index in range(n, n + count)] for n in starts]
-    _run_batches(rows, own_rows, load, dispatch, collect, on_progress, [""] * len(rows))
+    _run_batches([(each, "") for each in rows], own_rows, load, dispatch, collect, on_progress)
     ranks, labels = processes.sum_over_processes(found)
     return ClassifierResult(ranks, labels)
 
 
 def _run_batches(
-    batches: Sequence[Rows],
+    batches: Sequence[tuple[Rows, str]],
     own_rows: Sequence[int],
     load: Callable[[int, int], Any],
     dispatch: Callable[[int, dict[int, Any]], tuple[Array, ...]],
     collect: Callable[..., None],
     on_progress: Progress,
-    notes: Sequence[str],
 ) -> None:
     """Reads examples, computes batches and collects their results, all at the same time.
 
     Args:
-        batches: the example in each row of each batch.
+        batches: the example in each row of each batch, and a note for `on_progress`.
         own_rows: the rows that this process reads and computes.
         load: reads an example, from the number of its batch and its index; called by threads.
         dispatch: starts the computation of a batch, from its number and its examples by row.
         collect: gets a batch's examples by row, and what `dispatch` returned.
-        on_progress: called before each batch with its note of `notes`, and at the end.
+        on_progress: called before each batch, and at the end.
     """
     jobs = [
         (number, index)
-        for number, rows in enumerate(batches)
+        for number, (rows, _) in enumerate(batches)
         for row in own_rows
         if (index := rows[row]) is not None
     ]
     examples = loader.map_in_threads(lambda job: load(*job), jobs, ahead=len(own_rows))
     in_flight: collections.deque[tuple[Any, ...]] = collections.deque()
     started = 0
-    for number, (rows, note) in enumerate(zip(batches, notes, strict=True)):
+    for number, (rows, note) in enumerate(batches):
         on_progress(started, note)
         loaded = {row: next(examples) for row in own_rows if rows[row] is not None}
         in_flight.append((loaded, *dispatch(number, loaded)))
