@@ -122,10 +122,7 @@ def test_scores_near_boundaries() -> None:
 def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, Any]) -> None:
     """Images of many sizes in full batches on 4 devices, against each one alone in a program of its own size."""
     config = _config(
-        evaluation__per_device_batch_size=2,
-        evaluation__max_canvases=2,
-        model__dtype="float64",
-        **changes,
+        evaluation__per_device_batch_size=2, evaluation__max_canvases=2, model__dtype="float64", **changes
     )
     sizes = [(43, 53), (97, 66), (30, 30)]
     assert plan_shapes(sizes, config.evaluation).masked
@@ -251,10 +248,7 @@ def test_onnxruntime_counts_as_jax(shapes_weights: pathlib.Path, tmp_path: pathl
         (["--config.evaluation.stride=(0,0)", "--slide"], "evaluation.stride"),
         (["--checkpoint", "no/where.pth"], "no checkpoint no/where.pth"),
         (["--workdir", "/proc/no"], "cannot write into /proc/no"),
-        (
-            ["--config", "topformer_t_imagenet"],
-            "it is a segmenter's: use the config of its data set",
-        ),
+        (["--config", "topformer_t_imagenet"], "it is a segmenter's: use the config of its data set"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -52,13 +52,7 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folded = fold({name: np.asarray(value) for name, value in tensors.items()}, 1.0)
     path = tmp_path_factory.mktemp("weights") / "folded"
     checkpoints.write_checkpoint(path, folded, {"config": SETTINGS.to_dict(), "meta": {}})
-    return {
-        "init_from": path,
-        "data.shapes.train": 8,
-        "batch_size": 8,
-        "schedule.steps": 1,
-        "ema_decay": 0.5,
-    }
+    return {"init_from": path, "data.shapes.train": 8, "batch_size": 8, "schedule.steps": 1, "ema_decay": 0.5}
 
 
 def test_a_training_starts_from_the_same_network(

@@ -16,16 +16,7 @@ from hypothesis import example, given, strategies as st
 from jax.extend.core import Jaxpr
 from ml_collections import ConfigDict
 
-from tests.parity import (
-    INJECTIONS,
-    distance,
-    model_from,
-    normalize,
-    run,
-    settings_for,
-    to_nchw,
-    to_nhwc,
-)
+from tests.parity import INJECTIONS, distance, model_from, normalize, run, settings_for, to_nchw, to_nhwc
 from tests.reference import network as reference
 from topformer_jax import config, load, models
 
@@ -66,12 +57,7 @@ def test_golden_stages(golden: Find, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "size"),
-    [
-        ("tiny", "333x500"),
-        ("small", "333x500"),
-        ("base", "512x512"),
-    ],
+    ("variant", "size"), [("tiny", "333x500"), ("small", "333x500"), ("base", "512x512")]
 )
 def test_golden_logits(golden: Find, variant: str, size: str) -> None:
     with np.load(golden(f"forward/logits_{variant}_{size}.npz")) as file:

@@ -65,8 +65,7 @@ def test_parameter_groups(golden: Find) -> None:
 
 def test_adamw_against_pytorch(x64: None) -> None:
     settings = config.load(
-        config.ade20k("tiny"),
-        {"schedule.steps": 30, "schedule.warmup_steps": 3, "schedule.lr": 0.1},
+        config.ade20k("tiny"), {"schedule.steps": 30, "schedule.warmup_steps": 3, "schedule.lr": 0.1}
     )
     names = ["backbone.a.bn.weight", "decode_head.b.weight"]
     rng = np.random.default_rng(0)

@@ -223,10 +223,7 @@ def list_scores(
 
 
 def _choose_examples(
-    config: ConfigDict,
-    predict: Callable[[Image], Labels],
-    source: sources.Source,
-    result: EvaluationResult,
+    config: ConfigDict, predict: Callable[[Image], Labels], source: sources.Source, result: EvaluationResult
 ) -> tuple[list[report.ReportExample], list[report.ReportExample]]:
     """The images for the report that have the largest and the smallest share of correct pixels."""
 
