@@ -87,6 +87,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="slow: scripts/test.sh --all runs it"))
 
 
+# Files whose trainings need no fast programs: without XLA's optimizations they compile in half of the time.
+PLUMBING = (
+    *(
+        "bad_input",
+        "bucket_commands",
+        "interruptions",
+        "kills",
+        "launchers",
+        "lost_steps",
+        "memory",
+        "processes",
+    ),
+    *("reproduce", "run_folder", "slurm", "train"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_plainly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Switches XLA's optimizations off for the files of `PLUMBING`, also in the commands that they start."""
+    is_plumbing = request.module.__name__.rpartition("test_")[2] in PLUMBING
+    with pytest.MonkeyPatch.context() as patch:
+        if is_plumbing:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", is_plumbing)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _release_programs() -> Iterator[None]:
     """Most compiled programs of a file leave memory with it: all of them take gigabytes."""
