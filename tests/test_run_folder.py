@@ -24,17 +24,16 @@ __all__ = ["bucket", "storage"]
 @pytest.mark.parametrize("is_waited_for", [True, False])
 def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path, is_waited_for: bool) -> None:
     """The kernel keeps a dead process until its parent asks for its status, which some containers' first never do."""
-    process = machines.start_here(HOLDER, tmp_path)
-    assert machines.read_line(process) == "there"
-    process.kill()
-    if is_waited_for:
-        process.communicate()
-    else:
-        stat = pathlib.Path(f"/proc/{process.pid}/stat")
-        cloud.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
-    assert json.loads((tmp_path / LEASE).read_text())["pid"] == process.pid
-    Lease(tmp_path).release()
-    process.wait()
+    with machines.start_here(HOLDER, tmp_path) as process:
+        assert machines.read_line(process) == "there"
+        process.kill()
+        if is_waited_for:
+            process.wait()
+        else:
+            stat = pathlib.Path(f"/proc/{process.pid}/stat")
+            cloud.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        assert json.loads((tmp_path / LEASE).read_text())["pid"] == process.pid
+        Lease(tmp_path).release()
 
 
 HOLDER = """
