@@ -13,7 +13,7 @@ import optax
 import pytest
 import torch
 
-from tests.parity import INJECTIONS, run, same_states, settings_for
+from tests.parity import INJECTIONS, same_states, settings_for
 from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
 from topformer_jax.checkpoints import torch_format
@@ -50,13 +50,6 @@ def read(pth: Callable) -> Callable[..., tuple[dict[str, np.ndarray], dict[str, 
         )
 
     return read
-
-
-def test_fuse2_is_no_alias_where_it_is_a_name(read: Callable) -> None:
-    network = reference.Segmenter("tiny", 7, "fuse_multi")
-    settings = settings_for("tiny", model__injection="fuse_multi", model__num_classes=7)
-    tensors, _ = read({"state_dict": network.state_dict()}, settings)
-    assert "backbone.SIM.1.fuse2.conv.weight" in tensors
 
 
 def test_half_precision_files_are_widened(read: Callable, states: dict[str, torch.Tensor]) -> None:
@@ -165,32 +158,9 @@ def test_numbers_that_are_not_taken_may_be_anything(pth: Callable, states: dict[
     assert np.isfinite(models.state_dict(model)[name]).all()
 
 
-def test_a_loaded_model_is_ready_for_inference(pth: Callable, states: dict[str, torch.Tensor]) -> None:
-    settings = config.ade20k("tiny")
-    model = checkpoints.load_segmenter(settings, pth({"state_dict": states}))
-    ours = {
-        name: torch.from_numpy(torch_format.to_torch(np.asarray(value)))
-        for name, value in models.state_dict(model).items()
-    }
-    assert same_states(ours, states)
-    assert model.config.evaluation.to_dict() == settings.evaluation.to_dict()
-    image = np.zeros((1, 64, 64, 3), np.float32)
-    np.testing.assert_array_equal(
-        run(model, image), run(model, image)
-    )  # neither dropout nor batch statistics
-
-
 def test_only_segmenters_where_one_is_needed() -> None:
     with pytest.raises(UserError, match="task=classification"):
         checkpoints.load_segmenter(config.imagenet("tiny"), "no/where.pth")
-
-
-def test_permutations_are_inverse() -> None:
-    for shape in ((), (3,), (4, 3), (2, 3, 4), (5, 3, 2, 7)):
-        tensor = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
-        ours = torch_format.from_torch(tensor)
-        np.testing.assert_array_equal(torch_format.to_torch(ours), tensor)
-        assert torch_format.file_shape(ours.shape) == shape
 
 
 @pytest.mark.parametrize("suffix", [".PT", ""])
