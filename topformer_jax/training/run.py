@@ -182,7 +182,8 @@ def print_banner(run: Run, state: TrainState, changes: Sequence[str]) -> None:
         "teacher": distillation.config and f"{distillation.config}, {distillation.checkpoint}",
     }
     lines = [f"{name:<10}  {value}" for name, value in rows.items() if value]
-    print(*lines, *(f"changed since step {start}: {change}" for change in changes), sep="\n", flush=True)
+    lines += [f"changed since step {start}: {change}" for change in changes]
+    run.log.print_line("\n".join(lines))
 
 
 def open_batches(run: Run, start: int) -> loader.DeviceBatches:
