@@ -133,7 +133,7 @@ def test_numbers_of_a_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     )
     assert out.endswith(f"12/12 training labels counted\n{line}")
     file = tmp_path / "class_pixels.json"
-    said = f"the pixels of classes are those in {file}: if labels have changed since, delete it\n"
+    said = f"pixels per class are read from {file}: if labels have changed since, delete it\n"
     assert set_weights(settings, tmp_path, capsys) == (found, said + line)
     file.write_text(
         file.read_text().replace('"labels":[{', '"labels":[{"0":1,', 1)

@@ -20,8 +20,8 @@ programs, users call `predictor`, and `evaluation` scores a data set.
 
 Words: a *view* is one look at an image, at one ratio, mirrored or not; a *window* is a crop of the network's input in
 mode "slide", and the whole input otherwise; a *canvas* is the shape of the network's input, in which a window lies at
-the top left (`models/layers.py`); a *cell* is a pixel of the logits (stride 8); a *tile* is 32 x 128 pixels of the
-original image.
+the top left (`models/layers.py`); a *row* is the place of one image in a batch; a *cell* is a pixel of the logits
+(stride 8); a *tile* is 32 x 128 pixels of the original image.
 """
 
 from topformer_jax.inference.compiled import CompiledInference, compile_inference, make_global_batch

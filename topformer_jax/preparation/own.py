@@ -268,7 +268,7 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
         annotations.leave_out("in no list", (pairs[index].image for index in unsaid))
         unsaid = []
     elif unsaid and "validation" in splits:
-        annotations.notes.append(f"pictures of no stated split, which are of train: {len(unsaid)}")
+        annotations.notes.append(f"pictures without a split, used for train: {len(unsaid)}")
         for index in unsaid:
             splits[index] = "train"
         ways["train"].add("nothing else")
@@ -463,7 +463,7 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
             there = ", ".join(f"{splits.count(s)} of {s} (by {ways[s]})" for s in FOLDERS if s in splits)
             raise UserError(
                 f"{source.path} gives no picture for {split}: {there or 'none is annotated'}; put some into a folder "
-                f"{folder}, or give two or more that nothing says to be of test"
+                f"{folder}, or give two or more pictures outside test"
             )
     classes = "".join(f"{name}\n" for name in annotations.classes).encode()
     tasks = [Task(CLASSES, "", "list", hold(CLASSES, classes))]
