@@ -27,7 +27,7 @@ def make_parser() -> cli.Parser:
     start.add_argument(
         "--new-head",
         action="store_true",
-        help="initialise the last layer anew, for another number of classes",
+        help="start with a random last layer, for another number of classes",
     )
     parser.add_argument("--summary", action="store_true", help="print parameters and multiply-adds and stop")
     parser.add_argument(

@@ -61,7 +61,7 @@ from topformer_jax.runtime.errors import UserError
 
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"  # of npm
 UNPACKED = f": expected npm's {RUNTIME} {VERSION}, unpacked"
-# The files of its folder dist by what they compute with. Those of wasm are half as many bytes.
+# The files of its folder dist, by backend. Those for wasm have half as many bytes.
 RUNTIME_FILES = {
     "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
     "webgpu": (

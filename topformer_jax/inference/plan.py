@@ -129,7 +129,7 @@ class EvalBatch(NamedTuple):
 
 
 class ViewInput(NamedTuple):
-    """One image at one ratio, mirrored or not: what the network sees, and how its logits become pixels."""
+    """One image at one ratio, flipped or not: what the network sees, and how its logits become pixels."""
 
     windows: UInt8[Arrays, "*n windows h w 3"]  # each at the top left; in mode "whole" one, the image
     counts: Int32[Arrays, "*n 2"]  # windows of this image, down and across
@@ -149,7 +149,7 @@ class LabelInput(NamedTuple):
 class InferenceInput(NamedTuple):
     """One image as the compiled programs take it; a batch stacks the arrays of several along a new first axis."""
 
-    views: tuple[ViewInput, ...]  # for each ratio as it is, and mirrored if `evaluation.flip` is on
+    views: tuple[ViewInput, ...]  # for each ratio as it is, and flipped if `evaluation.flip` is on
     label: LabelInput
 
 
@@ -192,7 +192,7 @@ def window_grids(size: Size, evaluation: ConfigDict) -> tuple[WindowGrid, ...]:
 
 
 def view_flips(evaluation: ConfigDict) -> tuple[bool, ...]:
-    """The views of each ratio: as it is, and mirrored if `evaluation.flip` is on."""
+    """The views of each ratio: as it is, and flipped if `evaluation.flip` is on."""
     return (False, True) if evaluation.flip else (False,)
 
 
@@ -406,7 +406,7 @@ def _resize_bands(
         number: of the axis: 0 for rows, 1 for columns.
         num_tiles: of the labels' array.
         ratio: the shapes of the result.
-        flip: whether the network sees the image mirrored.
+        flip: whether the network sees the image flipped.
         dtype: of the matrices.
     """
     matrices = resize_matrices(axis.resized, axis.pixels, axis.starts, axis.window, dtype)

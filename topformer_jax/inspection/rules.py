@@ -19,7 +19,7 @@ from topformer_jax.inspection.facts import OUT_OF_RANGE, Inspection, SplitFacts
 
 ZERO_LABEL_IS_VOID = ("ade20k", "context59")  # in the label files of these data sets, which hold no 255
 CITYSCAPES_CLASSES, LARGEST_CITYSCAPES_ID = 19, 33
-# Of a label's borders, soft ones are at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
+# The soft share of a label's borders is at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
 SOFT_SHARE = 0.2
 MIN_BORDERS = 20  # in a label, for a share of them to say anything
 SOFT_LABELS = 0.1  # of the labels with borders: fewer are no sign of a resize
@@ -139,7 +139,7 @@ def dark_images(facts: Inspection) -> Iterator[Finding]:
 
 
 def label_palettes(facts: Inspection) -> Iterator[Finding]:
-    """A value in several colours: some programs number the colours of each picture anew."""
+    """A value in several colours: some programs number the colours of each picture separately."""
     seen: dict[int, tuple[bytes, str]] = {}
     for label in facts.labels:
         for value in label.pixels:

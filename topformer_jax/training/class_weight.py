@@ -50,7 +50,7 @@ def set_class_weight(
     total, empty = pixels.sum(0), int((pixels.sum(1) == 0).sum())
     if empty == len(pixels):
         raise UserError(f"loss.class_weight={name} needs a training label that holds a class: run check")
-    # Those of the first process: the logarithm of another kind of CPU may differ in the last digit.
+    # The first process's weights count: on another kind of CPU, a logarithm may differ in the last digit.
     weights = processes.gather_processes(weigh_classes(name, pixels))[0]
     occurs = total > 0
     rarest = int(np.where(occurs, total, total.sum()).argmin())
