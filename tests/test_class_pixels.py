@@ -145,7 +145,8 @@ def test_numbers_of_a_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     file.write_text(json.dumps(content | {"labels": [{"0": 10**9, "1": 1}] + [{}] * 11}))
     balanced = config.load(other, {"loss.class_weight": "balanced"})
     with pytest.raises(
-        UserError, match="a weight beyond 0 to 1,000,000; rarest is clouds, 1 of 1,000,000,001 pixels"
+        UserError,
+        match="a weight beyond 0 to 1,000,000; the rarest class is clouds, 1 of 1,000,000,001 pixels",
     ):
         set_weights(balanced, tmp_path, capsys)
     file.write_text("{")
