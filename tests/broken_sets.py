@@ -222,7 +222,7 @@ LABEL_MAPS: dict[str, tuple] = {
     ),
     "reduced on disk and again": (
         *(lambda _: None, WARNING, "zero-label-reduced-twice"),
-        ", and 19, the last class with reduction, in none",
+        ", and 19, the last class before reduction, in none",
         {"data.reduce_zero_label": True},
     ),
     "colours": (every(colour), PROBLEM, "colour-label", "is a mask of colours: write the number"),
@@ -230,7 +230,7 @@ LABEL_MAPS: dict[str, tuple] = {
     **{
         f"interpolated {name} {factor}": (
             *(every(soften(method, factor)), PROBLEM, "interpolated-labels"),
-            "values in between where classes meet, in 16 labels (",
+            "where classes meet, 16 labels (",
         )
         for name, method, factor in [
             ("bilinear", cv2.INTER_LINEAR, 0.7),

@@ -45,7 +45,7 @@ def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]
             "*",
             lambda label: np.where(label > 4, 255, 0).astype(np.uint8),
             {"data.reduce_zero_label": True},
-            "and 10, the last class with reduction, in none: they seem to be reduced already; --config.data.redu",
+            "and 10, the last class before reduction, in none: they seem to be reduced already; --config.data.redu",
         ),
         (
             "*",

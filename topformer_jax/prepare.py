@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("dataset", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
-    parser.add_argument("--source", metavar="DIR", required=True, help="the folder with the downloads")
+    parser.add_argument(
+        "--source", metavar="DIR", required=True, help="the folder of downloads or annotations"
+    )
     parser.add_argument("--output", metavar="DIR", required=True, help="the folder to make, as for data.root")
     parser.add_argument(
         "--format", choices=("folder", "array_record"), default="folder", help="default: folder"
@@ -38,15 +40,15 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="for custom: share of pictures to score on, if no folder, list or file says it (default 0.1)",
+        help="for custom: share of the pictures for validation if no folder, list or file names them (default 0.1)",
     )
     parser.add_argument(
         "--background",
         default="",
         metavar="NAME",
-        help="for custom: class of the pixels that no annotation covers; void: they are no class",
+        help="for custom: class of the pixels that no annotation covers; void: leave them out",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core); 0: none")
+    parser.add_argument("--workers", type=int, metavar="N", help="extra processes (default: one per core)")
     parser.add_argument("--verify", action="store_true", help="also compare checksums of existing files")
     parser.add_argument(
         "--shard", metavar="I/N", default="1/1", help="pack the I-th of N parts: N processes share the work"
@@ -151,7 +153,8 @@ def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
     """Finds a user's annotations, and prints what goes where."""
     if not args.kind:
         raise UserError(
-            f"{source} has no images/train: name the format of your annotations by --from {', '.join(READERS)}"
+            f"name the format of the annotations in {source} by --from {', '.join(READERS)}; masks of class numbers "
+            "need none: put them into annotations/train and /val, and the pictures into images/train and /val"
         )
     annotations = READERS[args.kind](own.open_source(source), " ".join(args.background.split()))
     plan, table = own.divide(annotations, args.validation)

@@ -342,7 +342,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
     unlabelled = ""
     if without := [images[name] for name in sorted(images) if label_of[name] not in labels]:
-        # Of Cityscapes' files for an image, the raw labels tell most.
+        # Cityscapes has several label files per image: the raw one (labelIds) is the best example.
         others = sorted(
             unused or (() if labels else label_files), key=lambda path: ("labelIds" not in path, path)
         )

@@ -287,7 +287,7 @@ class _PixelCounter:
 
     def __init__(self, config: ConfigDict, examples: int, on_example: OnExample):
         classes, self._boundary_pixels = config.model.num_classes, config.evaluation.boundary_pixels
-        # Of all pixels, and of those near boundaries.
+        # The confusion matrices of all pixels, and of those near boundaries.
         self._confusions = np.zeros((2 if self._boundary_pixels else 1, classes, classes), np.int64)
         self._scores = np.zeros((examples, 2), np.float32)  # accuracy and mIoU; zero for others' examples
         self._on_example = on_example

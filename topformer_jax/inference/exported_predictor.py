@@ -65,9 +65,7 @@ class ExportedPredictor:
                 "an exported file sees whole images: leave out --slide, or set evaluation.mode=whole"
             )
         if has_labels and (several_sizes or evaluation.flip):
-            raise UserError(
-                f"{name} gives labels, and views are averaged before there are any: export --logits"
-            )
+            raise UserError(f"{name} gives labels, but several views need logits to average: export --logits")
         if stretch and facts["size"] is None:
             raise UserError(f"--stretch is for a file of one size, and {name} takes images of any")
         if stretch and several_sizes:
@@ -127,7 +125,7 @@ def open_predictor(
 
     Args:
         config: the command's.
-        args: the flags of `cli.add_weights_flags`, and `runtime`.
+        args: the flags of `cli.add_weights_flags`, and `runtime`, None for "auto".
         image_sizes: see `Predictor`.
         given: settings that the command's own flags have changed; their differences are not printed.
 
@@ -136,13 +134,13 @@ def open_predictor(
     """
     predictor: Predictor | ExportedPredictor
     if args.exported is not None:
-        if args.runtime == "onnx":
-            raise UserError("--runtime is for --checkpoint: an exported file has a runtime of its own")
+        if args.runtime:
+            raise UserError("--runtime is for --checkpoint: the suffix of an exported file sets its runtime")
         predictor = ExportedPredictor(open_exported(args.exported), config, args.stretch, image_sizes)
     elif args.stretch:
         raise UserError("--stretch is for --exported")
     else:
         model = checkpoints.load_segmenter(config, args.checkpoint)
-        predictor = Predictor(model, image_sizes=image_sizes, runtime=args.runtime)
+        predictor = Predictor(model, image_sizes=image_sizes, runtime=args.runtime or "auto")
     checkpoints.print_differences(predictor, config, given={*given, *(STRETCHED if args.stretch else ())})
     return predictor

@@ -19,7 +19,7 @@ from topformer_jax.inspection.facts import OUT_OF_RANGE, Inspection, SplitFacts
 
 ZERO_LABEL_IS_VOID = ("ade20k", "context59")  # in the label files of these data sets, which hold no 255
 CITYSCAPES_CLASSES, LARGEST_CITYSCAPES_ID = 19, 33
-# Of a label's borders, soft ones are at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
+# The soft share of a label's borders is at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
 SOFT_SHARE = 0.2
 MIN_BORDERS = 20  # in a label, for a share of them to say anything
 SOFT_LABELS = 0.1  # of the labels with borders: fewer are no sign of a resize
@@ -139,7 +139,7 @@ def dark_images(facts: Inspection) -> Iterator[Finding]:
 
 
 def label_palettes(facts: Inspection) -> Iterator[Finding]:
-    """A value in several colours: some programs number the colours of each picture anew."""
+    """A value in several colours: some programs number the colours of each picture separately."""
     seen: dict[int, tuple[bytes, str]] = {}
     for label in facts.labels:
         for value in label.pixels:
@@ -168,8 +168,8 @@ def interpolated_labels(facts: Inspection) -> Iterator[Finding]:
     if soft and len(soft) >= SOFT_LABELS * len(bordered) and len(pairs) >= 3 and len(between) >= 2:
         names = list_names([each.label for each in soft], "label")
         text = (
-            f"single pixels of the values in between where classes meet, in {names} of {len(bordered)}: resized with "
-            "interpolation, or saved as JPEG; make them again with nearest neighbour"
+            f"where classes meet, {names} of {len(bordered)} have pixels of values in between: they were resized "
+            "with interpolation or saved as JPEG; make them again with nearest neighbour"
         )
         yield Finding("problem", "interpolated-labels", text)
 
@@ -183,7 +183,7 @@ def wrong_values(facts: Inspection) -> Iterator[Finding]:
     largest = max(label.largest for label in facts.labels)
     is_cityscapes = classes == CITYSCAPES_CLASSES and len(wrong) >= 3 and wrong[-1] <= LARGEST_CITYSCAPES_ID
     ids = "raw Cityscapes ids; use the *_labelTrainIds.png files, which csCreateTrainIdLabelImgs makes"
-    reduced = "void reduced once more by zero-label reduction; make the labels again from the originals"
+    reduced = "void (255) that was reduced twice, to 254; make the labels again from the originals"
     from_one = "perhaps they count from 1: --config.data.reduce_zero_label=true"
     if pixels[0]:
         from_one += f", which makes 0 void; or add a class: --config.model.num_classes={classes + 1}"
@@ -215,8 +215,8 @@ def zero_label(facts: Inspection) -> Iterator[Finding]:
     needs_reduction = data.dataset in ZERO_LABEL_IS_VOID
     if data.reduce_zero_label and pixels[IGNORE_LABEL] and pixels[0] and not pixels[classes]:
         text = (
-            f"255 in {list_names(facts.labels_with(255), 'label')}, and {classes}, the last class with reduction, in "
-            "none: they seem to be reduced already; --config.data.reduce_zero_label=false"
+            f"255 in {list_names(facts.labels_with(255), 'label')}, and {classes}, the last class before reduction, "
+            "in none: they seem to be reduced already; --config.data.reduce_zero_label=false"
         )
         yield Finding("problem" if needs_reduction else "warning", "zero-label-reduced-twice", text)
     elif needs_reduction and not data.reduce_zero_label and pixels and not pixels[IGNORE_LABEL]:
@@ -260,7 +260,7 @@ def void_labels(facts: Inspection) -> Iterator[Finding]:
 
 
 def one_class(facts: Inspection) -> Iterator[Finding]:
-    """One class everywhere in train: the network learns to answer it. With 255, often a mask of 0 and 255."""
+    """One class everywhere in train: the network learns to predict it always. With 255, often a mask of 0 and 255."""
     train = facts.splits["train"]
     present = np.flatnonzero(facts.per_class(train.pixels)).tolist()
     if len(present) != 1:
@@ -320,7 +320,7 @@ def rare_classes(facts: Inspection) -> Iterator[Finding]:
 
 
 def uneven_classes(facts: Inspection) -> Iterator[Finding]:
-    """Classes with few images beside those with many: learned late, and seldom answered."""
+    """Classes with few images beside those with many: learned late, and seldom predicted."""
     train, names = facts.splits["train"], facts.data_set.classes
     if facts.is_classification and train.pixels:
         ordered = train.pixels.most_common()
@@ -328,7 +328,7 @@ def uneven_classes(facts: Inspection) -> Iterator[Finding]:
         if most > UNEVEN * fewest:
             text = (
                 f"train: {names[largest]} has {most:,} images, {names[smallest]} {fewest:,}: classes with few are "
-                "learned late, and seldom answered"
+                "learned late, and seldom predicted"
             )
             yield Finding("note", "uneven-classes", text)
 

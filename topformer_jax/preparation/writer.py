@@ -80,8 +80,8 @@ def write(
         plan: the files.
         output: their folder.
         origin: what they are made from, for the manifest.
-        workers: processes; 0 for this one alone.
-        verify: also makes files anew that have another checksum.
+        workers: extra processes; 0: only this one.
+        verify: also makes files again whose checksum differs.
 
     Returns:
         The manifest's splits: images, labels, bytes and SHA-256 of each.
