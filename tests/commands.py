@@ -41,8 +41,10 @@ FOLDER = {"data.source": "folder", "data.dataset": "custom"}
 
 def arguments(workdir: Workdir, changes: dict[str, Any]) -> list[str]:
     """The command's, for the synthetic shapes with tiny settings and some changes to them."""
-    settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
-    return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *settings]
+    length = {"schedule.steps"} if "schedule.epochs" in changes else set()
+    settings = {key: value for key, value in (TINY | changes).items() if key not in length}
+    words = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["--config", "configs/topformer_t_shapes.py", "--workdir", str(workdir), *words]
 
 
 def launch(module: str, *words: object, devices: int = 8, platform: str = "cpu") -> subprocess.Popen[str]:
