@@ -35,7 +35,7 @@ import numpy as np
 
 from topformer_jax.config.settings import WEIGHTINGS
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.class_pixels import weigh_classes
+from topformer_jax.data.class_balance import weigh_classes
 from topformer_jax.inspection import facts as facts_lib, rules
 from topformer_jax.inspection.facts import Inspection, SplitFacts
 from topformer_jax.inspection.rules import Finding

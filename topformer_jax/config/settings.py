@@ -62,7 +62,7 @@ PIXELS = Range(1, 16_384)
 RATIO = Range(0, 100, open_low=True)
 # Pixels of the longest side that an image is resized to; a square one of that size takes 3 GB.
 LONGEST_SIDE = 32_768
-WEIGHTINGS = ("balanced", "enet", "median_frequency")  # see data.class_pixels.weigh_classes
+WEIGHTINGS = ("balanced", "enet", "median_frequency")  # see data.class_balance.weigh_classes
 DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
     *("imagenet", "shapes", "custom"),

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.data import loader, mixing, sources
+from topformer_jax.data import class_balance, loader, sources
 from topformer_jax.data.batch import Batch
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import (
@@ -50,7 +50,7 @@ class Run:
     model: models.Segmenter | models.Classifier
     data_set: DataSet
     train_source: sources.Source
-    class_draws: mixing.ClassDraws | None
+    class_draws: class_balance.ClassDraws | None
     validation_source: sources.Source
     store: checkpoints.CheckpointStore
     log: logs.RunLog
@@ -93,7 +93,7 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
 
 def find_class_draws(
     config: ConfigDict, data_set: DataSet, pixels: Int[np.ndarray, "labels classes"] | None
-) -> mixing.ClassDraws | None:
+) -> class_balance.ClassDraws | None:
     """The training examples that hold each class, if some are drawn for a class; prints what was counted.
 
     Raises:
@@ -102,7 +102,7 @@ def find_class_draws(
     if not loader.needs_class_draws(config):
         return None
     assert pixels is not None
-    draws = mixing.group_by_class(pixels)
+    draws = class_balance.group_by_class(pixels)
     counts = [len(indices) for indices in draws.holders]
     rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]
     processes.say(
