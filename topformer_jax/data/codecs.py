@@ -264,17 +264,12 @@ def _check_complete(data: bytes, name: str) -> None:
         _check_png(data, name)
     elif data.startswith(JPEG):
         height, width = read_jpeg_size(data) or (0, 0)
-        if not _has_jpeg_end(data) or height * width > MOST_JPEG_PIXELS * len(data):
+        # Behind the first scan's start: a thumbnail in the header has an end-of-image marker of its own, and some
+        # cameras add bytes after the end. In compressed data 00 follows each ff, so that it never holds the marker.
+        scans = [start for marker, start in _jpeg_segments(data) if marker == 0xDA]
+        has_end = any(data.find(b"\xff\xd9", start) >= 0 for start in scans)
+        if not has_end or height * width > MOST_JPEG_PIXELS * len(data):
             raise UserError(f"{name} {_CUT_OFF}")
-
-
-def _has_jpeg_end(data: bytes) -> bool:
-    """Whether the end-of-image marker follows the start of the first scan.
-
-    A thumbnail in the header has an end marker of its own, and some cameras add bytes after the end.
-    """
-    scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
-    return any(data.find(b"\xff\xd9", start) >= 0 for start in scans)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:

@@ -302,8 +302,8 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     if names_file:
         wanted = set(files.read_lines(names_file))
         if absent := sorted(wanted - found.keys()):
-            shown = _count_images(absent)
-            raise UserError(f"{shown} in {names_file} without an image in {base / image_folder}")
+            text = list_names(absent, "image", f" in {names_file} without an image in {base / image_folder}")
+            raise UserError(text)
         images = {name: found[name] for name in wanted}
     if not images:
         kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
@@ -327,7 +327,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
         )  # Cityscapes' raw labels tell most
         there = f", which has {files.shorten(others[0], 40)}" if others else ""
         unlabelled = (
-            f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
+            f"{list_names(without, 'image')} in {base / image_folder} without a label: each needs a file "
             f"*{layout.label_suffix} in {label_folder}{there} {_name_maker(dataset)}"
         )
     return FolderListing(pairs, unlabelled, unused, unread)
@@ -384,6 +384,19 @@ def _pair(images: dict[str, str], labels: dict[str, str], suffix: str) -> tuple[
     return label_of, f"labels have {text}" if text else ""
 
 
+def list_names(names: Sequence[str], noun: str, rest: str = "", shown: int = 3) -> str:
+    """How many of what, the first names, and what to say about them; empty if there are none.
+
+    >>> list_names(["a.png", "b.png", "c.png", "d.png"], "label", " to remove")
+    '4 labels (a.png, b.png, c.png, ...) to remove'
+    """
+    if not names:
+        return ""
+    plural = {"copy": "copies", "class": "classes"}.get(noun, f"{noun}s")
+    more = ", ..." if len(names) > shown else ""
+    return f"{len(names)} {noun if len(names) == 1 else plural} ({', '.join(names[:shown])}{more}){rest}"
+
+
 def list_files(folder: pathlib.Path) -> Iterator[str]:
     """The paths of all files below a folder, relative to it, with "/"; links are followed, hidden ones skipped."""
     targets: dict[str, str] = {}
@@ -411,11 +424,6 @@ def _find_files(folder: pathlib.Path, paths: Iterable[str], suffixes: tuple[str,
             raise UserError(f"{pair} in {folder} would be of one example: keep one of them, or rename it")
         found[name] = path
     return found
-
-
-def _count_images(paths: list[str]) -> str:
-    kind = "1 image" if len(paths) == 1 else f"{len(paths)} images"
-    return f"{kind} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
 
 
 def _name_maker(dataset: str) -> str:

@@ -5,7 +5,7 @@ what it probably means, and what to change.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from topformer_jax import config as config_lib
 from topformer_jax.data import codecs
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import SPLITS
+from topformer_jax.data.sources import list_names
 from topformer_jax.data.transforms import fit_size
 from topformer_jax.inspection.contents import OUT_OF_RANGE, Contents, SplitContents
 
@@ -54,27 +55,7 @@ def explain_values(contents: Contents) -> list[Finding]:
     return next((found for rule in VALUE_RULES if (found := list(rule(contents)))), [])
 
 
-def list_names(names: Sequence[str], noun: str, rest: str = "", shown: int = 3) -> str:
-    """How many of what, the first names, and what to say about them; empty if there are none.
-
-    >>> list_names(["a.png", "b.png", "c.png", "d.png"], "label", " to remove")
-    '4 labels (a.png, b.png, c.png, ...) to remove'
-    """
-    if not names:
-        return ""
-    plural = {"copy": "copies", "class": "classes"}.get(noun, f"{noun}s")
-    more = ", ..." if len(names) > shown else ""
-    return f"{len(names)} {noun if len(names) == 1 else plural} ({', '.join(names[:shown])}{more}){rest}"
-
-
 # Files
-
-
-def _find_copies(split: SplitContents) -> list[str]:
-    first: dict[bytes, str] = {}
-    read = [each for each in split.examples if each.digest]
-    pairs = [(each.image, first.setdefault(each.digest, each.image)) for each in read]
-    return [f"{name} = {other}" for name, other in pairs if name != other]
 
 
 def split_files(contents: Contents) -> Iterator[Finding]:
@@ -82,7 +63,9 @@ def split_files(contents: Contents) -> Iterator[Finding]:
     for split in contents.splits.values():
         is_empty = not (split.refusal or split.available or split.unlabelled)
         is_raw = "labelIds.png" in split.unlabelled
-        copies = list_names(_find_copies(split), "copy", " of an image: remove all but one")
+        first: dict[bytes, str] = {}
+        pairs = [(e.image, first.setdefault(e.digest, e.image)) for e in split.examples if e.digest]
+        copies = [f"{name} = {other}" for name, other in pairs if name != other]
         unused = " without an image: not read; add the images, or remove the labels"
         unread = " not read: save pictures as JPEG or PNG, a classifier's directly in the folder of a class"
         turned = [example.image for example in split.examples if example.is_turned]
@@ -93,7 +76,7 @@ def split_files(contents: Contents) -> Iterator[Finding]:
             ("problem", "raw-cityscapes-ids" if is_raw else "image-without-label", split.unlabelled),
             ("warning", "label-without-image", list_names(split.unused, "label", unused)),
             ("warning", "unread-files", list_names(split.unread, "file", unread)),
-            ("warning", "duplicates", copies),
+            ("warning", "duplicates", list_names(copies, "copy", " of an image: remove all but one")),
             ("warning", "turned-images", list_names(turned, "image", advice)),
             ("note", "label-names", split.pairing),
         )

@@ -267,7 +267,9 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
         ways["train"].add("nothing else")
     if "validation" not in splits:
         unsaid += [index for index, split in enumerate(splits) if split == "train"]
-        shares = {index: _hash(_short_name(pairs[index].name)) for index in unsaid}
+        # Numbers from 0 to 1: a picture stays in its split when others are added.
+        hashes = {index: hashlib.sha256(_short_name(pairs[index].name).encode()).digest() for index in unsaid}
+        shares = {index: int.from_bytes(digest[:4], "big") / 2**32 for index, digest in hashes.items()}
         for index in unsaid:
             splits[index] = "validation" if shares[index] < validation else "train"
         for split, choose in (("validation", min), ("train", max)):  # few pictures: at least one in each
@@ -354,11 +356,6 @@ def _short_name(path: str) -> str:
     *folders, name = stem_of(path).split("/")
     kept = [part for part in folders if not split_of(part) and part.lower() not in _PICTURE_FOLDERS]
     return "/".join([*kept, name])
-
-
-def _hash(name: str) -> float:
-    """A number from 0 to 1: a picture stays in its split when others are added."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
 # Classes
