@@ -7,8 +7,8 @@
   python -m benchmarks.input         files to training crops
   python -m benchmarks.plan          canvases and padding of an evaluation
   python -m benchmarks.page          the page of topformer_jax.demo in Chromium
-  python -m benchmarks.side_by_side  a training beside PyTorch's, step by step
+  python -m benchmarks.side_by_side  a training and PyTorch's, step by step
   python -m benchmarks.tpu           memory, arithmetic and traffic of a TPU slice, by its compiler
 
-`--peer torch` runs PyTorch beside ours. Without `--config` it is TopFormer-T for ADE20K.
+`--peer torch` runs PyTorch too. The default of `--config` is TopFormer-T for ADE20K.
 """

@@ -6,8 +6,8 @@
 One image at a time; each call is waited for. Ours are the programs that evaluation runs, for an image on the device;
 "auto" is what prediction runs by default, for an image on the host. `--exported` adds exported files and PyTorch's
 own ONNX export: each runs in its runtime and in a process of its own, on all cores. The weights are random without
-`--checkpoint`. On a CPU, classes that are nowhere the label cost little: with trained weights, on a photograph
-(`--image`), most of them.
+`--checkpoint`. On a CPU, a class that is no pixel's label costs little; with trained weights, most classes of a
+photograph (`--image`) are such.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How many training examples a second come from files on one core, beside mmsegmentation's pipeline?
+"""How many training examples per second come from files on one core, here and in mmsegmentation's pipeline?
 
   python -m benchmarks.input --config configs/topformer_t_ade.py
 

@@ -2,9 +2,9 @@
 
   python -m benchmarks.page --config configs/topformer_t_ade.py
 
-The page's own time from a picture's pixels to the colours over it, in wasm with 1 thread and 2, for files for the web
-and for processors, with labels at the whole size and at half of it. The weights are random; labels are compared with
-onnxruntime's. It needs chromium and npm.
+The page's own time from a picture's pixels to the colours over it, in wasm with 1 thread and 2, for web and CPU
+files, with full-size and half-size labels. The weights are random; labels are compared with onnxruntime's. It needs
+chromium and npm.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What every benchmark shares: flags, programs timed in turn, PyTorch beside them, a table and its JSON.
+"""What every benchmark shares: flags, programs timed in turn, PyTorch as a peer, a table and its JSON.
 
 The first call compiles and one more turn warms up. Then the programs run in turn, since a machine's speed drifts: a
 ratio is the median over neighbouring runs. Each variant of PyTorch runs in a process of its own, which times its own

@@ -2,7 +2,7 @@
 
 python -m topformer_jax.train --config configs/topformer_t_camvid.py --config.data.root=DIR
 
-No published score. Measured here: 65.6 on validation, 68.9 at three sizes and mirrored (docs/camvid.md).
+No published score. Measured here: 65.6 on validation, 68.9 at three sizes and flipped (docs/camvid.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One row of docs/zoo.md from the downloads to the score: prepares the data set, looks through it, trains, scores, and
-# prints the score beside the published one. The same command goes on where it was stopped.
+# Reproduces one row of docs/zoo.md from the downloads: prepares the data set, checks it, trains, scores, and prints
+# the score and the published one. The same command resumes an interrupted one.
 #   bash scripts/reproduce.sh ROW --downloads DIR [--backbone FILE] [--work DIR] [--config.KEY=VALUE ...]
-# --downloads holds the data set's official archives (docs/data.md); --config.data.root=DIR in its place is a folder that is
-# ready. --backbone has the weights that training starts from, such as the published ImageNet classifier ("fresh": random
-# ones); --work (default: reproduce) gets data and runs.
+# --downloads holds the data set's official archives (docs/data.md); --config.data.root=DIR names a finished folder instead.
+# --backbone names the weights that training starts from, such as the published ImageNet classifier ("fresh": random
+# weights); --work (default: reproduce) is the folder for data and runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

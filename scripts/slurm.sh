@@ -19,6 +19,6 @@ srun --kill-on-bad-exit=1 python -m topformer_jax.train "$@" || status=$?
 # 143: SIGTERM ended it. SLURM requeues only what it kills itself, not a job that ends in the time it was given. After
 # scancel the job is COMPLETING or CANCELLED.
 if [ $status -eq 143 ] && scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
-    scontrol requeue "$SLURM_JOB_ID" || echo "error: job $SLURM_JOB_ID could not be queued again: sbatch it anew" >&2
+    scontrol requeue "$SLURM_JOB_ID" || echo "error: job $SLURM_JOB_ID could not be queued again: run sbatch again" >&2
 fi
 exit $status

@@ -155,7 +155,7 @@ def test_a_segmenter_starts_from_it(trained: tuple[pathlib.Path, str], tmp_path:
     out = commands.run_here(tmp_path, start)
     assert "step 2/2" in out
     assert (
-        f"from {trained[0]}: backbone.tpm, backbone.trans; fresh: backbone.SIM, decode_head.conv_seg" in out
+        f"from {trained[0]}: backbone.tpm, backbone.trans; random: backbone.SIM, decode_head.conv_seg" in out
     )
     tensors, _ = checkpoints.read_model(trained[0])
     given = config.load(config.shapes(), {"model.depths": 1})

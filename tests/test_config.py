@@ -123,20 +123,25 @@ def test_right_settings_from_text_and_from_values() -> None:
 
 
 def test_epochs_or_steps() -> None:
-    """A flag for one of the two replaces the other; with both, and in a file, epochs count."""
+    """A config holds both, and epochs count; a flag for one replaces the other; flags for both are an error."""
     of_epochs = config.load("topformer_t_camvid", {"schedule.epochs": 5})
     for source, flags, steps in (
         (of_epochs, {}, 459),
         (of_epochs, {"schedule.steps": 40}, 40),
-        (of_epochs, {"schedule.steps": 40, "schedule.epochs": 1}, 92),
+        (of_epochs, {"schedule.steps": 40, "schedule.epochs": 0}, 40),
         (of_epochs, {"schedule.epochs": 0}, 10_000),
         (config.camvid("tiny"), {}, 10_000),
     ):
         resolved = config.resolve_schedule(config.load(source, flags), 367)
         found = resolved.schedule.steps, resolved.schedule.epochs, resolved.evaluate_every
         assert found == (steps, 0, 2000)
-    with pytest.raises(UserError, match=r"schedule\.steps is \d+: expected 1 to 1,000,000,000"):
-        config.resolve_schedule(of_epochs, 10**10)
+    both = {"schedule.steps": "40", "schedule.epochs": "1"}
+    with pytest.raises(UserError, match=r"schedule\.steps=40 and schedule\.epochs=1 both set the length"):
+        config.load(of_epochs, both)
+    assert config.complete(of_epochs.to_dict()).schedule.epochs == 5  # a stored config holds both
+    many = r"schedule\.epochs is 5, which is 12,500,000,000 steps for 10,000,000,000 training examples: expected 1 to"
+    with pytest.raises(UserError, match=many):
+        config.resolve_schedule(config.load(of_epochs, {"evaluate_every": 0}), 10**10)
     with pytest.raises(UserError, match=r"schedule\.epochs is 5: give the config that config\.resolve"):
         init_training(of_epochs)
 

@@ -53,7 +53,7 @@ def test_classifier_as_a_start(pth: Callable, tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "out").exists()
     assert command(convert.main, *words, "--init-from-classifier").startswith(
         f"{source}: state_dict_ema.* taken, the averages (321 tensors)\nfrom {source}: backbone.tpm, backbone.trans; "
-        "fresh: backbone.SIM, decode_head.conv_seg, decode_head.linear_fuse\n"
+        "random: backbone.SIM, decode_head.conv_seg, decode_head.linear_fuse\n"
     )
     model = load(config.ade20k("tiny"), tmp_path / "out")
     tensors = models.named_variables(model)
@@ -69,7 +69,7 @@ def test_classifier_as_a_start(pth: Callable, tmp_path: pathlib.Path) -> None:
 def test_new_head(pth: Callable, states: dict[str, torch.Tensor], tmp_path: pathlib.Path) -> None:
     source = pth({"meta": {"iter": 7, "CLASSES": ["a"]}, "state_dict": states})
     words = ["--config", "topformer_t_context60", "--checkpoint", source, "--output", tmp_path / "out"]
-    assert "; fresh: decode_head.conv_seg\n" in command(convert.main, *words, "--new-head")
+    assert "; random: decode_head.conv_seg\n" in command(convert.main, *words, "--new-head")
     tensors, metadata = checkpoints.read_model(tmp_path / "out")
     assert tensors["decode_head.conv_seg.weight"].shape == (1, 1, 128, 60)
     name = "decode_head.linear_fuse.conv.weight"

@@ -292,9 +292,9 @@ def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None
         (logits, ["--stretch"], "--stretch is for a file of one size"),
         (small, ["--stretch", "--img-ratios", "0.5,1"], "leave out --img-ratios"),
         (labels, [], "expects 64x64; the resized image is 80x96. Pass --stretch"),
-        (labels, ["--flip"], "views are averaged before there are any: export --logits"),
+        (labels, ["--flip"], "but several views need logits to average: export --logits"),
         (logits, ["--slide"], "sees whole images"),
-        (logits, ["--runtime", "onnx"], "--runtime is for --checkpoint"),
+        (logits, ["--runtime", "jax"], "--runtime is for --checkpoint"),
         (logits, ["--config.model.num_classes=150"], "has 10 classes, the config 150"),
         (tmp_path / "a.txt", [], "is no exported file"),
         (tmp_path / "none.onnx", [], "cannot read"),
@@ -306,6 +306,7 @@ def test_what_cannot_be_run(files: pathlib.Path, tmp_path: pathlib.Path) -> None
     for origin, line in (
         (["--exported", labels], "--probabilities needs logits"),
         (["--exported", small, "--stretch"], "leave out --stretch"),
+        (["--exported", logits, "--runtime", "jax"], "--runtime is for --checkpoint"),
         (["--checkpoint", tmp_path, "--stretch"], "--stretch is for --exported"),
     ):
         flags = [*FLAGS, "--config.evaluation.scale=(64,64)", *origin, "--probabilities"]

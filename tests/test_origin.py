@@ -234,7 +234,7 @@ def test_label_rules_that_shift_every_label_are_refused(
     others = shifted | {"data.root": str(root), "data.class_names": names}
     settings = config.load("topformer_t_shapes", others)
     checkpoints.check_label_rules(checkpoints.load_model(settings, own), settings)
-    line = f"{said}: right if the labels of the two data sets are numbered otherwise\n"
+    line = f"{said}: this is right only if the two data sets number their labels differently\n"
     assert capsys.readouterr().out.endswith(line)
 
 

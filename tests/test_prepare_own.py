@@ -215,7 +215,7 @@ def test_words_of_splits(
     out = capsys.readouterr().out
     assert len(found[own.FOLDERS[expected]]) == len(names) + (expected == "train")
     assert f"{expected} (by {way}" in out
-    assert ("of no stated split, which are of train: 3" in out) == (expected != "train")
+    assert ("pictures without a split, used for train: 3" in out) == (expected != "train")
     if expected != "validation":
         assert "test_x" in found["train"]  # its folder is stronger than its name
 
@@ -299,7 +299,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"masks/train/a.png": png(np.zeros((HEIGHT, WIDTH, 4)))}, "a.png: 100.00% of the pixels are transparent"),
     ({"images/train/test/b.jpg": jpeg(1), "masks/train/test/b.png": b""}, "lies in folders of test and train"),
     ({"images/train/b.jpg": jpeg(1), "masks/train/b-seg.png": b""},
-     "images/train/b.jpg has no mask of its name, or of this and _mask, -mask, _label, _gt; there are 3 pictures "
+     "images/train/b.jpg has no mask of its name, with or without _mask, -mask, _label, _gt; there are 3 pictures "
      "and 3 masks, such as masks/train/b-seg.png"),
     ({"images/train/a.jpeg": jpeg(1)}, "images/train/a.jpg would share one label: rename one"),
 ]  # fmt: skip

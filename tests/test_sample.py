@@ -40,7 +40,7 @@ def look(root: pathlib.Path, changes: dict[str, Any] | None = None) -> list[str]
 @pytest.mark.parametrize(("folder", "change", "changes", "words"), [
     ("val", fill(255), {}, "validation: no pixel of any class, only 255, in 3 labels: 255 is void: "),
     ("*", lambda label: np.where(label > 4, 255, 0).astype(np.uint8), {"data.reduce_zero_label": True},
-     "and 10, the last class with reduction, in none: they seem to be reduced already; --config.data.redu"),
+     "and 10, the last class before reduction, in none: they seem to be reduced already; --config.data.redu"),
     ("*", fill(0), {"data.reduce_zero_label": True},
      "only 0, in 8 labels: 0 is void by data.reduce_zero_label: for a class, --config.data.reduce_z"),
     ("*", fill(10), {}, "where the classes are 0 to 9 and void is 255: perhaps they count from 1"),

@@ -24,8 +24,8 @@ LONG = CHANGES | {"log_every": 1}  # nothing is saved or scored before the end: 
 
 
 def resumed_from(job: Job) -> list[int]:
-    """The step that each start of the job began at, 0 for fresh weights."""
-    return [int(step or 0) for step in re.findall(r"starting +from (?:checkpoint (\d+)|fresh)", job.output)]
+    """The step that each start of the job began at, 0 for random weights."""
+    return [int(step or 0) for step in re.findall(r"starting +from (?:checkpoint (\d+)|random)", job.output)]
 
 
 def stopped_at(job: Job) -> int:

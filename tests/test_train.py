@@ -236,7 +236,7 @@ def test_a_killed_run_with_every_option_resumes(
     assert f"wrote the profile into {tmp_path}/whole/profile" in out
     assert list((tmp_path / "whole/profile").rglob("*.xplane.pb"))
     assert re.search(
-        r"examples are drawn for 10 of 10 classes, those in 12 training labels; \w+ is in the fewest, \d", out
+        r"for the 10 of 10 classes that occur in 12 training labels; \w+ occurs in the fewest labels, \d", out
     )
     assert "the pixels of classes are those in" not in out  # labels are counted once, for both settings
     assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)

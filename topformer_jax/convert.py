@@ -6,7 +6,7 @@
 
 The first command reads an official (mmcv or timm) file into a folder that every command reads. The second writes a
 file that the official code loads. Tensors must fit the model exactly, or an error names those that do not.
---init-from-classifier and --new-head are the only exceptions; the command lists what they leave fresh. A checkpoint
+--init-from-classifier and --new-head are the only exceptions; the command lists what stays random. A checkpoint
 keeps its settings.
 """
 
@@ -22,10 +22,12 @@ def make_parser() -> cli.Parser:
     start.add_argument(
         "--init-from-classifier",
         action="store_true",
-        help="read the backbone from an ImageNet checkpoint; leave injections and head fresh",
+        help="read the backbone from an ImageNet checkpoint; injections and head stay random",
     )
     start.add_argument(
-        "--new-head", action="store_true", help="leave the last layer fresh, for another number of classes"
+        "--new-head",
+        action="store_true",
+        help="start with a random last layer, for another number of classes",
     )
     parser.add_argument("--summary", action="store_true", help="print parameters and multiply-adds and stop")
     parser.add_argument(

@@ -1,10 +1,10 @@
-"""Serves a page that segments pictures and the camera in the browser with exported files; nothing leaves the device.
+"""Serves a page that segments pictures and camera video in the browser by exported files; nothing leaves the device.
 
   python -m topformer_jax.demo --exported t.onnx                 serves it at http://127.0.0.1:8000/
   python -m topformer_jax.demo --exported t.onnx --output page   writes a folder for any web server
 
 FILE holds labels, as export writes it without further flags. --webgpu adds WebGPU: the same checkpoint exported with
---target web. You can also give such a file as --exported: one download, slower on processors. The runtime,
+--target web. You can also give such a file as --exported: one download, slower on CPUs. The runtime,
 onnxruntime-web, comes from npm the first time, into the cache folder.
 """
 
@@ -52,7 +52,7 @@ from topformer_jax.runtime.errors import UserError
 
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"  # of npm
 UNPACKED = f": expected npm's {RUNTIME} {VERSION}, unpacked"
-# The files of its folder dist by what they compute with. Those of wasm are half as many bytes.
+# The files of its folder dist, by backend. Those for wasm have half as many bytes.
 _WASM, _WEBGPU = "ort-wasm-simd-threaded", "ort-wasm-simd-threaded.asyncify"
 RUNTIME_FILES = {
     "wasm": ("ort.wasm.min.mjs", f"{_WASM}.mjs", f"{_WASM}.wasm"),

@@ -20,11 +20,11 @@ def make_parser() -> cli.Parser:
     add(
         "--runtime",
         choices=["jax", "onnx"],
-        default="jax",
-        help="of a checkpoint's network; onnx: onnxruntime on a CPU, faster, the same labels except for ties",
+        help="what computes a checkpoint's network (default: jax); onnx: onnxruntime, faster on a CPU, with the same "
+        "labels except for ties",
     )
     add("--img-ratios", metavar="R,R,...", help="average the softmaxes at these factors of evaluation.scale")
-    add("--flip", action="store_true", help="average with the mirrored images")
+    add("--flip", action="store_true", help="average with the flipped images")
     add("--slide", action="store_true", help="use sliding windows of evaluation.crop_size")
     add("--split", choices=SPLITS, default="validation", help="default: validation")
     add(
@@ -287,7 +287,7 @@ def main() -> None:
     folder = "evaluate_exported" if args.exported else "evaluate"
     workdir = args.workdir or files.as_path("runs") / config.name / folder
     if config.task == "classification":
-        if overrides or args.exported or args.stretch or args.save_predictions or args.runtime != "jax":
+        if overrides or args.exported or args.stretch or args.save_predictions or args.runtime == "onnx":
             raise UserError(
                 f"{config.name} is a classifier: --exported, --runtime, --stretch, --img-ratios, --flip, --slide and "
                 "--save-predictions are for segmentation"
@@ -305,7 +305,7 @@ def main() -> None:
         args.exported,
         stretch=args.stretch,
         given=tuple(overrides),
-        runtime=args.runtime,
+        runtime=args.runtime or ("jax" if args.checkpoint else None),
     )
     checkpoints.check_label_rules(predictor, config)
     score_segmenter(

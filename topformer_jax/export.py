@@ -37,7 +37,7 @@ def make_parser() -> cli.Parser:
         "--precision",
         choices=["float32", "float16", "int8"],
         default="float32",
-        help="for .tflite: float16 halves the file; int8, with --logits or for a classifier, quarters it",
+        help="for .tflite: float16 halves the file; int8 quarters it (with --logits, or a classifier)",
     )
     add(
         "--keep-float",

@@ -4,7 +4,7 @@
   cat a.jpg | python -m topformer_jax.predict --config configs/topformer_b_ade.py --checkpoint runs/b --output out -
 
 IMAGE is a file of any size, a folder (searched recursively), a glob pattern, or - for standard input. The command
-applies the EXIF orientation, follows links and leaves out its own results. For DIR/a.jpg it writes
+applies the EXIF orientation, follows links and skips its own results. For DIR/a.jpg it writes
 OUTPUT/a_overlay.jpg, OUTPUT/a_mask.png (palette indices are class numbers) and, with --probabilities,
 OUTPUT/a_probabilities.npz (float16 [h, w, classes]).
 """
@@ -22,8 +22,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument(
         "--runtime",
         choices=["auto", "jax", "onnx"],
-        default="auto",
-        help="of a checkpoint's network; auto: onnxruntime on a CPU if it is installed, else JAX",
+        help="what computes a checkpoint's network; auto (default): onnxruntime on a CPU if installed, else JAX",
     )
     parser.add_argument("--output", type=files.as_path, required=True, metavar="DIR", help="result folder")
     parser.add_argument("--probabilities", action="store_true", help="write class probabilities too")

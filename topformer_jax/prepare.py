@@ -26,15 +26,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("dataset", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
-    add("--source", metavar="DIR", required=True, help="the folder with the downloads")
+    add("--source", metavar="DIR", required=True, help="the folder of downloads or annotations")
     add("--output", metavar="DIR", required=True, help="the folder to make, as for data.root")
     add("--format", choices=("folder", "array_record"), default="folder", help="default: folder")
     add("--from", dest="kind", choices=KINDS, help="for custom: the format of your annotations")
-    text = "for custom: share of pictures to score on, if no folder, list or file says it (default 0.1)"
+    text = (
+        "for custom: share of the pictures for validation if no folder, list or file names them (default 0.1)"
+    )
     add("--validation", type=float, default=0.1, metavar="SHARE", help=text)
-    text = "for custom: class of the pixels that no annotation covers; void: they are no class"
+    text = "for custom: class of the pixels that no annotation covers; void: leave them out"
     add("--background", default="", metavar="NAME", help=text)
-    add("--workers", type=int, metavar="N", help="processes (default: one per core); 0: none")
+    add("--workers", type=int, metavar="N", help="extra processes (default: one per core)")
     add("--verify", action="store_true", help="also compare checksums of existing files")
     add("--shard", metavar="I/N", default="1/1", help="pack the I-th of N parts: N processes share the work")
     return parser
@@ -132,7 +134,8 @@ def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
     """Finds a user's annotations, and prints what goes where."""
     if not args.kind:
         raise UserError(
-            f"{source} has no images/train: name the format of your annotations by --from {', '.join(READERS)}"
+            f"name the format of the annotations in {source} by --from {', '.join(READERS)}; masks of class numbers "
+            "need none: put them into annotations/train and /val, and the pictures into images/train and /val"
         )
     annotations = READERS[args.kind](own.open_source(source), " ".join(args.background.split()))
     plan, table = own.divide(annotations, args.validation)

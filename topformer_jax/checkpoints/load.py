@@ -212,7 +212,7 @@ def load_state_dict(model: nnx.Module, tensors: Mapping[str, np.ndarray]) -> Non
 
 
 def describe_origin(model: nnx.Module, part: str, source: object) -> str:
-    """Says which modules of a model come from `part` of a checkpoint, and which are fresh."""
+    """Says which modules of a model come from `part` of a checkpoint, and which have random weights."""
     names = models.named_variables(model)
     fresh = fresh_names(names, part)
     modules: dict[bool, list[str]] = {False: [], True: []}
@@ -221,7 +221,7 @@ def describe_origin(model: nnx.Module, part: str, source: object) -> str:
         if module not in modules[name in fresh]:
             modules[name in fresh].append(module)
     taken, new = ", ".join(modules[False]), ", ".join(modules[True])
-    return f"from {source}: {taken}" + (f"; fresh: {new}" if new else "")
+    return f"from {source}: {taken}" + (f"; random: {new}" if new else "")
 
 
 # Names
@@ -255,7 +255,7 @@ def match_names(
         plain = _unwrap(short.split("."))
         plain = _known_as(plain, shapes) or plain
         if plain in matched:
-            raise UserError(f"two tensors of {source} are {plain}: {name.rpartition('/')[2]} is the second")
+            raise UserError(f"two tensors of {source} are {plain}: {name.rpartition('/')[2]} is one of them")
         matched[plain] = tensors[name]
     said = f"{source}: {_describe(chosen)} taken{', the averages' * is_average} ({len(matched)} tensors)"
     if left_out:
@@ -265,8 +265,8 @@ def match_names(
         processes.say(said)
     if any(name.startswith(f"{chosen}ema_backbone_") for name in left_out):
         processes.say(
-            f"{source}: ema_* are of mmcv's EMAHook; the other names hold the averages in a file of an epoch's end, "
-            "the weights as trained in a file of a run by iterations"
+            f"{source}: ema_* are of mmcv's EMAHook; the other tensors are averages if the file was saved at the "
+            "end of an epoch, and the trained weights if the run counted iterations"
         )
     return matched
 

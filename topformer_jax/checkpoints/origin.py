@@ -139,7 +139,7 @@ def check_label_rules(weights: Weights, config: ConfigDict) -> None:
     if is_same and not (config.data.dataset == "custom" and sources.compare_classes(config, weights.classes)):
         flag = f"--config.data.reduce_zero_label={theirs}"
         raise UserError(f"{text}, which shifts every label by one: give {flag}")
-    processes.say(f"{text}: right if the labels of the two data sets are numbered otherwise")
+    processes.say(f"{text}: this is right only if the two data sets number their labels differently")
 
 
 def _is_list(value: Any) -> bool:

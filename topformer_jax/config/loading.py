@@ -22,14 +22,13 @@ PATHS = ("data.root", "data.cache", "init_from", "distillation.config", "distill
 RECIPES = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 TRANSFORMER_STRIDE = 64  # of the segmenter: pixels of the image for each pixel of its smallest map
 
-# What may differ between a checkpoint's config and that of the run that resumes it. The first group would not fit the
-# state, or change the meaning of labels.
+# Settings that a resumed run cannot change: its state would not fit, or its labels would mean other classes.
 REFUSED = {
     *("task", "data.reduce_zero_label", "optimizer.name", "optimizer.freeze"),
     *("model.variant", "model.num_classes", "model.depths"),
     *("model.injection", "model.head_channels", "model.depthwise_head"),
 }
-# These change neither what the model learns nor its scores.
+# Settings that change neither what the model learns nor its scores.
 SILENT = {
     *("name", "log_every", "checkpoint_every", "evaluate_every", "upload_every", "max_to_keep"),
     *("data.num_workers", "data.prefetch", "data.cache", "mesh.data", "mesh.fsdp", "mesh.slices"),
@@ -52,14 +51,18 @@ def load(
     Args:
         source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config.
         overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true".
-            `schedule.steps` without `schedule.epochs` sets the latter to 0.
+            `schedule.steps` sets `schedule.epochs` to 0.
 
-    Raises UserError if there is no such file, recipe or setting, or a value is not legal.
+    Raises UserError if there is no such file, recipe or setting, a value is not legal, or `overrides` has both
+    `schedule.steps` and `schedule.epochs`.
     """
     config = source if isinstance(source, ConfigDict) else _read(_find(source))
     overrides = dict(overrides or {})
-    if "schedule.steps" in overrides:
-        overrides.setdefault("schedule.epochs", 0)
+    if "schedule.steps" in overrides and parse("schedule.epochs", overrides.setdefault("schedule.epochs", 0)):
+        raise UserError(
+            f"schedule.steps={overrides['schedule.steps']} and schedule.epochs={overrides['schedule.epochs']} both "
+            "set the length of a training: give one of them"
+        )
     values = flatten(config.to_dict()) | overrides
     for key in values:
         if key not in SETTINGS:
@@ -68,11 +71,7 @@ def load(
         raise UserError(
             f"the config has no {missing[0]}: start from a recipe, e.g. topformer_jax.config.ade20k('tiny')"
         )
-    values = {key: parse(key, value) for key, value in values.items()}
-    _check_together(values)
-    checked = base_config()
-    checked.update_from_flattened_dict(values)
-    return checked.lock()
+    return _check(values)
 
 
 def resolve_schedule(config: ConfigDict, examples: int) -> ConfigDict:
@@ -86,6 +85,12 @@ def resolve_schedule(config: ConfigDict, examples: int) -> ConfigDict:
     epochs, steps = config.schedule.epochs, config.schedule.steps
     if epochs:
         steps = -(-epochs * examples // config.batch_size)
+    setting = SETTINGS["schedule.steps"]
+    if setting.legal is not None and steps not in setting.legal:
+        raise UserError(
+            f"schedule.epochs is {epochs:,}, which is {steps:,} steps for {examples:,} training examples: expected "
+            f"{setting.expected} steps"
+        )
     return load(config, {"schedule.steps": steps, "evaluate_every": config.evaluate_every or -(-steps // 10)})
 
 
@@ -106,7 +111,8 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
     >>> complete({"evaluation": {"scale": [480, 360]}}).evaluation.scale
     (480, 360)
     """
-    return load(base_config(), {key: value for key, value in flatten(values).items() if key in SETTINGS})
+    known = {key: value for key, value in flatten(values).items() if key in SETTINGS}
+    return _check(flatten(base_config().to_dict()) | known)
 
 
 def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: object) -> list[str]:
@@ -257,6 +263,15 @@ def _wrong_type(key: str, value: Any) -> UserError:
     kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
     kind = " or ".join((kind, *SETTINGS[key].names))
     return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
+
+
+def _check(values: Mapping[str, Any]) -> ConfigDict:
+    """A locked config of the values of all settings, by dotted key; raises a UserError if one is not legal."""
+    values = {key: parse(key, value) for key, value in values.items()}
+    _check_together(values)
+    config = base_config()
+    config.update_from_flattened_dict(values)
+    return config.lock()
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

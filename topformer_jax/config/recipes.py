@@ -117,9 +117,9 @@ CAMVID_WEIGHTS = (0.89, 0.73, 3.41, 0.6, 1.91, 1.24, 3.26, 3.29, 1.66, 3.75, 4.1
 
 
 def camvid(variant: str) -> ConfigDict:
-    """CamVid, 11 classes, 480 x 360 images, from fresh weights: 10,000 steps of batch 4, 109 epochs."""
+    """CamVid, 11 classes, 480 x 360 images, from random weights: 10,000 steps of batch 4, 109 epochs."""
     config = _recipe("camvid", variant, 11, "camvid", "data/camvid")
-    config.batch_size = 4  # of so few images many small steps learn more than half as many large ones
+    config.batch_size = 4  # with so few images, many small steps learn more than half as many large ones
     config.ema_decay = 0.999
     config.ema_warmup = True
     config.ignore_void_in_mean = True
@@ -170,7 +170,7 @@ def shapes() -> ConfigDict:
     config.data.crop_size = (128, 128)
     config.data.scale = config.evaluation.scale = (176, 160)  # every image's own size
     config.data.ratio_range = (0.75, 1.25)
-    # A short run from fresh weights: no regularisation, and one high learning rate for all.
+    # A short run from random weights: no regularisation, and one high learning rate for all.
     config.data.photometric_distortion = False
     config.model.drop_path_rate = config.model.dropout_ratio = 0.0
     config.optimizer.head_lr_mult = 1.0

@@ -105,9 +105,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "probability of stochastic depth in the last block; it rises linearly from 0 in the first", BELOW_ONE),
         "model.dropout_ratio": Setting(0.1, "probability of dropping a channel before the last layer", BELOW_ONE),
         "model.bn_momentum": Setting(
-            0.1, "training: share of a batch's statistics in BatchNorm's running ones, as in PyTorch", PROBABILITY),
+            0.1, "weight of a batch in BatchNorm's running statistics, as in PyTorch", PROBABILITY),
         "model.bn_frozen": Setting(
-            False, "training: true normalises with BatchNorm's running statistics, and keeps them"),
+            False, "true: training normalises with BatchNorm's running statistics, and does not change them"),
         "model.dtype": Setting("float32",
             "dtype of activations; BatchNorm, softmax, logits and parameters use at least float32",
             ("float32", "bfloat16", "float64")),
@@ -145,7 +145,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.aspect_range": Setting(
             (1.0, 1.0), "range of a random factor on width / height that keeps the area; (1,1): off", Range(0.25, 4)),
         "data.rotation": Setting(0.0,
-            "largest random rotation in degrees; corners are lost, and what is outside is void; 0: off",
+            "largest random rotation in degrees; what comes from outside the image is void; 0: off",
             Range(0, 180)),
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
@@ -154,10 +154,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.jpeg_prob": Setting(
             0.0, "probability of a JPEG compression of the crop, quality 30 to 95", PROBABILITY),
         "data.balance": Setting(0.0,
-            "share of examples that are drawn for a class, each class equally often, with a crop that holds it",
+            "share of examples chosen by class, each class equally often; the crop holds the class; 0: off",
             PROBABILITY),
         "data.mix": Setting("none",
-            "paste from another example: a box, half of its classes, or a class of few pixels",
+            "part of another example to paste; cutmix: a box; classmix: half of its classes; paste: a rare class",
             ("none", "cutmix", "classmix", "paste")),
         "data.mix_prob": Setting(0.5, "probability of data.mix for an example", PROBABILITY),
         "data.crop_area": Setting(
@@ -187,9 +187,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "loss.ohem_threshold": Setting(
             0.0, "ignore pixels whose true class has this probability or more, e.g. 0.7; 0: use all", PROBABILITY),
         "loss.dice_weight": Setting(
-            0.0, "factor of the Dice loss of each image, which is added; 0: off", Range(0, 10**6)),
+            0.0, "factor of a Dice loss that is added for each image; 0: off", Range(0, 10**6)),
         "loss.jaccard_weight": Setting(
-            0.0, "factor of the Jaccard metric loss (JML) of each image, which is added; 0: off", Range(0, 10**6)),
+            0.0, "factor of a Jaccard metric loss (JML) that is added for each image; 0: off", Range(0, 10**6)),
         "loss.lovasz_weight": Setting(
             0.0, "factor of the Lovász-softmax loss of each image, which is added; it sorts the pixels for each "
             "class of an image, which is slow on a CPU; 0: off", Range(0, 10**6)),
@@ -202,12 +202,12 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "distillation.temperature": Setting(
             1.0, "divisor of both networks' logits before the softmax", Range(0, 1000, open_low=True)),
         "distillation.channel_weight": Setting(
-            0.0, "factor of the channel-wise distillation (CWD) of the logits, which is added, e.g. 3; 0: off",
+            0.0, "factor of the channel-wise distillation (CWD) of the logits that is added, e.g. 3; 0: off",
             Range(0, 10**6)),
         "distillation.channel_temperature": Setting(
-            4.0, "divisor of both networks' logits in it", Range(0, 1000, open_low=True)),
+            4.0, "divisor of both networks' logits in the channel-wise distillation", Range(0, 1000, open_low=True)),
         "distillation.jaccard_weight": Setting(
-            0.0, "factor of the Jaccard metric loss with the teacher's probabilities, which is added; 0: off",
+            0.0, "factor of a Jaccard metric loss with the teacher's probabilities that is added; 0: off",
             Range(0, 10**6)),
     },
     "Optimizer": {
@@ -221,14 +221,15 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "optimizer.no_decay_norm": Setting(False, "true: no weight decay for BatchNorm's scales and for biases"),
         "optimizer.head_lr_mult": Setting(10.0, "factor for decode_head's learning rate", Range(0, 10**6)),
         "optimizer.freeze": Setting("none",
-            "weights and BatchNorm statistics that stay as they are; names as in init_part",
+            "part of the network that is not trained, BatchNorm statistics included; names as in init_part",
             ("none", "token_pyramid", "backbone", "all_but_classes")),
         "optimizer.clip_norm": Setting(0.0, "maximum global norm of the gradient; 0: no limit", Range(0, 10**9)),
     },
     "Schedule": {
         "schedule.steps": Setting(160_000, "number of training steps, if schedule.epochs is 0", COUNT),
         "schedule.epochs": Setting(0,
-            "passes over the training pictures; a flag for schedule.steps sets it to 0", Range(0, 10**6)),
+            "passes over the training pictures, instead of schedule.steps; a flag for that sets this to 0",
+            Range(0, 10**6)),
         "schedule.lr": Setting(1.2e-4, "highest learning rate of the backbone", Range(0, 1e30)),
         "schedule.base_batch_size": Setting(0,
             "batch size that schedule.lr is for; with another batch_size, it is scaled linearly; 0: no scaling",

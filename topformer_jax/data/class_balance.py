@@ -42,7 +42,9 @@ def group_by_class(pixels: Int[np.ndarray, "labels classes"]) -> ClassDraws:
     total = pixels.sum(0, dtype=np.int64)
     classes = np.flatnonzero(total)
     if not len(classes):
-        raise UserError("no training label has a pixel of a class, so that none can be drawn: check them")
+        raise UserError(
+            "no training label has a pixel of a class, so no example can be drawn for one: run check"
+        )
     rarity = 1 / np.sqrt(total[classes])
     holders = tuple(np.flatnonzero(pixels[:, each]) for each in classes)
     shares = tuple(

@@ -322,9 +322,8 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     unlabelled = ""
     if without := [images[name] for name in sorted(images) if label_of[name] not in labels]:
         others = unused or (() if labels else label_files)
-        others = sorted(
-            others, key=lambda path: ("labelIds" not in path, path)
-        )  # Cityscapes' raw labels tell most
+        # Cityscapes has several label files per image: the raw one (labelIds) is the best example.
+        others = sorted(others, key=lambda path: ("labelIds" not in path, path))
         there = f", which has {files.shorten(others[0], 40)}" if others else ""
         unlabelled = (
             f"{list_names(without, 'image')} in {base / image_folder} without a label: each needs a file "

@@ -106,8 +106,8 @@ def open_bytes(
     is_sealed = data[-SEAL_BYTES:-8] == SEAL or description is not None  # MLIR crashes on damaged bytes
     if is_sealed and data != seal(data[:-SEAL_BYTES]):
         raise UserError(
-            f"{name} is damaged, or of an earlier version: copy it or export it again (what a tool changed must "
-            "not keep the metadata crc32)"
+            f"{name} is damaged, or of an earlier version: copy it or export it again (a tool that changes the "
+            "file must remove its metadata crc32)"
         )
     try:
         run, text = module.open_bytes(data)

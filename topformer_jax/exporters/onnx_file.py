@@ -50,7 +50,7 @@ def _make_model(
     program = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
     graph = Graph()
     images = graph.add_input(INPUT, shape, "uint8")
-    # The order of the first convolution, at once: 3 channels last make the normalisation ten times slower.
+    # Channels first, as the first convolution wants them: with 3 channels last, normalisation is ten times slower.
     pixels = Value(shape, "uint8", CLASSES_FIRST, graph.stored(images, CLASSES_FIRST))
     outputs = translate(graph, program, [pixels], overrides)
     return graph.model([images], [(output, outputs[0])])

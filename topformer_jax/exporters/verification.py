@@ -146,7 +146,9 @@ def verify(
     said = f"compared in its runtime at {tried}{counts}: {said}"
     if found.most_common > MOST_COMMON and make_logits is not None:
         logits = verify(make_logits(), model, alternative_model, pictures)
-        said += f"\nnearly all of these labels are of one class; as a file of logits, {logits}"
+        said += (
+            f"\nnearly all of these labels are of one class, which hides errors; a file of logits is {logits}"
+        )
     return said
 
 

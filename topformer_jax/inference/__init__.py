@@ -4,7 +4,7 @@
       |  plan.plan_evaluation: which images share a canvas, a program and a batch                 (host, numpy)
       v
     ProgramShapes, EvalBatches
-      |  plan.prepare_input: the image resized, mirrored, cut into windows, with resize matrices    (host, numpy)
+      |  plan.prepare_input: the image resized, flipped, cut into windows, with resize matrices    (host, numpy)
       v
     InferenceInput  -- rows of a batch, of any sizes -->  make_global_batch
       |  CompiledInference.compute_views: normalize, network; for each view and window          (devices)
@@ -18,10 +18,10 @@ As in mmsegmentation, logits are resized to the network's input (averaged where 
 there to the image; softmaxes of several views are averaged. `plan` is plain numpy, `compiled` holds the jitted
 programs, users call `predictor`, and `evaluation` scores a data set.
 
-Words: a *view* is one look at an image, at one ratio, mirrored or not; a *window* is a crop of the network's input in
+Words: a *view* is one look at an image, at one ratio, flipped or not; a *window* is a crop of the network's input in
 mode "slide", and the whole input otherwise; a *canvas* is the shape of the network's input, in which a window lies at
-the top left (`models/layers.py`); a *cell* is a pixel of the logits (stride 8); a *tile* is 32 x 128 pixels of the
-original image.
+the top left (`models/layers.py`); a *row* is the place of one image in a batch; a *cell* is a pixel of the logits
+(stride 8); a *tile* is 32 x 128 pixels of the original image.
 """
 
 from topformer_jax.inference.compiled import CompiledInference, compile_inference, make_global_batch

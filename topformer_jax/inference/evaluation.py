@@ -57,7 +57,7 @@ class EvaluationResult(NamedTuple):
 
     confusion: Int[np.ndarray, "classes classes"]  # pixels, int64: a row per label, a column per prediction
     accuracy: Float[np.ndarray, " examples"]  # share of each example's labelled pixels; nan if it has none
-    miou: Float[np.ndarray, " examples"]  # of each example alone
+    miou: Float[np.ndarray, " examples"]  # of each example by itself
     boundary: Int[np.ndarray, "classes classes"] | None  # of `evaluation.boundary_pixels`; None if it is 0
 
 
@@ -308,7 +308,7 @@ class _PixelCounter:
 
     def __init__(self, config: ConfigDict, examples: int, on_example: Callable[[ExampleResult], None]):
         classes, self._boundary_pixels = config.model.num_classes, config.evaluation.boundary_pixels
-        # Of all pixels, and of those near boundaries.
+        # The confusion matrices of all pixels, and of those near boundaries.
         self._confusions = np.zeros((2 if self._boundary_pixels else 1, classes, classes), np.int64)
         self._scores = np.zeros((examples, 2), np.float32)  # accuracy and mIoU; zero for others' examples
         self._on_example = on_example

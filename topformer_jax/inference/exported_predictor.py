@@ -66,7 +66,7 @@ class ExportedPredictor:
             "an exported file sees whole images: leave out --slide, or set evaluation.mode=whole": (
                 evaluation.mode != "whole"
             ),
-            f"{name} gives labels, and views are averaged before there are any: export --logits": (
+            f"{name} gives labels, but several views need logits to average: export --logits": (
                 has_labels and (several_sizes or evaluation.flip)
             ),
             f"--stretch is for a file of one size, and {name} takes images of any": (
@@ -129,7 +129,7 @@ def open_predictor(
     stretch: bool = False,
     image_sizes: Sequence[Size] = (),
     given: Collection[str] = (),
-    runtime: str = "auto",
+    runtime: str | None = None,
 ) -> Predictor | ExportedPredictor:
     """Opens the checkpoint or the exported file of a command, and prints where the config differs from it.
 
@@ -139,7 +139,7 @@ def open_predictor(
         exported: the value of --exported, in place of a checkpoint.
         stretch: see `ExportedPredictor`.
         image_sizes: see `Predictor`.
-        runtime: see `Predictor`.
+        runtime: the value of --runtime, see `Predictor`; None: "auto".
         given: settings that the command's own flags have changed; their differences are not printed.
 
     Raises:
@@ -147,13 +147,13 @@ def open_predictor(
     """
     predictor: Predictor | ExportedPredictor
     if exported is not None:
-        if runtime == "onnx":
-            raise UserError("--runtime is for --checkpoint: an exported file has a runtime of its own")
+        if runtime:
+            raise UserError("--runtime is for --checkpoint: the suffix of an exported file sets its runtime")
         predictor = ExportedPredictor(open_exported(exported), config, stretch, image_sizes)
     elif stretch:
         raise UserError("--stretch is for --exported")
     else:
         model = checkpoints.load_segmenter(config, checkpoint)
-        predictor = Predictor(model, image_sizes=image_sizes, runtime=runtime)
+        predictor = Predictor(model, image_sizes=image_sizes, runtime=runtime or "auto")
     checkpoints.print_differences(predictor, config, given=(*given, *(STRETCHED if stretch else ())))
     return predictor

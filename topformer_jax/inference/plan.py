@@ -30,8 +30,8 @@ from topformer_jax.ops.tiled import (
 
 ViewSizes = tuple[Size, ...]  # a (height, width) for each ratio
 Arrays = Array | np.ndarray  # on the host for one image, on the devices for a batch
-# As few canvases as keep the padding under this share of the network's pixels: a fifth of a network's time is little
-# beside a program to compile.
+# Canvases are added until less than this share of the network's pixels is padding. Less padding would not pay: each
+# canvas is one more program to compile.
 MAX_PADDING = 0.2
 MAX_SIZES = 100  # different sizes that canvases are searched for; more are rounded up first
 
@@ -97,7 +97,7 @@ class ProgramShapes(NamedTuple):
         )
 
     def find_canvas(self, grids: Sequence[WindowGrid]) -> int:
-        """The number of the smallest canvas that an image's windows fit into; there is one."""
+        """The number of the smallest canvas that an image's windows fit into."""
         windows = [grid.window for grid in grids]
         fitting = {
             number: _count_pixels(canvas)
@@ -124,16 +124,16 @@ class EvalBatch(NamedTuple):
     """One batch of an evaluation plan. Row r lies on device `r // rows_per_device`."""
 
     shapes: ProgramShapes  # of its programs
-    rows: tuple[int | None, ...]  # the example in each row; a device's first row has one, or none of its rows
+    rows: tuple[int | None, ...]  # the example in each row, or None; a device fills its first rows first
     label_size: Size  # the labels of every example fit into it
 
 
 class ViewInput(NamedTuple):
-    """One image at one ratio, mirrored or not: what the network sees, and how its logits become pixels."""
+    """One image at one ratio, flipped or not: what the network sees, and how its logits become pixels."""
 
     windows: UInt8[Arrays, "*n windows h w 3"]  # each at the top left; in mode "whole" one, the image
     counts: Int32[Arrays, "*n 2"]  # windows of this image, down and across
-    canvas: Int32[Arrays, "*n"]  # index into the canvases; their count if the row has no image
+    canvas: Int32[Arrays, "*n"]  # number of the canvas; for a row without an image, the number of canvases
     area: ImageArea  # of a window on its canvas; WHOLE if nothing is masked
     rows: BandedResize  # of each row of windows, from its logits to the rows of the image
     columns: BandedResize
@@ -149,7 +149,7 @@ class LabelInput(NamedTuple):
 class InferenceInput(NamedTuple):
     """One image as the compiled programs take it; a batch stacks the arrays of several along a new first axis."""
 
-    views: tuple[ViewInput, ...]  # for each ratio as it is, and mirrored if `evaluation.flip` is on
+    views: tuple[ViewInput, ...]  # for each ratio as it is, and flipped if `evaluation.flip` is on
     label: LabelInput
 
 
@@ -192,7 +192,7 @@ def window_grids(size: Size, evaluation: ConfigDict) -> tuple[WindowGrid, ...]:
 
 
 def view_flips(evaluation: ConfigDict) -> tuple[bool, ...]:
-    """The views of each ratio: as it is, and mirrored if `evaluation.flip` is on."""
+    """The views of each ratio: as it is, and flipped if `evaluation.flip` is on."""
     return (False, True) if evaluation.flip else (False,)
 
 
@@ -406,7 +406,7 @@ def _resize_bands(
         number: of the axis: 0 for rows, 1 for columns.
         num_tiles: of the labels' array.
         ratio: the shapes of the result.
-        flip: whether the network sees the image mirrored.
+        flip: whether the network sees the image flipped.
         dtype: of the matrices.
     """
     matrices = resize_matrices(axis.resized, axis.pixels, axis.starts, axis.window, dtype)

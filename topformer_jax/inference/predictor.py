@@ -41,7 +41,7 @@ _recent: collections.deque[tuple[list[Any], "Predictor"]] = collections.deque(ma
 class Predictor:
     """Labels images of any size, one at a time, on this process's first device.
 
-    `model.config.evaluation` says how an image is resized, and whether windows, several scales or mirrored views are
+    `model.config.evaluation` says how an image is resized, and whether windows, several scales or flipped views are
     used. Images of many sizes share few compiled programs, whose sizes are rounded up.
 
     Args:

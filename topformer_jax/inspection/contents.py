@@ -44,7 +44,7 @@ class BoundaryStats(NamedTuple):
 
     soft: int = 0
     hard: int = 0
-    # Of the soft borders, some (smaller, larger) values beside them, and some values in them.
+    # At soft borders: some (smaller, larger) values on their two sides, and some values in them.
     pairs: frozenset[tuple[int, int]] = frozenset()
     between: frozenset[int] = frozenset()
 

@@ -20,7 +20,7 @@ from topformer_jax.inspection.contents import OUT_OF_RANGE, Contents, SplitConte
 
 ZERO_LABEL_IS_VOID = ("ade20k", "context59")  # in the label files of these data sets, which hold no 255
 CITYSCAPES_CLASSES, LARGEST_CITYSCAPES_ID = 19, 33
-# Of a label's borders, soft ones are at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
+# The soft share of a label's borders is at most 0.08 in clean sets (CamVid, shapes), 0.3 or more after a resize.
 SOFT_SHARE = 0.2
 MIN_BORDERS = 20  # in a label, for a share of them to say anything
 SOFT_LABELS = 0.1  # of the labels with borders: fewer are no sign of a resize
@@ -120,7 +120,7 @@ def dark_images(contents: Contents) -> Iterator[Finding]:
 
 
 def label_palettes(contents: Contents) -> Iterator[Finding]:
-    """A value in several colours: some programs number the colours of each picture anew."""
+    """A value in several colours: some programs number the colours of each picture separately."""
     seen: dict[int, tuple[bytes, str]] = {}
     for label in contents.labels:
         for value in label.pixels:
@@ -148,8 +148,8 @@ def interpolated_labels(contents: Contents) -> Iterator[Finding]:
     if soft and len(soft) >= SOFT_LABELS * len(bordered) and len(pairs) >= 3 and len(between) >= 2:
         names = list_names([each.label for each in soft], "label")
         text = (
-            f"single pixels of the values in between where classes meet, in {names} of {len(bordered)}: resized with "
-            "interpolation, or saved as JPEG; make them again with nearest neighbour"
+            f"where classes meet, {names} of {len(bordered)} have pixels of values in between: they were resized "
+            "with interpolation or saved as JPEG; make them again with nearest neighbour"
         )
         yield Finding("problem", "interpolated-labels", text)
 
@@ -163,7 +163,7 @@ def wrong_values(contents: Contents) -> Iterator[Finding]:
     largest = max(label.largest for label in contents.labels)
     is_cityscapes = classes == CITYSCAPES_CLASSES and len(wrong) >= 3 and wrong[-1] <= LARGEST_CITYSCAPES_ID
     ids = "raw Cityscapes ids; use the *_labelTrainIds.png files, which csCreateTrainIdLabelImgs makes"
-    reduced = "void reduced once more by zero-label reduction; make the labels again from the originals"
+    reduced = "void (255) that was reduced twice, to 254; make the labels again from the originals"
     from_one = "perhaps they count from 1: --config.data.reduce_zero_label=true"
     if pixels[0]:
         from_one += f", which makes 0 void; or add a class: --config.model.num_classes={classes + 1}"
@@ -196,8 +196,8 @@ def zero_label(contents: Contents) -> Iterator[Finding]:
     if data.reduce_zero_label and pixels[IGNORE_LABEL] and pixels[0] and not pixels[classes]:
         names = list_names(contents.labels_with(255), "label")
         text = (
-            f"255 in {names}, and {classes}, the last class with reduction, in none: they seem to be reduced already"
-            "; --config.data.reduce_zero_label=false"
+            f"255 in {names}, and {classes}, the last class before reduction, in none: they seem to be reduced "
+            "already; --config.data.reduce_zero_label=false"
         )
         yield Finding("problem" if needs_reduction else "warning", "zero-label-reduced-twice", text)
     elif needs_reduction and not data.reduce_zero_label and pixels and not pixels[IGNORE_LABEL]:
@@ -237,7 +237,7 @@ def void_labels(contents: Contents) -> Iterator[Finding]:
 
 
 def one_class(contents: Contents) -> Iterator[Finding]:
-    """One class everywhere in train: the network learns to answer it. With 255, often a mask of 0 and 255."""
+    """One class everywhere in train: the network learns to predict it always. With 255, often a mask of 0 and 255."""
     train = contents.splits["train"]
     present = np.flatnonzero(contents.per_class(train.pixels)).tolist()
     if len(present) != 1:
@@ -297,14 +297,14 @@ def rare_classes(contents: Contents) -> Iterator[Finding]:
 
 
 def uneven_classes(contents: Contents) -> Iterator[Finding]:
-    """Classes with few images beside those with many: learned late, and seldom answered."""
+    """Classes with few images beside those with many: learned late, and seldom predicted."""
     train, names = contents.splits["train"], contents.data_set.classes
     if contents.is_classification and train.pixels:
         ordered = train.pixels.most_common()
         (largest, most), (smallest, fewest) = ordered[0], ordered[-1]
         if most > UNEVEN * fewest:
             text = f"train: {names[largest]} has {most:,} images, {names[smallest]} {fewest:,}"
-            advice = "classes with few are learned late, and seldom answered"
+            advice = "classes with few are learned late, and seldom predicted"
             yield Finding("note", "uneven-classes", f"{text}: {advice}")
 
 

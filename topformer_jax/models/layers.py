@@ -327,7 +327,7 @@ def _fold(conv: Conv, norm: BatchNorm) -> None:
 
 
 # Images of different sizes on one canvas. The network has one program for each input shape, the canvas. A smaller
-# image lies at the top left, and its size is data. The layers compute exactly what they would for the image alone:
+# image lies at the top left, and its size is data. The layers compute exactly what they would without the canvas:
 # a convolution above 1x1 first sets everything outside to zero, as its own padding; pooling and resizes use the
 # matrices of the image's own size, padded with zeros; attention gives no weight to keys outside.
 

@@ -216,7 +216,7 @@ def _pointwise(images: Array, weight: Array, precision: str | None) -> Array:
 
 def _sum_channels(images: Array, weight: Array) -> Array:
     """The product as multiply-adds of one input channel after the other."""
-    # The barrier keeps XLA from computing the images anew for each of their channels.
+    # The barrier keeps XLA from computing the images again for each of their channels.
     images = lax.optimization_barrier(images)
     channels = [images[..., channel : channel + 1] for channel in range(len(weight))]
     return _sum_products(channels, weight).astype(images.dtype)

@@ -36,7 +36,7 @@ class BandedResize(NamedTuple):
 
 
 class ViewLogits(NamedTuple):
-    """The logits of one view (a scale, mirrored or not) of an image, classes before columns, and their resize."""
+    """The logits of one view (a scale, flipped or not) of an image, classes before columns, and their resize."""
 
     logits: Float[Array, "windows h classes w"]
     counts: Int32[

@@ -164,7 +164,7 @@ def _pair(
         shown = f"{files.shorten(lacking[0])} has no mask" if lacking else "no picture has a mask"
         rest = f", such as {files.shorten(min(left))}" if left else ""
         raise UserError(
-            f"{source.path}: {shown} of its name, or of this and {', '.join(_MASK_ENDS)}; there are "
+            f"{source.path}: {shown} of its name, with or without {', '.join(_MASK_ENDS)}; there are "
             f"{len(pictures)} pictures and {len(masks)} masks{rest}"
         )
     annotations.leave_out("without a mask", (source[name] for name in without))

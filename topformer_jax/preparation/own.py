@@ -175,7 +175,7 @@ def split_path(text: str) -> list[str]:
 def split_of(text: str) -> str:
     """Returns the split that the name of a folder, a list or a file says by a word at its start or end, or "".
 
-    `val` with `test`, as in COCO's test-dev, is test.
+    A name with both `val` and `test` is test.
 
     >>> [split_of(name) for name in ("panoptic_VAL2017", "testset", "street_test", "trainval", "constraint")]
     ['validation', 'test', 'test', '', '']
@@ -261,7 +261,7 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
         annotations.leave_out("in no list", (pairs[index].image for index in unsaid))
         unsaid = []
     elif unsaid and "validation" in splits:
-        annotations.notes.append(f"pictures of no stated split, which are of train: {len(unsaid)}")
+        annotations.notes.append(f"pictures without a split, used for train: {len(unsaid)}")
         for index in unsaid:
             splits[index] = "train"
         ways["train"].add("nothing else")
@@ -372,8 +372,8 @@ def number_classes(
     """Numbers the classes in the order of their keys; `names` called void are no class.
 
     `background` is the value of --background: a class, "void" or "". An annotated class with a `known` name, in lower
-    case, is the background too. `of_masks`: it is what is void in masks, and has the last number if it is no class
-    yet; else it is what nothing covers, and has number 0.
+    case, is the background too. With `of_masks`, the background is what masks leave void, and a new class gets
+    the last number; otherwise it is what no annotation covers, and a new class gets number 0.
 
     Returns the classes, the label of each key, and the label of the background.
     """
@@ -444,7 +444,7 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
             there = ", ".join(f"{splits.count(s)} of {s} (by {ways[s]})" for s in FOLDERS if s in splits)
             raise UserError(
                 f"{source.path} gives no picture for {split}: {there or 'none is annotated'}; put some into a folder "
-                f"{folder}, or give two or more that nothing says to be of test"
+                f"{folder}, or give two or more pictures outside test"
             )
     classes = "".join(f"{name}\n" for name in annotations.classes).encode()
     tasks = [Task(CLASSES, "", "list", hold(CLASSES, classes))]

@@ -76,8 +76,8 @@ def write(
 ) -> dict[str, Any]:
     """Makes the files that are not there yet, and writes manifest and listing.
 
-    `origin` is what they are made from, for the manifest. `workers` are processes, 0 for this one alone. With
-    `verify`, files that have another checksum are made anew.
+    `origin` is what they are made from, for the manifest. `workers` are extra processes; 0: only this one. With
+    `verify`, files whose checksum differs are made again.
 
     Returns the manifest's splits: images, labels, bytes and SHA-256 of each. Raises UserError if a file cannot be
     made or written, or the folder was made from something else.

@@ -119,7 +119,7 @@ def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
 
 
 def has_reached_stop(moment: int) -> bool:
-    """Whether all processes end at this moment, since one was asked to; all ask at the same moments, counted up.
+    """Whether all processes end here, because one was asked to; all call it at the same moments, numbered from 1.
 
     JAX chooses a moment that none has reached. The counter belongs to this run: Orbax would count its steps with it.
     """

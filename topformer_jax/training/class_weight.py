@@ -50,8 +50,8 @@ def set_class_weight(
     assert pixels is not None
     total, empty = pixels.sum(0), int((pixels.sum(1) == 0).sum())
     if empty == len(pixels):
-        raise UserError(f"loss.class_weight={name} needs a training label that holds a class: check them")
-    # Those of the first process: the logarithm of another kind of CPU may differ in the last digit.
+        raise UserError(f"loss.class_weight={name} needs a training label that holds a class: run check")
+    # The first process's weights count: on another kind of CPU, a logarithm may differ in the last digit.
     weights = processes.gather_processes(weigh_classes(name, pixels))[0]
     occurs = total > 0
     rarest = int(np.where(occurs, total, total.sum()).argmin())
@@ -59,7 +59,7 @@ def set_class_weight(
     legal = SETTINGS["loss.class_weight"].legal
     if legal is not None and float(weights.max()) not in legal:
         raise UserError(
-            f"loss.class_weight={name} has a weight beyond {legal}; rarest is {facts}: give numbers"
+            f"loss.class_weight={name} has a weight beyond {legal}; the rarest class is {facts}: give numbers"
         )
     spread = f"{weights[occurs].min():.3g} to {weights.max():.3g}"
     processes.say(f"class weights: {name}, {spread}; the rarest class is {facts}")
@@ -99,7 +99,7 @@ def find_class_pixels(
         pixels = np.zeros((number, classes), np.int32)
         for row, label in zip(pixels, found.labels, strict=True):
             row[list(label)] = list(label.values())
-        processes.say(f"the pixels of classes are those in {path}: if labels have changed since, delete it")
+        processes.say(f"pixels per class are read from {path}: if labels have changed since, delete it")
         return pixels
     rows = -(-number // count)
     own = range(number)[jax.process_index() * rows :][:rows]

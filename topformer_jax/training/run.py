@@ -58,7 +58,7 @@ class Run:
 
 
 def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifier:
-    """The network with its initial weights: fresh ones, or those of `config.init_from`."""
+    """The network with its initial weights: random ones, or those of `config.init_from`."""
     model = checkpoints.load_model(config, config.init_from or None, part=config.init_part)
     if config.init_from:
         processes.say(checkpoints.describe_origin(model, config.init_part, config.init_from))
@@ -106,8 +106,8 @@ def find_class_draws(
     counts = [len(indices) for indices in draws.holders]
     rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]
     processes.say(
-        f"examples are drawn for {len(counts)} of {len(data_set.classes)} classes, those in {len(pixels):,} training "
-        f"labels; {rarest} is in the fewest, {min(counts):,}"
+        f"examples are drawn for the {len(counts)} of {len(data_set.classes)} classes that occur in {len(pixels):,} "
+        f"training labels; {rarest} occurs in the fewest labels, {min(counts):,}"
     )
     return draws
 
@@ -200,7 +200,7 @@ def print_banner(
         f"crops {config.data.crop_size}",
         "devices": f"{jax.device_count()} x {device} in {jax.process_count()} processes, mesh {axes}",
         "writing to": folder.path,
-        "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'fresh weights'}",
+        "starting": f"from checkpoint {start}" if start else f"from {config.init_from or 'random weights'}",
         "frozen": frozen and f"{still:,} of {total:,} parameters, statistics of {norms} BatchNorms",
         "teacher": distillation.config and f"{distillation.config}, {distillation.checkpoint}",
     }
