@@ -151,166 +151,88 @@ PROBLEM, WARNING = "problem", "warning"
 # What spoils a set of label maps, the level and the rule of the one finding, words of its text, and changed settings.
 LABEL_MAPS: dict[str, tuple] = {
     "cut-off image": (one(IMAGE, cut), PROBLEM, "unreadable-image", f"train: {IMAGE} is cut off"),
-    "12 bits in 16": (
-        *(one(IMAGE, deepen), PROBLEM, "dark-images"),
-        f"1 image ({IMAGE}) of 12 bits in 16, which would be nearly black: scale the values",
-    ),
-    "image turned by 180 degrees": (
-        *(one(IMAGE, lambda path: resave(path, orientation=3)), WARNING, "turned-images"),
-        f"1 image ({IMAGE}) turned or mirrored by the EXIF orientation",
-    ),
-    "labels of another suffix": (
-        lambda root: [path.rename(path.with_suffix(".tif")) for path in labels(root, "val")],
-        *(PROBLEM, "image-without-label", "annotations/val, which has 0.tif (python -m"),
-    ),
+    "12 bits in 16": (one(IMAGE, deepen), PROBLEM, "dark-images",
+     f"1 image ({IMAGE}) of 12 bits in 16, which would be nearly black: scale the values"),
+    "image turned by 180 degrees": (one(IMAGE, lambda path: resave(path, orientation=3)), WARNING, "turned-images",
+     f"1 image ({IMAGE}) turned or mirrored by the EXIF orientation"),
+    "labels of another suffix": (lambda root: [path.rename(path.with_suffix(".tif")) for path in labels(root, "val")],
+     PROBLEM, "image-without-label", "annotations/val, which has 0.tif (python -m"),
     "damaged label": (one(LABEL, flip_a_byte), PROBLEM, "unreadable-label", f"{LABEL} is a damaged PNG"),
-    "skipped image": (
-        *(one(IMAGE, cut), WARNING, "unreadable-image", f"train: {IMAGE} is cut off"),
-        {"data.skip_unreadable": True},
-    ),
-    "image without label": (
-        *(one(LABEL, pathlib.Path.unlink), PROBLEM, "image-without-label", "1 image (3.jpg) in "),
-    ),
-    "label without image": (
-        *(copy(LABEL, "annotations/train/x.png"), WARNING, "label-without-image"),
-        "train: 1 label (x.png) without an image",
-    ),
-    "another size": (
-        one(LABEL, lambda path: rewrite(path, lambda label: label[:-1])),
-        *(PROBLEM, "size", f"{LABEL} has another size than its image"),
-    ),
-    "EXIF": (
-        one("images/train/4.jpg", lambda path: resave(path, orientation=8)),
-        *(PROBLEM, "size", "annotations/train/4.png has the size of its image without the EXIF rotation"),
-    ),
-    "a value too many": (
-        one(LABEL, lambda path: rewrite(path, put(25))),
-        *(PROBLEM, "values-beyond-classes", f"25 in 1 label ({LABEL}), 5 of 146,256 pixels"),
-    ),
-    "16 bits": (
-        one(LABEL, lambda path: rewrite(path, put(2570, np.uint16))),
-        *(PROBLEM, "values-beyond-classes", f"up to 2570 in 1 label ({LABEL}), 5 of "),
-    ),
-    "a label of 16 bits": (
-        *(one(LABEL, lambda path: rewrite(path, lambda label: label.astype(np.uint16))), WARNING),
-        "label-kinds",
-        f"labels of 2 kinds (grey PNG, 8 bits: annotations/train/0.png; grey PNG, 16 bits: {LABEL}): ",
-    ),
+    "skipped image": (one(IMAGE, cut), WARNING, "unreadable-image", f"train: {IMAGE} is cut off",
+     {"data.skip_unreadable": True}),
+    "image without label": (one(LABEL, pathlib.Path.unlink), PROBLEM, "image-without-label", "1 image (3.jpg) in "),
+    "label without image": (copy(LABEL, "annotations/train/x.png"), WARNING, "label-without-image",
+     "train: 1 label (x.png) without an image"),
+    "another size": (one(LABEL, lambda path: rewrite(path, lambda label: label[:-1])), PROBLEM, "size",
+     f"{LABEL} has another size than its image"),
+    "EXIF": (one("images/train/4.jpg", lambda path: resave(path, orientation=8)), PROBLEM, "size",
+     "annotations/train/4.png has the size of its image without the EXIF rotation"),
+    "a value too many": (one(LABEL, lambda path: rewrite(path, put(25))), PROBLEM, "values-beyond-classes",
+     f"25 in 1 label ({LABEL}), 5 of 146,256 pixels"),
+    "16 bits": (one(LABEL, lambda path: rewrite(path, put(2570, np.uint16))), PROBLEM, "values-beyond-classes",
+     f"up to 2570 in 1 label ({LABEL}), 5 of "),
+    "a label of 16 bits": (one(LABEL, lambda path: rewrite(path, lambda label: label.astype(np.uint16))), WARNING,
+     "label-kinds", f"labels of 2 kinds (grey PNG, 8 bits: annotations/train/0.png; grey PNG, 16 bits: {LABEL}): "),
     "palettes": (renumber, PROBLEM, "label-palettes", "in the palette of annotations/train/0.png, #"),
-    "grey levels": (
-        *(every(where_class(lambda label: label * 13)), PROBLEM, "values-beyond-classes"),
-        "if they are grey levels of a mask of colours",
-    ),
-    "raw Cityscapes ids": (
-        every(where_class(lambda label: RAW_IDS[np.minimum(label, 18)])),
-        *(PROBLEM, "raw-cityscapes-ids", "19, 20, 21, 22, ..., 33 in 16 labels (annotations/train/0.png, "),
-    ),
-    "names of raw Cityscapes labels": (
-        *(name_as_cityscapes, PROBLEM, "raw-cityscapes-ids", "which has 0_gtFine_labelIds.png"),
-    ),
-    "labels that count from 1": (
-        *(every(where_class(lambda label: label + 1)), PROBLEM, "zero-label-not-reduced"),
-        "the classes are 0 to 18 and void is 255: perhaps they count from 1: --config",
-    ),
-    "a class more": (
-        *(every(put(19)), PROBLEM, "zero-label-not-reduced"),
-        "which makes 0 void; or add a class: --config.model.num_classes=20",
-    ),
-    "254": (
-        every(lambda label: np.where(label == 255, 254, label).astype(np.uint8)),
-        *(PROBLEM, "zero-label-reduced-twice", "254 in 16 labels (annotations/train/0.png, "),
-    ),
-    "reduced on disk and again": (
-        *(lambda _: None, WARNING, "zero-label-reduced-twice"),
-        ", and 19, the last class before reduction, in none",
-        {"data.reduce_zero_label": True},
-    ),
+    "grey levels": (every(where_class(lambda label: label * 13)), PROBLEM, "values-beyond-classes",
+     "if they are grey levels of a mask of colours"),
+    "raw Cityscapes ids": (every(where_class(lambda label: RAW_IDS[np.minimum(label, 18)])), PROBLEM,
+     "raw-cityscapes-ids", "19, 20, 21, 22, ..., 33 in 16 labels (annotations/train/0.png, "),
+    "names of raw Cityscapes labels": (name_as_cityscapes, PROBLEM, "raw-cityscapes-ids",
+     "which has 0_gtFine_labelIds.png"),
+    "labels that count from 1": (every(where_class(lambda label: label + 1)), PROBLEM, "zero-label-not-reduced",
+     "the classes are 0 to 18 and void is 255: perhaps they count from 1: --config"),
+    "a class more": (every(put(19)), PROBLEM, "zero-label-not-reduced",
+     "which makes 0 void; or add a class: --config.model.num_classes=20"),
+    "254": (every(lambda label: np.where(label == 255, 254, label).astype(np.uint8)), PROBLEM,
+     "zero-label-reduced-twice", "254 in 16 labels (annotations/train/0.png, "),
+    "reduced on disk and again": (lambda _: None, WARNING, "zero-label-reduced-twice",
+     ", and 19, the last class before reduction, in none", {"data.reduce_zero_label": True}),
     "colours": (every(colour), PROBLEM, "colour-label", "is a mask of colours: write the number"),
     "alpha": (one(LABEL, save_alpha), PROBLEM, "colour-label", f"{LABEL} repeats one value in all channels"),
-    **{
-        f"interpolated {name} {factor}": (
-            *(every(soften(method, factor)), PROBLEM, "interpolated-labels"),
-            "where classes meet, 16 labels (",
-        )
-        for name, method, factor in [
-            ("bilinear", cv2.INTER_LINEAR, 0.7),
-            ("bilinear", cv2.INTER_LINEAR, 1.5),
-            ("area", cv2.INTER_AREA, 0.5),
-            ("cubic", cv2.INTER_CUBIC, 0.8),
-        ]
-    },
-    "a class that is not trained": (
-        *(every(drop(7), "train"), WARNING, "classes-never-occur"),
-        "train: no pixel of 1 class (class 7) of 19: not",
-    ),
-    "a class that is not measured": (
-        *(every(drop(7), "val"), WARNING, "classes-never-occur"),
-        "validation: no pixel of 1 class (class 7) of train",
-    ),
-    "a void label": (
-        one(LABEL, lambda path: rewrite(path, lambda label: np.full_like(label, 255))),
-        *(WARNING, "void-labels", f"train: no class, only void, in 1 label ({LABEL}) of 10"),
-    ),
-    "nothing but void": (
-        *(every(lambda label: np.full_like(label, 255), "train"), PROBLEM, "void-labels"),
-        "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the",
-    ),
-    "one class": (
-        *(every(where_class(lambda label: np.full_like(label, 4))), PROBLEM, "one-class"),
-        "train: class 4 is the only class in 10 labels: check the labels",
-    ),
-    "masks of 0 and 255": (
-        *(every(lambda label: np.where(label < 9, 0, 255).astype(np.uint8)), PROBLEM, "one-class"),
-        "if 255 is meant as a class, write its number instead",
-    ),
-    "copies in a split": (
-        lambda root: [shutil.copy(root / name, root / name.replace("3", "x")) for name in (IMAGE, LABEL)],
-        *(WARNING, "duplicates", f"train: 1 copy (images/train/x.jpg = {IMAGE})"),
-    ),
-    "copies between the splits": (
-        lambda root: [shutil.copy(root / f, root / f.replace("train/3", "val/x")) for f in (IMAGE, LABEL)],
-        *(WARNING, "duplicates-between-splits", f"1 image (images/val/x.jpg = {IMAGE}) in both splits"),
-    ),
+    **{f"interpolated {name} {factor}": (every(soften(method, factor)), PROBLEM, "interpolated-labels",
+     "where classes meet, 16 labels (") for name, method,
+     factor in [("bilinear", cv2.INTER_LINEAR, 0.7), ("bilinear", cv2.INTER_LINEAR, 1.5),
+     ("area", cv2.INTER_AREA, 0.5), ("cubic", cv2.INTER_CUBIC, 0.8)]},
+    "a class that is not trained": (every(drop(7), "train"), WARNING, "classes-never-occur",
+     "train: no pixel of 1 class (class 7) of 19: not"),
+    "a class that is not measured": (every(drop(7), "val"), WARNING, "classes-never-occur",
+     "validation: no pixel of 1 class (class 7) of train"),
+    "a void label": (one(LABEL, lambda path: rewrite(path, lambda label: np.full_like(label, 255))), WARNING,
+     "void-labels", f"train: no class, only void, in 1 label ({LABEL}) of 10"),
+    "nothing but void": (every(lambda label: np.full_like(label, 255), "train"), PROBLEM, "void-labels",
+     "train: no pixel of any class, only 255, in 10 labels: 255 is void: write the"),
+    "one class": (every(where_class(lambda label: np.full_like(label, 4))), PROBLEM, "one-class",
+     "train: class 4 is the only class in 10 labels: check the labels"),
+    "masks of 0 and 255": (every(lambda label: np.where(label < 9, 0, 255).astype(np.uint8)), PROBLEM, "one-class",
+     "if 255 is meant as a class, write its number instead"),
+    "copies in a split": (lambda root:
+     [shutil.copy(root / name, root / name.replace("3", "x")) for name in (IMAGE, LABEL)], WARNING, "duplicates",
+     f"train: 1 copy (images/train/x.jpg = {IMAGE})"),
+    "copies between the splits": (lambda root:
+     [shutil.copy(root / f, root / f.replace("train/3", "val/x")) for f in (IMAGE, LABEL)], WARNING,
+     "duplicates-between-splits", f"1 image (images/val/x.jpg = {IMAGE}) in both splits"),
     "no validation": (take_away("images/val"), PROBLEM, "missing-split", "images/val does not exist"),
-}
+}  # fmt: skip
 # The same for a set of images by class.
 IMAGES_BY_CLASS: dict[str, tuple] = {
-    "empty image": (
-        *(one(PICTURE, lambda path: path.write_bytes(b"")), PROBLEM, "unreadable-image"),
-        f"train: {PICTURE} is empty",
-    ),
-    "skipped image": (
-        *(one(PICTURE, lambda path: path.write_text("no image")), WARNING, "unreadable-image"),
-        f"train: {PICTURE} cannot be decoded",
-        {"data.skip_unreadable": True},
-    ),
-    "copies in two classes": (
-        *(copy(PICTURE, f"train/{SECOND}/x.jpg"), WARNING, "duplicates"),
-        f"train: 1 copy (train/{SECOND}/x.jpg = {PICTURE}) of an image",
-    ),
-    "copies in both splits": (
-        *(copy(PICTURE, f"val/{FIRST}/x.jpg"), WARNING, "duplicates-between-splits"),
-        f"1 image (val/{FIRST}/x.jpg = {PICTURE}) in both splits",
-    ),
-    "a class that is not trained": (
-        *(take_images(f"train/{SECOND}"), WARNING, "classes-never-occur"),
-        f"train: no image of 1 class ({SECOND}) of 3: not learned",
-    ),
-    "a class that is not measured": (
-        *(take_away(f"val/{THIRD}"), WARNING, "classes-never-occur"),
-        f"validation: no image of 1 class ({THIRD}) of train",
-    ),
-    "one class": (
-        *(take_images(f"train/{SECOND}", f"train/{THIRD}"), PROBLEM, "one-class"),
-        f"train: {FIRST} is the only class in 4 images",
-    ),
-    "images at other places": (
-        *(nest, WARNING, "unread-files"),
-        f"train: 2 files (train/beside.jpg, train/{FIRST}/deeper/image.JPEG)",
-    ),
+    "empty image": (one(PICTURE, lambda path: path.write_bytes(b"")), PROBLEM, "unreadable-image",
+     f"train: {PICTURE} is empty"),
+    "skipped image": (one(PICTURE, lambda path: path.write_text("no image")), WARNING, "unreadable-image",
+     f"train: {PICTURE} cannot be decoded", {"data.skip_unreadable": True}),
+    "copies in two classes": (copy(PICTURE, f"train/{SECOND}/x.jpg"), WARNING, "duplicates",
+     f"train: 1 copy (train/{SECOND}/x.jpg = {PICTURE}) of an image"),
+    "copies in both splits": (copy(PICTURE, f"val/{FIRST}/x.jpg"), WARNING, "duplicates-between-splits",
+     f"1 image (val/{FIRST}/x.jpg = {PICTURE}) in both splits"),
+    "a class that is not trained": (take_images(f"train/{SECOND}"), WARNING, "classes-never-occur",
+     f"train: no image of 1 class ({SECOND}) of 3: not learned"),
+    "a class that is not measured": (take_away(f"val/{THIRD}"), WARNING, "classes-never-occur",
+     f"validation: no image of 1 class ({THIRD}) of train"),
+    "one class": (take_images(f"train/{SECOND}", f"train/{THIRD}"), PROBLEM, "one-class",
+     f"train: {FIRST} is the only class in 4 images"),
+    "images at other places": (nest, WARNING, "unread-files",
+     f"train: 2 files (train/beside.jpg, train/{FIRST}/deeper/image.JPEG)"),
     "no validation": (take_away("val"), PROBLEM, "missing-split", "val does not exist: expected the valid"),
-    "no image in train": (
-        *(take_images(*(f"train/{folder}" for folder in FOLDERS)), PROBLEM, "missing-split"),
-        "train holds no *.jpg or ",
-    ),
-}
+    "no image in train": (*(take_images(*(f"train/{folder}" for folder in FOLDERS)), PROBLEM, "missing-split"),
+     "train holds no *.jpg or "),
+}  # fmt: skip

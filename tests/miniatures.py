@@ -318,13 +318,16 @@ def imagenet(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 SEGMENTATION: dict[str, Callable[[pathlib.Path], Expected]] = {
-    "ade20k": ade20k,
-    "cityscapes": cityscapes,
-    "context60": context60,
-    "context59": context59,
-    "cocostuff10k": cocostuff10k,
-    "cocostuff164k": cocostuff164k,
-    "voc2012": voc2012,
-    "camvid": camvid,
-    "camvid of segnet": camvid_of_segnet,
+    make.__name__.replace("_of", " of").replace("of_", "of "): make
+    for make in (
+        ade20k,
+        cityscapes,
+        context60,
+        context59,
+        cocostuff10k,
+        cocostuff164k,
+        voc2012,
+        camvid,
+        camvid_of_segnet,
+    )
 }

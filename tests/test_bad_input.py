@@ -129,40 +129,21 @@ def _without_pictures(folder: str) -> Spoil:
     return spoil
 
 
-@pytest.mark.parametrize(
-    ("spoil", "changes", "words"),
-    [
-        (_file_instead, {}, "is a file: give --config.data.root=DIR"),
-        (
-            _file_instead,
-            {"data.class_names": tuple("abcdefghij")},
-            "it is a file; the layout must be images/",
-        ),
-        (shutil.rmtree, {}, "is not there: give --config.data.root=DIR"),
-        (_without_pictures("images/train"), {}, "set/images/train holds no *.jpg or "),
-        (_without_pictures("images/val"), {}, "set/images/val holds no *.jpg or "),
-        (lambda root: (root / "annotations/train/3.png").unlink(), {}, "1 image (3.jpg) in "),
-        (
-            lambda root: (root / "annotations/val/1.png").unlink(),
-            {},
-            "without a label: each needs a file *.png in ",
-        ),
-        (lambda root: (root / "classes.txt").unlink(), {}, "classes are unknown: write them to "),
-        (
-            lambda root: (root / "classes.txt").write_text("\n"),
-            {},
-            "classes.txt holds none: write them there",
-        ),
-        (
-            lambda root: (root / "classes.txt").write_text("a\nb\n"),
-            {},
-            "custom has 2 classes, the config's model 10",
-        ),
-        (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is not UTF-8 text"),
-        (lambda _: None, {"data.source": "foldr"}, "expected one of folder, array_record, shapes"),
-        (lambda _: None, {"data.source": "array_record"}, "build it with python -m topformer_jax.prepare"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "changes", "words"), [
+    (_file_instead, {}, "is a file: give --config.data.root=DIR"),
+    (_file_instead, {"data.class_names": tuple("abcdefghij")}, "it is a file; the layout must be images/"),
+    (shutil.rmtree, {}, "is not there: give --config.data.root=DIR"),
+    (_without_pictures("images/train"), {}, "set/images/train holds no *.jpg or "),
+    (_without_pictures("images/val"), {}, "set/images/val holds no *.jpg or "),
+    (lambda root: (root / "annotations/train/3.png").unlink(), {}, "1 image (3.jpg) in "),
+    (lambda root: (root / "annotations/val/1.png").unlink(), {}, "without a label: each needs a file *.png in "),
+    (lambda root: (root / "classes.txt").unlink(), {}, "classes are unknown: write them to "),
+    (lambda root: (root / "classes.txt").write_text("\n"), {}, "classes.txt holds none: write them there"),
+    (lambda root: (root / "classes.txt").write_text("a\nb\n"), {}, "custom has 2 classes, the config's model 10"),
+    (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is not UTF-8 text"),
+    (lambda _: None, {"data.source": "foldr"}, "expected one of folder, array_record, shapes"),
+    (lambda _: None, {"data.source": "array_record"}, "build it with python -m topformer_jax.prepare"),
+])  # fmt: skip
 def test_incomplete_data(
     root: pathlib.Path, tmp_path: pathlib.Path, spoil: Spoil, changes: dict[str, Any], words: str
 ) -> None:

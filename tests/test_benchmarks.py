@@ -179,18 +179,18 @@ def test_a_variant_that_does_not_work_is_skipped(capsys: pytest.CaptureFixture[s
 
 
 def test_the_official_example_is_ours() -> None:
-    crops: dict[str, Any] = {
+    still: dict[str, Any] = {
         "crop_size": (96, 160),
         "scale": (160, 96),
         "ratio_range": (1.0, 1.0),
         "cat_max_ratio": 1.0,
     }
-    still = crops | {"flip_prob": 0.0, "photometric_distortion": False}
+    still |= {"flip_prob": 0.0, "photometric_distortion": False}
     config = settings_for("tiny", **{f"data__{key}": value for key, value in still.items()})
     with samples.written_files(1, config, [(80, 112)]) as source:  # 96 x 134 pixels when it is fitted
         image, label = loader.decode_example(source[0], config)
         theirs, their_label = input_lib.make_example(source[0], config, np.random.default_rng(0))
-    ours = transforms.random_resize_crop(image, label, **crops, rng=np.random.default_rng(0))
+    ours = transforms.random_resize_crop(image, label, config.data, np.random.default_rng(0))
     pixels = np.asarray(normalize(ours["image"][None]))[0, :, :134]
     np.testing.assert_allclose(theirs[:, :, :134].transpose(1, 2, 0), pixels, rtol=0, atol=2e-6)
     assert not theirs[:, :, 134:].any()

@@ -119,9 +119,7 @@ def test_a_damaged_copy_is_refused(
 
     config = cached(uploaded, tmp_path / "copy")
     monkeypatch.setattr(records, "_read_piece", flip_a_bit)
-    with pytest.raises(
-        UserError, match=rf"{TRAIN[2]} is not what it was when it was written \(131072 bytes, MD5 "
-    ):
+    with pytest.raises(UserError, match=rf"{TRAIN[2]} is not what it was when it was written \(131072 bytes"):
         sources.open_source(config, "train")
     assert TRAIN[2] not in names_in(tmp_path / "copy")
     assert not any(name.endswith(".tmp") for name in names_in(tmp_path / "copy"))

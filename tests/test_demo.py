@@ -43,10 +43,7 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
     flags = ["--checkpoint", folder / "weights.pth", "--size", "x".join(map(str, SIZE)), "--target", "web"]
     command(export.main, "--config", "topformer_t_ade", *flags, "--output", folder / "web.onnx")
     written = exported.open_exported(folder / "web.onnx").description
-    for name, change in (
-        ("logits", {"output": "logits"}),
-        ("other", {"checkpoint": {"sha256": "0"}}),
-    ):
+    for name, change in (("logits", {"output": "logits"}), ("other", {"checkpoint": {"sha256": "0"}})):
         graph = onnx.load(folder / "web.onnx")
         onnx.helper.set_model_props(graph, {exported.KEY: json.dumps(written | change)})
         onnx.save(graph, folder / f"{name}.onnx")
@@ -188,15 +185,12 @@ def test_a_browser_that_left_is_no_traceback(
 # What it refuses
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("none.onnx", "cannot read"),
-        ("weights.pth", "expected an .onnx file, which the page runs"),
-        ("logits.onnx", "gives logits: the page shows labels"),
-        ("cut.onnx", "is not an ONNX file, or a damaged one"),
-    ],
-)
+@pytest.mark.parametrize(("name", "words"), [
+    ("none.onnx", "cannot read"),
+    ("weights.pth", "expected an .onnx file, which the page runs"),
+    ("logits.onnx", "gives logits: the page shows labels"),
+    ("cut.onnx", "is not an ONNX file, or a damaged one"),
+])  # fmt: skip
 def test_files_that_the_page_cannot_show(
     folder: pathlib.Path, tmp_path: pathlib.Path, name: str, words: str
 ) -> None:

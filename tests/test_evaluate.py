@@ -109,32 +109,43 @@ def test_scores_near_boundaries() -> None:
         np.testing.assert_array_equal(result.confusion, plain.confusion)
 
 
+SLIDE = {"evaluation__mode": "slide", "evaluation__crop_size": (40, 48), "evaluation__stride": (28, 30)}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "on_gpu"),
     [
-        {},
-        {"evaluation__mode": "slide", "evaluation__crop_size": (40, 48), "evaluation__stride": (28, 30)},
-        {"evaluation__img_ratios": (0.5, 1.5), "evaluation__flip": True},
+        ({}, False),
+        (SLIDE, False),
+        ({"evaluation__img_ratios": (0.5, 1.5), "evaluation__flip": True}, False),
+        (SLIDE | {"evaluation__flip": True}, True),
     ],
-    ids=["whole", "slide", "multiscale_flip"],
+    ids=["whole", "slide", "multiscale_flip", "together"],
 )
 @pytest.mark.usefixtures("x64")
-def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, Any]) -> None:
-    """Images of many sizes in full batches on 4 devices, against each one alone in a program of its own size."""
+def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, Any], on_gpu: bool) -> None:
+    """Images of many sizes in full batches on 4 devices, against each one alone in a program of its own size.
+
+    A GPU computes the tiles of a batch's images together.
+    """
     config = _config(
         evaluation__per_device_batch_size=2, evaluation__max_canvases=2, model__dtype="float64", **changes
     )
     sizes = [(43, 53), (97, 66), (30, 30)]
     assert plan_shapes(sizes, config.evaluation).masked
     model = models.build_segmenter(config)
-    predictions, images = {}, {}
+    predictions, images, classes = {}, {}, config.model.num_classes
+    counts = np.zeros((classes, classes), np.int64)
 
     def keep(example: LoadedExample, predict: Callable[[], np.ndarray]) -> None:
         predictions[example.index] = predict()
         images[example.index] = example.image
+        counts[:] += metrics.count_on_host(example.label, predictions[example.index], classes)
 
+    inference.compile_inference(model, _mesh(4))._together = on_gpu
     with samples.written_files(3, config, sizes) as source:
-        evaluate_split(model, source, _mesh(4), on_example=keep)
+        result = evaluate_split(model, source, _mesh(4), on_example=keep)
+    np.testing.assert_array_equal(result.confusion, counts)
     programs = inference.compile_inference(model, _mesh(1))
     for index, size in enumerate(sizes):
         alone = plan_shapes([size], config.evaluation)

@@ -18,7 +18,7 @@ from tests.reference.loss import plain_cross_entropy
 from topformer_jax.ops import IGNORE_LABEL, tile_sums
 from topformer_jax.ops.loss import PixelLoss, channel_divergence, upsampled_cross_entropy
 from topformer_jax.ops.overlap import upsampled_dice, upsampled_jaccard, upsampled_lovasz
-from topformer_jax.ops.tile_sums import ACCELERATOR, CPU, Tiling
+from topformer_jax.ops.tile_sums import ACCELERATOR, CPU, GPU, Tiling
 
 SIDE = st.integers(1, 9)
 TILINGS = (
@@ -26,6 +26,8 @@ TILINGS = (
     ACCELERATOR,
     CPU._replace(height=3, width=5, images=1),
     ACCELERATOR._replace(height=3, width=5, images=2),
+    GPU,
+    GPU._replace(height=3, width=5, together=20),
 )
 
 
@@ -96,7 +98,7 @@ PIXEL_LOSSES = {
 
 @pytest.mark.parametrize(
     ("name", "tiling"),
-    [*((name, TILINGS[2]) for name in PIXEL_LOSSES), ("everything", TILINGS[3])],
+    [*((name, TILINGS[2]) for name in PIXEL_LOSSES), *(("everything", TILINGS[i]) for i in (3, 5))],
 )
 @pytest.mark.usefixtures("x64")
 def test_losses_of_pixels_are_the_plain_ones(name: str, tiling: Tiling) -> None:
@@ -190,21 +192,24 @@ def test_channel_divergence_against_pytorch() -> None:
     assert distance(gradient, to_nhwc(tensor.grad)) <= 1e-12
 
 
-@pytest.mark.parametrize("images", [8, 2])
-def test_devices_that_share_the_batch(images: int) -> None:
+@pytest.mark.parametrize(
+    ("tiling", "loops"),
+    [(ACCELERATOR, 1), (ACCELERATOR._replace(images=2), 2), (GPU._replace(together=6), 1)],
+)
+def test_devices_that_share_the_batch(tiling: Tiling, loops: int) -> None:
     """24 images on 8 devices, in groups of 3 or 1 per device: the plain sums, and nothing else is sent."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     place = NamedSharding(mesh, P("data"))
     logits, labels = inputs(2, 24, (5, 7), (39, 45), 6)
     logits = logits.astype(np.float32)
-    with on_cpu(ACCELERATOR._replace(images=images)):
+    with on_cpu(tiling):
         plain, gradient = _sums_and_gradient(plain_cross_entropy, jnp.asarray(logits), labels)
         program = _program(upsampled_cross_entropy, devices=8)
         arguments = jax.device_put((logits, labels), place)
         found, sums = program(*arguments)
         text = program.lower(*arguments).compile().as_text()
     assert found.sharding.is_equivalent_to(place, 4)
-    assert text.count(" while(") == (1 if images == 8 else 2)
+    assert text.count(" while(") == loops
     assert traffic.sent_bytes(text) == sum(x.nbytes for x in sums)
     assert abs(float(sums.loss) / float(plain.loss) - 1) <= 1e-6
     assert (int(sums.correct), int(sums.valid)) == (int(plain.correct), int(plain.valid))

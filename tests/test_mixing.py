@@ -9,12 +9,11 @@ from ml_collections import ConfigDict
 from tests.test_loader import EXAMPLES, Arrays, assert_same, batches, settings
 from topformer_jax import browse
 from topformer_jax.data import loader, sources
-from topformer_jax.data.class_pixels import count_pixels
-from topformer_jax.data.mixing import group_by_class, mix
+from topformer_jax.data.class_balance import group_by_class, mix
+from topformer_jax.data.loader import count_pixels
 from topformer_jax.data.transforms import CroppedExample, random_resize_crop
 from topformer_jax.runtime.errors import UserError
 
-DRAWN = 2**30  # epochs of examples that are drawn for a class are larger
 BALANCED = {"data__balance": 0.5, "data__mix": "paste"}
 
 
@@ -84,9 +83,8 @@ def test_classes_are_drawn_equally_often_or_by_rarity() -> None:
             label, index = draws.draw(rng, by_rarity=by_rarity)
             counts[index, label] += 1
         assert not counts[pixels == 0].any()
-        weights = (
-            np.array([1 / 7200**0.5, 0, 1 / 1000**0.5, 1 / 25**0.5]) if by_rarity else np.array([1, 0, 1, 1])
-        )
+        rarity = [1 / 7200**0.5, 0, 1 / 1000**0.5, 1 / 25**0.5]
+        weights = np.array(rarity if by_rarity else [1, 0, 1, 1])
         expected = pixels * (weights / weights.sum() / np.maximum(pixels.sum(0), 1))
         np.testing.assert_allclose(counts / 6000, expected, atol=0.03)
     with pytest.raises(UserError, match="no training label has a pixel of a class"):
@@ -97,15 +95,13 @@ def test_crops_hold_the_class_that_they_were_drawn_for() -> None:
     label = np.zeros((60, 60), np.uint8)
     label[50:, 50:], label[:5, :5] = 1, 2
     image = np.zeros((60, 60, 3), np.uint8)
-    geometry: Any = {"crop_size": (40, 40), "scale": (60, 60), "ratio_range": (1.0, 1.0)}
+    geometry = {"data__crop_size": (40, 40), "data__scale": (60, 60), "data__ratio_range": (1.0, 1.0)}
     for share in (1.0, 0.99):
+        data = settings(**geometry, data__cat_max_ratio=share).data
         held = dict.fromkeys((None, 1), 0)
         for wanted in held:
             for seed in range(60):
-                rng = np.random.default_rng(seed)
-                crop = random_resize_crop(
-                    image, label, **geometry, cat_max_ratio=share, wanted=wanted, rng=rng
-                )
+                crop = random_resize_crop(image, label, data, np.random.default_rng(seed), wanted)
                 held[wanted] += np.mean(crop["label"] == 1) >= np.mean(label == 1) / 2
         assert held[1] > 40
         assert (held[None] < 20) == (share == 1)  # cat_max_ratio finds it too
@@ -124,14 +120,13 @@ def test_balance_replaces_a_share_of_the_examples() -> None:
     plain, balanced = batches(settings(), 40), _make(40, settings(data__balance=0.3))
     rows = {name: np.concatenate([batch[name] for batch in balanced]) for name in balanced[0]}
     theirs = {name: np.concatenate([batch[name] for batch in plain]) for name in plain[0]}
-    drawn = rows["epoch"] > DRAWN
+    drawn = np.array([loader.is_drawn(int(epoch)) for epoch in rows["epoch"]])
     assert 0.2 < drawn.mean() < 0.4
     for name, values in rows.items():  # the others are those of a run without it
         np.testing.assert_array_equal(values[~drawn], theirs[name][~drawn])
     assert len({*zip(rows["index"].tolist(), rows["epoch"].tolist(), strict=True)}) == len(drawn)
-    assert len({image.tobytes() for image in rows["image"]}) > 0.9 * len(
-        drawn
-    )  # a few crops are equal by chance
+    # A few crops are equal by chance.
+    assert len({image.tobytes() for image in rows["image"]}) > 0.9 * len(drawn)
     all_drawn = _make(40, settings(data__balance=1.0))
     index = np.concatenate([batch["index"] for batch in all_drawn])
     pixels = _count(settings())

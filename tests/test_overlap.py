@@ -37,7 +37,8 @@ def gradient_of(function: Any) -> Any:
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-12)])
 @pytest.mark.parametrize(
-    ("name", "tiling"), [*((name, TILINGS[2]) for name in LOSSES), ("teacher", TILINGS[3])]
+    ("name", "tiling"),
+    [*((name, TILINGS[2]) for name in LOSSES), ("teacher", TILINGS[3]), ("teacher", TILINGS[5])],
 )
 def test_losses_of_images_are_the_plain_ones(name: str, tiling: Any, dtype: str, limit: float) -> None:
     """One class does not occur, and one image has no label. The plain loss is in float64, of the same logits."""

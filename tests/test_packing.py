@@ -63,9 +63,7 @@ def test_shards_hold_the_files(small_shards: None, files: pathlib.Path, tmp_path
     assert [source[index].name for index in range(7)] == list(NAMES)
     assert packing.build("ade20k", str(files), str(tmp_path / "records")) == folder  # again: nothing to do
     (files / "images/training/a.jpg").write_bytes(JPEG)
-    with pytest.raises(
-        UserError, match="is there already, from other files or an earlier version: remove it"
-    ):
+    with pytest.raises(UserError, match="is there already, from other files or an earlier version"):
         packing.build("ade20k", str(files), str(tmp_path / "records"))
 
 
@@ -184,9 +182,7 @@ def test_sizes_that_are_not_the_labels(files: pathlib.Path, tmp_path: pathlib.Pa
     source = open_with(json.dumps({"train": [*rows, [6, 4]]}))
     assert source.label_size(6) == (6, 4)
     assert source[5].name == "f"
-    with pytest.raises(
-        UserError, match=r"label g .* has 6 x 4 pixels, label_sizes\.json says 4 x 6; copy it"
-    ):
+    with pytest.raises(UserError, match=r"label g .* has 6 x 4 pixels, label_sizes\.json says 4 x 6"):
         source[6]
     (files / "annotations/training/c.png").write_bytes(JPEG)
     with pytest.raises(UserError, match=r"annotations/training/c\.png is not a PNG"):
@@ -211,23 +207,13 @@ def test_the_command_packs_into_a_bucket(
         pack(tmp_path, output)  # no folder of ADE20K
 
 
-@pytest.mark.parametrize(
-    ("source", "output", "line"),
-    [
-        ("gs://{}/ade", "{}", "pack a local copy by python -m topformer_jax.prepare ade20k"),
-        (
-            "files",
-            "gs://absent-bucket",
-            "-of-00004: there is no such bucket or object, or this account may not see it; the same command",
-        ),
-        ("files", "gcs://{}", "is in no known storage: expected gs://BUCKET/FOLDER, or a local path"),
-        (
-            "files",
-            "files/images/training/a.jpg",
-            "1.0.0: Not a directory; the same command goes on from here",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("source", "output", "line"), [
+    ("gs://{}/ade", "{}", "pack a local copy by python -m topformer_jax.prepare ade20k"),
+    ("files", "gs://absent-bucket",
+     "-of-00004: there is no such bucket or object, or this account may not see it; the same command"),
+    ("files", "gcs://{}", "is in no known storage: expected gs://BUCKET/FOLDER, or a local path"),
+    ("files", "files/images/training/a.jpg", "1.0.0: Not a directory; the same command goes on from here"),
+])  # fmt: skip
 def test_what_goes_wrong_is_one_line(
     small_shards: None,
     files: pathlib.Path,

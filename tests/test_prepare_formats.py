@@ -436,17 +436,14 @@ def test_labels_that_are_numbers_or_differ_by_blanks(
     assert "labels written differently: 1 (as 1), car (as 'car ')" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("json_name", "picture_name", "stated"),
-    [
-        ("train/json/1.json", "train/images/1.jpg", "..\\images\\1.jpg"),
-        ("train/json/1.json", "train/images/1.jpg", "../images/1.jpg"),
-        ("train/1.json", "train/1.jpg", "C:\\Users\\me\\Pictures\\1.jpg"),
-        ("train/1.json", "train/1.JPG", "/home/me/old name.jpg"),
-        ("train/1.json", "train/1.jpg", None),
-        ("train/json/1.json", "train/img/1.jpg", "1.jpg"),
-    ],
-)
+@pytest.mark.parametrize(("json_name", "picture_name", "stated"), [
+    ("train/json/1.json", "train/images/1.jpg", "..\\images\\1.jpg"),
+    ("train/json/1.json", "train/images/1.jpg", "../images/1.jpg"),
+    ("train/1.json", "train/1.jpg", "C:\\Users\\me\\Pictures\\1.jpg"),
+    ("train/1.json", "train/1.JPG", "/home/me/old name.jpg"),
+    ("train/1.json", "train/1.jpg", None),
+    ("train/json/1.json", "train/img/1.jpg", "1.jpg"),
+])  # fmt: skip
 def test_the_picture_of_a_file(
     json_name: str, picture_name: str, stated: str | None, tmp_path: pathlib.Path
 ) -> None:

@@ -196,18 +196,15 @@ def test_lines_of_lists(tmp_path: pathlib.Path) -> None:
     assert found == {"train": {"my street", "s/e"}, "val": {"f"}}
 
 
-@pytest.mark.parametrize(
-    ("names", "expected", "way"),
-    [
-        (["street_test/1", "test_a/2", "testset/3"], "test", "folder"),
-        (["Test-dev/1", "TEST2017/2", "set.test/3"], "test", "folder"),
-        (["valid/1", "devset/2", "val 2/3", "validation_b/4"], "validation", "folder"),
-        (["test_1", "street-TEST", "Test3"], "test", "file name"),
-        (["val_1", "dev-2", "VALID3"], "validation", "file name"),
-        (["trainset/1", "training_b/2"], "train", "folder"),
-        (["train_1", "street_train_2"], "train", "file name"),
-    ],
-)
+@pytest.mark.parametrize(("names", "expected", "way"), [
+    (["street_test/1", "test_a/2", "testset/3"], "test", "folder"),
+    (["Test-dev/1", "TEST2017/2", "set.test/3"], "test", "folder"),
+    (["valid/1", "devset/2", "val 2/3", "validation_b/4"], "validation", "folder"),
+    (["test_1", "street-TEST", "Test3"], "test", "file name"),
+    (["val_1", "dev-2", "VALID3"], "validation", "file name"),
+    (["trainset/1", "training_b/2"], "train", "folder"),
+    (["train_1", "street_train_2"], "train", "file name"),
+])  # fmt: skip
 def test_words_of_splits(
     names: list[str], expected: str, way: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

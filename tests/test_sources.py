@@ -28,32 +28,17 @@ JPEG = cv2.imencode(".jpg", np.repeat(PIXELS[..., None], 3, -1))[1].tobytes()
 CUSTOM = {"data.dataset": "custom", "model.num_classes": 3, "data.class_names": ("sky", "sea", "sand")}
 # For each data set: its config, and the paths of an image and its label, of {} for the split and {} for the name.
 LAYOUTS: dict[str, tuple[Callable[[], ConfigDict], str, str, str, str]] = {
-    "ade20k": (
-        lambda: config_lib.ade20k("tiny"),
-        *("images/{}/{}.jpg", "annotations/{}/{}.png", "training", "validation"),
-    ),
-    "cityscapes": (
-        lambda: config_lib.cityscapes("tiny"),
-        *(
-            "leftImg8bit/{}/ulm/{}_leftImg8bit.png",
-            "gtFine/{}/ulm/{}_gtFine_labelTrainIds.png",
-            "train",
-            "val",
-        ),
-    ),
-    "context59": (
-        lambda: config_lib.pascal_context("tiny", classes=59),
-        *("JPEGImages/{1}.jpg", "SegmentationClassContext/{1}.png", "train", "val"),
-    ),
-    "cocostuff10k": (
-        lambda: config_lib.coco_stuff10k("tiny"),
-        *("images/{}/{}.jpg", "annotations/{}/{}_labelTrainIds.png", "train2014", "test2014"),
-    ),
-    "custom": (
-        lambda: config_lib.load(config_lib.ade20k("tiny"), CUSTOM),
-        *("images/{}/{}.JPEG", "annotations/{}/{}.png", "train", "val"),
-    ),
-}
+    "ade20k": (lambda: config_lib.ade20k("tiny"), *("images/{}/{}.jpg", "annotations/{}/{}.png", "training",
+     "validation")),
+    "cityscapes": (lambda: config_lib.cityscapes("tiny"), *("leftImg8bit/{}/ulm/{}_leftImg8bit.png",
+     "gtFine/{}/ulm/{}_gtFine_labelTrainIds.png", "train", "val")),
+    "context59": (lambda: config_lib.pascal_context("tiny", classes=59), *("JPEGImages/{1}.jpg",
+     "SegmentationClassContext/{1}.png", "train", "val")),
+    "cocostuff10k": (lambda: config_lib.coco_stuff10k("tiny"), *("images/{}/{}.jpg",
+     "annotations/{}/{}_labelTrainIds.png", "train2014", "test2014")),
+    "custom": (lambda: config_lib.load(config_lib.ade20k("tiny"), CUSTOM), *("images/{}/{}.JPEG",
+     "annotations/{}/{}.png", "train", "val")),
+}  # fmt: skip
 
 
 def paths(dataset: str) -> list[str]:
@@ -130,14 +115,11 @@ def test_raw_cityscapes_labels_are_named(tmp_path: pathlib.Path) -> None:
     assert f"which has ulm/{pathlib.Path(raw).name} " in refusal(config)
 
 
-@pytest.mark.parametrize(
-    ("dataset", "layout"),
-    [
-        ("ade20k", "images/{training,validation}/**/*.jpg, annotations/{training,validation}/**/*.png"),
-        ("cityscapes", "gtFine/{train,val}/**/*_gtFine_labelTrainIds.png"),
-        ("context59", "ImageSets/SegmentationContext/{train,val}.txt"),
-    ],
-)
+@pytest.mark.parametrize(("dataset", "layout"), [
+    ("ade20k", "images/{training,validation}/**/*.jpg, annotations/{training,validation}/**/*.png"),
+    ("cityscapes", "gtFine/{train,val}/**/*_gtFine_labelTrainIds.png"),
+    ("context59", "ImageSets/SegmentationContext/{train,val}.txt"),
+])  # fmt: skip
 def test_missing_data(tmp_path: pathlib.Path, dataset: str, layout: str) -> None:
     config = config_lib.load(LAYOUTS[dataset][0](), {"data.root": str(tmp_path / "nowhere")})
     line = refusal(config)
@@ -178,15 +160,12 @@ def test_custom_data(tmp_path: pathlib.Path) -> None:
     assert "images/train and images/training are both in " in refusal(config)
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "pairing"),
-    [
-        (["a.jpg", "b.BMP", "c.webp", "s/d.Tiff"], ["a.PNG", "b.png", "c.Png", "s/d.png"], ""),
-        (["a.jpg", "ab.png"], ["a_mask.png", "ab_mask.png"], "labels have their images' names and _mask.png"),
-        (["Zoe\u0308.jpg"], ["Zo\u00eb.png"], ""),
-        (["a.jpg", "b.png"], ["a.jpg.png", "b.png.png"], "labels have their images' whole names: a.jpg.png"),
-    ],
-)
+@pytest.mark.parametrize(("images", "labels", "pairing"), [
+    (["a.jpg", "b.BMP", "c.webp", "s/d.Tiff"], ["a.PNG", "b.png", "c.Png", "s/d.png"], ""),
+    (["a.jpg", "ab.png"], ["a_mask.png", "ab_mask.png"], "labels have their images' names and _mask.png"),
+    (["Zoe\u0308.jpg"], ["Zo\u00eb.png"], ""),
+    (["a.jpg", "b.png"], ["a.jpg.png", "b.png.png"], "labels have their images' whole names: a.jpg.png"),
+])  # fmt: skip
 def test_names_of_labels(tmp_path: pathlib.Path, images: list[str], labels: list[str], pairing: str) -> None:
     for folder, paths in (("images", images), ("annotations", labels)):
         for path in paths:
@@ -199,22 +178,15 @@ def test_names_of_labels(tmp_path: pathlib.Path, images: list[str], labels: list
     assert source.pairing == pairing
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "words"),
-    [
-        (["a.jpg", "a.webp"], ["a.png"], "a.jpg and a.webp in "),
-        (["a.jpg"], ["a.PNG", "a.png"], "a.PNG and a.png in "),
-        (["p1.jpg"], ["p10.png"], "annotations/train, which has p10.png ("),
-        (["a.jpg", "b.jpg"], ["a_m.png", "b_n.png"], "2 images (a.jpg, b.jpg) in "),
-        (["a.heic"], ["a.png"], "or *.tiff, but a.heic ("),
-        (
-            ["a.jpg"],
-            ["a_m.png", "a_n.png"],
-            "two labels, of their images' names and _m.png, and of their images'",
-        ),
-        (["a.jpg"], ["a.jpg.png", "a_n.png"], "two labels, of their images' whole names: a.jpg.png, and of"),
-    ],
-)
+@pytest.mark.parametrize(("images", "labels", "words"), [
+    (["a.jpg", "a.webp"], ["a.png"], "a.jpg and a.webp in "),
+    (["a.jpg"], ["a.PNG", "a.png"], "a.PNG and a.png in "),
+    (["p1.jpg"], ["p10.png"], "annotations/train, which has p10.png ("),
+    (["a.jpg", "b.jpg"], ["a_m.png", "b_n.png"], "2 images (a.jpg, b.jpg) in "),
+    (["a.heic"], ["a.png"], "or *.tiff, but a.heic ("),
+    (["a.jpg"], ["a_m.png", "a_n.png"], "two labels, of their images' names and _m.png, and of their images'"),
+    (["a.jpg"], ["a.jpg.png", "a_n.png"], "two labels, of their images' whole names: a.jpg.png, and of"),
+])  # fmt: skip
 def test_names_that_do_not_fit(
     tmp_path: pathlib.Path, images: list[str], labels: list[str], words: str
 ) -> None:
@@ -229,20 +201,14 @@ def test_names_that_do_not_fit(
     assert len(line.replace(str(tmp_path), "data/streets")) <= 300
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("sky\nsea\nsky\n", ": line 3 repeats 'sky' of 1: give each class another name"),
-        (
-            "# streets\nsky\nsea\nsand\n",
-            ": line 1 is a comment, '# streets': expected one class name per line",
-        ),
-        ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
-        ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
-        ("sky\nsea, sand\nrock\n", ": line 2 is several values, 'sea, sand': expected"),
-        ("1 sky\n2 sea\n3 sand\n", ": line 1 is a number and a name, '1 sky': expected"),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    ("sky\nsea\nsky\n", ": line 3 repeats 'sky' of 1: give each class another name"),
+    ("# streets\nsky\nsea\nsand\n", ": line 1 is a comment, '# streets': expected one class name per line"),
+    ("classes:\nsky\nsea\n", ": line 1 is a heading, 'classes:': expected"),
+    ("Name\nsky\nsea\n", ": line 1 is a heading, 'Name': expected"),
+    ("sky\nsea, sand\nrock\n", ": line 2 is several values, 'sea, sand': expected"),
+    ("1 sky\n2 sea\n3 sand\n", ": line 1 is a number and a name, '1 sky': expected"),
+])  # fmt: skip
 def test_lists_of_classes_that_are_refused(tmp_path: pathlib.Path, text: str, words: str) -> None:
     config = config_lib.load(write(tmp_path, "custom"), {"data.class_names": ()})
     (tmp_path / "classes.txt").write_text(text)
@@ -286,9 +252,7 @@ def test_records_hold_the_files(tmp_path: pathlib.Path, dataset: str, capsys: py
                 assert found[index][:3] == expected[index][:3]
                 assert f"(record {index} of {split} in {folder})" in found[index].where[1]
     label.write_bytes(label.read_bytes() + b"more")
-    with pytest.raises(
-        UserError, match="is there already, from other files or an earlier version: remove it"
-    ):
+    with pytest.raises(UserError, match="is there already, from other files or an earlier version"):
         packing.build(dataset, config.data.root, str(output))
 
 

@@ -17,6 +17,7 @@ import pytest
 import scipy.ndimage
 from hypothesis import given, strategies as st
 
+from topformer_jax import config as config_lib
 from topformer_jax.data import codecs, transforms
 from topformer_jax.data.codecs import decode_image, decode_label
 from topformer_jax.data.transforms import fit_size, random_resize_crop
@@ -117,28 +118,19 @@ DEEP = np.random.default_rng(0).integers(0, 4096, (8, 9, 3)).astype(np.uint16)
 DEEP[0] = 4095
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"", "is empty"),
-        (b"not an image, but a text\n" * 20, "cannot be decoded"),
-        (b"BM" + bytes(100), "cannot be decoded"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0\0\0\4IDATabcdabcd", "is a damaged PNG"),
-        (_encoded(_picture(), ".png").replace(b"IDAT", b"IDAT\1", 1), "is a damaged PNG"),
-        (np.zeros((4, 4), np.uint8), "expected a uint8 image [h, w, 3], found uint8 [4, 4]"),
-        (np.zeros((4, 4, 3), np.uint16), "expected a uint8 image [h, w, 3], found uint16"),
-        (
-            _encoded(DEEP.astype(np.float32), ".tif"),
-            "holds float32 numbers, no colours: save it as PNG or JPEG",
-        ),
-        (
-            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50),
-            "is a HEIC picture: save pictures as JPEG or PNG",
-        ),
-        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(50), "is a video: save pictures as JPEG or PNG"),
-        (b"<!DOCTYPE html>\n<html>", "is a web page"),
-    ],
-)
+@pytest.mark.parametrize(("data", "says"), [
+    (b"", "is empty"),
+    (b"not an image, but a text\n" * 20, "cannot be decoded"),
+    (b"BM" + bytes(100), "cannot be decoded"),
+    (b"\x89PNG\r\n\x1a\n" + b"\0\0\0\4IDATabcdabcd", "is a damaged PNG"),
+    (_encoded(_picture(), ".png").replace(b"IDAT", b"IDAT\1", 1), "is a damaged PNG"),
+    (np.zeros((4, 4), np.uint8), "expected a uint8 image [h, w, 3], found uint8 [4, 4]"),
+    (np.zeros((4, 4, 3), np.uint16), "expected a uint8 image [h, w, 3], found uint16"),
+    (_encoded(DEEP.astype(np.float32), ".tif"), "holds float32 numbers, no colours: save it as PNG or JPEG"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "is a HEIC picture: save pictures as JPEG or PNG"),
+    (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2mp41" + bytes(50), "is a video: save pictures as JPEG or PNG"),
+    (b"<!DOCTYPE html>\n<html>", "is a web page"),
+])  # fmt: skip
 def test_no_image(data: Any, says: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=rf"photo\.jpg:? {re.escape(says)}"):
         decode_image(data, "photo.jpg")
@@ -197,17 +189,14 @@ def test_zero_label_void() -> None:
     np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=255), values)
 
 
-@pytest.mark.parametrize(
-    ("values", "classes", "reduce_zero_label", "says"),
-    [
-        ([0, 149, 150, 255], 150, False, r"holds 150, but the 150 classes are 0..149 and void is 255"),
-        ([0, 150, 151, 255], 150, True, r"holds 151, but the 150 classes are 1..150 \(0 is void\)"),
-        ([7, 33, 34], 19, False, r"holds 33, 34, but .*labelTrainIds"),
-        ([1, 256, 65535], 150, False, r"holds 256, 65535, but .*reduce_zero_label"),
-        ([256, 300], 400, False, "holds 256, 300"),
-        (list(range(30)), 19, False, r"holds 19, 20, 21, 22, 23, \.\.\., but"),
-    ],
-)
+@pytest.mark.parametrize(("values", "classes", "reduce_zero_label", "says"), [
+    ([0, 149, 150, 255], 150, False, r"holds 150, but the 150 classes are 0..149 and void is 255"),
+    ([0, 150, 151, 255], 150, True, r"holds 151, but the 150 classes are 1..150 \(0 is void\)"),
+    ([7, 33, 34], 19, False, r"holds 33, 34, but .*labelTrainIds"),
+    ([1, 256, 65535], 150, False, r"holds 256, 65535, but .*reduce_zero_label"),
+    ([256, 300], 400, False, "holds 256, 300"),
+    (list(range(30)), 19, False, r"holds 19, 20, 21, 22, 23, \.\.\., but"),
+])  # fmt: skip
 def test_values_that_are_no_class(values: list, classes: int, reduce_zero_label: bool, says: str) -> None:
     array = np.array([values], np.uint16 if max(values) > 255 else np.uint8)
     for data in (array, _encoded(array, ".png")):
@@ -224,20 +213,17 @@ def test_sizes_must_agree() -> None:
         codecs.check_same_size(image, label.T, "x")
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (_encoded(_picture(), ".png"), "label.png is a colour image: labels are PNG files of one channel"),
-        (_encoded(_picture()[..., 0], ".jpg"), "label.png is not a PNG"),
-        (_png((4, 4, 8, 4, 0), b""), "label.png has transparency: labels are PNG files of one channel"),
-        (_encoded(_picture()[..., 0], ".png")[:-3], "label.png is cut off"),
-        (b"", "label.png is empty"),
-        (b"text", "label.png is not a PNG"),
-        (_picture(), r"expected class indices .* found uint8 \[60, 90, 3\]"),
-        (np.zeros((3, 3), np.float32), "found float32"),
-        (_png((4, 4, 8, 0, 0), b"\0\0"), "label.png cannot be decoded"),
-    ],
-)
+@pytest.mark.parametrize(("data", "says"), [
+    (_encoded(_picture(), ".png"), "label.png is a colour image: labels are PNG files of one channel"),
+    (_encoded(_picture()[..., 0], ".jpg"), "label.png is not a PNG"),
+    (_png((4, 4, 8, 4, 0), b""), "label.png has transparency: labels are PNG files of one channel"),
+    (_encoded(_picture()[..., 0], ".png")[:-3], "label.png is cut off"),
+    (b"", "label.png is empty"),
+    (b"text", "label.png is not a PNG"),
+    (_picture(), r"expected class indices .* found uint8 \[60, 90, 3\]"),
+    (np.zeros((3, 3), np.float32), "found float32"),
+    (_png((4, 4, 8, 0, 0), b"\0\0"), "label.png cannot be decoded"),
+])  # fmt: skip
 def test_no_label(data: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         _label(data)
@@ -299,6 +285,13 @@ SETTINGS: dict[str, Any] = {
     "ratio_range": (0.5, 2.0),
     "cat_max_ratio": 0.75,
 }
+
+
+def _crop(image: np.ndarray, label: np.ndarray, settings: dict[str, Any], rng: np.random.Generator) -> Any:
+    data = config_lib.load(
+        config_lib.base_config(), {f"data.{key}": value for key, value in settings.items()}
+    ).data
+    return random_resize_crop(image, label, data, rng)
 
 
 def _blocks(h: int, w: int, seed: int, classes: int = 4, void: float = 0.2) -> np.ndarray:
@@ -372,7 +365,7 @@ def _compare(h: int, w: int, settings: dict[str, Any], seed: int) -> tuple[bool,
     """Asserts that an example is made as the plain way makes it; whether it is padded, and the crops drawn."""
     image, label = _picture(h, w, seed), _blocks(h, w, seed)
     rng, their_rng = np.random.default_rng(seed), np.random.default_rng(seed)
-    ours: Any = random_resize_crop(image, label, **settings, rng=rng)
+    ours = _crop(image, label, settings, rng)
     theirs, drawn = _plainly(image, label, settings, their_rng)
     assert ours.keys() == theirs.keys()
     for name, array in theirs.items():
@@ -407,7 +400,7 @@ def test_turned_and_stretched_crops_as_the_plain_way(rotation: dict[str, float])
         their_rng.integers(20, 120, 2)
         image = np.clip((_picture(h, w, seed) - 127.5) * 6 + 127.5, 0, 255).astype(np.uint8)
         label = np.random.default_rng(seed).integers(0, 4, (h, w), dtype=np.uint8)
-        ours: Any = random_resize_crop(image, label, **settings, rng=rng)
+        ours = _crop(image, label, settings, rng)
         theirs, _ = _plainly(image, label, settings, their_rng)
         assert rng.bit_generator.state == their_rng.bit_generator.state
         np.testing.assert_array_equal(ours["size"], theirs["size"])
@@ -426,7 +419,7 @@ def test_turned_labels_lie_on_their_images() -> None:
     for seed in range(20):
         label = _blocks(50, 70, seed, void=0)
         image = np.stack([label * 50 + 50] * 3, axis=-1)
-        found: Any = random_resize_crop(image, label, **settings, rng=np.random.default_rng(seed))
+        found = _crop(image, label, settings, np.random.default_rng(seed))
         inside = found["label"] != 255
         colour = np.where(inside, found["label"] * 50 + 50, 0)
         far = cv2.dilate(colour, np.ones((5, 5))) == cv2.erode(colour, np.ones((5, 5)))

@@ -32,6 +32,7 @@ from tests.test_damage import (
     read_records,
     run_exported,
 )
+from tests.test_prepare import words_of
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config
 from topformer_jax.data import codecs, sources
@@ -159,21 +160,12 @@ def test_a_picture_that_claims_too_much() -> None:
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: pathlib.Path) -> None:
-    for name in ("x.zip", "x.tar"):
-        os.mkfifo(tmp_path / name)
-        assert "it is a pipe or a device" in refusal(
-            functools.partial(archives.open_archive, tmp_path / name)
-        )
+    for path in (tmp_path / "x.zip", tmp_path / "x.tar"):
+        os.mkfifo(path)
+        assert "it is a pipe or a device" in refusal(functools.partial(archives.open_archive, path))
 
 
 # Wrong in silence
-
-
-@pytest.mark.parametrize("text", ["a\n\nb\n", "a\x0bb\n", "a\u2028b\n"])
-def test_names_in_an_archive_do_not_move(text: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "class_names.txt").write_text(text)
-    line = refusal(lambda: masks.read_voc(archives.open_archive(tmp_path), ""))
-    assert "class_names.txt: line " in line
 
 
 @pytest.mark.parametrize("suffix", exported.FORMATS)
@@ -187,27 +179,22 @@ def test_an_exported_file_has_a_checksum(suffix: str, tmp_path: pathlib.Path) ->
         assert "is damaged, or of an earlier version" in refusal(lambda: run_exported(path))
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        *((text, "is blank") for text in ("a\n\nb\n", "\na\nb\n", "a\n \t\nb\nc\n")),
-        *(
-            (text, "expected one name per line")
-            for text in ("a\u2028b\nc\n", "a\x0bb\nc\n", "a\x85b\nc\n", "a\n\x1b[31mb\nc\n")
-        ),
-    ],
-)
-def test_classes_do_not_move(text: str, words: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "classes.txt").write_text(text)
-    line = refusal(lambda: read_classes(tmp_path / "classes.txt"))
-    assert "classes.txt: line " in line
-    assert words in line
-
-
-@pytest.mark.parametrize("text", ["a\nb\nc\n", "a\r\nb\r\nc\r\n", "a\rb\rc\r", "a\nb\nc", "a\nb\nc\n\n\n"])
-def test_classes_of_other_systems(text: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "classes.txt").write_bytes(f"\ufeff{text}".encode())
-    assert read_classes(tmp_path / "classes.txt") == ("a", "b", "c")
+def test_classes_do_not_move(tmp_path: pathlib.Path) -> None:
+    """In the list of a data set, and in one that `prepare` reads."""
+    blank = dict.fromkeys(("a\n\nb\n", "\na\nb\n", "a\n \t\nb\nc\n"), "is blank")
+    strange = ("a\u2028b\nc\n", "a\x0bb\nc\n", "a\x85b\nc\n", "a\n\x1b[31mb\nc\n")
+    for text, words in (blank | dict.fromkeys(strange, "expected one name per line")).items():
+        for name in ("classes.txt", "class_names.txt"):
+            (tmp_path / name).write_text(text)
+        for line in (
+            refusal(lambda: read_classes(tmp_path / "classes.txt")),
+            refusal(lambda: masks.read_voc(archives.open_archive(tmp_path), "")),
+        ):
+            assert "txt: line " in line
+            assert words in line
+    for text in ("a\nb\nc\n", "a\r\nb\r\nc\r\n", "a\rb\rc\r", "a\nb\nc", "a\nb\nc\n\n\n"):
+        (tmp_path / "classes.txt").write_bytes(f"\ufeff{text}".encode())
+        assert read_classes(tmp_path / "classes.txt") == ("a", "b", "c")
 
 
 def test_names_in_a_config() -> None:
@@ -217,40 +204,29 @@ def test_names_in_a_config() -> None:
         assert "class 1 has the name" in refusal(functools.partial(sources.find_data_set, given))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        np.full((4, 4), 0.5),
-        np.full((4, 4), 1j),
-        np.zeros((4, 4, 3)),
-        np.array(7),
-        np.array([[np.nan, 1.0]]),
-        np.array(["a", "b"]),
-        np.full((2, 2), 300),
-    ],
-)
-def test_labels_of_matlab_are_whole_numbers(values: np.ndarray) -> None:
-    line = refusal(lambda: labels.map_matrix(["S"], TABLE, miniatures.mat(S=values), "x.mat"))
-    assert "expected a matrix of class numbers" in line or "stands for no class" in line
+def test_labels_of_matlab_are_whole_numbers() -> None:
+    for values in (
+        *(np.full((4, 4), 0.5), np.full((4, 4), 1j), np.zeros((4, 4, 3)), np.array(7)),
+        *(np.array([[np.nan, 1.0]]), np.array(["a", "b"]), np.full((2, 2), 300)),
+    ):
+        line = refusal(functools.partial(labels.map_matrix, ["S"], TABLE, miniatures.mat(S=values), "x.mat"))
+        assert "expected a matrix of class numbers" in line or "stands for no class" in line
 
 
 PALETTE = DESCRIPTION["palette"]
 
 
-@pytest.mark.parametrize(
-    ("change", "values", "words"),
-    [
-        ({}, np.full((1, 8, 8), 10, np.uint8), "gives the label 10, and its config has 10 classes"),
-        ({}, np.full((1, 8, 8), 1, np.int64), "gives labels, int64 of shape 1x8x8: it is not what"),
-        ({"output": "logits"}, np.full((1, 8, 8, 10), np.nan, np.float32), "gives NaN or infinity"),
-        ({"output": "logits"}, np.zeros((1, 8, 8, 11), np.float32), "and its config has 10 classes"),
-        ({"classes": DESCRIPTION["classes"][1:]}, None, "has 9 names for the 10 classes of its config"),
-        ({"palette": PALETTE[1:]}, None, "has 9 colours for the 10 classes of its config"),
-        ({"classes": DESCRIPTION["classes"][::-1]}, None, "has the names of shapes in another order"),
-        ({"palette": PALETTE[::-1]}, None, "has the colours of shapes in another order"),
-        ({"classes": [*DESCRIPTION["classes"][1:], "a\u2028b"]}, None, "which is no name"),
-    ],
-)
+@pytest.mark.parametrize(("change", "values", "words"), [
+    ({}, np.full((1, 8, 8), 10, np.uint8), "gives the label 10, and its config has 10 classes"),
+    ({}, np.full((1, 8, 8), 1, np.int64), "gives labels, int64 of shape 1x8x8: it is not what"),
+    ({"output": "logits"}, np.full((1, 8, 8, 10), np.nan, np.float32), "gives NaN or infinity"),
+    ({"output": "logits"}, np.zeros((1, 8, 8, 11), np.float32), "and its config has 10 classes"),
+    ({"classes": DESCRIPTION["classes"][1:]}, None, "has 9 names for the 10 classes of its config"),
+    ({"palette": PALETTE[1:]}, None, "has 9 colours for the 10 classes of its config"),
+    ({"classes": DESCRIPTION["classes"][::-1]}, None, "has the names of shapes in another order"),
+    ({"palette": PALETTE[::-1]}, None, "has the colours of shapes in another order"),
+    ({"classes": [*DESCRIPTION["classes"][1:], "a\u2028b"]}, None, "which is no name"),
+])  # fmt: skip
 def test_an_exported_file_that_differs_from_its_config(
     change: dict[str, Any], values: np.ndarray | None, words: str, tmp_path: pathlib.Path
 ) -> None:
@@ -306,27 +282,13 @@ def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:
     """While its workers start, as a terminal sends it: to all processes of the command."""
     (tmp_path / "source").mkdir()
     miniatures.ade20k(tmp_path / "source")
-    words = [
-        "ade20k",
-        "--source",
-        str(tmp_path / "source"),
-        "--output",
-        str(tmp_path / "made"),
-        "--workers",
-        "2",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "topformer_jax.prepare", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+    words = words_of("ade20k", tmp_path / "source", tmp_path / "made", "--workers", "2")
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "topformer_jax.prepare", *words]
+    process = subprocess.Popen(command, **pipes, cwd=ROOT, start_new_session=True)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_for(
-        [process], lambda: len(children.read_text().split()) > 1
-    )  # multiprocessing's tracker, and a worker
+    # Multiprocessing's tracker, and a worker.
+    wait_for([process], lambda: len(children.read_text().split()) > 1)
     os.killpg(process.pid, signal.SIGINT)
     ((_, err),) = finish([process])
     assert (err, process.returncode) == ("interrupted\n", 130)
@@ -334,13 +296,9 @@ def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:
 
 def test_a_killed_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> None:
-        raise concurrent.futures.process.BrokenProcessPool(
-            "A process in the process pool was terminated abruptly"
-        )
+        raise concurrent.futures.process.BrokenProcessPool("A process was terminated abruptly")
 
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith(
-        "error: a worker process was killed, perhaps because memory ran out"
-    )
+    assert capsys.readouterr().err.startswith("error: a worker process was killed, perhaps because memory")

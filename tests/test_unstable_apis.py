@@ -43,7 +43,7 @@ def test_the_table_lists_every_use() -> None:
 
 
 def _list_names(tree: ast.Module) -> Iterator[str]:
-    """Every imported name, and every attribute of one, with its module."""
+    """Every imported name, and every attribute of one, with its module; also those that `getattr` names."""
     full_names: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -52,7 +52,11 @@ def _list_names(tree: ast.Module) -> Iterator[str]:
             full_names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
     yield from full_names.values()
     for node in ast.walk(tree):
+        text = ""
         if isinstance(node, ast.Attribute):
-            first, _, rest = ast.unparse(node).partition(".")
-            if first in full_names:
-                yield f"{full_names[first]}.{rest}"
+            text = ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            text = f"{ast.unparse(node.args[0])}.{getattr(node.args[1], 'value', '')}"
+        first, _, rest = text.partition(".")
+        if first in full_names:
+            yield f"{full_names[first]}.{rest}"

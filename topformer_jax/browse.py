@@ -12,13 +12,10 @@ from topformer_jax.runtime import cli, files
 def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--output", type=files.as_path, metavar="FILE", help="default: runs/<config name>/browse.png"
-    )
-    parser.add_argument(
-        "--count", type=int, default=8, help="number of examples, at most the batch size (default 8)"
-    )
-    parser.add_argument("--step", type=int, default=1, help="training step, from 1 (default 1)")
+    add = parser.add_argument
+    add("--output", type=files.as_path, metavar="FILE", help="default: runs/<config name>/browse.png")
+    add("--count", type=int, default=8, help="number of examples, at most the batch size (default 8)")
+    add("--step", type=int, default=1, help="training step, from 1 (default 1)")
     return parser
 
 
@@ -33,10 +30,9 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
-from topformer_jax.data import loader, mixing, sources
+from topformer_jax.data import class_balance, loader, sources
 from topformer_jax.data.augment import MEAN, STD, augment
 from topformer_jax.data.batch import Batch, Image
-from topformer_jax.data.class_pixels import count_pixels
 from topformer_jax.data.classification.augment import augment_classes
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
@@ -46,13 +42,7 @@ from topformer_jax.visualize import drawing
 def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     """Draws the first `count` examples of a step's batch, one per row: image, label and their blend.
 
-    Args:
-        config: the settings of the training.
-        step: the training step, from 1.
-        count: number of examples, at most the batch size.
-
-    Raises:
-        UserError: the data does not fit the config or cannot be read.
+    Steps count from 1. Raises UserError if the data does not fit the config or cannot be read.
     """
     data_set = sources.find_data_set(config)
     source = sources.open_source(config, "train", logs.Progress)
@@ -60,7 +50,9 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     draws = None
     if loader.needs_class_draws(settings):
         print(f"counting the pixels of {len(source):,} labels", flush=True)
-        draws = mixing.group_by_class(np.stack([*count_pixels(source, settings, range(len(source)))]))
+        draws = class_balance.group_by_class(
+            np.stack([*loader.count_pixels(source, settings, range(len(source)))])
+        )
     batches = loader.training_batches(source, settings, start_step=step - 1, class_draws=draws)
     with contextlib.closing(batches):
         # Mixup takes pairs.
@@ -78,7 +70,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     for number in range(min(count, len(images))):
         picture = _denormalize(images[number], np.asarray(batch["size"][number]))
         epoch = int(batch["epoch"][number])
-        when = f"epoch {epoch}" if epoch < loader.FIRST_DRAW // 2 else "drawn for a class"
+        when = "drawn for a class" if loader.is_drawn(epoch) else f"epoch {epoch}"
         caption = f"example {batch['index'][number]}, {when}"
         if is_classifier:
             rows.append([picture])

@@ -14,12 +14,9 @@ from topformer_jax.runtime import cli, files
 def make_parser() -> cli.Parser:
     """The command's flags."""
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--output", type=files.as_path, metavar="DIR", help="default: runs/<config name>/check"
-    )
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="read the first N examples of each split (default: all)"
-    )
+    add = parser.add_argument
+    add("--output", type=files.as_path, metavar="DIR", help="default: runs/<config name>/check")
+    add("--limit", type=int, metavar="N", help="read the first N examples of each split (default: all)")
     return parser
 
 
@@ -35,9 +32,9 @@ import numpy as np
 
 from topformer_jax.config.settings import WEIGHTINGS
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.class_pixels import weigh_classes
-from topformer_jax.inspection import facts as facts_lib, rules
-from topformer_jax.inspection.facts import Inspection, SplitFacts
+from topformer_jax.data.class_balance import weigh_classes
+from topformer_jax.inspection import contents as contents_lib, rules
+from topformer_jax.inspection.contents import Contents, SplitContents
 from topformer_jax.inspection.rules import Finding
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
@@ -49,43 +46,43 @@ SMALLEST_CLASSES = 10  # in such a table
 Report = dict[str, Any]
 
 
-def make_report(facts: Inspection, findings: Sequence[Finding]) -> Report:
+def make_report(contents: Contents, findings: Sequence[Finding]) -> Report:
     """The content of report.json."""
-    data = facts.config.data
-    settings = {} if facts.is_classification else {"reduce_zero_label": data.reduce_zero_label}
+    data = contents.config.data
+    settings = {} if contents.is_classification else {"reduce_zero_label": data.reduce_zero_label}
     return {
-        "config": facts.config.name,
+        "config": contents.config.name,
         "dataset": data.dataset,
         "source": data.source,
         "root": data.root,
         **settings,
-        "splits": {name: _describe_split(facts, split) for name, split in facts.splits.items()},
+        "splits": {name: _describe_split(contents, split) for name, split in contents.splits.items()},
         "findings": [finding._asdict() for finding in findings],
         "would_start": all(finding.level != "problem" for finding in findings),
     }
 
 
-def _describe_split(facts: Inspection, split: SplitFacts) -> Report:
+def _describe_split(contents: Contents, split: SplitContents) -> Report:
     sizes = collections.Counter(example.size for example in split.examples if example.size)
     described: Report = {
         "available": split.available,
         "examples": len(split.examples),
         "sizes": [{"height": h, "width": w, "images": count} for (h, w), count in sorted(sizes.items())],
     }
-    names, pixels = facts.data_set.classes, facts.per_class(split.pixels).tolist()
-    if facts.is_classification:
+    names, pixels = contents.data_set.classes, contents.per_class(split.pixels).tolist()
+    if contents.is_classification:
         rows = zip(names, pixels, strict=True)
         return described | {"classes": [{"name": name, "images": count} for name, count in rows]}
-    labels = facts.per_class(split.label_counts).tolist()
+    labels = contents.per_class(split.label_counts).tolist()
     if split.name == "train" and split.is_whole and sum(pixels):
-        table = np.array([facts.per_class(collections.Counter(label.pixels)) for label in split.labels])
+        table = np.array([contents.per_class(collections.Counter(label.pixels)) for label in split.labels])
         described["class_weight"] = {name: weigh_classes(name, table).tolist() for name in WEIGHTINGS}
     return described | {
         "labels": len(split.labels),
         "label_files": dict(sorted(collections.Counter(label.kind for label in split.labels).items())),
         "values": {value: split.pixels[value] for value in sorted(split.pixels) if value <= IGNORE_LABEL},
         "largest_value": max((label.largest for label in split.labels), default=0),
-        "void_pixels": sum(split.pixels[value] for value in facts.void),
+        "void_pixels": sum(split.pixels[value] for value in contents.void),
         "classes": [
             {"name": name, "pixels": count, "labels": holders}
             for name, count, holders in zip(names, pixels, labels, strict=True)
@@ -107,15 +104,12 @@ def format_report(report: Report) -> str:
         lines = [f"  {each['rule']}: {each['text']}" for each in report["findings"] if each["level"] == level]
         parts += ["\n".join([heading, *lines])] if lines else []
     problems = sum(each["level"] == "problem" for each in report["findings"])
-    plural = "" if problems == 1 else "s"
-    parts.append(
-        f"training would not start: {problems} problem{plural}" if problems else "training would start"
-    )
+    end = f" not start: {problems} problem{'' if problems == 1 else 's'}" if problems else " start"
+    parts.append(f"training would{end}")
     return "\n\n".join(parts) + "\n"
 
 
 def _split_rows(splits: Report) -> list[list[str]]:
-    """One column per split."""
     rows: dict[str, list[str]] = collections.defaultdict(list)
     kinds = sorted({kind for split in splits.values() for kind in split.get("label_files", ())})
     for split in splits.values():
@@ -183,17 +177,17 @@ def _class_rows(splits: Report) -> list[list[str]]:
     return rows
 
 
-def draw_classes(facts: Inspection) -> bytes:
+def draw_classes(contents: Contents) -> bytes:
     """Draws each class's share of the labelled pixels, or its number of images, as the bytes of a PNG file."""
     from matplotlib.figure import Figure
 
-    names = [f"{name} {label}" for label, name in enumerate(facts.data_set.classes)]
-    is_named = not facts.is_classification or len(names) <= MAX_NAMED
+    names = [f"{name} {label}" for label, name in enumerate(contents.data_set.classes)]
+    is_named = not contents.is_classification or len(names) <= MAX_NAMED
     figure = Figure(figsize=(11, 1.5 + 0.2 * len(names) if is_named else 4.5), layout="constrained")
-    panels = figure.subplots(1, len(facts.splits), sharey=is_named, squeeze=False)[0]
-    for axes, split in zip(panels, facts.splits.values(), strict=True):
-        counts, unit = facts.per_class(split.pixels), "images"
-        if not facts.is_classification:
+    panels = figure.subplots(1, len(contents.splits), sharey=is_named, squeeze=False)[0]
+    for axes, split in zip(panels, contents.splits.values(), strict=True):
+        counts, unit = contents.per_class(split.pixels), "images"
+        if not contents.is_classification:
             counts, unit = 100 * counts / max(counts.sum(), 1), "percent of the labelled pixels"
             axes.set_xscale("log")
             axes.set_xlim(1e-4, 100)
@@ -201,7 +195,7 @@ def draw_classes(facts: Inspection) -> bytes:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
         if is_named:
-            colours = np.array(facts.data_set.palette) / 255 if facts.data_set.palette else None
+            colours = np.array(contents.data_set.palette) / 255 if contents.data_set.palette else None
             axes.barh(range(len(names)), counts, color=colours, edgecolor="grey", linewidth=0.5)
             axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=8)
             axes.set_ylim(len(names) - 0.5, -0.5)
@@ -220,12 +214,12 @@ def main() -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit is {args.limit}: expected 1 or more")
     output = args.output or files.as_path("runs") / config.name / "check"
-    facts = facts_lib.inspect(config, limit=args.limit, make_progress=logs.Progress)
-    report = make_report(facts, rules.find(facts))
+    contents = contents_lib.read_contents(config, limit=args.limit, make_progress=logs.Progress)
+    report = make_report(contents, rules.find(contents))
     text = format_report(report)
     files.write_file(output / "report.txt", text)
     files.write_file(output / "report.json", json.dumps(report, indent=1) + "\n")
-    files.write_file(output / "classes.png", draw_classes(facts))
+    files.write_file(output / "classes.png", draw_classes(contents))
     print(f"wrote {output}/report.txt, report.json and classes.png\n\n{text}", end="")
     if not report["would_start"]:
         sys.exit(1)

@@ -20,23 +20,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--exported", type=files.as_path, required=True, metavar="FILE", help="an .onnx file of labels")
-    add(
-        "--webgpu",
-        type=files.as_path,
-        metavar="FILE",
-        help="another file for WebGPU, exported with --target web",
-    )
+    text = "another file for WebGPU, exported with --target web"
+    add("--webgpu", type=files.as_path, metavar="FILE", help=text)
     target = parser.add_mutually_exclusive_group()
-    target.add_argument(
-        "--output", type=files.as_path, metavar="DIR", help="write the page instead of serving it"
-    )
+    text = "write the page instead of serving it"
+    target.add_argument("--output", type=files.as_path, metavar="DIR", help=text)
     target.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000")
-    add(
-        "--runtime",
-        type=files.as_path,
-        metavar="DIR",
-        help="the unpacked onnxruntime-web of npm (default: fetched)",
-    )
+    text = "the unpacked onnxruntime-web of npm (default: fetched)"
+    add("--runtime", type=files.as_path, metavar="DIR", help=text)
     return parser
 
 
@@ -62,13 +53,10 @@ from topformer_jax.runtime.errors import UserError
 RUNTIME, VERSION = "onnxruntime-web", "1.30.0"  # of npm
 UNPACKED = f": expected npm's {RUNTIME} {VERSION}, unpacked"
 # The files of its folder dist, by backend. Those for wasm have half as many bytes.
+_WASM, _WEBGPU = "ort-wasm-simd-threaded", "ort-wasm-simd-threaded.asyncify"
 RUNTIME_FILES = {
-    "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"),
-    "webgpu": (
-        "ort.webgpu.min.mjs",
-        "ort-wasm-simd-threaded.asyncify.mjs",
-        "ort-wasm-simd-threaded.asyncify.wasm",
-    ),
+    "wasm": ("ort.wasm.min.mjs", f"{_WASM}.mjs", f"{_WASM}.wasm"),
+    "webgpu": ("ort.webgpu.min.mjs", f"{_WEBGPU}.mjs", f"{_WEBGPU}.wasm"),
 }
 SOURCES = pathlib.Path(__file__).parent / "visualize" / "page"
 HEADERS = {
@@ -81,13 +69,13 @@ HEADERS = {
 }
 
 
-def find_files(
-    path: files.Path, webgpu: files.Path | None
-) -> tuple[dict[str, files.Path], Mapping[str, Any]]:
+Description = Mapping[str, Any]
+
+
+def find_files(path: files.Path, webgpu: files.Path | None) -> tuple[dict[str, files.Path], Description]:
     """Returns the exported files by backend, "wasm" and perhaps "webgpu", and the description of the first one.
 
-    Raises:
-        UserError: one cannot be read, is damaged or no ONNX file of labels, or they do not belong together.
+    Raises UserError if one cannot be read, is damaged or no ONNX file of labels, or they do not belong together.
     """
     description = read_description("--exported", path)
     if webgpu is None:
@@ -97,15 +85,15 @@ def find_files(
     if other.get("target") != "web":
         raise UserError(f"--webgpu {webgpu} would be wrong on WebGPU: export it with --target web")
     for key in ("checkpoint", "size", "stride"):
-        first, second = (
-            each[key].get("sha256") if key == "checkpoint" else each[key] for each in (description, other)
-        )
+        first, second = description[key], other[key]
+        if key == "checkpoint":
+            first, second = first.get("sha256"), second.get("sha256")
         if first != second:
             raise UserError(f"--webgpu {webgpu} has another {key} than {path}: {second} and {first}")
     return {"wasm": path, "webgpu": webgpu}, description
 
 
-def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
+def read_description(flag: str, path: files.Path) -> Description:
     """The description in an exported file; a UserError if it is no ONNX file of labels."""
     if path.suffix.lower() != ".onnx":
         raise UserError(f"{flag} {path}: expected an .onnx file, which the page runs")
@@ -121,27 +109,19 @@ def read_description(flag: str, path: files.Path) -> Mapping[str, Any]:
 
 
 def write_page(
-    folder: files.Path, paths: Mapping[str, files.Path], description: Mapping[str, Any], runtime: files.Path
+    folder: files.Path, paths: Mapping[str, files.Path], description: Description, runtime: files.Path
 ) -> None:
-    """Writes the page into a new folder, an empty one, or over an earlier page.
+    """Writes the page for `find_files`'s files into a new folder, an empty one, or over an earlier page.
 
-    Args:
-        folder: for the page.
-        paths, description: from `find_files`.
-        runtime: npm's package, unpacked.
-
-    Raises:
-        UserError: a file cannot be read or written, or the folder holds something else.
+    `runtime` is npm's package, unpacked. Raises UserError if a file cannot be read or written, or the folder holds
+    something else.
     """
     with files.report_errors("write into", folder):
         is_free = not folder.exists() or not any(folder.iterdir()) or (folder / "model.json").exists()
     if not is_free:
         raise UserError(f"--output {folder} holds other files: name a new folder")
-    scripts = {
-        name: files.read_bytes(runtime / "dist" / name, UNPACKED)
-        for provider in paths
-        for name in RUNTIME_FILES[provider]
-    }
+    names = [name for provider in paths for name in RUNTIME_FILES[provider]]
+    scripts = {name: files.read_bytes(runtime / "dist" / name, UNPACKED) for name in names}
     # The names change with the content: a browser never mistakes an earlier file that it kept for a new one.
     place = f"{RUNTIME}-{_digest(b''.join(scripts.values()))}"
     page = {f"{place}/{name}": data for name, data in scripts.items()}
@@ -177,11 +157,7 @@ def _digest(data: bytes) -> str:
 
 
 def fetch_runtime() -> pathlib.Path:
-    """Returns the folder of onnxruntime-web in the cache; fetches it with npm the first time.
-
-    Raises:
-        UserError: there is no npm, or it fails.
-    """
+    """Returns the folder of onnxruntime-web in the cache; fetches it with npm the first time."""
     folder = cli.cache_folder() / f"{RUNTIME}-{VERSION}"
     if (folder / "package.json").exists():
         return folder

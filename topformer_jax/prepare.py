@@ -24,35 +24,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("dataset", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
-    parser.add_argument(
-        "--source", metavar="DIR", required=True, help="the folder of downloads or annotations"
+    add = parser.add_argument
+    add("dataset", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
+    add("--source", metavar="DIR", required=True, help="the folder of downloads or annotations")
+    add("--output", metavar="DIR", required=True, help="the folder to make, as for data.root")
+    add("--format", choices=("folder", "array_record"), default="folder", help="default: folder")
+    add("--from", dest="kind", choices=KINDS, help="for custom: the format of your annotations")
+    text = (
+        "for custom: share of the pictures for validation if no folder, list or file names them (default 0.1)"
     )
-    parser.add_argument("--output", metavar="DIR", required=True, help="the folder to make, as for data.root")
-    parser.add_argument(
-        "--format", choices=("folder", "array_record"), default="folder", help="default: folder"
-    )
-    parser.add_argument(
-        "--from", dest="kind", choices=KINDS, help="for custom: the format of your annotations"
-    )
-    parser.add_argument(
-        "--validation",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="for custom: share of the pictures for validation if no folder, list or file names them (default 0.1)",
-    )
-    parser.add_argument(
-        "--background",
-        default="",
-        metavar="NAME",
-        help="for custom: class of the pixels that no annotation covers; void: leave them out",
-    )
-    parser.add_argument("--workers", type=int, metavar="N", help="extra processes (default: one per core)")
-    parser.add_argument("--verify", action="store_true", help="also compare checksums of existing files")
-    parser.add_argument(
-        "--shard", metavar="I/N", default="1/1", help="pack the I-th of N parts: N processes share the work"
-    )
+    add("--validation", type=float, default=0.1, metavar="SHARE", help=text)
+    text = "for custom: class of the pixels that no annotation covers; void: leave them out"
+    add("--background", default="", metavar="NAME", help=text)
+    add("--workers", type=int, metavar="N", help="extra processes (default: one per core)")
+    add("--verify", action="store_true", help="also compare checksums of existing files")
+    add("--shard", metavar="I/N", default="1/1", help="pack the I-th of N parts: N processes share the work")
     return parser
 
 
@@ -64,7 +50,7 @@ from functools import partial
 from etils import epath
 
 from topformer_jax.data import records, sources
-from topformer_jax.data.catalog import SPLITS
+from topformer_jax.data.catalog import SPLITS, find_layout
 from topformer_jax.data.loader import count_cores
 from topformer_jax.preparation import coco, labelme, masks, own, releases, writer, yolo
 from topformer_jax.preparation.archives import fingerprint
@@ -96,10 +82,8 @@ def prepare(args: argparse.Namespace) -> None:
     if not args.kind and releases.has_layout(args.dataset, args.source):
         if not is_packed:
             _check_folder(args.dataset, args.source)
-            raise UserError(
-                f"{args.source} has the layout of {args.dataset} already: use it with "
-                f"--config.data.root={args.source}"
-            )
+            way_out = f"use it with --config.data.root={args.source}"
+            raise UserError(f"{args.source} has the layout of {args.dataset} already: {way_out}")
         _pack(args.dataset, args.source, args.output, part)
         return
     if part != (1, 1) or files.is_in_bucket(args.output):
@@ -121,7 +105,6 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def _make_folder(args: argparse.Namespace, source: pathlib.Path, output: pathlib.Path, workers: int) -> None:
-    """Makes a data set's folder, and prints what is in each split."""
     found = _find_own(source, args) if args.dataset == "custom" else releases.find(args.dataset, source)
     splits = writer.write(found.plan, output, found.origin, workers=workers, verify=args.verify)
     for name, split in splits.items():
@@ -135,14 +118,12 @@ def _make_folder(args: argparse.Namespace, source: pathlib.Path, output: pathlib
 
 
 def _check_folder(dataset: str, folder: str) -> None:
-    """Raises UserError if a split is missing or a picture has no label."""
-    if layout := releases.find_layout(dataset):
+    if layout := find_layout(dataset):
         for split in SPLITS:
             sources.open_folder(dataset, layout, folder, split)
 
 
 def _parse_part(text: str) -> tuple[int, int]:
-    """Returns (I, N) of "I/N"."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise UserError(f"--shard {text} is not I/N: for 4 processes, 1/4 to 4/4")
@@ -170,7 +151,6 @@ def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
 
 
 def _pack(dataset: str, source: str, output: str, part: tuple[int, int]) -> None:
-    """Packs a folder, or a part of it, and prints what is there."""
     # It imports tensorflow-datasets, which worker processes do not need.
     from topformer_jax.preparation import packing
 

@@ -46,19 +46,15 @@ WITHOUT_EFFECT = {"init_from", "init_part"}
 def load(
     source: str | os.PathLike[str] | ConfigDict, overrides: Mapping[str, Any] | None = None
 ) -> ConfigDict:
-    """Reads a config, changes settings, and checks all of them.
+    """Reads a config, changes settings, checks all of them, and returns a new, locked config.
 
     Args:
         source: the path of a config file (a Python file with `get_config()`), the name of a recipe, or a config.
         overrides: values by dotted key, as Python values or as text: "0.1", "(512, 512)", "true".
             `schedule.steps` sets `schedule.epochs` to 0.
 
-    Returns:
-        A new, locked config.
-
-    Raises:
-        UserError: there is no such file or recipe, it has no `get_config`, a setting does not exist, or its value is
-            not legal, or `overrides` has both `schedule.steps` and `schedule.epochs`.
+    Raises UserError if there is no such file, recipe or setting, a value is not legal, or `overrides` has both
+    `schedule.steps` and `schedule.epochs`.
     """
     config = source if isinstance(source, ConfigDict) else _read(_find(source))
     overrides = dict(overrides or {})
@@ -85,9 +81,6 @@ def resolve_schedule(config: ConfigDict, examples: int) -> ConfigDict:
     >>> resolved = resolve_schedule(settings, examples=367)
     >>> resolved.batch_size, resolved.schedule.steps, resolved.schedule.epochs, resolved.evaluate_every
     (4, 459, 0, 46)
-
-    Raises:
-        UserError: there would be more than 1,000,000,000 steps.
     """
     epochs, steps = config.schedule.epochs, config.schedule.steps
     if epochs:
@@ -117,9 +110,6 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
 
     >>> complete({"evaluation": {"scale": [480, 360]}}).evaluation.scale
     (480, 360)
-
-    Raises:
-        UserError: a value is not legal.
     """
     known = {key: value for key, value in flatten(values).items() if key in SETTINGS}
     return _check(flatten(base_config().to_dict()) | known)
@@ -128,11 +118,8 @@ def complete(values: Mapping[str, Any]) -> ConfigDict:
 def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: object) -> list[str]:
     """Compares the config of a run's checkpoint with that of its next start.
 
-    Returns:
-        A line for each setting that changed and now applies: "batch_size: 16 -> 32".
-
-    Raises:
-        UserError: a setting changed that the run cannot change.
+    Returns a line for each setting that changed and now applies, such as "batch_size: 16 -> 32". Raises UserError if
+    one changed that the run cannot change.
     """
     before, now = (flatten(each.to_dict()) for each in (complete(stored), config))
     changed = [key for key in now if before[key] != now[key]]
@@ -143,9 +130,9 @@ def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: objec
                 f"{source} holds a run with {key}={own}, and the config has {as_typed(now[key])}: set "
                 f"--config.{key}={own} to resume it, or start a new run with another --workdir"
             )
+    end = dict.fromkeys(WITHOUT_EFFECT, " (without effect: the run goes on from its checkpoint)")
     return [
-        f"{key}: {_shorten(as_typed(before[key]))} -> {_shorten(as_typed(now[key]))}"
-        + (" (without effect: the run goes on from its checkpoint)" if key in WITHOUT_EFFECT else "")
+        f"{key}: {_shorten(as_typed(before[key]))} -> {_shorten(as_typed(now[key]))}{end.get(key, '')}"
         for key in changed
         if key not in SILENT
     ]
@@ -157,12 +144,11 @@ def hide_paths(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     >>> hide_paths({"seed": 0, "data": {"root": "/home/me/ade"}})
     {'seed': 0, 'data': {'root': ''}}
     """
-    return {
-        key: hide_paths(value, f"{prefix}{key}.")
-        if isinstance(value, dict)
-        else ("" if f"{prefix}{key}" in PATHS else value)
-        for key, value in values.items()
-    }
+    hidden: dict[str, Any] = {}
+    for key, value in values.items():
+        is_path, is_group = f"{prefix}{key}" in PATHS, isinstance(value, dict)
+        hidden[key] = "" if is_path else hide_paths(value, f"{prefix}{key}.") if is_group else value
+    return hidden
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -179,7 +165,6 @@ def recipe_names() -> list[str]:
 
 
 def _find(source: str | os.PathLike[str]) -> pathlib.Path:
-    """The file of a path or of a recipe's name."""
     path = pathlib.Path(source)
     if os.path.isfile(path):
         return path
@@ -232,11 +217,7 @@ def _unknown(key: str) -> UserError:
 
 
 def parse(key: str, value: Any) -> Any:
-    """A legal value of a setting, from text ("0.1", "(512, 512)", "true") or from a Python value.
-
-    Raises:
-        UserError: the value has another type than the setting, or is not legal.
-    """
+    """A legal value of a setting, from text ("0.1", "(512, 512)", "true") or from a Python value."""
     default = SETTINGS[key].default
     if isinstance(value, str) and value in SETTINGS[key].names:
         return value
@@ -298,10 +279,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
     is_classification = values["task"] == "classification"
     classes, weights = values["model.num_classes"], values["loss.class_weight"]
     if not is_classification and classes > 255:
-        raise UserError(
-            f"model.num_classes is {classes}: expected 1 to 255 in segmentation, whose labels are bytes with 255 for "
-            "void"
-        )
+        expected = "expected 1 to 255 in segmentation, whose labels are bytes with 255 for void"
+        raise UserError(f"model.num_classes is {classes}: {expected}")
     if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
         raise UserError(
             f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"

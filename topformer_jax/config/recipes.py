@@ -142,12 +142,6 @@ def camvid(variant: str) -> ConfigDict:
 def fine_tune(variant: str, *, classes: int, root: str, init_from: str) -> ConfigDict:
     """50 to 5,000 pictures of your own, from ADE20K weights: 50 epochs of batch 8 on 512 x 512 crops.
 
-    Args:
-        variant: "tiny", "small" or "base".
-        classes: how many the pictures have.
-        root: their folder.
-        init_from: the weights.
-
     >>> settings = fine_tune("tiny", classes=3, root="data/streets", init_from="TopFormer-T.pth")
     >>> settings.schedule.epochs, settings.schedule.lr
     (50, 0.001)

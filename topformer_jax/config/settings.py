@@ -62,7 +62,7 @@ PIXELS = Range(1, 16_384)
 RATIO = Range(0, 100, open_low=True)
 # Pixels of the longest side that an image is resized to; a square one of that size takes 3 GB.
 LONGEST_SIDE = 32_768
-WEIGHTINGS = ("balanced", "enet", "median_frequency")  # see data.class_pixels.weigh_classes
+WEIGHTINGS = ("balanced", "enet", "median_frequency")  # see data.class_balance.weigh_classes
 DATASETS = (
     *("ade20k", "cityscapes", "context59", "context60", "cocostuff10k", "cocostuff164k", "voc2012", "camvid"),
     *("imagenet", "shapes", "custom"),
@@ -75,16 +75,13 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "task": Setting("segmentation", "what the model predicts", ("segmentation", "classification")),
         "seed": Setting(0, "seed for initial weights, shuffling, augmentation and dropout", Range(0, 2**32 - 1)),
         "batch_size": Setting(16, "images per step, over all devices", Range(1, 65_536)),
-        "grad_accum_steps": Setting(
-            1, "micro-batches per step; BatchNorm sees one at a time", Range(1, 65_536)),
+        "grad_accum_steps": Setting(1, "micro-batches per step; BatchNorm sees one at a time", Range(1, 65_536)),
         "ignore_void_in_mean": Setting(
             False, "true: average the loss over labelled pixels; false: over all pixels, as the official code"),
         "ema_decay": Setting(0.0, "decay of the averaged weights per step, e.g. 0.9999; 0: no averages", BELOW_ONE),
-        "ema_warmup": Setting(False,
-            "true: ema_decay is at most (1 + step) / (10 + step), for short runs"),
+        "ema_warmup": Setting(False, "true: ema_decay is at most (1 + step) / (10 + step), for short runs"),
         "init_from": Setting("", "checkpoint to start from, a file or a folder; empty: random weights"),
-        "init_part": Setting("all",
-            "weights to read from init_from; all_but_classes is for other classes",
+        "init_part": Setting("all", "weights to read from init_from; all_but_classes is for other classes",
             ("all", "all_but_classes", "backbone")),
         "log_every": Setting(50, "steps between log lines", COUNT),
         "checkpoint_every": Setting(2000, "steps between checkpoints", COUNT),
@@ -104,8 +101,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             None, "channels of the injections and the head; none: the variant's", Range(1, 4096)),
         "model.depthwise_head": Setting(False, "true: the head fuses its maps with a depthwise convolution"),
         "model.depths": Setting(4, "number of transformer blocks", Range(1, 64)),
-        "model.drop_path_rate": Setting(
-            0.1,
+        "model.drop_path_rate": Setting(0.1,
             "probability of stochastic depth in the last block; it rises linearly from 0 in the first", BELOW_ONE),
         "model.dropout_ratio": Setting(0.1, "probability of dropping a channel before the last layer", BELOW_ONE),
         "model.bn_momentum": Setting(
@@ -154,8 +150,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "data.flip_prob": Setting(0.5, "probability of a horizontal flip", PROBABILITY),
         "data.photometric_distortion": Setting(
             True, "true: change brightness, contrast, saturation and hue, each with probability 0.5"),
-        "data.blur_prob": Setting(
-            0.0, "probability of a Gaussian blur of 0.1 to 2 pixels on the crop", PROBABILITY),
+        "data.blur_prob": Setting(0.0, "probability of a Gaussian blur of 0.1 to 2 pixels on the crop", PROBABILITY),
         "data.jpeg_prob": Setting(
             0.0, "probability of a JPEG compression of the crop, quality 30 to 95", PROBABILITY),
         "data.balance": Setting(0.0,
@@ -216,16 +211,14 @@ GROUPS: dict[str, dict[str, Setting]] = {
             Range(0, 10**6)),
     },
     "Optimizer": {
-        "optimizer.name": Setting("adamw",
-            "optimizer; rmsprop_tf: TensorFlow's form of RMSprop, for ImageNet",
+        "optimizer.name": Setting("adamw", "optimizer; rmsprop_tf: TensorFlow's form of RMSprop, for ImageNet",
             ("adamw", "rmsprop_tf")),
         "optimizer.beta1": Setting(0.9, "decay of AdamW's mean gradient", BELOW_ONE),
         "optimizer.beta2": Setting(0.999, "decay of AdamW's mean squared gradient", BELOW_ONE),
         "optimizer.eps": Setting(1e-8, "added to AdamW's denominator, or inside the root of RMSprop's", PROBABILITY),
         "optimizer.weight_decay": Setting(
             0.01, "AdamW: decoupled, times the learning rate; RMSprop: added to the gradient", Range(0, 1000)),
-        "optimizer.no_decay_norm": Setting(
-            False, "true: no weight decay for BatchNorm's scales and for biases"),
+        "optimizer.no_decay_norm": Setting(False, "true: no weight decay for BatchNorm's scales and for biases"),
         "optimizer.head_lr_mult": Setting(10.0, "factor for decode_head's learning rate", Range(0, 10**6)),
         "optimizer.freeze": Setting("none",
             "part of the network that is not trained, BatchNorm statistics included; names as in init_part",
@@ -242,9 +235,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "batch size that schedule.lr is for; with another batch_size, it is scaled linearly; 0: no scaling",
             Range(0, 65_536)),
         "schedule.min_lr": Setting(0.0, "final learning rate of poly and cosine", Range(0, 1e30)),
-        "schedule.policy": Setting("poly",
-            "decay of the learning rate; the official code uses poly",
-            ("poly", "step", "cosine")),
+        "schedule.policy": Setting("poly", "decay of the learning rate; the official code uses poly", ("poly", "step",
+            "cosine")),
         "schedule.power": Setting(1.0, "exponent of poly; 1: linear", Range(0, 100)),
         "schedule.decay_steps": Setting(3002, "steps between decays (policy=step)", COUNT),
         "schedule.decay_rate": Setting(0.973, "factor of each decay (policy=step)", PROBABILITY),
@@ -260,12 +252,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
     "Evaluation": {
         "evaluation.scale": Setting(
             (2048, 512), "pixels (long, short side) that an image is resized to fit into", PIXELS),
-        "evaluation.short_side": Setting(
-            256, "classifiers: pixels of the short side before the centre crop", PIXELS),
-        "evaluation.size_divisor": Setting(
-            1,
-            "the resized height and width are rounded up to multiples of this many pixels; 32 for "
-            "ADE20K", Range(1, 1024)),
+        "evaluation.short_side": Setting(256, "classifiers: pixels of the short side before the centre crop", PIXELS),
+        "evaluation.size_divisor": Setting(1,
+            "the resized height and width are rounded up to multiples of this many pixels; 32 for ADE20K", Range(1,
+            1024)),
         "evaluation.img_ratios": Setting(
             (1.0,), "factors for evaluation.scale; the probabilities at all scales are averaged", RATIO),
         "evaluation.flip": Setting(False, "true: average with the probabilities of the flipped image"),
@@ -279,8 +269,7 @@ GROUPS: dict[str, dict[str, Setting]] = {
             "maximum number of compiled input shapes per ratio; smaller images are padded. More shapes mean less "
             "padding and longer compilation", Range(1, 64)),
         "evaluation.per_device_batch_size": Setting(0,
-            "images per device and call; 0: 1 on a CPU, 8 elsewhere (classifiers: 16 and 128)",
-            Range(0, 4096)),
+            "images per device and call; 0: 1 on a CPU, 8 elsewhere (classifiers: 16 and 128)", Range(0, 4096)),
     },
 }
 # fmt: on

@@ -41,19 +41,16 @@ def augment(
     photometric: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "n h w 3"], Int32[Array, "n h w"]]:
-    """Flips, distorts and normalises a batch for training.
+    """Flips, distorts and normalises a batch of JAX arrays for training.
 
     Args:
-        batch: JAX arrays.
         seed: of the run. An example's random key is `fold_in(fold_in(key(seed), epoch), index)`.
         flip: the probability of a horizontal flip.
         photometric: whether to distort colours, each step with probability 1/2: brightness by -32..32,
             contrast by 0.5..1.5 (before or after the next two, with equal probability), saturation by 0.5..1.5,
             hue by -18..17 of 180.
-        dtype: of the images.
 
-    Returns:
-        Normalised images of `dtype`, 0 in the padding; labels, IGNORE_LABEL there.
+    Returns normalised images of `dtype`, 0 in the padding, and labels, IGNORE_LABEL there.
     """
     root = jax.random.key(seed)
 
@@ -94,11 +91,7 @@ def _unpack(pixels: Array) -> Planes:
 
 
 def _to_image(pixels: Array) -> Array:
-    """Packed pixels as a uint8 image.
-
-    It is a broadcast, not a stack of three planes: XLA on CPUs would compute all steps before it once per plane (20
-    times slower).
-    """
+    """A uint8 image of packed pixels. For a stack of planes, XLA on CPUs would compute all steps three times."""
     return ((pixels[..., None] >> jnp.asarray((0, 8, 16), jnp.uint32)) & 255).astype(jnp.uint8)
 
 
@@ -134,7 +127,6 @@ def _flip_unpadded(x: Array, width: Array) -> Array:
 
 
 def _distort(planes: Planes, key: Array) -> Planes:
-    """The official photometric distortion."""
     keys = jax.random.split(key, 9)
     coins = [jax.random.bernoulli(k, jnp.float32(0.5)) for k in keys[:5]]
     delta = jax.random.uniform(keys[5], (), jnp.float32, -32, 32)
@@ -144,20 +136,20 @@ def _distort(planes: Planes, key: Array) -> Planes:
     early = coins[2]
     # Brightness +0 and contrast x1 change no byte, so the coin chooses the amount.
     planes = brightness(planes, jnp.where(coins[0], delta, 0.0))
-    planes = _cut(contrast(planes, jnp.where(early, gain, 1.0)))
+    planes = _stop_fusion(contrast(planes, jnp.where(early, gain, 1.0)))
     # A round trip through 8-bit HSV changes bytes even then, so the coin chooses whether the step runs.
-    planes = _cut(_choose(coins[3], saturation(planes, factor), planes))
-    planes = _cut(_choose(coins[4], hue(planes, turn), planes))
+    planes = _stop_fusion(_choose(coins[3], saturation(planes, factor), planes))
+    planes = _stop_fusion(_choose(coins[4], hue(planes, turn), planes))
     return contrast(planes, jnp.where(early, 1.0, gain))
 
 
-def _cut(planes: Planes) -> Planes:
+def _stop_fusion(planes: Planes) -> Planes:
     """The same planes. XLA for TPUs would otherwise fuse all steps into one kernel, which takes minutes."""
 
-    def cut(*planes: Array) -> Planes:
+    def separate(*planes: Array) -> Planes:
         return _unpack(lax.optimization_barrier(_pack(planes)))
 
-    return lax.platform_dependent(*planes, tpu=cut, default=lambda *planes: planes)
+    return lax.platform_dependent(*planes, tpu=separate, default=lambda *planes: planes)
 
 
 def _choose(coin: Array, if_true: Planes, if_false: Planes) -> Planes:

@@ -36,15 +36,9 @@ _OTHER_FILES = {
     rb"\s*<(!doctype )?html": "a web page",
 }
 DEEP = 14  # bits of 16: with values of so many, a picture of 8 bits is nearly black
-GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6  # colour types in a PNG's header
-# By colour type: the bits that a value may have.
-_PNG_DEPTHS = {
-    GREY: (1, 2, 4, 8, 16),
-    COLOUR: (8, 16),
-    PALETTE: (1, 2, 4, 8),
-    GREY_ALPHA: (8, 16),
-    COLOUR_ALPHA: (8, 16),
-}
+GREY, PALETTE, GREY_ALPHA = 0, 3, 4  # colour types in a PNG's header
+# By colour type (2: colours, 6: with alpha), the bits that a value may have.
+_PNG_DEPTHS = {GREY: (1, 2, 4, 8, 16), 2: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPHA: (8, 16), 6: (8, 16)}
 # What errors say about a file.
 _CUT_OFF = "is cut off: its end is missing; replace or remove it"
 _DAMAGED_PNG = "is a damaged PNG: replace or remove it"
@@ -64,23 +58,16 @@ class ColourLabelError(UserError):
 def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, orient: bool = True) -> Image:
     """Decodes an image file (JPEG, PNG, or another format that OpenCV reads) to RGB, uint8 `[h, w, 3]`.
 
-    As with `cv2.IMREAD_COLOR`, the EXIF orientation turns it (AVIF too), and grey, CMYK, 16-bit and alpha become
-    8-bit RGB.
+    As with `cv2.IMREAD_COLOR`, the EXIF orientation turns it (AVIF too) unless `orient` is False, and grey, CMYK,
+    16-bit and alpha become 8-bit RGB. A `reduction` of 2, 4 or 8 divides the sides, rounded up; a JPEG then takes
+    fewer transforms. An array is checked and returned.
 
     >>> import cv2, numpy as np
     >>> file = cv2.imencode(".png", np.zeros((4, 6, 3), np.uint8))[1].tobytes()
     >>> decode_image(file, "photo.png").shape
     (4, 6, 3)
 
-    Args:
-        data: the file's bytes; or an array, which is checked and returned.
-        name: names the file in the error.
-        reduction: 2, 4 or 8: the sides are divided by it, rounded up; a JPEG then takes fewer transforms.
-        orient: whether to rotate by the EXIF orientation.
-
-    Raises:
-        UserError: the file is empty, cut off, damaged or not an image, or it holds floats; or the array is not uint8
-            `[h, w, 3]`.
+    Raises UserError if the file is empty, cut off, damaged, not an image, or holds floats; `name` names it there.
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
@@ -106,8 +93,7 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
 def read_depth(data: bytes | np.ndarray, name: str) -> int:
     """The bits that the largest value of a file of 16 bits takes; 0 for files of 8 bits.
 
-    Raises:
-        UserError: it holds floats, or cannot be decoded.
+    Raises UserError if it holds floats, or cannot be decoded.
     """
     if isinstance(data, np.ndarray) or not (
         data.startswith(TIFF) or (data.startswith(PNG) and data[24] == 16)
@@ -149,16 +135,10 @@ def read_jpeg_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
 
 
 def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_zero_label: bool) -> Labels:
-    """Decodes a label file (PNG: grey of 1 to 16 bits, or palette indices) to class indices, uint8 `[h, w]`.
+    """Decodes a label file (PNG: grey of 1 to 16 bits, or palette indices) or its values to class indices.
 
-    Args:
-        data: the file's bytes; or an array with the values of a file.
-        name: names the file in the error.
-        classes: their number.
-        reduce_zero_label: 0 becomes IGNORE_LABEL and all other values are reduced by one; 255 stays.
-
-    Raises:
-        UserError: the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
+    With `reduce_zero_label`, 0 becomes IGNORE_LABEL and all other values are reduced by one; 255 stays. Raises
+    UserError if the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
     """
     values = read_label_values(data, name)
     table, allowed = _label_table(classes, reduce_zero_label)
@@ -191,10 +171,8 @@ def _label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.
 
 
 def read_label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
-    """Reads a label's (height, width) from the first 24 bytes of its file, or from an array.
-
-    Raises:
-        UserError: the file is not a PNG.
+    """Reads a label's (height, width) from the first 24 bytes of its file, or from an array; a UserError if it is no
+    PNG.
     """
     if isinstance(data, np.ndarray):
         return data.shape[0], data.shape[1]
@@ -211,11 +189,7 @@ def read_palette(data: bytes) -> bytes:
 
 
 def read_image_size(path: str) -> tuple[int, int] | None:
-    """The (height, width) that `decode_image` gives for a file, from its header; None if that is unknown.
-
-    >>> read_image_size("no such file") is None
-    True
-    """
+    """The (height, width) that `decode_image` gives for a file, from its header; None if that is unknown."""
     if not os.path.isfile(path):  # a pipe can be read once
         return None
     try:
@@ -244,8 +218,7 @@ def check_same_size(image: np.ndarray, label: np.ndarray, name: str) -> None:
 def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:
     """The values in a label file, uint8 or uint16 `[h, w]`, as they are stored.
 
-    Raises:
-        UserError: the file is not a complete PNG of one channel, or the array not uint8 or uint16 `[h, w]`.
+    Raises UserError if it is not a complete PNG of one channel, or the array not uint8 or uint16 `[h, w]`.
     """
     if isinstance(data, np.ndarray):
         values = data[..., 0] if data.ndim == 3 and data.shape[2] == 1 else data
@@ -291,18 +264,12 @@ def _check_complete(data: bytes, name: str) -> None:
         _check_png(data, name)
     elif data.startswith(JPEG):
         height, width = read_jpeg_size(data) or (0, 0)
-        if not _has_jpeg_end(data) or height * width > MOST_JPEG_PIXELS * len(data):
+        # Behind the first scan's start: a thumbnail in the header has an end-of-image marker of its own, and some
+        # cameras add bytes after the end. In compressed data 00 follows each ff, so that it never holds the marker.
+        scans = [start for marker, start in _jpeg_segments(data) if marker == 0xDA]
+        has_end = any(data.find(b"\xff\xd9", start) >= 0 for start in scans)
+        if not has_end or height * width > MOST_JPEG_PIXELS * len(data):
             raise UserError(f"{name} {_CUT_OFF}")
-
-
-def _has_jpeg_end(data: bytes) -> bool:
-    """Whether the end-of-image marker follows the start of the first scan.
-
-    Only what follows the scan's start counts, since a thumbnail in the header has an end marker of its own. Some
-    cameras add bytes after the end. In compressed data 00 follows each ff, so that it never holds the marker.
-    """
-    scans = (start for marker, start in _jpeg_segments(data) if marker == 0xDA)
-    return any(data.find(b"\xff\xd9", start) >= 0 for start in scans)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
@@ -342,7 +309,6 @@ def _check_png(data: bytes, name: str) -> None:
 
 
 def _explain(error: Exception, name: str, data: bytes) -> UserError:
-    """The UserError for an error of a decoder."""
     if explain_out_of_memory(error, ""):
         return UserError(
             f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller"

@@ -27,9 +27,10 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from topformer_jax.data import codecs, mixing, transforms
+from topformer_jax.data import class_balance, codecs, transforms
 from topformer_jax.data.batch import Batch, Example, Image, Labels, Source
 from topformer_jax.data.classification import images as class_images
 from topformer_jax.runtime import files
@@ -38,6 +39,7 @@ from topformer_jax.runtime.errors import UserError
 MAX_SKIPPED_IN_A_ROW = 100  # more unreadable examples in a row mean that something else is wrong
 SHARED_MEMORY = "/dev/shm"
 FIRST_DRAW = 2**31 - 1  # in place of an epoch: examples that are drawn for a class count down from here
+COUNTED_AT_ONCE = 1 << 20  # pixels of a label; np.bincount takes eight bytes for each
 _ENDLESS = 2**62  # examples; grain counts batches in floating point, which overflows for sys.maxsize
 
 
@@ -49,7 +51,7 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     processes_on_host: int = 1,
-    class_draws: mixing.ClassDraws | None = None,
+    class_draws: class_balance.ClassDraws | None = None,
 ) -> "TrainingBatches":
     """Makes an endless iterator over one process's rows of each global batch, from `start_step` on.
 
@@ -67,8 +69,7 @@ def training_batches(
     ((16, 128, 128, 3), (16, 128, 128))
     >>> batches.close()
 
-    Raises:
-        UserError: the batch cannot be shared out evenly; later, from `next`, an example cannot be read.
+    Raises UserError if the batch cannot be shared out evenly; later, from `next`, if an example cannot be read.
     """
     if config.batch_size % process_count:
         raise UserError(
@@ -77,7 +78,7 @@ def training_batches(
         )
     rows = config.batch_size // process_count
     if class_draws is None and needs_class_draws(config):
-        raise ValueError("data.balance and data.mix=paste need class_draws: see mixing.group_by_class")
+        raise ValueError("data.balance and data.mix=paste need class_draws: see class_balance.group_by_class")
     make_example = _ExampleMaker(source, config, process_index, process_count, class_draws)
     batches = grain.MapDataset.range(_ENDLESS).map(make_example).batch(rows)[start_step:]
 
@@ -96,6 +97,11 @@ def training_batches(
         if process_index == 0:
             print(line, flush=True)
     return TrainingBatches(dataset.mp_prefetch(options, _start_worker), len(source))
+
+
+def is_drawn(epoch: int) -> bool:
+    """Whether the `epoch` of an example in a batch is the number of a draw for a class."""
+    return epoch > FIRST_DRAW // 2
 
 
 def needs_class_draws(config: ConfigDict) -> bool:
@@ -145,9 +151,8 @@ def name_shared_memory() -> str:
 class TrainingBatches(Iterator[Batch]):
     """Iterates over a process's batches as NumPy arrays; the first error ends it.
 
-    Attributes:
-        skipped: how many unreadable examples were replaced by their successors so far.
-        unreadable: the indices of those examples.
+    `skipped` counts the unreadable examples that were replaced by their successors so far; `unreadable` holds their
+    indices.
     """
 
     def __init__(self, dataset: grain.IterDataset, num_examples: int):
@@ -201,7 +206,7 @@ class _ExampleMaker:
     config: ConfigDict
     process_index: int
     process_count: int
-    class_draws: mixing.ClassDraws | None
+    class_draws: class_balance.ClassDraws | None
 
     def __post_init__(self) -> None:
         # grain shuffles epoch e with seed + e: hashed, so that neighbouring seeds share no epochs.
@@ -246,17 +251,14 @@ class _ExampleMaker:
             if not self.config.data.skip_unreadable:  # it is counted at its own place in the order
                 raise
         else:
-            mixing.mix(example, cast(Any, other), self.config.data.mix, pasted, rng)
+            class_balance.mix(example, cast(Any, other), self.config.data.mix, pasted, rng)
 
 
 def _start_worker(index: int, count: int) -> None:
     """Runs first in a worker process: no accelerator, no signals, and it ends with its parent."""
     jax.config.update("jax_platforms", "cpu")
     cv2.setNumThreads(1)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # Ctrl-C reaches all processes; the parent ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM):  # which reach all processes; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
@@ -274,11 +276,7 @@ def end_with_parent() -> None:
 
 
 def count_cores() -> int:
-    """The cores that this process may use: in a container fewer than the machine has.
-
-    >>> count_cores() > 0
-    True
-    """
+    """The cores that this process may use: in a container fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -300,11 +298,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], *, ahea
 
 
 def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]:
-    """Decodes an example's image and label, and applies `data.reduce_zero_label`.
-
-    Raises:
-        UserError: a file is damaged, not an image, holds a value that is no class, or the sizes differ.
-    """
+    """Decodes an example's image and label; a UserError if their sizes differ."""
     image = codecs.decode_image(example.image, example.where[0])
     label = decode_label(example, config)
     codecs.check_same_size(image, label, example.where[0])
@@ -312,17 +306,31 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
 
 
 def decode_label(example: Example, config: ConfigDict) -> Labels:
-    """Decodes an example's label, and applies `data.reduce_zero_label`.
+    """Decodes an example's label, and applies `data.reduce_zero_label`."""
+    classes, reduce = config.model.num_classes, config.data.reduce_zero_label
+    return codecs.decode_label(example.label, example.where[1], classes=classes, reduce_zero_label=reduce)
 
-    Raises:
-        UserError: the file is damaged, not an image, or holds a value that is no class.
+
+def count_pixels(
+    source: Source, config: ConfigDict, indices: Sequence[int]
+) -> Iterator[Int64[np.ndarray, " classes"]]:
+    """Counts the pixels of each class in the labels of some examples, in order, by threads.
+
+    Raises UserError if a label cannot be read; with `data.skip_unreadable` its counts are 0.
     """
-    return codecs.decode_label(
-        example.label,
-        example.where[1],
-        classes=config.model.num_classes,
-        reduce_zero_label=config.data.reduce_zero_label,
-    )
+    classes = config.model.num_classes
+
+    def count(index: int) -> np.ndarray:
+        try:
+            label = decode_label(source[index], config)
+        except UserError:
+            if not config.data.skip_unreadable:
+                raise
+            return np.zeros(classes, np.int64)
+        parts = np.array_split(label.reshape(-1), 1 + label.size // COUNTED_AT_ONCE)
+        return np.sum([np.bincount(part, minlength=256)[:classes] for part in parts], 0)
+
+    return map_in_threads(count, indices)
 
 
 def crop_example(
@@ -330,10 +338,8 @@ def crop_example(
 ) -> transforms.CroppedExample | class_images.ClassExample:
     """Decodes an example, takes the random crop that the seed, its index and the epoch decide, and degrades it.
 
-    A segmenter's crop holds the class `wanted`, if one of the tries finds it.
-
-    Raises:
-        UserError: as `decode_example` does, or the image is too large for `data.rotation`.
+    A segmenter's crop holds the class `wanted`, if one of the tries finds it. Raises UserError if a file is damaged
+    or does not fit, or the image is too large for `data.rotation`.
     """
     data = config.data
     rng = np.random.default_rng([config.seed, epoch, index])
@@ -347,18 +353,7 @@ def crop_example(
                 f"{example.where[0]} has a side of {max(label.shape):,} pixels: data.rotation takes at most "
                 f"{transforms.LONGEST_TURNED:,}; cut the picture, or set data.rotation=0"
             )
-        crop = transforms.random_resize_crop(
-            image,
-            label,
-            crop_size=data.crop_size,
-            scale=data.scale,
-            ratio_range=data.ratio_range,
-            cat_max_ratio=data.cat_max_ratio,
-            rng=rng,
-            aspect_range=data.aspect_range,
-            rotation=data.rotation,
-            wanted=wanted,
-        )
+        crop = transforms.random_resize_crop(image, label, data, rng, wanted)
     if data.blur_prob or data.jpeg_prob:
         height, width = crop["size"]
         seen = crop["image"][:height, :width]

@@ -66,8 +66,6 @@ class _FeatureNames(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Features(msgspec.Struct, forbid_unknown_fields=True):
-    """A features.json."""
-
     pythonClassName: Literal["tensorflow_datasets.core.features.features_dict.FeaturesDict"]
     featuresDict: _FeatureNames
 
@@ -78,8 +76,6 @@ class _Split(msgspec.Struct):
 
 
 class _Info(msgspec.Struct):
-    """A dataset_info.json."""
-
     name: str
     splits: list[_Split]
 
@@ -182,8 +178,7 @@ class ArrayRecordSource:
 def find_records(root: str, dataset: str, hint: str) -> files.Path:
     """The folder that preparation/packing.py wrote: data.root itself, or below it.
 
-    Raises:
-        UserError: there is none (the line ends with `hint`), it is incomplete, or the bucket does not answer.
+    Raises UserError if there is none (the line ends with `hint`), it is incomplete, or the bucket does not answer.
     """
     base = files.as_path(root)
     folders = (base, base / VERSION, base / dataset / VERSION)
@@ -221,6 +216,10 @@ class _Shard:
     size: int
     md5: str
 
+    def is_in(self, folder: pathlib.Path) -> bool:
+        path = folder / self.name
+        return path.exists() and path.stat().st_size == self.size
+
 
 def copy_split(
     source: files.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = SILENT
@@ -229,10 +228,8 @@ def copy_split(
 
     One process of a host copies, the others wait. The folder's name holds a digest of the source's path,
     dataset_info.json and checksums.json, so that versions of a data set are never mixed. A shard gets its name when
-    it is whole and its checksum right. After an interruption, the next call copies the missing shards.
-
-    Raises:
-        UserError: the disk is too small, the source cannot be read or a copy differs from its checksum.
+    it is whole and its checksum right. After an interruption, the next call copies the missing shards. Raises
+    UserError if the disk is too small, the source cannot be read or a copy differs from its checksum.
     """
     if files.is_in_bucket(cache):
         raise UserError(
@@ -244,14 +241,20 @@ def copy_split(
     base = pathlib.Path(cache).expanduser()
     folder = base / f"{dataset}-{digest[:16]}"
     shards = _describe(source, list_shards(info, split, source), sums)
-    if all(_is_there(folder, shard) for shard in shards) and (folder / INFO).exists():
+    if all(shard.is_in(folder) for shard in shards) and (folder / INFO).exists():
         return folder
     with files.report_errors("write", base, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, shards, make_progress):
             _delete_leftovers(folder)
-            if missing := [shard for shard in shards if not _is_there(folder, shard)]:
-                _check_space(folder, missing, f"{dataset}'s {split} shards")
+            missing = [shard for shard in shards if not shard.is_in(folder)]
+            needed, free = sum(shard.size for shard in missing), shutil.disk_usage(folder).free
+            if needed > free:
+                raise UserError(
+                    f"{base} is too small: {dataset}'s {split} shards need {needed / MEGABYTE:,.1f} MB more, "
+                    f"{free / MEGABYTE:,.1f} MB are free; --config.data.cache=DIR names another disk"
+                )
+            if missing:
                 _copy(source, folder, shards, missing, make_progress)
             if sizes := files.read_existing(source / LABEL_SIZES):
                 files.write_file(folder / LABEL_SIZES, sizes, ADVICE)
@@ -283,14 +286,9 @@ def _describe(source: files.Path, names: list[str], sums: bytes) -> list[_Shard]
         return list(pool.map(look_up, names))
 
 
-def _is_there(folder: pathlib.Path, shard: _Shard) -> bool:
-    path = folder / shard.name
-    return path.exists() and path.stat().st_size == shard.size
-
-
 def _count_megabytes(folder: pathlib.Path, shards: list[_Shard]) -> int:
     """How much of the shards is copied, unfinished copies included."""
-    total = sum(shard.size for shard in shards if _is_there(folder, shard))
+    total = sum(shard.size for shard in shards if shard.is_in(folder))
     for path in folder.glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
@@ -315,11 +313,10 @@ def _lock(folder: pathlib.Path, shards: list[_Shard], make_progress: MakeProgres
 
 
 def _try_lock(descriptor: int) -> bool:
-    try:
+    with contextlib.suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _delete_leftovers(folder: pathlib.Path) -> None:
@@ -339,15 +336,6 @@ def _delete_leftovers(folder: pathlib.Path) -> None:
 def _name_host() -> str:
     """This machine's name in those of unfinished files: all containers on it share its locks."""
     return files.read_boot_id() or socket.gethostname()
-
-
-def _check_space(folder: pathlib.Path, missing: list[_Shard], what: str) -> None:
-    needed, free = sum(shard.size for shard in missing), shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder.parent} is too small: {what} need {needed / MEGABYTE:,.1f} MB more, {free / MEGABYTE:,.1f} MB "
-            "are free; --config.data.cache=DIR names another disk"
-        )
 
 
 def _copy(
@@ -394,8 +382,8 @@ def _copy_shard(source: files.Path, folder: pathlib.Path, shard: _Shard, stopped
         if size != shard.size or (shard.md5 and digest.hexdigest() != shard.md5):
             raise UserError(
                 f"{os.fspath(path)} is not what it was when it was written ({size} bytes, MD5 {digest.hexdigest()}; "
-                f"expected {shard.size}, {shard.md5 or 'any'}): copy it or build it again "
-                "(python -m topformer_jax.prepare)"
+                f"expected {shard.size}, {shard.md5 or 'any'}): copy it or build it again (python -m "
+                "topformer_jax.prepare)"
             )
         temporary.replace(folder / shard.name)
 

@@ -25,17 +25,12 @@ Mask = Labels  # 1 where the shape is
 def draw(split: str, index: int, size: int) -> tuple[Image, Labels]:
     """Draws one scene: two or three grounds behind two to four shapes.
 
+    Height and width are `size` pixels, or one a tenth more and the other a tenth less. Returns the image, RGB uint8
+    `[h, w, 3]`, and its label, uint8 `[h, w]`.
+
     >>> image, label = draw("train", 0, 160)
     >>> image.shape, label.shape
     ((160, 160, 3), (160, 160))
-
-    Args:
-        split: "train" or "validation".
-        index: of the example.
-        size: in pixels; height and width have it both, or one a tenth more and the other a tenth less.
-
-    Returns:
-        The image, RGB uint8 `[h, w, 3]`, and its label, uint8 `[h, w]`.
     """
     rng = np.random.default_rng([20220405, _SPLITS[split], index])
     height, width = (round(size * factor) for factor in rng.choice(_FORMATS))
@@ -158,7 +153,6 @@ def _draw_shape(rng: np.random.Generator, kind: int, height: int, width: int, si
 
 
 def _shade(rng: np.random.Generator, surface: Image) -> Image:
-    """Lights a ball from one side."""
     height, width = surface.shape[:2]
     radius = max(height, width) / 2
     angle = rng.uniform(0, 2 * math.pi)

@@ -9,6 +9,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -42,8 +43,7 @@ def open_source(
     >>> len(source), source[0].name, source.label_size(0)
     (64, 'validation_000000', (144, 176))
 
-    Raises:
-        UserError: the data is not where the config says, or incomplete.
+    Raises UserError if the data is not where the config says, or incomplete.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {SPLITS}")
@@ -75,12 +75,8 @@ def open_source(
 def find_data_set(config: ConfigDict, classes: Sequence[str] = (), palette: Sequence[Colour] = ()) -> DataSet:
     """Looks up the config's data set: names and colours of its classes, layout of its files.
 
-    Args:
-        config: the settings.
-        classes, palette: those of a checkpoint. With them, the names of the data set are not read.
-
-    Raises:
-        UserError: the task does not fit, or the data set has another number of classes than `model.num_classes`.
+    With the `classes` and the `palette` of a checkpoint, the names of the data set are not read. Raises UserError if
+    the task does not fit, or the data set has another number of classes than `model.num_classes`.
     """
     data, name = config.data, config.data.dataset
     is_classification = config.task == "classification"
@@ -105,8 +101,8 @@ def find_data_set(config: ConfigDict, classes: Sequence[str] = (), palette: Sequ
             f"{name} has {len(found.classes)} classes, the config's model {config.model.num_classes}: "
             f"--config.model.num_classes={len(found.classes)}"
         )
-    chosen = {"train": data.train_split, "validation": data.validation_split}
-    chosen = {split: (folder,) for split, folder in chosen.items() if folder}
+    words = {"train": data.train_split, "validation": data.validation_split}
+    chosen: dict[str, Any] = {split: (word,) for split, word in words.items() if word}
     if not chosen:
         return found
     if found.layout is None or data.source != "folder":
@@ -136,19 +132,13 @@ def compare_classes(config: ConfigDict, classes: Sequence[str]) -> str:
     if not different:
         return ""
     label, more = different[0], f" (and {len(different) - 1} more)" if different[1:] else ""
-    theirs, own = (
-        repr(text if len(text) <= 40 else f"{text[:40]}...") for text in (names[label], classes[label])
-    )
-    found = f"label {label} is {theirs} there, {own} in the checkpoint{more}"
-    return f"{where} differs from the checkpoint: {found}; {end}"
+    theirs, own = (repr(files.shorten(text, 43)) for text in (names[label], classes[label]))
+    place = f"label {label} is {theirs} there, {own} in the checkpoint{more}"
+    return f"{where} differs from the checkpoint: {place}; {end}"
 
 
 def check_class_folders(config: ConfigDict, classes: Sequence[str]) -> None:
-    """Checks that a classifier's folders number their classes as its checkpoint does: a renamed one moves others.
-
-    Raises:
-        UserError: a name has another number.
-    """
+    """Raises UserError unless a classifier's folders number their classes as its checkpoint does."""
     names, where = _read_names(config)
     if where.startswith(class_images.NAMES):  # names to show, in any order
         return
@@ -288,11 +278,7 @@ class FolderListing:
 
 
 def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderSource:
-    """Lists a split's files and checks that each image has a label.
-
-    Raises:
-        UserError: a folder is missing or holds no image, or an image has no label.
-    """
+    """Lists a split's files; a UserError if a folder is missing or holds no image, or an image has no label."""
     listing = list_folder(dataset, layout, root, split)
     if listing.unlabelled:
         raise UserError(listing.unlabelled)
@@ -300,10 +286,8 @@ def open_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
 
 
 def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> FolderListing:
-    """Lists a split's files, and pairs each image with its label.
-
-    Raises:
-        UserError: a folder is missing or holds no image.
+    """Lists a split's files, and pairs each image with its label; a UserError if a folder is missing or holds no
+    image.
     """
     if layout is None:
         raise UserError(f"data set {dataset} has no folder layout: data.source=folder cannot read it")
@@ -318,9 +302,8 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     if names_file:
         wanted = set(files.read_lines(names_file))
         if absent := sorted(wanted - found.keys()):
-            raise UserError(
-                f"{_count_images(absent)} in {names_file} without an image in {base / image_folder}"
-            )
+            text = list_names(absent, "image", f" in {names_file} without an image in {base / image_folder}")
+            raise UserError(text)
         images = {name: found[name] for name in wanted}
     if not images:
         kinds = " or ".join("*" + suffix for suffix in layout.image_suffixes)
@@ -331,24 +314,19 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     labels = _find_files(base / label_folder, label_files, (layout.label_suffix,))
     label_of, pairing = _pair(images, labels, layout.label_suffix)
     names = [name for name in sorted(images) if label_of[name] in labels]
-    pairs = FolderSource(
-        str(base),
-        tuple(names),
-        tuple(f"{image_folder}/{images[name]}" for name in names),
-        tuple(f"{label_folder}/{labels[label_of[name]]}" for name in names),
-        pairing=pairing,
-    )
+    image_paths = tuple(f"{image_folder}/{images[name]}" for name in names)
+    label_paths = tuple(f"{label_folder}/{labels[label_of[name]]}" for name in names)
+    pairs = FolderSource(str(base), tuple(names), image_paths, label_paths, pairing=pairing)
     used = {label_of.get(name, name) for name in found}
     unused = tuple(sorted(path for name, path in labels.items() if name not in used))
     unlabelled = ""
     if without := [images[name] for name in sorted(images) if label_of[name] not in labels]:
+        others = unused or (() if labels else label_files)
         # Cityscapes has several label files per image: the raw one (labelIds) is the best example.
-        others = sorted(
-            unused or (() if labels else label_files), key=lambda path: ("labelIds" not in path, path)
-        )
+        others = sorted(others, key=lambda path: ("labelIds" not in path, path))
         there = f", which has {files.shorten(others[0], 40)}" if others else ""
         unlabelled = (
-            f"{_count_images(without)} in {base / image_folder} without a label: each needs a file "
+            f"{list_names(without, 'image')} in {base / image_folder} without a label: each needs a file "
             f"*{layout.label_suffix} in {label_folder}{there} {_name_maker(dataset)}"
         )
     return FolderListing(pairs, unlabelled, unused, unread)
@@ -357,11 +335,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
 def _find_folders(
     dataset: str, layout: Layout, root: str, split: str
 ) -> tuple[str, str, pathlib.Path | None]:
-    """A split's folders of images and labels, relative to the root, and the file of its images' names, if any.
-
-    Raises:
-        UserError: one of them is missing, or several folders may be the split's.
-    """
+    """A split's folders of images and labels, relative to the root, and the file of its images' names, if any."""
     base = pathlib.Path(root).expanduser()
     words = layout.train if split == "train" else layout.validation
     there = [word for word in words if (base / layout.images.format(split=word)).is_dir()]
@@ -391,11 +365,7 @@ def _find_folders(
 
 
 def _pair(images: dict[str, str], labels: dict[str, str], suffix: str) -> tuple[dict[str, str], str]:
-    """The label of each image, both without suffix, and one line if their names differ by one ending.
-
-    Raises:
-        UserError: the labels of two endings are complete.
-    """
+    """The label of each image, both without suffix, and one line if their names differ by one ending."""
     same = {name: name for name in images}
     if any(name in labels for name in images):
         return same, ""
@@ -411,6 +381,19 @@ def _pair(images: dict[str, str], labels: dict[str, str], suffix: str) -> tuple[
         raise UserError(f"each image has two labels, of {first_text}, and of {second}: keep one of them")
     text, label_of = next(iter(found.items()), ("", same))
     return label_of, f"labels have {text}" if text else ""
+
+
+def list_names(names: Sequence[str], noun: str, rest: str = "", shown: int = 3) -> str:
+    """How many of what, the first names, and what to say about them; empty if there are none.
+
+    >>> list_names(["a.png", "b.png", "c.png", "d.png"], "label", " to remove")
+    '4 labels (a.png, b.png, c.png, ...) to remove'
+    """
+    if not names:
+        return ""
+    plural = {"copy": "copies", "class": "classes"}.get(noun, f"{noun}s")
+    more = ", ..." if len(names) > shown else ""
+    return f"{len(names)} {noun if len(names) == 1 else plural} ({', '.join(names[:shown])}{more}){rest}"
 
 
 def list_files(folder: pathlib.Path) -> Iterator[str]:
@@ -442,12 +425,6 @@ def _find_files(folder: pathlib.Path, paths: Iterable[str], suffixes: tuple[str,
     return found
 
 
-def _count_images(paths: list[str]) -> str:
-    """How many images, and the first few of their paths."""
-    kind = "1 image" if len(paths) == 1 else f"{len(paths)} images"
-    return f"{kind} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
-
-
 def _name_maker(dataset: str) -> str:
     """The command that makes a data set's folder, in parentheses."""
     origin = "annotations" if dataset == "custom" else "the downloads"
@@ -455,6 +432,5 @@ def _name_maker(dataset: str) -> str:
 
 
 def _read(path: str, count: int = -1) -> bytes:
-    """A file's bytes, or the first `count` of them."""
     with files.report_errors("read", path), files.open_regular(path) as file:
         return file.read(count)

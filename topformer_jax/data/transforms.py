@@ -10,6 +10,7 @@ from typing import TypedDict
 import cv2
 import numpy as np
 from jaxtyping import Int32, UInt8
+from ml_collections import ConfigDict
 
 from topformer_jax.data.batch import IGNORE_LABEL, Image, Labels
 
@@ -71,17 +72,7 @@ def eval_image(image: Image, *, scale: tuple[int, int], size_divisor: int) -> Re
 
 
 def random_resize_crop(
-    image: Image,
-    label: Labels,
-    *,
-    crop_size: Size,
-    scale: tuple[int, int],
-    ratio_range: tuple[float, float],
-    cat_max_ratio: float,
-    rng: np.random.Generator,
-    aspect_range: tuple[float, float] = (1.0, 1.0),
-    rotation: float = 0.0,
-    wanted: int | None = None,
+    image: Image, label: Labels, data: ConfigDict, rng: np.random.Generator, wanted: int | None = None
 ) -> CroppedExample:
     """Resizes an image and its label by a random factor and takes a random crop, padded to `crop_size`.
 
@@ -91,32 +82,28 @@ def random_resize_crop(
     Args:
         image: uint8 `[h, w, 3]`, of any size.
         label: uint8 `[h, w]`, IGNORE_LABEL where a pixel belongs to no class.
-        crop_size: (height, width) of the result in pixels.
-        scale: (long, short) side in pixels that the image is fitted into, before the random factor.
-        ratio_range: of the factor on `scale`, drawn uniformly.
-        cat_max_ratio: a crop is accepted if it holds more than one class and no class has this share of the
-            labelled pixels or more. After `MAX_CROP_TRIES` rejected crops, one more is drawn and taken untested.
-            With 1 or more, the first crop is taken.
+        data: the settings `data.*`. The first crop is taken if `cat_max_ratio` is 1. Else a crop is accepted if it
+            holds more than one class and none has this share of the labelled pixels or more; after `MAX_CROP_TRIES`
+            rejected crops, one more is drawn and taken untested. `rotation` turns the resized image about its centre;
+            its size stays the same, so that it loses its corners.
         rng: the source of all draws.
-        aspect_range: of a factor on width / height that keeps the area; its logarithm is drawn uniformly.
-        rotation: the largest angle in degrees, in either direction, by which the resized image is turned about its
-            centre. Its size stays the same, so that it loses its corners.
         wanted: a class whose share of an accepted crop is at least half of its share of the label; None: any.
 
-    Returns:
-        Padded at the bottom and on the right, and outside a turned image: the image with 0, the label with
-        IGNORE_LABEL.
+    Returns the crop, padded at the bottom and on the right, and outside a turned image: the image with 0, the label
+    with IGNORE_LABEL.
     """
-    size = fit_size((image.shape[0], image.shape[1]), multiply_scale(scale, rng.uniform(*ratio_range)))
-    if aspect_range != (1, 1):
-        stretch = math.exp(rng.uniform(*np.log(aspect_range)) / 2)
+    crop_size, cat_max_ratio = data.crop_size, data.cat_max_ratio
+    scale = multiply_scale(data.scale, rng.uniform(*data.ratio_range))
+    size = fit_size((image.shape[0], image.shape[1]), scale)
+    if data.aspect_range != (1, 1):
+        stretch = math.exp(rng.uniform(*np.log(data.aspect_range)) / 2)
         size = max(round(size[0] / stretch), 1), max(round(size[1] * stretch), 1)
-    degrees = rng.uniform(-rotation, rotation) if rotation else 0.0
+    degrees = rng.uniform(-data.rotation, data.rotation) if data.rotation else 0.0
     height, width = min(size[0], crop_size[0]), min(size[1], crop_size[1])
     share = 0 if wanted is None else np.mean(label == wanted) / 2
     tries = 0 if cat_max_ratio >= 1 and wanted is None else MAX_CROP_TRIES
     for attempt in range(tries + 1):
-        top, left = (int(rng.integers(0, size[axis] - (height, width)[axis] + 1)) for axis in (0, 1))
+        top, left = int(rng.integers(0, size[0] - height + 1)), int(rng.integers(0, size[1] - width + 1))
         box = top, left, height, width
         label_crop = _crop_resized(label, size, degrees, box)
         is_wanted = wanted is None or np.mean(label_crop == wanted) >= share
@@ -135,17 +122,12 @@ def degrade(image: Image, *, blur_prob: float, jpeg_prob: float, rng: np.random.
     """Blurs an image with one probability, then compresses it as a JPEG with another one, as weak cameras do.
 
     Gaussian blur has a standard deviation from `BLUR_SIGMA` (SimCLR, Chen et al. 2020, appendix A), the JPEG a
-    quality from `JPEG_QUALITY`, both drawn uniformly.
+    quality from `JPEG_QUALITY`, both drawn uniformly. With a probability of 0, `rng` is not used.
 
     >>> image = np.zeros((5, 5, 3), np.uint8)
     >>> image[2, 2] = 255
     >>> degrade(image, blur_prob=1.0, jpeg_prob=0.0, rng=np.random.default_rng(0))[2, :, 0].tolist()
     [1, 28, 107, 28, 1]
-
-    Args:
-        image: uint8 `[h, w, 3]`, RGB.
-        blur_prob, jpeg_prob: the probabilities.
-        rng: the source of all draws; with a probability of 0, it is not used.
     """
     if blur_prob and rng.random() < blur_prob:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(*BLUR_SIGMA))
@@ -196,8 +178,7 @@ def _resize_corner(image: Image, size: Size, bottom: int, right: int) -> Resized
     """`resize_image(image, size)[:bottom, :right]`, without computing what is below and to the right.
 
     OpenCV gets the whole image's factors instead of a size, so that its sampling grid stays the same, and a few
-    source pixels more than it needs. It is twice as fast at ratio 2. Pixels above and to the left of the crop are
-    computed too: a grid with another origin has other fractions.
+    source pixels more than it needs. It is twice as fast at ratio 2.
     """
     down, across = size[0] / image.shape[0], size[1] / image.shape[1]
     source = image[: int(bottom / down) + 3, : int(right / across) + 3]

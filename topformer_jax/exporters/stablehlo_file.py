@@ -39,7 +39,7 @@ def write(function: Function, description: Mapping[str, Any]) -> bytes:
     shape = jax.ShapeDtypeStruct(input_shape(description["size"]), np.uint8)
     # A program's locations name the files that it was traced from; they must not leave this machine.
     name = "jax_hlo_source_file_canonicalization_regex"
-    before = jax.config.values[name]
+    before = getattr(jax.config, name)
     jax.config.update(name, ".*")
     try:
         return seal(bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(shape).serialize()))

@@ -60,8 +60,10 @@ class CompiledInference:
 
         # XLA's CPU backend prefers vectors of 256 bits. With 512 Tiny takes 100 ms instead of 111 ms on a CPU that
         # has them (8 x 512 x 512, 2 cores of AMD's Zen 4).
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        wide = {"xla_cpu_prefer_vector_width": 512} if on_cpu else None
+        platform = mesh.devices.flat[0].platform
+        wide = {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else None
+        # A GPU takes longer to start the kernels of one tile than to run them.
+        self._together = platform == "gpu"
 
         @functools.cache
         def network_of(canvases: tuple[Size, ...], size: Size) -> Callable[..., Any]:
@@ -131,14 +133,15 @@ class CompiledInference:
 
             def count_tile(carry: Any, predicted: Array, corner: Any) -> Any:
                 predictions, counts = carry
-                of_tile = lax.dynamic_slice(labels, corner, TILE)
+                of_tile = lax.dynamic_slice(labels, corner, predicted.shape)
                 counts = counts + count_confusions(of_tile, predicted, self.num_classes)
                 return lax.dynamic_update_slice(predictions, predicted.astype(jnp.uint8), corner), counts
 
             init = (jnp.zeros_like(labels), jnp.zeros(self.num_classes**2, jnp.int32))
-            return fold_tiles(tile_labels(views, self._precision), tiles, init, count_tile)
+            compute = tile_labels(views, self._precision)
+            return fold_tiles(compute, tiles, init, count_tile, in_row=self._tiles_in_row(labels))
 
-        return lax.map(count_image, (views, label))
+        return self._map_images(count_image, views, label)
 
     def _probabilities(
         self, views: list[ViewLogits], label: LabelInput
@@ -153,9 +156,21 @@ class CompiledInference:
                 return lax.dynamic_update_slice(carry, found, (*corner, jnp.zeros_like(corner[0])))
 
             init = jnp.zeros((*labels.shape, self.num_classes), self.dtype)
-            return fold_tiles(tile_logits(views, self._precision), tiles, init, write_tile)
+            compute = tile_logits(views, self._precision)
+            return fold_tiles(compute, tiles, init, write_tile, in_row=self._tiles_in_row(labels))
 
-        return lax.map(image_probabilities, (views, label))
+        return self._map_images(image_probabilities, views, label)
+
+    def _tiles_in_row(self, labels: Array) -> int:
+        """`in_row` of `fold_tiles`."""
+        return labels.shape[1] // TILE[1] if self._together else 0
+
+    def _map_images(self, compute: Callable[[Any], Any], views: list[ViewLogits], label: LabelInput) -> Any:
+        """Computes each image of a batch; on a GPU all together, as many rows of tiles as the tallest one has."""
+        if not self._together:
+            return lax.map(compute, (views, label))
+        tiles = jnp.max(label.tiles, 0)
+        return jax.vmap(lambda view, labels: compute((view, LabelInput(tiles, labels))))(views, label.labels)
 
 
 def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:

@@ -156,7 +156,7 @@ def _compute_tile_loss(tile: Tile, _: None, *, pixel_loss: PixelLoss) -> tuple[t
     weights = jnp.asarray(pixel_loss.class_weight, dtype)[:, None] if pixel_loss.class_weight else None
     label_score = tile.look_up(scores)
     is_largest = label_score >= shift
-    if tile.lookups:  # where the shift is a bound
+    if tile.tiling.lookups:  # where the shift is a bound
         is_largest = tile.look_up(exponentials) >= jnp.max(exponentials, 2)
     counts = tile.valid
     if pixel_loss.ohem_threshold:

@@ -132,6 +132,8 @@ def fold_tiles(
     tiles: Int[Array, "2"],
     init: Any,
     body: Callable[[Any, Any, Corner], Any],
+    *,
+    in_row: int = 0,
 ) -> Any:
     """Runs `carry = body(carry, values, corner)` over the tiles of an image, row by row; returns the last carry.
 
@@ -140,6 +142,8 @@ def fold_tiles(
         tiles: of the image, down and across.
         init: the carry before the first tile.
         body: gets the values of each tile, and its first row and column of pixels.
+        in_row: compute this many tiles of a row together, as one wide tile; the rest of them lies beyond the image.
+            0: one after the other.
     """
     down, across = tiles
 
@@ -147,7 +151,14 @@ def fold_tiles(
         row, column = tile // across, tile % across
         return body(carry, compute(row, column), (row * TILE[0], column * TILE[1]))
 
+    def fold_row(row: Array, carry: Any) -> Any:
+        values = jax.vmap(compute, (None, 0))(row, jnp.arange(in_row, dtype=row.dtype))
+        wide = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), values)
+        return body(carry, wide, (row * TILE[0], jnp.zeros_like(row)))
+
     with jax.named_scope("tiles"):
+        if in_row:
+            return lax.fori_loop(0, down, fold_row, init)
         return lax.fori_loop(0, down * across, fold_one, init)
 
 
@@ -200,9 +211,16 @@ def tile_labels(
         too_few = sum((~is_behind[order[few - 1]]).astype(jnp.int32) for few in numbers)
         return lax.switch(too_few, [*branches, lambda: label(row, column)])
 
-    if len(views) > 1 or windows > 1 or not numbers:
+    def label_in_one_pass(row: Array, column: Array) -> Array:
+        cells, rows, columns = _read_cells(view, zero, zero, zero, row, column)
+        return _label_in_one_pass(cells, rows, columns, precision)
+
+    if len(views) > 1 or windows > 1:
         return label
-    return lambda row, column: lax.platform_dependent(row, column, cpu=label_possible, default=label)
+    on_cpu = label_possible if numbers else label
+    return lambda row, column: lax.platform_dependent(
+        row, column, cpu=on_cpu, cuda=label_in_one_pass, rocm=label_in_one_pass, default=label
+    )
 
 
 def _is_behind(
@@ -234,6 +252,20 @@ def _enlarge(cells: Array, rows: Array, columns: Array, precision: str | None) -
     matmul = functools.partial(jnp.matmul, precision=precision)
     stretched = matmul(cells.reshape(height * classes, width), columns.T)
     return matmul(rows, stretched.reshape(height, -1)).reshape(TILE[0], classes, TILE[1])
+
+
+def _label_in_one_pass(
+    cells: Float[Array, "h classes w"],
+    rows: Float[Array, "_rows h"],
+    columns: Float[Array, "_columns w"],
+    precision: str | None,
+) -> Int32[Array, "_rows _columns"]:
+    """The labels of a tile where XLA fuses the resize of the rows with the maximum, and so writes no scores."""
+    stretched = jnp.matmul(
+        jnp.broadcast_to(columns, (len(cells), *columns.shape)), cells.swapaxes(1, 2), precision=precision
+    )
+    terms = (rows[:, row, None, None] * stretched[row] for row in range(len(cells)))
+    return jnp.argmax(functools.reduce(jnp.add, terms), 2).astype(jnp.int32)
 
 
 def mean_probabilities(logits: Sequence[TileLogits]) -> Float[Array, "rows classes columns"]:

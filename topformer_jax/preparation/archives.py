@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from topformer_jax.data.sources import list_files
 from topformer_jax.runtime import files
@@ -25,7 +25,7 @@ _SYSTEM_FILES = ("Icon\r", "Thumbs.db", "desktop.ini")
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A file inside an archive or a folder. A worker process gets it and reads the file itself."""
+    """A file inside an archive or a folder; a worker process reads it itself."""
 
     archive: str  # "" for bytes of no file
     name: str
@@ -87,53 +87,47 @@ class Archive:
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """The sorted names of the files below a folder ("images/") that have a suffix, without both."""
-        found = (name for name in self.members if name.startswith(folder) and name.endswith(suffix))
-        return sorted(name[len(folder) : len(name) - len(suffix)] for name in found)
+        names = (name for name in self.members if name.startswith(folder) and name.endswith(suffix))
+        return sorted(name[len(folder) : len(name) - len(suffix)] for name in names)
 
 
 def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
     """Lists a zip file, a tar file (plain or compressed by gzip), a folder or a JSON file.
 
-    Args:
-        path: of the archive.
-        holds: a file or a folder ("images/training/") in it; names start below the folder that holds this.
+    Names start below the folder that `holds` this file or folder ("images/training/").
 
-    Raises:
-        UserError: it is cut off, damaged, or another archive.
+    Raises UserError if it is cut off, damaged, or another archive.
     """
     with _report_damage(path):
         if path.is_dir():
-            found = list(_list_folder(path))
+            members = list(_list_folder(path))
         elif path.suffix == ".json":
-            found = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
+            members = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
         else:
-            with files.open_regular(path) as file:
+            with files.open_regular(path) as file:  # which refuses a pipe
                 is_compressed = file.read(2) == b"\x1f\x8b"
-            is_zip = path.suffix.lower() == ".zip"
-            found = _list_zip(path) if is_zip else _list_gzip(path) if is_compressed else _list_tar(path)
-    found = [member for member in found if not _is_hidden(member.name)]
-    if not holds:
-        return Archive(path, {member.name: member for member in found})
-    for member in found:
-        length = f"/{member.name}".find(f"/{holds}")  # of the folder's name
-        if length >= 0:
-            root = member.name[:length]
-            return Archive(path, {m.name[length:]: m for m in found if m.name.startswith(root)})
-    raise UserError(f"{path} holds no {holds}: it is another archive than the one of that name")
+            if path.suffix.lower() == ".zip":
+                members = _list_zip(path)
+            else:
+                members = _list_gzip(path) if is_compressed else _list_tar(str(path), 0, path.stat().st_size)
+    members = [member for member in members if not _is_hidden(member.name)]
+    starts = ((member.name, f"/{member.name}".find(f"/{holds}")) for member in members)
+    root = next((name[:length] for name, length in starts if length >= 0), None if holds else "")
+    if root is None:
+        raise UserError(f"{path} holds no {holds}: it is another archive than the one of that name")
+    return Archive(path, {m.name[len(root) :]: m for m in members if m.name.startswith(root)})
 
 
 def open_nested(member: Member) -> list[Member]:
     """Lists a tar file that is a member of a tar file."""
-    with _report_damage(member.archive, member.name), files.open_regular(member.archive) as file:
-        file.seek(member.offset)
-        return _list_members(file, member.archive, member.offset + member.size)
+    with _report_damage(member.archive, member.name):
+        return _list_tar(member.archive, member.offset, member.offset + member.size)
 
 
 def fingerprint(path: pathlib.Path, *, of_content: bool = False) -> list[int | str]:
     """What tells an archive from another of its name: its size, and with `of_content` its SHA-256.
 
-    For a folder, whose files may be edited: the size, the number of files, and a SHA-256 of their names, sizes and
-    texts.
+    For a folder, whose files may be edited: size, number of files, and a SHA-256 of their names, sizes and texts.
     """
     if not path.is_dir():
         size: list[int | str] = [path.stat().st_size]
@@ -161,47 +155,41 @@ def _list_zip(path: pathlib.Path) -> list[Member]:
     return [Member(str(path), info.filename, info.file_size, IN_ZIP) for info in infos if not info.is_dir()]
 
 
-def _list_tar(path: pathlib.Path) -> list[Member]:
+def _list_tar(path: str, start: int, end: int) -> list[Member]:
+    """Lists the tar file in these bytes of a file."""
     with files.open_regular(path) as file:
-        return _list_members(file, str(path), path.stat().st_size)
-
-
-def _list_members(file: IO[bytes], path: str, end: int) -> list[Member]:
-    """Lists the tar file that begins where `file` stands and ends at byte `end`."""
-    with tarfile.TarFile(fileobj=file) as tar:
-        found = [
-            Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
-            for info in _list_files(tar, end)
-        ]
-        # A tar file ends with some zeros. tarfile's list ends without an error at a damaged header, at the end of a
-        # file that is cut off, and at zeros in the middle (a download with holes).
-        file.seek(tar.offset)
-        rest = file.read(max(0, min(end - tar.offset, MOST_ZEROS + 1)))
-        if not rest:
-            raise tarfile.ReadError("its end is missing")
-        if rest.strip(b"\0"):
-            raise tarfile.ReadError(f"there is no header at byte {tar.offset:,}")
-        if not found or len(rest) > MOST_ZEROS:
-            raise tarfile.ReadError(f"there is nothing behind byte {tar.offset:,}")
-    return found
+        file.seek(start)
+        with tarfile.TarFile(fileobj=file) as tar:
+            members = [
+                Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
+                for info in _list_files(tar, end)
+            ]
+            # A tar file ends with some zeros. tarfile's list ends without an error at a damaged header, at the end of
+            # a file that is cut off, and at zeros in the middle (a download with holes).
+            file.seek(tar.offset)
+            rest = file.read(max(0, min(end - tar.offset, MOST_ZEROS + 1)))
+            if not rest:
+                raise tarfile.ReadError("its end is missing")
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError(f"there is no header at byte {tar.offset:,}")
+            if not members or len(rest) > MOST_ZEROS:
+                raise tarfile.ReadError(f"there is nothing behind byte {tar.offset:,}")
+    return members
 
 
 def _list_gzip(path: pathlib.Path) -> list[Member]:
-    """Lists the .mat and .txt files of a compressed tar file, and keeps their content: it has no index.
-
-    Reads the whole file, and so checks its length and checksum.
-    """
-    found = []
+    """Lists the .mat and .txt files of a compressed tar file, and keeps their content: it has no index."""
+    members = []
     with gzip.open(path) as file:
         with tarfile.open(fileobj=file, mode="r|") as tar:
             for info in _list_files(tar, files.MOST_BYTES):
                 if info.name.endswith((".mat", ".txt")) and info.size <= MOST_HELD:
                     content: Any = tar.extractfile(info)
                     name, data = info.name.removeprefix("./"), zlib.compress(content.read(), 1)
-                    found.append(Member(str(path), name, info.size, IN_MEMORY, data))
-        while file.read(1 << 20):
+                    members.append(Member(str(path), name, info.size, IN_MEMORY, data))
+        while file.read(1 << 20):  # which checks the length and the checksum
             pass
-    return found
+    return members
 
 
 def _list_files(tar: tarfile.TarFile, most: int) -> Iterator[tarfile.TarInfo]:

@@ -17,6 +17,7 @@ from topformer_jax.runtime.errors import UserError
 
 BACKGROUNDS = ("background", "_background_", "__background__")  # categories of what nothing covers
 Identity = int | str
+Table = Mapping[Identity | None, int]  # the label of each category; that of None is for what nothing covers
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 
 
@@ -93,12 +94,9 @@ class File(msgspec.Struct):
 
 
 def read(source: Archive, background: str) -> Annotations:
-    """Finds the annotation files, panoptic ones before those of instances, and the pictures that they name.
-
-    Raises UserError if a file is wrong, names a picture that is not there, or has other categories than the others.
-    """
-    found = Annotations(source)
-    contents = {name: file for name, file in found.read_json(File, "images") if file.images is not None}
+    """Finds the annotation files, panoptic ones before those of instances, and the pictures that they name."""
+    annotations = Annotations(source)
+    contents = {name: file for name, file in annotations.read_json(File, "images") if file.images is not None}
     kinds = {file.kind for file in contents.values()} - {""}
     if not kinds:
         raise UserError(
@@ -107,38 +105,40 @@ def read(source: Archive, background: str) -> Annotations:
         )
     kind = min(kinds)  # panoptic before polygons
     others = [source[name] for name, file in contents.items() if file.kind != kind]
-    found.leave_out(f"files without {kind}", others, own.FILES)
+    annotations.leave_out(f"files without {kind}", others, own.FILES)
     contents = {name: file for name, file in contents.items() if file.kind == kind}
-    categories, where = _find_categories(found, contents), ", ".join(contents)[:80]
+    categories, where = _find_categories(annotations, contents), ", ".join(contents)[:80]
     masks = dict[str, str]()  # the folder of each panoptic file's masks
     if kind.startswith("panoptic"):
         # COCO's own rule: pixels without a segment are void.
-        classes, table, empty = own.number_classes(categories, background or own.VOID, where)
-        masks = {name: _mask_folder(found, name) for name in contents}
+        classes, numbers, empty = own.number_classes(categories, background or own.VOID, where)
+        masks = {name: _mask_folder(annotations, name) for name in contents}
     else:
         if not any(row.has_outline for file in contents.values() for row in file.annotations or ()):
             raise UserError(f"{where} has no polygons or run lengths: boxes say no pixel's class")
         labels.require_pycocotools()
-        classes, table, empty = own.number_classes(categories, background, where, BACKGROUNDS)
-        found.notes.append("overlapping regions are drawn by their area, the largest first")
-    found.classes = classes
+        classes, numbers, empty = own.number_classes(categories, background, where, BACKGROUNDS)
+        annotations.notes.append("overlapping regions are drawn by their area, the largest first")
+    annotations.classes = classes
+    table: dict[Identity | None, int] = {None: empty}
+    table.update(numbers.items())
     names = {_mask_name(masks[name], row) for name in masks for row in contents[name].annotations or ()}
     index = own.index_ends(name for name in source.members if name not in names)
     for name, file in contents.items():
-        listed = _list_pictures(found, name, file, index)
+        listed = _list_pictures(annotations, name, file, index)
         if masks:
-            _add_panoptic(found, name, masks[name], listed, table, empty)
+            _add_panoptic(annotations, name, masks[name], listed, table)
         else:
-            _add_instances(found, name, listed, table, empty)
-    return found
+            _add_instances(annotations, name, listed, table)
+    return annotations
 
 
-def _find_categories(found: Annotations, contents: Mapping[str, File]) -> dict[Identity, str]:
+def _find_categories(annotations: Annotations, contents: Mapping[str, File]) -> dict[Identity, str]:
     """Returns the categories' names in the order of their numbers, without Roboflow's name of the group."""
     used = {row.category_id for file in contents.values() for row in file.annotations or ()}
     categories: dict[Identity, str] | None = None
     for name, file in contents.items():
-        where = found.source[name].where
+        where = annotations.source[name].where
         groups = {row.supercategory for row in file.categories}
         these: dict[Identity, str] = {}
         for row in sorted(file.categories, key=lambda row: (isinstance(row.id, str), row.id)):
@@ -146,7 +146,7 @@ def _find_categories(found: Annotations, contents: Mapping[str, File]) -> dict[I
                 raise UserError(f"{where} has two categories of id {files.shorten(row.id, 40)}: renumber one")
             if row.id == 0 and row.supercategory == "none" and row.name in groups and row.id not in used:
                 note = f"no class: category {files.shorten(row.name)}, which names the group of the others"
-                found.notes += [note] if note not in found.notes else []
+                annotations.notes += [note] if note not in annotations.notes else []
             else:
                 these[row.id] = row.name
         if categories not in (None, these):
@@ -155,18 +155,18 @@ def _find_categories(found: Annotations, contents: Mapping[str, File]) -> dict[I
     return categories or {}
 
 
-def _mask_folder(found: Annotations, name: str) -> str:
+def _mask_folder(annotations: Annotations, name: str) -> str:
     """Returns the folder of a panoptic file's masks: of the file's name, or the file's own (Mapillary).
 
     Masks in a .zip of the file's name join the source, as if they were unpacked into that folder.
     """
-    members, stem = found.source.members, name[: -len(".json")]
+    members, stem = annotations.source.members, name[: -len(".json")]
     if any(path.startswith(f"{stem}/") for path in members):
         return stem
     packed = members.get(f"{stem}.zip")
     if packed is None or packed.offset != IN_FOLDER:
         return name.rpartition("/")[0]
-    found.read.add(packed)
+    annotations.read.add(packed)
     folder = stem.rpartition("/")[2]
     for path, member in open_archive(pathlib.Path(packed.path)).members.items():
         members[f"{stem}/{path.removeprefix(f'{folder}/')}"] = member
@@ -181,12 +181,8 @@ def _mask_name(folder: str, row: Annotation) -> str:
 Listed = Iterator[tuple[Picture, str, str, list[Annotation]]]
 
 
-def _list_pictures(found: Annotations, name: str, file: File, index: Mapping[str, list[str]]) -> Listed:
-    """Yields the pictures of a file.
-
-    Raises UserError if an annotation is of no picture, two pictures have one id, or one is not there.
-    """
-    where = found.source[name].where
+def _list_pictures(annotations: Annotations, name: str, file: File, index: Mapping[str, list[str]]) -> Listed:
+    where = annotations.source[name].where
     split = own.split_of_folders(name) or own.split_of(pathlib.PurePosixPath(name).stem)
     rows: dict[Identity, list[Annotation]] = {}
     for picture in file.images or ():
@@ -204,11 +200,8 @@ def _list_pictures(found: Annotations, name: str, file: File, index: Mapping[str
         yield picture, path, split, rows[picture.id]
 
 
-def _add_panoptic(
-    found: Annotations, name: str, folder: str, listed: Listed, table: Mapping[Identity, int], empty: int
-) -> None:
-    """Adds the pairs of a panoptic file."""
-    source, where, missing = found.source, found.source[name].where, []
+def _add_panoptic(annotations: Annotations, name: str, folder: str, listed: Listed, table: Table) -> None:
+    source, where, missing = annotations.source, annotations.source[name].where, []
     for picture, path, split, rows in listed:
         if not rows:
             missing.append(picture.file_name)
@@ -219,44 +212,36 @@ def _add_panoptic(
                     f"{where} names the mask {files.shorten(mask)}, which is not there: put it there"
                 )
             segments = {part.id: _label(part.category_id, table, where) for part in row.segments_info or ()}
-            convert = partial(labels.map_segments, segments, empty)
+            convert = partial(labels.map_segments, segments, table[None])
             sized = partial(labels.convert_mask, convert, source[path])
-            found.pairs.append(Pair(path, source[path], source[mask], sized, split))
+            annotations.pairs.append(Pair(path, source[path], source[mask], sized, split))
     if missing:
-        found.left_out.append((f"without a mask in {files.shorten(name)}", own.PICTURES, missing))
+        annotations.left_out.append((f"without a mask in {files.shorten(name)}", own.PICTURES, missing))
 
 
-def _add_instances(
-    found: Annotations, name: str, listed: Listed, table: Mapping[Identity, int], empty: int
-) -> None:
-    """Adds the pairs of a file of instances."""
+def _add_instances(annotations: Annotations, name: str, listed: Listed, table: Table) -> None:
     counts: Counter[str] = Counter()
     for picture, path, split, rows in listed:
-        stated = (picture.height, picture.width) if picture.height and picture.width else None
-        where = f"{found.source[name].where}: {files.shorten(picture.file_name, 80)}"
+        where = f"{annotations.source[name].where}: {files.shorten(picture.file_name, 80)}"
         _read_regions(rows, table, where, counts)
         counts["pictures without annotations, all background"] += not rows
-        image = found.source[path]
-        convert = partial(_draw, rows, table, empty, stated, image)
-        found.pairs.append(Pair(path, image, hold(where), convert, split))
-    found.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]
+        convert = partial(_draw, rows, table, picture, annotations.source[path])
+        annotations.pairs.append(Pair(path, annotations.source[path], hold(where), convert, split))
+    annotations.notes += [
+        f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count
+    ]
 
 
 def _draw(
-    rows: Sequence[Annotation],
-    table: Mapping[Identity, int],
-    empty: int,
-    stated: labels.Size | None,
-    image: Member,
-    data: bytes,
-    name: str,
+    rows: Sequence[Annotation], table: Table, picture: Picture, image: Member, data: bytes, name: str
 ) -> bytes:
+    stated = (picture.height, picture.width) if picture.height and picture.width else None
     size = labels.read_size(image, stated, name)
-    return labels.draw_regions(empty, size, _read_regions(rows, table, name, Counter()), name)
+    return labels.draw_regions(table[None], size, _read_regions(rows, table, name, Counter()), name)
 
 
 def _read_regions(
-    rows: Sequence[Annotation], table: Mapping[Identity, int], where: str, counts: Counter[str]
+    rows: Sequence[Annotation], table: Table, where: str, counts: Counter[str]
 ) -> list[labels.Region]:
     """Returns the regions of a picture's annotations; a box without a mask is void."""
     regions = []
@@ -277,7 +262,7 @@ def _read_regions(
     return regions
 
 
-def _label(number: Identity | None, table: Mapping[Identity, int], where: str) -> int:
+def _label(number: Identity | None, table: Table, where: str) -> int:
     if number is None or number not in table:
         raise UserError(
             f"{where} has an annotation of category {files.shorten(number, 40)}, which it does not list"

@@ -54,11 +54,8 @@ def read(source: Archive, background: str) -> Annotations:
     """Finds the files of labelme and their pictures. Without a background, shapes must cover every picture.
 
     classes.txt or labels.txt in the source, or labels.txt beside it, gives the order of the classes.
-
-    Raises:
-        UserError: a file is wrong or has no picture, or nothing says the class of pixels that no shape covers.
     """
-    found = Annotations(source)
+    annotations = Annotations(source)
     places: dict[str, str] = {}  # the first file of each label
     spelled: set[str] = set()  # labels that are written in another way than their class
     empty = renamed = thin = 0
@@ -67,7 +64,7 @@ def read(source: Archive, background: str) -> Annotations:
     for path in pictures:
         by_stem[own.stem_of(path)].append(path)
     drawn = []
-    for name, drawing in found.read_json(Drawing, "shapes"):
+    for name, drawing in annotations.read_json(Drawing, "shapes"):
         where = source[name].where
         empty += not drawing.shapes
         for number, shape in enumerate(drawing.shapes):
@@ -83,28 +80,22 @@ def read(source: Archive, background: str) -> Annotations:
         drawn.append((name, picture, extract, hold(where, msgspec.json.encode(drawing))))
     if not drawn:
         raise UserError(f"{source.path} holds no .json of labelme, with shapes ({own.describe(source)})")
-    found.classes, table, is_covered = _list_classes(found, places, background)
+    annotations.classes, table, is_covered = _list_classes(annotations, places, background)
     for name, picture, extract, content in drawn:
         image = source[name if extract else picture]
         if is_covered:
             _require_full_cover(table, image, extract, content)
         convert = partial(draw_shapes, table, image, extract)
-        found.pairs.append(Pair(picture, image, content, convert, own.split_of_folders(name), extract))
-    if spelled:
-        found.notes.append(
-            f"labels written differently: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}"
-        )
-    if thin:
-        found.notes.append(
-            f"lines and points: {thin}, drawn as labelme does: {_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
-        )
-    if empty:
-        found.notes.append(f"files without a shape, all background: {empty}")
-    if renamed:
-        found.notes.append(
-            f"files whose imagePath is not there, with the picture of their own name: {renamed}"
-        )
-    return found
+        annotations.pairs.append(Pair(picture, image, content, convert, own.split_of_folders(name), extract))
+    widths = f"{_LINE_WIDTH} pixels wide, of radius {_POINT_RADIUS}"
+    notes = {
+        f"labels written differently: {files.shorten(', '.join(sorted(spelled)[:5]), 200)}": spelled,
+        f"lines and points: {thin}, drawn as labelme does: {widths}": thin,
+        f"files without a shape, all background: {empty}": empty,
+        f"files whose imagePath is not there, with the picture of their own name: {renamed}": renamed,
+    }
+    annotations.notes += [note for note, is_needed in notes.items() if is_needed]
+    return annotations
 
 
 def _name(shape: Shape, where: str) -> str:
@@ -116,21 +107,21 @@ def _name(shape: Shape, where: str) -> str:
 
 
 def _list_classes(
-    found: Annotations, places: Mapping[str, str], background: str
+    annotations: Annotations, places: Mapping[str, str], background: str
 ) -> tuple[list[str], dict[str, int], bool]:
     """Returns the classes, the label of each name, and whether shapes must cover every pixel.
 
     The label of "" is for the pixels that no shape covers.
     """
-    lines, where = found.read_classes("classes.txt", "labels.txt")
-    beside = found.source.path.absolute().parent / "labels.txt"  # as in labelme's examples
+    lines, where = annotations.read_classes("classes.txt", "labels.txt")
+    beside = annotations.source.path.absolute().parent / "labels.txt"  # as in labelme's examples
     if not where and beside.is_file():
         listed = files.read_lines(beside)
         if {*places} <= {" ".join(line.split()) for line in listed} | {IGNORED, BACKGROUND}:
             lines, where = listed, str(beside)
     names = [" ".join(line.split()) for line in lines] if where else sorted(places)
     if where:
-        found.notes.append(f"the order of the classes is that of {where}")
+        annotations.notes.append(f"the order of the classes is that of {where}")
     strange = [label for label in places if label not in {*names, IGNORED, BACKGROUND}]
     if strange:
         raise UserError(
@@ -142,7 +133,7 @@ def _list_classes(
         names.append(BACKGROUND)
     if not where:  # labelme's own tools give the background label 0
         names.sort(key=lambda name: name != BACKGROUND)
-    where = where or str(found.source.path)
+    where = where or str(annotations.source.path)
     is_covered = not background and BACKGROUND not in map(str.lower, names)
     classes, numbers, empty = own.number_classes(
         dict(enumerate(names)), own.VOID if is_covered else background, where, (BACKGROUND,)
@@ -154,7 +145,6 @@ def _list_classes(
 def _require_full_cover(
     table: Mapping[str, int], image: Member, extract: Convert | None, content: Member
 ) -> None:
-    """Raises UserError if no shape covers a pixel of the picture."""
     probe = dict.fromkeys(table, 0) | {"": 1}
     drawn = draw_shapes(probe, image, extract, content.read(), content.where)
     if uncovered := float(read_label_values(drawn, content.where).mean()):
@@ -173,8 +163,8 @@ def _find_picture(
 ) -> tuple[str, Convert | None]:
     """Returns the path of a file's picture; and what takes the picture out of the file, if it is inside.
 
-    It is the first of: the path in `imagePath`, this name beside the file, the picture inside the file, the picture
-    with the file's own name, the only picture of that name below the source.
+    The path in `imagePath` comes first, then this name beside the file, the picture inside the file, the picture with
+    the file's own name, the only picture of that name below the source.
     """
     where = source[name].where
     stated = unicodedata.normalize("NFC", drawing.imagePath or "").replace("\\", "/")
@@ -207,17 +197,11 @@ def _decode64(text: str, where: str) -> bytes:
 def draw_shapes(
     table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
 ) -> bytes:
-    """Draws the shapes of a labelme file in their order, as labelme's shapes_to_label does.
+    """Draws the shapes in a labelme file's `data` in their order, as labelme's shapes_to_label does.
 
-    Args:
-        table: the label of each name; that of "" is for the pixels that no shape covers.
-        image: the picture, or the file that holds it.
-        extract: takes the picture out of that file.
-        data: the file's content.
-        name: of the file, for errors.
-
-    Raises:
-        UserError: a shape covers no area or lies outside of the picture, or the picture has another size.
+    `table` has the label of each name; that of "" is for the pixels that no shape covers. `extract` takes the picture
+    out of the file `image`. Raises UserError if a shape covers no area or lies outside of the picture, or the picture
+    has another size.
     """
     drawing = files.read_json(data, Drawing, name)
     stated = (drawing.imageHeight, drawing.imageWidth)
@@ -234,11 +218,10 @@ def draw_shapes(
         kind = shape.shape_type or "polygon"
         if shape.points:
             labels.check_points(shape.points, (height, width), where)
-        is_drawn = (
-            _draw_mask(canvas, shape, label, where)
-            if kind == "mask"
-            else _draw_outline(ImageDraw.Draw(canvas), kind, shape.points, label)
-        )
+        if kind == "mask":
+            is_drawn = _draw_mask(canvas, shape, label, where)
+        else:
+            is_drawn = _draw_outline(ImageDraw.Draw(canvas), kind, shape.points, label)
         if not is_drawn:
             raise UserError(
                 f"{where} is a {files.shorten(kind, 40)} of {len(shape.points)} points, which is not drawn: expected "
@@ -254,9 +237,8 @@ def _draw_outline(
     if kind in _POLYGONS and len(points) > 2:
         draw.polygon(points, fill=label, outline=label)
     elif kind == "rectangle" and len(points) == 2:
-        (x, y), (other_x, other_y) = points
-        corners = (min(x, other_x), min(y, other_y), max(x, other_x), max(y, other_y))
-        draw.rectangle(corners, fill=label, outline=label)
+        (left, right), (top, bottom) = map(sorted, zip(*points, strict=True))
+        draw.rectangle((left, top, right, bottom), fill=label, outline=label)
     elif (kind == "circle" and len(points) == 2) or (kind == "point" and len(points) == 1):
         x, y = points[0]
         edge_x, edge_y = points[-1]

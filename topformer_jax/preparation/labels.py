@@ -63,9 +63,9 @@ def read_mat(keys: Sequence[str], data: bytes, name: str) -> Any:
 
 
 def map_colours(colours: Mapping[Colour, int], data: bytes, name: str, *, void_share: float = 0.0) -> bytes:
-    """Converts a mask that shows each class in its colour.
+    """Converts a mask that shows each class in its colour; up to `void_share` of other pixels become void.
 
-    Raises UserError if more than `void_share` of the pixels have other colours; these become void.
+    Raises UserError if more of them have other colours, or pixels are transparent.
     """
     pixels = decode_image(data, name).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     _require_opaque(data, name)
@@ -109,16 +109,13 @@ def map_segments(segments: Mapping[int, int], background: int, data: bytes, name
 
 
 def _look_up(table: Mapping[int, int], values: np.ndarray, name: str) -> Labels:
-    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
-        found = np.flatnonzero(np.bincount(values.ravel()))
-    else:
-        found = np.unique(values)
-    strange = [int(value) for value in found if int(value) not in table]
+    is_small = values.dtype.kind == "u" and values.dtype.itemsize <= 2
+    found = np.flatnonzero(np.bincount(values.ravel())) if is_small else np.unique(values)
+    strange = [value for value in found.tolist() if value not in table]
     if strange:
         shown = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
         raise UserError(f"{name} holds {shown}, which stands for no class: is it another version?")
-    labels = np.array([table[int(value)] for value in found], np.uint8)
-    return labels[np.searchsorted(found, values)]
+    return np.array([table[value] for value in found.tolist()], np.uint8)[np.searchsorted(found, values)]
 
 
 # Pictures and their sizes

@@ -28,12 +28,9 @@ def read_colours(listing: str, folder: str, source: Archive, background: str) ->
     """Reads pictures, masks of their names below a folder, and a file that lists the colour of each class.
 
     With labelmap.txt this is CVAT's "Segmentation mask", in which pictures may be without a mask.
-
-    Raises:
-        UserError: a line is wrong, a colour is there twice, or a picture has no mask (with CVAT: none has one).
     """
-    found, colours = Annotations(source), dict[labels.Colour, str]()
-    lines, where = found.read_classes(listing, required=True)
+    annotations, colours = Annotations(source), dict[labels.Colour, str]()
+    lines, where = annotations.read_classes(listing, required=True)
     for line in lines:
         match = _COLOUR.fullmatch(line)
         if line.startswith("#") and listing != own.CLASSES:
@@ -51,20 +48,17 @@ def read_colours(listing: str, folder: str, source: Archive, background: str) ->
         raise UserError(
             f"{where}: no colour is {own.VOID}, so there is nothing for --background {background}: leave it out"
         )
-    found.classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
+    annotations.classes, table, _ = own.number_classes(colours, background, where, of_masks=True)
     convert = partial(labels.map_colours, table)
     pictures, drawn = _in_folders(source, _PICTURES), _in_folders(source, (folder,))
-    _pair(found, pictures, drawn, convert, is_complete=listing == own.CLASSES)
-    return found
+    _pair(annotations, pictures, drawn, convert, is_complete=listing == own.CLASSES)
+    return annotations
 
 
 def read_roboflow(source: Archive, background: str) -> Annotations:
-    """Reads Roboflow's PNG masks: each split's folder has _classes.csv, pictures, and NAME_mask.png of pixel values.
-
-    Raises UserError if there is no _classes.csv, or they differ.
-    """
-    found = Annotations(source)
-    lines, where = found.read_classes("_classes.csv", required=True)
+    """Reads Roboflow's PNG masks: each split's folder has _classes.csv, pictures and NAME_mask.png of values."""
+    annotations = Annotations(source)
+    lines, where = annotations.read_classes("_classes.csv", required=True)
     values: dict[int, str] = {}
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines) if row]
     for number, row in enumerate(rows):
@@ -76,33 +70,30 @@ def read_roboflow(source: Archive, background: str) -> Annotations:
         if is_value:
             values[int(row[0])] = row[1]
     values = dict(sorted(values.items()))
-    found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
-    masks = {name: own.stem_of(name) for name in source.members if name.lower().endswith("_mask.png")}
-    pictures = {
-        name: own.stem_of(name) for name in filter(own.is_picture, source.members) if name not in masks
-    }
-    _pair(found, pictures, masks, partial(labels.map_values, table))
-    return found
+    annotations.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
+    stems = {name: own.stem_of(name) for name in filter(own.is_picture, source.members)}
+    masks = {name: stem for name, stem in stems.items() if name.lower().endswith("_mask.png")}
+    pictures = {name: stem for name, stem in stems.items() if name not in masks}
+    _pair(annotations, pictures, masks, partial(labels.map_values, table))
+    return annotations
 
 
 def read_voc(source: Archive, background: str) -> Annotations:
     """Reads VOC's folders: JPEGImages/, palette masks in SegmentationClass/, lists in ImageSets/Segmentation/.
 
     A list of names (classes.txt, class_names.txt, labels.txt) numbers the classes; without one they are VOC's 21.
-
-    Raises UserError if there are no masks, or one value of them is in two colours.
     """
-    found = Annotations(source)
-    lines, where = found.read_classes(own.CLASSES, "class_names.txt", "labels.txt", is_order=True)
+    annotations = Annotations(source)
+    lines, where = annotations.read_classes(own.CLASSES, "class_names.txt", "labels.txt", is_order=True)
     if not where:
         lines, where = list(CATALOG["voc2012"].classes), "PASCAL VOC"
-        found.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")
+        annotations.notes.append("no classes.txt: the classes are the 21 of PASCAL VOC")
     values = {IGNORE_LABEL: own.VOID} | dict(enumerate(name for name in lines if name != "__ignore__"))
-    found.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
+    annotations.classes, table, _ = own.number_classes(values, background, where, of_masks=True)
     masks = _in_folders(source, ("segmentationclasspng",), ("segmentationclass",))
     _compare_palettes(source, [name for name in masks if name.lower().endswith(".png")])
-    _pair(found, _in_folders(source, _PICTURES), masks, partial(labels.map_values, table))
-    return found
+    _pair(annotations, _in_folders(source, _PICTURES), masks, partial(labels.map_values, table))
+    return annotations
 
 
 def _compare_palettes(source: Archive, masks: Sequence[str]) -> None:
@@ -142,19 +133,17 @@ def _in_folders(source: Archive, *choices: Sequence[str]) -> dict[str, str]:
 
 
 def _pair(
-    found: Annotations,
+    annotations: Annotations,
     pictures: Mapping[str, str],
     masks: Mapping[str, str],
     convert: Convert,
-    *,
     is_complete: bool = False,
 ) -> None:
     """Adds the pairs of pictures and masks of one key, by their paths, and counts the others.
 
-    Raises UserError if a picture has two masks, if no picture has one, or, if `is_complete`, one that is not of test
-    has none.
+    With `is_complete`, each picture that is not of test must have a mask.
     """
-    source, by_key, without = found.source, defaultdict[str, list[str]](list), []
+    source, by_key, without = annotations.source, defaultdict[str, list[str]](list), []
     for name, key in masks.items():
         by_key[key].append(name)
     left = {*masks}
@@ -169,14 +158,14 @@ def _pair(
             continue
         left.discard(mine[0])
         sized = partial(labels.convert_mask, convert, source[name])
-        found.pairs.append(Pair(name, source[name], source[mine[0]], sized))
+        annotations.pairs.append(Pair(name, source[name], source[mine[0]], sized))
     lacking = [name for name in without if is_complete and own.split_of_folders(name) != "test"]
-    if lacking or not found.pairs:
+    if lacking or not annotations.pairs:
         shown = f"{files.shorten(lacking[0])} has no mask" if lacking else "no picture has a mask"
         rest = f", such as {files.shorten(min(left))}" if left else ""
         raise UserError(
             f"{source.path}: {shown} of its name, with or without {', '.join(_MASK_ENDS)}; there are "
             f"{len(pictures)} pictures and {len(masks)} masks{rest}"
         )
-    found.leave_out("without a mask", (source[name] for name in without))
-    found.leave_out("without a picture", (source[name] for name in masks if name in left), own.LABELS)
+    annotations.leave_out("without a mask", (source[name] for name in without))
+    annotations.leave_out("without a picture", (source[name] for name in masks if name in left), own.LABELS)

@@ -51,6 +51,10 @@ class Pair:
     split: str = ""  # that the annotation names
     extract: Convert | None = None  # takes the picture out of the file that holds it
 
+    @property
+    def folder(self) -> str:
+        return self.name.rpartition("/")[0]
+
 
 @dataclasses.dataclass
 class Annotations:
@@ -77,8 +81,7 @@ class Annotations:
     ) -> tuple[list[str], str]:
         """Returns the lines of the first of these files that is in any folder, and its path; ([], "") without one.
 
-        Raises UserError if files of one name differ, if a `required` file is not there, or if `is_order` (the lines
-        number the classes) and a line is more or less than a name.
+        With `is_order`, the lines number the classes: each must be a name. Files of one name must be equal.
         """
         source = self.source
         for file in names:
@@ -100,10 +103,7 @@ class Annotations:
         return [], ""
 
     def read_json(self, kind: type[Json], field: str) -> Iterator[tuple[str, Json]]:
-        """Yields the names and contents of the .json files that have a field; counts the others.
-
-        Raises UserError if such a file is damaged, or a value in it has another type.
-        """
+        """Yields the names and contents of the .json files that have a field; counts the others."""
         others = []
         for name, member in self.source.members.items():
             if not name.lower().endswith(".json"):
@@ -121,11 +121,7 @@ Reader = Callable[[Archive, str], Annotations]  # of a source and --background
 
 
 def open_source(path: pathlib.Path) -> Archive:
-    """Opens a folder or a .zip. Its names get one form: "/", composed characters, and _ for what is no character.
-
-    Raises:
-        UserError: it cannot be read, or a name in it leads out of it.
-    """
+    """Opens a folder or a .zip. Its names get one form: "/", composed characters, and _ for what is no character."""
     if path.is_file() and path.suffix.lower() != ".zip":
         raise UserError(f"{path} is neither a folder nor a .zip file: unpack it for --source")
     members: dict[str, Member] = {}
@@ -138,9 +134,8 @@ def open_source(path: pathlib.Path) -> Archive:
     # An archive often has one folder around everything.
     while members and len(tops := {name.partition("/")[0] for name in members}) == 1:
         (top,) = tops
-        is_split = split_of(top) and not any(
-            split_of(part) for name in members for part in name.split("/")[1:-1]
-        )
+        inner = {part for name in members for part in name.split("/")[1:-1]}
+        is_split = split_of(top) and not any(map(split_of, inner))
         if top in members or is_split or re.fullmatch(_BESIDE, top.lower()):
             break
         members = {name.partition("/")[2]: member for name, member in members.items()}
@@ -226,8 +221,6 @@ def find_picture(index: Mapping[str, list[str]], text: str, name: str, split: st
     """Returns the path of the picture that the text of a file called `name` (in errors `where`) names.
 
     Among several it is the one of the file's split or folder, and never one of another split.
-
-    Raises UserError if there is no such picture, or more than one.
     """
     present = find_ends(index, text)
     found = [path for path in present if not split or split_of_folders(path) in ("", split)]
@@ -274,7 +267,9 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
         ways["train"].add("nothing else")
     if "validation" not in splits:
         unsaid += [index for index, split in enumerate(splits) if split == "train"]
-        shares = {index: _hash(_short_name(pairs[index].name)) for index in unsaid}
+        # Numbers from 0 to 1: a picture stays in its split when others are added.
+        hashes = {index: hashlib.sha256(_short_name(pairs[index].name).encode()).digest() for index in unsaid}
+        shares = {index: int.from_bytes(digest[:4], "big") / 2**32 for index, digest in hashes.items()}
         for index in unsaid:
             splits[index] = "validation" if shares[index] < validation else "train"
         for split, choose in (("validation", min), ("train", max)):  # few pictures: at least one in each
@@ -288,7 +283,7 @@ def _find_splits(annotations: Annotations, validation: float) -> tuple[list[str]
 def _state_split(pair: Pair, listed: tuple[str, str], decider: str) -> tuple[str, str]:
     """Returns what says the split of a pair, and the split: the first of these ways, else the file's name.
 
-    Raises UserError if two ways say two splits. A `decider` has the last word, but test is never trained on.
+    The ways must agree; a `decider` has the last word, but test is never trained on.
     """
     ways = {
         decider: (pair.split, decider),
@@ -323,9 +318,7 @@ def _find_lists(annotations: Annotations) -> dict[str, str]:
 def read_lists(annotations: Annotations, lists: Mapping[str, str]) -> dict[int, tuple[str, str]]:
     """Returns the split that lists of pictures say for pairs, and the list, by the pairs' places.
 
-    Counts lines without a picture.
-
-    Raises UserError if two lists of different splits name one picture, or a line could be of two.
+    Counts lines without a picture. A line must be of one picture, and a picture in lists of one split.
     """
     source, found = annotations.source, dict[int, tuple[str, str]]()
     numbers = {stem_of(pair.name): number for number, pair in enumerate(annotations.pairs)}
@@ -365,11 +358,6 @@ def _short_name(path: str) -> str:
     return "/".join([*kept, name])
 
 
-def _hash(name: str) -> float:
-    """A number from 0 to 1: a picture stays in its split when others are added."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-
-
 # Classes
 
 
@@ -387,8 +375,7 @@ def number_classes(
     case, is the background too. With `of_masks`, the background is what masks leave void, and a new class gets
     the last number; otherwise it is what no annotation covers, and a new class gets number 0.
 
-    Returns the classes, the label of each key, and the label of the background. Raises UserError if a name is blank,
-    has a line break, or is there twice, or if nothing says the background of annotations that are no masks.
+    Returns the classes, the label of each key, and the label of the background.
     """
     for number, name in enumerate(names.values()):
         if not is_name(name):
@@ -442,13 +429,7 @@ def _check_classes(annotations: Annotations) -> None:
 
 
 def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list[str]]]:
-    """Gives each pair its split and its name, and counts the files that are left out.
-
-    Returns:
-        The plan, and a table of counts; `annotations` gets notes.
-
-    Raises UserError if a picture belongs to two splits, or a split is empty.
-    """
+    """Gives each pair its split and its name; returns the plan, and a table of counts; `annotations` gets notes."""
     source, pairs = annotations.source, annotations.pairs
     by_image: dict[Member, Pair] = {}
     for pair in pairs:
@@ -474,9 +455,8 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
             tasks.append(Task(image, split, "image", pair.image, pair.extract))
             tasks.append(Task(label, split, "label", pair.label, pair.convert))
     table = [["", PICTURES, LABELS, FILES]]
-    for split in FOLDERS:
-        if count := splits.count(split):
-            table.append([f"{split} (by {ways[split]})", str(count), str(count), ""])
+    counts = Counter(splits)
+    table += [[f"{each} (by {ways[each]})", *[str(counts[each])] * 2, ""] for each in FOLDERS if counts[each]]
     return plan_of(tasks), table + _count_rest(annotations)
 
 
@@ -514,7 +494,6 @@ def _count_suffixes(names: Iterable[str]) -> str:
 
 
 def _join_first(names: Sequence[str], count: int = 3) -> str:
-    """Joins the first of some names to one line."""
     return ", ".join(files.shorten(name, 40) for name in names[:count]) + (
         ", ..." if len(names) > count else ""
     )

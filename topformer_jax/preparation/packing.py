@@ -21,7 +21,7 @@ from etils import epath
 from tqdm import tqdm
 
 from topformer_jax.data import records, sources
-from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT
+from topformer_jax.data.catalog import find_layout
 from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.codecs import read_label_size
 from topformer_jax.runtime import files
@@ -162,18 +162,13 @@ def finish(builder: FolderBuilder, parts: Mapping[Shard, Part], folder: files.Pa
     infos, sizes = [], {}
     for split in sources.SPLITS:
         mine = {shard: part for shard, part in parts.items() if shard.split == split}
+        lengths = [shard.stop - shard.start for shard in mine]
+        size = sum(part.record_bytes for part in mine.values())
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=builder.data_path, dataset_name=builder.name, split=split, filetype_suffix="array_record"
+        )
         infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[shard.stop - shard.start for shard in mine],
-                num_bytes=sum(part.record_bytes for part in mine.values()),
-                filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=builder.data_path,
-                    dataset_name=builder.name,
-                    split=split,
-                    filetype_suffix="array_record",
-                ),
-            )
+            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=template)
         )
         sizes[split] = [size for part in mine.values() for size in part.label_sizes]
     builder.info.set_splits(tfds.core.splits.SplitDict(infos))
@@ -210,14 +205,14 @@ def build(dataset: str, source: str, output: str, part: tuple[int, int] = (1, 1)
     Returns the folder of the shards; prints which parts are missing there. Raises UserError if the source is
     incomplete, or the output cannot be written or holds something else.
     """
-    splits: dict[str, Source]
-    classes: list[str] = []
-    if dataset == "imagenet":
-        splits = {split: class_images.open_class_folder(source, split) for split in sources.SPLITS}
-        classes = class_images.read_class_folders(source)
-    else:
-        layout = CUSTOM_LAYOUT if dataset == "custom" else CATALOG[dataset].layout
-        splits = {split: sources.open_folder(dataset, layout, source, split) for split in sources.SPLITS}
+    layout = find_layout(dataset)
+    classes = [] if layout else class_images.read_class_folders(source)
+    splits: dict[str, Source] = {
+        split: sources.open_folder(dataset, layout, source, split)
+        if layout
+        else class_images.open_class_folder(source, split)
+        for split in sources.SPLITS
+    }
     shards = plan_shards(dataset, splits)
     folder = files.as_path(output) / dataset / records.VERSION
     names = pathlib.Path(source).expanduser() / "classes.txt"

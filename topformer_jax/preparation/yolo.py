@@ -30,17 +30,14 @@ class Settings(msgspec.Struct):
 
 
 def read(source: Archive, background: str) -> Annotations:
-    """Finds the pictures and their polygons; a picture without a .txt is background, as for Ultralytics.
-
-    Raises UserError if a file is wrong, or nothing says the class of the pixels that nothing covers.
-    """
+    """Finds the pictures and their polygons; a picture without a .txt is background, as for Ultralytics."""
     labels.require_pycocotools()
-    found = Annotations(source)
-    settings, where = _read_settings(found)
+    annotations = Annotations(source)
+    settings, where = _read_settings(annotations)
     names = settings.names or []
     rows = dict(enumerate(names)) if isinstance(names, list) else dict(sorted(names.items()))
     named = {number: str(name) for number, name in rows.items()}
-    found.classes, table, empty = own.number_classes(named, background, where, coco.BACKGROUNDS)
+    annotations.classes, table, empty = own.number_classes(named, background, where, coco.BACKGROUNDS)
     counts: Counter[str] = Counter()
     texts, polygons = set(), 0
     for name in filter(own.is_picture, source.members):
@@ -51,36 +48,33 @@ def read(source: Archive, background: str) -> Annotations:
         data = label.read()
         polygons += len(parse_regions(data, table, label.where, counts))
         counts["pictures with an empty .txt, all background"] += bool(text) and not data.strip()
-        found.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image)))
+        annotations.pairs.append(Pair(name, image, label, partial(_draw, table, empty, image)))
     if texts <= {""}:
         raise UserError(
             f"{source.path} holds no .txt of polygons below labels/ or beside a picture ({own.describe(source)})"
         )
     if polygons == counts[_BOXES]:
         raise UserError(f"{source.path} has no polygon in a .txt, and boxes say no pixel's class")
-    _divide(found, settings, where)
-    homes = {pair.name.rpartition("/")[0] for pair in found.pairs if pair.label.archive}
+    _divide(annotations, settings, where)
+    homes = {pair.folder for pair in annotations.pairs if pair.label.archive}
     # Others are no pictures to learn from: plots, masks.
-    found.pairs = [
-        pair
-        for pair in found.pairs
-        if pair.label.archive or pair.split or pair.name.rpartition("/")[0] in homes
+    annotations.pairs = [
+        pair for pair in annotations.pairs if pair.label.archive or pair.split or pair.folder in homes
     ]
-    counts["pictures without a .txt, all background"] = sum(not pair.label.archive for pair in found.pairs)
-    found.notes += [f"{text}: {count}" for text, count in counts.items() if count]
-    found.notes.append("overlapping polygons are drawn by their area, the largest first")
+    counts["pictures without a .txt, all background"] = sum(
+        not pair.label.archive for pair in annotations.pairs
+    )
+    annotations.notes += [f"{text}: {count}" for text, count in counts.items() if count]
+    annotations.notes.append("overlapping polygons are drawn by their area, the largest first")
     lost = [name for name in source.members if "/labels/" in f"/{name}" and name.lower().endswith(".txt")]
-    rest = (source[name] for name in lost if name not in texts and source[name] not in found.read)
-    found.leave_out("without a picture", rest, own.LABELS)
-    return found
+    rest = (source[name] for name in lost if name not in texts and source[name] not in annotations.read)
+    annotations.leave_out("without a picture", rest, own.LABELS)
+    return annotations
 
 
-def _read_settings(found: Annotations) -> tuple[Settings, str]:
-    """Reads the data.yaml, or a classes.txt in its place; returns also its path.
-
-    Raises UserError if there is neither, or two differ.
-    """
-    source, listings = found.source, list[tuple[Settings, str]]()
+def _read_settings(annotations: Annotations) -> tuple[Settings, str]:
+    """Reads the data.yaml, or a classes.txt in its place; returns also its path."""
+    source, listings = annotations.source, list[tuple[Settings, str]]()
     for name, member in source.members.items():
         if not name.lower().endswith((".yaml", ".yml")) or b"names" not in (data := member.read()):
             continue
@@ -90,9 +84,9 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
             reason = files.shorten(" ".join(str(error).split()), 120)
             raise UserError(f"{member.where} is not the YAML file that was expected ({reason})") from None
         if settings.names:
-            found.read.add(member)
+            annotations.read.add(member)
             listings.append((settings, member.where))
-    lines, where = ([], "") if listings else found.read_classes(own.CLASSES, is_order=True)
+    lines, where = ([], "") if listings else annotations.read_classes(own.CLASSES, is_order=True)
     if where:
         listings.append((Settings([*lines]), where))
     if not listings:
@@ -109,14 +103,9 @@ def _read_settings(found: Annotations) -> tuple[Settings, str]:
     return settings, where
 
 
-def _divide(found: Annotations, settings: Settings, where: str) -> None:
-    """Gives each pair the split of data.yaml, by lists or by the nearest folder, and leaves others out.
-
-    Raises UserError if a path is not below the source, or the pictures of test are those of another split.
-    """
-    folders: dict[str, str] = {}
-    lists: dict[str, str] = {}
-    source = found.source
+def _divide(annotations: Annotations, settings: Settings, where: str) -> None:
+    """Gives each pair the split of data.yaml, by lists or by the nearest folder, and leaves others out."""
+    folders, lists, source = dict[str, str](), dict[str, str](), annotations.source
     parents = (str(parent) for name in source.members for parent in pathlib.PurePosixPath(name).parents)
     index = {path: [path] for path in (*source.members, *parents)}
     for word, split in (("train", "train"), ("val", "validation"), ("test", "test")):
@@ -132,14 +121,16 @@ def _divide(found: Annotations, settings: Settings, where: str) -> None:
                 raise UserError(
                     f"{where} names {files.shorten(text, 80)} for {word}, which is not below {source.path}"
                 )
-    listed = own.read_lists(found, lists)
-    for number, pair in enumerate(found.pairs):
+    listed = own.read_lists(annotations, lists)
+    for number, pair in enumerate(annotations.pairs):
         above = map(str, pathlib.PurePosixPath(pair.name).parents)  # the nearest first
         split = next((folders[folder] for folder in above if folder in folders), "")
         pair.split = listed.get(number, ("", ""))[0] or split
     if folders or lists:
-        found.decider = pathlib.PurePath(where).name
-        found.pairs = [pair for pair in found.pairs if pair.split or own.split_of_folders(pair.name)]
+        annotations.decider = pathlib.PurePath(where).name
+        annotations.pairs = [
+            pair for pair in annotations.pairs if pair.split or own.split_of_folders(pair.name)
+        ]
 
 
 def _label_names(name: str) -> list[str]:
@@ -152,10 +143,7 @@ def _label_names(name: str) -> list[str]:
 def parse_regions(
     data: bytes, table: Mapping[int, int], name: str, counts: Counter[str], size: labels.Size = (1, 1)
 ) -> list[labels.Region]:
-    """Parses lines CLASS X Y X Y ... with numbers from 0 to 1; a box (CLASS X Y WIDTH HEIGHT) is void.
-
-    Raises UserError if a line is neither.
-    """
+    """Parses lines CLASS X Y X Y ... with numbers from 0 to 1; a box (CLASS X Y WIDTH HEIGHT) is void."""
     regions = []
     for number, line in enumerate(data.decode("utf-8-sig", "replace").splitlines(), 1):
         words = line.split()

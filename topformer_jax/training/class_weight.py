@@ -14,8 +14,9 @@ from topformer_jax.config.settings import SETTINGS
 from topformer_jax.data import loader, records
 from topformer_jax.data.batch import Source
 from topformer_jax.data.catalog import DataSet
-from topformer_jax.data.class_pixels import count_pixels, weigh_classes
-from topformer_jax.inspection.rules import list_names
+from topformer_jax.data.class_balance import weigh_classes
+from topformer_jax.data.loader import count_pixels
+from topformer_jax.data.sources import list_names
 from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.run_folder import RunFolder

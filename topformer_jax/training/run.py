@@ -16,7 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.data import loader, mixing, sources
+from topformer_jax.data import class_balance, loader, sources
 from topformer_jax.data.batch import Batch, Labels
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.inference.evaluation import LoadedExample, evaluate_classifier, evaluate_split, score_split
@@ -43,7 +43,7 @@ class Run:
     model: models.Segmenter | models.Classifier
     data_set: DataSet
     train_source: sources.Source
-    class_draws: mixing.ClassDraws | None
+    class_draws: class_balance.ClassDraws | None
     validation_source: sources.Source
     store: checkpoints.CheckpointStore
     log: logs.RunLog
@@ -86,12 +86,12 @@ def load_teacher(config: ConfigDict) -> models.Segmenter | None:
 
 def find_class_draws(
     config: ConfigDict, data_set: DataSet, pixels: Int[np.ndarray, "labels classes"] | None
-) -> mixing.ClassDraws | None:
+) -> class_balance.ClassDraws | None:
     """The training examples that hold each class, if some are drawn for one; a UserError if no label holds one."""
     if not loader.needs_class_draws(config):
         return None
     assert pixels is not None
-    draws = mixing.group_by_class(pixels)
+    draws = class_balance.group_by_class(pixels)
     counts = [len(indices) for indices in draws.holders]
     rarest = data_set.classes[draws.classes[int(np.argmin(counts))]]
     processes.say(

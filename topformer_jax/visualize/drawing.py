@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 Format = Literal["jpeg", "png"]
 Canvas = UInt8[np.ndarray, "_ _ 3"]  # RGB; "_": its size is independent of the other arguments' sizes
 
-CORRECT, WRONG, BLACK = (
-    (70, 84, 76),
-    (255, 86, 28),
-    (0, 0, 0),
-)  # different in lightness, for colour-blind readers
+# Different in lightness, for colour-blind readers.
+CORRECT, WRONG, BLACK = (70, 84, 76), (255, 86, 28), (0, 0, 0)
 BACKGROUND, TEXT, OUTLINE = (250, 250, 250), (24, 24, 24), (128, 128, 128)
 SMALL = 400  # pixels: an image whose longer side is below is enlarged before it gets a legend
 FONT_SIZES = 13, 96  # pixels: the smallest and the largest font of a legend
@@ -44,13 +41,6 @@ FORMATS: dict[str, Format] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png"}
 
 def colorize(labels: Labels, palette: Sequence[Colour]) -> Image:
     """Draws labels as an image: each pixel in the colour of its class, void in black.
-
-    Args:
-        labels: uint8 `[h, w]`.
-        palette: red, green, blue (0 to 255) of each class, in label order.
-
-    Returns:
-        uint8 `[h, w, 3]`, RGB.
 
     >>> import numpy as np
     >>> labels = np.array([[0, 1, 255]], np.uint8)
@@ -67,19 +57,10 @@ def error_map(label: Labels, prediction: Labels) -> Image:
 
 
 def blend(image: Image, labels: Labels, palette: Sequence[Colour], *, opacity: float = 0.5) -> Image:
-    """Lays the colours of labels over an image of the same size.
+    """Lays the colours of labels over an image: `(1 - opacity) * image + opacity * colorize(labels, palette)`,
+    rounded.
 
-    Args:
-        image: uint8 `[h, w, 3]`, RGB.
-        labels: uint8 `[h, w]`.
-        palette: red, green, blue of each class, in label order.
-        opacity: of the labels, from 0 (only the image is visible) to 1 (only the labels are).
-
-    Returns:
-        uint8 `[h, w, 3]`, RGB: `(1 - opacity) * image + opacity * colorize(labels, palette)`, rounded.
-
-    Raises:
-        UserError: the opacity is not between 0 and 1.
+    Raises UserError if the opacity is not between 0 and 1.
 
     >>> import numpy as np
     >>> image, labels = np.full((1, 1, 3), 200, np.uint8), np.zeros((1, 1), np.uint8)
@@ -95,15 +76,6 @@ def overlay(image: Image, labels: Labels, data_set: DataSet, *, opacity: float =
     """`blend` with a legend below: the classes in the labels and their shares of the pixels.
 
     The font grows with the image. A small image is enlarged by a whole factor first.
-
-    Args:
-        image: uint8 `[h, w, 3]`, RGB.
-        labels: uint8 `[h, w]`.
-        data_set: names and colours of the classes.
-        opacity: of the labels, from 0 to 1.
-
-    Raises:
-        UserError: the opacity is not between 0 and 1.
 
     >>> import numpy as np
     >>> from topformer_jax.data.catalog import CATALOG
@@ -149,22 +121,17 @@ def format_share(share: float) -> str:
 def image_grid(
     rows: Sequence[Sequence[Canvas]], titles: Sequence[str], captions: Sequence[str] = (), height: int = 192
 ) -> Canvas:
-    """Lays out rows of images side by side with white gaps.
+    """Lays out rows of images, each `height` pixels high, side by side with white gaps.
 
-    Args:
-        rows: images of any size, uint8 `[_, _, 3]`, scaled to `height`, or to a width of four times that.
-        titles: a line of text above each column.
-        captions: a line of text above each row, or none.
-        height: of a row, in pixels.
+    An image is at most four times as wide as high. `titles` stand above the columns, `captions` above the rows.
     """
     scaled = [[_fit_into(image, height, 4 * height) for image in row] for row in rows]
     widths = [max(image.width for image in column) for column in zip(*scaled, strict=True)]
     size = min(max(height // 14, 11), 40)
     line, font = 2 * size, load_font(size)
     pitch = (line if captions else 0) + height + GAP
-    canvas = PIL.Image.new(
-        "RGB", (sum(widths) + GAP * (len(widths) - 1), line + pitch * len(rows) - GAP), "white"
-    )
+    size_of_all = sum(widths) + GAP * (len(widths) - 1), line + pitch * len(rows) - GAP
+    canvas = PIL.Image.new("RGB", size_of_all, "white")
     draw = PIL.ImageDraw.Draw(canvas)
     lefts = [sum(widths[:column]) + GAP * column for column in range(len(widths))]
     for left, title in zip(lefts, titles, strict=True):
@@ -179,7 +146,6 @@ def image_grid(
 
 
 def _fit_into(image: Image, height: int, width: int) -> PIL.Image.Image:
-    """Scales an image into a box, keeping its aspect ratio."""
     scale = min(height / image.shape[0], width / image.shape[1])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     # BOX averages when it shrinks and repeats whole pixels when it enlarges.
@@ -201,10 +167,9 @@ def encode_figure(figure: "Figure") -> bytes:
 
 
 def write_image(path: files.Path, image: Image) -> None:
-    """Writes an image, uint8 `[h, w, 3]`, as JPEG or PNG by the file's suffix; creates missing folders.
+    """Writes an image as JPEG or PNG by the file's suffix; creates missing folders.
 
-    Raises:
-        UserError: the suffix is not .jpg, .jpeg or .png, the image is too large for JPEG, or writing fails.
+    Raises UserError if the suffix is another one, the image is too large for JPEG, or writing fails.
     """
     format = FORMATS.get(path.suffix.lower())
     if format is None:
@@ -217,10 +182,9 @@ def write_image(path: files.Path, image: Image) -> None:
 
 
 def write_labels(path: files.Path, labels: Labels, palette: Sequence[Colour]) -> None:
-    """Writes labels, uint8 `[h, w]`, as a palette PNG: its values are the labels, viewers show class colours.
+    """Writes labels as a palette PNG: its values are the labels, viewers show class colours.
 
-    Raises:
-        UserError: the file's suffix is not .png, or writing fails.
+    Raises UserError if the file's suffix is not .png, or writing fails.
     """
     if path.suffix.lower() != ".png":
         raise UserError(f"cannot write {path}: labels go into a .png file, which is lossless")

@@ -51,26 +51,14 @@ def write_report(
 ) -> None:
     """Writes the report; creates missing folders.
 
-    Args:
-        path: of the HTML file.
-        title: the heading.
-        facts: rows of the summary: number of images, checkpoint, ...
-        data_set: names and colours of the classes.
-        confusion: int64 `[classes, classes]`, pixels; one row per label, one column per prediction.
-        best: the examples to show, best first.
-        worst: likewise, worst first.
-
-    Raises:
-        UserError: writing fails.
+    `facts` are rows of the summary: number of images, checkpoint, ... The confusion matrix counts pixels, with one
+    row per label and one column per prediction. `best` and `worst` are the examples to show, in this order.
     """
     scores = metrics.compute_scores(confusion)
     order = np.argsort(-scores.iou, kind="stable").tolist()
     labelled = confusion.sum(1)
-    template = jinja2.Template(
-        pathlib.Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    text = pathlib.Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined)
     page = template.render(
         title=title,
         facts=facts,

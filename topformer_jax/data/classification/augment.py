@@ -32,16 +32,12 @@ class MixedClasses(NamedTuple):
 def augment_classes(
     batch: Batch, config: ConfigDict, dtype: DTypeLike = jnp.float32
 ) -> tuple[Float[Array, "n h w 3"], MixedClasses]:
-    """Flips, normalises, erases and mixes a batch for training.
+    """Flips, normalises, erases and mixes a batch of JAX arrays for training; with mixup, an even number of examples.
 
-    Args:
-        batch: JAX arrays; `label` holds classes. With `data.mixup_alpha`, an even number of examples.
-        config: gives `seed`, `data.flip_prob`, `data.erasing_prob` and `data.mixup_alpha`. An example's random key is
-            `fold_in(fold_in(key(seed), epoch), index)`.
-        dtype: of the images.
+    `config` gives the probabilities and the seed. An example's random key is `fold_in(fold_in(key(seed), epoch),
+    index)`.
 
-    Returns:
-        Normalised images of `dtype`, and their classes.
+    Returns normalised images of `dtype`, and their classes.
     """
     data, root = config.data, jax.random.key(config.seed)
 

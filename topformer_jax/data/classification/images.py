@@ -70,8 +70,7 @@ class ClassFolderSource:
 def open_class_folder(root: str, split: str) -> ClassFolderSource:
     """Lists a split's files.
 
-    Raises:
-        UserError: a folder, a list or an image is missing, or a class is none of the training split's.
+    Raises UserError if a folder, a list or an image is missing, or a class is none of the training split's.
     """
     base = _find_base(root)
     numbers = {name: number for number, name in enumerate(read_class_folders(root))}
@@ -89,19 +88,12 @@ def open_class_folder(root: str, split: str) -> ClassFolderSource:
         rows = [(f"{word}/{file}", label) for file, label in _read_list(base, word, numbers)]
     if not rows:
         raise UserError(f"{base / word} holds no {' or '.join('*' + suffix for suffix in IMAGE_SUFFIXES)}")
-    return ClassFolderSource(
-        str(base),
-        np.array([os.fsencode(path) for path, _ in rows]),
-        np.array([label for _, label in rows], np.int32),
-    )
+    paths = np.array([os.fsencode(path) for path, _ in rows])
+    return ClassFolderSource(str(base), paths, np.array([label for _, label in rows], np.int32))
 
 
 def read_class_folders(root: str) -> list[str]:
-    """The names of the training split's folders, sorted: the classes in order.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The names of the training split's folders, sorted: the classes in order; a UserError if there are none."""
     base = _find_base(root)
     names = _list_folders(base / "train")
     if not names:
@@ -110,11 +102,7 @@ def read_class_folders(root: str) -> list[str]:
 
 
 def read_class_names(root: str) -> tuple[str, ...]:
-    """The classes' names in order: the lines of classes.txt, or else the names of the folders.
-
-    Raises:
-        UserError: there are no folders, or another number of names.
-    """
+    """The lines of classes.txt, or else the names of the folders; a UserError if their numbers differ."""
     folders = read_class_folders(root)
     file = _find_base(root) / NAMES
     if not file.exists():
@@ -144,13 +132,11 @@ def _list_folders(folder: pathlib.Path) -> list[str]:
 
 
 def _list_images(folder: pathlib.Path) -> list[str]:
-    return sorted(
-        name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
-    )
+    names = os.listdir(folder)
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".")
 
 
 def _read_list(base: pathlib.Path, word: str, numbers: dict[str, int]) -> list[tuple[str, int]]:
-    """The files of a flat folder with their classes, in the order of their names."""
     file = base / f"{word}.txt"
     if not file.exists():
         raise UserError(
@@ -192,10 +178,8 @@ def make_training_example(example: Example, config: ConfigDict, rng: np.random.G
 
     A JPEG is decoded at a half, a quarter or an eighth if the crop is still as large as the result. So bilinear
     weights never shrink it by much more than 2; other files are averaged over areas instead. Files keep the
-    orientation that they are stored in, as in torchvision.
-
-    Raises:
-        UserError: the file is damaged, or the model lacks its class.
+    orientation that they are stored in, as in torchvision. Raises UserError if the file is damaged, or the model
+    lacks its class.
     """
     data, where = example.image, example.where[0]
     target = config.data.crop_size
@@ -211,26 +195,19 @@ def make_training_example(example: Example, config: ConfigDict, rng: np.random.G
         top, left = top // reduction, left // reduction
         height, width = bottom - top, right - left
     is_small = min(height / target[0], width / target[1]) < 2
-    image = cv2.resize(
-        image[top : top + height, left : left + width],
-        target[::-1],
-        interpolation=cv2.INTER_LINEAR if is_small else cv2.INTER_AREA,
-    )
+    method = cv2.INTER_LINEAR if is_small else cv2.INTER_AREA
+    image = cv2.resize(image[top : top + height, left : left + width], target[::-1], interpolation=method)
     if config.data.rand_augment:
         image = rand_augment(image, magnitude=config.data.rand_augment, std=RAND_AUGMENT_STD, rng=rng)
     return {"image": image, "label": read_label(example, config), "size": np.array(target, np.int32)}
 
 
 def random_box(size: Size, area: tuple[float, float], rng: np.random.Generator) -> Box:
-    """torchvision's `RandomResizedCrop`: a box of a random area and aspect ratio, anywhere in the image.
+    """torchvision's `RandomResizedCrop`: a box of a random area and aspect ratio, anywhere in an image of (height,
+    width).
 
-    Args:
-        size: (height, width) of the image.
-        area: range of the box's share of the image. It and the logarithm of the aspect ratio are drawn uniformly.
-        rng: the source of all draws.
-
-    Returns:
-        The first of ten boxes that fits; else the largest one in the centre with an allowed aspect ratio.
+    `area` is the range of the box's share of the image. It and the logarithm of the aspect ratio are drawn uniformly.
+    Returns the first of ten boxes that fits; else the largest one in the centre with an allowed aspect ratio.
     """
     height, width = size
     for _ in range(TRIES):
@@ -258,10 +235,7 @@ def choose_reduction(size: Size, target: Size) -> int:
 def make_evaluation_image(example: Example, config: ConfigDict) -> Image:
     """The centre, `data.crop_size`, of an image whose short side is resized to `evaluation.short_side`.
 
-    The bytes of torchvision's `Resize` (Pillow's bicubic) and `CenterCrop`.
-
-    Raises:
-        UserError: the file is damaged.
+    The bytes of torchvision's `Resize` (Pillow's bicubic) and `CenterCrop`. Raises UserError if the file is damaged.
     """
     image = codecs.decode_image(example.image, example.where[0], orient=False)
     height, width = image.shape[:2]
@@ -273,11 +247,7 @@ def make_evaluation_image(example: Example, config: ConfigDict) -> Image:
 
 
 def read_label(example: Example, config: ConfigDict) -> np.int32:
-    """An example's class.
-
-    Raises:
-        UserError: the model has no such class.
-    """
+    """An example's class; a UserError if the model has no such class."""
     label = int(np.asarray(example.label).item())
     if not 0 <= label < config.model.num_classes:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The facts of a data set: what the files of each example hold. `rules.py` judges them.
+"""The contents of a data set: what the files of each example hold. `rules.py` judges them.
 
 Each example is read once. About one kilobyte per example stays in memory.
 """
@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ class BoundaryStats(NamedTuple):
     between: frozenset[int] = frozenset()
 
 
-class ExampleFacts(NamedTuple):
+class ExampleContents(NamedTuple):
     """What the files of one example hold."""
 
     image: str  # name of the file
@@ -66,13 +67,13 @@ class ExampleFacts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitFacts:
+class SplitContents:
     """What the files of a split hold."""
 
     name: str
     refusal: str = ""  # why the split cannot be opened
     available: int = 0  # examples
-    examples: Sequence[ExampleFacts] = ()  # those that were read
+    examples: Sequence[ExampleContents] = ()  # those that were read
     unlabelled: str = ""  # what the loader says about images without a label
     unused: Sequence[str] = ()  # labels without an image
     unread: Sequence[str] = ()  # files beside the images that the loader does not read
@@ -84,7 +85,7 @@ class SplitFacts:
         return not self.refusal and len(self.examples) == self.available
 
     @functools.cached_property
-    def labels(self) -> list[ExampleFacts]:
+    def labels(self) -> list[ExampleContents]:
         """The examples whose label could be read."""
         return [example for example in self.examples if example.pixels]
 
@@ -100,19 +101,19 @@ class SplitFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inspection:
+class Contents:
     """A data set, and what its splits hold."""
 
     config: ConfigDict
     data_set: DataSet
-    splits: Mapping[str, SplitFacts]
+    splits: Mapping[str, SplitContents]
 
     @property
     def is_classification(self) -> bool:
         return self.config.task == "classification"
 
     @functools.cached_property
-    def labels(self) -> list[ExampleFacts]:
+    def labels(self) -> list[ExampleContents]:
         """The examples of both splits whose label could be read."""
         return [example for split in self.splits.values() for example in split.labels]
 
@@ -152,72 +153,62 @@ class Inspection:
 
 
 def _add_up(counts: Iterable[Mapping[int, int]]) -> collections.Counter[int]:
-    total: collections.Counter[int] = collections.Counter()
+    total = collections.Counter[int]()
     for each in counts:
         total.update(each)
     return total
 
 
-def inspect(
-    config: ConfigDict,
-    *,
-    limit: int | None = None,
-    make_progress: records.MakeProgress = records.SILENT,
-) -> Inspection:
-    """Reads the train and the validation split of the config's data set; the result does not depend on threads.
+def read_contents(
+    config: ConfigDict, *, limit: int | None = None, make_progress: records.MakeProgress = records.SILENT
+) -> Contents:
+    """Reads the train and the validation split of the config's data set, or the first `limit` examples of each.
 
-    Args:
-        config: the settings.
-        limit: how many examples of each split to read; None: all.
-        make_progress: makes what shows how many are read.
-
-    Raises:
-        UserError: the config does not fit the data set, or neither split can be opened.
+    Raises UserError if the config does not fit the data set, or neither split can be opened.
     """
     data_set = sources.find_data_set(config)
     opened: dict[str, Source] = {}
-    splits: dict[str, SplitFacts] = {}
+    splits: dict[str, SplitContents] = {}
     errors = []
     for name in SPLITS:
         try:
             opened[name], splits[name] = _open_split(config, data_set, name, make_progress)
         except UserError as error:
-            splits[name] = SplitFacts(name, refusal=error.line)
+            splits[name] = SplitContents(name, refusal=error.line)
             errors.append(error)
     if not opened:
         raise errors[0]
     counts = {name: min(len(source), limit or len(source)) for name, source in opened.items()}
-    done = 0
+    done = itertools.count(1)
     with make_progress(sum(counts.values()), "examples") as progress:
         for name, source in opened.items():
             examples = []
             for example in read_examples(source, range(counts[name]), config):
                 examples.append(example)
-                done += 1
-                progress.update(done)
+                progress.update(next(done))
             splits[name] = dataclasses.replace(splits[name], examples=examples)
-    return Inspection(config, data_set, splits)
+    return Contents(config, data_set, splits)
 
 
 def _open_split(
     config: ConfigDict, data_set: DataSet, name: str, make_progress: records.MakeProgress
-) -> tuple[Source, SplitFacts]:
+) -> tuple[Source, SplitContents]:
     """A split's source, which has only the images with a label; and what the listing of its folder tells."""
-    facts: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     source: Source | None = None
     if config.data.source == "folder" and config.task == "segmentation":
         listing = sources.list_folder(config.data.dataset, data_set.layout, config.data.root, name)
-        facts = {"unlabelled": listing.unlabelled, "pairing": listing.pairs.pairing}
-        facts["unread"] = listing.unread if config.data.dataset == "custom" else ()
+        fields = {"unlabelled": listing.unlabelled, "pairing": listing.pairs.pairing}
+        fields["unread"] = listing.unread if config.data.dataset == "custom" else ()
         if listing.unlabelled:
             source = listing.pairs
         else:  # if images have no label either, the names do not match: one thing to fix
-            facts["unused"] = listing.unused
+            fields["unused"] = listing.unused
     if source is None:
         source = sources.open_source(config, name, make_progress)
     if isinstance(source, ClassFolderSource):
-        facts["unread"] = _find_unread(source)
-    return source, SplitFacts(name, available=len(source), **facts)
+        fields["unread"] = _find_unread(source)
+    return source, SplitContents(name, available=len(source), **fields)
 
 
 def _find_unread(source: ClassFolderSource) -> list[str]:
@@ -232,23 +223,16 @@ def _find_unread(source: ClassFolderSource) -> list[str]:
 
 def read_examples(
     source: Source, indices: Sequence[int], config: ConfigDict, *, with_images: bool = True
-) -> Iterator[ExampleFacts]:
-    """The facts of some examples in order, read by threads: decoding and hashing free Python's lock.
-
-    Args:
-        source: of the examples.
-        indices: which examples to read.
-        config: the settings.
-        with_images: whether to decode and hash the images.
-    """
+) -> Iterator[ExampleContents]:
+    """The contents of some examples in order, read by threads; `with_images` decodes and hashes the images too."""
     root = source.root if isinstance(source, FolderSource | ClassFolderSource) else ""
 
-    def read_example(index: int) -> ExampleFacts:
+    def read_example(index: int) -> ExampleContents:
         try:
             example = source[index]
         except UserError as error:
             name = f"example {index}"
-            return ExampleFacts(name, faults=(Fault("unreadable-file", name, error.line),))
+            return ExampleContents(name, faults=(Fault("unreadable-file", name, error.line),))
         image, label = (
             where.replace(f"{root}/", "", 1) if root else f"{kind} {example.name}"
             for kind, where in zip(("image", "label"), example.where, strict=True)
@@ -258,28 +242,28 @@ def read_examples(
     return loader.map_in_threads(read_example, indices)
 
 
-def _inspect_example(example: Example, config: ConfigDict, with_images: bool) -> ExampleFacts:
+def _inspect_example(example: Example, config: ConfigDict, with_images: bool) -> ExampleContents:
     """What an example holds; what cannot be read is among its faults."""
     image, label = example.where
     is_classification = config.task == "classification"
     size: Size | None = None
     faults: list[Fault] = []
-    facts: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     try:
-        if with_images:
-            facts["digest"] = _digest(example.image)
-        facts["depth"] = codecs.read_depth(example.image, image)
+        if with_images and (data := bytes(example.image)):
+            fields["digest"] = hashlib.blake2b(data, digest_size=16).digest()
+        fields["depth"] = codecs.read_depth(example.image, image)
         if with_images:
             size = codecs.decode_image(example.image, image, orient=not is_classification).shape[:2]
     except UserError as error:
         faults.append(Fault("unreadable-image", image, _remove_name(error, image)))
     try:
         if is_classification:
-            facts["pixels"] = {int(class_images.read_label(example, config)): 1}
+            fields["pixels"] = {int(class_images.read_label(example, config)): 1}
         else:
             values = codecs.read_label_values(example.label, label)
-            facts |= _describe_label(example.label, values)
-            facts["is_turned"] = size is not None and codecs.is_turned_unseen(example.image, size)
+            fields |= _describe_label(example.label, values)
+            fields["is_turned"] = size is not None and codecs.is_turned_unseen(example.image, size)
             if size and size != values.shape:
                 faults.append(Fault("size", label, _explain_size(example.image, values)))
     except codecs.ColourLabelError:
@@ -287,7 +271,7 @@ def _inspect_example(example: Example, config: ConfigDict, with_images: bool) ->
     except UserError as error:
         rule = "unknown-class" if is_classification else "unreadable-label"
         faults.append(Fault(rule, label, _remove_name(error, label)))
-    return ExampleFacts(image, label, tuple(faults), size=size, **facts)
+    return ExampleContents(image, label, tuple(faults), size=size, **fields)
 
 
 def _remove_name(error: UserError, name: str) -> str:
@@ -295,13 +279,8 @@ def _remove_name(error: UserError, name: str) -> str:
     return error.line.removeprefix(name).removeprefix(":").strip()
 
 
-def _digest(image: bytes | np.ndarray) -> bytes:
-    data = image if isinstance(image, bytes) else image.tobytes()
-    return hashlib.blake2b(data, digest_size=16).digest() if data else b""
-
-
 def _describe_label(label: bytes | np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """The facts of a label map: how its file stores it, and which values it has where."""
+    """The fields of a label map: how its file stores it, and which values it has where."""
     pixels = np.zeros(OUT_OF_RANGE + 1, np.int64)
     for row in values:  # of all rows at once, np.bincount would take eight bytes per pixel
         pixels += np.bincount(np.minimum(row, np.uint16(OUT_OF_RANGE)), minlength=len(pixels))
@@ -346,13 +325,11 @@ def count_borders(values: np.ndarray) -> BoundaryStats:
     hard = (length == 1) & (np.abs(end - start) >= 2)
     pairs = np.unique(np.sort(np.stack([start[soft], end[soft]], 1), axis=1), axis=0)[:KEPT_PAIRS]
     between = np.unique(left[np.repeat(soft, length) & ~is_first])[:KEPT_VALUES]
-    return BoundaryStats(
-        int(soft.sum()), int(hard.sum()), frozenset(map(tuple, pairs.tolist())), frozenset(between.tolist())
-    )
+    numbers = frozenset(map(tuple, pairs.tolist())), frozenset(between.tolist())
+    return BoundaryStats(int(soft.sum()), int(hard.sum()), *numbers)
 
 
 def _explain_channels(label: bytes | np.ndarray) -> str:
-    """What is wrong with a PNG of several channels."""
     pixels = cv2.imdecode(np.frombuffer(label, np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is not None and (pixels[..., :3] == pixels[..., :1]).all():
         return "repeats one value in all channels: save one of them"
@@ -360,10 +337,7 @@ def _explain_channels(label: bytes | np.ndarray) -> str:
 
 
 def _explain_size(image: bytes | np.ndarray, values: np.ndarray) -> str:
-    """What is wrong with a label that has another size than its image."""
     if codecs.decode_image(image, "", orient=False).shape[:2] == values.shape:
-        return (
-            "has the size of its image without the EXIF rotation, which the loader applies: rotate the label, or "
-            "save the image without EXIF"
-        )
+        cause = "has the size of its image without the EXIF rotation, which the loader applies"
+        return f"{cause}: rotate the label, or save the image without EXIF"
     return "has another size than its image: make it again at the image's size, with nearest neighbour"
