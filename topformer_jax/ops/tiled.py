@@ -152,7 +152,8 @@ def fold_tiles(
         return body(carry, compute(row, column), (row * TILE[0], column * TILE[1]))
 
     def fold_row(row: Array, carry: Any) -> Any:
-        values = jax.vmap(compute, (None, 0))(row, jnp.arange(in_row, dtype=row.dtype))
+        row = row.astype(jnp.int32)  # with x64 enabled the loop may count in int64
+        values = jax.vmap(compute, (None, 0))(row, jnp.arange(in_row, dtype=jnp.int32))
         wide = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1), values)
         return body(carry, wide, (row * TILE[0], jnp.zeros_like(row)))
 
