@@ -2,8 +2,8 @@
 
   python -m benchmarks.evaluate --peer torch --config configs/topformer_t_ade.py
 
-On generated files, with random weights, on one device. PyTorch evaluates an image at a time, as officially; its
-labels are ours up to rounding.
+On generated files, with random weights, on one device; with `--mixed` of many sizes, distributed as ADE20K's. PyTorch
+evaluates an image at a time, as officially; its labels are ours up to rounding.
 """
 
 import argparse
@@ -31,12 +31,14 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
     mesh = sharding.make_inference_mesh(jax.local_devices()[:1])
     found = []
     notes = []
-    with samples.written_files(args.images, config) as source:
+    sizes = samples.ade20k_sizes(args.images) if args.mixed else [samples.SIZE]
+    with samples.written_files(args.images, config, sizes) as source:
         programs = {
             OURS: runner.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
         }
         with runner.start_peers(args, "evaluate", config, weights, source) as peers:
-            rows = runner.compare(f"{args.images} images", programs | peers, args.repeats, images=args.images)
+            case = f"{args.images} images of {len(set(sizes))} sizes"
+            rows = runner.compare(case, programs | peers, args.repeats, images=args.images)
             for name, peer in peers.items():
                 assert peer.result is not None
                 share = np.abs(peer.result - found[0]).sum() / 2 / found[0].sum()
@@ -44,6 +46,9 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
     return Report(f"evaluate: {runner.describe(config)}, random weights", rows, notes)
 
 
-main = functools.partial(runner.run, __doc__, measure, peers=True, images=(32, "generated files"))
+flags = {"mixed": {"action": "store_true", "help": "of many sizes"}}
+main = functools.partial(
+    runner.run, __doc__, measure, peers=True, flags=flags, images=(32, "generated files")
+)
 if __name__ == "__main__":
     cli.run(main)

@@ -48,10 +48,13 @@ def our_programs(model: models.Segmenter, image: np.ndarray) -> dict[str, Progra
         predictions, _ = compiled.predict_and_count(views, batch.label)
         return predictions
 
-    program = compiled.network(shapes, 0)
-    logits = runner.start(f"{OURS}, logits", lambda: program(*network), program, *network)
+    program: Any = compiled.network(shapes, 0)
+    count: Any = compiled.predict_and_count
+    logits = runner.start(
+        f"{OURS}, logits", lambda: program(*network), lambda: program.lower(*network).compile()
+    )
     after = compiled.compute_views(tensors, shapes, batch), batch.label
-    labels = runner.start(f"{OURS}, labels", label, compiled.predict_and_count, *after)
+    labels = runner.start(f"{OURS}, labels", label, lambda: count.lower(*after).compile())
     peak = max(logits, labels, key=lambda program: program.memory_bytes or 0)  # one runs after the other
     memory = (peak.memory_bytes, peak.temporary_bytes)
     return {"logits": logits, "labels": Program(labels.run, labels.first_seconds, *memory)}

@@ -33,7 +33,7 @@ def our_program(
 
     jitted = jax.jit(jax.value_and_grad(mean))
     placed = jax.device_put(arguments, jax.local_devices()[0])
-    return runner.start(name, lambda: jitted(*placed), jitted, *placed)
+    return runner.start(name, lambda: jitted(*placed), lambda: jitted.lower(*placed).compile())
 
 
 def measure(args: argparse.Namespace, config: ConfigDict) -> Report:

@@ -40,6 +40,7 @@ VARIANTS = ("eager", "eager+kept_memory", "channels_last+kept_memory", "channels
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 # A table's columns after the first: the row's key, the heading, and the value's factor and decimal places.
 COLUMNS = {
+    "runs": ("runs", 1, 0),
     "images_per_second": ("images/s", 1, 1),
     "ratio": ("ratio to first", 1, 2),
     "first_seconds": ("first call s", 1, 2),
@@ -48,7 +49,10 @@ COLUMNS = {
     "temporary_bytes": ("temporary MB", 1e-6, 1),
     "operations": ("GFLOP", 1e-9, 1),
     "moved_bytes": ("moved GB", 1e-9, 2),
-    "collective_bytes": ("collectives MB", 1e-6, 1),
+    "moved_of_image": ("of an image", 1e-9, 3),
+    "kernels": ("kernels", 1, 0),
+    "collectives": ("collectives", 1, 0),
+    "collective_bytes": ("sent MB", 1e-6, 1),
     "compile_seconds": ("compile s", 1, 0),
     "sizes": ("sizes", 1, 0),
     "networks": ("networks", 1, 0),
@@ -79,7 +83,7 @@ class Report(NamedTuple):
 
 def run(
     description: str | None,
-    measure: Callable[[argparse.Namespace, ConfigDict], Report],
+    measure: Callable[[argparse.Namespace, ConfigDict], "Report | Iterator[Report]"],
     *,
     peers: bool = False,
     flags: Mapping[str, Mapping[str, Any]] = {},
@@ -89,7 +93,8 @@ def run(
 
     Args:
         description: the script's docstring.
-        measure: from the arguments and the config, TopFormer-T for ADE20K if none is given.
+        measure: from the arguments and the config, TopFormer-T for ADE20K if none is given; an iterator yields what
+            is known so far, which is written each time.
         peers: whether PyTorch can run beside ours.
         flags: further flags by name, with `add_argument`'s keywords.
         sizes: flags of whole numbers from 1 on: default and meaning by name.
@@ -108,14 +113,15 @@ def run(
     # A GPU is shared with PyTorch and with the processes that a script starts.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args, config = parser.parse()
-    title, rows, notes = measure(args, config_lib.ade20k("tiny") if config is None else config)
+    found = measure(args, config_lib.ade20k("tiny") if config is None else config)
     device = jax.local_devices()[0]
     kind = f"{device.device_kind} ({device.platform})"
     machine = f"{kind}, {count_cores()} cores, load {LOAD:.2f}, jax {jax.__version__}"
+    for title, rows, notes in [found] if isinstance(found, Report) else found:
+        if args.json:
+            written = {"title": title, "machine": machine, "rows": list(rows), "notes": list(notes)}
+            files.write_file(args.json, json.dumps(written, indent=2) + "\n")
     print(title, machine, format_table(rows), *notes, sep="\n")
-    if args.json:
-        found = {"title": title, "machine": machine, "rows": list(rows), "notes": list(notes)}
-        files.write_file(args.json, json.dumps(found, indent=2) + "\n")
 
 
 def positive(text: str) -> int:
@@ -145,12 +151,12 @@ def make_timer(
     return run
 
 
-def start(name: str, call: Callable[[], Any], jitted: Any = None, *arguments: Any) -> Program:
-    """Calls a program for the first time; its memory is that of `jitted` for these arguments."""
+def start(name: str, call: Callable[[], Any], compiled: Callable[[], Any] | None = None) -> Program:
+    """Calls a program for the first time; its memory is that of what `compiled` returns after it."""
     run = make_timer(call)
     seconds = run(1)
     print(f"{name}: the first call took {seconds:.2f} s", file=sys.stderr, flush=True)
-    memory = jitted and jitted.lower(*arguments).compile().memory_analysis()
+    memory = compiled and compiled().memory_analysis()
     if not memory:
         return Program(run, seconds)
     temporary = memory.temp_size_in_bytes
@@ -184,7 +190,7 @@ def compare(
     rows = []
     for name, times in seconds.items():
         spread = {"median": statistics.median(times), "low": min(times), "high": max(times)}
-        row: Row = {"case": case, "program": name, "seconds": spread}
+        row: Row = {"case": case, "program": name, "seconds": spread, "runs": len(times)}
         row["images_per_second"] = images / spread["median"]
         if times is not first:
             row["ratio"] = statistics.median(b / a for a, b in zip(first, times, strict=True))

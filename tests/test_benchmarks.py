@@ -139,10 +139,21 @@ def test_page(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_tpu(run: Run) -> None:
+def test_compile_for_a_tpu(run: Run) -> None:
     pytest.importorskip("libtpu")
-    rows = run("tpu", *TINY, "--slices", "v5e:2x4", "--batches", "4", "8", "--evaluation")
-    assert [row["program"] for row in rows] == ["train step, batch 8", "evaluation, logits"]
+    rows = run("compile", *TINY, "--images", "1", "--programs", "step", "evaluation")
+    programs = ["train step, 1 images", "evaluation, 8 images: logits", "evaluation, 8 images: counts"]
+    assert [row["program"] for row in rows] == programs
+
+
+@pytest.mark.slow
+def test_a_gpu_starts_few_kernels(run: Run) -> None:
+    """Of the loss at most 100 for 32 images, and of an evaluation's pixels 300 for 64 images."""
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    rows = run("compile", "--slices", "h200:1", "--images", "32", "--programs", "loss", "evaluation")
+    kernels = {row["program"]: row["kernels"] for row in rows}
+    assert 30 < kernels["loss, 32 images"] <= 100
+    assert kernels["evaluation, 64 images: counts"] <= 300
 
 
 def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

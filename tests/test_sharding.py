@@ -41,9 +41,9 @@ def test_slices_that_do_not_fit(changes: dict[str, int], message: str) -> None:
 def test_two_slices_of_a_tpu() -> None:
     """As its devices say, in the order of their processes, in whatever order they are given."""
     pytest.importorskip("libtpu")
-    from benchmarks import tpu
+    from benchmarks import compile as compile_lib
 
-    devices = list(tpu.slice_devices("v5e:2x4*2"))
+    devices = list(compile_lib.slice_devices("v5e:2x4*2"))
     mesh = _mesh(devices[::-1], mesh__fsdp=4)
     assert [{device.slice_index for device in group} for group in mesh.devices] == [{0}, {0}, {1}, {1}]
     processes = [device.process_index for device in mesh.devices.flat]

@@ -56,6 +56,12 @@ def test_bytes_of_collectives() -> None:
     assert traffic.sent_bytes(PROGRAM.replace("= f32[5]{0} all-", "= (f32[5]{0}, s8[3]{0}) all-")) == 23
 
 
-def test_a_loop_of_unknown_length_counts_once() -> None:
+def test_kernels_and_collectives() -> None:
+    assert traffic.kernels(PROGRAM) == 4 + 7 * 2
+    assert traffic.collectives(PROGRAM) == 1
+
+
+def test_a_loop_of_unknown_length_counts_once_or_as_often_as_said() -> None:
     once = PROGRAM.replace("direction=LT", "direction=NE")
     assert traffic.memory_bytes(PROGRAM) - traffic.memory_bytes(once) == 6 * 120
+    assert traffic.memory_bytes(once, rounds=7) == traffic.memory_bytes(PROGRAM)
