@@ -8,6 +8,7 @@
   python -m benchmarks.plan          canvases and padding of an evaluation
   python -m benchmarks.page          the page of topformer_jax.demo in Chromium
   python -m benchmarks.side_by_side  a training and PyTorch's, step by step
+  python -m benchmarks.gpu           the figures of one GPU in one go: these and more, within nine minutes
   python -m benchmarks.compile       memory, traffic and kernels on TPUs or GPUs that are not here, by their compilers
 
 `--peer torch` runs PyTorch too. The default of `--config` is TopFormer-T for ADE20K.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import chromium, input as input_lib, runner, samples, side_by_side
+from benchmarks import chromium, gpu, input as input_lib, runner, samples, side_by_side
 from benchmarks.runner import Program
 from tests.parity import settings_for
 from topformer_jax.data import loader, transforms
@@ -90,6 +90,26 @@ def test_evaluate_counts_as_its_peer(
     run("evaluate", *TINY, "--images", "3", *EAGER)
     (note,) = json.loads((tmp_path / "numbers.json").read_text())["notes"]
     assert float(note.split()[4]) <= 1e-3
+
+
+def test_gpu(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """All questions at small sizes on the CPU; what the time does not suffice for is named."""
+    monkeypatch.setattr(gpu, "DEPTHWISE", ((64, 8, 3, 2),))
+    monkeypatch.setattr(samples, "ade20k_sizes", lambda count: [(48, 64), (64, 48)] * (count // 2))
+    flags = (*TINY, "--config.model.depths=1", "--batches", "2", "--images", "4")
+    rows = run("gpu", *flags, "--budget", "10000")
+    assert [*dict.fromkeys(row["case"].partition(",")[0] for row in rows)] == [
+        "train step tiny",
+        "2 x 8 x 8 x 7 to 64 x 64",
+        "train step base",
+        "4 images of 2 sizes",
+        "depthwise 3 x 3",
+    ]
+    assert {row["program"] for row in rows} >= {runner.OURS, "plain", "xla", "shifted"}
+    assert all(row["runs"] > 0 for row in rows)
+    assert run("gpu", *flags, "--budget", "1") == []
+    notes = json.loads((tmp_path / "numbers.json").read_text())["notes"]
+    assert [note.split(":")[0] for note in notes] == ["left out"] * 5
 
 
 def test_plan_and_input(run: Run) -> None:
