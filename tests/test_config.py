@@ -46,7 +46,7 @@ for _short, _variant in (("t", "tiny"), ("s", "small"), ("b", "base")):
     _coco = ((512, 512), (2048, 512), (2048, 512), 1)
     RECIPES[f"{_short}_cocostuff10k"] = (_variant, 171, *_coco, True, 16, 80_000, 1.2e-4, None, _dw)
 # Recipes without an official segmentation recipe.
-OTHERS = ["s_cityscapes", "t_shapes"]
+OTHERS = ["s_cityscapes", "t_camvid_finetune", "t_shapes"]
 OTHERS += [f"{v}_{name}" for v in "tsb" for name in ("imagenet", "imagenet_adamw", "camvid", "finetune")]
 
 

@@ -22,6 +22,7 @@ from topformer_jax.config.recipes import (
     ade20k as ade20k,
     base_config as base_config,
     camvid as camvid,
+    camvid_fine_tune as camvid_fine_tune,
     cityscapes as cityscapes,
     coco_stuff10k as coco_stuff10k,
     fine_tune as fine_tune,
