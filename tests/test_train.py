@@ -35,7 +35,7 @@ from topformer_jax.data import loader
 from topformer_jax.data.batch import Batch
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training.run import STEPS_IN_FLIGHT, Monitor, load_teacher, parse_steps
+from topformer_jax.training.run import STEPS_IN_FLIGHT, Monitor, Run, load_teacher, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.step import learning_rate
 
@@ -111,7 +111,7 @@ def test_a_few_steps_are_in_flight() -> None:
     """However many steps there are between two log lines, the host is at most two ahead of the devices."""
 
     steps = []
-    monitor = Monitor(mock.Mock(), mock.Mock())
+    monitor = Monitor(mock.Mock(spec=Run), mock.Mock(spec=loader.DeviceBatches))
     for step in range(8):
         steps.append({"loss": compute(jax.numpy.full((512, 512), float(step)), 300)})
         monitor.add(steps[-1])
@@ -140,7 +140,7 @@ def test_a_wait_for_data_counts_while_the_devices_are_idle(busy: bool) -> None:
     if not busy:
         metrics["loss"].block_until_ready()
     batches = Batches(make_batches(), jax.sharding.SingleDeviceSharding(jax.devices()[0]), 1)
-    monitor = Monitor(mock.Mock(), batches)
+    monitor = Monitor(mock.Mock(spec=Run), batches)
     monitor.add(metrics)
     assert monitor.next_batch()["index"] == 0
     assert (monitor.data_wait_seconds > 0) == (not busy)
