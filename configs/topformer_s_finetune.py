@@ -3,7 +3,7 @@
 python -m topformer_jax.train --config configs/topformer_s_finetune.py --config.data.root=DIR \
     --config.model.num_classes=N --config.init_from=TopFormer-S.pth
 
-No published score. Measured here: unmeasured; docs/camvid.md has runs on CamVid.
+No published score. Measured here: unmeasured; docs/camvid.md has scores of T.
 """
 
 from ml_collections import ConfigDict

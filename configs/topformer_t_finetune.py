@@ -3,7 +3,7 @@
 python -m topformer_jax.train --config configs/topformer_t_finetune.py --config.data.root=DIR \
     --config.model.num_classes=N --config.init_from=TopFormer-T.pth
 
-No published score. Measured here: unmeasured; docs/camvid.md has runs on CamVid.
+No published score. Measured here: 62.5 on CamVid with 60 training pictures (docs/camvid.md).
 """
 
 from ml_collections import ConfigDict
