@@ -76,7 +76,9 @@ def slice_devices(name: str) -> Sequence[jax.Device]:
         UserError: the compiler is not installed, or there is no such slice.
     """
     kind, _, shape = name.partition(":")
-    on_gpu = kind in KINDS and KINDS[kind].memory > 0
+    if kind not in KINDS:
+        raise UserError(f"there is no kind of device {kind}: expected one of {', '.join(KINDS)}")
+    on_gpu = KINDS[kind].memory > 0
     plugin, extra = ("jax_plugins.xla_cuda12", "gpu-compile") if on_gpu else ("libtpu", "tpu-compile")
     try:
         installed = importlib.util.find_spec(plugin)
@@ -156,7 +158,7 @@ def step_row(slices: str, config: ConfigDict, devices: Sequence[jax.Device], ima
     state = step.init_state(config, model)
     layout = sharding.state_sharding(state, mesh)
     train_step = step.build_train_step(config, model, mesh, layout)
-    batch = samples.batch(config_lib.load(config, {"batch_size": 1}))
+    batch = samples.batch(config, 1)
     shapes = {
         name: abstract(x[0], sharding.batch_sharding(mesh), config.batch_size) for name, x in batch.items()
     }

@@ -41,9 +41,9 @@ def labels(count: int, size: tuple[int, int], classes: int) -> UInt8[np.ndarray,
     return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
 
 
-def batch(config: ConfigDict) -> dict[str, np.ndarray]:
-    """A training batch as data/loader.py makes it."""
-    count, crop = config.batch_size, config.data.crop_size
+def batch(config: ConfigDict, count: int = 0) -> dict[str, np.ndarray]:
+    """A training batch as data/loader.py makes it, or the first `count` examples of one."""
+    count, crop = count or config.batch_size, config.data.crop_size
     classes = config.model.num_classes
     is_map = config.task == "segmentation"
     return {

@@ -3,7 +3,7 @@
 python -m topformer_jax.train --config configs/topformer_t_camvid_finetune.py --config.data.root=DIR \
     --config.init_from=TopFormer-T.pth
 
-No published score. Measured here: 72.9 on validation, 73.8 at three sizes and mirrored (docs/camvid.md).
+No published score. Measured here: 72.9 on validation, 73.8 at three sizes and flipped (docs/camvid.md).
 """
 
 from ml_collections import ConfigDict
@@ -12,4 +12,4 @@ from topformer_jax import config
 
 
 def get_config() -> ConfigDict:
-    return config.camvid_fine_tune("tiny")
+    return config.camvid_fine_tune("tiny", init_from="TopFormer-T.pth")

@@ -139,11 +139,11 @@ def camvid(variant: str) -> ConfigDict:
     return config.lock()
 
 
-def camvid_fine_tune(variant: str) -> ConfigDict:
-    """CamVid from ADE20K weights (`init_from`): 4,000 steps of batch 4, 44 epochs, images at 1.5 times their size."""
+def camvid_fine_tune(variant: str, *, init_from: str) -> ConfigDict:
+    """CamVid from ADE20K weights: 4,000 steps of batch 4, 44 epochs, images at 1.5 times their size."""
     config = camvid(variant).unlock()
     config.name += "_finetune"
-    config.init_part = "all_but_classes"
+    config.init_from, config.init_part = init_from, "all_but_classes"
     config.loss.jaccard_weight = 1.0
     config.data.crop_size = (384, 512)
     config.data.scale = config.evaluation.scale = (720, 540)

@@ -48,7 +48,7 @@ CPU = Tiling(8, 128, 2**31, lookups=True)
 # scores. The TPU compiler estimates a sixth of the time of smaller tiles; 8 images fit a fast memory of 128 MB.
 ACCELERATOR = Tiling(8, 2**31, 8, lookups=False)
 # A GPU would take longer to start a tile's kernels than to run them. So many tiles of 150 classes and 512 columns
-# take 0.8 GB.
+# take 0.8 GB; it grows with both.
 GPU = ACCELERATOR._replace(images=2**31, together=560)
 # With all logits this close to each other, `exp` of the distance to a bound of the maximum is above 0.
 SAFE_RANGE = 80

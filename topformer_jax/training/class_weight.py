@@ -15,7 +15,6 @@ from topformer_jax.data import loader, records
 from topformer_jax.data.batch import Source
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.data.class_balance import weigh_classes
-from topformer_jax.data.loader import count_pixels
 from topformer_jax.data.sources import list_names
 from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
@@ -102,7 +101,7 @@ def find_class_pixels(
     own = range(number)[jax.process_index() * rows :][:rows]
     pixels = np.zeros((rows, classes), np.int32)
     with make_progress(len(own), "training labels counted") as progress:
-        for row, counts in enumerate(count_pixels(source, config, own)):
+        for row, counts in enumerate(loader.count_pixels(source, config, own)):
             pixels[row] = counts
             progress.update(row + 1)
     pixels = processes.gather_processes(pixels).reshape(-1, classes)[:number]
