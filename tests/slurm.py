@@ -197,7 +197,14 @@ class Job:
     def wait_until_over(self) -> None:
         """Returns when it has ended, or has been queued again."""
         ended = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "TIMEOUT")
-        self._slurm.wait_until(lambda: self.state in ended or (self.restarts > 0 and self.state == "PENDING"))
+
+        def is_over() -> bool:
+            return self.state in ended or (self.restarts > 0 and self.state == "PENDING")
+
+        # SLURM calls a job completed for a moment while it queues it again.
+        self._slurm.wait_until(is_over)
+        time.sleep(1)
+        self._slurm.wait_until(is_over)
 
     def update(self, **fields: str) -> None:
         words = [f"{name}={value}" for name, value in fields.items()]
