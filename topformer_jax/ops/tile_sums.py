@@ -277,30 +277,30 @@ def _sum_group(
         number = number.astype(jnp.int32)  # with x64 enabled the loop counts in int64
         return number // tiles_across, number % tiles_across
 
+    def compute_tile(row: Array, column: Array) -> tuple[Any, Array | None, tuple[Array, ...]]:
+        tile, corner = group.cut_tile(row, column)
+        terms, score_grad = tile_loss(tile, extra)
+        return terms, None if score_grad is None else tile.pull_back(score_grad), corner
+
+    def add_patch(gradient: Array, patch: Array, corner: tuple[Array, ...]) -> Array:
+        old = lax.dynamic_slice(gradient, corner, patch.shape)
+        return lax.dynamic_update_slice(gradient, old + patch, corner)
+
     def add_tile(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         sums, gradient = carry
-        tile, corner = group.cut_tile(*split(number))
-        terms, score_grad = tile_loss(tile, extra)
-        if score_grad is not None:
-            old = lax.dynamic_slice(gradient, corner, tile.patches[0].shape)
-            gradient = lax.dynamic_update_slice(gradient, old + tile.pull_back(score_grad), corner)
+        terms, patch, corner = compute_tile(*split(number))
+        if patch is not None:
+            gradient = add_patch(gradient, patch, corner)
         return jax.tree.map(jnp.add, sums, terms), gradient
-
-    def compute_tile(row: Array, column: Array) -> tuple[Any, Array | None]:
-        tile, _ = group.cut_tile(row, column)
-        terms, score_grad = tile_loss(tile, extra)
-        return terms, None if score_grad is None else tile.pull_back(score_grad)
 
     def add_tiles(number: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         sums, gradient = carry
         row, column = split(number)
         chosen = row * together + jnp.arange(together, dtype=jnp.int32)
-        terms, grad = jax.vmap(compute_tile, (0, None))(chosen, column)
-        if grad is not None:
-            grad = _add_patches(grad, group.down.starts[chosen], maps[0].shape[1])
-            corner = (zero, zero, zero, group.across.starts[column])
-            old = lax.dynamic_slice(gradient, corner, grad.shape)
-            gradient = lax.dynamic_update_slice(gradient, old + grad, corner)
+        terms, patches, _ = jax.vmap(compute_tile, (0, None))(chosen, column)
+        if patches is not None:
+            patch = _add_patches(patches, group.down.starts[chosen], maps[0].shape[1])
+            gradient = add_patch(gradient, patch, (zero, zero, zero, group.across.starts[column]))
         return jax.tree.map(lambda x, each: x + jnp.sum(each, 0, dtype=x.dtype), sums, terms), gradient
 
     terms, score_grad = jax.eval_shape(lambda: tile_loss(group.cut_tile(zero, zero)[0], extra))
