@@ -159,9 +159,7 @@ def step_row(slices: str, config: ConfigDict, devices: Sequence[jax.Device], ima
     layout = sharding.state_sharding(state, mesh)
     train_step = step.build_train_step(config, model, mesh, layout)
     batch = samples.batch(config, 1)
-    shapes = {
-        name: abstract(x[0], sharding.batch_sharding(mesh), config.batch_size) for name, x in batch.items()
-    }
+    shapes = {name: abstract(x[0], sharding.batch_sharding(mesh), config.batch_size) for name, x in batch.items()}
     name = f"train step, {images} images"
     return compile_row(slices, name, images, train_step, jax.tree.map(abstract, state, layout), shapes)
 
@@ -177,9 +175,7 @@ def evaluation_rows(slices: str, config: ConfigDict, devices: Sequence[jax.Devic
     platform = devices[0].platform
     images = EVALUATED[platform]
     place = functools.partial(abstract, sharding=programs.batch_sharding)
-    view, label = jax.tree.map(
-        lambda x: place(x, leading=images * mesh.size), (inputs.views[0], inputs.label)
-    )
+    view, label = jax.tree.map(lambda x: place(x, leading=images * mesh.size), (inputs.views[0], inputs.label))
     tensors = jax.tree.map(lambda x: abstract(x, sharding.replicated(mesh)), models.state_dict(model))
     network = programs.network(shapes, 0)
     logits: Any = place(jax.eval_shape(network, tensors, view))
@@ -189,9 +185,7 @@ def evaluation_rows(slices: str, config: ConfigDict, devices: Sequence[jax.Devic
     rounds = down if platform == "gpu" else down * across
     return [
         compile_row(slices, f"{name}: logits", images, network, tensors, view),
-        compile_row(
-            slices, f"{name}: counts", images, programs.predict_and_count, views, label, rounds=rounds
-        ),
+        compile_row(slices, f"{name}: counts", images, programs.predict_and_count, views, label, rounds=rounds),
     ]
 
 
@@ -209,9 +203,7 @@ def loss_row(slices: str, config: ConfigDict, devices: Sequence[jax.Device], ima
     def total(logits: Any, labels: Any) -> Any:
         return upsampled_cross_entropy(logits, labels, devices=len(devices)).loss
 
-    return compile_row(
-        slices, f"loss, {images} images", images, jax.jit(jax.value_and_grad(total)), *arguments
-    )
+    return compile_row(slices, f"loss, {images} images", images, jax.jit(jax.value_and_grad(total)), *arguments)
 
 
 def abstract(array: Any, sharding: jax.sharding.Sharding, leading: int = 0) -> jax.ShapeDtypeStruct:

@@ -33,9 +33,7 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
     notes = []
     sizes = samples.ade20k_sizes(args.images) if args.mixed else [samples.SIZE]
     with samples.written_files(args.images, config, sizes) as source:
-        programs = {
-            OURS: runner.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))
-        }
+        programs = {OURS: runner.start(OURS, lambda: found.append(evaluate_split(model, source, mesh).confusion))}
         with runner.start_peers(args, "evaluate", config, weights, source) as peers:
             case = f"{args.images} images of {len(set(sizes))} sizes"
             rows = runner.compare(case, programs | peers, args.repeats, images=args.images)
@@ -47,8 +45,6 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
 
 
 flags = {"mixed": {"action": "store_true", "help": "of many sizes"}}
-main = functools.partial(
-    runner.run, __doc__, measure, peers=True, flags=flags, images=(32, "generated files")
-)
+main = functools.partial(runner.run, __doc__, measure, peers=True, flags=flags, images=(32, "generated files"))
 if __name__ == "__main__":
     cli.run(main)

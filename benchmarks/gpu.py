@@ -85,12 +85,8 @@ def profile_rows(case: str, call: Callable[[], Any]) -> list[Row]:
                 for event in line.events:
                     times.setdefault(event.name.partition(".")[0], []).append(event.duration_ns / 1e9)
     order = sorted(times, key=lambda kernel: -sum(times[kernel]))
-    groups = {
-        f"{kernel}, {len(times[kernel]) // PROFILED} calls": times[kernel] for kernel in order[:LARGEST]
-    }
-    groups[f"all {sum(map(len, times.values())) // PROFILED} kernels"] = [
-        x for each in times.values() for x in each
-    ]
+    groups = {f"{kernel}, {len(times[kernel]) // PROFILED} calls": times[kernel] for kernel in order[:LARGEST]}
+    groups[f"all {sum(map(len, times.values())) // PROFILED} kernels"] = [x for each in times.values() for x in each]
     return [
         {
             "case": case,
@@ -143,9 +139,7 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Iterator[Report]:
     """The rows of all questions, in the order of their importance."""
     start = time.monotonic()
     args.variants = args.variants or [PEER]
-    base = config_lib.load(
-        config, {"model.dtype": "bfloat16", "data.num_workers": min(loader.count_cores(), 16)}
-    )
+    base = config_lib.load(config, {"model.dtype": "bfloat16", "data.num_workers": min(loader.count_cores(), 16)})
     alone = argparse.Namespace(**(vars(args) | {"peer": None, "mixed": True}))
 
     def steps(variant: str, batch: int, details: bool = False) -> list[Row]:

@@ -50,9 +50,7 @@ def our_programs(model: models.Segmenter, image: np.ndarray) -> dict[str, Progra
 
     program: Any = compiled.network(shapes, 0)
     count: Any = compiled.predict_and_count
-    logits = runner.start(
-        f"{OURS}, logits", lambda: program(*network), lambda: program.lower(*network).compile()
-    )
+    logits = runner.start(f"{OURS}, logits", lambda: program(*network), lambda: program.lower(*network).compile())
     after = compiled.compute_views(tensors, shapes, batch), batch.label
     labels = runner.start(f"{OURS}, labels", label, lambda: count.lower(*after).compile())
     peak = max(logits, labels, key=lambda program: program.memory_bytes or 0)  # one runs after the other
@@ -125,8 +123,6 @@ flags: dict[str, dict[str, Any]] = {
     "checkpoint": {"metavar": "PATH", "help": "trained weights (default: fresh ones)"},
     "image": {"type": pathlib.Path, "metavar": "FILE", "help": "a photograph, resized (default: noise)"},
 }
-main = functools.partial(
-    runner.run, __doc__, measure, peers=True, flags=flags, size=(512, "pixels of a side")
-)
+main = functools.partial(runner.run, __doc__, measure, peers=True, flags=flags, size=(512, "pixels of a side"))
 if __name__ == "__main__":
     cli.run(main)

@@ -56,9 +56,7 @@ def make_example(example: Example, config: ConfigDict, rng: np.random.Generator)
     return np.ascontiguousarray(image.transpose(2, 0, 1)), label.astype(np.int64)
 
 
-def resize_and_crop(
-    image: np.ndarray, label: np.ndarray, config: ConfigDict, rng: np.random.Generator
-) -> Pair:
+def resize_and_crop(image: np.ndarray, label: np.ndarray, config: ConfigDict, rng: np.random.Generator) -> Pair:
     """Resizes both by a random ratio; crops them at random, again while one class has too large a share."""
     data = config.data
     ratio = rng.uniform(*data.ratio_range)

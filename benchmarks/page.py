@@ -75,9 +75,7 @@ def show(browser: Browser, path: pathlib.Path) -> None:
     """Gives the page a picture, and waits until it is segmented."""
     browser.evaluate("window.shown = undefined; document.getElementById('problem').textContent = ''")
     browser.choose_file("#file", path)
-    browser.wait_for(
-        f"window.shown?.name === '{path.name}' || document.getElementById('problem').textContent"
-    )
+    browser.wait_for(f"window.shown?.name === '{path.name}' || document.getElementById('problem').textContent")
     check(browser)
 
 

@@ -237,27 +237,21 @@ def start_peers(
     device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend(), "none")
     variants = (args.variants or VARIANTS) if args.peer else ()
     if variants and (device == "none" or config.model.dtype == "float64"):
-        raise UserError(
-            "PyTorch runs here on a CPU or a GPU, in float32 or bfloat16: run without --peer torch"
-        )
+        raise UserError("PyTorch runs here on a CPU or a GPU, in float32 or bfloat16: run without --peer torch")
     programs = {}
     with contextlib.ExitStack() as stack:
         for variant in variants:
             if set(variant.split("+")) - set(WORDS):
                 raise UserError(f"PyTorch has no variant {variant}: join words of {', '.join(WORDS)} by +")
             name = f"torch {variant}"
-            pipe = stack.enter_context(
-                _start_process(variant, (question, variant, device, config, arguments))
-            )
+            pipe = stack.enter_context(_start_process(variant, (question, variant, device, config, arguments)))
             try:
                 seconds, memory_bytes, result = _receive(name, pipe)
             except UserError as error:
                 print(f"skipped: {error.line}", file=sys.stderr, flush=True)
                 continue
             print(f"{name}: the first call took {seconds:.2f} s", file=sys.stderr, flush=True)
-            programs[name] = Program(
-                functools.partial(_time_peer, name, pipe), seconds, memory_bytes, None, result
-            )
+            programs[name] = Program(functools.partial(_time_peer, name, pipe), seconds, memory_bytes, None, result)
         yield programs
 
 
@@ -282,9 +276,7 @@ def _answer(pipe: "Connection[Any, Any]", *question: Any) -> None:
     """The process of a variant: answers the question, and then the seconds of as many calls as it is asked for."""
     from benchmarks import torch_peer
 
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a Ctrl-C reaches the process that asks, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches the process that asks, which ends this one
     try:
         run, answer = torch_peer.start(*question)
         pipe.send(answer)

@@ -56,9 +56,7 @@ def batch(config: ConfigDict, count: int = 0) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def written_files(
-    count: int, config: ConfigDict, sizes: Sequence[Size] = (SIZE,)
-) -> Iterator[sources.FolderSource]:
+def written_files(count: int, config: ConfigDict, sizes: Sequence[Size] = (SIZE,)) -> Iterator[sources.FolderSource]:
     """Synthetic scenes as JPEG files and PNG labels that fit the config, in a temporary folder; sizes take turns."""
     with tempfile.TemporaryDirectory(prefix="topformer_jax.") as folder:
         names = tuple(f"{index:06d}" for index in range(count))

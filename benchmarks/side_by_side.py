@@ -166,9 +166,7 @@ def main() -> None:
         draw([json.loads(files.read_bytes(path)) for path in args.draw], args.output)
         return
     if config is None or not (args.program and args.json):
-        raise UserError(
-            "give --program ours or torch, --config and --json FILE; or --draw FILES and --output FILE"
-        )
+        raise UserError("give --program ours or torch, --config and --json FILE; or --draw FILES and --output FILE")
     for found in train(config_lib.load(config, PLAIN), args):
         files.write_file(args.json, json.dumps(found) + "\n")
         number, miou = list(found["miou"].items())[-1]

@@ -144,9 +144,7 @@ def logits(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
 def labels(variant: Variant, weights: Arrays, images: np.ndarray) -> Call:
     """The labels of images `[n, h, w, 3]`, of their size."""
     network, placed = variant.network(weights).eval(), variant.images(images)
-    forward = variant.compile(
-        lambda: predict(variant.logits(network, variant.normalize(placed)), placed, placed)
-    )
+    forward = variant.compile(lambda: predict(variant.logits(network, variant.normalize(placed)), placed, placed))
     return torch.no_grad()(lambda: forward())
 
 

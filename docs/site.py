@@ -13,9 +13,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds README.md as index.md, with its links as they are below docs/."""
     text = README.read_text().replace("](docs/", "](")
     files.append(
-        File.generated(
-            config, "index.md", content=re.sub(r"\[([^]]+)\]\((?!http)[A-Z]+(?:\.\w+)?\)", r"\1", text)
-        )
+        File.generated(config, "index.md", content=re.sub(r"\[([^]]+)\]\((?!http)[A-Z]+(?:\.\w+)?\)", r"\1", text))
     )
     return files
 

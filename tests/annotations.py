@@ -42,9 +42,7 @@ def write(root: pathlib.Path, files: dict[str, Any]) -> pathlib.Path:
     return root
 
 
-def shape(
-    label: Any, points: Sequence[Sequence[Any]], kind: str = "polygon", **fields: Any
-) -> dict[str, Any]:
+def shape(label: Any, points: Sequence[Sequence[Any]], kind: str = "polygon", **fields: Any) -> dict[str, Any]:
     """A shape of labelme."""
     return {"label": label, "points": points, "shape_type": kind, "group_id": None, "flags": {}} | fields
 

@@ -63,9 +63,7 @@ class Cloud:
             "POLL_SECONDS": "0",
         }
 
-    def bash(
-        self, *words: str, cwd: str | pathlib.Path = ROOT, **settings: str
-    ) -> subprocess.CompletedProcess[str]:
+    def bash(self, *words: str, cwd: str | pathlib.Path = ROOT, **settings: str) -> subprocess.CompletedProcess[str]:
         options: dict[str, Any] = {"capture_output": True, "text": True, "check": False, "timeout": LONGEST}
         return subprocess.run(["bash", *words], cwd=cwd, env=self.environment | settings, **options)
 
@@ -91,9 +89,7 @@ class Cloud:
     def clean(self) -> None:
         """Ends what still runs on the hosts."""
         (self.folder / "preempt_at").unlink(missing_ok=True)
-        for slices in (
-            json.loads((self.folder / "slices").read_text()) if (self.folder / "slices").exists() else ()
-        ):
+        for slices in json.loads((self.folder / "slices").read_text()) if (self.folder / "slices").exists() else ():
             self.bash(SCRIPT, "delete", "--tpu", slices)
 
 

@@ -138,9 +138,7 @@ def _start_server(port: int) -> subprocess.Popen[bytes]:
     assert package.__file__
     (program,) = (pathlib.Path(package.__file__).parent / "vendor").rglob("fake-gcs-server-*")
     address = f"127.0.0.1:{port}"
-    flags = (
-        f"-backend memory -scheme http -host 127.0.0.1 -port {port} -public-host {address} -log-level error"
-    )
+    flags = f"-backend memory -scheme http -host 127.0.0.1 -port {port} -public-host {address} -log-level error"
     words = [str(program), *flags.split(), "-external-url", f"http://{address}"]
     nothing = subprocess.DEVNULL
     return subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing)

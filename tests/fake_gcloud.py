@@ -246,9 +246,7 @@ def ssh(name: str, flags: dict[str, str], queued: bool) -> None:
         preempt(read("slices", {}))
         fail("Could not SSH into the instance.", 255)
     statuses = [
-        subprocess.run(
-            ["bash", "-c", flags["command"]], cwd=home, env=os.environ | {"HOME": str(home)}
-        ).returncode
+        subprocess.run(["bash", "-c", flags["command"]], cwd=home, env=os.environ | {"HOME": str(home)}).returncode
         for home in chosen_homes(name, flags, queued)
     ]
     sys.exit(max(statuses))
@@ -274,9 +272,7 @@ def main() -> None:
         if action == "scp":
             scp(words, flags, queued)
         else:
-            {"create": create, "describe": describe, "delete": delete, "ssh": ssh}[action](
-                words[0], flags, queued
-            )
+            {"create": create, "describe": describe, "delete": delete, "ssh": ssh}[action](words[0], flags, queued)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from tests.commands import LONGEST, ROOT
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 WITHOUT_PROC = ("mount -t tmpfs none /proc",)
-HIDDEN_PROC = (
-    "mount -t proc -o hidepid=2 none /proc",
-)  # as on clusters: nobody sees the processes of others
+HIDDEN_PROC = ("mount -t proc -o hidepid=2 none /proc",)  # as on clusters: nobody sees the processes of others
 
 
 def make_host(folder: pathlib.Path, lock: pathlib.Path | None = None) -> tuple[str, ...]:

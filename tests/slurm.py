@@ -111,9 +111,7 @@ class Slurm:
             daemon.wait()
 
     def _call(self, program: str, *words: str) -> str:
-        done = subprocess.run(
-            [program, *words], capture_output=True, text=True, env=self.environment, check=False
-        )
+        done = subprocess.run([program, *words], capture_output=True, text=True, env=self.environment, check=False)
         return done.stdout + done.stderr
 
     def wait_until(self, holds: Callable[[], bool], *jobs: "Job") -> None:
@@ -121,9 +119,7 @@ class Slurm:
         deadline = time.monotonic() + LONGEST
         while not holds():
             gone = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
-            ended = [
-                job for job in jobs if job.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-            ]
+            ended = [job for job in jobs if job.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")]
             if gone or ended or time.monotonic() > deadline:
                 if not gone and holds():
                     return
@@ -184,9 +180,7 @@ class Job:
     @property
     def processes(self) -> list[int]:
         """The process ids of its tasks, by their numbers."""
-        rows = [
-            row.split() for row in self._slurm._call("scontrol", "listpids", str(self.number)).splitlines()
-        ]
+        rows = [row.split() for row in self._slurm._call("scontrol", "listpids", str(self.number)).splitlines()]
         tasks = {row[4]: int(row[0]) for row in rows if row and row[2].isdigit() and row[4].isdigit()}
         return [tasks[number] for number in sorted(tasks)]
 

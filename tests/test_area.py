@@ -31,9 +31,7 @@ def _on_canvas(images: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
     return batch
 
 
-def _masked_logits(
-    model: models.Segmenter, images: list[np.ndarray], canvas: tuple[int, int]
-) -> list[np.ndarray]:
+def _masked_logits(model: models.Segmenter, images: list[np.ndarray], canvas: tuple[int, int]) -> list[np.ndarray]:
     """The logits of images of any sizes from one batch of a canvas."""
     areas = _stack([make_image_area(image.shape[:2], canvas, str(images[0].dtype)) for image in images])
     graphdef, state = nnx.split(model)

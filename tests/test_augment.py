@@ -51,13 +51,9 @@ def test_every_colour_as_opencv() -> None:
     second, third = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
     for first in range(256):
         colours = np.stack([np.full_like(second, first), second, third], axis=-1)
-        np.testing.assert_array_equal(
-            _forward(jnp.asarray(colours)), cv2.cvtColor(colours, cv2.COLOR_RGB2HSV)
-        )
+        np.testing.assert_array_equal(_forward(jnp.asarray(colours)), cv2.cvtColor(colours, cv2.COLOR_RGB2HSV))
         if first < 180:
-            np.testing.assert_array_equal(
-                _backward(jnp.asarray(colours)), cv2.cvtColor(colours, cv2.COLOR_HSV2RGB)
-            )
+            np.testing.assert_array_equal(_backward(jnp.asarray(colours)), cv2.cvtColor(colours, cv2.COLOR_HSV2RGB))
 
 
 def test_rounds_once_whatever_the_compiler_fuses() -> None:

@@ -83,9 +83,7 @@ def test_loss(run: Run) -> None:
     assert rows[0]["case"] == "2 x 8 x 8 x 7 to 64 x 64"
 
 
-def test_evaluate_counts_as_its_peer(
-    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
+def test_evaluate_counts_as_its_peer(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setattr(samples, "SIZE", (64, 85))
     run("evaluate", *TINY, "--images", "3", *EAGER)
     (note,) = json.loads((tmp_path / "numbers.json").read_text())["notes"]

@@ -129,9 +129,7 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
     }
     places: dict[Any, dict[str, Any]] = {}
     for place in (tmp_path, bucket):
-        command(
-            "prepare", "custom", "--source", drawn, "--output", f"{place}/data", "--format", "array_record"
-        )
+        command("prepare", "custom", "--source", drawn, "--output", f"{place}/data", "--format", "array_record")
         places[place] = changes | {"data.root": f"{place}/data"}
     bucket.set_faults(fail=3, status=503, delay=0.01)
     for step in (2, 5):
@@ -144,9 +142,7 @@ def test_a_slice_trains_from_a_bucket_into_a_bucket(
         command("evaluate", *words, "--workdir", f"{place}/scores", is_pair=True)
         command("predict", *words, "--output", f"{place}/out", picture)
         command("convert", *words, "--output", f"{place}/model.pth")
-    local, remote = (
-        [(r["step"], r.get("loss")) for r in logs.read_records(p / "run/metrics.jsonl")] for p in places
-    )
+    local, remote = ([(r["step"], r.get("loss")) for r in logs.read_records(p / "run/metrics.jsonl")] for p in places)
     assert remote == local
     for name in ("run", "model.pth"):
         assert weights(bucket / name) == weights(tmp_path / name)

@@ -45,9 +45,7 @@ def read(pth: Callable) -> Callable[..., tuple[dict[str, np.ndarray], dict[str, 
     """Writes a file and reads it into Tiny, or into another config's model."""
 
     def read(content: Any, settings: Any = None, name: str = "model.pth") -> Any:
-        return checkpoints.read_checkpoint(
-            pth(content, name), models.build(settings or config.ade20k("tiny"))
-        )
+        return checkpoints.read_checkpoint(pth(content, name), models.build(settings or config.ade20k("tiny")))
 
     return read
 
@@ -62,9 +60,7 @@ def test_half_precision_files_are_widened(read: Callable, states: dict[str, torc
 def test_every_misfit_is_named_with_both_shapes(read: Callable, states: dict[str, torch.Tensor]) -> None:
     broken = {name: tensor for name, tensor in states.items() if name != BIAS}
     broken |= {"backbone.extra": torch.zeros(3, 2), "backbone.tpm.stem.0.c.weight": torch.zeros(16, 3, 5, 5)}
-    with pytest.raises(
-        UserError, match=r"^/.*pth does not .*: 1 tensors missing, 1 unexpected, 1 of the "
-    ) as error:
+    with pytest.raises(UserError, match=r"^/.*pth does not .*: 1 tensors missing, 1 unexpected, 1 of the ") as error:
         read({"state_dict": broken})
     assert error.value.details == [
         "  missing      decode_head.conv_seg.bias  config 150",
@@ -212,15 +208,11 @@ def test_scores_that_are_damaged_gone_or_of_no_step(
     scores = tmp_path / "checkpoints" / "scores.json"
     scores.parent.mkdir()
     scores.write_text('{"1": null}')
-    with pytest.raises(
-        UserError, match=r"scores.json is not the JSON .*; move it away, and those of the log"
-    ):
+    with pytest.raises(UserError, match=r"scores.json is not the JSON .*; move it away, and those of the log"):
         run_lib.open_store(config.shapes(), folder)
     scores.unlink()
     records = [{"step": 1, "kind": "train", "loss": 1.0}]
-    records += [
-        {"step": n, "kind": "evaluation", "miou": miou} for n, miou in ((1, 0.5), (2, 0.25), (9, 1.0))
-    ]
+    records += [{"step": n, "kind": "evaluation", "miou": miou} for n, miou in ((1, 0.5), (2, 0.25), (9, 1.0))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config_of_run = config.load(config.shapes(), {"max_to_keep": 1})
     with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
@@ -264,9 +256,7 @@ def test_changed_bits_of_a_run(tmp_path: pathlib.Path, name: str) -> None:
     path.write_text(json.dumps(content))
     part = name.partition("/")[0]
     with contextlib.closing(checkpoints.CheckpointStore(tmp_path, 1)) as again:
-        with pytest.raises(
-            UserError, match=f"^cannot read {tmp_path}/7: it is damaged: 1 of .* {name} for one"
-        ):
+        with pytest.raises(UserError, match=f"^cannot read {tmp_path}/7: it is damaged: 1 of .* {name} for one"):
             again.restore(7, trees)
         again.restore(7, {key: tree for key, tree in trees.items() if key != part})
     if part == "average":

@@ -34,9 +34,7 @@ def _batch(count: int) -> Batch:
 
 def _settings(**changes: float) -> ConfigDict:
     base = {"data.flip_prob": 0.0, "data.erasing_prob": 0.0, "data.mixup_alpha": 0.0}
-    return config.load(
-        config.imagenet("tiny"), base | {f"data.{key}": value for key, value in changes.items()}
-    )
+    return config.load(config.imagenet("tiny"), base | {f"data.{key}": value for key, value in changes.items()})
 
 
 @functools.cache

@@ -224,9 +224,7 @@ def test_boxes_are_torchvisions(size: tuple[int, int]) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize(
-    ("size", "short"), [((375, 500), 72), ((640, 427), 80), ((64, 64), 72), ((50, 333), 65)]
-)
+@pytest.mark.parametrize(("size", "short"), [((375, 500), 72), ((640, 427), 80), ((64, 64), 72), ((50, 333), 65)])
 def test_centre_against_pillow(size: tuple[int, int], short: int) -> None:
     """`Resize(short)` and `CenterCrop` as torchvision computes them, on the whole image."""
     image = cv2.resize(shapes.draw("train", 0, 200)[0], size[::-1])

@@ -136,9 +136,7 @@ def test_numbers_of_a_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     file = tmp_path / "class_pixels.json"
     said = f"pixels per class are read from {file}: if labels have changed since, delete it\n"
     assert set_weights(settings, tmp_path, capsys) == (found, said + line)
-    file.write_text(
-        file.read_text().replace('"labels":[{', '"labels":[{"0":1,', 1)
-    )  # the first start's count
+    file.write_text(file.read_text().replace('"labels":[{', '"labels":[{"0":1,', 1))  # the first start's count
     assert set_weights(settings, tmp_path, capsys)[0] != found
     other = config.load(settings, {"data.shapes.size": 80})
     assert "12/12 training labels counted\n" in set_weights(other, tmp_path, capsys)[1]

@@ -145,9 +145,7 @@ def test_a_segmenter_starts_from_it(trained: tuple[pathlib.Path, str], tmp_path:
     start = {"init_from": trained[0], "init_part": "backbone", "schedule.steps": 2, "model.depths": 1}
     out = commands.run_here(tmp_path, start)
     assert "step 2/2" in out
-    assert (
-        f"from {trained[0]}: backbone.tpm, backbone.trans; random: backbone.SIM, decode_head.conv_seg" in out
-    )
+    assert f"from {trained[0]}: backbone.tpm, backbone.trans; random: backbone.SIM, decode_head.conv_seg" in out
     tensors, _ = checkpoints.read_model(trained[0])
     given = config.load(config.shapes(), {"model.depths": 1})
     model = checkpoints.load_model(given, trained[0], part="backbone")
@@ -225,8 +223,7 @@ def test_every_image_counts_once_on_any_mesh(root: pathlib.Path) -> None:
     model, source = load(given), sources.open_source(given, "validation")
     assert isinstance(model, models.Classifier)
     results = [
-        evaluate_classifier(model, source, sharding.make_inference_mesh(jax.devices()[:count]))
-        for count in (1, 3, 8)
+        evaluate_classifier(model, source, sharding.make_inference_mesh(jax.devices()[:count])) for count in (1, 3, 8)
     ]
     for result in results:
         np.testing.assert_array_equal(result.ranks, results[0].ranks)

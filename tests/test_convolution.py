@@ -51,9 +51,7 @@ def test_depthwise_equals_xla_in_float64(k: int, stride: int, h: int, w: int, n:
     rng = np.random.default_rng(0)
     images, kernel = rng.normal(size=(n, h, w, 5)), rng.normal(size=(k, k, 1, 5))
     with jax.enable_x64(True):
-        plain, ours = (
-            _results(_depthwise(method, stride), images, kernel) for method in ("single_op", "auto")
-        )
+        plain, ours = (_results(_depthwise(method, stride), images, kernel) for method in ("single_op", "auto"))
         cotangent = np.random.default_rng(1).normal(size=ours[0].shape)
         on_tpu = _plain_sums(jnp.asarray(images), jnp.asarray(kernel), jnp.asarray(cotangent), stride)
         assert all(mine.dtype == jnp.float64 for mine in ours)
@@ -95,9 +93,7 @@ def test_pointwise_equals_xla_in_float64(n: int, h: int, w: int, inputs: int, ou
 @pytest.mark.usefixtures("x64")
 def test_pointwise_inference_is_the_matrix_product(inputs: int, dtype: str) -> None:
     rng = np.random.default_rng(0)
-    images, weight = (
-        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 7, 9, inputs), (inputs, 40))
-    )
+    images, weight = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 7, 9, inputs), (inputs, 40)))
     exact = np.matmul(*(np.asarray(array, np.float64) for array in (images, weight)))
     found = jax.jit(conv)(images, weight[None, None])
     assert found.dtype == dtype

@@ -132,9 +132,7 @@ def writer_of(content: bytes | str, name: str) -> Callable[[pathlib.Path], pathl
 
 def make_safetensors(folder: pathlib.Path) -> pathlib.Path:
     settings = json.loads(config.ade20k("tiny").to_json())
-    safetensors_format.write(
-        folder / "x.safetensors", TENSORS, {"meta": {"CLASSES": ["a"]}, "config": settings}
-    )
+    safetensors_format.write(folder / "x.safetensors", TENSORS, {"meta": {"CLASSES": ["a"]}, "config": settings})
     return folder / "x.safetensors"
 
 
@@ -287,9 +285,7 @@ LABELME = labelme(
 )
 BOX = {"area": 234.0, "segmentation": [[2, 2, 20, 2, 20, 15, 2, 15]], "bbox": [2, 2, 18, 13], "iscrowd": 0}
 COCO = {
-    "images": [
-        {"id": number, "file_name": f"{number}.jpg", "height": 20, "width": 30} for number in (0, 1, 2)
-    ],
+    "images": [{"id": number, "file_name": f"{number}.jpg", "height": 20, "width": 30} for number in (0, 1, 2)],
     "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
     "annotations": [{"id": n, "image_id": n, "category_id": 1 + n % 2, **BOX} for n in (0, 1, 2)],
 }

@@ -92,9 +92,7 @@ def build(
 # What it is made of
 
 
-def test_the_page_holds_what_it_names(
-    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_the_page_holds_what_it_names(folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path) -> None:
     facts = build(tmp_path, package, folder / "web.onnx")
     small = {path.name for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".onnx"}
     text = "".join((tmp_path / name).read_text() for name in small if not name.endswith(".json"))
@@ -110,9 +108,7 @@ def test_the_page_holds_what_it_names(
         assert provider["bytes"] == sum(sizes)
 
 
-def test_a_second_file_is_for_webgpu(
-    folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_a_second_file_is_for_webgpu(folder: pathlib.Path, package: pathlib.Path, tmp_path: pathlib.Path) -> None:
     build(tmp_path, package, folder / "cpu.onnx", folder / "web.onnx")
     assert (tmp_path / "model.onnx").read_bytes() == (folder / "cpu.onnx").read_bytes()
     assert (tmp_path / "model_webgpu.onnx").read_bytes() == (folder / "web.onnx").read_bytes()
@@ -170,9 +166,7 @@ def test_it_is_served_isolated_and_with_its_types(
             assert get(name)[0].status == 404, name
 
 
-def test_a_browser_that_left_is_no_traceback(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_browser_that_left_is_no_traceback(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     with demo.Server(str(tmp_path), 0) as server:
         for error in (ConnectionResetError(), BrokenPipeError(), ValueError("a mistake")):
             try:
@@ -191,9 +185,7 @@ def test_a_browser_that_left_is_no_traceback(
     ("logits.onnx", "gives logits: the page shows labels"),
     ("cut.onnx", "is not an ONNX file, or a damaged one"),
 ])  # fmt: skip
-def test_files_that_the_page_cannot_show(
-    folder: pathlib.Path, tmp_path: pathlib.Path, name: str, words: str
-) -> None:
+def test_files_that_the_page_cannot_show(folder: pathlib.Path, tmp_path: pathlib.Path, name: str, words: str) -> None:
     assert words in refused(demo.main, "--exported", folder / name, "--output", tmp_path / "page")
     assert not (tmp_path / "page").exists()
 
@@ -269,9 +261,7 @@ def expected_labels(folder: pathlib.Path, pixels: np.ndarray, stride: int = 1) -
     model = topformer_jax.load("topformer_t_ade", folder / "weights.pth")
     logits = np.asarray(jax.jit(model)(normalize(pixels[None]))).transpose(0, 3, 1, 2)
     size = [(side - 1) // stride + 1 for side in pixels.shape[:2]]
-    enlarged = torch.nn.functional.interpolate(
-        torch.tensor(logits), size, mode="bilinear", align_corners=False
-    )
+    enlarged = torch.nn.functional.interpolate(torch.tensor(logits), size, mode="bilinear", align_corners=False)
     return np.asarray(enlarged[0].argmax(0), np.uint8)
 
 
@@ -281,9 +271,7 @@ def different(labels: np.ndarray, others: np.ndarray) -> float:
 
 
 @pytest.fixture(scope="module")
-def page(
-    folder: pathlib.Path, runtime: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def page(folder: pathlib.Path, runtime: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a page."""
     build(path := tmp_path_factory.mktemp("page"), runtime, folder / "web.onnx")
     with page_lib.serve(path) as server:

@@ -211,9 +211,7 @@ def test_links_resolve(page: pathlib.Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_and_functions_exist(page: pathlib.Path) -> None:
     text = page.read_text()
-    for name in re.findall(
-        r"(?<![\w./{])(?:topformer_jax|benchmarks|configs|docs|scripts|tests)/[\w/.]+\w", text
-    ):
+    for name in re.findall(r"(?<![\w./{])(?:topformer_jax|benchmarks|configs|docs|scripts|tests)/[\w/.]+\w", text):
         assert (ROOT / name).exists() or name in WRITTEN_BY_THE_READER, f"{page.name} names {name}"
     for name, function in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", prose(page)):
         files = [file for file in (ROOT / name, ROOT / "topformer_jax" / name) if file.exists()]
@@ -249,9 +247,7 @@ def test_commands_have_the_flags(command: str, capsys: pytest.CaptureFixture[str
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     name = getattr(args, "config", None)
-    assert (
-        name is None or name in WRITTEN_BY_THE_READER or config.load(name if "/" not in name else ROOT / name)
-    )
+    assert name is None or name in WRITTEN_BY_THE_READER or config.load(name if "/" not in name else ROOT / name)
 
 
 def test_flags_in_the_text_exist() -> None:
@@ -331,9 +327,7 @@ def sandbox(drawn: pathlib.Path, tmp_path: pathlib.Path) -> Callable[[pathlib.Pa
     def make(page: pathlib.Path) -> pathlib.Path:
         for name in ("configs", "docs", "scripts"):
             shutil.copytree(ROOT / name, tmp_path / name)
-        write_data(
-            drawn, tmp_path / "data/ade/ADEChallengeData2016", {"train": "training", "val": "validation"}
-        )
+        write_data(drawn, tmp_path / "data/ade/ADEChallengeData2016", {"train": "training", "val": "validation"})
         write_cityscapes(drawn, tmp_path / "data/cityscapes")
         write_labelme(drawn, tmp_path / "drawn")
         for number, name in enumerate(("holiday/a.jpg", "more/b.jpg", "new_images/c.jpg", "street.jpg")):

@@ -240,9 +240,7 @@ def test_onnxruntime_counts_as_jax(shapes_weights: pathlib.Path, tmp_path: pathl
         confusions.append(rows[:, 1:].astype(int))
     assert confusions[0].sum() == confusions[1].sum() > 0
     assert np.abs(confusions[0] - confusions[1]).sum() <= 1e-3 * confusions[0].sum()
-    facts = [
-        json.loads((tmp_path / name / "metrics.json").read_text())["devices"] for name in ("jax", "onnx")
-    ]
+    facts = [json.loads((tmp_path / name / "metrics.json").read_text())["devices"] for name in ("jax", "onnx")]
     assert facts[1] == "onnxruntime" != facts[0]
 
 
@@ -262,7 +260,5 @@ def test_onnxruntime_counts_as_jax(shapes_weights: pathlib.Path, tmp_path: pathl
         (["--config", "topformer_t_imagenet"], "it is a segmenter's: use the config of its data set"),
     ],
 )
-def test_mistakes_are_one_line(
-    ade: list[str], tmp_path: pathlib.Path, changes: list[str], message: str
-) -> None:
+def test_mistakes_are_one_line(ade: list[str], tmp_path: pathlib.Path, changes: list[str], message: str) -> None:
     assert message in refused_command(evaluate.main, *ade, "--workdir", tmp_path, *changes)

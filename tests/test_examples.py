@@ -77,9 +77,7 @@ def find_labels(request: pytest.FixtureRequest) -> FindLabels:
     def run(logits: np.ndarray, size: tuple[int, int], threads: int) -> np.ndarray:
         numbers = map(str, (*logits.shape, *size, threads))
         data = np.ascontiguousarray(logits, "<f4").tobytes()
-        done = subprocess.run(
-            [*program, *numbers], input=data, stdout=subprocess.PIPE, check=True, timeout=LONGEST
-        )
+        done = subprocess.run([*program, *numbers], input=data, stdout=subprocess.PIPE, check=True, timeout=LONGEST)
         return np.frombuffer(done.stdout, np.uint8).reshape(size)
 
     return run
@@ -156,25 +154,19 @@ def test_the_cpp_program(shapes_weights: pathlib.Path, tmp_path: pathlib.Path) -
     link = [libraries[0], f"-Wl,-rpath,{tmp_path}"]
     program = compile_cpp(CPP / "segment.cpp", tmp_path / "segment", *link)
     file = tmp_path / "t.onnx"
-    command(
-        export.main, *FLAGS, "--checkpoint", shapes_weights, "--output", file, "--size", "any", "--logits"
-    )
+    command(export.main, *FLAGS, "--checkpoint", shapes_weights, "--output", file, "--size", "any", "--logits")
     picture = cv2.resize(shapes.draw("validation", 1, 256)[0], (203, 150))
     cv2.imwrite(str(tmp_path / "a.ppm"), picture[..., ::-1])
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(program), *map(str, words)], capture_output=True, text=True, timeout=LONGEST
-        )
+        return subprocess.run([str(program), *map(str, words)], capture_output=True, text=True, timeout=LONGEST)
 
     said = run(file, tmp_path / "a.ppm", tmp_path / "a", 2, 3)
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("203 x 150, 2 threads: network ")
     model = checkpoints.load_model(config.shapes(), str(shapes_weights))
     expected = np.asarray(jax.jit(network.make_function(model, "labels", fold=False))(picture[None]))[0]
-    labels, overlay = (
-        np.asarray(PIL.Image.open(tmp_path / f"a_{name}")) for name in ("labels.pgm", "overlay.ppm")
-    )
+    labels, overlay = (np.asarray(PIL.Image.open(tmp_path / f"a_{name}")) for name in ("labels.pgm", "overlay.ppm"))
     assert len(np.unique(expected)) > 1
     assert (labels != expected).mean() <= 1e-4
     palette = np.array(export.describe_model(config.shapes(), "", model)["palette"])

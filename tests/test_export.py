@@ -117,9 +117,7 @@ def test_evaluate_and_predict_give_the_checkpoints_labels(
     image = np.random.default_rng(0).integers(0, 256, (48, 80, 3)).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), cv2.GaussianBlur(image, (9, 9), 0))
     masks, scores = [], []
-    for number, origin in enumerate(
-        (["--checkpoint", shapes_weights], ["--exported", files / "logits.onnx"])
-    ):
+    for number, origin in enumerate((["--checkpoint", shapes_weights], ["--exported", files / "logits.onnx"])):
         out = tmp_path / str(number)
         flags = [*FLAGS, *origin, "--workdir", out, "--save-predictions", out / "labels", "--flip"]
         command(evaluate.main, *flags)
@@ -134,9 +132,7 @@ def test_evaluate_and_predict_give_the_checkpoints_labels(
     assert np.mean([(ours != theirs).mean() for ours, theirs in zip(*masks, strict=True)]) < 1e-3
 
 
-def test_what_cannot_be_exported(
-    shapes_weights: pathlib.Path, files: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_what_cannot_be_exported(shapes_weights: pathlib.Path, files: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     integers = ["--precision", "int8", "--logits", "--size", "64x64"]
     for name, words, line in (

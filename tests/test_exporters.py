@@ -102,9 +102,7 @@ def fresh(model: Any) -> Any:
 
 
 @functools.cache
-def pair(
-    variant: str = "tiny", injection: str = "multi_sum", prepare: Callable[[Any], Any] = randomized
-) -> Pair:
+def pair(variant: str = "tiny", injection: str = "multi_sum", prepare: Callable[[Any], Any] = randomized) -> Pair:
     return Pair(settings_for(variant, model__injection=injection), prepare)
 
 
@@ -244,9 +242,7 @@ def test_parts_that_stay_float() -> None:
         facts = describe(precision="int8", keep_float=parts)
         data = litert_file.lower_precision(whole, facts, list(pictures(4)))
         tensors = Interpreter(model_content=data).get_tensor_details()
-        kinds = Counter(
-            tensor["dtype"].__name__ for tensor in tensors if "conv_general_dilated" in tensor["name"]
-        )
+        kinds = Counter(tensor["dtype"].__name__ for tensor in tensors if "conv_general_dilated" in tensor["name"])
         found = open_data("tflite", data)(pictures(2))
         return kinds, distance(found, pair().expected(pictures(2), "logits"))
 
@@ -353,9 +349,7 @@ def test_dead_layers_of_integers(request: pytest.FixtureRequest) -> None:
     assert len(files) == 66 + 8  # convolutions, and two products a block of attention
     for name, file in files if request.config.getoption("--all") else files[::15]:
         share, found = litert_file.compare_layers(file, whole, list(pictures(1)))
-        with pytest.raises(
-            UserError, match=r"^int8 makes .* constant: its values vary by 0% of .*--keep-float"
-        ):
+        with pytest.raises(UserError, match=r"^int8 makes .* constant: its values vary by 0% of .*--keep-float"):
             verification.check_layer(share, found, "int8")
         print(name, share, found)
 

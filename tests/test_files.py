@@ -78,9 +78,7 @@ def test_two_hosts_write_one_file(tmp_path: pathlib.Path) -> None:
     """Both are process 1, on a disk that they share: each content is one host's, and whole."""
     hosts = [machines.make_host(tmp_path / name) for name in ("first", "second")]
     path = tmp_path / "shared/file"
-    run_at_once(
-        [machines.start(WRITER, host, path, letter) for host, letter in zip(hosts, "ab", strict=True)]
-    )
+    run_at_once([machines.start(WRITER, host, path, letter) for host, letter in zip(hosts, "ab", strict=True)])
     assert path.read_text() in ("a" * 300_000, "b" * 300_000)
     assert list(path.parent.iterdir()) == [path]
 

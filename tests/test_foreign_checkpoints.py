@@ -51,9 +51,7 @@ def read(pth: Pth, tiny: models.Segmenter, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.fixture
-def refuse(
-    pth: Pth, tiny: models.Segmenter, capsys: pytest.CaptureFixture[str]
-) -> Callable[[Any], UserError]:
+def refuse(pth: Pth, tiny: models.Segmenter, capsys: pytest.CaptureFixture[str]) -> Callable[[Any], UserError]:
     """Writes a file that does not go into Tiny, and returns the error, which has at most ten lines with all."""
 
     def refuse(content: Any) -> UserError:
@@ -104,9 +102,7 @@ def test_averages_of_mmcv(read: Read, states: States) -> None:
     found, _, lines = read({"state_dict": states | buffers})
     assert same_states(found, states)
     assert f"{len(parameters)} others left out (state_dict.ema_backbone_" in lines[0]
-    assert lines[1].startswith(
-        "FILE: ema_* are of mmcv's EMAHook; the other tensors are averages if the file was"
-    )
+    assert lines[1].startswith("FILE: ema_* are of mmcv's EMAHook; the other tensors are averages if the file was")
 
 
 def test_tensors_that_the_network_does_not_need(read: Read, states: States) -> None:
@@ -137,9 +133,7 @@ def test_a_student_and_its_teacher(read: Read, refuse: Callable, states: States)
     for teacher in (base, segformer):
         found, _, lines = read({"state_dict": student | prefixed(teacher, "teacher.model.")})
         assert same_states(found, states)
-        assert lines[0].startswith(
-            f"FILE: state_dict.student.* taken ({N} tensors); {len(teacher)} others left"
-        )
+        assert lines[0].startswith(f"FILE: state_dict.student.* taken ({N} tensors); {len(teacher)} others left")
     for prefix in ("", "module."):
         found, _, lines = read(prefixed(states | prefixed(base, "teacher."), prefix))
         assert same_states(found, states)
@@ -252,9 +246,7 @@ def test_objects_of_other_programs(read: Read, states: States) -> None:
         "loss": [None, [None, 1.0]],
     }
     assert len(lines) == 1
-    path = (
-        f"{pathlib.PurePosixPath.__module__}.PurePosixPath"  # its module differs between versions of Python
-    )
+    path = f"{pathlib.PurePosixPath.__module__}.PurePosixPath"  # its module differs between versions of Python
     assert lines[0].startswith(
         f"FILE: left out objects that are no tensors, of datetime.datetime, {path}, "
         "mmengine.logging.HistoryBuffer and "
@@ -281,9 +273,7 @@ class Payload:
         return self.reduced
 
 
-def test_nothing_of_a_file_runs(
-    pth: Pth, states: States, tiny: models.Segmenter, tmp_path: pathlib.Path
-) -> None:
+def test_nothing_of_a_file_runs(pth: Pth, states: States, tiny: models.Segmenter, tmp_path: pathlib.Path) -> None:
     """What the file names is not called, wherever it stands; the payloads are real ones."""
     marker = tmp_path / "was here"
     for index, payload in enumerate(
@@ -346,12 +336,8 @@ def test_another_network(refuse: Callable, pth: Pth, states: States) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")
-def test_programs_and_pickled_models(
-    refuse: Callable, tiny: models.Segmenter, tmp_path: pathlib.Path
-) -> None:
-    assert (
-        "holds a torch.nn.modules.linear.Linear: expected a dictionary" in refuse(torch.nn.Linear(2, 2)).line
-    )
+def test_programs_and_pickled_models(refuse: Callable, tiny: models.Segmenter, tmp_path: pathlib.Path) -> None:
+    assert "holds a torch.nn.modules.linear.Linear: expected a dictionary" in refuse(torch.nn.Linear(2, 2)).line
     assert "save the model's state_dict()" in refuse(torch.nn.Linear(2, 2)).line
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "script.pt")
     with pytest.raises(UserError, match="is a TorchScript archive, a program: save"):

@@ -30,9 +30,7 @@ HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 # The only files that import PyTorch, when it is needed: the reading and writing of its files.
 TORCH_FILES = {"checkpoints/torch_format.py"}
 FILES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = [
-    path for folder in ("configs", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
-]
+SCRIPTS = [path for folder in ("configs", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 LONGEST_FUNCTION = 60  # lines with docstring and comments
 THE_LOOP = "topformer_jax/train.py", "train"  # may be longer
 

@@ -44,9 +44,7 @@ def _evaluation(**changes: Any) -> ConfigDict:
 
 
 def _interpolate(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return to_nhwc(
-        torch.nn.functional.interpolate(to_nchw(logits), size, mode="bilinear", align_corners=False)
-    )
+    return to_nhwc(torch.nn.functional.interpolate(to_nchw(logits), size, mode="bilinear", align_corners=False))
 
 
 def _official(patches: dict[tuple[int, int], np.ndarray], network: Any, window: Any, size: Any) -> np.ndarray:
@@ -155,9 +153,7 @@ def test_the_official_label_maps(golden: Callable, mode: str) -> None:
     wrong = pixels = 0
     files = info["files"] if mode == "single" else info["files"][:4]
     for file, shapes in zip(files, info["input_shapes"], strict=False):
-        image = np.asarray(
-            cv2.imread(str(golden(f"mini_ade/images/validation/{file}")), cv2.IMREAD_COLOR_RGB)
-        )
+        image = np.asarray(cv2.imread(str(golden(f"mini_ade/images/validation/{file}")), cv2.IMREAD_COLOR_RGB))
         networks = network_sizes((image.shape[0], image.shape[1]), settings)
         assert [list(network) for network in networks for _ in range(1 + settings.flip)] == shapes
         expected = np.asarray(cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE))
@@ -260,9 +256,7 @@ def test_segment_keeps_the_weights_and_notices_others(small: models.Segmenter) -
             assert (inference.segment(model, image) == label).all()
     model.train()
     assert (inference.segment(model, image) == 2).all()
-    assert all(
-        module.use_running_average for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)
-    )
+    assert all(module.use_running_average for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm))
 
 
 @pytest.mark.parametrize("kind", ["plain", "folded", "views"])

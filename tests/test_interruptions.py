@@ -26,9 +26,7 @@ def test_no_number(tmp_path: pathlib.Path) -> None:
     """A learning rate that is harmless at the first step only."""
     changes = {"schedule.lr": 1e30, "schedule.warmup_ratio": 1e-38, "checkpoint_every": 1}
     line = refused_here(tmp_path / "run", changes)
-    assert (
-        "is nan at step 3: lower schedule.lr, or set optimizer.clip_norm; the newest saved step is 2" in line
-    )
+    assert "is nan at step 3: lower schedule.lr, or set optimizer.clip_norm; the newest saved step is 2" in line
 
 
 @pytest.fixture

@@ -96,6 +96,4 @@ def test_kills(
         assert watcher.losses == []
         assert outcome(workdir) == expected
         runs += 1
-    print(
-        f"\n{place}, {source}, {count} processes: {kills} kills, {runs} runs with the same weights and logs"
-    )
+    print(f"\n{place}, {source}, {count} processes: {kills} kills, {runs} runs with the same weights and logs")

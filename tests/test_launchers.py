@@ -226,9 +226,7 @@ def test_watch_starts_anew_after_a_preemption(cloud: Cloud, code: str, words: li
 
 
 @pytest.mark.slow
-def test_watch_brings_a_real_training_through_a_preemption(
-    cloud: Cloud, code: str, tmp_path: pathlib.Path
-) -> None:
+def test_watch_brings_a_real_training_through_a_preemption(cloud: Cloud, code: str, tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / "run"
     (cloud.folder / "train").write_text(f'PYTHONPATH={ROOT} exec {sys.executable} "$@"')
     (cloud.folder / "preempt_at").write_text(json.dumps(str(workdir / "checkpoints/20")))
@@ -304,9 +302,7 @@ def test_watch_prints_what_it_would_do(cloud: Cloud) -> None:
     lines = cloud.ok("watch", "--dry-run", "--slices=2", "--spot", *TRAIN).splitlines()
     assert not cloud.calls()
     commands = [shlex.split(line)[3:5] for line in lines if not line.startswith("#")]
-    assert [action for _, action in commands] == ["describe"] * 2 + ["create", "scp"] + ["ssh"] * 3 + [
-        "delete"
-    ]
+    assert [action for _, action in commands] == ["describe"] * 2 + ["create", "scp"] + ["ssh"] * 3 + ["delete"]
     # As printed, gcloud takes them.
     cloud.ok("create", "--slices=2")
     for line in lines:
@@ -320,7 +316,5 @@ def test_watch_prints_what_it_would_do(cloud: Cloud) -> None:
 def test_slurm_signals_the_steps_in_time() -> None:
     text = (ROOT / "scripts/slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
-    assert (
-        options["signal"] == "TERM@120"
-    )  # without "B:", so that it reaches the training and not this shell alone
+    assert options["signal"] == "TERM@120"  # without "B:", so that it reaches the training and not this shell alone
     assert {"requeue", "open-mode"} <= options.keys()

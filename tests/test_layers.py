@@ -20,9 +20,7 @@ def test_batch_norm_over_three_steps() -> None:
     weight, bias = rng.normal(size=(2, 5)).astype(np.float32)
     ours.weight.set_value(jnp.asarray(weight))
     ours.bias.set_value(jnp.asarray(bias))
-    theirs.load_state_dict(
-        theirs.state_dict() | {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
-    )
+    theirs.load_state_dict(theirs.state_dict() | {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
     for _ in range(3):
         x = rng.normal(2, 3, size=(2, 3, 4, 5)).astype(np.float32)
         out = theirs(torch.from_numpy(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -90,8 +88,7 @@ def test_initial_weights() -> None:
         "decode_head.conv_seg": 0.01,
     }
     tensors = {
-        k: np.asarray(v.get_value())
-        for k, v in models.named_variables(models.build(config.ade20k("tiny"))).items()
+        k: np.asarray(v.get_value()) for k, v in models.named_variables(models.build(config.ade20k("tiny"))).items()
     }
     for name, std in expected.items():
         weight = tensors[f"{name}.weight"]
@@ -105,8 +102,7 @@ def test_initial_weights() -> None:
 
 def test_initial_weights_follow_the_seed() -> None:
     first, again, other = (
-        models.named_variables(models.build(config.load(config.ade20k("tiny"), {"seed": seed})))
-        for seed in (0, 0, 1)
+        models.named_variables(models.build(config.load(config.ade20k("tiny"), {"seed": seed}))) for seed in (0, 0, 1)
     )
     name = "decode_head.conv_seg.weight"
     np.testing.assert_array_equal(first[name].get_value(), again[name].get_value())

@@ -39,9 +39,7 @@ def settings(**overrides: Any) -> ConfigDict:
         "data.crop_size": (32, 40),
         "data.num_workers": 0,
     }
-    return config_lib.load(
-        config_lib.shapes(), values | {k.replace("__", "."): v for k, v in overrides.items()}
-    )
+    return config_lib.load(config_lib.shapes(), values | {k.replace("__", "."): v for k, v in overrides.items()})
 
 
 def batches(config: ConfigDict, count: int, **place: Any) -> list[Arrays]:
@@ -69,8 +67,7 @@ def test_each_epoch_has_every_example_once_with_its_own_order_and_crops() -> Non
         "epoch": ((4,), "int32"),
     }
     images, index, epoch = (
-        np.concatenate([batch[name] for batch in made])[: 3 * EXAMPLES]
-        for name in ("image", "index", "epoch")
+        np.concatenate([batch[name] for batch in made])[: 3 * EXAMPLES] for name in ("image", "index", "epoch")
     )
     np.testing.assert_array_equal(epoch, np.repeat(np.arange(3), EXAMPLES))  # across the borders of batches
     orders = [tuple(order) for order in index.reshape(3, EXAMPLES)]

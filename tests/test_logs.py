@@ -49,9 +49,7 @@ def test_events_are_readable_and_start_a_session(tmp_path: pathlib.Path) -> None
     assert (step.step, evaluation.step) == (5, 5)
     found = {value.tag: value.simple_value for value in step.summary.value}
     assert found == {f"train/{name}": 0.5 for name in NAMES if name != "loss"}
-    assert [(value.tag, value.simple_value) for value in evaluation.summary.value] == [
-        ("evaluation/miou", 0.25)
-    ]
+    assert [(value.tag, value.simple_value) for value in evaluation.summary.value] == [("evaluation/miou", 0.25)]
 
 
 def test_a_resumed_run_discards_later_records_and_cut_lines(tmp_path: pathlib.Path) -> None:
@@ -63,9 +61,7 @@ def test_a_resumed_run_discards_later_records_and_cut_lines(tmp_path: pathlib.Pa
     assert path.read_text().count("\n") == 2
 
 
-def test_other_processes_write_and_print_nothing(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_processes_write_and_print_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logs.RunLog(tmp_path, 0, 10, active=False)
     log.log_step(1, dict.fromkeys(NAMES, 0.5))
     log.log_evaluation(1, {"miou": 0.5})

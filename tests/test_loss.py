@@ -77,9 +77,7 @@ def test_the_tiled_loss_is_the_plain_one(
 ) -> None:
     logits, labels = inputs(seed, n, cells, pixels, classes)
     with on_cpu(tiling):
-        ours, our_gradient = _sums_and_gradient(
-            upsampled_cross_entropy, jnp.asarray(logits), labels, devices=devices
-        )
+        ours, our_gradient = _sums_and_gradient(upsampled_cross_entropy, jnp.asarray(logits), labels, devices=devices)
     plain, gradient = _sums_and_gradient(plain_cross_entropy, jnp.asarray(logits), labels)
     assert abs(float(ours.loss - plain.loss)) <= 1e-12 * max(float(plain.loss), 1)
     assert int(ours.correct) == int(plain.correct)
@@ -122,9 +120,7 @@ def test_weights_and_smoothing_against_pytorch() -> None:
     logits, labels = inputs(5, 2, (5, 6), (37, 45), 5)
     weights, smoothing = (0.5, 2.0, 0.0, 1.0, 3.0), 0.2
     pixel_loss = PixelLoss(class_weight=weights, label_smoothing=smoothing)
-    ours, gradient = _sums_and_gradient(
-        upsampled_cross_entropy, jnp.asarray(logits), labels, pixel_loss=pixel_loss
-    )
+    ours, gradient = _sums_and_gradient(upsampled_cross_entropy, jnp.asarray(logits), labels, pixel_loss=pixel_loss)
     tensor = to_nchw(logits).requires_grad_()
     resized = torch.nn.functional.interpolate(tensor, labels.shape[1:], mode="bilinear", align_corners=False)
     loss = torch.nn.functional.cross_entropy(
@@ -257,9 +253,7 @@ def test_large_logits_are_exact() -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits = np.zeros((1, 2, 2, 3), np.float32)
     logits[0, 0, 0, 0], logits[0, 1, 1, 1] = 3e4, -3e4
-    sums, gradient = _sums_and_gradient(
-        upsampled_cross_entropy, jnp.asarray(logits), np.ones((1, 16, 16), np.int32)
-    )
+    sums, gradient = _sums_and_gradient(upsampled_cross_entropy, jnp.asarray(logits), np.ones((1, 16, 16), np.int32))
     assert np.isfinite(float(sums.loss))
     assert np.isfinite(gradient).all()
 

@@ -67,9 +67,7 @@ ADVICE = "lower batch_size or data.crop_size, or raise grad_accum_steps (smaller
 )
 def test_what_accelerators_say(text: str, gib: str) -> None:
     asked = f", {gib} GiB were requested" if gib else ""
-    assert (
-        explain_out_of_memory(jax.errors.JaxRuntimeError(text), "train") == f"out of memory{asked}: {ADVICE}"
-    )
+    assert explain_out_of_memory(jax.errors.JaxRuntimeError(text), "train") == f"out of memory{asked}: {ADVICE}"
 
 
 def test_other_errors_are_no_lack_of_memory() -> None:
@@ -145,9 +143,7 @@ def test_a_picture_without_memory_is_not_damaged(
 SMALL = {"schedule.steps": 4}
 
 
-def test_a_step_without_memory_loses_nothing_else(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_without_memory_loses_nothing_else(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real error of XLA at the third step; the run resumes from the second one and ends as if nothing had been."""
     init, calls = train.init_training, []
 
@@ -207,9 +203,7 @@ def test_an_evaluation_of_nothing_ends_the_run(
         tmp_path / "scores",
     ]
     settings = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
-    with pytest.raises(
-        UserError, match=r"no label of the validation split in .* python -m topformer_jax\.check"
-    ):
+    with pytest.raises(UserError, match=r"no label of the validation split in .* python -m topformer_jax\.check"):
         command(evaluate.main, *words, *settings)
     shutil.copytree(tmp_path / "right", labels, dirs_exist_ok=True)
     run_here(tmp_path / "run", changes)

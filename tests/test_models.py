@@ -56,9 +56,7 @@ def test_golden_stages(golden: Find, variant: str) -> None:
     assert max(errors.values()) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    ("variant", "size"), [("tiny", "333x500"), ("small", "333x500"), ("base", "512x512")]
-)
+@pytest.mark.parametrize(("variant", "size"), [("tiny", "333x500"), ("small", "333x500"), ("base", "512x512")])
 def test_golden_logits(golden: Find, variant: str, size: str) -> None:
     with np.load(golden(f"forward/logits_{variant}_{size}.npz")) as file:
         theirs = file["logits"]
@@ -106,9 +104,9 @@ def test_golden_classifier(golden: Find) -> None:
         images = normalize(file["image"])
         logits = distance(run(model, images), file["logits"])
         graphdef, state = nnx.split(model)
-        tokens = jax.jit(
-            lambda state: nnx.merge(graphdef, state).extract_features(jnp.asarray(images), None)[1]
-        )(state)
+        tokens = jax.jit(lambda state: nnx.merge(graphdef, state).extract_features(jnp.asarray(images), None)[1])(
+            state
+        )
         pooled = distance(tokens.mean((1, 2)), file["pooled"])
     print(f"classifier: pooled {pooled:.1e}, logits {logits:.1e}")
     assert max(logits, pooled) <= 1e-5
@@ -203,9 +201,7 @@ def test_gradients_of_every_parameter(x64: None, injection: str) -> None:
         largest = np.abs(theirs_grad).max()
         assert np.abs(mine - theirs_grad).max() <= 1e-9 * largest + 1e-11, name
         checked += 1
-    assert checked == sum(
-        isinstance(variable, nnx.Param) for variable in models.named_variables(model).values()
-    )
+    assert checked == sum(isinstance(variable, nnx.Param) for variable in models.named_variables(model).values())
 
 
 def test_products_are_full_float32_unless_asked_otherwise() -> None:

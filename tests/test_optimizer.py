@@ -108,9 +108,7 @@ def test_no_decay_norm_and_clipping() -> None:
     assert float(jnp.linalg.norm(moments)) == pytest.approx(0.1, rel=1e-5)
     smoothed = {"head.l.bias": jnp.ones(3), "head.l.weight": jnp.ones((3, 3))}
     with jax.numpy_dtype_promotion("standard"):
-        updates, _ = transform.update(
-            jax.tree.map(jnp.zeros_like, smoothed), transform.init(smoothed), smoothed
-        )
+        updates, _ = transform.update(jax.tree.map(jnp.zeros_like, smoothed), transform.init(smoothed), smoothed)
     assert not updates["head.l.bias"].any()
     assert updates["head.l.weight"].all()
 
@@ -148,9 +146,7 @@ def test_rmsprop_against_its_formula(x64: None) -> None:
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_other_schedules(policy: str, wide: bool) -> None:
     """timm's formulas, in Python's floats, at every border."""
-    settings = config.load(
-        config.imagenet("tiny"), {"schedule.policy": policy, "schedule.min_lr": 1e-5}
-    ).schedule
+    settings = config.load(config.imagenet("tiny"), {"schedule.policy": policy, "schedule.min_lr": 1e-5}).schedule
     steps, every, warmup = settings.steps, settings.decay_steps, settings.warmup_steps
     assert (steps, every, warmup, settings.lr, settings.decay_rate) == (750_600, 3002, 12_510, 0.064, 0.973)
     places = [0, 1, warmup - 1, warmup, every * 5 - 1, every * 5, every * 100, steps // 3, steps - 1, steps]

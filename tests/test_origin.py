@@ -107,9 +107,7 @@ def test_predict_and_export_need_no_data_folder(
     assert (facts["classes"], facts["palette"]) == (NAMES, COLOURS)
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 5})
     words = [*flags(OWN | {"data.root": tmp_path / "no"}), "--checkpoint", unnamed, "--output", out]
-    assert "is not there: give --config.data.root=DIR" in refused(
-        predict.main, *words, str(tmp_path / "a.png")
-    )
+    assert "is not there: give --config.data.root=DIR" in refused(predict.main, *words, str(tmp_path / "a.png"))
 
 
 def test_a_loaded_model_names_its_classes(pth: Callable, states: dict[str, torch.Tensor]) -> None:
@@ -133,9 +131,7 @@ def test_a_loaded_model_names_its_classes(pth: Callable, states: dict[str, torch
     for each, first in ((model, "thing 0"), (other, "wall"), (model, "thing 0")):
         forward(each, jnp.zeros((1, 64, 64, 3)))
         assert each.classes[0] == nnx.clone(each).classes[0] == first
-    part = checkpoints.load_model(
-        config.pascal_context("tiny", classes=60), pth(official), part="all_but_classes"
-    )
+    part = checkpoints.load_model(config.pascal_context("tiny", classes=60), pth(official), part="all_but_classes")
     assert part.classes == CATALOG["context60"].classes
 
 
@@ -150,9 +146,7 @@ def test_a_loaded_model_names_its_classes(pth: Callable, states: dict[str, torch
         ({}, ""),
     ],
 )
-def test_names_that_cannot_be_the_models(
-    meta: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_that_cannot_be_the_models(meta: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = origin.read_names({"meta": meta}, config.shapes(), "x.pth")
     assert found is not None
     is_own = meta.get("CLASSES") == NAMES
@@ -316,9 +310,7 @@ def test_convert_keeps_what_the_checkpoint_says(own: pathlib.Path, tmp_path: pat
 
     unnamed = save(tmp_path / "unnamed", config.load("topformer_t_shapes", OWN), {"iter": 3})
     said = command(convert.main, "--checkpoint", unnamed, "--output", tmp_path / "u.pth")
-    assert said.startswith(
-        f"{tmp_path / 'u.pth'} names no classes, which the official code asks for: convert again"
-    )
+    assert said.startswith(f"{tmp_path / 'u.pth'} names no classes, which the official code asks for: convert again")
     assert "CLASSES" not in torch.load(tmp_path / "u.pth", weights_only=True)["meta"]
 
 

@@ -78,9 +78,7 @@ def test_numbers_by_hand() -> None:
     # Errors 3/4 at both pixels of the class and 1/4 at the other one: 3/4 until the class is lost, no more after it.
     logits = jnp.log(jnp.array([[[[1.0, 3.0], [1.0, 3.0], [1.0, 3.0]]]]))
     labels = jnp.array([[[0, 0, 1]]])
-    assert float(upsampled_lovasz(logits, labels)[0]) == pytest.approx(
-        (3 / 4 + 3 / 4 * 2 / 3 + 1 / 4 / 3) / 2
-    )
+    assert float(upsampled_lovasz(logits, labels)[0]) == pytest.approx((3 / 4 + 3 / 4 * 2 / 3 + 1 / 4 / 3) / 2)
 
 
 @pytest.mark.parametrize("name", ["jaccard", "teacher", "lovasz", "channels"])

@@ -100,9 +100,7 @@ def test_the_walk_through_goes_through(tmp_path: pathlib.Path) -> None:
 
 
 def test_its_commands_have_the_flags_and_settings() -> None:
-    commands = [
-        command for command in commands_of(Block("bash", walk_through())) if split_program(command)[0]
-    ]
+    commands = [command for command in commands_of(Block("bash", walk_through())) if split_program(command)[0]]
     assert len(commands) == 5
     for command in commands:
         program, words = split_program(command.replace("$BUCKET", "my-bucket"))

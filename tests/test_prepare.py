@@ -54,9 +54,7 @@ def words_of(dataset: str, source: pathlib.Path, output: pathlib.Path, *flags: s
 
 def run(dataset: str, source: pathlib.Path, output: pathlib.Path, *flags: str) -> None:
     """Runs the command in this process."""
-    prepare.prepare(
-        prepare.make_parser().parse_args(words_of(dataset.partition(" ")[0], source, output, *flags))
-    )
+    prepare.prepare(prepare.make_parser().parse_args(words_of(dataset.partition(" ")[0], source, output, *flags)))
 
 
 def refusal(dataset: str, source: pathlib.Path, output: pathlib.Path, *flags: str) -> str:

@@ -105,9 +105,8 @@ def test_instances_of_coco(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
         "annotations/captions_val.json": captions,
     }
     source, made = write(tmp_path / "x", files), tmp_path / "made"
-    assert (
-        "does not say what pixels without an annotation are: give them a class by --background NAME"
-        in refusal("custom", source, made, "--from", "coco")
+    assert "does not say what pixels without an annotation are: give them a class by --background NAME" in refusal(
+        "custom", source, made, "--from", "coco"
     )
     run("custom", source, made, "--from", "coco", *BACK)
     assert classes(made) == ["nothing", "cat", "dog"]
@@ -181,8 +180,7 @@ def test_yolo(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Non
     big = np.array([[3, 4], [50, 8], [44, 36], [6, 30]], float)
     small = np.array([[20, 12], [34, 14], [30, 24]], float)
     lines = [
-        f"{number} " + " ".join(map(str, (points / (W, H)).ravel()))
-        for number, points in ((1, small), (0, big))
+        f"{number} " + " ".join(map(str, (points / (W, H)).ravel())) for number, points in ((1, small), (0, big))
     ]
     files = {
         "data.yaml": YAML,
@@ -250,9 +248,7 @@ def test_labels_of_yolo_beside_their_pictures(tmp_path: pathlib.Path) -> None:
     assert [path.stem for path in (tmp_path / "made/images/test").iterdir()] == ["test_7"]
 
 
-def test_pycocotools_is_named_where_it_is_missing(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pycocotools_is_named_where_it_is_missing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.delitem(sys.modules, "pycocotools.mask", raising=False)
     write(tmp_path / "x", {"data.yaml": YAML, "images/train/a.jpg": jpeg(1)})
@@ -444,9 +440,7 @@ def test_labels_that_are_numbers_or_differ_by_blanks(
     ("train/1.json", "train/1.jpg", None),
     ("train/json/1.json", "train/img/1.jpg", "1.jpg"),
 ])  # fmt: skip
-def test_the_picture_of_a_file(
-    json_name: str, picture_name: str, stated: str | None, tmp_path: pathlib.Path
-) -> None:
+def test_the_picture_of_a_file(json_name: str, picture_name: str, stated: str | None, tmp_path: pathlib.Path) -> None:
     """By the path in imagePath, with separators of any system; by its own name; or the only one of that name."""
     files: dict[str, Any] = {}
     for split in ("train", "val"):
@@ -463,9 +457,7 @@ def test_a_picture_inside_of_its_file(tmp_path: pathlib.Path) -> None:
     corner = shape("tree", [[0, 0], [1, 1]], "rectangle")
     drawing = labelme("..\\b.png", shape("car", BOX), corner, data=inner, size=(H, W))
     files = {f"{split}/town/b.json": drawing for split in ("train", "val")}
-    run(
-        "custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "labelme", "--background", "void"
-    )
+    run("custom", write(tmp_path / "x", files), tmp_path / "made", "--from", "labelme", "--background", "void")
     assert classes(tmp_path / "made") == ["car", "tree"]
     expected = np.where(polygon(BOX), 0, 255)
     expected[:2, :2] = 1
@@ -485,9 +477,7 @@ def test_files_without_a_picture_and_pictures_without_a_file(
     }
     files |= {"train/d.jpg": picture(1), "train/d.json": labelme("d.jpg", size=(H, W))}
     files |= {"images/e.jpg": picture(1), "json/test/e.json": labelme("../../images/e.jpg", size=(H, W))}
-    make_label(
-        tmp_path, files | {"a.json": "[]", "b.json": "{", "c.json": "[" * 100000, "d.yaml": "a: ["}, *BACK
-    )
+    make_label(tmp_path, files | {"a.json": "[]", "b.json": "{", "c.json": "[" * 100000, "d.yaml": "a: ["}, *BACK)
     assert names(tmp_path / "made") == "test e, train a, train d, val a"
     out = capsys.readouterr().out
     assert re.search(r"left out, in no annotation: train/b.jpg +1$", out, re.MULTILINE)
@@ -603,11 +593,7 @@ def test_wrong_files_are_one_line(
     elif kind == "labelme":
         files = drawn(shape("car", BOX)) | change
     else:
-        files = (
-            {"data.yaml": YAML}
-            | both("images/{}/a.jpg", picture(1))
-            | both("labels/{}/a.txt", "0 0 0 1 0 1 1\n")
-        )
+        files = {"data.yaml": YAML} | both("images/{}/a.jpg", picture(1)) | both("labels/{}/a.txt", "0 0 0 1 0 1 1\n")
         files |= change
     write(tmp_path / "x", files)
     flags = () if kind == "roboflow-masks" else BACK

@@ -76,9 +76,7 @@ def test_colours(tmp_path: pathlib.Path) -> None:
     for name, (image, found) in (train | validation).items():
         assert image == jpeg(int(name))
         np.testing.assert_array_equal(found, grid(1, 255, 0))
-    more = {f"images/y/{n}.jpg": jpeg(n) for n in range(9)} | {
-        f"masks/y/{n}.png": png(mask) for n in range(9)
-    }
+    more = {f"images/y/{n}.jpg": jpeg(n) for n in range(9)} | {f"masks/y/{n}.png": png(mask) for n in range(9)}
     run("custom", write(tmp_path / "x", more), tmp_path / "more", "--from", "colours", "--validation", "0.25")
     assert set(validation) <= set(read(tmp_path / "more", "validation"))
     mask[0, 0] = (10, 20, 31)
@@ -134,8 +132,7 @@ def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> Non
     line = refusal("custom", tmp_path / "x", tmp_path / "other", "--from", "labelme", *BACK)
     assert "val/a.json is of 8 x 6 pixels, but" in line
     assert (
-        "val/a.jpg has 6 x 8 (the sides the other way round, as by an EXIF orientation): give both one size"
-        in line
+        "val/a.jpg has 6 x 8 (the sides the other way round, as by an EXIF orientation): give both one size" in line
     )
 
 

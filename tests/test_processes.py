@@ -160,12 +160,8 @@ class _Metadata(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(
-    ("hosts", "expected"), [("a:b:10.0.0.1,c:d:10.0.0.2", True), ("a:b:10.0.0.1", False)]
-)
-def test_a_tpu_machine_asks_for_its_slice(
-    monkeypatch: pytest.MonkeyPatch, hosts: str, expected: bool
-) -> None:
+@pytest.mark.parametrize(("hosts", "expected"), [("a:b:10.0.0.1,c:d:10.0.0.2", True), ("a:b:10.0.0.1", False)])
+def test_a_tpu_machine_asks_for_its_slice(monkeypatch: pytest.MonkeyPatch, hosts: str, expected: bool) -> None:
     from jax._src.clusters import cloud_tpu_cluster
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metadata)

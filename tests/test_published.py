@@ -62,18 +62,13 @@ def test_evaluation_counts_the_official_labels(data: pathlib.Path, golden: Find)
     source = open_source(settings, "validation")
     expected = np.zeros((150, 150), np.int64)
     for name, predicted in np.load(golden("published/official_512.npz")).items():
-        label = (
-            np.asarray(PIL.Image.open(data / f"ade_samples/annotations/validation/{name}.png")).astype(int)
-            - 1
-        )
+        label = np.asarray(PIL.Image.open(data / f"ade_samples/annotations/validation/{name}.png")).astype(int) - 1
         np.add.at(expected, (label[label >= 0], predicted[label >= 0]), 1)
     counted = evaluate_split(_load(data), source, sharding.make_inference_mesh(jax.devices()[:1])).confusion
     assert np.abs(counted - expected).sum() <= 4  # a pixel that differs counts in two cells
 
 
-def test_labels_are_the_published_files(
-    data: pathlib.Path, golden: Find, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_are_the_published_files(data: pathlib.Path, golden: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     """The authors' .tflite file resizes with align_corners=True; this network does so in this test only."""
 
     @functools.lru_cache

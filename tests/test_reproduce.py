@@ -116,8 +116,6 @@ def test_rows_are_recipes_with_their_published_scores() -> None:
     for row, (recipe, data_set, _, published, *flags) in ROWS.items():
         settings = config.load(recipe, dict(flag.removeprefix("--config.").split("=") for flag in flags))
         assert settings.data.dataset == data_set
-        assert re.search(
-            rf"^\| `{row}` \|.*\b{published if published != '-' else 'none'}\b", zoo, re.MULTILINE
-        ), row
+        assert re.search(rf"^\| `{row}` \|.*\b{published if published != '-' else 'none'}\b", zoo, re.MULTILINE), row
         if published != "-" and not flags:
             assert f"Published: {published}" in (ROOT / f"configs/{recipe}.py").read_text()

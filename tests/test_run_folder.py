@@ -191,9 +191,7 @@ def test_a_network_that_fails_makes_files_late(
 def test_a_bucket_that_cannot_be_written(bucket: Bucket, path: str, faults: dict, expected: str) -> None:
     target = files.as_path(path) if "://" in path else bucket / path
     bucket.set_faults(**faults)
-    with pytest.raises(
-        UserError, match=f"cannot write into {target}: .*{expected}.*; name another --workdir"
-    ):
+    with pytest.raises(UserError, match=f"cannot write into {target}: .*{expected}.*; name another --workdir"):
         RunFolder(target, 60).open()
 
 

@@ -72,9 +72,7 @@ def test_dtypes(dtype: type, tmp_path: pathlib.Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(safetensors.numpy.save({"x": values}))
     tensors, _ = safetensors_format.read(tmp_path / "x.safetensors")
     kind = np.dtype(dtype).kind
-    assert tensors["x"].dtype == (
-        np.int32 if kind in "iub" else np.float64 if dtype == np.float64 else np.float32
-    )
+    assert tensors["x"].dtype == (np.int32 if kind in "iub" else np.float64 if dtype == np.float64 else np.float32)
     assert (torch_format.to_torch(tensors["x"]) == values.astype(np.float64)).all()
 
 
@@ -91,9 +89,7 @@ def test_dtypes(dtype: type, tmp_path: pathlib.Path) -> None:
         ),
     ],
 )
-def test_what_is_refused(
-    path: pathlib.Path, tmp_path: pathlib.Path, content: bytes | None, expected: str
-) -> None:
+def test_what_is_refused(path: pathlib.Path, tmp_path: pathlib.Path, content: bytes | None, expected: str) -> None:
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(UserError, match=expected) as error:

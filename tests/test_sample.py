@@ -63,9 +63,7 @@ def test_one_class_is_a_warning(
 ) -> None:
     assert look(root) == []
     change_labels(root, "train", lambda label: np.where(label > 4, 255, 0).astype(np.uint8))
-    words = (
-        "train: class 0 is the only class in 8 labels: if 255 is meant as a class, write its number instead"
-    )
+    words = "train: class 0 is the only class in 8 labels: if 255 is meant as a class, write its number instead"
     assert look(root) == [f"{root}: {words}"]
     (tmp_path / "file").write_text("in the way, which ends the command later")
     refused_here(tmp_path / "file", FOLDER | {"data.root": root})
@@ -78,11 +76,7 @@ def test_palettes_that_differ_are_a_warning(root: pathlib.Path) -> None:
     for path in paths:
         swapped = path == paths[-1]
         with Image.open(path) as label:
-            image = (
-                Image.fromarray(np.asarray(label) > 4)
-                .convert("L")
-                .point([int(swapped), *[1 - swapped] * 255])
-            )
+            image = Image.fromarray(np.asarray(label) > 4).convert("L").point([int(swapped), *[1 - swapped] * 255])
         image.putpalette([0, 128, 0, 128, 0, 0] if swapped else [128, 0, 0, 0, 128, 0])
         image.save(path)
     assert look(root) == [

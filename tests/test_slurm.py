@@ -34,9 +34,7 @@ def stopped_at(job: Job) -> int:
 
 
 def report(event: str, job: Job) -> None:
-    lines = [
-        line for line in job.output.splitlines() if re.match("starting|stopped|done|srun|slurm|error", line)
-    ]
+    lines = [line for line in job.output.splitlines() if re.match("starting|stopped|done|srun|slurm|error", line)]
     print(f"\n---- {event}: {job.state}, {job.restarts} restarts, exit {job.field('ExitCode')}")
     print("\n".join(lines))
 

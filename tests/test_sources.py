@@ -187,9 +187,7 @@ def test_names_of_labels(tmp_path: pathlib.Path, images: list[str], labels: list
     (["a.jpg"], ["a_m.png", "a_n.png"], "two labels, of their images' names and _m.png, and of their images'"),
     (["a.jpg"], ["a.jpg.png", "a_n.png"], "two labels, of their images' whole names: a.jpg.png, and of"),
 ])  # fmt: skip
-def test_names_that_do_not_fit(
-    tmp_path: pathlib.Path, images: list[str], labels: list[str], words: str
-) -> None:
+def test_names_that_do_not_fit(tmp_path: pathlib.Path, images: list[str], labels: list[str], words: str) -> None:
     config = write(tmp_path, "custom")
     for folder, paths in (("images", images), ("annotations", labels)):
         shutil.rmtree(tmp_path / folder / "train")

@@ -85,12 +85,8 @@ def test_golden_trace(golden: Find, dtype: str, devices: int, limit: float) -> N
                 worst[theirs] = max(worst[theirs], error)
         tensors = {k: to_torch(np.asarray(v)) for k, v in (state.params | state.stats).items()}
         final = {name: trace[f"final/{name}"] for name in tensors}
-    errors = {
-        name: distance(tensors[name], final[name]) for name in final if np.abs(final[name]).max() > 1e-8
-    }
-    print(
-        f"trace in {dtype}: {worst}, final tensors {max(errors.values()):.1e} ({len(errors)} of {len(final)})"
-    )
+    errors = {name: distance(tensors[name], final[name]) for name in final if np.abs(final[name]).max() > 1e-8}
+    print(f"trace in {dtype}: {worst}, final tensors {max(errors.values()):.1e} ({len(errors)} of {len(final)})")
     assert worst["lr"] <= 1e-7
     assert worst["loss"] <= limit
     assert len(errors) > 300
@@ -105,9 +101,7 @@ def test_golden_gradients(golden: Find, x64: None) -> None:
     settings = _settings("float64")
     with np.load(golden("train_trace/trace.npz")) as trace:
         # On four devices, as above, where this program is compiled.
-        state, train_step = init_training(
-            settings, _mesh(4), load(settings, golden("checkpoints/tiny_init.pth"))
-        )
+        state, train_step = init_training(settings, _mesh(4), load(settings, golden("checkpoints/tiny_init.pth")))
         state, _ = train_step(state, _batch(trace["images"][0], trace["labels"][0]))
         moments = state.optimizer[1].mu
         errors = {}
@@ -220,9 +214,7 @@ def test_micro_batches_and_means(x64: None) -> None:
             "loss__lovasz_weight",
         )  # their means are over images
         options = LOSSES | {name: LOSSES[name] / factor for name in images}
-        settings = _settings(
-            "float64", grad_accum_steps=count, ignore_void_in_mean=is_over_labelled, **options
-        )
+        settings = _settings("float64", grad_accum_steps=count, ignore_void_in_mean=is_over_labelled, **options)
         state, train_step = init_training(settings, _mesh(1))
         state, metrics = train_step(state, batch)
         results.append((float(metrics["loss"]) * factor, float(metrics["gradient_norm"]) * factor))

@@ -85,9 +85,7 @@ def test_a_run_of_epochs(tmp_path: pathlib.Path) -> None:
     changes = {"schedule.epochs": 2, "evaluate_every": 0, "schedule.warmup_steps": 3}
     out = run_here(tmp_path, changes)
     assert "2.0 epochs of 12 pictures = 3 steps of 8 images, crops (64, 64)\n" in out
-    assert (
-        "warning: all 3 steps are warm-up (schedule.warmup_steps=3), and the learning rate stays below" in out
-    )
+    assert "warning: all 3 steps are warm-up (schedule.warmup_steps=3), and the learning rate stays below" in out
     records = logs.read_records(tmp_path / "metrics.jsonl")
     assert [(record["kind"], record["step"]) for record in records] == [
         (kind, step) for step in (1, 2, 3) for kind in ("train", "evaluation")
@@ -184,9 +182,7 @@ def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: 
     comes_to_pass([process], lambda: max(losses(workdir) or {0: 0.0}) >= step)
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(
-    whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
-) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, {})
     _wait_for_step(process, tmp_path, 3)
     process.send_signal(signal.SIGTERM)
@@ -200,9 +196,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert outcome(tmp_path) == outcome(whole[0])
 
 
-def test_a_killed_run_with_every_option_resumes(
-    whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path
-) -> None:
+def test_a_killed_run_with_every_option_resumes(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     """Averages, accumulation, workers, class weights, a profile, boundaries, and a teacher: the finished run."""
     teacher = tmp_path / "teacher.py"
     lines = "from topformer_jax import config", "def get_config():", "    settings = config.shapes()"

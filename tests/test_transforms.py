@@ -183,9 +183,7 @@ def test_zero_label_void() -> None:
     theirs[theirs == 0] = 255
     theirs = theirs - 1
     theirs[theirs == 254] = 255
-    np.testing.assert_array_equal(
-        _label(_encoded(values, ".png"), classes=254, reduce_zero_label=True), theirs
-    )
+    np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=254, reduce_zero_label=True), theirs)
     np.testing.assert_array_equal(_label(_encoded(values, ".png"), classes=255), values)
 
 
@@ -241,9 +239,7 @@ def test_golden_resizes(golden: Find) -> None:
             scale = transforms.multiply_scale((2048, 256), float(ratio))
             assert scale == tuple(file[f"resize/{ratio}/scale_wh"])
             size = fit_size(image.shape[:2], scale)
-            np.testing.assert_array_equal(
-                transforms.resize_image(image, size), file[f"resize/{ratio}/image_rgb"]
-            )
+            np.testing.assert_array_equal(transforms.resize_image(image, size), file[f"resize/{ratio}/image_rgb"])
             rows, columns = map(transforms.nearest_indices, label.shape, size)
             np.testing.assert_array_equal(label[np.ix_(rows, columns)], file[f"resize/{ratio}/label"])
 
@@ -288,9 +284,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def _crop(image: np.ndarray, label: np.ndarray, settings: dict[str, Any], rng: np.random.Generator) -> Any:
-    data = config_lib.load(
-        config_lib.base_config(), {f"data.{key}": value for key, value in settings.items()}
-    ).data
+    data = config_lib.load(config_lib.base_config(), {f"data.{key}": value for key, value in settings.items()}).data
     return random_resize_crop(image, label, data, rng)
 
 
@@ -465,9 +459,7 @@ def test_degraded_as_by_scipy_and_pillow() -> None:
 
 def test_degraded_as_often_as_asked() -> None:
     image, rng = _picture(8, 8), np.random.default_rng(0)
-    changed = [
-        (transforms.degrade(image, blur_prob=0.3, jpeg_prob=0.5, rng=rng) != image).any() for _ in range(400)
-    ]
+    changed = [(transforms.degrade(image, blur_prob=0.3, jpeg_prob=0.5, rng=rng) != image).any() for _ in range(400)]
     assert 0.55 < np.mean(changed) < 0.72  # 1 - 0.7 * 0.5, and a blur of 0.1 pixels changes nothing
     state = rng.bit_generator.state
     assert transforms.degrade(image, blur_prob=0.0, jpeg_prob=0.0, rng=rng) is image

@@ -50,9 +50,7 @@ def refusal(action: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/../../x", "C:\\x", "a\nb", "\x1b[2J"])
-def test_names_of_records_stay_inside(
-    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_records_stay_inside(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_folder = sources.open_folder
 
     def rename(*args: Any) -> sources.FolderSource:
@@ -264,9 +262,7 @@ def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> 
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
-    assert (
-        "irectory" in (line := refusal(lambda: files.read_bytes(path))) or "it is a pipe or a device" in line
-    )
+    assert "irectory" in (line := refusal(lambda: files.read_bytes(path))) or "it is a pipe or a device" in line
     assert f"cannot read {path}: " in refusal(lambda: logs.read_records(path))
     if kind == "pipe":
         member = archives.Member(str(tmp_path), path.name, 0, archives.IN_FOLDER)

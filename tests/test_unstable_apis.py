@@ -14,9 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TABLE = (ROOT / "docs" / "design.md").read_text().partition("## APIs that may change")[2]
 ROWS = re.findall(r"^\| `([\w.]+)(?:\((\w+)\))?` \| `([\w/.]+)` \|", TABLE, re.MULTILINE)
 UNSTABLE = re.compile(r"(jax|flax|optax|orbax|grain|tensorflow_datasets)\..*\b(_[a-z]\w+|experimental)\b")
-UNSTABLE_PACKAGES = re.compile(
-    r"(jaxlib|jax\.extend|jax\.interpreters|litert_converter|orbax\.checkpoint\.v1)\b"
-)
+UNSTABLE_PACKAGES = re.compile(r"(jaxlib|jax\.extend|jax\.interpreters|litert_converter|orbax\.checkpoint\.v1)\b")
 
 
 @pytest.mark.parametrize(("name", "parameter", "file"), ROWS)

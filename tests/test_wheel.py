@@ -56,9 +56,7 @@ def test_the_installed_wheel_trains_from_another_folder(wheel: pathlib.Path, tmp
 
     def python(*words: str) -> str:
         command = [sys.executable, *words]
-        done = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

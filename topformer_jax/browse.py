@@ -50,9 +50,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
     draws = None
     if loader.needs_class_draws(settings):
         print(f"counting the pixels of {len(source):,} labels", flush=True)
-        draws = class_balance.group_by_class(
-            np.stack([*loader.count_pixels(source, settings, range(len(source)))])
-        )
+        draws = class_balance.group_by_class(np.stack([*loader.count_pixels(source, settings, range(len(source)))]))
     batches = loader.training_batches(source, settings, start_step=step - 1, class_draws=draws)
     with contextlib.closing(batches):
         # Mixup takes pairs.

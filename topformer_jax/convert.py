@@ -107,9 +107,7 @@ def main() -> None:
     print(f"wrote {args.output}: {len(tensors)} tensors")
 
 
-def _make_meta(
-    metadata: Mapping[str, Any], config: ConfigDict | None, named: DataSet | None
-) -> dict[str, Any]:
+def _make_meta(metadata: Mapping[str, Any], config: ConfigDict | None, named: DataSet | None) -> dict[str, Any]:
     """A checkpoint's `meta` with `CLASSES` and `PALETTE`: its own, or else those of its data set, if known.
 
     Without a config it is unchanged, since nothing tells which names are right.

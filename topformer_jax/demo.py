@@ -161,9 +161,7 @@ def fetch_runtime() -> pathlib.Path:
     folder = cli.cache_folder() / f"{RUNTIME}-{VERSION}"
     if (folder / "package.json").exists():
         return folder
-    advice = (
-        f"; on another machine, npm pack {RUNTIME}@{VERSION}, unpack it, and name its folder as --runtime"
-    )
+    advice = f"; on another machine, npm pack {RUNTIME}@{VERSION}, unpack it, and name its folder as --runtime"
     npm = shutil.which("npm")
     if npm is None:
         raise UserError(f"the page's runtime comes from npm, which is not installed: install Node.js{advice}")

@@ -33,9 +33,7 @@ def make_parser() -> cli.Parser:
         metavar="DIR",
         help="default: runs/<config name>/evaluate, or evaluate_exported",
     )
-    add(
-        "--save-predictions", type=files.as_path, metavar="DIR", help="write predictions as indexed PNG files"
-    )
+    add("--save-predictions", type=files.as_path, metavar="DIR", help="write predictions as indexed PNG files")
     cli.add_process_flags(parser)
     return parser
 
@@ -170,9 +168,7 @@ def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoin
     print(f"wrote {workdir / 'metrics.json'}")
 
 
-def format_table(
-    scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None = None
-) -> str:
+def format_table(scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None = None) -> str:
     """The scores in percent, one line per class; nan for a class that is in no label and no prediction.
 
     If there are scores near boundaries, their IoU gets a column too.
@@ -188,9 +184,7 @@ def format_table(
     return f"{cli.table([('class', *columns), *rows])}\n{line}"
 
 
-def _describe(
-    config: ConfigDict, checkpoint: str, split: str, settings: Mapping[str, object]
-) -> dict[str, str]:
+def _describe(config: ConfigDict, checkpoint: str, split: str, settings: Mapping[str, object]) -> dict[str, str]:
     """The facts of an evaluation, for metrics.json and the report."""
     return {
         "checkpoint": checkpoint,
@@ -206,9 +200,7 @@ def _write_metrics(workdir: files.Path, values: Mapping[str, object]) -> None:
     files.write_file(workdir / "metrics.json", json.dumps(values, indent=2) + "\n")
 
 
-def list_scores(
-    scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None
-) -> dict[str, Any]:
+def list_scores(scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None) -> dict[str, Any]:
     """The scores of metrics.json, as shares of 1; null for a class that is in no label and no prediction."""
     means = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc}
     columns = {"IoU": scores.iou, "Acc": scores.accuracy}

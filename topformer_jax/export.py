@@ -185,21 +185,15 @@ def _check_choices(config: ConfigDict, output: files.Path, choices: Choices, num
     if target != "cpu" and suffix != ".onnx":
         raise UserError(f"--target {target} is only for .onnx files; the output is {output}")
     if is_classifier and (choices.output != "labels" or is_scaled):
-        raise UserError(
-            f"{config.name} is a classifier, whose file returns scores: leave out the flags for labels"
-        )
+        raise UserError(f"{config.name} is a classifier, whose file returns scores: leave out the flags for labels")
     if is_logits and is_scaled:
         raise UserError("--scale-labels is for labels and probabilities: logits have an eighth of the size")
     if choices.keep_float and not is_int8:
         raise UserError("--keep-float is for --precision int8")
     if is_int8 and not is_logits and not is_classifier:
-        raise UserError(
-            "--precision int8 is for --logits: with the labels inside, a tenth of them would change"
-        )
+        raise UserError("--precision int8 is for --logits: with the labels inside, a tenth of them would change")
     if is_int8 and num_pictures < 2:
-        raise UserError(
-            "--precision int8 needs --images DIR: pictures like those that it will see, 30 or more"
-        )
+        raise UserError("--precision int8 needs --images DIR: pictures like those that it will see, 30 or more")
 
 
 def read_pictures(folder: files.Path) -> list[Image]:

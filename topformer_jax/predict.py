@@ -107,9 +107,7 @@ def list_images(arguments: Sequence[str], output: files.Path) -> Listing:
             images = [file for file in inputs if file.suffix.lower() in IMAGE_SUFFIXES]
             others += map(str, sorted({*inputs}.difference(images)))
             if not images and inputs == found and path == pathlib.Path(argument):
-                raise UserError(
-                    f"{path} holds no image: looked for {', '.join('*' + s for s in IMAGE_SUFFIXES)}"
-                )
+                raise UserError(f"{path} holds no image: looked for {', '.join('*' + s for s in IMAGE_SUFFIXES)}")
             outputs |= {str(image): image.relative_to(path).with_suffix("") for image in images}
     if not outputs:
         there = f"nothing but {len(results)} results of this command" if results else "no image"
@@ -222,9 +220,7 @@ def main() -> None:
             predictor, images, args.output, data_set, probabilities=args.probabilities, progress=progress
         )
     if errors:
-        raise UserError(
-            f"{len(errors)} of {len(images)} images could not be read; the others are in {args.output}"
-        )
+        raise UserError(f"{len(errors)} of {len(images)} images could not be read; the others are in {args.output}")
     print(f"wrote {len(images)} overlays and masks into {args.output}")
 
 

@@ -30,9 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", required=True, help="the folder to make, as for data.root")
     add("--format", choices=("folder", "array_record"), default="folder", help="default: folder")
     add("--from", dest="kind", choices=KINDS, help="for custom: the format of your annotations")
-    text = (
-        "for custom: share of the pictures for validation if no folder, list or file names them (default 0.1)"
-    )
+    text = "for custom: share of the pictures for validation if no folder, list or file names them (default 0.1)"
     add("--validation", type=float, default=0.1, metavar="SHARE", help=text)
     text = "for custom: class of the pixels that no annotation covers; void: leave them out"
     add("--background", default="", metavar="NAME", help=text)
@@ -158,9 +156,7 @@ def _pack(dataset: str, source: str, output: str, part: tuple[int, int]) -> None
     if not (folder / records.INFO).exists():
         return
     size = sum(file.stat().length for file in epath.Path(folder).iterdir())
-    print(
-        f"{folder} is complete ({size / 1e6:.0f} MB): train and validation; use it with any config of {dataset}:"
-    )
+    print(f"{folder} is complete ({size / 1e6:.0f} MB): train and validation; use it with any config of {dataset}:")
     print(f"  --config.data.source=array_record --config.data.root={output}")
 
 

@@ -78,9 +78,7 @@ def draw_batch() -> None:
     d = Diagram(860, 250, "The way of a training batch from the files to the update")
     d.text(15, 25, "host: worker processes", style=f"fill='{ACCENT}'")
     d.text(15, 225, "devices: one compiled step", style=f"fill='{ACCENT}'")
-    host = (
-        "files or\narray_record|decode|resize, crop\n(seed, example)|batch\nuint8|copy ahead\nonto the mesh"
-    )
+    host = "files or\narray_record|decode|resize, crop\n(seed, example)|batch\nuint8|copy ahead\nonto the mesh"
     device = "flip, colours,\nnormalise|network|loss in tiles\nof the logits|gradients:\nsum over devices|AdamW,\nEMA"
     for row, (texts, fill) in enumerate(((host, HOST), (device, DEVICE))):
         for column, text in enumerate(texts.split("|")):
@@ -135,9 +133,7 @@ def draw_mesh() -> None:
         "axis data: each chip has its own images; gradients and BatchNorm statistics are summed",
         style="",
     )
-    d.text(
-        15, 280, "axis fsdp: chips of a slice that share parameters and optimizer state (mesh.fsdp)", style=""
-    )
+    d.text(15, 280, "axis fsdp: chips of a slice that share parameters and optimizer state (mesh.fsdp)", style="")
     d.write("mesh.svg")
 
 

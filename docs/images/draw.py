@@ -42,9 +42,7 @@ def draw_speed(source: pathlib.Path, path: pathlib.Path) -> None:
         panel.set_xlim(0, max(values) * 1.25)
         panel.invert_yaxis()
         panel.set_axis_off()
-    figure.legend(
-        bars.patches, [NAMES[key] for key in BARS], loc="outside upper center", ncols=3, frameon=False
-    )
+    figure.legend(bars.patches, [NAMES[key] for key in BARS], loc="outside upper center", ncols=3, frameon=False)
     figure.supxlabel(f"{table['machine']}; shorter is better", fontsize=8, color="#555555")
     figure.savefig(path, metadata={"Date": None})
 

@@ -75,9 +75,7 @@ def plain_lovasz(logits: Logits, labels: Labels) -> Float[Array, " n"]:
 
     losses = jax.vmap(jax.vmap(extend, (1, 1, None)))(softmax, target, valid)
     present = jnp.sum(target, 1) > 0
-    return jnp.sum(jnp.where(present, losses, 0), 1) / jnp.maximum(jnp.sum(present, 1), 1).astype(
-        losses.dtype
-    )
+    return jnp.sum(jnp.where(present, losses, 0), 1) / jnp.maximum(jnp.sum(present, 1), 1).astype(losses.dtype)
 
 
 def _masked(logits: Logits, labels: Labels) -> tuple[Array, Array]:

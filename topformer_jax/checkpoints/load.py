@@ -117,9 +117,7 @@ def read_checkpoint(
     """
     config = model.config
     if part == "backbone" and config.task != "segmentation":
-        raise UserError(
-            "only a segmenter can start from a classifier's backbone; the config is a classifier's"
-        )
+        raise UserError("only a segmenter can start from a classifier's backbone; the config is a classifier's")
     path = files.as_path(path)
     module = import_format(find_format(path))
     tensors, metadata = module.read(path)
@@ -201,9 +199,7 @@ def describe_origin(model: nnx.Module, part: str, source: object) -> str:
 # Names
 
 
-def match_names(
-    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], source: str
-) -> dict[str, np.ndarray]:
+def match_names(tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Shape], source: str) -> dict[str, np.ndarray]:
     """Brings a file's names to the model's: without prefixes, with or without `backbone.`, without old aliases.
 
     Unknown names stay, without prefixes. Prints which network of the file is taken and what is left out.
@@ -358,9 +354,7 @@ def _check_state_dict(
     )
 
 
-def _explain_misfit(
-    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], config: ConfigDict
-) -> str:
+def _explain_misfit(tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], config: ConfigDict) -> str:
     """Why a checkpoint most likely does not fit, from the shapes that give it away, and what to do."""
     known = {re.sub(r"\.\d+\.", ".N.", name) for name in expected}  # of a block of any number
     unknown = [name for name in tensors if re.sub(r"\.\d+\.", ".N.", name) not in known]
@@ -372,9 +366,7 @@ def _explain_misfit(
     query = next((t for name, t in tensors.items() if name.endswith("blocks.0.attn.to_q.c.weight")), None)
     for name, variant in models.VARIANTS.items():
         if query is not None and sum(variant.channels) in query.shape and name != config.model.variant:
-            return (
-                f"it is of variant {name}, the config of {config.model.variant}: use a config of that variant"
-            )
+            return f"it is of variant {name}, the config of {config.model.variant}: use a config of that variant"
     if config.task == "segmentation" and "head.l.weight" in tensors:
         return (
             "it is an ImageNet classifier's: use an imagenet config, or start a segmenter from its backbone "

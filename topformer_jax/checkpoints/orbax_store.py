@@ -105,9 +105,7 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
             steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
             step = int(directory.name) if is_step else max(steps, default=None)
             if step not in steps:
-                raise UserError(
-                    f"{directory} holds no checkpoint: expected step folders written by this project"
-                )
+                raise UserError(f"{directory} holds no checkpoint: expected step folders written by this project")
             stored = checkpointer.checkpointables_metadata(step)
             part = "average" if "average" in stored.metadata else "model"
             shapes = stored.metadata[part]
@@ -122,9 +120,7 @@ def read_model(directory: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     except OSError as error:
         raise UserError(f"cannot read {directory}: {files.explain(error)}") from None
     except Exception as error:  # Orbax has no common class for what a damaged checkpoint raises
-        raise UserError(
-            f"{directory} is damaged, or not a checkpoint of this project: {_reason(error)}"
-        ) from error
+        raise UserError(f"{directory} is damaged, or not a checkpoint of this project: {_reason(error)}") from error
     return {name: np.asarray(tensor) for name, tensor in loaded[part].items()}, metadata
 
 
@@ -143,9 +139,7 @@ class CheckpointStore:
     `read_log` gives scores by step if `scores.json` has none: without any, the best step would not stay.
     """
 
-    def __init__(
-        self, directory: files.Path, max_to_keep: int, read_log: Callable[[], dict[int, float]] = dict
-    ):
+    def __init__(self, directory: files.Path, max_to_keep: int, read_log: Callable[[], dict[int, float]] = dict):
         self.directory = directory
         self._newest_started = 0
         self._metadata: dict[int, tuple[dict[str, Any], dict[str, int]]] = {}

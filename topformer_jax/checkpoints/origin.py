@@ -36,9 +36,7 @@ class Weights(Protocol):
     checkpoint_config: FrozenConfigDict | None
 
 
-def set_origin(
-    model: models.Segmenter | models.Classifier, metadata: Mapping[str, Any], source: object
-) -> None:
+def set_origin(model: models.Segmenter | models.Classifier, metadata: Mapping[str, Any], source: object) -> None:
     """Sets `classes`, `palette` and `checkpoint_config` of a model from a checkpoint's metadata."""
     named = read_names(metadata, model.config, source)
     if named is not None:
@@ -117,9 +115,7 @@ def print_differences(
             ours.append(config_lib.as_typed(config[group][name]))
     if flags:
         end = "the output keeps them, and not" if are_kept else "this command uses"
-        processes.say(
-            f"the checkpoint was trained and scored with {' '.join(flags)}; {end} {', '.join(ours)}"
-        )
+        processes.say(f"the checkpoint was trained and scored with {' '.join(flags)}; {end} {', '.join(ours)}")
 
 
 def check_label_rules(weights: Weights, config: ConfigDict) -> None:

@@ -162,9 +162,7 @@ def _to_numpy(name: str, tensor: Any, torch: ModuleType) -> np.ndarray:
         assert tensor.values is not None  # see `_find_tensors`
         tensor = torch.from_numpy(tensor.values.copy())
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized:
-        raise UserError(
-            f"{name} is a {tensor.dtype} tensor of layout {tensor.layout}: expected dense real numbers"
-        )
+        raise UserError(f"{name} is a {tensor.dtype} tensor of layout {tensor.layout}: expected dense real numbers")
     tensor = tensor.detach()
     if not tensor.is_floating_point():
         return tensor.to(torch.int64).numpy()

@@ -43,9 +43,7 @@ SEGMENTATION_ONLY = (
 WITHOUT_EFFECT = {"init_from", "init_part"}
 
 
-def load(
-    source: str | os.PathLike[str] | ConfigDict, overrides: Mapping[str, Any] | None = None
-) -> ConfigDict:
+def load(source: str | os.PathLike[str] | ConfigDict, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """Reads a config, changes settings, checks all of them, and returns a new, locked config.
 
     Args:
@@ -282,13 +280,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
         expected = "expected 1 to 255 in segmentation, whose labels are bytes with 255 for void"
         raise UserError(f"model.num_classes is {classes}: {expected}")
     if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
-        raise UserError(
-            f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/"
-        )
+        raise UserError(f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/")
     if isinstance(weights, tuple) and len(weights) not in (0, classes):
-        raise UserError(
-            f"loss.class_weight has {len(weights)} numbers: expected one for each of {classes} classes"
-        )
+        raise UserError(f"loss.class_weight has {len(weights)} numbers: expected one for each of {classes} classes")
     for key in SEGMENTATION_ONLY:
         if is_classification and values[key] != SETTINGS[key].default:
             raise UserError(f"{key} is {_show(values[key])}: it is for task=segmentation only")
@@ -298,9 +292,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
         )
     for key in ("distillation.channel_weight", "distillation.jaccard_weight"):
         if values[key] and not values["distillation.config"]:
-            raise UserError(
-                f"{key} is {values[key]}: it needs a teacher, distillation.config and .checkpoint"
-            )
+            raise UserError(f"{key} is {values[key]}: it needs a teacher, distillation.config and .checkpoint")
     for key in ("data.ratio_range", "data.aspect_range", "data.crop_area"):
         low, high = values[key]
         if low > high or high == 0:

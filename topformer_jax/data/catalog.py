@@ -26,9 +26,7 @@ class Layout:
     label_suffix: str
     train: tuple[str, ...] = ("train",)
     validation: tuple[str, ...] = ("val",)
-    names: str = (
-        ""  # a file with the names of the split's images, without suffix, a line each; empty: all images
-    )
+    names: str = ""  # a file with the names of the split's images, without suffix, a line each; empty: all images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,14 +42,10 @@ def group_by_class(pixels: Int[np.ndarray, "labels classes"]) -> ClassDraws:
     total = pixels.sum(0, dtype=np.int64)
     classes = np.flatnonzero(total)
     if not len(classes):
-        raise UserError(
-            "no training label has a pixel of a class, so no example can be drawn for one: run check"
-        )
+        raise UserError("no training label has a pixel of a class, so no example can be drawn for one: run check")
     rarity = 1 / np.sqrt(total[classes])
     holders = tuple(np.flatnonzero(pixels[:, each]) for each in classes)
-    shares = tuple(
-        pixels[indices, each] / total[each] for each, indices in zip(classes, holders, strict=True)
-    )
+    shares = tuple(pixels[indices, each] / total[each] for each, indices in zip(classes, holders, strict=True))
     return ClassDraws(classes, rarity / rarity.sum(), holders, shares)
 
 
@@ -84,9 +80,7 @@ def mix(
         cv2.copyTo(other[name][:height, :width], chosen, crop[name][:height, :width])
 
 
-def weigh_classes(
-    weighting: str, pixels: Int[np.ndarray, "labels classes"]
-) -> Float64[np.ndarray, " classes"]:
+def weigh_classes(weighting: str, pixels: Int[np.ndarray, "labels classes"]) -> Float64[np.ndarray, " classes"]:
     """The class weights of a name in `loss.class_weight`, scaled to a mean of 1 over the labelled pixels.
 
     With the share p of a class, of the labelled pixels, before the scaling:

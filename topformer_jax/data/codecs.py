@@ -71,9 +71,7 @@ def decode_image(data: bytes | np.ndarray, name: str, *, reduction: int = 1, ori
     """
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.ndim != 3 or data.shape[2] != 3:
-            raise UserError(
-                f"{name}: expected a uint8 image [h, w, 3], found {data.dtype} {list(data.shape)}"
-            )
+            raise UserError(f"{name}: expected a uint8 image [h, w, 3], found {data.dtype} {list(data.shape)}")
         return data
     _check_complete(data, name)
     read_depth(data, name)
@@ -95,9 +93,7 @@ def read_depth(data: bytes | np.ndarray, name: str) -> int:
 
     Raises UserError if it holds floats, or cannot be decoded.
     """
-    if isinstance(data, np.ndarray) or not (
-        data.startswith(TIFF) or (data.startswith(PNG) and data[24] == 16)
-    ):
+    if isinstance(data, np.ndarray) or not (data.startswith(TIFF) or (data.startswith(PNG) and data[24] == 16)):
         return 0
     pixels = _decode(data, cv2.IMREAD_UNCHANGED, name)
     if pixels.dtype not in (np.uint8, np.uint16):
@@ -310,9 +306,7 @@ def _check_png(data: bytes, name: str) -> None:
 
 def _explain(error: Exception, name: str, data: bytes) -> UserError:
     if explain_out_of_memory(error, ""):
-        return UserError(
-            f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller"
-        )
+        return UserError(f"{name} does not fit into memory: lower data.num_workers, or make the picture smaller")
     if "CV_IO_MAX_IMAGE" in str(error):
         return UserError(f"{name} {_TOO_LARGE}")
     return _damaged(name, data)

@@ -169,9 +169,7 @@ class ArrayRecordSource:
             return {}
         rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], file, AGAIN).get(self.split, [])
         if len(rows) != len(self):
-            raise UserError(
-                f"{file} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}"
-            )
+            raise UserError(f"{file} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}")
         return dict(enumerate(rows))
 
 
@@ -232,9 +230,7 @@ def copy_split(
     UserError if the disk is too small, the source cannot be read or a copy differs from its checksum.
     """
     if files.is_in_bucket(cache):
-        raise UserError(
-            f"data.cache={cache} is a bucket: give a folder on a local disk, --config.data.cache=DIR"
-        )
+        raise UserError(f"data.cache={cache} is a bucket: give a folder on a local disk, --config.data.cache=DIR")
     info, features = (files.read_bytes(source / name) for name in (INFO, FEATURES))
     sums = files.read_existing(source / CHECKSUMS) or b""
     digest = hashlib.sha256(b"\n".join([os.fspath(source).encode(), info, sums])).hexdigest()

@@ -332,9 +332,7 @@ def list_folder(dataset: str, layout: Layout | None, root: str, split: str) -> F
     return FolderListing(pairs, unlabelled, unused, unread)
 
 
-def _find_folders(
-    dataset: str, layout: Layout, root: str, split: str
-) -> tuple[str, str, pathlib.Path | None]:
+def _find_folders(dataset: str, layout: Layout, root: str, split: str) -> tuple[str, str, pathlib.Path | None]:
     """A split's folders of images and labels, relative to the root, and the file of its images' names, if any."""
     base = pathlib.Path(root).expanduser()
     words = layout.train if split == "train" else layout.validation

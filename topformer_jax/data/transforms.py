@@ -139,9 +139,7 @@ def degrade(image: Image, *, blur_prob: float, jpeg_prob: float, rng: np.random.
     return image
 
 
-def _crop_resized(
-    array: np.ndarray, size: Size, degrees: float, box: tuple[int, int, int, int]
-) -> np.ndarray:
+def _crop_resized(array: np.ndarray, size: Size, degrees: float, box: tuple[int, int, int, int]) -> np.ndarray:
     """A box (top, left, height, width) of an image or a label that is resized to `size`, and turned anticlockwise."""
     top, left, height, width = box
     is_image, source = array.ndim == 3, array.shape

@@ -98,9 +98,7 @@ def open_exported(path: str | os.PathLike[str]) -> Exported:
     return open_bytes(str(path), data, module, files.read_json(text, dict[str, Any], beside))
 
 
-def open_bytes(
-    name: str, data: bytes, module: ModuleType, description: Mapping[str, Any] | None = None
-) -> Exported:
+def open_bytes(name: str, data: bytes, module: ModuleType, description: Mapping[str, Any] | None = None) -> Exported:
     """`open_exported` for a file's content; `description` is given if the format has no place for it."""
     is_sealed = data[-SEAL_BYTES:-8] == SEAL or description is not None  # MLIR crashes on damaged bytes
     if is_sealed and data != seal(data[:-SEAL_BYTES]):
@@ -142,9 +140,7 @@ def _check_names(name: str, facts: _Description, dataset: str, count: int) -> No
     both = ("names", facts.classes, known.classes), ("colours", facts.palette, known.palette)
     for what, found, own in both:
         if found and len(found) != count:
-            raise UserError(
-                f"{name} has {len(found)} {what} for the {count} classes of its config: export it again"
-            )
+            raise UserError(f"{name} has {len(found)} {what} for the {count} classes of its config: export it again")
         if found != own and sorted(found) == sorted(own):
             raise UserError(f"{name} has the {what} of {dataset} in another order: export it again")
     if strange := [text for text in facts.classes if not is_name(text)]:

@@ -136,18 +136,14 @@ def verify(
             limits[number] = max(limits[number], min(ROUNDINGS * difference, most))
     said = found.describe(limits)
     if not found.is_within(limits):
-        raise UserError(
-            f"the exported file differs from the model: {said}; nothing was written: {ADVICE[precision]}"
-        )
+        raise UserError(f"the exported file differs from the model: {said}; nothing was written: {ADVICE[precision]}")
     tried = ", ".join(f"{height}x{width}" for height, width in sizes)
     counts = "" if precision == "int8" else ", 1 and 2 images"
     counts += f", {len(pictures)} pictures" if pictures else ""
     said = f"compared in its runtime at {tried}{counts}: {said}"
     if found.most_common > MOST_COMMON and make_logits is not None:
         logits = verify(make_logits(), model, pictures)
-        said += (
-            f"\nnearly all of these labels are of one class, which hides errors; a file of logits is {logits}"
-        )
+        said += f"\nnearly all of these labels are of one class, which hides errors; a file of logits is {logits}"
     return said
 
 

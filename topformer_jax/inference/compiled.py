@@ -143,9 +143,7 @@ class CompiledInference:
 
         return self._map_images(count_image, views, label)
 
-    def _probabilities(
-        self, views: list[ViewLogits], label: LabelInput
-    ) -> Float[Array, "n rows columns classes"]:
+    def _probabilities(self, views: list[ViewLogits], label: LabelInput) -> Float[Array, "n rows columns classes"]:
         """The softmax at each pixel of the images, averaged over the views."""
 
         def image_probabilities(image: Any) -> Array:

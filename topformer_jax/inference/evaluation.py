@@ -339,9 +339,7 @@ def _rank_program(graphdef: nnx.GraphDef, dtype: np.dtype, mesh: Mesh) -> Callab
 
 def _put_tensors(model: Any, tensors: Mapping[str, Any] | None, mesh: Mesh) -> Any:
     """Tensors by name, the model's own if None, on every device."""
-    return jax.device_put(
-        models.state_dict(model) if tensors is None else dict(tensors), sharding.replicated(mesh)
-    )
+    return jax.device_put(models.state_dict(model) if tensors is None else dict(tensors), sharding.replicated(mesh))
 
 
 def _rows_per_device(config: ConfigDict, mesh: Mesh) -> int:

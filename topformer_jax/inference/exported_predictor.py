@@ -51,9 +51,7 @@ class ExportedPredictor:
         self._exported, self._evaluation, self.runtime = exported, evaluation, exported.runtime
         self.classes: tuple[str, ...] = tuple(facts.get("classes", ()))
         self.palette: tuple[Colour, ...] = tuple((r, g, b) for r, g, b in facts.get("palette", ()))
-        self.checkpoint_config: FrozenConfigDict | None = FrozenConfigDict(
-            config_lib.complete(facts["config"])
-        )
+        self.checkpoint_config: FrozenConfigDict | None = FrozenConfigDict(config_lib.complete(facts["config"]))
         classes = self.checkpoint_config.model.num_classes
         has_labels, several_sizes = facts["output"] == "labels", len(evaluation.img_ratios) > 1
         if not has_labels and facts["output"] != "logits":
@@ -61,9 +59,7 @@ class ExportedPredictor:
         if classes != config.model.num_classes:
             raise UserError(f"{name} has {classes} classes, the config {config.model.num_classes}")
         if evaluation.mode != "whole":
-            raise UserError(
-                "an exported file sees whole images: leave out --slide, or set evaluation.mode=whole"
-            )
+            raise UserError("an exported file sees whole images: leave out --slide, or set evaluation.mode=whole")
         if has_labels and (several_sizes or evaluation.flip):
             raise UserError(f"{name} gives labels, but several views need logits to average: export --logits")
         if stretch and facts["size"] is None:

@@ -241,9 +241,7 @@ def _spread(chunks: list[list[int]], devices: int) -> list[list[int]]:
     return chunks
 
 
-def plan_shapes(
-    image_sizes: Sequence[Size], evaluation: ConfigDict, *, round_up: bool = False
-) -> ProgramShapes:
+def plan_shapes(image_sizes: Sequence[Size], evaluation: ConfigDict, *, round_up: bool = False) -> ProgramShapes:
     """The static shapes of the programs for images of these sizes.
 
     With `round_up`, canvases are rounded up to one of few sizes, so that other images can share the programs.

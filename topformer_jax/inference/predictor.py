@@ -119,9 +119,7 @@ class Predictor:
         for number, view in enumerate(batch.views):
             height, width = sizes[number // flips]
             logits = network(np.ascontiguousarray(np.asarray(view.windows)[0, :, :height, :width]))
-            padded = np.zeros(
-                (1, *shapes.ratios[number // flips].logits_size(), self.model.num_classes), np.float32
-            )
+            padded = np.zeros((1, *shapes.ratios[number // flips].logits_size(), self.model.num_classes), np.float32)
             padded[:, : logits.shape[1], : logits.shape[2]] = logits
             placed = jax.device_put(padded.swapaxes(2, 3)[None], self._programs.batch_sharding)
             views.append(ViewLogits(placed, view.counts, view.rows, view.columns))

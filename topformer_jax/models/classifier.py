@@ -49,9 +49,7 @@ class Classifier(Backbone, ConfiguredModel):
         super().__init__(settings, 1, policy=policy, rng=rng)
         self.head = ClassifierHead(sum(self.channels), settings, policy=policy, rng=rng)
 
-    def __call__(
-        self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "n classes"]:
+    def __call__(self, images: Float[Images, "n h w 3"], rngs: nnx.Rngs | None = None) -> Float[Array, "n classes"]:
         _, semantics = self.extract_features(images, rngs)
         with jax.named_scope("head"):
             return self.head(semantics.astype(self.policy.accum_dtype).mean((1, 2)), rngs)

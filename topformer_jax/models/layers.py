@@ -144,9 +144,7 @@ class Conv(nnx.Module):
         self.weight = nnx.Param(policy.init_param(std * rng.standard_normal(shape)))
         self.bias = nnx.Param(policy.init_param(np.zeros(outputs))) if bias else None
 
-    def __call__(
-        self, x: Float[Array, "n h w inputs"], size: Sizes = None
-    ) -> Float[Array, "n height width outputs"]:
+    def __call__(self, x: Float[Array, "n h w inputs"], size: Sizes = None) -> Float[Array, "n height width outputs"]:
         """The convolution of feature maps, or of an image at the top left of each: `size` is its (height, width)."""
         policy = self.policy
         weight = self.weight[...].astype(policy.dtype)
@@ -227,9 +225,7 @@ class ConvBN(nnx.Module):
         self.c = Conv(inputs, outputs, kernel, stride, groups, policy=policy, rng=rng)
         self.bn: BatchNorm | None = BatchNorm(outputs, policy=policy)
 
-    def __call__(
-        self, x: Float[Array, "n h w inputs"], size: Sizes = None
-    ) -> Float[Array, "n height width outputs"]:
+    def __call__(self, x: Float[Array, "n h w inputs"], size: Sizes = None) -> Float[Array, "n height width outputs"]:
         x = self.c(x, size)
         return x if self.bn is None else self.bn(x)
 
@@ -309,8 +305,7 @@ def _fold(conv: Conv, norm: BatchNorm) -> None:
     if not norm.use_running_average:
         raise ValueError("BatchNorms can be folded in inference mode only: call model.eval() first")
     weight, shift, mean, variance = (
-        np.asarray(value[...], np.float64)
-        for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        np.asarray(value[...], np.float64) for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
     assert conv.bias is None, "the convolution before a BatchNorm has no bias"
     scale = weight / np.sqrt(variance + norm.eps)

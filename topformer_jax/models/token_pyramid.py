@@ -65,9 +65,7 @@ class TokenPyramid(nnx.Module):
             setattr(self, f"layer{index + 1}", InvertedResidual(inputs, block, policy=policy, rng=rng))
             inputs = block.channels
 
-    def __call__(
-        self, images: Float[Array, "n h w 3"], area: ImageArea = WHOLE
-    ) -> list[Float[Array, "n _h _w _c"]]:
+    def __call__(self, images: Float[Array, "n h w 3"], area: ImageArea = WHOLE) -> list[Float[Array, "n _h _w _c"]]:
         with jax.named_scope("stem"):
             x = sequential(self.stem, images, area.size_at(1))
         stride = 2

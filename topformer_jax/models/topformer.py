@@ -71,9 +71,7 @@ class PyramidPool(nnx.Module):
         self.stride = stride
         self.policy = policy
 
-    def __call__(
-        self, tokens: list[Float[Array, "n _h _w _c"]], area: ImageArea = WHOLE
-    ) -> Float[Array, "n h w c"]:
+    def __call__(self, tokens: list[Float[Array, "n _h _w _c"]], area: ImageArea = WHOLE) -> Float[Array, "n h w c"]:
         _, h, w, _ = tokens[-1].shape
         size = ((h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
         method, precision = self.policy.conv_impl, self.policy.matmul_precision
@@ -120,9 +118,7 @@ class Backbone(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images are {images.shape}: expected [n, h, w, 3]")
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(
-                f"images are {images.dtype}: expected normalized floats, see topformer_jax.normalize"
-            )
+            raise ValueError(f"images are {images.dtype}: expected normalized floats, see topformer_jax.normalize")
         with jax.named_scope("tpm"):
             tokens = self.tpm(jnp.asarray(images).astype(self.policy.dtype), area)
         with jax.named_scope("ppa"):

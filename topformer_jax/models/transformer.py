@@ -28,9 +28,7 @@ class Attention(nnx.Module):
     and v are ordered (head, channel); `key` and `value` are channels of one head.
     """
 
-    def __init__(
-        self, features: int, heads: int, key: int, value: int, *, policy: DTypePolicy, rng: Generator
-    ):
+    def __init__(self, features: int, heads: int, key: int, value: int, *, policy: DTypePolicy, rng: Generator):
         self.heads = heads
         self.policy = policy
         self.to_q = ConvBN(features, heads * key, policy=policy, rng=rng)
@@ -71,9 +69,7 @@ class Mlp(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Attention and MLP, each with a residual connection and drop path (drops the branch of a whole sample)."""
 
-    def __init__(
-        self, features: int, heads: int, drop_path_rate: float, *, policy: DTypePolicy, rng: Generator
-    ):
+    def __init__(self, features: int, heads: int, drop_path_rate: float, *, policy: DTypePolicy, rng: Generator):
         self.attn = Attention(features, heads, key=16, value=32, policy=policy, rng=rng)
         self.mlp = Mlp(features, 2 * features, policy=policy, rng=rng)
         self.drop_path = Dropout(drop_path_rate, broadcast_dims=(1, 2, 3))
@@ -88,9 +84,7 @@ class TransformerBlock(nnx.Module):
 class Transformer(nnx.Module):
     """A block for each of the drop-path rates."""
 
-    def __init__(
-        self, features: int, heads: int, rates: Sequence[float], *, policy: DTypePolicy, rng: Generator
-    ):
+    def __init__(self, features: int, heads: int, rates: Sequence[float], *, policy: DTypePolicy, rng: Generator):
         blocks = [TransformerBlock(features, heads, rate, policy=policy, rng=rng) for rate in rates]
         self.transformer_blocks = nnx.List(blocks)
 

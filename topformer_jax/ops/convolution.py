@@ -232,15 +232,11 @@ def _sum_channels(images: Array, weight: Array) -> Array:
     return _sum_products(channels, weight).astype(images.dtype)
 
 
-def _pointwise_forward(
-    images: Array, weight: Array, precision: str | None
-) -> tuple[Array, tuple[Array, Array]]:
+def _pointwise_forward(images: Array, weight: Array, precision: str | None) -> tuple[Array, tuple[Array, Array]]:
     return jnp.matmul(images, weight, precision=precision), (images, weight)
 
 
-def _pointwise_backward(
-    precision: str | None, saved: tuple[Array, Array], grad: Array
-) -> tuple[Array, Array]:
+def _pointwise_backward(precision: str | None, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     images, weight = saved
     pixels, pixel_grads = (x.reshape(-1, x.shape[-1]) for x in (images, grad))
     images_grad = jnp.matmul(grad, weight.T, precision=precision)

@@ -216,9 +216,7 @@ def _sum_forward(
     return sum_tiles((logits,) if teacher is None else (logits, teacher), labels)
 
 
-def _sum_backward(
-    sum_tiles: SumTiles, gradient: Array, cotangents: tuple[Array, Array]
-) -> tuple[Array, None, None]:
+def _sum_backward(sum_tiles: SumTiles, gradient: Array, cotangents: tuple[Array, Array]) -> tuple[Array, None, None]:
     return gradient * cotangents[0][:, None, None, None], None, None
 
 

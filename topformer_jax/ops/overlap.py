@@ -74,14 +74,10 @@ def upsampled_jaccard(
         shared = (ours + theirs - distance) / 2
         loss = 1 - (shared + JACCARD_SMOOTH) / (ours + theirs - shared + JACCARD_SMOOTH)
         counts = (theirs > 0) | (teacher is not None)
-        return jnp.sum(jnp.where(counts, loss, 0), -1) / jnp.maximum(jnp.sum(counts, -1), 1).astype(
-            loss.dtype
-        )
+        return jnp.sum(jnp.where(counts, loss, 0), -1) / jnp.maximum(jnp.sum(counts, -1), 1).astype(loss.dtype)
 
 
-def upsampled_lovasz(
-    logits: Logits, labels: Labels, *, precision: str | None = "highest"
-) -> Float[Array, " n"]:
+def upsampled_lovasz(logits: Logits, labels: Labels, *, precision: str | None = "highest") -> Float[Array, " n"]:
     """Resizes the logits bilinearly to the labels' size and computes the Lovász-softmax loss of each image.
 
     The mean over the classes in the image's labels of the Lovász extension of the Jaccard loss at the errors

@@ -172,9 +172,7 @@ class Tile(NamedTuple):
         if self.tiling.together:  # with the classes last, over which a GPU then reduces without a transpose
             horizontal = jnp.broadcast_to(self.horizontal, (*patch.shape[:2], *self.horizontal.shape))
             return jnp.matmul(horizontal, patch.swapaxes(2, 3), precision=self.precision).swapaxes(2, 3)
-        stretched = jnp.matmul(
-            patch.reshape(-1, patch.shape[-1]), self.horizontal.T, precision=self.precision
-        )
+        stretched = jnp.matmul(patch.reshape(-1, patch.shape[-1]), self.horizontal.T, precision=self.precision)
         return stretched.reshape(*patch.shape[:-1], -1)
 
     def _shrink(self, x: Array) -> Array:
@@ -227,9 +225,7 @@ def sum_tiles(
     """
     run = functools.partial(_sum_groups, tile_loss, precision=precision, devices=devices)
     on_cpu, on_gpu, elsewhere = (functools.partial(run, tiling=tiling) for tiling in (CPU, GPU, ACCELERATOR))
-    return lax.platform_dependent(
-        maps, labels, extra, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=elsewhere
-    )
+    return lax.platform_dependent(maps, labels, extra, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=elsewhere)
 
 
 def _sum_groups(

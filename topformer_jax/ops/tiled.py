@@ -39,9 +39,7 @@ class ViewLogits(NamedTuple):
     """The logits of one view (a scale, flipped or not) of an image, classes before columns, and their resize."""
 
     logits: Float[Array, "windows h classes w"]
-    counts: Int32[
-        np.ndarray | Array, "2"
-    ]  # windows of the image, down and across; further ones do not matter
+    counts: Int32[np.ndarray | Array, "2"]  # windows of the image, down and across; further ones do not matter
     rows: BandedResize  # of each row of windows
     columns: BandedResize
 

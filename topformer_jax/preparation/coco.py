@@ -208,9 +208,7 @@ def _add_panoptic(annotations: Annotations, name: str, folder: str, listed: List
         for row in rows:
             mask = _mask_name(folder, row)
             if mask not in source.members:
-                raise UserError(
-                    f"{where} names the mask {files.shorten(mask)}, which is not there: put it there"
-                )
+                raise UserError(f"{where} names the mask {files.shorten(mask)}, which is not there: put it there")
             segments = {part.id: _label(part.category_id, table, where) for part in row.segments_info or ()}
             convert = partial(labels.map_segments, segments, table[None])
             sized = partial(labels.convert_mask, convert, source[path])
@@ -227,22 +225,16 @@ def _add_instances(annotations: Annotations, name: str, listed: Listed, table: T
         counts["pictures without annotations, all background"] += not rows
         convert = partial(_draw, rows, table, picture, annotations.source[path])
         annotations.pairs.append(Pair(path, annotations.source[path], hold(where), convert, split))
-    annotations.notes += [
-        f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count
-    ]
+    annotations.notes += [f"{text} in {files.shorten(name)}: {count}" for text, count in counts.items() if count]
 
 
-def _draw(
-    rows: Sequence[Annotation], table: Table, picture: Picture, image: Member, data: bytes, name: str
-) -> bytes:
+def _draw(rows: Sequence[Annotation], table: Table, picture: Picture, image: Member, data: bytes, name: str) -> bytes:
     stated = (picture.height, picture.width) if picture.height and picture.width else None
     size = labels.read_size(image, stated, name)
     return labels.draw_regions(table[None], size, _read_regions(rows, table, name, Counter()), name)
 
 
-def _read_regions(
-    rows: Sequence[Annotation], table: Table, where: str, counts: Counter[str]
-) -> list[labels.Region]:
+def _read_regions(rows: Sequence[Annotation], table: Table, where: str, counts: Counter[str]) -> list[labels.Region]:
     """Returns the regions of a picture's annotations; a box without a mask is void."""
     regions = []
     for row in rows:
@@ -264,7 +256,5 @@ def _read_regions(
 
 def _label(number: Identity | None, table: Table, where: str) -> int:
     if number is None or number not in table:
-        raise UserError(
-            f"{where} has an annotation of category {files.shorten(number, 40)}, which it does not list"
-        )
+        raise UserError(f"{where} has an annotation of category {files.shorten(number, 40)}, which it does not list")
     return table[number]

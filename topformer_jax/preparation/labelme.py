@@ -142,9 +142,7 @@ def _list_classes(
     return classes, {"": empty, BACKGROUND: empty} | table | {IGNORED: IGNORE_LABEL}, is_covered
 
 
-def _require_full_cover(
-    table: Mapping[str, int], image: Member, extract: Convert | None, content: Member
-) -> None:
+def _require_full_cover(table: Mapping[str, int], image: Member, extract: Convert | None, content: Member) -> None:
     probe = dict.fromkeys(table, 0) | {"": 1}
     drawn = draw_shapes(probe, image, extract, content.read(), content.where)
     if uncovered := float(read_label_values(drawn, content.where).mean()):
@@ -194,9 +192,7 @@ def _decode64(text: str, where: str) -> bytes:
         raise UserError(f"{where} holds no picture or mask in base64 ({error})") from None
 
 
-def draw_shapes(
-    table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str
-) -> bytes:
+def draw_shapes(table: Mapping[str, int], image: Member, extract: Convert | None, data: bytes, name: str) -> bytes:
     """Draws the shapes in a labelme file's `data` in their order, as labelme's shapes_to_label does.
 
     `table` has the label of each name; that of "" is for the pixels that no shape covers. `extract` takes the picture
@@ -230,9 +226,7 @@ def draw_shapes(
     return labels.encode(np.asarray(canvas))
 
 
-def _draw_outline(
-    draw: ImageDraw.ImageDraw, kind: str, points: list[tuple[float, float]], label: int
-) -> bool:
+def _draw_outline(draw: ImageDraw.ImageDraw, kind: str, points: list[tuple[float, float]], label: int) -> bool:
     """Draws a shape as labelme's shape_to_mask does; returns False if it covers no area."""
     if kind in _POLYGONS and len(points) > 2:
         draw.polygon(points, fill=label, outline=label)

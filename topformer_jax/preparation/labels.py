@@ -75,9 +75,7 @@ def map_colours(colours: Mapping[Colour, int], data: bytes, name: str, *, void_s
     strange = keys[places] != pixels
     if strange.mean() > void_share:
         found, counts = np.unique(pixels[strange], return_counts=True)
-        shown = ", ".join(
-            f"({key >> 16}, {key >> 8 & 255}, {key & 255})" for key in found[np.argsort(-counts)][:3]
-        )
+        shown = ", ".join(f"({key >> 16}, {key >> 8 & 255}, {key & 255})" for key in found[np.argsort(-counts)][:3])
         raise UserError(
             f"{name}: {strange.mean():.2%} of the pixels have colours that no class has, such as {shown}: masks are "
             "lossless images in the colours of the classes"
@@ -165,9 +163,7 @@ def box_region(label: int, x: float, y: float, width: float, height: float) -> R
     return Region(label, [[x, y, x + width, y, x + width, y + height, x, y + height]])
 
 
-def draw_regions(
-    background: int, size: Size, regions: Iterable[Region], name: str, *, by_area: bool = True
-) -> bytes:
+def draw_regions(background: int, size: Size, regions: Iterable[Region], name: str, *, by_area: bool = True) -> bytes:
     """Draws regions as pycocotools fills polygons: those of larger areas first, or in their order.
 
     Raises UserError if a region lies outside of the picture, or runs are of another number of pixels.

@@ -102,9 +102,7 @@ def _compare_palettes(source: Archive, masks: Sequence[str]) -> None:
     of_palette = {palette: name for name, palette in palettes.items()}
     if len(of_palette) > 1 and b"" in of_palette:
         grey, other = of_palette.pop(b""), next(iter(of_palette.values()))
-        raise UserError(
-            f"{grey} is grey and {other} has a palette, so a value may be two classes: make them one"
-        )
+        raise UserError(f"{grey} is grey and {other} has a palette, so a value may be two classes: make them one")
     colours: dict[int, tuple[bytes, str]] = {}
     for name, palette in palettes.items() if len(of_palette) > 1 else ():
         for value in np.unique(read_label_values(source[name].read(), source[name].where)).tolist():
@@ -127,9 +125,7 @@ def _in_folders(source: Archive, *choices: Sequence[str]) -> dict[str, str]:
                 found[name] = own.stem_of("/".join([*parts[:place], *parts[place + 1 :]]))
         if found:
             return found
-    raise UserError(
-        f"{source.path} has no picture below {' or '.join(choices[-1])}/ ({own.describe(source)})"
-    )
+    raise UserError(f"{source.path} has no picture below {' or '.join(choices[-1])}/ ({own.describe(source)})")
 
 
 def _pair(

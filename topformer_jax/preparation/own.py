@@ -76,9 +76,7 @@ class Annotations:
             self.left_out.append((reason, column, [member.name for member in members]))
             self.read.update(members)
 
-    def read_classes(
-        self, *names: str, is_order: bool = False, required: bool = False
-    ) -> tuple[list[str], str]:
+    def read_classes(self, *names: str, is_order: bool = False, required: bool = False) -> tuple[list[str], str]:
         """Returns the lines of the first of these files that is in any folder, and its path; ([], "") without one.
 
         With `is_order`, the lines number the classes: each must be a name. Files of one name must be equal.
@@ -89,9 +87,7 @@ class Annotations:
             lines = [source.lines(name, by_place=is_order) for name in found]
             for name, others in zip(found, lines, strict=True):
                 if others != lines[0]:
-                    raise UserError(
-                        f"{source[name].where} has other classes than {found[0]}: make them equal"
-                    )
+                    raise UserError(f"{source[name].where} has other classes than {found[0]}: make them equal")
             if found:
                 self.read.update(source[name] for name in found)
                 where = source[found[0]].where
@@ -295,9 +291,7 @@ def _state_split(pair: Pair, listed: tuple[str, str], decider: str) -> tuple[str
     others = {split: where for _, split, where in found[1:] if split != found[0][1]}
     if others and (not (decider and pair.split) or (pair.split == "train" and "test" in others)):
         (_, split, where), (other, by) = found[0], others.popitem()
-        raise UserError(
-            f"{pair.image.where} belongs to {split} by {where} and to {other} by {by}: make them agree"
-        )
+        raise UserError(f"{pair.image.where} belongs to {split} by {where} and to {other} by {by}: make them agree")
     if found:
         return found[0][:2]
     split = split_of(stem_of(pair.name).rpartition("/")[2])
@@ -494,6 +488,4 @@ def _count_suffixes(names: Iterable[str]) -> str:
 
 
 def _join_first(names: Sequence[str], count: int = 3) -> str:
-    return ", ".join(files.shorten(name, 40) for name in names[:count]) + (
-        ", ..." if len(names) > count else ""
-    )
+    return ", ".join(files.shorten(name, 40) for name in names[:count]) + (", ..." if len(names) > count else "")

@@ -297,9 +297,7 @@ def plan_imagenet(train: Archive, validation: Archive, devkit: Archive) -> Plan:
     names = {str(row.ILSVRC2012_ID): row.WNID for row in synsets}
     numbers = devkit.lines(_GROUND_TRUTH)
     if strange := [number for number in numbers if number not in names]:
-        raise UserError(
-            f"{devkit[_GROUND_TRUTH].where} has class {files.shorten(strange[0])}: fetch it again"
-        )
+        raise UserError(f"{devkit[_GROUND_TRUTH].where} has class {files.shorten(strange[0])}: fetch it again")
     pictures = validation.names("", ".JPEG")
     if len(pictures) != len(numbers):
         raise UserError(

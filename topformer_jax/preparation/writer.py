@@ -71,9 +71,7 @@ def plan_of(tasks: list[Task]) -> Plan:
     return Plan(tasks, sum(task.source.size for task in tasks))
 
 
-def write(
-    plan: Plan, output: pathlib.Path, origin: dict[str, Any], *, workers: int, verify: bool
-) -> dict[str, Any]:
+def write(plan: Plan, output: pathlib.Path, origin: dict[str, Any], *, workers: int, verify: bool) -> dict[str, Any]:
     """Makes the files that are not there yet, and writes manifest and listing.
 
     `origin` is what they are made from, for the manifest. `workers` are extra processes; 0: only this one. With
@@ -173,9 +171,7 @@ def _claim(output: pathlib.Path, origin: dict[str, Any]) -> None:
     former.pop("splits", None)
     if former != origin:
         changed = ", ".join(key for key in origin if former.get(key) != origin[key])
-        raise UserError(
-            f"{output} was made of something else (other {changed}): remove it, or name another --output"
-        )
+        raise UserError(f"{output} was made of something else (other {changed}): remove it, or name another --output")
 
 
 def _write_manifest(output: pathlib.Path, manifest: dict[str, Any]) -> None:

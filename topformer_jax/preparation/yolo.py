@@ -61,9 +61,7 @@ def read(source: Archive, background: str) -> Annotations:
     annotations.pairs = [
         pair for pair in annotations.pairs if pair.label.archive or pair.split or pair.folder in homes
     ]
-    counts["pictures without a .txt, all background"] = sum(
-        not pair.label.archive for pair in annotations.pairs
-    )
+    counts["pictures without a .txt, all background"] = sum(not pair.label.archive for pair in annotations.pairs)
     annotations.notes += [f"{text}: {count}" for text, count in counts.items() if count]
     annotations.notes.append("overlapping polygons are drawn by their area, the largest first")
     lost = [name for name in source.members if "/labels/" in f"/{name}" and name.lower().endswith(".txt")]
@@ -128,9 +126,7 @@ def _divide(annotations: Annotations, settings: Settings, where: str) -> None:
         pair.split = listed.get(number, ("", ""))[0] or split
     if folders or lists:
         annotations.decider = pathlib.PurePath(where).name
-        annotations.pairs = [
-            pair for pair in annotations.pairs if pair.split or own.split_of_folders(pair.name)
-        ]
+        annotations.pairs = [pair for pair in annotations.pairs if pair.split or own.split_of_folders(pair.name)]
 
 
 def _label_names(name: str) -> list[str]:

@@ -50,9 +50,7 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(rest)
         if args.config is None:
             if overrides:
-                raise UserError(
-                    f"--config.{next(iter(overrides))} needs --config FILE: the config that it changes"
-                )
+                raise UserError(f"--config.{next(iter(overrides))} needs --config FILE: the config that it changes")
             return args, None
         return args, config_lib.load(args.config, overrides)
 

@@ -56,9 +56,7 @@ def as_path(text: str | os.PathLike[str]) -> Path:
         path: Path = epath.Path(text)
         fsspec.get_filesystem_class(protocol)
     except KeyError:
-        raise UserError(
-            f"{text} is in no known storage: expected gs://BUCKET/FOLDER, or a local path"
-        ) from None
+        raise UserError(f"{text} is in no known storage: expected gs://BUCKET/FOLDER, or a local path") from None
     except ImportError as error:
         if protocol != "gs":
             raise UserError(f"cannot open {text}: {explain(error)}") from None
@@ -223,9 +221,7 @@ def read_bytes(path: Path, advice: str = "", most: int = MOST_BYTES) -> bytes:
             return path.read_bytes()
         with open_regular(path) as file:
             if (size := os.fstat(file.fileno()).st_size) > most:
-                raise UserError(
-                    f"cannot read {path}: it has {size:,} bytes, and at most {most:,} are read{advice}"
-                )
+                raise UserError(f"cannot read {path}: it has {size:,} bytes, and at most {most:,} are read{advice}")
             return file.read()
 
 
@@ -314,9 +310,7 @@ def _report_type(where: object, advice: str) -> Iterator[None]:
     try:
         yield
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
-        raise UserError(
-            f"{where} is not the JSON file that was expected ({shorten(error, 120)}){advice}"
-        ) from None
+        raise UserError(f"{where} is not the JSON file that was expected ({shorten(error, 120)}){advice}") from None
 
 
 def shorten(text: object, most: int = 60) -> str:

@@ -65,9 +65,7 @@ def set_class_weight(
     if absent := list_names(classes[~occurs].tolist(), "class", f" of {len(classes)}", shown=5):
         processes.say(f"class weights: 0 for {absent} without a training pixel")
     if empty:
-        processes.say(
-            f"class weights: {empty} of {len(pixels)} training labels hold no class or are unreadable"
-        )
+        processes.say(f"class weights: {empty} of {len(pixels)} training labels hold no class or are unreadable")
     return config_lib.load(config, {"loss.class_weight": weights.tolist()})
 
 

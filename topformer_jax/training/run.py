@@ -242,9 +242,7 @@ class Monitor:
         for at, values in enumerate(fetched, step - len(fetched) + 1):
             for name in ("loss", "gradient_norm"):
                 if not math.isfinite(value := float(values[name])):
-                    advice = (
-                        f"lower schedule.lr, or set optimizer.clip_norm; {self._run.store.describe_newest()}"
-                    )
+                    advice = f"lower schedule.lr, or set optimizer.clip_norm; {self._run.store.describe_newest()}"
                     raise UserError(f"the {name.replace('_', ' ')} is {value} at step {at}: {advice}")
         return fetched
 

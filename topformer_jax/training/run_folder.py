@@ -126,9 +126,7 @@ class RunFolder:
     def _upload_rest(self, deadline: float) -> None:
         while not self.upload():
             if time.monotonic() >= deadline:
-                raise UserError(
-                    f"cannot write into {self.path}: its newest files are in {self.local}: copy them"
-                )
+                raise UserError(f"cannot write into {self.path}: its newest files are in {self.local}: copy them")
             time.sleep(5)
         shutil.rmtree(self.local, ignore_errors=True)
 

@@ -69,9 +69,7 @@ class GracefulShutdown:
         if not self._stopped.is_set():
             self._exit_early()
 
-    def set_early_exit_callback(
-        self, has_computed: Callable[[], bool], print_line: Callable[[str], None]
-    ) -> None:
+    def set_early_exit_callback(self, has_computed: Callable[[], bool], print_line: Callable[[str], None]) -> None:
         """From now on, a signal ends all processes at once if none has computed a step, so that nothing is lost.
 
         A thread does it, so that a signal need not wait for minutes of compilation.

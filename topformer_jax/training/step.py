@@ -182,9 +182,7 @@ class _Step:
         config = self.config
         gradients, stats, sums = self.accumulate_gradients(state, batch, teacher)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step count
-            updates, optimizer_state = build_optimizer(config).update(
-                gradients, state.optimizer, state.params
-            )
+            updates, optimizer_state = build_optimizer(config).update(gradients, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         tensors = params | stats
         decay = average_decay(state.step, config)
@@ -218,9 +216,7 @@ class _Step:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT_STREAM), state.step)
         whole = jax.lax.with_sharding_constraint(state.params, sharding.replicated(layout.step.mesh))
 
-        def compute_loss(
-            params: Tensors, stats: Tensors, micro_batch: Batch, key: Array
-        ) -> tuple[Array, Any]:
+        def compute_loss(params: Tensors, stats: Tensors, micro_batch: Batch, key: Array) -> tuple[Array, Any]:
             sums, others, stats = self.forward(params | stats, micro_batch, key, teacher)
             loss = sums.loss / jnp.asarray(divisor, sums.loss.dtype) + others / count
             return loss, (stats, sums._replace(loss=loss))
@@ -387,9 +383,7 @@ def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     settings = config.optimizer
 
     def scale_head(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
-        head = {
-            name: x * settings.head_lr_mult for name, x in updates.items() if name.startswith(HEAD_PREFIX)
-        }
+        head = {name: x * settings.head_lr_mult for name, x in updates.items() if name.startswith(HEAD_PREFIX)}
         return {**updates, **head}
 
     def decay_mask(params: optax.Params) -> dict[str, bool]:

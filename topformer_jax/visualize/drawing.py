@@ -175,9 +175,7 @@ def write_image(path: files.Path, image: Image) -> None:
     if format is None:
         raise UserError(f"cannot write {path}: an image's name ends in {', '.join(FORMATS)}")
     if format == "jpeg" and max(image.shape) > MAX_JPEG_SIDE:
-        raise UserError(
-            f"cannot write {path}: a JPEG has at most {MAX_JPEG_SIDE} pixels a side; name it .png"
-        )
+        raise UserError(f"cannot write {path}: a JPEG has at most {MAX_JPEG_SIDE} pixels a side; name it .png")
     files.write_file(path, encode(PIL.Image.fromarray(image), format))
 
 

@@ -251,7 +251,6 @@ def read_label(example: Example, config: ConfigDict) -> np.int32:
     label = int(np.asarray(example.label).item())
     if not 0 <= label < config.model.num_classes:
         raise UserError(
-            f"{example.where[1]} is {label}: expected 0 to {config.model.num_classes - 1}; check "
-            "model.num_classes"
+            f"{example.where[1]} is {label}: expected 0 to {config.model.num_classes - 1}; check model.num_classes"
         )
     return np.int32(label)

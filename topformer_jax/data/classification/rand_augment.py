@@ -19,9 +19,7 @@ Operation = Callable[[pillow.Image, Any], pillow.Image]
 Argument = Callable[[float, int], int | float]
 
 
-def rand_augment(
-    image: Image, *, magnitude: int | float, std: int | float, rng: np.random.Generator
-) -> Image:
+def rand_augment(image: Image, *, magnitude: int | float, std: int | float, rng: np.random.Generator) -> Image:
     """Applies each of two random operations with probability 0.5.
 
     The operations' magnitudes are normal with this mean and standard deviation, cut to 0..10.
@@ -60,9 +58,7 @@ OPERATIONS: dict[str, tuple[Operation, Argument]] = {
     "posterize": (ImageOps.posterize, lambda level, _: int(level * 4)),
     "solarize": (ImageOps.solarize, lambda level, _: min(256, int(level * 256))),
     "solarize_add": (
-        lambda picture, addend: picture.point(
-            [min(255, v + addend) if v < 128 else v for v in range(256)] * 3
-        ),
+        lambda picture, addend: picture.point([min(255, v + addend) if v < 128 else v for v in range(256)] * 3),
         lambda level, _: min(128, int(level * 110)),
     ),
     "color": _enhancer(ImageEnhance.Color),
