@@ -8,6 +8,7 @@ calls, as its user would run it: its allocator and threads touch nobody else's t
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -43,6 +44,7 @@ COLUMNS = {
     "runs": ("runs", 1, 0),
     "images_per_second": ("images/s", 1, 1),
     "ratio": ("ratio to first", 1, 2),
+    "noise": ("noise %", 100, 1),
     "first_seconds": ("first call s", 1, 2),
     "arguments_bytes": ("arguments MB", 1e-6, 1),
     "memory_bytes": ("memory MB", 1e-6, 1),
@@ -174,7 +176,8 @@ def compare(
 ) -> list[Row]:
     """Times the programs in turn, `repeats` times; a row each, with the ratio of its time to the first one's.
 
-    A run is as many calls as take `at_least` seconds. `images` is how many a call takes.
+    A run is as many calls as take `at_least` seconds. `images` is how many a call takes. `noise` is how much two
+    neighbouring runs of the same program differ, in the median: the machine's.
     """
     calls = dict.fromkeys(programs, 1)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -194,6 +197,8 @@ def compare(
         row["images_per_second"] = images / spread["median"]
         if times is not first:
             row["ratio"] = statistics.median(b / a for a, b in zip(first, times, strict=True))
+        if len(times) > 1:
+            row["noise"] = statistics.median(max(pair) / min(pair) - 1 for pair in itertools.pairwise(times))
         _, row["first_seconds"], row["memory_bytes"], row["temporary_bytes"], _ = programs[name]
         rows.append(row)
     return rows

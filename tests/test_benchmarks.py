@@ -192,6 +192,7 @@ def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pyte
     assert calls == list("abababab")
     assert "ratio" not in first
     assert (first["images_per_second"], second["ratio"]) == (3, 3)
+    assert (first["noise"], second["noise"]) == (6.5, 6.5)  # the median of 10 / 1 and 10 / 2, less 1
 
 
 def test_a_variant_that_does_not_work_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
