@@ -150,18 +150,20 @@ def compile_row(slices: str, name: str, images: int, jitted: Any, *arguments: An
     }
 
 
-def step_row(slices: str, config: ConfigDict, devices: Sequence[jax.Device], images: int) -> Row:
-    """The training step with so many images on each device."""
+def step_program(config: ConfigDict, devices: Sequence[jax.Device], images: int) -> tuple[Any, Any, Any]:
+    """The training step with so many images on each device, not yet compiled, and its arguments, abstract.
+
+    It is the program of `train` on these devices, which finds it in JAX's persistent cache.
+    """
     config = config_lib.load(config, {"batch_size": images * len(devices)})
     mesh = sharding.make_train_mesh(config, devices)
     model = models.build(config)
     state = step.init_state(config, model)
-    layout = sharding.state_sharding(state, mesh)
+    layout = step.lay_out(state, mesh)
     train_step = step.build_train_step(config, model, mesh, layout)
     batch = samples.batch(config, 1)
     shapes = {name: abstract(x[0], sharding.batch_sharding(mesh), config.batch_size) for name, x in batch.items()}
-    name = f"train step, {images} images"
-    return compile_row(slices, name, images, train_step, jax.tree.map(abstract, state, layout), shapes)
+    return train_step, jax.tree.map(abstract, state, layout), shapes
 
 
 def evaluation_rows(slices: str, config: ConfigDict, devices: Sequence[jax.Device]) -> list[Row]:
@@ -219,7 +221,8 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
         devices = slice_devices(name)
         for images in args.images:
             if "step" in args.programs:
-                rows.append(step_row(name, config, devices, images))
+                program = step_program(config, devices, images)
+                rows.append(compile_row(name, f"train step, {images} images", images, *program))
             if "loss" in args.programs:
                 rows.append(loss_row(name, config, devices, images))
         if "evaluation" in args.programs:

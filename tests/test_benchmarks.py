@@ -10,15 +10,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import chromium, gpu, input as input_lib, runner, samples, side_by_side
+from benchmarks import chromium, compile as compile_lib, gpu, input as input_lib, runner, samples, side_by_side
 from benchmarks.runner import Program
 from tests.parity import settings_for
 from topformer_jax.data import loader, transforms
 from topformer_jax.data.augment import normalize
+from topformer_jax.runtime import sharding
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.training import step
 
 Run = Callable[..., list[dict[str, Any]]]
 SETTINGS = {
@@ -154,6 +157,15 @@ def test_page(run: Run) -> None:
         pytest.skip("needs chromium and npm")
     rows = run("page", *TINY, "--size", "64")
     assert [row["program"] for row in rows] == ["wasm 1", "wasm 2"] * 4
+
+
+def test_training_looks_up_the_step_that_was_compiled_elsewhere() -> None:
+    """The program's text is the key of JAX's persistent cache, with the versions and the devices."""
+    config = settings_for("tiny", batch_size=8, mesh__fsdp=2, data__crop_size=(64, 64))
+    state, train_step = step.init_training(config)
+    batch = jax.device_put(samples.batch(config), sharding.batch_sharding(sharding.make_train_mesh(config)))
+    compiled_elsewhere, *arguments = compile_lib.step_program(config, jax.devices(), 1)
+    assert compiled_elsewhere.lower(*arguments).as_text() == train_step.lower(state, batch).as_text()
 
 
 @pytest.mark.slow

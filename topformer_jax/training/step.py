@@ -101,15 +101,21 @@ def init_training(
     mesh = sharding.make_train_mesh(config) if mesh is None else mesh
     model = models.build(config) if model is None else model
     state = init_state(config, model)
-    layout = sharding.state_sharding(state, mesh)
-    # Statistics are small, and frozen weights would be gathered at each step.
-    layout.stats = dict.fromkeys(state.stats, sharding.replicated(mesh))
+    layout = lay_out(state, mesh)
     train_step = build_train_step(config, model, mesh, layout, teacher=teacher)
     state = jax.device_put(state, layout)
     if teacher is None:
         return state, train_step
     tensors = jax.device_put(models.state_dict(teacher), sharding.replicated(mesh))
     return state, lambda state, batch: train_step(state, batch, tensors)
+
+
+def lay_out(state: TrainState, mesh: Mesh) -> StateSharding:
+    """Returns a sharding for each array of a state; statistics and frozen weights lie on every device."""
+    layout: StateSharding = sharding.state_sharding(state, mesh)
+    # Statistics are small, and frozen weights would be gathered at each step.
+    layout.stats = dict.fromkeys(state.stats, sharding.replicated(mesh))
+    return layout
 
 
 def init_state(config: ConfigDict, model: nnx.Module) -> TrainState:
