@@ -162,6 +162,7 @@ def test_page(run: Run) -> None:
 def test_training_looks_up_the_step_that_was_compiled_elsewhere() -> None:
     """The program's text is the key of JAX's persistent cache, with the versions and the devices."""
     config = settings_for("tiny", batch_size=8, mesh__fsdp=2, data__crop_size=(64, 64))
+    train_step: Any
     state, train_step = step.init_training(config)
     batch = jax.device_put(samples.batch(config), sharding.batch_sharding(sharding.make_train_mesh(config)))
     compiled_elsewhere, *arguments = compile_lib.step_program(config, jax.devices(), 1)
