@@ -102,11 +102,8 @@ def depthwise_rows(args: argparse.Namespace, config: ConfigDict) -> list[Row]:
     """Depthwise convolutions, forward and backward: XLA's, multiply-adds of shifted slices, what training uses."""
 
     def shifted(images: Any, kernel: Any, grad: Any, stride: int) -> Any:
-        def add_up(products: Any) -> list[Any]:
-            return [jnp.sum(x, (0, 1, 2)) for x in products]
-
-        result = convolution._multiply_add(images, kernel, stride)
-        return result, convolution._multiply_add_gradients(images, kernel, grad, stride, add_up)
+        result = convolution.multiply_add(images, kernel, stride)
+        return result, convolution.multiply_add_gradients(images, kernel, grad, stride)
 
     def conv(images: Any, kernel: Any, grad: Any, stride: int, method: str) -> Any:
         options: Any = {"stride": stride, "groups": images.shape[3], "method": method}

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 
 from topformer_jax.ops import at_least_float32
 
-METHODS = ("auto", "single_op")
 # `sum_over_pixels` adds up blocks of this many pixels, of this many arrays together. XLA's CPU backend then keeps the
 # sums in registers and reads each value once; with larger blocks it takes 2 to 5 times as long.
 BLOCK_PIXELS, BLOCK_ARRAYS = 8, 9
@@ -53,14 +52,9 @@ def conv(
             convolution. A program to be exported needs "single_op".
         precision: of matrix products and XLA's convolutions, and of their gradients.
 
-    Raises:
-        ValueError: there is no such method.
-
     >>> conv(jnp.ones((1, 5, 6, 2)), jnp.ones((3, 3, 1, 2)), 2, groups=2)[0, :, :, 0].tolist()
     [[4.0, 6.0, 6.0], [6.0, 9.0, 9.0], [4.0, 6.0, 6.0]]
     """
-    if method not in METHODS:
-        raise ValueError(f"convolution method {method!r}: expected one of {', '.join(METHODS)}")
     k, _, group_inputs, outputs = kernel.shape
     if method == "auto" and group_inputs == 1 and groups == outputs:
         with jax.named_scope("depthwise"):
@@ -86,50 +80,45 @@ def _xla_conv(images: Array, kernel: Array, stride: int, groups: int, precision:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(images: Array, kernel: Array, stride: int, precision: str | None) -> Array:
     """The depthwise convolution where no gradient is taken; with gradients `_depthwise_forward` runs."""
-    shifted = functools.partial(_multiply_add, stride=stride)
-    xla = functools.partial(_xla_conv, stride=stride, groups=images.shape[-1], precision=precision)
-    return lax.platform_dependent(images, kernel, cpu=shifted, default=xla)
+    shifted = functools.partial(multiply_add, stride=stride)
+    return lax.platform_dependent(images, kernel, cpu=shifted, default=_xla_depthwise(images, stride, precision))
+
+
+def _xla_depthwise(images: Array, stride: int, precision: str | None) -> Callable[[Array, Array], Array]:
+    return functools.partial(_xla_conv, stride=stride, groups=images.shape[-1], precision=precision)
 
 
 def _depthwise_forward(
     images: Array, kernel: Array, stride: int, precision: str | None
 ) -> tuple[Array, tuple[Array, Array]]:
-    shifted = functools.partial(_multiply_add, stride=stride)
-    xla = functools.partial(_xla_conv, stride=stride, groups=images.shape[-1], precision=precision)
+    shifted, xla = functools.partial(multiply_add, stride=stride), _xla_depthwise(images, stride, precision)
     return lax.platform_dependent(images, kernel, cpu=shifted, tpu=shifted, default=xla), (images, kernel)
 
 
 def _depthwise_backward(
     stride: int, precision: str | None, saved: tuple[Array, Array], grad: Array
 ) -> tuple[Array, Array]:
-    def transpose_xla(images: Array, kernel: Array, grad: Array) -> tuple[Array, Array]:
-        convolve = functools.partial(_xla_conv, stride=stride, groups=images.shape[-1], precision=precision)
-        (image_grad,) = jax.linear_transpose(lambda x: convolve(x, kernel), images)(grad)
-        (kernel_grad,) = jax.linear_transpose(lambda x: convolve(images, x), kernel)(grad)
+    def xla(images: Array, kernel: Array, grad: Array) -> tuple[Array, Array]:
+        _, pull_back = jax.vjp(_xla_depthwise(images, stride, precision), images, kernel)
+        image_grad, kernel_grad = pull_back(grad)
         return image_grad, kernel_grad
 
-    def transpose_on_gpu(images: Array, kernel: Array, grad: Array) -> tuple[Array, Array]:
-        _, kernel_grad = transpose_xla(images, kernel, grad)
-        return _image_gradient(images, kernel, grad, stride), kernel_grad
+    def on_gpu(images: Array, kernel: Array, grad: Array) -> tuple[Array, Array]:
+        return _image_gradient(images, kernel, grad, stride), xla(images, kernel, grad)[1]
 
-    def multiply_add(sums: Callable[..., list[Array]]) -> Callable[..., tuple[Array, Array]]:
-        return functools.partial(_multiply_add_gradients, stride=stride, sum_pixels=sums)
-
-    return lax.platform_dependent(
-        *saved,
-        grad,
-        cpu=multiply_add(sum_over_pixels),
-        tpu=multiply_add(lambda products: [jnp.sum(x, (0, 1, 2)) for x in products]),
-        cuda=transpose_on_gpu,
-        rocm=transpose_on_gpu,
-        default=transpose_xla,
-    )
+    shifted = functools.partial(multiply_add_gradients, stride=stride)
+    on_cpu = functools.partial(shifted, sum_pixels=sum_over_pixels)
+    return lax.platform_dependent(*saved, grad, cpu=on_cpu, tpu=shifted, cuda=on_gpu, rocm=on_gpu, default=xla)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def _multiply_add(images: Array, kernel: Array, stride: int) -> Array:
+def _sum_plainly(values: Sequence[Array]) -> list[Array]:
+    return [jnp.sum(array, (0, 1, 2)) for array in values]
+
+
+def multiply_add(images: Array, kernel: Array, stride: int) -> Array:
     """The depthwise convolution as k*k multiply-adds of shifted slices."""
     k = kernel.shape[0]
     return _sum_products(_slices_of_images(images, k, stride), kernel.reshape(k * k, -1)).astype(images.dtype)
@@ -153,20 +142,19 @@ def _image_gradient(images: Array, kernel: Array, grad: Array, stride: int) -> A
     return products.astype(images.dtype)
 
 
-def _multiply_add_gradients(
+def multiply_add_gradients(
     images: Array,
     kernel: Array,
     grad: Array,
     stride: int,
-    sum_pixels: Callable[[Sequence[Array]], list[Array]],
+    sum_pixels: Callable[[Sequence[Array]], list[Array]] = _sum_plainly,
 ) -> tuple[Array, Array]:
-    image_grad = _image_gradient(images, kernel, grad, stride)
-    # For the filter: k*k sums over the batch and the pixels.
+    """The gradients of `multiply_add` in the images and the kernel: k*k sums over the batch and the pixels."""
     accum_dtype = at_least_float32(images.dtype)
     slices = _slices_of_images(images, kernel.shape[0], stride)
     sums = sum_pixels([view.astype(accum_dtype) * grad.astype(accum_dtype) for view in slices])
-    kernel_grad = jnp.stack(sums).reshape(kernel.shape)
-    return image_grad, kernel_grad.astype(kernel.dtype)
+    kernel_grad = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
+    return _image_gradient(images, kernel, grad, stride), kernel_grad
 
 
 def _slices_of_images(images: Array, k: int, stride: int) -> list[Array]:
@@ -207,12 +195,8 @@ def sum_over_pixels(values: Sequence[Float[Array, "n h w c"]]) -> list[Float[Arr
     sums: list[Array] = []
     for start in range(0, len(values), BLOCK_ARRAYS):
         blocks = [array.reshape(-1, block, c) for array in values[start : start + BLOCK_ARRAYS]]
-        sums += lax.reduce(blocks, [zero] * len(blocks), _add, (1,))
+        sums += lax.reduce(blocks, [zero] * len(blocks), functools.partial(jax.tree.map, jnp.add), (1,))
     return [array.sum(0) for array in sums]
-
-
-def _add(left: list[Array], right: list[Array]) -> list[Array]:
-    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
