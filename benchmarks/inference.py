@@ -40,18 +40,18 @@ def our_programs(model: models.Segmenter, image: np.ndarray) -> dict[str, Progra
     evaluation = model.config.evaluation
     shapes = plan_shapes([(image.shape[0], image.shape[1])], evaluation)
     inputs = prepare_input(image, None, evaluation, shapes, dtype=compiled.dtype.name)
-    batch = make_global_batch({0: inputs}, 1, compiled.batch_sharding)
+    batch = make_global_batch([inputs], compiled.batch_sharding)
     network = (tensors, batch.views[0])
 
     def label() -> jax.Array:
         views = compiled.compute_views(tensors, shapes, batch)
-        predictions, _ = compiled.predict_and_count(views, batch.label)
+        predictions, _ = compiled.predict_and_count(views, batch.tiles, batch.labels)
         return predictions
 
     program: Any = compiled.network(shapes, 0)
     count: Any = compiled.predict_and_count
     logits = runner.start(f"{OURS}, logits", lambda: program(*network), lambda: program.lower(*network).compile())
-    after = compiled.compute_views(tensors, shapes, batch), batch.label
+    after = compiled.compute_views(tensors, shapes, batch), batch.tiles, batch.labels
     labels = runner.start(f"{OURS}, labels", label, lambda: count.lower(*after).compile())
     peak = max(logits, labels, key=lambda program: program.memory_bytes or 0)  # one runs after the other
     memory = (peak.memory_bytes, peak.temporary_bytes)
@@ -69,7 +69,7 @@ def write_file(
     stride: int = 1,
 ) -> bytes:
     """An exported file with the config's fresh weights, or with a checkpoint's."""
-    model = checkpoints.load_segmenter(network.export_config(config), checkpoint)
+    model = checkpoints.load_segmenter(config_lib.load(config, {"model.dtype": "float32"}), checkpoint)
     description = {
         "output": output,
         "stride": stride,

@@ -120,7 +120,7 @@ def export_model(
     for path in (output, beside):
         if path is not None:
             files.refuse_existing(path)
-    model = checkpoints.load_model(network.export_config(config), checkpoint)
+    model = checkpoints.load_model(config_lib.load(config, {"model.dtype": "float32"}), checkpoint)
     own_size = choices.size == tuple(config.data.crop_size)  # the config's, if the user gave no other one
     checkpoints.check_label_rules(model, config)
     checkpoints.print_differences(model, config, also=("data.crop_size",) if own_size else ())

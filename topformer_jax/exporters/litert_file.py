@@ -23,7 +23,6 @@ from jaxtyping import UInt8
 from topformer_jax.data import loader
 from topformer_jax.exporters.exported import SEAL_BYTES, Run, seal
 from topformer_jax.exporters.network import Function
-from topformer_jax.ops import resample
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError, need_packages
 
@@ -114,8 +113,7 @@ def _pool(before: Sequence[int], after: Sequence[int]) -> Operation | None:
     return "tfl.average_pool_2d", [], attributes
 
 
-FUNCTIONS: list[tuple[Any, Any]] = [(resample.library_resize, _resize), (resample.library_pool, _pool)]
-OWN_OPERATIONS = {str(function.__name__): rule for function, rule in FUNCTIONS}
+OWN_OPERATIONS: dict[str, Any] = {"library_resize": _resize, "library_pool": _pool}  # jitted functions by name
 
 
 def lower_precision(data: bytes, description: Mapping[str, Any], images: Images = ()) -> bytes:

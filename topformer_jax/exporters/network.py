@@ -1,7 +1,7 @@
 """The function that an exported file computes: pictures in, labels (or logits, probabilities, scores) out.
 
-It runs the model's own modules with BatchNorms folded and each layer as one operation (`model.conv_impl=single_op`),
-so that a new block or injection needs nothing here.
+It runs the model's own modules with BatchNorms folded and each layer as one operation, so that a new block or
+injection needs nothing here.
 """
 
 import dataclasses
@@ -15,28 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, UInt8
-from ml_collections import ConfigDict
 
-from topformer_jax import config as config_lib, models
+from topformer_jax import models
 from topformer_jax.data.augment import normalize
-from topformer_jax.models.layers import Model, fold_batch_norms
+from topformer_jax.models.layers import fold_batch_norms
 from topformer_jax.ops.resample import axis_matrix_of, bilinear_matrix, resize
 
 Function = Callable[[UInt8[Array, "n h w 3"]], Array]
-
-
-def export_config(config: ConfigDict) -> ConfigDict:
-    """A config whose model exporters can read: each layer as one operation, in float32."""
-    return config_lib.load(config, {"model.conv_impl": "single_op", "model.dtype": "float32"})
-
-
-def with_conv_impl(model: Model, conv_impl: str) -> Model:
-    """A copy of a model with `model.conv_impl`: "single_op" for exporters, "auto" as it is evaluated."""
-    copy = nnx.clone(model)
-    for _, module in nnx.iter_modules(copy):
-        if hasattr(module, "policy"):
-            module.policy = dataclasses.replace(module.policy, conv_impl=conv_impl)
-    return copy
 
 
 def input_shape(size: Sequence[int] | None) -> tuple[Any, ...]:
@@ -50,20 +35,25 @@ def make_function(
     output: str,
     stride: int = 1,
     *,
+    conv_impl: str = "single_op",
     fold: bool = True,
     by_rows: bool = False,
 ) -> Function:
     """The function of images, uint8 `[n, h, w, 3]`, RGB, that a file computes.
 
     Args:
-        model: in inference mode; to be written, of a config from `export_config`.
+        model: in inference mode, float32.
         output: "labels", uint8 `[n, h, w]`; "probabilities", float32 `[n, h, w, classes]`; "logits", at stride 8;
             "scores" of a classifier, `[n, classes]`.
         stride: of labels and probabilities: 2 is for half of the height and width, rounded up.
+        conv_impl: the setting `model.conv_impl` to compute with: "auto" is for evaluation.
         fold: whether BatchNorms become part of the convolutions; files are compared with a model without folding.
         by_rows: whether labels are found one row at a time; XLA is slow with all at once.
     """
-    network: Callable[..., Array] = fold_batch_norms(model) if fold else model
+    network: Any = fold_batch_norms(model) if fold else nnx.clone(model)
+    for _, module in nnx.iter_modules(network):
+        if hasattr(module, "policy"):
+            module.policy = dataclasses.replace(module.policy, conv_impl=conv_impl)
 
     def compute(images: UInt8[Array, "n h w 3"]) -> Array:
         logits = network(normalize(images))

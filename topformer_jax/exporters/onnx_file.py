@@ -61,7 +61,7 @@ def open_model(model: models.Segmenter) -> Run:
 
     The function raises NotImplementedError if there is no rule for an operation of the network.
     """
-    function = network.make_function(network.with_conv_impl(model, "single_op"), "logits")
+    function = network.make_function(model, "logits")
     sizes: set[Size] = set()
 
     @functools.cache
@@ -149,5 +149,4 @@ def _possible_classes(graph: Graph, logits: str) -> str:
     return str(graph.add("Squeeze", graph.add("NonZero", stays), graph.integers([0])))
 
 
-FUNCTIONS: list[tuple[Any, Rule]] = [(network.enlarge, _enlarge), (network.label_pixels, _label_pixels)]
-RULES = {str(function.__name__): rule for function, rule in FUNCTIONS}
+RULES: dict[str, Rule] = {"enlarge": _enlarge, "label_pixels": _label_pixels}  # of jitted functions by name

@@ -12,7 +12,7 @@ from jaxtyping import Array, UInt8
 from topformer_jax import models
 from topformer_jax.data import shapes
 from topformer_jax.exporters.exported import Exported
-from topformer_jax.exporters.network import make_function, with_conv_impl
+from topformer_jax.exporters.network import make_function
 from topformer_jax.runtime.errors import UserError
 
 Model = models.Segmenter | models.Classifier
@@ -100,7 +100,7 @@ def verify(
 
     Args:
         exported: the file.
-        model: with its layers as they are evaluated, or as they are exported.
+        model: the model that the file was made from.
         pictures: for int8 at least one, since its ranges are not for noise.
         make_logits: makes a file of logits in the same way; it is compared if nearly all labels are of one class.
 
@@ -118,8 +118,7 @@ def verify(
     batches += [picture[None] for picture in pictures]
 
     def run(conv_impl: str) -> list[np.ndarray]:
-        form = with_conv_impl(model, conv_impl)
-        function = jax.jit(make_function(form, output, facts["stride"], fold=False))
+        function = jax.jit(make_function(model, output, facts["stride"], conv_impl=conv_impl, fold=False))
         return [np.asarray(function(images)) for images in batches]
 
     expected = run("auto")
