@@ -32,7 +32,6 @@ from topformer_jax import config as config_lib, models
 from topformer_jax.inference import compile_inference
 from topformer_jax.inference.plan import plan_shapes, prepare_input
 from topformer_jax.ops.loss import upsampled_cross_entropy
-from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.runtime import cli, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import step
@@ -177,17 +176,18 @@ def evaluation_rows(slices: str, config: ConfigDict, devices: Sequence[jax.Devic
     platform = devices[0].platform
     images = EVALUATED[platform]
     place = functools.partial(abstract, sharding=programs.batch_sharding)
-    view, label = jax.tree.map(lambda x: place(x, leading=images * mesh.size), (inputs.views[0], inputs.label))
+    batch = jax.tree.map(lambda x: place(x, leading=images * mesh.size), inputs)
+    view = batch.views[0]
     tensors = jax.tree.map(lambda x: abstract(x, sharding.replicated(mesh)), models.state_dict(model))
     network = programs.network(shapes, 0)
     logits: Any = place(jax.eval_shape(network, tensors, view))
-    views = [ViewLogits(logits, view.counts, view.rows, view.columns)]
+    after = [view.with_logits(logits)], batch.tiles, batch.labels
     name = f"evaluation, {images} images"
-    down, across = inputs.label.tiles.tolist()
+    down, across = inputs.tiles.tolist()
     rounds = down if platform == "gpu" else down * across
     return [
         compile_row(slices, f"{name}: logits", images, network, tensors, view),
-        compile_row(slices, f"{name}: counts", images, programs.predict_and_count, views, label, rounds=rounds),
+        compile_row(slices, f"{name}: counts", images, programs.predict_and_count, *after, rounds=rounds),
     ]
 
 

@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, config: ConfigDict) -> Report:
         "case": f"{args.images} images",
         "program": f"{args.rows} rows",
         "sizes": len(set(sizes)),
-        "networks": sum(len(set(ratio.canvases)) for ratio in shapes.ratios),
+        "networks": sum(len(set(sizes)) for sizes in zip(*shapes.canvases, strict=True)),
         "batches": len(batches),
         "used_rows": used_rows(batches),
         "padding": padding(shapes, sizes, config.evaluation),

@@ -152,9 +152,9 @@ def test_masked_images_get_the_labels_of_the_plain_network(changes: dict[str, An
         assert not alone.masked
         image = images[index]
         inputs = prepare_input(image, None, config.evaluation, alone, dtype="float64")
-        batch = inference.make_global_batch({0: inputs}, 1, programs.batch_sharding)
+        batch = inference.make_global_batch([inputs], programs.batch_sharding)
         views = programs.compute_views(models.state_dict(model), alone, batch)
-        labels, _ = programs.predict_and_count(views, batch.label)
+        labels, _ = programs.predict_and_count(views, batch.tiles, batch.labels)
         assert np.array_equal(np.asarray(labels)[0, : size[0], : size[1]], predictions[index])
 
 
@@ -166,26 +166,15 @@ def ade(golden: Callable) -> list[str]:
     return [*config, "--checkpoint", str(checkpoint)]
 
 
-@pytest.mark.parametrize(
-    ("mode", "flags"),
-    [
-        ("single", []),
-        # Their label maps are in test_inference.py.
-        pytest.param("slide", ["--slide"], marks=pytest.mark.slow),
-        pytest.param("multiscale_flip", ["--img-ratios", "0.5,1,1.5", "--flip"], marks=pytest.mark.slow),
-    ],
-)
-def test_the_official_scores(
-    golden: Callable, ade: list[str], tmp_path: pathlib.Path, mode: str, flags: list[str]
-) -> None:
+def test_the_official_scores(golden: Callable, ade: list[str], tmp_path: pathlib.Path) -> None:
+    """In mode "whole"; the label maps of the others are in test_inference.py."""
     predictions = tmp_path / "predictions"
-    words = [*ade, *flags, "--workdir", tmp_path, "--save-predictions", predictions]
-    printed = command(evaluate.main, *words)
-    official = json.loads(golden(f"eval/{mode}.json").read_text())
+    printed = command(evaluate.main, *ade, "--workdir", tmp_path, "--save-predictions", predictions)
+    official = json.loads(golden("eval/single.json").read_text())
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert "boundary" not in printed + json.dumps(found)
     shown = {name: (found[name], official["metrics"][name]) for name in ("mIoU", "mAcc", "aAcc")}
-    print(mode, shown)
+    print(shown)
     for ours, theirs in shown.values():
         assert abs(ours - theirs) <= 1e-4
     assert f"mIoU {100 * found['mIoU']:.2f}" in printed
@@ -200,7 +189,7 @@ def test_the_official_scores(
         saved = decode_label(
             (predictions / f"{file[:-4]}.png").read_bytes(), file, classes=150, reduce_zero_label=False
         )
-        expected = cv2.imread(str(golden(f"eval/{mode}/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE)
+        expected = cv2.imread(str(golden(f"eval/single/{file[:-4]}.png")), cv2.IMREAD_GRAYSCALE)
         assert (saved != expected).mean() <= 1e-4
 
 

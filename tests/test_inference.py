@@ -21,8 +21,8 @@ from tests.parity import run, to_nchw, to_nhwc
 from topformer_jax import config, inference, models
 from topformer_jax.data.augment import normalize
 from topformer_jax.exporters import onnx_graph
-from topformer_jax.inference import compiled, predictor
-from topformer_jax.inference.plan import LabelInput, network_sizes, plan_shapes, prepare_input, window_grids
+from topformer_jax.inference import predictor
+from topformer_jax.inference.plan import InferenceInput, network_sizes, plan_shapes, prepare_input, window_grids
 from topformer_jax.models.layers import BatchNorm, fold_batch_norms
 from topformer_jax.ops import tiled
 from topformer_jax.ops.resample import resize
@@ -89,27 +89,27 @@ def test_tiles_are_the_resizes_in_a_row(
         whole = _official(patches, network, (height, width), size)
         expected.append(whole[:, :, ::-1] if number else whole)
         stacked = np.concatenate(list(patches.values()))
-        pad = [(0, padded - side) for padded, side in zip(shapes.ratios[0].logits_size(), cells, strict=True)]
+        pad = [(0, padded - side) for padded, side in zip(shapes.logits_size(0), cells, strict=True)]
         logits = np.pad(stacked, [(0, 0), *pad, (0, 0)]).swapaxes(2, 3)
         view = prepared.views[number]
-        seen.append(ViewLogits(jnp.asarray(logits), jnp.asarray(view.counts), view.rows, view.columns))
-    found = _whole(seen, prepared.label, classes, in_row)[: size[0], : size[1]]
+        seen.append(view.with_logits(jnp.asarray(logits)))
+    found = _whole(seen, prepared, classes, in_row)[: size[0], : size[1]]
     if flip:
         expected = [torch.softmax(torch.from_numpy(logits.copy()), -1).numpy() for logits in expected]
     assert np.abs(found - np.sum(expected, 0)[0]).max() <= 1e-12
 
 
-def _whole(seen: list[ViewLogits], label: LabelInput, classes: int, in_row: bool) -> np.ndarray:
+def _whole(seen: list[ViewLogits], prepared: InferenceInput, classes: int, in_row: bool) -> np.ndarray:
     """The logits of all tiles, put together; of several views the sum of their softmaxes."""
 
     def use(carry: jax.Array, logits: list[jax.Array], corner: Any) -> jax.Array:
         found = logits[0] if len(logits) == 1 else len(logits) * tiled.mean_probabilities(logits)
         return lax.dynamic_update_slice(carry, found.swapaxes(1, 2), (*corner, jnp.int32(0)))
 
-    start = jnp.zeros((*label.labels.shape, classes), jnp.float64)
+    start = jnp.zeros((*prepared.labels.shape, classes), jnp.float64)
     compute = tiled.tile_logits(jax.tree.map(jnp.asarray, seen))
-    number = label.labels.shape[1] // tiled.TILE[1] if in_row else 0
-    return np.asarray(tiled.fold_tiles(compute, jnp.asarray(label.tiles), start, use, in_row=number))
+    number = prepared.labels.shape[1] // tiled.TILE[1] if in_row else 0
+    return np.asarray(tiled.fold_tiles(compute, jnp.asarray(prepared.tiles), start, use, in_row=number))
 
 
 @pytest.mark.parametrize("special", [0.0, np.inf])
@@ -180,23 +180,10 @@ def _evaluated_by(model: models.Segmenter, **changes: Any) -> models.Segmenter:
 
 
 def test_a_model_is_evaluated_by_its_own_recipe() -> None:
-    """Two recipes, one network: what it sees of an image is what its config says, not the base config."""
-    image = cv2.resize(np.random.default_rng(0).integers(0, 256, (9, 12, 3)).astype(np.uint8), (700, 500))
-    sizes = {}
-    for recipe in (config.pascal_context("tiny", classes=60), config.ade20k("tiny", size=448)):
-        model = topformer_jax.load(recipe)
-        assert isinstance(model, models.Segmenter)
-        assert model.config.evaluation.scale == recipe.evaluation.scale
-        with mock.patch.object(compiled.CompiledInference, "compute_views", autospec=True) as compute_views:
-            compute_views.side_effect = RuntimeError
-            with pytest.raises(RuntimeError):
-                topformer_jax.segment(model, image, runtime="jax")
-        *_, batch = compute_views.call_args.args
-        sizes[recipe.name] = [
-            tuple(map(int, np.argwhere(view.windows[0, 0].any(-1))[-1] + 1)) for view in batch.views
-        ]
-    # mmsegmentation: (520, 520) without alignment; (2048, 448), up to multiples of 32.
-    assert sizes == {"topformer_t_context60": [(371, 520)], "topformer_t_ade448": [(448, 640)]}
+    """mmsegmentation: (520, 520) without alignment; (2048, 448), up to multiples of 32."""
+    expected = {"topformer_t_context60": (371, 520), "topformer_t_ade448": (448, 640)}
+    for recipe, size in expected.items():
+        assert network_sizes((500, 700), topformer_jax.load(recipe).config.evaluation) == (size,)
 
 
 def test_a_classifier_labels_no_pixels() -> None:
@@ -259,7 +246,7 @@ def test_segment_keeps_the_weights_and_notices_others(small: models.Segmenter) -
     assert all(module.use_running_average for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm))
 
 
-@pytest.mark.parametrize("kind", ["plain", "folded", "views"])
+@pytest.mark.parametrize("kind", ["folded", "views"])
 def test_onnxruntime_gives_the_labels_of_jax(small: models.Segmenter, kind: str) -> None:
     """Of pictures of two sizes: the graph for one size, and the one for any."""
     views = {"img_ratios": (1.0, 1.5), "flip": True} if kind == "views" else {}
@@ -309,11 +296,11 @@ def test_memory_of_a_large_picture() -> None:
     programs = inference.compile_inference(large, make_inference_mesh(jax.devices()[:1]))
     shapes = plan_shapes([(1024, 2048)], large.config.evaluation)
     image = prepare_input(np.zeros((1024, 2048, 3), np.uint8), None, large.config.evaluation, shapes)
-    batch = inference.make_global_batch({0: image}, 1, programs.batch_sharding)
+    batch = inference.make_global_batch([image], programs.batch_sharding)
     logits: Any = jax.ShapeDtypeStruct((1, 1, 128, 150, 256), jnp.float32)
-    views = [ViewLogits(logits, batch.views[0].counts, batch.views[0].rows, batch.views[0].columns)]
+    views = [batch.views[0].with_logits(logits)]
     count: Any = programs.predict_and_count
-    ours = count.lower(views, batch.label).compile()
+    ours = count.lower(views, batch.tiles, batch.labels).compile()
 
     def plain(logits: jax.Array) -> jax.Array:
         return jnp.argmax(resize(resize(logits, (1024, 2048)), (1024, 2048)), -1)

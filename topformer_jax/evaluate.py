@@ -54,7 +54,7 @@ from ml_collections import ConfigDict
 from topformer_jax import checkpoints, config as config_lib, models
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
-from topformer_jax.inference import Predictor, metrics
+from topformer_jax.inference import metrics
 from topformer_jax.inference.evaluation import (
     EvaluationResult,
     LoadedExample,
@@ -63,7 +63,7 @@ from topformer_jax.inference.evaluation import (
     evaluate_split,
     score_split,
 )
-from topformer_jax.inference.exported_predictor import STRETCHED, ExportedPredictor, open_predictor
+from topformer_jax.inference.predictor import STRETCHED, ExportedPredictor, Predictor, open_predictor
 from topformer_jax.runtime import logs, processes, sharding
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, report
@@ -173,15 +173,15 @@ def format_table(scores: metrics.Scores, classes: Sequence[str], boundary: metri
 
     If there are scores near boundaries, their IoU gets a column too.
     """
-    columns = {"IoU": scores.iou, "Acc": scores.accuracy}
-    means = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc}
-    if boundary:
-        columns = {"IoU": scores.iou, "boundary IoU": boundary.iou, "Acc": scores.accuracy}
-        means["boundary mIoU"] = boundary.miou
-    shares = zip(*columns.values(), strict=True)
-    rows = [(name, *(f"{100 * share:.2f}" for share in of)) for name, of in zip(classes, shares, strict=True)]
-    line = "  ".join(f"{name} {100 * mean:.2f}" for name, mean in means.items())
-    return f"{cli.table([('class', *columns), *rows])}\n{line}"
+    found = list_scores(scores, classes, boundary)
+    rows = [(name, *map(_percent, row.values())) for name, row in found.pop("classes").items()]
+    columns = ("class", "IoU", *(["boundary IoU"] if boundary else []), "Acc")
+    line = "  ".join(f"{name.replace('_', ' ')} {_percent(mean)}" for name, mean in found.items())
+    return f"{cli.table([columns, *rows])}\n{line}"
+
+
+def _percent(share: float | None) -> str:
+    return "nan" if share is None else f"{100 * share:.2f}"
 
 
 def _describe(config: ConfigDict, checkpoint: str, split: str, settings: Mapping[str, object]) -> dict[str, str]:
@@ -203,10 +203,11 @@ def _write_metrics(workdir: files.Path, values: Mapping[str, object]) -> None:
 def list_scores(scores: metrics.Scores, classes: Sequence[str], boundary: metrics.Scores | None) -> dict[str, Any]:
     """The scores of metrics.json, as shares of 1; null for a class that is in no label and no prediction."""
     means = {"mIoU": scores.miou, "mAcc": scores.macc, "aAcc": scores.aacc}
-    columns = {"IoU": scores.iou, "Acc": scores.accuracy}
+    columns = {"IoU": scores.iou}
     if boundary:
         means["boundary_mIoU"] = boundary.miou
         columns["boundary_IoU"] = boundary.iou
+    columns["Acc"] = scores.accuracy
     rows = {
         name: {key: _number_or_none(values[label]) for key, values in columns.items()}
         for label, name in enumerate(classes)

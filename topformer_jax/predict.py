@@ -46,8 +46,7 @@ from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Image, Labels
 from topformer_jax.data.catalog import IMAGE_SUFFIXES
 from topformer_jax.data.codecs import decode_image, describe_depth, read_depth, read_image_size
-from topformer_jax.inference import Predictor
-from topformer_jax.inference.exported_predictor import ExportedPredictor, open_predictor
+from topformer_jax.inference.predictor import ExportedPredictor, Predictor, open_predictor
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing

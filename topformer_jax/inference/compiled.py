@@ -5,7 +5,7 @@ The network has a branch for each of few canvases; every device takes the branch
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from topformer_jax import models
 from topformer_jax.data.augment import normalize
 from topformer_jax.data.transforms import Size
 from topformer_jax.inference.metrics import count_confusions
-from topformer_jax.inference.plan import InferenceInput, LabelInput, ProgramShapes, ViewInput, view_flips
+from topformer_jax.inference.plan import InferenceInput, ProgramShapes, ViewInput, view_flips
 from topformer_jax.models.layers import DTypePolicy
 from topformer_jax.ops.tiled import TILE, ViewLogits, fold_tiles, mean_probabilities, tile_labels, tile_logits
 from topformer_jax.runtime import sharding
@@ -34,8 +34,8 @@ class CompiledInference:
     the same shapes however many devices there are.
 
     Attributes:
-        predict_and_count: the program `(views, label) -> (predictions, counts)`, see `_predict_and_count`.
-        probabilities: the program `(views, label) -> [n, rows, columns, classes]`.
+        predict_and_count: the program `(views, tiles, labels) -> (predictions, counts)`, see `_predict_and_count`.
+        probabilities: the program `(views, tiles, labels) -> [n, rows, columns, classes]`.
         batch_sharding: how arrays of a batch lie on the mesh.
         dtype: of resize matrices and scores, at least float32.
     """
@@ -71,23 +71,22 @@ class CompiledInference:
             return divide(function, replicated, batch, compiler_options=wide)
 
         self._network_of = network_of
-        self.predict_and_count = divide(self._predict_and_count, batch, batch)
-        self.probabilities = divide(self._probabilities, batch, batch)
+        self.predict_and_count = divide(self._predict_and_count, batch, batch, batch)
+        self.probabilities = divide(self._probabilities, batch, batch, batch)
 
     def compute_views(
         self, tensors: Mapping[str, Array], shapes: ProgramShapes, batch: InferenceInput
     ) -> list[ViewLogits]:
         """The logits of every view of a batch that lies on the mesh (see `make_global_batch`)."""
         flips = len(view_flips(self.evaluation))
-        networks = [self.network(shapes, number // flips) for number in range(len(batch.views))]
         return [
-            ViewLogits(network(tensors, view), view.counts, view.rows, view.columns)
-            for network, view in zip(networks, batch.views, strict=True)
+            view.with_logits(self.network(shapes, number // flips)(tensors, view))
+            for number, view in enumerate(batch.views)
         ]
 
     def network(self, shapes: ProgramShapes, ratio: int) -> Callable[..., Any]:
         """The program `(tensors, view) -> logits` for images of these shapes at a ratio; always the same one."""
-        return self._network_of(shapes.ratios[ratio].canvases, shapes.ratios[ratio].logits_size())
+        return self._network_of(tuple(canvas[ratio] for canvas in shapes.canvases), shapes.logits_size(ratio))
 
     def _logits(
         self, canvases: tuple[Size, ...], size: Size, tensors: Any, view: ViewInput
@@ -125,11 +124,10 @@ class CompiledInference:
         zeros = jnp.zeros((*windows.shape[:2], size[0], self.num_classes, size[1]), self.dtype)
         return lax.fori_loop(0, jnp.max(view.counts[:, 0] * view.counts[:, 1]), add_window, zeros)
 
-    def _predict_and_count(self, views: list[ViewLogits], label: LabelInput) -> tuple[Array, Array]:
+    def _predict_and_count(self, *batch: Any) -> tuple[Array, Array]:
         """The labels of a batch, uint8 `[n, rows, columns]`, and the confusion matrices, int32 `[n, classes**2]`."""
 
-        def count_image(image: Any) -> tuple[Array, Array]:
-            views, (tiles, labels) = image
+        def count_image(views: list[ViewLogits], tiles: Array, labels: Array) -> tuple[Array, Array]:
 
             def count_tile(carry: Any, predicted: Array, corner: Any) -> Any:
                 predictions, counts = carry
@@ -141,13 +139,12 @@ class CompiledInference:
             compute = tile_labels(views, self._precision)
             return fold_tiles(compute, tiles, init, count_tile, in_row=self._tiles_in_row(labels))
 
-        return self._map_images(count_image, views, label)
+        return self._map_images(count_image, *batch)
 
-    def _probabilities(self, views: list[ViewLogits], label: LabelInput) -> Float[Array, "n rows columns classes"]:
+    def _probabilities(self, *batch: Any) -> Float[Array, "n rows columns classes"]:
         """The softmax at each pixel of the images, averaged over the views."""
 
-        def image_probabilities(image: Any) -> Array:
-            views, (tiles, labels) = image
+        def image_probabilities(views: list[ViewLogits], tiles: Array, labels: Array) -> Array:
 
             def write_tile(carry: Array, logits: list[Array], corner: Any) -> Array:
                 found = mean_probabilities(logits).swapaxes(1, 2)
@@ -157,18 +154,17 @@ class CompiledInference:
             compute = tile_logits(views, self._precision)
             return fold_tiles(compute, tiles, init, write_tile, in_row=self._tiles_in_row(labels))
 
-        return self._map_images(image_probabilities, views, label)
+        return self._map_images(image_probabilities, *batch)
 
     def _tiles_in_row(self, labels: Array) -> int:
         """`in_row` of `fold_tiles`."""
         return labels.shape[1] // TILE[1] if self._together else 0
 
-    def _map_images(self, compute: Callable[[Any], Any], views: list[ViewLogits], label: LabelInput) -> Any:
+    def _map_images(self, compute: Callable[..., Any], views: list[ViewLogits], tiles: Array, labels: Array) -> Any:
         """Computes each image of a batch; on a GPU all together, as many rows of tiles as the tallest one has."""
         if not self._together:
-            return lax.map(compute, (views, label))
-        tiles = jnp.max(label.tiles, 0)
-        return jax.vmap(lambda view, labels: compute((view, LabelInput(tiles, labels))))(views, label.labels)
+            return lax.map(lambda image: compute(*image), (views, tiles, labels))
+        return jax.vmap(compute, (0, None, 0))(views, jnp.max(tiles, 0), labels)
 
 
 def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:
@@ -185,17 +181,10 @@ def compile_inference(model: models.Segmenter, mesh: Mesh) -> CompiledInference:
 _cached_inference = functools.lru_cache(maxsize=8)(CompiledInference)
 
 
-def make_global_batch(
-    inputs: Mapping[int, InferenceInput], rows: int, batch_sharding: NamedSharding
-) -> InferenceInput:
-    """One batch of `rows` rows on the mesh from this process's rows of it, all prepared for the same shapes."""
+def make_global_batch(inputs: Sequence[InferenceInput], batch_sharding: NamedSharding) -> InferenceInput:
+    """One batch on the mesh from this process's rows of it in order, all prepared for the same shapes."""
 
-    def put(*arrays: np.ndarray) -> Array:
-        local = dict(zip(inputs, arrays, strict=True))
+    def put(*rows: np.ndarray) -> Array:
+        return jax.make_array_from_process_local_data(batch_sharding, np.stack(rows))
 
-        def stack_rows(index: Any) -> np.ndarray:
-            return np.stack([local[row] for row in range(*index[0].indices(rows))])
-
-        return jax.make_array_from_callback((rows, *arrays[0].shape), batch_sharding, stack_rows)
-
-    return jax.tree.map(put, *inputs.values())
+    return jax.tree.map(put, *inputs)

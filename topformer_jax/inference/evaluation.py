@@ -146,14 +146,14 @@ def evaluate_split(
 
     def dispatch(number: int, loaded: Mapping[int, LoadedExample]) -> tuple[Array, Array]:
         batch = batches[number]
-        inputs = {row: example.inputs for row, example in loaded.items() if example.inputs}
-        if len(inputs) < len(own_rows):
+        padding: Any = None
+        if len(loaded) < len(own_rows):
             size = next(sizes[index] for index in batch.rows if index is not None)
             padding = padding_input(size, config.evaluation, batch.shapes, batch.label_size, dtype)
-            inputs = {row: inputs.get(row, padding) for row in own_rows}
-        global_batch = make_global_batch(inputs, len(batch.rows), programs.batch_sharding)
-        views = programs.compute_views(device_tensors, batch.shapes, global_batch)
-        return cast(tuple[Array, Array], programs.predict_and_count(views, global_batch.label))
+        inputs: list[Any] = [loaded[row].inputs if row in loaded else padding for row in own_rows]
+        placed = make_global_batch(inputs, programs.batch_sharding)
+        views = programs.compute_views(device_tensors, batch.shapes, placed)
+        return cast(tuple[Array, Array], programs.predict_and_count(views, placed.tiles, placed.labels))
 
     def collect(loaded: Mapping[int, LoadedExample], predictions: Array, counts: Array) -> None:
         counts_of_row = _fetch_local_rows(counts)

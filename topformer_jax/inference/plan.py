@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int32, UInt8
@@ -22,6 +22,7 @@ from topformer_jax.models.layers import WHOLE, ImageArea, make_image_area
 from topformer_jax.ops.tiled import (
     TILE,
     BandedResize,
+    ViewLogits,
     num_cells,
     resize_matrices,
     split_into_bands,
@@ -39,6 +40,7 @@ MAX_SIZES = 100  # different sizes that canvases are searched for; more are roun
 class AxisWindows(NamedTuple):
     """One axis of an image at one ratio: resized, and cut into windows; in mode "whole" a single one."""
 
+    axis: int  # 0: the rows, 1: the columns
     pixels: int  # of the image
     resized: int  # of the network's input
     window: int
@@ -62,39 +64,26 @@ class WindowGrid(NamedTuple):
         return len(self.rows.starts) * len(self.columns.starts)
 
 
-class RatioShapes(NamedTuple):
-    """The static shapes at one of `evaluation.img_ratios`."""
-
-    canvases: tuple[Size, ...]  # (height, width) of the network's input; an image uses one of them
-    windows: int  # the most sliding windows of any image
-    support: Size  # cells of a window's logits (down, across) that a tile depends on at most
-
-    def canvas_size(self) -> Size:
-        """The size that windows of every canvas fit into."""
-        return _largest(self.canvases)
-
-    def logits_size(self) -> Size:
-        """Height and width of a window's logits with padding."""
-        height, width = self.canvas_size()
-        return _largest([(num_cells(height), num_cells(width)), self.support])
-
-
 class ProgramShapes(NamedTuple):
     """The static shapes of the programs; images of many sizes fit into them (see `plan_shapes`)."""
 
-    ratios: tuple[RatioShapes, ...]
+    canvases: tuple[ViewSizes, ...]  # sizes of the network's input; an image uses one of the canvases
+    windows: tuple[int, ...]  # at each ratio the most sliding windows of any image
+    supports: tuple[Size, ...]  # at each ratio the cells of a window (down, across) that a tile depends on at most
     masked: bool  # False if every window fills its canvas: the plain network
 
-    @property
-    def canvases(self) -> tuple[ViewSizes, ...]:
-        """The sizes of each canvas, one per ratio."""
-        return tuple(zip(*(ratio.canvases for ratio in self.ratios), strict=True))
+    def canvas_size(self, ratio: int) -> Size:
+        """The size that windows of every canvas fit into, at one of the ratios."""
+        return _largest([canvas[ratio] for canvas in self.canvases])
+
+    def logits_size(self, ratio: int) -> Size:
+        """Height and width of a window's logits with padding."""
+        height, width = self.canvas_size(ratio)
+        return _largest([(num_cells(height), num_cells(width)), self.supports[ratio]])
 
     def select_canvas(self, canvas: int) -> "ProgramShapes":
         """The shapes for the images of one of the canvases."""
-        return self._replace(
-            ratios=tuple(ratio._replace(canvases=(ratio.canvases[canvas],)) for ratio in self.ratios)
-        )
+        return self._replace(canvases=(self.canvases[canvas],))
 
     def find_canvas(self, grids: Sequence[WindowGrid]) -> int:
         """The number of the smallest canvas that an image's windows fit into."""
@@ -104,11 +93,7 @@ class ProgramShapes(NamedTuple):
 
     def fits(self, smaller: "ProgramShapes") -> bool:
         """Whether the images of other shapes fit into these; both have one canvas."""
-        return all(
-            small.windows <= large.windows
-            and np.all(np.array([small.canvases[0], small.support]) <= [large.canvases[0], large.support])
-            for small, large in zip(smaller.ratios, self.ratios, strict=True)
-        )
+        return all(np.all(np.array(small) <= large) for small, large in zip(smaller[:3], self[:3], strict=True))
 
     def pixels(self, canvas: int = 0) -> int:
         """The pixels of the network's input on a canvas, over all ratios."""
@@ -133,19 +118,17 @@ class ViewInput(NamedTuple):
     rows: BandedResize  # of each row of windows, from its logits to the rows of the image
     columns: BandedResize
 
-
-class LabelInput(NamedTuple):
-    """The label of one image, and the tiles in which its pixels are computed."""
-
-    tiles: Int32[Arrays, "*n 2"]  # down and across
-    labels: UInt8[Arrays, "*n rows columns"]  # IGNORE_LABEL without a label and beyond the image
+    def with_logits(self, logits: Any) -> ViewLogits:
+        """The view as the programs after the network take it; of the logits the shape is enough to compile them."""
+        return ViewLogits(logits, self.counts, self.rows, self.columns)
 
 
 class InferenceInput(NamedTuple):
     """One image as the compiled programs take it; a batch stacks the arrays of several along a new first axis."""
 
     views: tuple[ViewInput, ...]  # for each ratio as it is, and flipped if `evaluation.flip` is on
-    label: LabelInput
+    tiles: Int32[Arrays, "*n 2"]  # in which the pixels of the image are computed, down and across
+    labels: UInt8[Arrays, "*n rows columns"]  # IGNORE_LABEL without a label and beyond the image
 
 
 def network_sizes(size: Size, evaluation: ConfigDict) -> ViewSizes:
@@ -177,7 +160,7 @@ def window_grids(size: Size, evaluation: ConfigDict) -> tuple[WindowGrid, ...]:
         window = resized
         if evaluation.mode == "slide":
             starts, window = axis_windows(resized, evaluation.crop_size[axis], evaluation.stride[axis])
-        return AxisWindows(size[axis], resized, window, starts)
+        return AxisWindows(axis, size[axis], resized, window, starts)
 
     return tuple(WindowGrid(cut(0, h), cut(1, w)) for h, w in network_sizes(size, evaluation))
 
@@ -257,15 +240,14 @@ def plan_shapes(image_sizes: Sequence[Size], evaluation: ConfigDict, *, round_up
 
     wanted = [sides(each) for each in grids.values()]
     canvases = choose_canvases(wanted, list(number_of.values()), evaluation.max_canvases, MAX_PADDING)
-    ratios = []
-    for number, of_ratio in enumerate(zip(*grids.values(), strict=True)):
-        windows = max(grid.num_windows for grid in of_ratio)
-        windows = _round_up_to_power(windows) if round_up else windows
-        support = _largest([(_support(grid.rows, 0), _support(grid.columns, 1)) for grid in of_ratio])
-        sizes = tuple((canvas[2 * number], canvas[2 * number + 1]) for canvas in canvases)
-        ratios.append(RatioShapes(sizes, windows, support))
+    windows, supports = [], []
+    for of_ratio in zip(*grids.values(), strict=True):
+        most = max(grid.num_windows for grid in of_ratio)
+        windows.append(_round_up_to_power(most) if round_up else most)
+        supports.append(_largest([(_support(grid.rows), _support(grid.columns)) for grid in of_ratio]))
+    sizes = tuple(tuple(zip(canvas[::2], canvas[1::2], strict=True)) for canvas in canvases)
     masked = round_up or any(each not in canvases for each in wanted)
-    return ProgramShapes(tuple(ratios), masked)
+    return ProgramShapes(sizes, tuple(windows), tuple(supports), masked)
 
 
 def choose_canvases(
@@ -334,19 +316,19 @@ def prepare_input(
     grids = window_grids(size, evaluation)
     canvas = np.array(shapes.find_canvas(grids), np.int32)
     views = []
-    for grid, ratio, factor in zip(grids, shapes.ratios, evaluation.img_ratios, strict=True):
-        scale = multiply_scale(evaluation.scale, factor)
+    for ratio, grid in enumerate(grids):
+        scale = multiply_scale(evaluation.scale, evaluation.img_ratios[ratio])
         resized = eval_image(image, scale=scale, size_divisor=evaluation.size_divisor)
-        area = make_image_area(grid.window, ratio.canvas_size(), dtype) if shapes.masked else WHOLE
+        area = make_image_area(grid.window, shapes.canvas_size(ratio), dtype) if shapes.masked else WHOLE
         (height, width), tops, lefts = grid.window, grid.rows.starts, grid.columns.starts
         for flip in view_flips(evaluation):
-            windows = np.zeros((ratio.windows, *ratio.canvas_size(), 3), np.uint8)
+            windows = np.zeros((shapes.windows[ratio], *shapes.canvas_size(ratio), 3), np.uint8)
             seen = resized[:, ::-1] if flip else resized
             for number, (top, left) in enumerate(itertools.product(tops, lefts)):
                 windows[number, :height, :width] = seen[top : top + height, left : left + width]
             rows, columns = (
-                _resize_bands(axis, number, label_size[number] // TILE[number], ratio, flip, dtype)
-                for number, axis in enumerate(grid)
+                _resize_bands(side, label_size[side.axis] // TILE[side.axis], shapes, ratio, flip, dtype)
+                for side in grid
             )
             counts = np.array((len(tops), len(lefts)), np.int32)
             views.append(ViewInput(windows, counts, canvas, area, rows, columns))
@@ -354,35 +336,39 @@ def prepare_input(
     if label is not None:
         labels[: size[0], : size[1]] = label
     tiles = np.array([-(-side // tile) for side, tile in zip(size, TILE, strict=True)], np.int32)
-    return InferenceInput(tuple(views), LabelInput(tiles, labels))
+    return InferenceInput(tuple(views), tiles, labels)
 
 
 def padding_input(
     size: Size, evaluation: ConfigDict, shapes: ProgramShapes, label_size: Size, dtype: str = "float32"
 ) -> InferenceInput:
     """The input for a row of a batch that has no image: a black image, which no canvas and no tile takes."""
-    black = np.zeros((*size, 3), np.uint8)
-    views, label = prepare_input(black, None, evaluation, shapes, label_size, dtype)
+    black = prepare_input(np.zeros((*size, 3), np.uint8), None, evaluation, shapes, label_size, dtype)
     none = np.array(len(shapes.canvases), np.int32)
-    views = tuple(view._replace(canvas=none) for view in views)
-    return InferenceInput(views, label._replace(tiles=np.zeros(2, np.int32)))
+    views = tuple(view._replace(canvas=none) for view in black.views)
+    return black._replace(views=views, tiles=np.zeros(2, np.int32))
 
 
 @functools.lru_cache(maxsize=256)
 def _resize_bands(
-    axis: AxisWindows, number: int, num_tiles: int, ratio: RatioShapes, flip: bool, dtype: str
+    side: AxisWindows, num_tiles: int, shapes: ProgramShapes, ratio: int, flip: bool, dtype: str
 ) -> BandedResize:
-    """The resizes of an image's windows along one axis, 0 or 1, in tiles; cached, since images share few sizes."""
-    matrices = resize_matrices(axis.resized, axis.pixels, axis.starts, axis.window, dtype)
-    matrices = matrices[:, ::-1] if flip and number == 1 else matrices
-    support, cells = ratio.support[number], ratio.logits_size()[number]
-    bands = split_into_bands(matrices, TILE[number], support=support, num_tiles=num_tiles, padded_cells=cells)
-    missing = (0, ratio.windows - len(axis.starts))
+    """The resizes of an image's windows along one axis, in tiles; cached, since images share few sizes."""
+    matrices = resize_matrices(side.resized, side.pixels, side.starts, side.window, dtype)
+    matrices = matrices[:, ::-1] if flip and side.axis == 1 else matrices
+    bands = split_into_bands(
+        matrices,
+        TILE[side.axis],
+        support=shapes.supports[ratio][side.axis],
+        num_tiles=num_tiles,
+        padded_cells=shapes.logits_size(ratio)[side.axis],
+    )
+    missing = (0, shapes.windows[ratio] - len(side.starts))
     return BandedResize(*(np.pad(x, [missing] + [(0, 0)] * (x.ndim - 1)) for x in bands))
 
 
-def _support(axis: AxisWindows, number: int) -> int:
-    return tile_support(axis.pixels, axis.resized, TILE[number], axis.window)
+def _support(side: AxisWindows) -> int:
+    return tile_support(side.pixels, side.resized, TILE[side.axis], side.window)
 
 
 def _largest(sizes: Sequence[Size]) -> Size:
