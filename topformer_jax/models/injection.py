@@ -7,7 +7,6 @@ size *after* their convolution and activation. A fifth, "none", leaves them out,
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
@@ -38,9 +37,7 @@ class Injection(nnx.Module):
     ) -> Float[Array, "n h w outputs"]:
         """The injected tokens; for `matrices` see `ops.resample.resize`."""
         _, h, w, _ = local.shape
-        method, precision = self.policy.conv_impl, self.policy.matmul_precision
-        options: Any = {"matrices": matrices, "method": method, "precision": precision}
-        return self.fuse(local, semantics, lambda x: resize(x, (h, w), **options))
+        return self.fuse(local, semantics, lambda x: resize(x, (h, w), matrices=matrices, **self.policy.form))
 
 
 class MultiSum(Injection):

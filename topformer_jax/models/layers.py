@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from topformer_jax.ops.convolution import conv
 from topformer_jax.ops.resample import Matrices, bilinear_matrix, pooling_matrix
 
 Model = TypeVar("Model", bound=nnx.Module)
-Sizes = Int32[Array, "n 2"] | None  # (height, width) of each image at the stride of its feature maps
+Mask = Bool[Array, "n h w 1"] | None  # the positions inside of an image on a canvas; None: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DTypePolicy:
         dtype: of activations, and of the weights in each operation.
         precision: `precision=` of float32 and float64 products. "highest" is full float32: no TF32 on GPUs, no
             bfloat16 passes on TPUs.
-        conv_impl: `method` of `ops.convolution.conv` and of the functions in `ops.resample`.
+        conv_impl: the setting `model.conv_impl`.
 
     >>> policy = DTypePolicy(dtype=jnp.bfloat16)
     >>> policy.accum_dtype, policy.matmul_precision
@@ -61,6 +61,11 @@ class DTypePolicy:
     def matmul_precision(self) -> str | None:
         """`precision`, or None for bfloat16, whose products have one precision only."""
         return self.precision if jnp.dtype(self.dtype) == self.accum_dtype else None
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """`method` and `precision` of the functions in `ops.convolution` and `ops.resample`."""
+        return {"method": self.conv_impl, "precision": self.matmul_precision}
 
     def init_param(self, values: np.ndarray) -> Array:
         """A parameter's initial values as a JAX array."""
@@ -103,10 +108,10 @@ def make_divisible(channels: int, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-def sequential(layers: Iterable[Any], x: Array, size: Sizes = None) -> Array:
-    """Applies modules and functions in order; `size`: see `Conv`."""
+def sequential(layers: Iterable[Any], x: Array, mask: Mask = None) -> Array:
+    """Applies modules and functions in order; `mask`: see `Conv`."""
     for layer in layers:
-        x = layer(x, size) if isinstance(layer, ConvBN) else layer(x)
+        x = layer(x, mask) if isinstance(layer, ConvBN) else layer(x)
     return x
 
 
@@ -144,14 +149,13 @@ class Conv(nnx.Module):
         self.weight = nnx.Param(policy.init_param(std * rng.standard_normal(shape)))
         self.bias = nnx.Param(policy.init_param(np.zeros(outputs))) if bias else None
 
-    def __call__(self, x: Float[Array, "n h w inputs"], size: Sizes = None) -> Float[Array, "n height width outputs"]:
-        """The convolution of feature maps, or of an image at the top left of each: `size` is its (height, width)."""
+    def __call__(self, x: Float[Array, "n h w inputs"], mask: Mask = None) -> Float[Array, "n height width outputs"]:
+        """The convolution of feature maps, or of the images on them where there is a mask."""
         policy = self.policy
         weight = self.weight[...].astype(policy.dtype)
-        if len(weight) > 1 and size is not None:  # zeros outside of the images
-            x = jnp.where(image_mask(size, *x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))
-        method, precision = policy.conv_impl, policy.matmul_precision
-        x = conv(x, weight, self.stride, groups=self.groups, method=method, precision=precision)
+        if len(weight) > 1 and mask is not None:  # zeros outside of the images
+            x = jnp.where(mask, x, jnp.zeros((), x.dtype))
+        x = conv(x, weight, self.stride, groups=self.groups, **policy.form)
         return x if self.bias is None else x + self.bias[...].astype(policy.dtype)
 
 
@@ -225,8 +229,8 @@ class ConvBN(nnx.Module):
         self.c = Conv(inputs, outputs, kernel, stride, groups, policy=policy, rng=rng)
         self.bn: BatchNorm | None = BatchNorm(outputs, policy=policy)
 
-    def __call__(self, x: Float[Array, "n h w inputs"], size: Sizes = None) -> Float[Array, "n height width outputs"]:
-        x = self.c(x, size)
+    def __call__(self, x: Float[Array, "n h w inputs"], mask: Mask = None) -> Float[Array, "n height width outputs"]:
+        x = self.c(x, mask)
         return x if self.bn is None else self.bn(x)
 
 
@@ -327,9 +331,7 @@ RESIZES: dict[tuple[int, int], Callable[[int, int, str], np.ndarray]] = {
 }
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("size", "matrices"), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class ImageArea:
+class ImageArea(NamedTuple):
     """The sizes of a batch's images on a larger canvas, and their resize matrices; only masked evaluation uses it.
 
     Attributes:
@@ -338,11 +340,15 @@ class ImageArea:
     """
 
     size: Int32[np.ndarray | Array, "*n 2"] | None = None
-    matrices: Mapping[tuple[int, int], Matrices] = dataclasses.field(default_factory=dict)
+    matrices: Mapping[tuple[int, int], Matrices] = {}
 
-    def size_at(self, stride: int) -> Sizes:
-        """The images' sizes on feature maps of a stride; None for `WHOLE`."""
-        return None if self.size is None else jnp.asarray((self.size - 1) // stride + 1)
+    def mask(self, maps: Float[Array, "n h w c"], stride: int) -> Mask:
+        """The positions inside of the images on feature maps of a stride; None for `WHOLE`."""
+        if self.size is None:
+            return None
+        size = jnp.asarray((self.size - 1) // stride + 1)
+        rows, columns = (jnp.arange(maps.shape[axis], dtype=size.dtype) < size[:, axis - 1, None] for axis in (1, 2))
+        return rows[:, :, None, None] & columns[:, None, :, None]
 
     def matrices_between(self, before: int, after: int) -> Matrices | None:
         """The matrices of a resize from one stride to another; None for `WHOLE`."""
@@ -385,10 +391,3 @@ def _axis_matrices(pixels: int, canvas: int, dtype: str) -> dict[tuple[int, int]
 
 def _ceil_divide(pixels: int, stride: int) -> int:
     return -(-pixels // stride)
-
-
-def image_mask(size: Int32[Array, "n 2"], height: int, width: int) -> Bool[Array, "n height width"]:
-    """Whether each position of feature maps lies inside the images, whose sizes are at the maps' stride."""
-    rows = jnp.arange(height, dtype=size.dtype) < size[:, :1]
-    columns = jnp.arange(width, dtype=size.dtype) < size[:, 1:]
-    return rows[:, :, None] & columns[:, None, :]

@@ -13,7 +13,7 @@ from topformer_jax.models.layers import (
     ConvBN,
     DTypePolicy,
     ImageArea,
-    Sizes,
+    Mask,
     make_divisible,
     sequential,
 )
@@ -42,10 +42,8 @@ class InvertedResidual(nnx.Module):
         project = ConvBN(hidden, block.channels, policy=policy, rng=rng)
         self.conv = nnx.List([*(expand if block.expansion != 1 else []), depthwise, jax.nn.relu, project])
 
-    def __call__(
-        self, x: Float[Array, "n h w inputs"], size: Sizes = None
-    ) -> Float[Array, "n height width channels"]:
-        y = sequential(self.conv, x, size)
+    def __call__(self, x: Float[Array, "n h w inputs"], mask: Mask = None) -> Float[Array, "n height width channels"]:
+        y = sequential(self.conv, x, mask)
         return x + y if self.residual else y
 
 
@@ -67,13 +65,13 @@ class TokenPyramid(nnx.Module):
 
     def __call__(self, images: Float[Array, "n h w 3"], area: ImageArea = WHOLE) -> list[Float[Array, "n _h _w _c"]]:
         with jax.named_scope("stem"):
-            x = sequential(self.stem, images, area.size_at(1))
+            x = sequential(self.stem, images, area.mask(images, 1))
         stride = 2
         tokens = []
         for index, block_stride in enumerate(self.strides):
             name = f"layer{index + 1}"
             with jax.named_scope(name):
-                x = getattr(self, name)(x, area.size_at(stride))
+                x = getattr(self, name)(x, area.mask(x, stride))
             stride *= block_stride
             if index in self.taps:
                 tokens.append(x)

@@ -74,11 +74,10 @@ class PyramidPool(nnx.Module):
     def __call__(self, tokens: list[Float[Array, "n _h _w _c"]], area: ImageArea = WHOLE) -> Float[Array, "n h w c"]:
         _, h, w, _ = tokens[-1].shape
         size = ((h - 1) // self.stride + 1, (w - 1) // self.stride + 1)
-        method, precision = self.policy.conv_impl, self.policy.matmul_precision
         pooled = []
         for stride, x in zip(STRIDES, tokens, strict=True):
             matrices = area.matrices_between(stride, STRIDES[-1] * self.stride)
-            pooled.append(adaptive_avg_pool(x, size, matrices=matrices, method=method, precision=precision))
+            pooled.append(adaptive_avg_pool(x, size, matrices=matrices, **self.policy.form))
         return jnp.concatenate(pooled, axis=-1)
 
 
@@ -124,7 +123,7 @@ class Backbone(nnx.Module):
         with jax.named_scope("ppa"):
             pooled = self.ppa(tokens, area)
         with jax.named_scope("trans"):
-            return tokens, self.trans(pooled, rngs, area.size_at(SEMANTICS_STRIDE))
+            return tokens, self.trans(pooled, rngs, area.mask(pooled, SEMANTICS_STRIDE))
 
 
 def _no_injection(local: Array, semantics: Array, matrices: Matrices | None = None) -> Array:
@@ -182,10 +181,9 @@ class DecodeHead(nnx.Module):
         x, *others = feature_maps
         _, h, w, _ = x.shape
         _, finest_stride, *strides = STRIDES
-        method, precision = self.policy.conv_impl, self.policy.matmul_precision
         for stride, other in zip(strides, others, strict=True):
             matrices = area.matrices_between(stride, finest_stride)
-            x = x + resize(other, (h, w), matrices=matrices, method=method, precision=precision)
+            x = x + resize(other, (h, w), matrices=matrices, **self.policy.form)
         x = self.dropout(self.linear_fuse(x), rngs)
         return self.conv_seg(x.astype(self.policy.accum_dtype))
 

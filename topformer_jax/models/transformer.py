@@ -14,8 +14,7 @@ from topformer_jax.models.layers import (
     ConvBN,
     Dropout,
     DTypePolicy,
-    Sizes,
-    image_mask,
+    Mask,
     relu6,
     sequential,
 )
@@ -36,7 +35,7 @@ class Attention(nnx.Module):
         self.to_v = ConvBN(features, heads * value, policy=policy, rng=rng)
         self.proj = nnx.List([relu6, ConvBN(heads * value, features, policy=policy, rng=rng)])
 
-    def __call__(self, x: Float[Array, "n h w c"], size: Sizes = None) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w c"], mask: Mask = None) -> Float[Array, "n h w c"]:
         n, h, w, _ = x.shape
         policy = self.policy
 
@@ -46,9 +45,8 @@ class Attention(nnx.Module):
         query, key, value = (split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         matmul = functools.partial(jnp.matmul, precision=policy.matmul_precision)
         scores = matmul(query, key.swapaxes(2, 3), preferred_element_type=policy.accum_dtype)
-        if size is not None:  # no weight for keys outside of the image
-            keys = image_mask(size, h, w).reshape(n, 1, 1, h * w)
-            scores = jnp.where(keys, scores, jnp.finfo(scores.dtype).min)
+        if mask is not None:  # no weight for keys outside of the image
+            scores = jnp.where(mask.reshape(n, 1, 1, h * w), scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(policy.dtype)
         y = matmul(weights, value).transpose(0, 2, 1, 3).reshape(n, h, w, -1)
         return sequential(self.proj, y)
@@ -62,8 +60,8 @@ class Mlp(nnx.Module):
         self.dwconv = Conv(hidden, hidden, 3, groups=hidden, bias=True, policy=policy, rng=rng)
         self.fc2 = ConvBN(hidden, features, policy=policy, rng=rng)
 
-    def __call__(self, x: Float[Array, "n h w c"], size: Sizes = None) -> Float[Array, "n h w c"]:
-        return self.fc2(relu6(self.dwconv(self.fc1(x), size)))
+    def __call__(self, x: Float[Array, "n h w c"], mask: Mask = None) -> Float[Array, "n h w c"]:
+        return self.fc2(relu6(self.dwconv(self.fc1(x), mask)))
 
 
 class TransformerBlock(nnx.Module):
@@ -75,10 +73,10 @@ class TransformerBlock(nnx.Module):
         self.drop_path = Dropout(drop_path_rate, broadcast_dims=(1, 2, 3))
 
     def __call__(
-        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Sizes = None
+        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, mask: Mask = None
     ) -> Float[Array, "n h w c"]:
-        x = x + self.drop_path(self.attn(x, size), rngs)
-        return x + self.drop_path(self.mlp(x, size), rngs)
+        x = x + self.drop_path(self.attn(x, mask), rngs)
+        return x + self.drop_path(self.mlp(x, mask), rngs)
 
 
 class Transformer(nnx.Module):
@@ -89,8 +87,8 @@ class Transformer(nnx.Module):
         self.transformer_blocks = nnx.List(blocks)
 
     def __call__(
-        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, size: Sizes = None
+        self, x: Float[Array, "n h w c"], rngs: nnx.Rngs | None, mask: Mask = None
     ) -> Float[Array, "n h w c"]:
         for block in self.transformer_blocks:
-            x = block(x, rngs, size)
+            x = block(x, rngs, mask)
         return x
