@@ -343,8 +343,11 @@ def _cut_group(
     _, height, width = labels.shape
     _, h, w, _ = maps[0].shape
     dtype = maps[0].dtype.name
-    down, pad_rows, rounds = _cut_axis(h, height, tiling.height, True, dtype, together)
-    across, pad_columns, _ = _cut_axis(w, width, tiling.width, False, dtype)
+    # At stride 8 each tile of 8 rows then lies between the centres of two neighbouring logits, and is interpolated
+    # from these two only.
+    shift = tiling.height // 2 if tiling.height < height else 0
+    down, pad_rows, rounds = _cut_axis(h, height, tiling.height, dtype, shift, together)
+    across, pad_columns, _ = _cut_axis(w, width, tiling.width, dtype)
     labels = jnp.pad(labels.astype(jnp.int32), ((0, 0), pad_rows, pad_columns), constant_values=IGNORE_LABEL)
     down, across = jax.tree.map(jnp.asarray, (down, across))
     # Columns last: they fill vector lanes, classes may not.
@@ -366,7 +369,7 @@ def _add_patches(
 
 
 def _cut_axis(
-    cells: int, pixels: int, tile: int, between: bool, dtype: str, together: int = 1
+    cells: int, pixels: int, tile: int, dtype: str, shift: int = 0, together: int = 1
 ) -> tuple[BandedResize, tuple[int, int], int]:
     """Cuts one axis of the labels into tiles.
 
@@ -374,9 +377,8 @@ def _cut_axis(
         cells: logits along the axis.
         pixels: labels along the axis.
         tile: pixels of a tile at most.
-        between: whether the first of several tiles begins half a tile before the axis. At stride 8 each tile of 8
-            pixels then lies between the centres of two neighbouring logits, and is interpolated from these two only.
         dtype: of the weights.
+        shift: the first tile begins this many pixels before the axis.
         together: tiles of a round at most.
 
     Returns:
@@ -384,9 +386,8 @@ def _cut_axis(
         rounds of equally many tiles they are computed; tiles after the axis have no weights.
     """
     tile = min(tile, pixels)
-    before = tile // 2 if between and tile < pixels else 0
-    matrix = np.pad(bilinear_matrix(cells, pixels, dtype), ((before, 0), (0, 0)))
+    matrix = np.pad(bilinear_matrix(cells, pixels, dtype), ((shift, 0), (0, 0)))
     count = -(-len(matrix) // tile)
     rounds = -(-count // together)
     count = -(-count // rounds) * rounds
-    return split_into_bands(matrix, tile, num_tiles=count), (before, count * tile - len(matrix)), rounds
+    return split_into_bands(matrix, tile, num_tiles=count), (shift, count * tile - len(matrix)), rounds
