@@ -43,8 +43,8 @@ def test_depthwise_equals_xla_in_float64(k: int, stride: int, h: int, w: int, n:
     images, kernel = rng.normal(size=(n, h, w, 5)), rng.normal(size=(k, k, 1, 5))
     with jax.enable_x64(True):
         plain, ours = (_results(_depthwise(method, stride), images, kernel) for method in ("single_op", "auto"))
-        cotangent = np.random.default_rng(1).normal(size=ours[0].shape)
-        on_tpu = convolution.multiply_add_gradients(*map(jnp.asarray, (images, kernel, cotangent)), stride)
+        cotangent = jnp.asarray(np.random.default_rng(1).normal(size=ours[0].shape))
+        on_tpu = convolution.multiply_add_gradients(jnp.asarray(images), jnp.asarray(kernel), cotangent, stride)
         assert all(mine.dtype == jnp.float64 for mine in ours)
         assert [mine.shape for mine in ours] == [yours.shape for yours in plain]
         assert max(map(distance, ours, plain)) <= 1e-10

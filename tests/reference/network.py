@@ -24,7 +24,6 @@ VARIANTS: dict[str, Variant] = {  # rows of blocks: kernel, expansion, channels,
                         (3, 3, 128, 2), (3, 3, 128, 1), (5, 6, 160, 2), (5, 6, 160, 1), (3, 6, 160, 1)],
              "channels": [32, 64, 128, 160], "width": 256, "heads": 8, "taps": [2, 4, 6, 9]},
 }  # fmt: skip
-INJECTIONS = ("muli_sum", "muli_sum_cbr", "fuse_sum", "fuse_multi", "none")  # the last one is not official
 # The official code's spelling of the setting `model.injection`, where it is another.
 OFFICIAL_NAMES = {"multi_sum": "muli_sum", "multi_sum_cbr": "muli_sum_cbr"}
 STEM_CHANNELS, KEY_CHANNELS, VALUE_CHANNELS, MLP_RATIO = 16, 16, 32, 2
@@ -147,12 +146,10 @@ class TransformerBlock(nn.Module):
 
 
 class Injection(nn.Module):
-    """Injects the global semantics into a local map; `kind` is one of `INJECTIONS`."""
+    """Injects the global semantics into a local map; `kind` is an official name, or none."""
 
     def __init__(self, kind: str, inputs: int, outputs: int) -> None:
         super().__init__()
-        if kind not in INJECTIONS:
-            raise ValueError(f"unknown injection {kind!r}: use one of {', '.join(INJECTIONS)}")
         self.kind = kind
         self.activation = nn.ReLU() if kind == "muli_sum_cbr" else nn.Identity()
         if kind.startswith("fuse"):
@@ -188,13 +185,10 @@ class Backbone(nn.Module):
         blocks = [TransformerBlock(sum(variant["channels"]), variant["heads"], rate) for rate in rates]
         self.trans = named(transformer_blocks=nn.Sequential(*blocks))
 
-    def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """`tpm0` ... `tpm3`, `ppa` and `trans`."""
+    def features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The maps of the pyramid, and the transformer's output for all of them, joined on channels."""
         maps = self.tpm(images)
-        results = {f"tpm{index}": features for index, features in enumerate(maps)}
-        results["ppa"] = pyramid_pool(maps, self.pool_stride)
-        results["trans"] = self.trans(results["ppa"])
-        return results
+        return maps, self.trans(pyramid_pool(maps, self.pool_stride))
 
 
 class Segmenter(nn.Module):
@@ -215,19 +209,12 @@ class Segmenter(nn.Module):
         drop, conv_seg = nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1)
         self.decode_head = named(linear_fuse=fuse, act=nn.ReLU(), dropout=drop, conv_seg=conv_seg)
 
-    def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Every intermediate result: `tpm0` ... `tpm3`, `ppa`, `trans`, `sim1` ... `sim3`, `logits`."""
-        results = self.backbone.stages(images)
-        semantics = results["trans"].split(self.channels, dim=1)
-        for index in (1, 2, 3):
-            inject = self.backbone.get_submodule(f"SIM.{index}")
-            results[f"sim{index}"] = inject(results[f"tpm{index}"], semantics[index])
-        finest, middle, coarsest = (results[f"sim{index}"] for index in (1, 2, 3))
-        results["logits"] = self.decode_head(finest + resize(middle, finest) + resize(coarsest, finest))
-        return results
-
     def forward(self, images: Tensor) -> Tensor:
-        return self.stages(images)["logits"]
+        maps, semantics = self.backbone.features(images)
+        parts = semantics.split(self.channels, dim=1)
+        injections: Any = self.backbone.SIM
+        finest, middle, coarsest = (injections[index](maps[index], parts[index]) for index in (1, 2, 3))
+        return self.decode_head(finest + resize(middle, finest) + resize(coarsest, finest))
 
 
 class Classifier(Backbone):
@@ -240,15 +227,9 @@ class Classifier(Backbone):
         channels = sum(sizes["channels"])
         self.head = named(bn=nn.BatchNorm1d(channels), l=nn.Linear(channels, classes))
 
-    def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """The backbone's results, `pooled` (the global average, before the head's BatchNorm) and `logits`."""
-        results = super().stages(images)
-        results["pooled"] = results["trans"].mean(dim=(2, 3))
-        results["logits"] = self.head(results["pooled"])
-        return results
-
     def forward(self, images: Tensor) -> Tensor:
-        return self.stages(images)["logits"]
+        _, semantics = self.features(images)
+        return self.head(semantics.mean(dim=(2, 3)))
 
 
 def randomize(module: nn.Module, seed: int) -> None:

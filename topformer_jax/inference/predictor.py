@@ -17,7 +17,7 @@ import cv2
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
@@ -27,7 +27,7 @@ from topformer_jax.data.transforms import Size, eval_image, multiply_scale, resi
 from topformer_jax.exporters import Exported, open_exported
 from topformer_jax.inference import plan
 from topformer_jax.inference.compiled import compile_inference, make_global_batch
-from topformer_jax.inference.plan import InferenceInput, ProgramShapes, plan_shapes, view_flips
+from topformer_jax.inference.plan import Arrays, InferenceInput, ProgramShapes, plan_shapes, view_flips
 from topformer_jax.ops.tiled import ViewLogits
 from topformer_jax.runtime import files, sharding
 from topformer_jax.runtime.errors import UserError, need_packages
@@ -101,7 +101,7 @@ class Predictor:
         shares = np.asarray(self._programs.probabilities(*batch))[0]
         return self._predict_labels(image, batch), shares[: image.shape[0], : image.shape[1]]
 
-    def _compute_views(self, image: Image) -> tuple[list[ViewLogits], Array, Array]:
+    def _compute_views(self, image: Image) -> tuple[list[ViewLogits], Arrays, Arrays]:
         """What the programs after the network take."""
         programs = self._programs
         size = (image.shape[0], image.shape[1])
@@ -143,7 +143,7 @@ class Predictor:
         fitting = [shapes for shapes in self._planned if shapes.fits(own)]
         return min(fitting, key=lambda shapes: shapes.pixels(), default=own)
 
-    def _predict_labels(self, image: Image, batch: tuple[list[ViewLogits], Array, Array]) -> Labels:
+    def _predict_labels(self, image: Image, batch: tuple[list[ViewLogits], Arrays, Arrays]) -> Labels:
         predictions, _ = self._programs.predict_and_count(*batch)
         return np.asarray(predictions)[0, : image.shape[0], : image.shape[1]]
 
