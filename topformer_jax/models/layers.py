@@ -25,7 +25,8 @@ from topformer_jax.ops.convolution import conv
 from topformer_jax.ops.resample import Matrices, bilinear_matrix, pooling_matrix
 
 Model = TypeVar("Model", bound=nnx.Module)
-Mask = Bool[Array, "n h w 1"] | None  # the positions inside of an image on a canvas; None: all
+# The positions inside of images on canvases, on the maps that go into a block; None: all. 1x1 layers need none.
+Mask = Bool[Array, "n _h _w 1"] | None
 
 
 @dataclasses.dataclass(frozen=True)

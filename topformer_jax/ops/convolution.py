@@ -104,7 +104,8 @@ def _depthwise_backward(
         return image_grad, kernel_grad
 
     def on_gpu(images: Array, kernel: Array, grad: Array) -> tuple[Array, Array]:
-        return _image_gradient(images, kernel, grad, stride), xla(images, kernel, grad)[1]
+        _, kernel_grad = xla(images, kernel, grad)
+        return _image_gradient(images, kernel, grad, stride), kernel_grad
 
     shifted = functools.partial(multiply_add_gradients, stride=stride)
     on_cpu = functools.partial(shifted, sum_pixels=sum_over_pixels)
@@ -150,11 +151,12 @@ def multiply_add_gradients(
     sum_pixels: Callable[[Sequence[Array]], list[Array]] = _sum_plainly,
 ) -> tuple[Array, Array]:
     """The gradients of `multiply_add` in the images and the kernel: k*k sums over the batch and the pixels."""
+    image_grad = _image_gradient(images, kernel, grad, stride)
     accum_dtype = at_least_float32(images.dtype)
     slices = _slices_of_images(images, kernel.shape[0], stride)
     sums = sum_pixels([view.astype(accum_dtype) * grad.astype(accum_dtype) for view in slices])
     kernel_grad = jnp.stack(sums).reshape(kernel.shape).astype(kernel.dtype)
-    return _image_gradient(images, kernel, grad, stride), kernel_grad
+    return image_grad, kernel_grad
 
 
 def _slices_of_images(images: Array, k: int, stride: int) -> list[Array]:
