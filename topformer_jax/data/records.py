@@ -14,8 +14,6 @@ import os
 import pathlib
 import shutil
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -41,7 +39,6 @@ THREADS = 8  # shards that are copied at once
 PIECE = 16 << 20  # bytes that one request asks for
 MEGABYTE = 1_000_000
 ABANDONED_SECONDS = 3600.0  # without a write, after which another host's unfinished copy is deleted
-WAIT = 0.5  # seconds between looks at how much is copied
 MakeProgress = Callable[[int, str], Progress]  # of the total, and of what the numbers count
 SILENT: MakeProgress = functools.partial(Progress, active=False)
 Side = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
@@ -206,19 +203,6 @@ def list_shards(info: bytes, split: str, folder: str | os.PathLike) -> list[str]
     return shard_names(fields.name, split, lengths[split])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """One file: its size in bytes, and its MD5 sum in hexadecimal, "" if it is unknown."""
-
-    name: str
-    size: int
-    md5: str
-
-    def is_in(self, folder: pathlib.Path) -> bool:
-        path = folder / self.name
-        return path.exists() and path.stat().st_size == self.size
-
-
 def copy_split(
     source: files.Path, dataset: str, split: str, cache: str, make_progress: MakeProgress = SILENT
 ) -> files.Path:
@@ -237,21 +221,27 @@ def copy_split(
     base = pathlib.Path(cache).expanduser()
     folder = base / f"{dataset}-{digest[:16]}"
     shards = _describe(source, list_shards(info, split, source), sums)
-    if all(shard.is_in(folder) for shard in shards) and (folder / INFO).exists():
+
+    def find_missing() -> dict[str, Sum]:
+        paths = {name: folder / name for name in shards}
+        there = {name for name, path in paths.items() if path.exists() and path.stat().st_size == shards[name].size}
+        return {name: shard for name, shard in shards.items() if name not in there}
+
+    if not find_missing() and (folder / INFO).exists():
         return folder
     with files.report_errors("write", base, ADVICE):
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, shards, make_progress):
             _delete_leftovers(folder)
-            missing = [shard for shard in shards if not shard.is_in(folder)]
-            needed, free = sum(shard.size for shard in missing), shutil.disk_usage(folder).free
+            missing = find_missing()
+            needed, free = sum(shard.size for shard in missing.values()), shutil.disk_usage(folder).free
             if needed > free:
                 raise UserError(
                     f"{base} is too small: {dataset}'s {split} shards need {needed / MEGABYTE:,.1f} MB more, "
                     f"{free / MEGABYTE:,.1f} MB are free; --config.data.cache=DIR names another disk"
                 )
             if missing:
-                _copy(source, folder, shards, missing, make_progress)
+                _copy(source, folder, missing, make_progress)
             if sizes := files.read_existing(source / LABEL_SIZES):
                 files.write_file(folder / LABEL_SIZES, sizes, ADVICE)
             files.write_file(folder / FEATURES, features, ADVICE)
@@ -264,55 +254,39 @@ def read_md5(facts: dict[str, Any]) -> str:
     return base64.b64decode(facts.get("md5Hash", "")).hex()
 
 
-def _describe(source: files.Path, names: list[str], sums: bytes) -> list[_Shard]:
+def _describe(source: files.Path, names: list[str], sums: bytes) -> dict[str, Sum]:
     """Sizes and checksums: those that preparation/packing.py wrote, else what the bucket or the disk says."""
     if sums:
         where = f"{os.fspath(source)}/{CHECKSUMS}"
         known = files.read_json(sums, Checksums, where, AGAIN).shards
         if missing := [name for name in names if name not in known]:
             raise UserError(f"{where} does not name {missing[0]}{AGAIN}")
-        return [_Shard(name, known[name].size, known[name].md5) for name in names]
+        return {name: known[name] for name in names}
 
-    def look_up(name: str) -> _Shard:
+    def look_up(name: str) -> Sum:
         system, inside = fsspec.core.url_to_fs(os.fspath(source / name))
         facts = system.info(inside)
-        return _Shard(name, facts["size"], read_md5(facts))
+        return Sum(facts["size"], read_md5(facts))
 
     with files.report_errors("read", source), concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(look_up, names))
+        return dict(zip(names, pool.map(look_up, names), strict=True))
 
 
-def _count_megabytes(folder: pathlib.Path, shards: list[_Shard]) -> int:
-    """How much of the shards is copied, unfinished copies included."""
-    total = sum(shard.size for shard in shards if shard.is_in(folder))
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total // MEGABYTE
-
-
-def _sum_megabytes(shards: list[_Shard]) -> int:
-    return -(-sum(shard.size for shard in shards) // MEGABYTE)
+def _sum_megabytes(shards: dict[str, Sum]) -> int:
+    return -(-sum(shard.size for shard in shards.values()) // MEGABYTE)
 
 
 @contextlib.contextmanager
-def _lock(folder: pathlib.Path, shards: list[_Shard], make_progress: MakeProgress) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process; meanwhile shows what another one copies."""
+def _lock(folder: pathlib.Path, shards: dict[str, Sum], make_progress: MakeProgress) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process; says if another process has it."""
     with (folder / ".lock").open("w") as file:
-        if not _try_lock(file.fileno()):
-            unit = f"MB, copied to {folder} by another process"
-            with make_progress(_sum_megabytes(shards), unit) as progress:
-                while not _try_lock(file.fileno()):
-                    progress.update(_count_megabytes(folder, shards))
-                    time.sleep(WAIT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with make_progress(_sum_megabytes(shards), f"MB, copied to {folder} by another process") as progress:
+                progress.update(0)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _try_lock(descriptor: int) -> bool:
-    with contextlib.suppress(BlockingIOError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _delete_leftovers(folder: pathlib.Path) -> None:
@@ -334,41 +308,25 @@ def _name_host() -> str:
     return files.read_boot_id() or socket.gethostname()
 
 
-def _copy(
-    source: files.Path,
-    folder: pathlib.Path,
-    shards: list[_Shard],
-    missing: list[_Shard],
-    make_progress: MakeProgress,
-) -> None:
-    """Copies the missing shards by threads; the first error ends them all."""
-    stopped = threading.Event()
+def _copy(source: files.Path, folder: pathlib.Path, missing: dict[str, Sum], make_progress: MakeProgress) -> None:
+    """Copies the missing shards by threads; none is begun after an error."""
+    copied = 0
     with (
-        make_progress(_sum_megabytes(shards), f"MB copied from {os.fspath(source)}") as progress,
+        make_progress(_sum_megabytes(missing), f"MB copied from {os.fspath(source)}") as progress,
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
     ):
-        waiting = {pool.submit(_copy_shard, source, folder, shard, stopped) for shard in missing}
-        try:
-            while waiting:
-                done, waiting = concurrent.futures.wait(waiting, WAIT, concurrent.futures.FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                progress.update(_count_megabytes(folder, shards) if waiting else _sum_megabytes(shards))
-        finally:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+        for size in pool.map(lambda name: _copy_shard(source / name, folder, missing[name]), missing):
+            copied += size
+            progress.update(-(-copied // MEGABYTE))
 
 
-def _copy_shard(source: files.Path, folder: pathlib.Path, shard: _Shard, stopped: threading.Event) -> None:
-    """Copies one file, one piece per request; it gets its name when it is whole and right."""
-    path = source / shard.name
-    temporary = files.temporary_path(folder / f"{shard.name}.{_name_host()}")
+def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Sum) -> int:
+    """Copies a file, one piece per request, and returns its size; it gets its name when it is whole and right."""
+    temporary = files.temporary_path(folder / f"{path.name}.{_name_host()}")
     digest = hashlib.md5(usedforsecurity=False)
     with files.unfinished(temporary):
         with temporary.open("wb") as file:
             for start in range(0, shard.size, PIECE):
-                if stopped.is_set():
-                    raise concurrent.futures.CancelledError
                 piece = _read_piece(path, start, min(start + PIECE, shard.size))
                 file.write(piece)
                 digest.update(piece)
@@ -381,7 +339,8 @@ def _copy_shard(source: files.Path, folder: pathlib.Path, shard: _Shard, stopped
                 f"expected {shard.size}, {shard.md5 or 'any'}): copy it or build it again (python -m "
                 "topformer_jax.prepare)"
             )
-        temporary.replace(folder / shard.name)
+        temporary.replace(folder / path.name)
+    return shard.size
 
 
 def _read_piece(path: files.Path, start: int, end: int) -> bytes:
