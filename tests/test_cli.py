@@ -78,7 +78,9 @@ def test_overrides() -> None:
         cli.Parser("a command", config_required=False).parse(["--config.seed=1"])
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "convert", "browse", "check", "export"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "predict", "convert", "browse", "check", "export", "prepare", "demo"]
+)
 def test_help_imports_neither_jax_nor_what_uses_it(command: str) -> None:
     code = (
         "import runpy, sys\n"
@@ -91,5 +93,4 @@ def test_help_imports_neither_jax_nor_what_uses_it(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"python -m topformer_jax.{command} --config" in done.stdout
-    assert "--config FILE" in done.stdout
+    assert f"python -m topformer_jax.{command} " in done.stdout

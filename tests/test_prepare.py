@@ -1,17 +1,19 @@
-"""`prepare` on official downloads in miniature: the folders it makes, kills and resumes, bad archives."""
+"""`prepare` on official downloads in miniature: the folders it makes, interruptions, bad archives."""
 
+import errno
 import hashlib
 import io
+import itertools
 import json
+import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,35 +23,19 @@ from topformer_jax import config as config_lib, prepare
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import CATALOG
 from topformer_jax.data.codecs import decode_label
-from topformer_jax.preparation import labels, releases
+from topformer_jax.preparation import labels, releases, writer
+from topformer_jax.runtime import cli
 from topformer_jax.runtime.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
 ALL: dict[str, Callable[[pathlib.Path], object]] = {
     **miniatures.SEGMENTATION,
     "imagenet": miniatures.imagenet,
 }
 Make = Callable[[pathlib.Path], miniatures.Expected]
-# Kills its process when the N-th file is whole but has not its name yet.
-KILLED = """
-import os, pathlib, signal, sys
-rename, count = pathlib.Path.replace, int(sys.argv.pop(1))
-def kill_or_rename(path, target):
-    global count
-    count -= path.parent.name == ".partial"
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return rename(path, target)
-pathlib.Path.replace = kill_or_rename
-from topformer_jax.runtime import cli; from topformer_jax import prepare
-from topformer_jax.preparation import writer
-writer._CHUNK_FILES = 1
-cli.run(prepare.main)
-"""
 
 
 def words_of(dataset: str, source: pathlib.Path, output: pathlib.Path, *flags: str) -> list[str]:
-    return [dataset, "--source", str(source), "--output", str(output), "--workers", "0", *flags]
+    return [dataset, "--source", str(source), "--output", str(output), *flags]
 
 
 def run(dataset: str, source: pathlib.Path, output: pathlib.Path, *flags: str) -> None:
@@ -105,7 +91,7 @@ def test_downloads_become_the_layout(
         for path, data in before.items()
         if path not in ("manifest.json", "files.tsv")
     }
-    run(dataset, downloads, made, "--workers", "2")  # again: nothing changes
+    run(dataset, downloads, made)  # again: nothing changes
     assert tree(made) == before
 
 
@@ -146,28 +132,38 @@ def test_lists_and_colours_of_camvid() -> None:
         labels.map_colours(colours, miniatures.png(mask), name, void_share=0.01)
 
 
+class Killed(BaseException):
+    """Stands for a kill: nobody cleans up after it."""
+
+
 @pytest.mark.parametrize("dataset", ["voc2012", "imagenet"])  # one pass over a .tgz, and nested archives
-def test_a_killed_run_goes_on(dataset: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / "downloads").mkdir()
-    ALL[dataset](tmp_path / "downloads")
-    run(dataset, tmp_path / "downloads", tmp_path / "whole")
+def test_an_interrupted_run_goes_on(dataset: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads, made = tmp_path / "downloads", tmp_path / "made"
+    downloads.mkdir()
+    ALL[dataset](downloads)
+    run(dataset, downloads, tmp_path / "whole")
     whole = tree(tmp_path / "whole")
-    words = words_of(dataset, tmp_path / "downloads", tmp_path / "made")
-    count = str((len(whole) - 2) // 2)
-    command = [sys.executable, "-c", KILLED, count, *words]
-    killed = subprocess.run(command, check=False, cwd=ROOT, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    made = tree(tmp_path / "made")
-    assert len(list((tmp_path / "made/.partial").iterdir())) == 1
-    for path, content in made.items():  # what has its name is whole
-        if path not in ("manifest.json", "files.tsv") and not path.startswith(".partial"):
-            assert content == whole[path]
-    finished = {line.split("\t")[4] for line in made["files.tsv"].decode().splitlines()}
+    rename, numbers = pathlib.Path.replace, itertools.count(1)
+
+    def end_before_rename(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if path.parent.name == ".partial" and next(numbers) > len(whole) // 2:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "replace", end_before_rename)
+        with pytest.raises(Killed):
+            run(dataset, downloads, made)
+    left = tree(made)
+    assert any(path.startswith(".partial") for path in left)
+    finished = {line.split("\t")[4] for line in left["files.tsv"].decode().splitlines()}
     assert 0 < len(finished) < len(whole) - 2
-    times = {path: (tmp_path / "made" / path).stat().st_mtime_ns for path in finished}
-    run(dataset, tmp_path / "downloads", tmp_path / "made")
-    assert tree(tmp_path / "made") == whole
-    assert {path: (tmp_path / "made" / path).stat().st_mtime_ns for path in finished} == times
+    for path in finished:  # what has its name is whole
+        assert left[path] == whole[path]
+    times = {path: (made / path).stat().st_mtime_ns for path in finished}
+    run(dataset, downloads, made)
+    assert tree(made) == whole
+    assert {path: (made / path).stat().st_mtime_ns for path in finished} == times
 
 
 def test_imagenet(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,41 +173,6 @@ def test_imagenet(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     del found["manifest.json"], found["files.tsv"]
     assert found == expected
     assert "train: 4 images (published are 1,281,167), 0 labels" in capsys.readouterr().out
-
-
-def test_processes_of_a_killed_command_end_and_their_work_goes_on(tmp_path: pathlib.Path) -> None:
-    members = {}
-    for number in range(1500):
-        word = "validation" if number % 10 == 0 else "training"
-        members[f"ADEChallengeData2016/images/{word}/{number:05}.jpg"] = miniatures.jpeg(number % 7)
-        members[f"ADEChallengeData2016/annotations/{word}/{number:05}.png"] = miniatures.png(
-            miniatures.grid(number % 150)
-        )
-    miniatures.write_zip(tmp_path / "ADEChallengeData2016.zip", members)
-    words = words_of("ade20k", tmp_path, tmp_path / "made", "--workers", "2")
-    command = [sys.executable, "-m", "topformer_jax.prepare", *words]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    listing = tmp_path / "made/files.tsv"
-    while not (listing.exists() and listing.stat().st_size):
-        assert first.poll() is None
-        time.sleep(0.002)
-    workers = pathlib.Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    assert len(workers) >= 2
-    first.kill()
-    first.wait()
-    while any(is_running(int(worker)) for worker in workers):  # or the test does not end
-        time.sleep(0.01)
-    assert json.loads((tmp_path / "made/manifest.json").read_text()).get("splits") is None
-    run("ade20k", tmp_path, tmp_path / "made")
-    run("ade20k", tmp_path, tmp_path / "whole")
-    assert tree(tmp_path / "made") == tree(tmp_path / "whole")
-
-
-def is_running(process: int) -> bool:
-    try:
-        return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_what_was_damaged_later_is_made_again(tmp_path: pathlib.Path) -> None:
@@ -364,7 +325,7 @@ def test_a_folder_is_of_one_thing(tmp_path: pathlib.Path) -> None:
             ("--shard", part, f"--shard {part} is not I/N: for 4 processes, 1/4")
             for part in ("0/4", "5/4", "4", "a/b")
         ),
-        ("--workers", "-1", "--workers is -1"),
+        ("--validation", "1", "--validation is 1.0: expected a share"),
     ):
         assert words in refusal("ade20k", tmp_path, tmp_path / "new", flag, value)
     assert "where files are made" in refusal("ade20k", tmp_path / "made/images", tmp_path / "made")
@@ -390,22 +351,6 @@ def test_matrices_of_another_kind_are_one_line() -> None:
                 labels.map_matrix(keys, {}, data, "x.mat")
 
 
-def test_the_command_prints_one_line(tmp_path: pathlib.Path) -> None:
-    words = ["ade20k", "--source", str(tmp_path), "--output", "x"]
-    command = [sys.executable, "-m", "topformer_jax.prepare", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path} does not hold what ade20k is made of: download ADE")
-    assert len(done.stderr.splitlines()) == 1
-    code = (
-        "import runpy, sys\nsys.argv = ['topformer_jax.prepare', '--help']\n"
-        "try:\n    runpy.run_module('topformer_jax.prepare', run_name='__main__')\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "assert not {'jax', 'numpy', 'cv2', 'scipy'} & set(sys.modules)\n"
-    )
-    assert "--format" in subprocess.check_output([sys.executable, "-c", code], text=True)
-
-
 def test_two_commands_do_not_share_a_folder(tmp_path: pathlib.Path) -> None:
     import fcntl
 
@@ -416,21 +361,34 @@ def test_two_commands_do_not_share_a_folder(tmp_path: pathlib.Path) -> None:
         assert "another process writes into" in refusal("ade20k", tmp_path, tmp_path / "made")
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     miniatures.ade20k(tmp_path)
-    code = (
-        "import resource, signal\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"  # less than a picture
-        "from topformer_jax.runtime import cli; from topformer_jax import prepare\n"
-        "cli.run(prepare.main)\n"
-    )
-    command = [sys.executable, "-c", code, *words_of("ade20k", tmp_path, tmp_path / "made")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2, done.stderr
-    assert "the same command goes on from here" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+
+    def fail(path: pathlib.Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+    line = refusal("ade20k", tmp_path, tmp_path / "made")
+    assert "No space left on device; the same command goes on from here" in line
     assert not list((tmp_path / "made").glob("images/*/*"))
+
+
+def test_ctrl_c_is_one_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While threads write files."""
+    miniatures.ade20k(tmp_path)
+    make = writer.make_file
+
+    def interrupt(*args: Any) -> writer.Record:
+        signal.raise_signal(signal.SIGINT)
+        return make(*args)
+
+    monkeypatch.setattr(writer, "make_file", interrupt)
+    monkeypatch.setattr(sys, "argv", ["prepare", *words_of("ade20k", tmp_path, tmp_path / "made")])
+    with pytest.raises(SystemExit) as end:
+        cli.run(prepare.main)
+    assert (capsys.readouterr().err, end.value.code) == ("interrupted\n", 130)
 
 
 def test_classes_of_new_data_sets() -> None:

@@ -1,14 +1,11 @@
 """What a hostile file cannot do: run code, write or delete what is the user's, shift labels, fool a terminal."""
 
-import concurrent.futures.process
 import functools
 import gzip
 import json
 import os
 import pathlib
-import signal
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -21,7 +18,6 @@ import numpy as np
 import pytest
 
 from tests import miniatures
-from tests.commands import ROOT, finish, wait_for
 from tests.test_damage import (
     DESCRIPTION,
     TABLE,
@@ -32,7 +28,6 @@ from tests.test_damage import (
     read_records,
     run_exported,
 )
-from tests.test_prepare import words_of
 from tests.test_sources import JPEG, PNG
 from topformer_jax import config
 from topformer_jax.data import codecs, sources
@@ -272,29 +267,3 @@ def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> 
 def test_a_member_that_claims_too_much_is_not_read(tmp_path: pathlib.Path) -> None:
     member = archives.Member(str(tmp_path / "x.zip"), "a.png", 2**31, archives.IN_ZIP)
     assert "x.zip:a.png has 2,147,483,648 bytes: at most" in refusal(member.read)
-
-
-def test_an_interrupt_of_prepare_is_one_line(tmp_path: pathlib.Path) -> None:
-    """While its workers start, as a terminal sends it: to all processes of the command."""
-    (tmp_path / "source").mkdir()
-    miniatures.ade20k(tmp_path / "source")
-    words = words_of("ade20k", tmp_path / "source", tmp_path / "made", "--workers", "2")
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "topformer_jax.prepare", *words]
-    process = subprocess.Popen(command, **pipes, cwd=ROOT, start_new_session=True)
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    # Multiprocessing's tracker, and a worker.
-    wait_for([process], lambda: len(children.read_text().split()) > 1)
-    os.killpg(process.pid, signal.SIGINT)
-    ((_, err),) = finish([process])
-    assert (err, process.returncode) == ("interrupted\n", 130)
-
-
-def test_a_killed_worker_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        raise concurrent.futures.process.BrokenProcessPool("A process was terminated abruptly")
-
-    with pytest.raises(SystemExit) as end:
-        cli.run(main)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: a worker process was killed, perhaps because memory")

@@ -34,7 +34,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--validation", type=float, default=0.1, metavar="SHARE", help=text)
     text = "for custom: class of the pixels that no annotation covers; void: leave them out"
     add("--background", default="", metavar="NAME", help=text)
-    add("--workers", type=int, metavar="N", help="extra processes (default: one per core)")
     add("--verify", action="store_true", help="also compare checksums of existing files")
     add("--shard", metavar="I/N", default="1/1", help="pack the I-th of N parts: N processes share the work")
     return parser
@@ -49,7 +48,6 @@ from etils import epath
 
 from topformer_jax.data import records, sources
 from topformer_jax.data.catalog import SPLITS, find_layout
-from topformer_jax.data.loader import count_cores
 from topformer_jax.preparation import coco, labelme, masks, own, releases, writer, yolo
 from topformer_jax.preparation.archives import fingerprint
 from topformer_jax.runtime import files
@@ -69,11 +67,8 @@ READERS: dict[str, own.Reader] = {
 def prepare(args: argparse.Namespace) -> None:
     """Runs the command; raises UserError if a flag, a download or the output is wrong."""
     part = _parse_part(args.shard)
-    workers = count_cores() if args.workers is None else args.workers
-    if workers < 0 or not 0 < args.validation < 1:
-        raise UserError(
-            f"--workers is {workers}, --validation {args.validation}: expected 0 or more, and a share between 0 and 1"
-        )
+    if not 0 < args.validation < 1:
+        raise UserError(f"--validation is {args.validation}: expected a share between 0 and 1")
     if args.kind and args.dataset != "custom":
         raise UserError(f"--from {args.kind} is for your own data: prepare custom, not {args.dataset}")
     is_packed = args.format == "array_record"
@@ -95,16 +90,16 @@ def prepare(args: argparse.Namespace) -> None:
     if source.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--source {source} lies in --output {output}, where files are made: name another")
     folder = output / args.dataset / "files" if is_packed else output
-    _make_folder(args, source, folder, workers)
+    _make_folder(args, source, folder)
     print(f"{folder} is complete; use it with --config.data.root={folder}")
     if is_packed:
         _pack(args.dataset, str(folder), args.output, part)
         print(f"note: {folder} stays: the packed files do not need it")
 
 
-def _make_folder(args: argparse.Namespace, source: pathlib.Path, output: pathlib.Path, workers: int) -> None:
+def _make_folder(args: argparse.Namespace, source: pathlib.Path, output: pathlib.Path) -> None:
     found = _find_own(source, args) if args.dataset == "custom" else releases.find(args.dataset, source)
-    splits = writer.write(found.plan, output, found.origin, workers=workers, verify=args.verify)
+    splits = writer.write(found.tasks, output, found.origin, verify=args.verify)
     for name, split in splits.items():
         published = found.published.get(name, split["images"])
         note = "" if published == split["images"] else f" (published are {published:,})"
@@ -136,7 +131,7 @@ def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
             "need none: put them into annotations/train and /val, and the pictures into images/train and /val"
         )
     annotations = READERS[args.kind](own.open_source(source), " ".join(args.background.split()))
-    plan, table = own.divide(annotations, args.validation)
+    tasks, table = own.divide(annotations, args.validation)
     print(cli.table(table))
     print(*(files.shorten(f"note: {note}", cli.LONGEST_LINE) for note in annotations.notes), sep="\n")
     origin = {
@@ -145,11 +140,11 @@ def _find_own(source: pathlib.Path, args: argparse.Namespace) -> releases.Found:
         "classes": annotations.classes,
         "archives": {source.name: fingerprint(source, of_content=True)},
     }
-    return releases.Found(plan, origin, {})
+    return releases.Found(tasks, origin, {})
 
 
 def _pack(dataset: str, source: str, output: str, part: tuple[int, int]) -> None:
-    # It imports tensorflow-datasets, which worker processes do not need.
+    # It imports tensorflow-datasets, which takes half a second.
     from topformer_jax.preparation import packing
 
     folder = packing.build(dataset, source, output, part)

@@ -23,9 +23,9 @@ MOST_ZEROS = 1 << 20  # bytes at the end of a tar file: it is filled up to whole
 _SYSTEM_FILES = ("Icon\r", "Thumbs.db", "desktop.ini")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an archive or a folder; a worker process reads it itself."""
+    """A file inside an archive or a folder."""
 
     archive: str  # "" for bytes of no file
     name: str

@@ -18,7 +18,7 @@ from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
 from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, hold, open_archive
-from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
+from topformer_jax.preparation.writer import Convert, Task
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
@@ -419,11 +419,14 @@ def _check_classes(annotations: Annotations) -> None:
         )
 
 
-# The plan
+# The files to make
 
 
-def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list[str]]]:
-    """Gives each pair its split and its name; returns the plan, and a table of counts; `annotations` gets notes."""
+def divide(annotations: Annotations, validation: float) -> tuple[list[Task], list[list[str]]]:
+    """Gives each pair its split and its name, and notes to `annotations`.
+
+    Returns the files to make, and a table of counts.
+    """
     source, pairs = annotations.source, annotations.pairs
     by_image: dict[Member, Pair] = {}
     for pair in pairs:
@@ -451,7 +454,7 @@ def divide(annotations: Annotations, validation: float) -> tuple[Plan, list[list
     table = [["", PICTURES, LABELS, FILES]]
     counts = Counter(splits)
     table += [[f"{each} (by {ways[each]})", *[str(counts[each])] * 2, ""] for each in FOLDERS if counts[each]]
-    return plan_of(tasks), table + _count_rest(annotations)
+    return tasks, table + _count_rest(annotations)
 
 
 def _name_pairs(pairs: Sequence[Pair], splits: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import CATALOG, find_layout
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import Archive, Member, fingerprint, hold, open_archive, open_nested
-from topformer_jax.preparation.writer import Convert, Plan, Task, plan_of
+from topformer_jax.preparation.writer import Convert, Task
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
@@ -40,14 +40,14 @@ def _make_lists(folder: str, lists: Mapping[str, list[str]]) -> list[Task]:
 # ADE20K (SceneParse150)
 
 
-def plan_ade20k(archive: Archive) -> Plan:
+def plan_ade20k(archive: Archive) -> list[Task]:
     """Copies all files as they are."""
     tasks = []
     for split, word in (("train", "training"), ("validation", "validation")):
         for name in archive.names(f"images/{word}/", ".jpg"):
             image, label = f"images/{word}/{name}.jpg", f"annotations/{word}/{name}.png"
             tasks += _pair(split, image, archive[image], label, archive[label])
-    return plan_of(tasks)
+    return tasks
 
 
 # Cityscapes
@@ -60,7 +60,7 @@ vegetation, terrain, sky, person, rider, car, truck, bus, caravan, trailer, trai
 """
 
 
-def plan_cityscapes(images: Archive, fine: Archive) -> Plan:
+def plan_cityscapes(images: Archive, fine: Archive) -> list[Task]:
     """Makes train ids from the raw ids."""
     classes = CATALOG["cityscapes"].classes
     names = " ".join(_CITYSCAPES_IDS.split()).split(", ")
@@ -71,7 +71,7 @@ def plan_cityscapes(images: Archive, fine: Archive) -> Plan:
             image, label = f"leftImg8bit/{word}/{name}_leftImg8bit.png", f"gtFine/{word}/{name}_gtFine_label"
             source, convert = fine[f"{label}Ids.png"], partial(labels.map_values, table)
             tasks += _pair(split, image, images[image], f"{label}TrainIds.png", source, convert)
-    return plan_of(tasks)
+    return tasks
 
 
 # COCO-Stuff 10k and 164k: 171 classes of 182 ids, as mmsegmentation numbers them
@@ -82,7 +82,7 @@ _UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 _STUFF_IDS = [number for number in range(1, 183) if number not in _UNUSED]
 
 
-def plan_cocostuff10k(archive: Archive) -> Plan:
+def plan_cocostuff10k(archive: Archive) -> list[Task]:
     """Makes labels 1 to 171; 0 is void (`data.reduce_zero_label`)."""
     table = dict.fromkeys(range(183), 0) | {number: label for label, number in enumerate(_STUFF_IDS, 1)}
     convert = partial(labels.map_matrix, ("S",), table)
@@ -92,10 +92,10 @@ def plan_cocostuff10k(archive: Archive) -> Plan:
             image, label = f"images/{word}2014/{name}.jpg", f"annotations/{word}2014/{name}_labelTrainIds.png"
             source = archive[f"annotations/{name}.mat"]
             tasks += _pair(split, image, archive[f"images/{name}.jpg"], label, source, convert)
-    return plan_of(tasks)
+    return tasks
 
 
-def plan_cocostuff164k(train: Archive, validation: Archive, maps: Archive) -> Plan:
+def plan_cocostuff164k(train: Archive, validation: Archive, maps: Archive) -> list[Task]:
     """Makes labels 0 to 170 from maps that hold ids less one, 255 for void."""
     table = dict.fromkeys((*range(182), IGNORE_LABEL), IGNORE_LABEL)
     table |= {number - 1: label for label, number in enumerate(_STUFF_IDS)}
@@ -106,7 +106,7 @@ def plan_cocostuff164k(train: Archive, validation: Archive, maps: Archive) -> Pl
             image, label = f"images/{word}/{name}.jpg", f"annotations/{word}/{name}_labelTrainIds.png"
             source = maps[f"{word}/{name}.png"]
             tasks += _pair(split, image, images[f"{word}/{name}.jpg"], label, source, convert)
-    return plan_of(tasks)
+    return tasks
 
 
 # PASCAL Context
@@ -144,7 +144,7 @@ class _Detail(msgspec.Struct):  # PASCAL in Detail
     annos_segmentation: list[_Mask]
 
 
-def plan_context(voc: Archive, annotations: Archive) -> Plan:
+def plan_context(voc: Archive, annotations: Archive) -> list[Task]:
     """Makes the labels and lists of mmsegmentation's converter from trainval_merged.json."""
     (member,) = annotations.members.values()
     content = files.read_json(member.read(), _Detail, member.where)
@@ -167,14 +167,14 @@ def plan_context(voc: Archive, annotations: Archive) -> Plan:
             row = mine[name]
             convert = partial(_draw_in_order, (row.height, row.width), regions.get(row.image_id, []))
             tasks += _pair_of_voc(voc, split, name, _CONTEXT, hold(f"{name} in {member.where}"), convert)
-    return plan_of(tasks + _make_lists("SegmentationContext", lists))
+    return tasks + _make_lists("SegmentationContext", lists)
 
 
 def _draw_in_order(size: labels.Size, regions: list[labels.Region], data: bytes, name: str) -> bytes:
     return labels.draw_regions(0, size, regions, name, by_area=False)
 
 
-def plan_context_of_matrices(voc: Archive, matrices: Archive) -> Plan:
+def plan_context_of_matrices(voc: Archive, matrices: Archive) -> list[Task]:
     """Makes labels from trainval.tar.gz, which holds 459 labels; VOC 2010's own lists divide it."""
     table = dict.fromkeys(range(460), 0) | _CONTEXT_CLASSES
     convert = partial(labels.map_matrix, ("LabelMap",), table)
@@ -183,13 +183,13 @@ def plan_context_of_matrices(voc: Archive, matrices: Archive) -> Plan:
     for split, word in SPLITS.items():
         for name in lists[word]:
             tasks += _pair_of_voc(voc, split, name, _CONTEXT, matrices[f"trainval/{name}.mat"], convert)
-    return plan_of(tasks)
+    return tasks
 
 
 # PASCAL VOC 2012 with the Semantic Boundaries Dataset (SBD)
 
 
-def plan_voc2012(voc: Archive, sbd: Archive) -> Plan:
+def plan_voc2012(voc: Archive, sbd: Archive) -> list[Task]:
     """Joins VOC and SBD: "trainaug" is all of both except VOC's validation images.
 
     If VOC has a label, it is taken: it has void borders, SBD's has not.
@@ -205,7 +205,7 @@ def plan_voc2012(voc: Archive, sbd: Archive) -> Plan:
             tasks += _pair_of_voc(voc, split, name, folder, voc[f"SegmentationClass/{name}.png"])
     for name in lists["aug"]:
         tasks += _pair_of_voc(voc, "train", name, folder, sbd[f"dataset/cls/{name}.mat"], convert)
-    return plan_of(tasks)
+    return tasks
 
 
 # CamVid
@@ -238,7 +238,7 @@ _CAMVID_LISTS = {
 _CAMVID_VOID_SHARE = 0.01  # the authors' masks have a few pixels of no class's colour
 
 
-def plan_camvid(stills: Archive, labelled: Archive) -> Plan:
+def plan_camvid(stills: Archive, labelled: Archive) -> list[Task]:
     """Takes the authors' pictures, 960 x 720, with SegNet's classes and lists."""
     colours: dict[labels.Colour, int] = {(0, 0, 0): IGNORE_LABEL}
     for name, line in (row.split(": ") for row in _CAMVID_COLOURS.strip().splitlines()):
@@ -253,7 +253,7 @@ def plan_camvid(stills: Archive, labelled: Archive) -> Plan:
             tasks += _pair(word, image, stills[f"{name}.png"], label, labelled[f"{name}_L.png"], convert)
     if not tasks:
         raise UserError(f"{stills.path} holds none of CamVid's 701 pictures: it is another archive")
-    return plan_of(tasks)
+    return tasks
 
 
 def list_camvid(word: str) -> Iterator[str]:
@@ -263,7 +263,7 @@ def list_camvid(word: str) -> Iterator[str]:
             yield f"{prefix}{number:0{digits}}"
 
 
-def plan_camvid_of_segnet(archive: Archive) -> Plan:
+def plan_camvid_of_segnet(archive: Archive) -> list[Task]:
     """Takes SegNet's pictures, 480 x 360: void is 255 instead of 11."""
     convert = partial(labels.map_values, {label: label for label in range(11)} | {11: IGNORE_LABEL})
     tasks = []
@@ -272,7 +272,7 @@ def plan_camvid_of_segnet(archive: Archive) -> Plan:
             image, label = f"images/{word}/{name}.png", f"annotations/{word}/{name}.png"
             source = archive[f"CamVid/{word}annot/{name}.png"]
             tasks += _pair(word, image, archive[f"CamVid/{word}/{name}.png"], label, source, convert)
-    return plan_of(tasks)
+    return tasks
 
 
 # ImageNet (ILSVRC 2012)
@@ -285,7 +285,7 @@ class _Synset(msgspec.Struct):
     WNID: str
 
 
-def plan_imagenet(train: Archive, validation: Archive, devkit: Archive) -> Plan:
+def plan_imagenet(train: Archive, validation: Archive, devkit: Archive) -> list[Task]:
     """Makes a folder per class, named by its WordNet id, as PyTorch's ImageFolder reads it.
 
     The archive of train has an archive per class. The development kit's ground truth gives the classes of val, in a
@@ -305,14 +305,13 @@ def plan_imagenet(train: Archive, validation: Archive, devkit: Archive) -> Plan:
             "download the one again that is not whole"
         )
 
-    def list_tasks() -> Iterator[Task]:
-        for name, number in zip(pictures, numbers, strict=True):
-            yield Task(f"val/{names[number]}/{name}.JPEG", "validation", "image", validation[f"{name}.JPEG"])
-        for wnid in train.names("", ".tar"):
-            for member in open_nested(train[f"{wnid}.tar"]):
-                yield Task(f"train/{wnid}/{member.name}", "train", "image", member)
-
-    return Plan(list_tasks(), sum(member.size for a in (train, validation) for member in a.members.values()))
+    tasks = []
+    for name, number in zip(pictures, numbers, strict=True):
+        tasks.append(Task(f"val/{names[number]}/{name}.JPEG", "validation", "image", validation[f"{name}.JPEG"]))
+    for wnid in train.names("", ".tar"):
+        for member in open_nested(train[f"{wnid}.tar"]):
+            tasks.append(Task(f"train/{wnid}/{member.name}", "train", "image", member))
+    return tasks
 
 
 # The table
@@ -322,7 +321,7 @@ def plan_imagenet(train: Archive, validation: Archive, devkit: Archive) -> Plan:
 class Release:
     """Downloads that make a data set."""
 
-    make_plan: Callable[..., Plan]  # of the archives
+    make_plan: Callable[..., list[Task]]  # of the archives
     site: str
     published: Mapping[str, int]  # pictures of each split
     archives: Mapping[str, str]  # by name, a file or folder in it by which it is known
@@ -330,9 +329,9 @@ class Release:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A plan, and what it is made from."""
+    """The files to make, and what they are made from."""
 
-    plan: Plan
+    tasks: list[Task]
     origin: dict[str, Any]  # for the manifest
     published: Mapping[str, int]
 

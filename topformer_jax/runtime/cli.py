@@ -160,10 +160,6 @@ def _report(error: BaseException) -> int | None:
     """Prints the line of an error that a user can fix, and returns the exit status; None for other errors."""
     if shortage := explain_out_of_memory(error, pathlib.Path(sys.argv[0]).stem):
         error = UserError(shortage)
-    if type(error).__name__ == "BrokenProcessPool":
-        error = UserError(
-            "a worker process was killed, perhaps because memory ran out: run the same command with fewer --workers"
-        )
     match error:
         case UserError():
             lines = (files.shorten(line, LONGEST_LINE) for line in (*error.details, f"error: {error.line}"))
