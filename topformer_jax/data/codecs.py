@@ -4,7 +4,6 @@ A broken file raises a UserError with its name: OpenCV would fill the missing pa
 """
 
 import contextlib
-import functools
 import io
 import os
 import re
@@ -36,6 +35,7 @@ _OTHER_FILES = {
     rb"\s*<(!doctype )?html": "a web page",
 }
 DEEP = 14  # bits of 16: with values of so many, a picture of 8 bits is nearly black
+ZERO_IS_VOID = np.array([IGNORE_LABEL, *range(254), IGNORE_LABEL], np.uint8)  # reduces zero labels
 GREY, PALETTE, GREY_ALPHA = 0, 3, 4  # colour types in a PNG's header
 # By colour type (2: colours, 6: with alpha), the bits that a value may have.
 _PNG_DEPTHS = {GREY: (1, 2, 4, 8, 16), 2: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPHA: (8, 16), 6: (8, 16)}
@@ -137,15 +137,10 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
     UserError if the file is not a complete single-channel PNG, or a value in it is neither a class nor 255.
     """
     values = read_label_values(data, name)
-    table, allowed = _label_table(classes, reduce_zero_label)
-    largest = int(values.max(initial=0))
-    is_checked = largest < min(classes + reduce_zero_label, IGNORE_LABEL)  # most labels: nothing to look up
-    if not is_checked and (
-        largest > IGNORE_LABEL or not cv2.LUT(values.astype(np.uint8), allowed.astype(np.uint8)).all()
-    ):
-        found = np.unique(values)
-        wrong = found[(found > IGNORE_LABEL) | ~allowed[np.minimum(found, IGNORE_LABEL)]]
-        shown = ", ".join(str(value) for value in wrong[:5]) + (", ..." if len(wrong) > 5 else "")
+    is_wrong = (values >= min(classes + reduce_zero_label, IGNORE_LABEL)) & (values != IGNORE_LABEL)
+    if is_wrong.any():
+        wrong = np.unique(values[is_wrong]).tolist()
+        shown = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
         expected = f"1..{classes} (0 is void)" if reduce_zero_label else f"0..{classes - 1}"
         raise UserError(
             f"{name} holds {shown}, but the {classes} classes are {expected} and void is 255: "
@@ -153,17 +148,7 @@ def decode_label(data: bytes | np.ndarray, name: str, *, classes: int, reduce_ze
             "for Cityscapes, use the *_labelTrainIds.png files"
         )
     values = values.astype(np.uint8)
-    return cv2.LUT(values, table) if reduce_zero_label else values
-
-
-@functools.lru_cache(maxsize=8)
-def _label_table(classes: int, reduce_zero_label: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The class index of each of 256 values, uint8; and whether the value is allowed."""
-    table = np.arange(256, dtype=np.uint8)
-    if reduce_zero_label:
-        table -= 1  # 0 becomes 255
-        table[IGNORE_LABEL] = IGNORE_LABEL
-    return table, (table < classes) | (table == IGNORE_LABEL)
+    return cv2.LUT(values, ZERO_IS_VOID) if reduce_zero_label else values
 
 
 def read_label_size(data: bytes | np.ndarray, name: str) -> tuple[int, int]:
@@ -198,17 +183,6 @@ def read_image_size(path: str) -> tuple[int, int] | None:
     except Exception:  # a damaged file raises OSError, SyntaxError, ValueError and others
         return None
     return (width, height) if is_turned else (height, width)
-
-
-def check_same_size(image: np.ndarray, label: np.ndarray, name: str) -> None:
-    """Raises a UserError unless `label` has the height and width of `image`."""
-    if image.shape[:2] != label.shape[:2]:
-        (h, w), (height, width) = image.shape[:2], label.shape[:2]
-        rotated = " (images are rotated by their EXIF orientation)" if (h, w) == (width, height) else ""
-        raise UserError(
-            f"{name}: the image has {w} x {h} pixels and its label {width} x {height}: "
-            f"they must have the same size{rotated}"
-        )
 
 
 def read_label_values(data: bytes | np.ndarray, name: str) -> np.ndarray:

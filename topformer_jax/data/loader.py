@@ -8,13 +8,13 @@ Examples that are drawn for a class or to be pasted depend only on the seed and 
 on 1 or N processes, with 0 or N workers, and from any start step.
 """
 
-import contextlib
+import collections
+import concurrent.futures
 import dataclasses
 import gc
 import math
 import multiprocessing
 import os
-import queue
 import signal
 import sys
 import threading
@@ -296,7 +296,13 @@ def decode_example(example: Example, config: ConfigDict) -> tuple[Image, Labels]
     """Decodes an example's image and label; a UserError if their sizes differ."""
     image = codecs.decode_image(example.image, example.where[0])
     label = decode_label(example, config)
-    codecs.check_same_size(image, label, example.where[0])
+    (rows, columns), (height, width) = image.shape[:2], label.shape
+    if (rows, columns) != (height, width):
+        rotated = " (images are rotated by their EXIF orientation)" if (columns, rows) == (height, width) else ""
+        raise UserError(
+            f"{example.where[0]}: the image has {columns} x {rows} pixels and its label {width} x {height}: "
+            f"they must have the same size{rotated}"
+        )
     return image, label
 
 
@@ -373,68 +379,50 @@ class DeviceBatches(Iterator[Batch]):
     `device_put` takes the global batch on every process.)
     """
 
-    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 2):
-        self._next: Any = None
-        self._batches = batches
+    def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 3):
+        self._batches: Any = batches
         self._sharding = sharding
-        self._queue: queue.Queue[Any] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._fill_queue, name="to-device", daemon=True)
-        self._thread.start()
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "to-device")
+        self._waiting = collections.deque(self._thread.submit(self._load) for _ in range(depth))
 
-    def _fill_queue(self) -> None:
-        try:
-            for batch in self._batches:
-                arrays = {
-                    name: jax.make_array_from_process_local_data(self._sharding, values)
-                    for name, values in batch.items()
-                }
-                if not self._put(arrays):
-                    return
-            self._put(StopIteration())
-        except Exception as error:
-            self._put(error)
-
-    def _put(self, item: Any) -> bool:
-        """Waits for a free place in the queue; False if `close` came first."""
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+    def _load(self) -> Batch | None:
+        """The next batch on the devices; None if there is none."""
+        batch: Any = next(self._batches, None)
+        if batch is not None:
+            for name, values in batch.items():
+                batch[name] = jax.make_array_from_process_local_data(self._sharding, values)
+        return batch
 
     def wait(self, seconds: float) -> bool:
         """Whether `next` returns or raises at once, after a wait of at most so many seconds for it."""
-        if self._next is None and not self._stopped.is_set():
-            with contextlib.suppress(queue.Empty):
-                self._next = self._queue.get(timeout=seconds)
-        return self._next is not None or self._stopped.is_set()
+        return not self._waiting or bool(concurrent.futures.wait([self._waiting[0]], seconds).done)
 
     def __next__(self) -> Batch:
-        if self._stopped.is_set():
-            raise StopIteration
-        item, self._next = self._queue.get() if self._next is None else self._next, None
-        if isinstance(item, Exception):
+        batch = None
+        if self._waiting:
+            try:
+                batch = self._waiting.popleft().result()
+            except Exception:
+                self.close()
+                raise
+        if batch is None:
             self.close()
-            raise item
-        return item
+            raise StopIteration
+        self._waiting.append(self._thread.submit(self._load))
+        return batch
 
     @property
     def skipped(self) -> int:
         """How many unreadable examples were replaced so far, those in prefetched batches included."""
-        return getattr(self._batches, "skipped", 0)
+        return self._batches.skipped
 
     @property
     def unreadable(self) -> set[int]:
         """The indices of those examples."""
-        return set(getattr(self._batches, "unreadable", ()))
+        return set(self._batches.unreadable)
 
     def close(self) -> None:
         """Stops the thread, and the workers behind it."""
-        self._stopped.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
-        if hasattr(self._batches, "close"):
-            self._batches.close()
+        self._waiting.clear()
+        self._thread.shutdown(cancel_futures=True)
+        self._batches.close()
