@@ -102,7 +102,7 @@ class ArrayRecordSource:
 
     The label of a classifier is a number. The imagenet2012 of tensorflow-datasets, prepared as array_record, is read
     too. From a bucket (gs://), array_record reads each record by one request. The sizes of the labels are in a file
-    beside the shards; without that file each label is read once.
+    beside the shards.
     """
 
     folder: str
@@ -143,8 +143,8 @@ class ArrayRecordSource:
             ) from None
         where = f"{name} (record {index} of {self.split} in {self.folder})"
         example = Example(name, record["image"], record["label"], (f"image {where}", f"label {where}"))
-        if size := vars(self).get("_sizes", {}).get(index):  # training does not read the sizes
-            found = read_label_size(example.label, example.where[1])
+        if sizes := vars(self).get("_sizes"):  # training does not read them
+            found, size = read_label_size(example.label, example.where[1]), sizes[index]
             if found != size:
                 raise UserError(
                     f"{example.where[1]} has {found[1]} x {found[0]} pixels, "
@@ -153,21 +153,16 @@ class ArrayRecordSource:
         return example
 
     def label_size(self, index: int) -> tuple[int, int]:
-        if index not in self._sizes:
-            example = self[index]
-            self._sizes[index] = read_label_size(example.label, example.where[1])
         return self._sizes[index]
 
     @functools.cached_property
-    def _sizes(self) -> dict[int, tuple[int, int]]:
-        """By index, the sizes that preparation/packing.py wrote; empty if there is no such file."""
+    def _sizes(self) -> list[tuple[int, int]]:
+        """The sizes of all labels, which preparation/packing.py wrote."""
         file = files.as_path(self.folder) / LABEL_SIZES
-        if not (text := files.read_existing(file)):
-            return {}
-        rows = files.read_json(text, dict[str, list[tuple[Side, Side]]], file, AGAIN).get(self.split, [])
-        if len(rows) != len(self):
+        sizes = files.read_json(files.read_bytes(file, AGAIN), dict[str, list[tuple[Side, Side]]], file, AGAIN)
+        if len(sizes.get(self.split, ())) != len(self):
             raise UserError(f"{file} does not hold the sizes of the {len(self)} labels of {self.split}{AGAIN}")
-        return dict(enumerate(rows))
+        return sizes[self.split]
 
 
 def find_records(root: str, dataset: str, hint: str) -> files.Path:
