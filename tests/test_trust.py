@@ -260,10 +260,10 @@ def test_what_is_no_regular_file_is_named(kind: str, tmp_path: pathlib.Path) -> 
     assert "irectory" in (line := refusal(lambda: files.read_bytes(path))) or "it is a pipe or a device" in line
     assert f"cannot read {path}: " in refusal(lambda: logs.read_records(path))
     if kind == "pipe":
-        member = archives.Member(str(tmp_path), path.name, 0, archives.IN_FOLDER)
+        member = archives.open_archive(tmp_path)[path.name]
         assert f"cannot read {path}: " in refusal(member.read)
 
 
 def test_a_member_that_claims_too_much_is_not_read(tmp_path: pathlib.Path) -> None:
-    member = archives.Member(str(tmp_path / "x.zip"), "a.png", 2**31, archives.IN_ZIP)
+    member = archives.Member(str(tmp_path / "x.zip"), "a.png", 2**31, bytes)
     assert "x.zip:a.png has 2,147,483,648 bytes: at most" in refusal(member.read)

@@ -10,62 +10,56 @@ import pathlib
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from topformer_jax.data.sources import list_files
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
-IN_ZIP, IN_FOLDER, IN_MEMORY = -1, -2, -3  # instead of a position in a tar file
 MOST_HELD = 1 << 24  # bytes of a file in a compressed tar file that is kept in memory
 MOST_ZEROS = 1 << 20  # bytes at the end of a tar file: it is filled up to whole records
 _SYSTEM_FILES = ("Icon\r", "Thumbs.db", "desktop.ini")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Member:
     """A file inside an archive or a folder."""
 
-    archive: str  # "" for bytes of no file
+    archive: str  # or the folder; "" for bytes that are known already
     name: str
     size: int  # bytes
-    offset: int  # of the content in a tar file
-    data: bytes = dataclasses.field(default=b"", repr=False)  # in memory: the content, compressed by zlib
+    load: Callable[[], bytes] = dataclasses.field(repr=False)
+    path: str = ""  # of a file in a folder
+    start: int = 0  # of the content in a tar file
 
     @property
     def where(self) -> str:
         """The file's name in an error."""
-        if self.offset == IN_FOLDER:
-            return self.path
-        return f"{self.archive}:{self.name}" if self.archive else self.name
-
-    @property
-    def path(self) -> str:
-        """The path of a file in a folder."""
-        return os.path.join(self.archive, self.name)
+        return self.path or (f"{self.archive}:{self.name}" if self.archive else self.name)
 
     def read(self) -> bytes:
         """The file's bytes; raises UserError if the archive is damaged or cut off here."""
-        if self.offset == IN_MEMORY:
-            return zlib.decompress(self.data)
-        path, name = (self.path, "") if self.offset == IN_FOLDER else (self.archive, self.name)
         if self.size > files.MOST_BYTES:  # a few kB of zeros may claim as much
             raise UserError(f"{self.where} has {self.size:,} bytes: at most {files.MOST_BYTES:,} are read")
-        with _report_damage(path, name):
-            if self.offset == IN_ZIP:
-                return _open_zip(self.archive).read(self.name)
-            with files.open_regular(path) as file:
-                file.seek(max(self.offset, 0))
-                data = file.read(self.size)
+        if not self.archive:
+            return self.load()
+        with _report_damage(self.path or self.archive, "" if self.path else self.name):
+            data = self.load()
             if len(data) != self.size:
                 raise EOFError("its end is missing")
             return data
 
 
-def hold(where: str, data: bytes = b"") -> Member:
-    """Makes a member of bytes that are known already; `where` names them in errors."""
-    return Member("", where, len(data), IN_MEMORY, zlib.compress(data, 1))
+def hold(where: str, data: bytes = b"", archive: str = "") -> Member:
+    """Makes a member of bytes that are known already, which stay compressed; `where` names them in errors."""
+    return Member(archive, where, len(data), functools.partial(zlib.decompress, zlib.compress(data, 1)))
+
+
+def _read_part(path: str, start: int, size: int) -> bytes:
+    with files.open_regular(path) as file:
+        file.seek(start)
+        return file.read(size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +96,7 @@ def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
         if path.is_dir():
             members = list(_list_folder(path))
         elif path.suffix == ".json":
-            members = [Member(str(path.parent), path.name, path.stat().st_size, IN_FOLDER)]
+            members = [_list_file(path.parent, path.name)]
         else:
             with files.open_regular(path) as file:  # which refuses a pipe
                 is_compressed = file.read(2) == b"\x1f\x8b"
@@ -121,7 +115,7 @@ def open_archive(path: pathlib.Path, holds: str = "") -> Archive:
 def open_nested(member: Member) -> list[Member]:
     """Lists a tar file that is a member of a tar file."""
     with _report_damage(member.archive, member.name):
-        return _list_tar(member.archive, member.offset, member.offset + member.size)
+        return _list_tar(member.archive, member.start, member.start + member.size)
 
 
 def fingerprint(path: pathlib.Path, *, of_content: bool = False) -> list[int | str]:
@@ -144,15 +138,10 @@ def fingerprint(path: pathlib.Path, *, of_content: bool = False) -> list[int | s
     return [total, count, digest.hexdigest()]
 
 
-@functools.lru_cache(maxsize=4)  # a worker reads many files of one archive, and its list may be long
-def _open_zip(path: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
-
-
 def _list_zip(path: pathlib.Path) -> list[Member]:
-    _open_zip.cache_clear()  # the file may have been another one
-    infos = _open_zip(str(path)).infolist()
-    return [Member(str(path), info.filename, info.file_size, IN_ZIP) for info in infos if not info.is_dir()]
+    archive = zipfile.ZipFile(path)
+    infos = (info for info in archive.infolist() if not info.is_dir())
+    return [Member(str(path), info.filename, info.file_size, functools.partial(archive.read, info)) for info in infos]
 
 
 def _list_tar(path: str, start: int, end: int) -> list[Member]:
@@ -160,10 +149,11 @@ def _list_tar(path: str, start: int, end: int) -> list[Member]:
     with files.open_regular(path) as file:
         file.seek(start)
         with tarfile.TarFile(fileobj=file) as tar:
-            members = [
-                Member(path, info.name.removeprefix("./"), info.size, info.offset_data)
-                for info in _list_files(tar, end)
-            ]
+            members = []
+            for info in _list_files(tar, end):
+                load = functools.partial(_read_part, path, info.offset_data, info.size)
+                name = info.name.removeprefix("./")
+                members.append(Member(path, name, info.size, load, start=info.offset_data))
             # A tar file ends with some zeros. tarfile's list ends without an error at a damaged header, at the end of
             # a file that is cut off, and at zeros in the middle (a download with holes).
             file.seek(tar.offset)
@@ -178,15 +168,14 @@ def _list_tar(path: str, start: int, end: int) -> list[Member]:
 
 
 def _list_gzip(path: pathlib.Path) -> list[Member]:
-    """Lists the .mat and .txt files of a compressed tar file, and keeps their content: it has no index."""
+    """Lists the .mat and .txt files of a compressed tar file, and holds their content: it has no index."""
     members = []
     with gzip.open(path) as file:
         with tarfile.open(fileobj=file, mode="r|") as tar:
             for info in _list_files(tar, files.MOST_BYTES):
                 if info.name.endswith((".mat", ".txt")) and info.size <= MOST_HELD:
                     content: Any = tar.extractfile(info)
-                    name, data = info.name.removeprefix("./"), zlib.compress(content.read(), 1)
-                    members.append(Member(str(path), name, info.size, IN_MEMORY, data))
+                    members.append(hold(info.name.removeprefix("./"), content.read(), str(path)))
         while file.read(1 << 20):  # which checks the length and the checksum
             pass
     return members
@@ -201,11 +190,15 @@ def _list_files(tar: tarfile.TarFile, most: int) -> Iterator[tarfile.TarInfo]:
             yield info
 
 
-def _list_folder(path: pathlib.Path) -> Iterator[Member]:
-    for name in sorted(list_files(path)):
-        file = path / name
-        # A link that leads nowhere is listed, and named when it is read.
-        yield Member(str(path), name, file.stat().st_size if file.exists() else 0, IN_FOLDER)
+def _list_folder(folder: pathlib.Path) -> Iterator[Member]:
+    for name in sorted(list_files(folder)):
+        yield _list_file(folder, name)
+
+
+def _list_file(folder: pathlib.Path, name: str) -> Member:
+    path = folder / name
+    size = path.stat().st_size if path.exists() else 0  # a link that leads nowhere is named when it is read
+    return Member(str(folder), name, size, functools.partial(_read_part, str(path), 0, size), str(path))
 
 
 def _is_hidden(name: str) -> bool:

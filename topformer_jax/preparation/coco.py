@@ -10,7 +10,7 @@ import msgspec
 
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.preparation import labels, own
-from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, hold, open_archive
+from topformer_jax.preparation.archives import Archive, Member, hold, open_archive
 from topformer_jax.preparation.own import Annotations, Pair
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -164,7 +164,7 @@ def _mask_folder(annotations: Annotations, name: str) -> str:
     if any(path.startswith(f"{stem}/") for path in members):
         return stem
     packed = members.get(f"{stem}.zip")
-    if packed is None or packed.offset != IN_FOLDER:
+    if packed is None or not packed.path:
         return name.rpartition("/")[0]
     annotations.read.add(packed)
     folder = stem.rpartition("/")[2]

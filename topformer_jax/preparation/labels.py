@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.codecs import PNG, decode_image, read_image_size, read_label_size, read_label_values
-from topformer_jax.preparation.archives import IN_FOLDER, Member
+from topformer_jax.preparation.archives import Member
 from topformer_jax.preparation.writer import Convert
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -128,7 +128,7 @@ def convert_mask(convert: Convert, image: Member, data: bytes, name: str) -> byt
 
 def read_size(image: Member, stated: Size | None, name: str) -> Size:
     """Returns the size of a picture as it is decoded; raises UserError if the file `name` states another one."""
-    is_plain = image.offset == IN_FOLDER and image.name.lower().endswith((".jpg", ".jpeg", ".png"))
+    is_plain = image.path and image.name.lower().endswith((".jpg", ".jpeg", ".png"))
     size = read_image_size(image.path) if is_plain else None
     height, width = size or decode_image(image.read(), image.where).shape[:2]
     check_size(stated, (height, width), image.where, name)

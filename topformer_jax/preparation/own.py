@@ -17,7 +17,7 @@ from typing import TypeVar
 from topformer_jax.data import sources
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import IMAGE_SUFFIXES, is_name
-from topformer_jax.preparation.archives import IN_FOLDER, Archive, Member, hold, open_archive
+from topformer_jax.preparation.archives import Archive, Member, hold, open_archive
 from topformer_jax.preparation.writer import Convert, Task
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
@@ -122,7 +122,7 @@ def open_source(path: pathlib.Path) -> Archive:
         raise UserError(f"{path} is neither a folder nor a .zip file: unpack it for --source")
     members: dict[str, Member] = {}
     for name, member in open_archive(path).members.items():
-        name = name if member.offset == IN_FOLDER else name.replace("\\", "/")
+        name = name if member.path else name.replace("\\", "/")
         name = str(pathlib.PurePosixPath(unicodedata.normalize("NFC", files.CONTROL.sub("_", name))))
         files.require_inside(name, str(path))
         if members.setdefault(name, member) is not member:
