@@ -107,15 +107,8 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
     features: Any = builder.info.features
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     record_bytes, sizes = 0, []
-    in_bucket = files.is_in_bucket(folder)
-    with contextlib.ExitStack() as stack:
-        if in_bucket:
-            place = stack.enter_context(tempfile.TemporaryDirectory())
-        else:  # the same disk: a whole shard only gets its name
-            files.make_folder(folder)
-            place = str(folder)
-        temporary = pathlib.Path(files.temporary_path(pathlib.Path(place) / shard.name))
-        stack.enter_context(files.unfinished(temporary))
+    with tempfile.TemporaryDirectory() as place:
+        temporary = pathlib.Path(place, shard.name)
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
         for index in range(shard.start, shard.stop):
             example = source[index]
@@ -130,10 +123,7 @@ def write_shard(builder: FolderBuilder, source: Source, shard: Shard, folder: fi
             bar.update()
         writer.close()
         content = temporary.read_bytes()
-        if in_bucket:
-            files.write_file(folder / shard.name, content, ADVICE)
-        else:
-            temporary.replace(pathlib.Path(folder) / shard.name)
+    files.write_file(folder / shard.name, content, ADVICE)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
     part = Part(shard.digest, len(content), md5, record_bytes, sizes)
     files.write_file(folder / shard.part_name, msgspec.json.encode(part), ADVICE)
