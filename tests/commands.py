@@ -162,17 +162,6 @@ def only_line(err: str) -> str:
     return err
 
 
-def run_check(
-    recipe: str, settings: dict[str, Any], output: pathlib.Path, status: int, *flags: str
-) -> tuple[str, str]:
-    """The command that checks a data set in a process of its own: its stdout and stderr."""
-    words = [f"--config.{key}={value}" for key, value in settings.items()]
-    process = launch("check", "--config", recipe, "--output", output, *words, *flags)
-    ((out, err),) = finish([process])
-    assert process.returncode == status, out + err
-    return out, err
-
-
 def run(workdir: Workdir, changes: dict[str, Any], *, status: int = 0) -> tuple[str, str]:
     """The command in a process of its own; workers that outlived it would hold the pipes open."""
     process = start(workdir, changes)

@@ -119,14 +119,6 @@ def test_flips_what_is_not_padding() -> None:
             assert not padding.any()
 
 
-def test_switched_off_it_only_normalises() -> None:
-    batch = _batch(4)
-    images, labels = _run(batch, flip=0.0, photometric=False)
-    inside = (batch["label"] != 255)[..., None]
-    np.testing.assert_allclose(images, np.where(inside, (batch["image"] - MEAN) / STD, 0), rtol=1e-6)
-    np.testing.assert_array_equal(labels, batch["label"])
-
-
 def _opencv_distort(image: np.ndarray, steps: list[tuple[str, float]]) -> np.ndarray:
     """The photometric steps by OpenCV and NumPy."""
     for name, value in steps:

@@ -80,14 +80,11 @@ def test_every_number_has_limits(key: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("batch_size=0", "batch_size is 0: expected 1 to 65,536"),
         ("batch_size=4", "evenly over 8 devices: set batch_size to a multiple of 8"),
-        ("batch_size=10**12", "batch_size cannot be '10**12': expected a value like 16 (int)"),
         (f"batch_size={'9' * 5000}", "batch_size cannot be '9999"),
         ("grad_accum_steps=3", "a batch of 8 images in 3 micro-batches"),
         ("schedule.lr=1e999", "schedule.lr is inf"),
         ("data.crop_size=(64,)", "data.crop_size cannot be (64,): expected a value like (512, 512)"),
-        ("data.crop_size=(64.5,64)", "data.crop_size cannot be (64.5, 64)"),
         (f"data.crop_size={'(' * 500}", "data.crop_size cannot be '((((("),
         ("data.ratio_range=(2.0,0.5)", "expected the smaller number first"),
         ("data.class_names=(1,2)", "expected a value like ('name', 'name')"),
@@ -96,13 +93,10 @@ def test_every_number_has_limits(key: str) -> None:
         ("mesh.data=3", "set mesh.data=-1"),
         ("model.variant=huge", "expected one of tiny, small, base"),
         ("evaluation.img_ratios=()", "evaluation.img_ratios cannot be ()"),
-        ("log_evry=3", "did you mean log_every"),
-        ("data.crop=(64,64)", "there is no setting data.crop: did you mean data.crop_"),
         ("data.dataset=shpes", "data.dataset is 'shpes': did you mean 'shapes'? expected one of ade20k, "),
         ("data.source=folder", "for the synthetic set both are shapes"),
         ("model.num_classes=11", "shapes has 10 classes, the config's model 11"),
         ("model.num_classes=256", "expected 1 to 255 in segmentation"),
-        ("task=classification", "task=classification cannot use data.dataset=shapes"),
         ("init_from=/no/where.pth", "no checkpoint /no/where.pth"),
         ("init_part=half", "expected one of all, all_but_classes, backbone"),
     ],
@@ -121,28 +115,20 @@ def _file_instead(root: pathlib.Path) -> None:
     root.write_text("no folder")
 
 
-def _without_pictures(folder: str) -> Spoil:
-    def spoil(root: pathlib.Path) -> None:
-        shutil.rmtree(root / folder)
-        (root / folder).mkdir()
-
-    return spoil
+def _without_pictures(root: pathlib.Path) -> None:
+    for path in (root / "images/train").iterdir():
+        path.unlink()
 
 
 @pytest.mark.parametrize(("spoil", "changes", "words"), [
     (_file_instead, {}, "is a file: give --config.data.root=DIR"),
     (_file_instead, {"data.class_names": tuple("abcdefghij")}, "it is a file; the layout must be images/"),
     (shutil.rmtree, {}, "is not there: give --config.data.root=DIR"),
-    (_without_pictures("images/train"), {}, "set/images/train holds no *.jpg or "),
-    (_without_pictures("images/val"), {}, "set/images/val holds no *.jpg or "),
+    (_without_pictures, {}, "set/images/train holds no *.jpg or "),
     (lambda root: (root / "annotations/train/3.png").unlink(), {}, "1 image (3.jpg) in "),
-    (lambda root: (root / "annotations/val/1.png").unlink(), {}, "without a label: each needs a file *.png in "),
     (lambda root: (root / "classes.txt").unlink(), {}, "classes are unknown: write them to "),
     (lambda root: (root / "classes.txt").write_text("\n"), {}, "classes.txt holds none: write them there"),
-    (lambda root: (root / "classes.txt").write_text("a\nb\n"), {}, "custom has 2 classes, the config's model 10"),
     (lambda root: (root / "classes.txt").write_bytes(b"\xe9\n" * CLASSES), {}, "is not UTF-8 text"),
-    (lambda _: None, {"data.source": "foldr"}, "expected one of folder, array_record, shapes"),
-    (lambda _: None, {"data.source": "array_record"}, "build it with python -m topformer_jax.prepare"),
 ])  # fmt: skip
 def test_incomplete_data(
     root: pathlib.Path, tmp_path: pathlib.Path, spoil: Spoil, changes: dict[str, Any], words: str

@@ -6,6 +6,7 @@
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,14 +30,15 @@ from tests.broken_sets import (
     labels,
     put,
 )
-from tests.commands import command, refused_command, run_check
-from tests.test_bad_input import cut, resave, rewrite
+from tests.commands import command, refused_command
+from tests.test_bad_input import cut, rewrite
 from tests.test_class_images import write_images
 from topformer_jax import check, config as config_lib
 from topformer_jax.data import records
 from topformer_jax.data.classification import images as class_images
 from topformer_jax.inspection import contents as contents_lib, rules
 from topformer_jax.preparation import packing
+from topformer_jax.runtime import cli
 from topformer_jax.runtime.errors import UserError
 
 RECIPES = {"maps": "topformer_t_ade", "classes": "topformer_t_imagenet"}
@@ -152,35 +154,6 @@ def test_ade20k(golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path) -
     assert {finding.rule for finding in find(forgotten)} == {"classes-never-occur"}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_borders(seed: int) -> None:
-    """Against the definition, pixel by pixel."""
-    rng = np.random.default_rng(seed)
-    label = np.repeat(rng.integers(0, 6, (8, 30)), rng.integers(1, 4, 30), 1).astype(np.uint8)
-    soft, hard, pairs, between = 0, 0, set(), set()
-    for row in label.tolist():
-        start = 0
-        while start < len(row) - 1:
-            end = start
-            while end < len(row) - 1 and row[end] != row[end + 1]:
-                end += 1
-            steps = row[start : end + 1]
-            if len(steps) == 2 and abs(steps[0] - steps[1]) >= 2:
-                hard += 1
-            if len(steps) > 2 and (steps == sorted(steps) or steps == sorted(steps, reverse=True)):
-                soft += 1
-                pairs.add((min(steps), max(steps)))
-                between |= set(steps[1:-1])
-            start = end + 1
-    assert soft > 3
-    assert hard > 3
-    found = contents_lib.count_borders(label)
-    assert found[:2] == (soft, hard)
-    assert found.pairs == set(sorted(pairs)[: contents_lib.KEPT_PAIRS])
-    assert found.between == set(sorted(between)[: contents_lib.KEPT_VALUES])
-    assert contents_lib.count_borders(label[:, :1]) == contents_lib.BoundaryStats()
-
-
 def open_image(path: pathlib.Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
@@ -208,25 +181,6 @@ def test_counts_of_label_maps(healthy: pathlib.Path) -> None:
         opened = [array.shape for array in map(open_image, (root / "images" / folder).iterdir())]
         assert sizes == {shape[:2]: opened.count(shape) for shape in opened}
         assert split["label_files"] == {"grey PNG, 8 bits": len(arrays)}
-
-
-def test_counts_of_images_by_class(spoilt: pathlib.Path) -> None:
-    """The report's numbers against Pillow's and the folders'; files keep the orientation that they are stored in."""
-    root = spoilt / "classes"
-    resave(root / PICTURE, orientation=6)
-    (root / f"val/{FOLDERS[1]}/{FOLDERS[1]}_0.JPEG").unlink()
-    _, report = look_through(configure(root))
-    for word, name in (("train", "train"), ("val", "validation")):
-        split, sizes = report["splits"][name], []
-        for path in (root / word).rglob("*.JPEG"):
-            with Image.open(path) as image:
-                sizes.append(image.size)
-        assert split["examples"] == split["available"] == len(sizes)
-        found_sizes = {(row["width"], row["height"]): row["images"] for row in split["sizes"]}
-        assert found_sizes == {size: sizes.count(size) for size in sizes}
-        assert split["classes"] == [
-            {"name": folder, "images": len(list((root / word / folder).iterdir()))} for folder in FOLDERS
-        ]
 
 
 def write_tiny(root: pathlib.Path, counts: dict[str, list[int]]) -> pathlib.Path:
@@ -260,7 +214,13 @@ def settings(root: pathlib.Path, **changes: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path, kind: str) -> None:
+def test_the_command(
+    spoilt: pathlib.Path,
+    tmp_path: pathlib.Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     root, image = spoilt / kind, IMAGE if kind == "maps" else PICTURE
     out = command(check.main, *settings(root), "--output", tmp_path / "good")
     assert out.splitlines()[-1] == "training would start"
@@ -272,8 +232,12 @@ def test_the_command(spoilt: pathlib.Path, tmp_path: pathlib.Path, kind: str) ->
     assert "first 2 of 1" in part
     assert "expected 1 or more" in refused_command(check.main, *settings(root), "--limit", "0")
     cut(root / image)
-    out, err = run_check(RECIPES[kind], SETTINGS[kind] | {"data.root": root}, tmp_path / "bad", 1)
-    assert err == ""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, settings(root)), "--output", str(tmp_path / "bad")])
+    with pytest.raises(SystemExit) as end:
+        cli.run(check.main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (1, "")
     assert out.splitlines()[-1] == "training would not start: 1 problem"
     assert f"PROBLEMS\n  unreadable-image: train: {image} is cut off" in out
     report = json.loads((tmp_path / "bad/report.json").read_text())

@@ -284,18 +284,6 @@ def test_reduced_and_unrotated_decoding() -> None:
     assert codecs.read_jpeg_size(cv2.imencode(".png", image)[1].tobytes()) is None
 
 
-def test_processes_share_one_batch(images: pathlib.Path) -> None:
-    given = settings(images, data__num_workers=0)
-    source = sources.open_source(given, "train")
-    batches = [
-        next(loader.training_batches(source, given, start_step=1, process_index=index, process_count=count))
-        for index, count in ((0, 1), (0, 2), (1, 2))
-    ]
-    assert batches[0]["label"].dtype == np.int32
-    for name, values in batches[0].items():
-        np.testing.assert_array_equal(np.concatenate([dict(part)[name] for part in batches[1:]]), values)
-
-
 def test_a_class_that_the_model_lacks() -> None:
     example = Example("x", np.zeros((80, 80, 3), np.uint8), np.asarray(7), ("image x", "the class of x"))
     with pytest.raises(UserError, match="the class of x is 7: expected 0 to 2; check"):

@@ -16,25 +16,11 @@ RNG = np.random.default_rng(0)
 HOSTILE = ['<b>&"', "Größe Übermaß", "x" * 60, "i", "$\\alpha$", *(f"class {number}" for number in range(60))]
 
 
-def test_colorize_takes_the_palette_and_void_is_black() -> None:
-    labels = np.array([[0, 9, 255, 10]], np.uint8)
-    expected = [SHAPES.palette[0], SHAPES.palette[9], (0, 0, 0), (0, 0, 0)]
-    np.testing.assert_array_equal(drawing.colorize(labels, SHAPES.palette)[0], expected)
-
-
 def test_error_map_shows_correct_wrong_and_void() -> None:
     label, prediction = np.array([[3, 3, 255]], np.uint8), np.array([[3, 4, 255]], np.uint8)
     right, wrong, void = drawing.error_map(label, prediction)[0].astype(int)
     assert void.sum() == 0
     assert np.ptp(right) < 30 < wrong.mean() - right.mean()  # dim against strong, in lightness too
-
-
-def test_blend_weighs_image_and_colour() -> None:
-    image, labels = np.full((2, 3, 3), 200, np.uint8), np.full((2, 3), 255, np.uint8)
-    assert (drawing.blend(image, labels, SHAPES.palette, opacity=0.25) == 150).all()
-    for opacity, expected in ((0.0, image), (1.0, np.zeros_like(image))):
-        result = drawing.blend(image, labels, SHAPES.palette, opacity=opacity)
-        np.testing.assert_array_equal(result, expected)
 
 
 def test_an_opacity_beyond_one_is_refused() -> None:

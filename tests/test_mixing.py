@@ -14,8 +14,6 @@ from topformer_jax.data.loader import count_pixels
 from topformer_jax.data.transforms import CroppedExample, random_resize_crop
 from topformer_jax.runtime.errors import UserError
 
-BALANCED = {"data__balance": 0.5, "data__mix": "paste"}
-
 
 def _crop(seed: int, size: tuple[int, int]) -> CroppedExample:
     """A crop of 30 x 40 pixels whose red is its seed and whose green is its label."""
@@ -165,8 +163,8 @@ def test_mixed_examples_are_pasted_onto_those_of_a_run_without() -> None:
     assert_same(batches(settings(data__mix="cutmix", data__mix_prob=0.0), 10), plain)
 
 
-@pytest.mark.parametrize("changes", [BALANCED, {"data__mix": "classmix"}])
-def test_the_same_on_processes_and_workers_and_from_any_step(changes: dict[str, Any]) -> None:
+def test_the_same_on_processes_and_workers_and_from_any_step() -> None:
+    changes: dict[str, Any] = {"data__balance": 0.5, "data__mix": "paste"}
     whole = _make(7, settings(**changes))
     place = {"start_step": 3, "process_index": 1, "process_count": 2}
     half = [{name: values[2:] for name, values in batch.items()} for batch in whole[3:]]

@@ -107,17 +107,6 @@ def test_custom_needs_a_kind(tmp_path: pathlib.Path) -> None:
     assert not tree(tmp_path).keys()
 
 
-def test_records_of_own_data(tmp_path: pathlib.Path) -> None:
-    make(tmp_path, colours_set("train/a", "val/b", "test/c"))
-    flags = ("--from", "colours", "--format", "array_record")
-    run("custom", tmp_path / "x", tmp_path / "packed", *flags)
-    assert tree(tmp_path / "packed/custom/files") == tree(tmp_path / "made")
-    changes = {"data.dataset": "custom", "data.source": "array_record", "data.root": str(tmp_path / "packed")}
-    config = config_lib.load(config_lib.ade20k("tiny"), changes | {"model.num_classes": 2})
-    example = sources.open_source(config, "train")[0]
-    assert (example.name, example.image) == ("a", jpeg(0))
-
-
 def test_a_turned_picture_is_drawn_as_it_is_shown(tmp_path: pathlib.Path) -> None:
     """labelme turns pictures by their EXIF orientation, and so does the decoder."""
     file, exif = io.BytesIO(), Image.Exif()

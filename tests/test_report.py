@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from topformer_jax.data.catalog import CATALOG, DataSet
-from topformer_jax.runtime.errors import UserError
 from topformer_jax.visualize import drawing, report
 
 HOSTILE = '<b onload="x">&"\'</style>'
@@ -179,9 +178,3 @@ def test_nothing_labelled_or_nothing_wrong(confusion: np.ndarray, tmp_path: path
     assert ("100.00%" in text) == bool(confusion.any())
     assert ("No pixel has a label." in text) != bool(confusion.any())
     assert "nan" not in text
-
-
-def test_a_report_that_cannot_be_written_is_a_user_error(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        write(tmp_path / "file" / "report.html")

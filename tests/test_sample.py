@@ -15,7 +15,6 @@ from topformer_jax import config as config_lib
 from topformer_jax.data import sources
 from topformer_jax.data.batch import Example
 from topformer_jax.inspection.sample import EXAMPLES, look_at_labels
-from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
 Change = Callable[[np.ndarray], np.ndarray]
@@ -159,8 +158,7 @@ def test_two_classes_end_the_look(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(first.read) < 20  # two, and what the threads have begun
 
 
-@pytest.mark.parametrize("records", [False, True])
-def test_one_class_of_a_classifier(tmp_path: pathlib.Path, records: bool) -> None:
+def test_one_class_of_a_classifier(tmp_path: pathlib.Path) -> None:
     def look_at(counts: dict[str, int], name: str) -> list[str]:
         for split in ("train", "val"):
             for word, count in counts.items():
@@ -169,9 +167,6 @@ def test_one_class_of_a_classifier(tmp_path: pathlib.Path, records: bool) -> Non
                     path = tmp_path / name / split / word / f"{word}{number}.png"
                     assert cv2.imwrite(str(path), np.full((4, 4, 3), number, np.uint8))
         changes = {"data.root": str(tmp_path / name), "model.num_classes": 2}
-        if records:
-            packing.build("imagenet", str(tmp_path / name), str(tmp_path / f"{name} packed"))
-            changes |= {"data.root": str(tmp_path / f"{name} packed"), "data.source": "array_record"}
         config = config_lib.load("topformer_t_imagenet", changes)
         splits = {name: sources.open_source(config, name) for name in ("train", "validation")}
         return look_at_labels(config, sources.find_data_set(config), splits)

@@ -3,8 +3,6 @@
 import pathlib
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 
 import cv2
@@ -263,40 +261,6 @@ def test_records_that_are_not_there(tmp_path: pathlib.Path) -> None:
     assert "features.json: No such file" in refusal(config_lib.load(config_lib.ade20k("tiny"), overrides))
 
 
-@pytest.mark.parametrize("left", [0, 0.5])
-def test_records_that_are_damaged(tmp_path: pathlib.Path, left: float) -> None:
-    config = write(tmp_path / "files", "ade20k")
-    folder = packing.build("ade20k", config.data.root, str(tmp_path / "records"))
-    overrides = {"data.source": "array_record", "data.root": str(tmp_path / "records")}
-    source = sources.open_source(config_lib.load(config, overrides), "train")
-    (file,) = pathlib.Path(folder).glob("*train.array_record*")
-    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
-    with pytest.raises(
-        UserError,
-        match=r"record 1 of train in .* cannot be read \(.*\); copy it, or build the data set again",
-    ):
-        source[1]
-
-
-def test_the_command_and_records_need_no_tensorflow(tmp_path: pathlib.Path) -> None:
-    write(tmp_path / "files", "ade20k")
-    program = f"""
-import runpy, sys
-sys.argv = ["", "ade20k", "--source", "{tmp_path}/files", "--output", "{tmp_path}/out", "--format", "array_record"]
-runpy.run_module("topformer_jax.prepare", run_name="__main__")
-from topformer_jax import config
-from topformer_jax.data import sources
-settings = {{"data.source": "array_record", "data.root": "{tmp_path}/out"}}
-print(len(sources.open_source(config.load(config.ade20k("tiny"), settings), "train")[1].image))
-assert "tensorflow" not in sys.modules
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert f"--config.data.source=array_record --config.data.root={tmp_path}/out" in run.stdout
-    assert run.stdout.splitlines()[-1] == str(len(JPEG) + 1)
-    assert "100%" in run.stderr
-
-
 def test_shapes_depend_only_on_split_and_index() -> None:
     drawn, again = (
         [shapes.draw(split, index, 64) for split in sources.SPLITS for index in range(4)] for _ in range(2)
@@ -307,20 +271,6 @@ def test_shapes_depend_only_on_split_and_index() -> None:
     source = sources.open_source(config_lib.shapes(), "validation")
     assert len(source) == 64
     np.testing.assert_array_equal(source[5].image, shapes.draw("validation", 5, 160)[0])
-
-
-def test_shapes_are_balanced_and_not_told_by_colour() -> None:
-    assert len(CATALOG["shapes"].classes) == config_lib.shapes().model.num_classes == 10
-    pixels, colours = np.zeros(10), np.zeros((10, 3))
-    for index in range(120):
-        image, label = shapes.draw("train", index, 160)
-        pixels += np.bincount(label.ravel(), minlength=10)
-        for channel in range(3):
-            colours[:, channel] += np.bincount(label.ravel(), image[..., channel].ravel(), minlength=10)
-    assert (pixels[:4] / pixels.sum() > 0.1).all()  # the grounds
-    assert (pixels[4:] / pixels.sum() > 0.03).all()  # the shapes
-    means = colours / pixels[:, None]
-    assert np.ptp(means, 0).max() < 50  # of 255
 
 
 def test_drawn_scenes_are_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
