@@ -109,15 +109,12 @@ def test_labels_with_an_ending_are_said(root: pathlib.Path) -> None:
 class Reading:
     """A source of labels of two rows that counts what is read."""
 
-    def __init__(self, values: list[int], size: tuple[int, int] = (2, 3)):
-        self.values, self.size = values, size
+    def __init__(self, values: list[int]):
+        self.values = values
         self.read: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.values)
-
-    def label_size(self, index: int) -> tuple[int, int]:
-        return self.size
 
     def __getitem__(self, index: int) -> Example:
         self.read.add(index)
@@ -138,9 +135,6 @@ def test_the_examples_are_spread_over_the_split_and_few() -> None:
     gaps = np.diff(sorted(train.read))
     assert (len(train.read), min(train.read), max(train.read)) == (EXAMPLES, 0, 9_999)
     assert gaps.max() - gaps.min() <= 1
-    (line,) = look_at(large := Reading([7] * 10_000, (10_000, 10_000)))  # which take half a second each
-    assert "7 is the only class in 3 of 10,000 labels" in line
-    assert len(large.read) == 3
     # A damaged or wrong one is the loader's to name.
     mixed = Reading([300, 12, *[2] * 5])
     (line,) = look_at(mixed)

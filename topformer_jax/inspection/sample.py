@@ -1,15 +1,13 @@
 """A look at some labels before a training: whether they hold anything to learn. `check` reads all of them."""
 
 import contextlib
-import math
 from collections.abc import Mapping
-from typing import cast
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from topformer_jax.data import codecs
-from topformer_jax.data.batch import SegmentationSource, Source
+from topformer_jax.data.batch import Source
 from topformer_jax.data.catalog import DataSet
 from topformer_jax.data.sources import FolderSource
 from topformer_jax.inspection import contents as contents_lib, rules
@@ -17,7 +15,6 @@ from topformer_jax.inspection.contents import Contents, ExampleContents, SplitCo
 from topformer_jax.runtime.errors import UserError
 
 EXAMPLES = 64  # of a split, evenly spaced, until two classes are seen
-PIXELS = 2**28  # of these examples' labels, about: fewer examples of large ones
 
 
 def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, Source]) -> list[str]:
@@ -29,15 +26,13 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
     """
     if config.data.source == "shapes":
         return []
-    choose = _spread if config.task == "classification" else _choose_examples
-    chosen = {name: choose(source) for name, source in splits.items()}
     is_uniform = len(set().union(*(_read_heads(source) for source in splits.values()))) <= 1
     contents = Contents(config, data_set, {})
     found = {}
     for name, source in splits.items():
         examples: list[ExampleContents] = []
         values: set[int] = set()
-        for example in contents_lib.read_examples(source, chosen[name], config, with_images=False):
+        for example in contents_lib.read_examples(source, _spread(source), config, with_images=False):
             if not example.pixels:
                 continue
             examples.append(example)
@@ -51,7 +46,7 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
         raise UserError(f"{config.data.root}: {finding.text}")
     void = [finding for finding in rules.void_labels(contents) if finding.level == "problem"]
     findings = (rules.explain_values(contents) or void) if void else list(rules.one_class(contents))
-    if void and all(len(chosen[name]) == len(source) for name, source in splits.items()):
+    if void and all(len(source) <= EXAMPLES for source in splits.values()):
         raise UserError(f"{config.data.root}: {findings[0].text}")
     texts = [f"{split.name}: {split.pairing}" for split in found.values() if split.pairing]
     said = (*rules.label_palettes(contents), *rules.label_kinds(contents), *findings)
@@ -61,15 +56,6 @@ def look_at_labels(config: ConfigDict, data_set: DataSet, splits: Mapping[str, S
 def _spread(source: Source) -> list[int]:
     """The indices of the examples that are looked at."""
     return np.linspace(0, len(source) - 1, min(len(source), EXAMPLES)).round().astype(int).tolist()
-
-
-def _choose_examples(source: Source) -> list[int]:
-    """`_spread`, or every n-th of it: about `PIXELS` in their labels together, where all can be read."""
-    indices, total = _spread(source), 0
-    for index in indices:
-        with contextlib.suppress(UserError):
-            total += math.prod(cast(SegmentationSource, source).label_size(index))
-    return indices[:: max(1, -(-total // PIXELS))]
 
 
 def _read_heads(source: Source) -> set[tuple[str, bytes]]:
