@@ -24,11 +24,11 @@ from topformer_jax.data.catalog import IMAGE_SUFFIXES, SPLITS, DataSet
 from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.classification.images import ClassFolderSource
 from topformer_jax.data.sources import FolderSource
+from topformer_jax.data.transforms import Size
 from topformer_jax.runtime.errors import UserError
 
 OUT_OF_RANGE = IGNORE_LABEL + 1  # stands for every value of 16 bits that is larger than 255
 KEPT_PAIRS, KEPT_VALUES = 3, 2  # of the soft borders in a label: the rule asks for no more
-Size = tuple[int, int]  # (height, width) in pixels
 
 
 class Fault(NamedTuple):

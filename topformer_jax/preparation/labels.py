@@ -11,18 +11,15 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
 
-from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.batch import IGNORE_LABEL, Labels
+from topformer_jax.data.catalog import Colour
 from topformer_jax.data.codecs import PNG, decode_image, read_image_size, read_label_size, read_label_values
+from topformer_jax.data.transforms import Size
 from topformer_jax.preparation.archives import Member
 from topformer_jax.preparation.writer import Convert
 from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
-
-Labels = UInt8[np.ndarray, "h w"]
-Size = tuple[int, int]  # height, width
-Colour = tuple[int, int, int]  # red, green, blue
 
 
 def encode(labels: Labels) -> bytes:

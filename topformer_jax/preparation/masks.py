@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CATALOG
+from topformer_jax.data.catalog import CATALOG, Colour
 from topformer_jax.data.codecs import read_label_values, read_palette
 from topformer_jax.preparation import labels, own
 from topformer_jax.preparation.archives import Archive
@@ -29,7 +29,7 @@ def read_colours(listing: str, folder: str, source: Archive, background: str) ->
 
     With labelmap.txt this is CVAT's "Segmentation mask", in which pictures may be without a mask.
     """
-    annotations, colours = Annotations(source), dict[labels.Colour, str]()
+    annotations, colours = Annotations(source), dict[Colour, str]()
     lines, where = annotations.read_classes(listing, required=True)
     for line in lines:
         match = _COLOUR.fullmatch(line)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import msgspec
 
 from topformer_jax.data.batch import IGNORE_LABEL
-from topformer_jax.data.catalog import CATALOG, find_layout
+from topformer_jax.data.catalog import CATALOG, Colour, find_layout
+from topformer_jax.data.transforms import Size
 from topformer_jax.preparation import labels
 from topformer_jax.preparation.archives import Archive, Member, fingerprint, hold, open_archive, open_nested
 from topformer_jax.preparation.writer import Convert, Task
@@ -170,7 +171,7 @@ def plan_context(voc: Archive, annotations: Archive) -> list[Task]:
     return tasks + _make_lists("SegmentationContext", lists)
 
 
-def _draw_in_order(size: labels.Size, regions: list[labels.Region], data: bytes, name: str) -> bytes:
+def _draw_in_order(size: Size, regions: list[labels.Region], data: bytes, name: str) -> bytes:
     return labels.draw_regions(0, size, regions, name, by_area=False)
 
 
@@ -240,7 +241,7 @@ _CAMVID_VOID_SHARE = 0.01  # the authors' masks have a few pixels of no class's 
 
 def plan_camvid(stills: Archive, labelled: Archive) -> list[Task]:
     """Takes the authors' pictures, 960 x 720, with SegNet's classes and lists."""
-    colours: dict[labels.Colour, int] = {(0, 0, 0): IGNORE_LABEL}
+    colours: dict[Colour, int] = {(0, 0, 0): IGNORE_LABEL}
     for name, line in (row.split(": ") for row in _CAMVID_COLOURS.strip().splitlines()):
         for entry in line.split(", "):
             red, green, blue, _ = entry.split(" ")

@@ -9,6 +9,7 @@ from functools import partial
 import msgspec
 
 from topformer_jax.data.batch import IGNORE_LABEL
+from topformer_jax.data.transforms import Size
 from topformer_jax.preparation import coco, labels, own
 from topformer_jax.preparation.archives import Archive, Member, hold
 from topformer_jax.preparation.own import Annotations, Pair
@@ -137,7 +138,7 @@ def _label_names(name: str) -> list[str]:
 
 
 def parse_regions(
-    data: bytes, table: Mapping[int, int], name: str, counts: Counter[str], size: labels.Size = (1, 1)
+    data: bytes, table: Mapping[int, int], name: str, counts: Counter[str], size: Size = (1, 1)
 ) -> list[labels.Region]:
     """Parses lines CLASS X Y X Y ... with numbers from 0 to 1; a box (CLASS X Y WIDTH HEIGHT) is void."""
     regions = []
