@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax.data import records
-from topformer_jax.data.batch import IGNORE_LABEL, Example, Source
+from topformer_jax.data.batch import Example, Source
 from topformer_jax.data.catalog import CATALOG, SPLITS, Colour, DataSet, Layout, name_classes
 from topformer_jax.data.classification import images as class_images
 from topformer_jax.data.codecs import read_label_size
@@ -87,10 +87,6 @@ def find_data_set(config: ConfigDict, classes: Sequence[str] = (), palette: Sequ
         )
     names = tuple(classes) or _read_names(config)[0]
     found = DataSet(names, ()) if is_classification else name_classes(name, names, palette)
-    if len(found.classes) > IGNORE_LABEL and not is_classification:
-        raise UserError(
-            f"{name} has {len(found.classes)} classes: at most 255 fit, as labels are bytes and 255 is void"
-        )
     if len(found.classes) == 1:
         raise UserError(
             f"{name} has one class, {found.classes[0]}, which is nothing to learn: give what is around it a class of "
