@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
-from tests.test_sources import JPEG
+from tests.test_sources import JPEG, refusal
 from topformer_jax import config as config_lib
 from topformer_jax.data import records, sources
 from topformer_jax.preparation import packing
@@ -173,12 +173,6 @@ def test_a_process_waits_for_another(
 def test_what_goes_wrong_is_one_line(
     packed: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refusal(config: ConfigDict) -> str:
-        with pytest.raises(UserError) as error:
-            sources.open_source(config, "train")
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
     assert "is a bucket: give a folder on a local disk" in refusal(cached(packed, "gs://b/x"))
     (tmp_path / "file").write_text("")
     line = refusal(cached(packed, tmp_path / "file"))

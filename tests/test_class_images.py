@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
+from tests.test_sources import refusal
 from topformer_jax import config
 from topformer_jax.data import codecs, loader, records, shapes, sources
 from topformer_jax.data.batch import Example
@@ -103,13 +104,6 @@ def test_a_flat_folder_with_a_list(tmp_path: pathlib.Path) -> None:
     assert sources.find_data_set(settings(root)).classes == ("a fish", "a dog", "a saw")
 
 
-def _refusal(given: ConfigDict, split: str = "validation") -> str:
-    with pytest.raises(UserError) as error:
-        sources.open_source(given, split)
-    print(error.value.line)
-    return error.value.line
-
-
 def test_mistakes_in_folders(tmp_path: pathlib.Path) -> None:
     root = write_images(tmp_path)
     for change, words in (
@@ -120,24 +114,26 @@ def test_mistakes_in_folders(tmp_path: pathlib.Path) -> None:
         ({"data__dataset": "ade20k"}, "task=classification cannot use data.dataset=ade20k"),
         ({"task": "segmentation"}, "task=segmentation cannot use data.dataset=imagenet"),
     ):
-        assert words in _refusal(settings(root, **change))
-    assert "nowhere does not exist; the layout must be train/<class>" in _refusal(settings(root / "nowhere"))
+        assert words in refusal(settings(root, **change), "validation")
+    assert "nowhere does not exist; the layout must be train/<class>" in refusal(
+        settings(root / "nowhere"), "validation"
+    )
     (root / "val" / "n09999999").mkdir()
-    assert "is a class that" in _refusal(settings(root))
+    assert "is a class that" in refusal(settings(root), "validation")
     (root / "val").rename(root / "elsewhere")
-    assert "val does not exist: expected the validation split's images there" in _refusal(settings(root))
+    assert "val does not exist: expected the validation split's images there" in refusal(settings(root), "validation")
     (root / "val").mkdir()
     (root / "val" / "a.JPEG").write_bytes(b"")
-    assert "there is no" in _refusal(settings(root))
+    assert "there is no" in refusal(settings(root), "validation")
     (root / "val.txt").write_text("b.JPEG 0\n")
-    assert "has no line for a.JPEG (1 of 1 images)" in _refusal(settings(root))
+    assert "has no line for a.JPEG (1 of 1 images)" in refusal(settings(root), "validation")
     (root / "val.txt").write_text("a 0\nc.JPEG 0\nb 1\n")
-    assert "val has no image b, which" in (line := _refusal(settings(root)))
+    assert "val has no image b, which" in (line := refusal(settings(root), "validation"))
     assert "(2 of 3 lines): copy the images again" in line
     (root / "val.txt").write_text("a.JPEG 3\n")
-    assert "expected a file and its class, a number below 3" in _refusal(settings(root))
+    assert "expected a file and its class, a number below 3" in refusal(settings(root), "validation")
     (root / "classes.txt").write_text("one\n")
-    assert "names 1 classes" in _refusal(settings(root))
+    assert "names 1 classes" in refusal(settings(root), "validation")
     (root / "classes.txt").unlink()
     (root / "val.txt").write_text("a.JPEG 1\n")
     source = sources.open_source(settings(root), "validation")

@@ -21,7 +21,6 @@ from tests.commands import LONGEST
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Example
-from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
 EXAMPLES = 10
@@ -126,21 +125,6 @@ def test_workers_make_the_same_batches_and_resume() -> None:
     place = {"start_step": 3, "process_index": 1, "process_count": 2}
     assert_same(batches(settings(data__num_workers=2), 4, **place), half)
     assert not multiprocessing.active_children()
-
-
-def test_files_and_records_make_the_same_batches(
-    golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path
-) -> None:
-    changes: dict[str, Any] = {"data.num_workers": 0, "batch_size": 8, "data.crop_size": (64, 96)}
-    files = config_lib.load(config_lib.ade20k("tiny"), changes | {"data.root": str(golden("mini_ade"))})
-    assert [len(sources.open_source(files, split)) for split in sources.SPLITS] == [48, 12]
-    found = batches(files, 4)
-    labels = np.unique([batch["label"] for batch in found])
-    assert labels[-1] == 255
-    assert (labels[:-1] < 150).all()
-    packing.build("ade20k", files.data.root, str(tmp_path))
-    packed = {"data.source": "array_record", "data.root": str(tmp_path)}
-    assert_same(batches(config_lib.load(files, packed), 4), found)
 
 
 def test_uneven_processes() -> None:

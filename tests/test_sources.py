@@ -148,6 +148,14 @@ def test_custom_data(tmp_path: pathlib.Path) -> None:
     assert found.palette == ((128, 0, 0), (0, 128, 0), (128, 128, 0))
     unnamed = config_lib.load(config, {"data.class_names": ()})
     assert f"write them to {tmp_path / 'classes.txt'}" in refusal(unnamed)
+    (tmp_path / "classes.txt").write_text("\n")
+    assert "classes.txt holds none: write them there" in refusal(unnamed)
+    for where, words in (
+        (config, "it is a file; the layout must be images/"),
+        (unnamed, "is a file: give --config."),
+    ):
+        file = config_lib.load(where, {"data.root": str(tmp_path / "classes.txt")})
+        assert words in refusal(file)
     (tmp_path / "classes.txt").write_text("sky\nsea\nsand\nrock\n")
     assert "custom has 4 classes, the config's model 3: --config.model.num_classes=4" in refusal(unnamed)
     assert len(sources.find_data_set(config_lib.load(unnamed, {"model.num_classes": 4})).classes) == 4

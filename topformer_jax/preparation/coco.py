@@ -4,7 +4,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -45,9 +45,6 @@ class Runs(msgspec.Struct):
     counts: str | list[Annotated[int, msgspec.Meta(ge=0)]]
 
 
-Outline: Any = list[list[float]] | Runs | None  # what an instance draws
-
-
 class Segment(msgspec.Struct):
     """A part of a panoptic mask."""
 
@@ -69,6 +66,12 @@ class Annotation(msgspec.Struct):
     @property
     def has_outline(self) -> bool:
         return bytes(self.segmentation) not in (b"null", b"[]")
+
+
+class Outline(msgspec.Struct):
+    """What an instance draws."""
+
+    segmentation: list[list[float]] | Runs | None
 
 
 class File(msgspec.Struct):
@@ -236,7 +239,8 @@ def _read_regions(rows: Sequence[Annotation], table: Table, where: str, counts: 
     regions = []
     for row in rows:
         label = _label(row.category_id, table, where)
-        outline: Any = files.read_json(bytes(row.segmentation), Outline, where)
+        data = b'{"segmentation":' + bytes(row.segmentation) + b"}"
+        outline = files.read_json(data, Outline, where).segmentation
         if isinstance(outline, Runs):
             regions.append(labels.Region(label, runs=outline.counts, size=outline.size))
         elif polygons := [polygon for polygon in outline or () if len(polygon) > 4]:
