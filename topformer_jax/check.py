@@ -160,21 +160,18 @@ def _class_rows(splits: Report) -> list[list[str]]:
         if len(names) > MAX_NAMED:
             shown.sort(key=lambda label: train["classes"][label]["images"])
             shown, heading = shown[:SMALLEST_CLASSES], f"the {SMALLEST_CLASSES} smallest classes"
-    rows = [[heading], *([f"{label:3} {names[label]}"] for label in shown)]
+    columns = [[heading, *(f"{label:3} {names[label]}" for label in shown)]]
     for name, split in splits.items():
-        rows[0] += [name, "labels"] if "labels" in split else [name]
-        total = sum(row.get("pixels", 0) for row in split["classes"])
-        for cells, label in zip(rows[1:], shown, strict=True):
-            row = split["classes"][label]
-            if "labels" in split:
-                cells += [_format_share(row["pixels"], total), f"{row['labels']:,}"]
-            else:
-                cells.append(f"{row['images']:,}")
+        rows = [split["classes"][label] for label in shown]
+        if "labels" in split:
+            total = sum(row["pixels"] for row in split["classes"])
+            columns.append([name, *(_format_share(row["pixels"], total) for row in rows)])
+            columns.append(["labels", *(f"{row['labels']:,}" for row in rows)])
+        else:
+            columns.append([name, *(f"{row['images']:,}" for row in rows)])
     for name, weights in train.get("class_weight", {}).items():
-        rows[0].append(name)
-        for cells, label in zip(rows[1:], shown, strict=True):
-            cells.append(f"{weights[label]:.3g}")
-    return rows
+        columns.append([name, *(f"{weights[label]:.3g}" for label in shown)])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def draw_classes(contents: Contents) -> bytes:
