@@ -11,88 +11,62 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
-from numpy.random import Generator
 
-from topformer_jax.models.layers import ConvModule, DTypePolicy, hsigmoid
-from topformer_jax.ops.resample import Matrices, resize
+from topformer_jax.models.layers import ConvModule, hsigmoid
 
+MakeConv = Callable[..., ConvModule]  # makes a layer from the channels of the local tokens to those of the result
 Resize = Callable[[Array], Array]  # of global semantics to the size of the local tokens
+Local = Float[Array, "n h w inputs"]
+Semantics = Float[Array, "n gh gw inputs"]
+Injected = Float[Array, "n h w outputs"]
 
 
-class Injection(nnx.Module):
-    """One kind of injection: its layers, and `fuse`, which applies them to tokens and semantics."""
+class MultiSum(nnx.Module):
+    """`ConvBN(local) * resize(hsigmoid(ConvBN(global))) + resize(ConvBN(global))`, the paper's choice.
 
-    def __init__(self, inputs: int, outputs: int, *, policy: DTypePolicy, rng: Generator):
-        self.policy = policy
-        self.add_layers(functools.partial(ConvModule, inputs, outputs, policy=policy, rng=rng))
+    "multi_sum_cbr" has a ReLU after the local and global ConvBN, and a gate with bias instead of BatchNorm.
+    """
 
-    add_layers: Callable[..., None]  # (conv): in the order of their random draws
-    fuse: Callable[..., Array]  # (local, semantics, resize)
+    def __init__(self, conv: MakeConv, activation: Callable[[Array], Array] | None = None, gate_norm: bool = True):
+        self.local_embedding = conv(activation=activation)
+        self.global_embedding = conv(activation=activation)
+        self.global_act = conv(norm=gate_norm)
 
-    def __call__(
-        self,
-        local: Float[Array, "n h w inputs"],
-        semantics: Float[Array, "n gh gw inputs"],
-        matrices: Matrices | None = None,
-    ) -> Float[Array, "n h w outputs"]:
-        """The injected tokens; for `matrices` see `ops.resample.resize`."""
-        _, h, w, _ = local.shape
-        return self.fuse(local, semantics, lambda x: resize(x, (h, w), matrices=matrices, **self.policy.form))
-
-
-class MultiSum(Injection):
-    """`ConvBN(local) * resize(hsigmoid(ConvBN(global))) + resize(ConvBN(global))`, the paper's choice."""
-
-    activation: Callable[[Array], Array] | None = None
-    gate_norm = True
-
-    def add_layers(self, conv: Callable[..., ConvModule]) -> None:
-        self.local_embedding = conv(activation=self.activation)
-        self.global_embedding = conv(activation=self.activation)
-        self.global_act = conv(norm=self.gate_norm)
-
-    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+    def __call__(self, local: Local, semantics: Semantics, resize: Resize) -> Injected:
         gate = resize(hsigmoid(self.global_act(semantics)))
         return self.local_embedding(local) * gate + resize(self.global_embedding(semantics))
 
 
-class MultiSumCBR(MultiSum):
-    """`MultiSum` with a ReLU after the local and global ConvBN, and a gate with bias instead of BatchNorm."""
-
-    activation = staticmethod(jax.nn.relu)
-    gate_norm = False
-
-
-class FuseSum(Injection):
+class FuseSum(nnx.Module):
     """`ConvBN(local) + resize(ConvBN(global))`."""
 
-    def add_layers(self, conv: Callable[..., ConvModule]) -> None:
+    def __init__(self, conv: MakeConv):
         self.fuse1, self.fuse2 = conv(), conv()
 
-    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+    def __call__(self, local: Local, semantics: Semantics, resize: Resize) -> Injected:
         return self.fuse1(local) + resize(self.fuse2(semantics))
 
 
 class FuseMulti(FuseSum):
     """`ConvBN(local) * resize(hsigmoid(ConvBN(global)))`."""
 
-    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+    def __call__(self, local: Local, semantics: Semantics, resize: Resize) -> Injected:
         return self.fuse1(local) * resize(hsigmoid(self.fuse2(semantics)))
 
 
-class LocalTokens(Injection):
+class LocalTokens(nnx.Module):
     """`ConvBN(local)`, without semantics. The transformer stays in the model, and in its size, but has no effect."""
 
-    def add_layers(self, conv: Callable[..., ConvModule]) -> None:
+    def __init__(self, conv: MakeConv):
         self.local_embedding = conv()
 
-    def fuse(self, local: Array, semantics: Array, resize: Resize) -> Array:
+    def __call__(self, local: Local, semantics: Semantics, resize: Resize) -> Injected:
         return self.local_embedding(local)
 
 
-INJECTIONS: dict[str, type[Injection]] = {
+INJECTIONS: dict[str, Callable[[MakeConv], nnx.Module]] = {
     "multi_sum": MultiSum,
-    "multi_sum_cbr": MultiSumCBR,
+    "multi_sum_cbr": functools.partial(MultiSum, activation=jax.nn.relu, gate_norm=False),
     "fuse_sum": FuseSum,
     "fuse_multi": FuseMulti,
     "none": LocalTokens,

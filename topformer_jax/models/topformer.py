@@ -1,6 +1,7 @@
 """The network put together: the table of its sizes, backbone, decode head, segmenter."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from topformer_jax.models.injection import INJECTIONS
 from topformer_jax.models.layers import WHOLE, Conv, ConvModule, Dropout, DTypePolicy, ImageArea
 from topformer_jax.models.token_pyramid import Block, TokenPyramid
 from topformer_jax.models.transformer import Transformer
-from topformer_jax.ops.resample import Matrices, adaptive_avg_pool, resize
+from topformer_jax.ops.resample import adaptive_avg_pool, resize
 
 Images = Array | np.ndarray
 STRIDES = (4, 8, 16, 32)  # of the tokens
@@ -126,11 +127,6 @@ class Backbone(nnx.Module):
             return tokens, self.trans(pooled, rngs, area.mask(pooled, SEMANTICS_STRIDE))
 
 
-def _no_injection(local: Array, semantics: Array, matrices: Matrices | None = None) -> Array:
-    """Fills slot 0 of `SIM`: the tokens of stride 4 get no injection."""
-    return local
-
-
 class TopFormer(Backbone):
     """The backbone with a semantics injection at strides 8, 16 and 32 (not at 4).
 
@@ -139,10 +135,11 @@ class TopFormer(Backbone):
 
     def __init__(self, settings: ConfigDict, head_channels: int, *, policy: DTypePolicy, rng: Generator):
         super().__init__(settings, 2, policy=policy, rng=rng)
-        injection = INJECTIONS[settings.injection]
         # As officially, slot 0 has no weights: the tokens of stride 4 are an input of the transformer only.
-        slots: list[Any] = [_no_injection]
-        slots += [injection(inputs, head_channels, policy=policy, rng=rng) for inputs in self.channels[1:]]
+        slots: list[Any] = [None]
+        for inputs in self.channels[1:]:
+            conv = functools.partial(ConvModule, inputs, head_channels, policy=policy, rng=rng)
+            slots.append(INJECTIONS[settings.injection](conv))
         self.SIM = nnx.List(slots)
 
     def __call__(
@@ -150,9 +147,14 @@ class TopFormer(Backbone):
     ) -> list[Float[Array, "n _h _w head_channels"]]:
         tokens, semantics = self.extract_features(images, rngs, area)
         parts = jnp.split(semantics, np.cumsum(self.channels)[:-1].tolist(), axis=-1)
-        matrices = [area.matrices_between(SEMANTICS_STRIDE, stride) for stride in STRIDES]
+        injected = []
         with jax.named_scope("SIM"):
-            return [self.SIM[i](tokens[i], parts[i], matrices[i]) for i in range(1, len(tokens))]
+            for index in range(1, len(tokens)):
+                local, size = tokens[index], tokens[index].shape[1:3]
+                matrices = area.matrices_between(SEMANTICS_STRIDE, STRIDES[index])
+                fit = functools.partial(resize, size=size, matrices=matrices, **self.policy.form)
+                injected.append(self.SIM[index](local, parts[index], fit))
+        return injected
 
 
 class DecodeHead(nnx.Module):
