@@ -47,7 +47,7 @@ def folder(states: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFac
         graph = onnx.load(folder / "web.onnx")
         onnx.helper.set_model_props(graph, {exported.KEY: json.dumps(written | change)})
         onnx.save(graph, folder / f"{name}.onnx")
-    settings = network.export_config(config.load("topformer_t_ade"))
+    settings = config.load("topformer_t_ade")
     model = checkpoints.load_model(settings, folder / "weights.pth")
     description = written | {"stride": 2, "size": None, "target": "cpu"}
     data = onnx_file.write(network.make_function(model, "labels", 2), description)

@@ -150,10 +150,10 @@ class TopFormer(Backbone):
         injected = []
         with jax.named_scope("SIM"):
             for index in range(1, len(tokens)):
-                local, size = tokens[index], tokens[index].shape[1:3]
+                _, h, w, _ = tokens[index].shape
                 matrices = area.matrices_between(SEMANTICS_STRIDE, STRIDES[index])
-                fit = functools.partial(resize, size=size, matrices=matrices, **self.policy.form)
-                injected.append(self.SIM[index](local, parts[index], fit))
+                fit = functools.partial(resize, size=(h, w), matrices=matrices, **self.policy.form)
+                injected.append(self.SIM[index](tokens[index], parts[index], fit))
         return injected
 
 
