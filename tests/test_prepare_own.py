@@ -260,18 +260,6 @@ def test_a_background_of_masks_needs_void(tmp_path: pathlib.Path) -> None:
     assert "no colour is void, so there is nothing for --background sky: leave it out" in line
 
 
-@pytest.mark.parametrize("suffix", [".bmp", ".TIF", ".webp", ".PNG"])
-def test_pictures_of_other_formats_are_copied(suffix: str, tmp_path: pathlib.Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-    file, kind = io.BytesIO(), {".TIF": "TIFF"}.get(suffix, suffix[1:].upper())
-    Image.fromarray(pixels).save(file, kind)
-    files = colours_set("train/a", "val/a", suffix=suffix)
-    files |= {name: file.getvalue() for name in files if name.endswith(suffix)}
-    make(tmp_path, files)
-    (made,) = (tmp_path / "made/images/train").iterdir()
-    assert made.read_bytes() == file.getvalue()
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"classes.txt": "a 1 1 1\nb 1 1 1\n"}, "classes.txt gives a and b one colour, 1 1 1: masks cannot tell them"),
     ({"classes.txt": "a 1 1 1\nvoid 0 0 0\n"}, "has one class, a, so there is nothing to learn"),
