@@ -82,7 +82,8 @@ def find(config: ConfigDict) -> list[rules.Finding]:
 
 
 def test_nothing_is_said_about_a_healthy_set(healthy: pathlib.Path) -> None:
-    assert look_through(configure(healthy / "maps"))[0] == []
+    notes, report = look_through(configure(healthy / "maps", {"data.crop_size": (512, 512)}))
+    assert [(note.level, note.rule) for note in notes] == [("note", "small-images")]
     findings, report = look_through(configure(healthy / "classes"))
     assert findings == []
     lines = [" ".join(line.split()) for line in check.format_report(report).splitlines()]
@@ -194,6 +195,16 @@ def write_tiny(root: pathlib.Path, counts: dict[str, list[int]]) -> pathlib.Path
                 Image.fromarray(pixels).save(folder / f"{index}.png")
                 number += 1
     return root
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(40, []), (41, ["uneven-classes"])])
+def test_uneven_classes(tmp_path: pathlib.Path, largest: int, expected: list[str]) -> None:
+    root = write_tiny(tmp_path, {"train": [largest, 2, 3], "val": [1, 1, 1]})
+    findings, _ = look_through(configure(root, kind="classes"))
+    assert [finding.rule for finding in findings] == expected
+    for finding in findings:
+        assert finding.level == "note"
+        assert "train: class_000 has 41 images, class_001 2: " in finding.text
 
 
 def settings(root: pathlib.Path, **changes: Any) -> list[str]:

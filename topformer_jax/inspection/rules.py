@@ -15,6 +15,7 @@ from topformer_jax.data import codecs
 from topformer_jax.data.batch import IGNORE_LABEL
 from topformer_jax.data.catalog import SPLITS
 from topformer_jax.data.sources import list_names
+from topformer_jax.data.transforms import fit_size
 from topformer_jax.inspection.contents import OUT_OF_RANGE, Contents, SplitContents
 
 ZERO_LABEL_IS_VOID = ("ade20k", "context59")  # in the label files of these data sets, which hold no 255
@@ -23,6 +24,8 @@ CITYSCAPES_CLASSES, LARGEST_CITYSCAPES_ID = 19, 33
 SOFT_SHARE = 0.2
 MIN_BORDERS = 20  # in a label, for a share of them to say anything
 SOFT_LABELS = 0.1  # of the labels with borders: fewer are no sign of a resize
+RARE = 0.001  # of the labelled pixels
+UNEVEN = 20  # times as many images in the largest class as in the smallest one
 
 Level = Literal["problem", "warning", "note"]
 
@@ -269,6 +272,42 @@ def absent_classes(contents: Contents) -> Iterator[Finding]:
         yield Finding("warning", "classes-never-occur", text)
 
 
+def small_images(contents: Contents) -> Iterator[Finding]:
+    """Images that are enlarged to fill a crop."""
+    data = contents.config.data
+    sizes = [example.size for example in contents.splits["train"].examples if example.size]
+    small = [size for size in sizes if size[0] < data.crop_size[0] or size[1] < data.crop_size[1]]
+    if small and not contents.is_classification:
+        factor = max(fit_size(size, data.scale)[0] / size[0] for size in small)
+        text = (
+            f"train: {len(small)} of {len(sizes)} images are smaller than data.crop_size={data.crop_size}; "
+            f"data.scale={data.scale} makes them up to {factor:.2f} times as large"
+        )
+        yield Finding("note", "small-images", text)
+
+
+def rare_classes(contents: Contents) -> Iterator[Finding]:
+    """Classes with few pixels: learned late, and their IoU varies from run to run."""
+    counts, names = contents.per_class(contents.splits["train"].pixels), np.array(contents.data_set.classes)
+    rare = names[(counts > 0) & (counts < RARE * counts.sum())].tolist()
+    if rare and not contents.is_classification:
+        classes = list_names(rare, "class", f" of {len(names)}", shown=5)
+        text = f"train: {classes} hold less than {RARE:.1%} of the labelled pixels each"
+        yield Finding("note", "rare-classes", text)
+
+
+def uneven_classes(contents: Contents) -> Iterator[Finding]:
+    """Classes with few images beside those with many: learned late, and seldom predicted."""
+    train, names = contents.splits["train"], contents.data_set.classes
+    if contents.is_classification and train.pixels:
+        ordered = train.pixels.most_common()
+        (largest, most), (smallest, fewest) = ordered[0], ordered[-1]
+        if most > UNEVEN * fewest:
+            text = f"train: {names[largest]} has {most:,} images, {names[smallest]} {fewest:,}"
+            advice = "classes with few are learned late, and seldom predicted"
+            yield Finding("note", "uneven-classes", f"{text}: {advice}")
+
+
 def training_length(contents: Contents) -> Iterator[Finding]:
     """Epochs as steps, and a warm-up that does not end."""
     epochs, pictures = contents.config.schedule.epochs, contents.splits["train"].available
@@ -290,12 +329,11 @@ def _count_labels(split: SplitContents, noun: str) -> str:
 
 
 FILE_RULES: tuple[Rule, ...] = (
-    split_files,
-    damaged_files,
-    copies_between_the_splits,
-    dark_images,
-    training_length,
+    *(split_files, damaged_files, copies_between_the_splits, dark_images, training_length),
 )
 # The first rule that finds something explains the values.
 VALUE_RULES: tuple[Rule, ...] = (label_palettes, interpolated_labels, wrong_values, zero_label)
-CLASS_RULES: tuple[Rule, ...] = (label_kinds, void_labels, one_class, absent_classes)
+CLASS_RULES: tuple[Rule, ...] = (
+    *(label_kinds, void_labels, one_class, absent_classes),
+    *(small_images, rare_classes, uneven_classes),
+)
