@@ -5,7 +5,6 @@ import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
@@ -18,9 +17,6 @@ from tests.reference import network as reference
 from topformer_jax import checkpoints, config, load, models
 from topformer_jax.checkpoints import torch_format
 from topformer_jax.runtime.errors import UserError
-from topformer_jax.training import run as run_lib
-from topformer_jax.training.run_folder import RunFolder
-from topformer_jax.training.step import TrainState
 
 BIAS = "decode_head.conv_seg.bias"
 
@@ -194,41 +190,10 @@ def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> 
     assert store.best == (2, 0.6)
     store.close()
 
-    store = checkpoints.CheckpointStore(tmp_path, 1)
-    assert (store.best, store.latest, store.is_evaluated(5)) == ((2, 0.6), 5, True)
+    store = checkpoints.CheckpointStore(tmp_path, 1, {2: 0.6, 5: 0.5, 9: 1.0})  # step 9 was never written
+    assert (store.best, store.latest, store.is_evaluated(5), store.is_evaluated(9)) == ((2, 0.6), 5, True, False)
     assert store.read_metadata(5) == {"config": {"seed": 5}, "meta": {}}
     store.close()
-
-
-def test_scores_that_are_damaged_gone_or_of_no_step(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The best step stays, by the log; a step that is gone is scored again, also if the next start ends at once."""
-    folder = RunFolder(tmp_path, 60)
-    scores = tmp_path / "checkpoints" / "scores.json"
-    scores.parent.mkdir()
-    scores.write_text('{"1": null}')
-    with pytest.raises(UserError, match=r"scores.json is not the JSON .*; move it away, and those of the log"):
-        run_lib.open_store(config.shapes(), folder)
-    scores.unlink()
-    records = [{"step": 1, "kind": "train", "loss": 1.0}]
-    records += [{"step": n, "kind": "evaluation", "miou": miou} for n, miou in ((1, 0.5), (2, 0.25), (9, 1.0))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    config_of_run = config.load(config.shapes(), {"max_to_keep": 1})
-    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
-        assert (store.latest, capsys.readouterr().out) == (None, "")
-    with contextlib.closing(checkpoints.CheckpointStore(scores.parent, 9)) as store:
-        for step in (1, 2):
-            store.save(step, {"model": {"x": jax.numpy.full(3, step)}}, {"config": {}})
-    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
-        assert (store.best, store.is_evaluated(9)) == ((1, 0.5), False)
-        assert capsys.readouterr().out == f"{scores} has no scores: 2 of the log are used\n"
-        store.add_score(9, 1.0)
-    with contextlib.closing(run_lib.open_store(config_of_run, folder)) as store:
-        assert json.loads(scores.read_text()) == {"1": 0.5, "2": 0.25}
-        assert capsys.readouterr().out == ""
-        store.save(3, {"model": {"x": jax.numpy.zeros(3)}}, {"config": {}})
-    assert _steps(scores.parent) == ["1", "3"]
 
 
 def _trees() -> dict[str, Any]:
@@ -264,20 +229,4 @@ def test_changed_bits_of_a_run(tmp_path: pathlib.Path, name: str) -> None:
             checkpoints.read_model(tmp_path)
     else:
         assert checkpoints.read_model(tmp_path)[0]["a"].dtype == jax.numpy.bfloat16
-    store.close()
-
-
-def test_a_score_is_noted_after_the_log_that_holds_it(tmp_path: pathlib.Path) -> None:
-    """While uploads fail, the file of scores lacks it: a run that goes on from there scores the step again."""
-    training, state = mock.Mock(spec=run_lib.Run), TrainState(0, {}, {}, None, {})
-    training.config, training.log = config.shapes(), mock.Mock()
-    training.shutdown, training.folder = mock.Mock(), mock.Mock()
-    training.store = store = checkpoints.CheckpointStore(tmp_path, 1)
-    noted = []
-    with mock.patch.object(run_lib, "_score_segmenter", return_value={"miou": 0.25}):
-        for step, training.folder.upload.return_value in ((1, False), (2, True)):
-            run_lib.evaluate_and_log(training, state, step)
-            noted.append([json.loads(path.read_text()) for path in tmp_path.iterdir()])
-    assert store.is_evaluated(1)  # the best checkpoint stays
-    assert noted == [[], [{"1": 0.25, "2": 0.25}]]
     store.close()

@@ -298,10 +298,6 @@ LOCK = """{"run": "a", "host": "elsewhere", "pid": 7, "boot": "x", "namespace": 
     "renewals": 3}"""
 
 
-def read_scores(path: pathlib.Path) -> None:
-    checkpoints.CheckpointStore(path.parent, 1).close()
-
-
 def is_image(image: np.ndarray) -> bool:
     return image.dtype == np.uint8 and image.ndim == 3 and image.size < 1 << 24
 
@@ -313,7 +309,6 @@ def is_label(label: np.ndarray) -> bool:
 KINDS: dict[str, Kind] = {
     "metrics.jsonl": Kind(writer_of(RECORDS, "metrics.jsonl"), logs.read_records),
     "run.lock": Kind(writer_of(LOCK, "run.lock"), lambda path: run_folder.Lease(path.parent, 1.0, 0.0).release()),
-    "scores.json": Kind(writer_of('{"2000": 0.35, "4000": 0.5}', "scores.json"), read_scores),
     "safetensors": Kind(make_safetensors, safetensors_format.read, equals_tensors),
     "pth": Kind(make_pth, read_transposed, equals_tensors),
     "shard": Kind(functools.partial(make_records, name="ade20k-train.array_record-00000-of-00001"), read_records),

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.commands import FOLDER, LONGEST, ROOT, arguments, only_line, refused_here, run_here, start
-from topformer_jax.checkpoints.orbax_store import SCORES_FILE
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
 
@@ -69,7 +68,7 @@ def test_a_full_disk_and_a_bad_picture_lose_nothing(
     assert "from checkpoint 6" in run_here(workdir, changes)
     steps = [json.loads(text)["step"] for text in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 6]
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6", SCORES_FILE]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "6"]
 
 
 @pytest.mark.parametrize("part", ["metrics.jsonl", "tensorboard"])

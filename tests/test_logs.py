@@ -56,7 +56,7 @@ def test_a_resumed_run_discards_later_records_and_cut_lines(tmp_path: pathlib.Pa
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "kind": "train", "loss": 1.0}) for step in (1, 2, 3)]
     path.write_text("\n".join([*lines, lines[0][:9], "7", "{}"]))
-    logs.RunLog(tmp_path, 2, 10, active=True).close()
+    logs.RunLog(tmp_path, 2, 10, logs.read_records(path), active=True).close()
     assert [record["step"] for record in logs.read_records(path)] == [1, 2]
     assert path.read_text().count("\n") == 2
 

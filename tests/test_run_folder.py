@@ -153,8 +153,8 @@ def test_logs_grow_in_the_bucket(bucket: Bucket) -> None:
 
     with RunFolder(bucket / "run", 3600) as folder:
         folder.open()
-        folder.fetch("metrics.jsonl")
-        logs.RunLog(folder.local, 1, 10, active=True).close()
+        records = logs.read_records(bucket / "run/metrics.jsonl")
+        logs.RunLog(folder.local, 1, 10, records, active=True).close()
     assert [record["step"] for record in logs.read_records(bucket / "run/metrics.jsonl")] == [1]
     assert len(list((bucket / "run/tensorboard").iterdir())) == 2
 

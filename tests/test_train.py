@@ -70,6 +70,7 @@ def test_a_later_start_of_a_finished_run(whole: tuple[pathlib.Path, str]) -> Non
     out = run_here(workdir, {"schedule.lr": 0.5, "log_every": 3})
     assert "from checkpoint 6" in out
     assert (workdir / "metrics.jsonl").read_text() == before
+    assert f"best: mIoU {logs.read_records(workdir / 'metrics.jsonl')[-1]['miou']:.4f} at step 6" in out
     assert "changed since step 6: schedule.lr: 0.003 -> 0.5\n" in out
     assert out.count("changed since") == 1
     texts = [file.read_text() for file in sorted((workdir / "configs").iterdir())]

@@ -67,7 +67,8 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     weighted = set_class_weight(config, data_set, pixels)
     class_draws = run_lib.find_class_draws(config, data_set, pixels)
     state, train_step = init_training(weighted, mesh, model, teacher)
-    store = run_lib.open_store(config, folder)
+    records = logs.read_records(folder.path / "metrics.jsonl", processes.say)
+    store = run_lib.open_store(config, folder, records)
     start = store.latest or 0
     changes: list[str] = []
     if start:
@@ -79,7 +80,7 @@ def train(config: ConfigDict, folder: RunFolder, profile_steps: range = range(0)
     # ---- the run
     if is_first:
         run_lib.record_start(config, folder, start)
-    log = logs.RunLog(folder.local, start, config.schedule.steps, active=is_first)
+    log = logs.RunLog(folder.local, start, config.schedule.steps, records, active=is_first)
     shutdown = GracefulShutdown()
     run = Run(
         config=config,

@@ -3,17 +3,16 @@
 Each step holds `model`, a flat dictionary of tensors by official name in this package's layout, and metadata:
 `config` (its settings) and `meta` (what an mmcv file says about itself: epoch, iteration, classes). Training adds
 `optimizer` and, with `ema_decay`, `average`, which readers of the model get instead of `model`. A step is written
-once and never changed: `scores.json` beside the steps holds their scores. The entry `crc32` of the metadata has a
-checksum of each array that the first process holds as a whole: neither OCDBT's files nor zstd's blocks have one.
+once and never changed: the run's log holds its score. The entry `crc32` of the metadata has a checksum of each array
+that the first process holds as a whole: neither OCDBT's files nor zstd's blocks have one.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +20,10 @@ import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from topformer_jax.runtime import files, processes
+from topformer_jax.runtime import files
 from topformer_jax.runtime.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
-SCORES_FILE = "scores.json"
 EXIT_SECONDS = 10.0  # a process that has to end waits so long for a write in flight
 
 
@@ -136,14 +134,14 @@ class CheckpointStore:
 
     Every process of a run makes one on the same folder and calls the same methods in the same order. An older step
     is deleted when its successor is complete. Methods raise a UserError if the folder cannot be read or written.
-    `read_log` gives scores by step if `scores.json` has none: without any, the best step would not stay.
+    `scores` are those of earlier starts, 0 to 1, by step; those of steps after the newest one are left out.
     """
 
-    def __init__(self, directory: files.Path, max_to_keep: int, read_log: Callable[[], dict[int, float]] = dict):
+    def __init__(self, directory: files.Path, max_to_keep: int, scores: Mapping[int, float] = {}):
         self.directory = directory
         self._newest_started = 0
         self._metadata: dict[int, tuple[dict[str, Any], dict[str, int]]] = {}
-        self._scores = _read_scores(directory / SCORES_FILE)
+        self._scores: dict[int, float] = {}
         try:
             self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
         except Exception as error:
@@ -151,15 +149,7 @@ class CheckpointStore:
                 f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
             ) from None
         newest = self.latest or 0
-        if gone := [step for step in self._scores if step > newest]:
-            for step in gone:  # never written, or moved away: the log loses its score, too
-                del self._scores[step]
-            self._write_scores()
-        if newest and not self._scores:
-            self._scores |= {step: score for step, score in read_log().items() if step <= newest}
-            if self._scores:
-                count = len(self._scores)
-                processes.say(f"{directory / SCORES_FILE} has no scores: {count} of the log are used")
+        self._scores |= {step: score for step, score in scores.items() if step <= newest}
 
     @property
     def latest(self) -> int | None:
@@ -195,18 +185,9 @@ class CheckpointStore:
             metadata = metadata | {"crc32": checksums(trees)}
             self._checkpointer.save_checkpointables_async(step, trees, force=True, custom_metadata=metadata)
 
-    def add_score(self, step: int, score: float, *, to_file: bool = True) -> None:
-        """Notes the score of a saved step, 0 to 1; the step of the highest score stays.
-
-        A run that resumes from a step without a score in `scores.json` scores it again.
-        """
+    def add_score(self, step: int, score: float) -> None:
+        """Notes the score of a saved step, 0 to 1; the step of the highest score stays."""
         self._scores[step] = score
-        if to_file:
-            self._write_scores()
-
-    def _write_scores(self) -> None:
-        if jax.process_index() == 0:
-            files.write_file(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
     def read_metadata(self, step: int) -> dict[str, Any]:
         """The `config` and `meta` of a saved step."""
@@ -305,13 +286,6 @@ def _find_best(steps: Sequence[int], scores: Mapping[int, float]) -> int | None:
     """The step of the highest score, the newest one of several; None if no step has a score."""
     evaluated = [(scores[step], step) for step in steps if step in scores]
     return max(evaluated)[1] if evaluated else None
-
-
-def _read_scores(path: files.Path) -> dict[int, float]:
-    """The scores that a run has noted so far; a UserError if the file cannot be read, or holds something else."""
-    advice = '; expected scores by step, such as {"2000": 0.35}; move it away, and those of the log are used'
-    data = files.read_existing(path)
-    return {} if data is None else files.read_json(data, dict[int, float], path, advice)
 
 
 def _absolute(directory: str | os.PathLike[str]) -> files.Path:

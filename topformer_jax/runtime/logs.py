@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -51,19 +51,27 @@ class RunLog:
     """The log of one training run; without `active`, as on all processes except the first, it does nothing.
 
     Appends to `metrics.jsonl` (one JSON object per line: `step`, `kind`, values), writes TensorBoard events, shows a
-    progress bar on a terminal, plain lines elsewhere. A run resumed at `start` discards the records of later steps.
-    Every method raises a UserError if a file cannot be written.
+    progress bar on a terminal, plain lines elsewhere. Of the records of earlier starts, a run resumed at `start`
+    keeps those up to this step. Every method raises a UserError if a file cannot be written.
     """
 
-    def __init__(self, workdir: pathlib.Path, start: int, steps: int, *, active: bool):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start: int,
+        steps: int,
+        earlier: Sequence[Mapping[str, Any]] = (),
+        *,
+        active: bool,
+    ):
         self.active = active
         self.steps = steps
         self._path = workdir / "metrics.jsonl"
         self._start, self._start_time = start, time.monotonic()
         if not active:
             return
-        earlier = [record for record in read_records(self._path) if record["step"] <= start]
-        files.write_file(self._path, b"".join(map(_encode_line, earlier)))
+        kept = [record for record in earlier if record["step"] <= start]
+        files.write_file(self._path, b"".join(map(_encode_line, kept)))
         self._events = _EventWriter(workdir / "tensorboard", start + 1)
         hidden = not sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step", disable=hidden, leave=False)
@@ -228,10 +236,10 @@ def _encode_line(record: Mapping[str, Any]) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record), indent=0) + b"\n"
 
 
-def read_records(path: files.Path) -> list[dict[str, Any]]:
+def read_records(path: files.Path, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
     """Reads the records of a `metrics.jsonl`; none if there is no file, a UserError if it cannot be read.
 
-    Damaged lines are left out, which is printed, except for the last one, which a crash may have cut off.
+    Damaged lines are left out, which `say` prints, except for the last one, which a crash may have cut off.
     """
     records, damaged = [], []
     lines = (files.read_existing(path, "; move it away") or b"").splitlines(keepends=True)
@@ -242,7 +250,7 @@ def read_records(path: files.Path) -> list[dict[str, Any]]:
         except UserError:
             damaged += [number] if line.endswith(b"\n") else []
     if damaged:
-        print(f"left out of {path}: {len(damaged)} damaged lines, line {damaged[0]} is the first", flush=True)
+        say(f"left out of {path}: {len(damaged)} damaged lines, line {damaged[0]} is the first")
     return records
 
 

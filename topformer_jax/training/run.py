@@ -101,14 +101,13 @@ def find_class_draws(
     return draws
 
 
-def open_store(config: ConfigDict, folder: RunFolder) -> checkpoints.CheckpointStore:
-    """The checkpoints of a run; its log may hold scores that the file of scores lacks."""
-
-    def read_log() -> dict[int, float]:
-        name, records = SCORES[config.task], logs.read_records(folder.path / "metrics.jsonl")
-        return {record["step"]: record[name] for record in records if isinstance(record.get(name), float)}
-
-    return checkpoints.CheckpointStore(folder.path / "checkpoints", config.max_to_keep, read_log)
+def open_store(
+    config: ConfigDict, folder: RunFolder, records: Sequence[Mapping[str, Any]]
+) -> checkpoints.CheckpointStore:
+    """The checkpoints of a run, with their scores from the records of its log."""
+    name = SCORES[config.task]
+    scores = {record["step"]: record[name] for record in records if isinstance(record.get(name), float)}
+    return checkpoints.CheckpointStore(folder.path / "checkpoints", config.max_to_keep, scores)
 
 
 def check_changes(
@@ -149,12 +148,11 @@ def _to_trees(state: TrainState) -> dict[str, Any]:
 
 
 def record_start(config: ConfigDict, folder: RunFolder, start: int) -> None:
-    """Stores the settings of this start, and fetches an earlier log."""
+    """Stores the settings of this start."""
     text = config.to_json(indent=2)
     moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     for name in ("config.json", f"configs/{start:07}-{moment}.json"):
         files.write_file(folder.local / name, text)
-    folder.fetch("metrics.jsonl")
 
 
 def print_banner(run: Run, state: TrainState, changes: Sequence[str]) -> None:
@@ -368,8 +366,8 @@ def evaluate_and_log(run: Run, state: TrainState, step: int) -> None:
         except _EvaluationStopped:
             return
     run.log.log_evaluation(step, scores)
-    # The file has a score only when the log has it.
-    run.store.add_score(step, scores[SCORES[run.config.task]], to_file=run.folder.upload())
+    run.folder.upload()
+    run.store.add_score(step, scores[SCORES[run.config.task]])
 
 
 def _score_segmenter(

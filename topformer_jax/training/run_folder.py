@@ -73,11 +73,6 @@ class RunFolder:
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(UPLOAD_SECONDS if kind is None else 0.0)
 
-    def fetch(self, name: str) -> None:
-        """Copies a file of an earlier start, if there is one, from the bucket."""
-        if self._thread is not None and (data := files.read_existing(self.path / name)) is not None:
-            (self.local / name).write_bytes(data)
-
     def upload(self) -> bool:
         """Uploads changed files, and returns whether all arrived; prints the first failure."""
         if self._thread is None:
