@@ -1,4 +1,4 @@
-"""Processes on machines of their own: hosts where each is process 1, as in pods, or one without /proc, as on macOS.
+"""Processes on hosts of their own, where each is process 1, as in pods.
 
 They are namespaces of this kernel, and need the right to make them; a test is skipped where they cannot be made.
 """
@@ -14,8 +14,6 @@ import pytest
 from tests.commands import LONGEST, ROOT
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
-WITHOUT_PROC = ("mount -t tmpfs none /proc",)
-HIDDEN_PROC = ("mount -t proc -o hidepid=2 none /proc",)  # as on clusters: nobody sees the processes of others
 
 
 def make_host(folder: pathlib.Path, lock: pathlib.Path | None = None) -> tuple[str, ...]:
@@ -28,9 +26,8 @@ def make_host(folder: pathlib.Path, lock: pathlib.Path | None = None) -> tuple[s
 
 
 def start(program: str, mounts: tuple[str, ...], *words: Any) -> subprocess.Popen[str]:
-    """A Python program on another machine; with a boot id of its own, or without mounts, it is process 1 there."""
-    is_pod = not mounts or any(BOOT_ID in mount for mount in mounts)
-    flags = ["--pid", "--fork", "--kill-child", "--mount-proc"] if is_pod else ["--mount"]
+    """A Python program on another host, where it is process 1."""
+    flags = ["--pid", "--fork", "--kill-child", "--mount-proc"]
     shell = ["sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
     if subprocess.run(["unshare", *flags, *shell, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to make namespaces")

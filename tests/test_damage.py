@@ -294,8 +294,7 @@ MAT = miniatures.mat(S=np.arange(48, dtype=np.uint8).reshape(6, 8))
 RECORDS = "".join(
     json.dumps({"step": step, "kind": "train", "loss": 0.5, "accuracy": None}) + "\n" for step in (1, 2)
 )
-LOCK = """{"run": "a", "host": "elsewhere", "pid": 7, "boot": "x", "namespace": "pid:[1]", "started": "99",
-    "renewals": 3}"""
+LOCK = '{"run": "a", "host": "elsewhere", "pid": 7, "boot": "x", "renewals": 3}'
 
 
 def is_image(image: np.ndarray) -> bool:

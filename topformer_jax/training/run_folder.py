@@ -1,6 +1,7 @@
 """The folder of a training run: one run at a time; a folder in a bucket is written locally and uploaded."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -10,7 +11,6 @@ import tempfile
 import threading
 import time
 import uuid
-from typing import Annotated
 
 import jax
 import msgspec
@@ -29,10 +29,8 @@ class Record(msgspec.Struct):
 
     run: str
     host: str
-    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    pid: int
     boot: str = ""
-    namespace: str = ""
-    started: str | None = None
     renewals: int = 0
 
 
@@ -127,7 +125,10 @@ class RunFolder:
 
 
 class Lease:
-    """Reserves a work directory for one run by a file that it renews; after a crash a successor takes it over.
+    """Reserves a work directory for one run; after a crash a successor takes it over.
+
+    The kernel locks a local folder until the process ends. Other machines may not see this lock, and a bucket has
+    none: the run also renews a file there.
 
     Raises:
         UserError: another run uses the folder, or the lease cannot be written.
@@ -141,7 +142,8 @@ class Lease:
     ):
         self._folder, self._file = folder, folder / LEASE
         self._renew_seconds, self._expired_seconds = renew_seconds, expired_seconds
-        self._record = _this_process()
+        self._record = Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), files.read_boot_id())
+        self._lock: int | None = None  # the locked folder's file descriptor
         self._wait_until_free()
         files.write_file(self._file, msgspec.json.encode(self._record))
         self._released = threading.Event()
@@ -157,20 +159,24 @@ class Lease:
 
     def _wait_until_free(self) -> None:
         """Returns once no other run uses the folder; a UserError if one does."""
-        if (other := self._read()) is None or (has_ended := _has_ended(other)):
+        other = self._read()
+        who = f"process {other.pid} on {other.host}" if other else "another run"
+        in_use = UserError(f"{self._folder} is in use by {who}: give another --workdir, or end that run")
+        try:
+            self._lock = _lock_folder(self._folder)
+        except BlockingIOError:
+            raise in_use from None
+        is_of_this_machine = other is not None and other.boot == self._record.boot != ""
+        if other is None or (is_of_this_machine and self._lock is not None):
             return
-        who, expired = f"process {other.pid} on {other.host}", self._expired_seconds
-        if has_ended is None:
-            print(
-                f"{self._folder} was used by {who}: waiting {expired:.0f} s to see whether it still is",
-                flush=True,
-            )
-            deadline = time.monotonic() + expired
-            while (now := self._read()) == other and time.monotonic() < deadline:
-                time.sleep(min(self._renew_seconds, expired) / 3)
-            if now in (other, None):
-                return
-        raise UserError(f"{self._folder} is in use by {who}: give another --workdir, or end that run")
+        expired = self._expired_seconds
+        print(f"{self._folder} was used by {who}: waiting {expired:.0f} s to see whether it still is", flush=True)
+        deadline = time.monotonic() + expired
+        while (now := self._read()) == other and time.monotonic() < deadline:
+            time.sleep(min(self._renew_seconds, expired) / 3)
+        if now not in (other, None):
+            self._unlock()
+            raise in_use
 
     def _renew_loop(self) -> None:
         pause = 1.0  # the first look is for a run that started at the same moment
@@ -199,37 +205,27 @@ class Lease:
         with contextlib.suppress(Exception):  # it expires, or is a successor's by now
             if (found := self._read()) and found.run == self._record.run:
                 self._file.unlink()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
 
 
-def _this_process() -> Record:
-    """The record of a new run in this process; a namespace tells containers of one machine apart."""
-    namespace = ""
-    with contextlib.suppress(OSError):  # not a Linux
-        namespace = os.readlink("/proc/self/ns/pid")
-    pid, boot = os.getpid(), files.read_boot_id()
-    return Record(uuid.uuid4().hex, socket.gethostname(), pid, boot, namespace, _start_time(pid))
+def _lock_folder(folder: files.Path) -> int | None:
+    """Locks a local folder until its descriptor, which is returned, is closed; None where this is not possible.
 
-
-def _has_ended(record: Record) -> bool | None:
-    """Whether the process of a lease has ended; None if it is another machine's, or the kernel does not say."""
-    here = _this_process()
-    place = here.host, here.boot, here.namespace
-    if not all(place) or place != (record.host, record.boot, record.namespace):
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if files.is_in_bucket(folder):
         return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(record.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's, which /proc may hide
-        pass
-    started = _start_time(record.pid)
-    return None if started is None else started != record.started
-
-
-def _start_time(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks; "" if it has ended, None if the kernel does not say."""
-    try:
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
-    return "" if fields[0] in "ZX" else fields[19]  # a dead process stays until its parent asks for it
+    return descriptor
