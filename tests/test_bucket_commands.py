@@ -54,7 +54,7 @@ def contents(folder: Any) -> dict[str, bytes]:
 
 
 def weights(path: Any) -> dict[str, bytes]:
-    tensors, _ = checkpoints.load.import_format(checkpoints.load.find_format(path)).read(path)
+    tensors, _ = checkpoints.load.find_format(path).read(path)
     return {name.removeprefix("state_dict/"): np.asarray(value).tobytes() for name, value in tensors.items()}
 
 

@@ -28,7 +28,7 @@ def test_slices_change_neither_the_mesh_nor_so_the_numbers(fsdp: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh__fsdp": 8, "mesh__slices": 2}, "gather parameters across slices of 4 devices"),
+        ({"mesh__fsdp": 8, "mesh__slices": 2}, "does not divide the 4 devices of a slice"),
         ({"mesh__slices": 3}, "slices of 3 and 3 and 2 devices: all must have the same number"),
         ({"mesh__slices": 16}, "mesh.slices=16, but the 8 devices lie in 8"),
     ],
@@ -50,7 +50,7 @@ def test_two_slices_of_a_tpu() -> None:
     assert processes == sorted(processes)
     in_order = sharding.make_inference_mesh(devices).devices
     assert [device.slice_index for device in in_order] == [0] * 8 + [1] * 8
-    with pytest.raises(UserError, match="across slices of 8 devices"):
+    with pytest.raises(UserError, match="does not divide the 8 devices of a slice"):
         _mesh(devices, mesh__fsdp=16)
     with pytest.raises(UserError, match="but the 16 devices lie in 2"):
         _mesh(devices, mesh__slices=1)

@@ -43,7 +43,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from topformer_jax import checkpoints, config as config_lib, models
-from topformer_jax.checkpoints.load import FILE_FORMATS, TORCH, check_finite, find_format, import_format
+from topformer_jax.checkpoints import torch_format
+from topformer_jax.checkpoints.load import FILE_FORMATS, check_finite, find_format
 from topformer_jax.checkpoints.origin import complete_config, read_names, set_origin
 from topformer_jax.data import sources
 from topformer_jax.data.catalog import DataSet
@@ -75,8 +76,8 @@ def main() -> None:
     part = "backbone" if args.init_from_classifier else "all_but_classes" if args.new_head else "all"
     if config is None:
         file_format = find_format(source)
-        may_hold_config = part == "all" and file_format is not TORCH
-        tensors, metadata = import_format(file_format).read(source) if may_hold_config else ({}, {})
+        may_hold_config = part == "all" and file_format is not torch_format
+        tensors, metadata = file_format.read(source) if may_hold_config else ({}, {})
         if "config" not in metadata:
             raise UserError(f"reading {source} needs --config FILE: the model that its tensors must fit")
         check_finite(tensors, str(source))

@@ -6,7 +6,6 @@ A reader puts the keys that lead to a state dict before its names, with "/": `st
 put prefixes before names; averages, teachers, profilers, losses and auxiliary heads add tensors.
 """
 
-import importlib
 import os
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from topformer_jax import models
+from topformer_jax.checkpoints import orbax_store, safetensors_format, torch_format
 from topformer_jax.checkpoints.origin import set_origin
 from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
@@ -56,8 +56,11 @@ SURPLUS = re.compile(
 # The modules of the formats. Each has `read(path)`, which returns tensors in this package's layout under the names of
 # the file, and metadata (`meta`, and `config` if it is known); `write(path, tensors, metadata)`; and `file_shape`,
 # which gives the shape of a tensor as the file has it, for messages.
-FOLDER, TORCH = "orbax_store", "torch_format"
-FILE_FORMATS = {".pth": TORCH, ".pt": TORCH, ".safetensors": "safetensors_format"}
+FILE_FORMATS: dict[str, ModuleType] = {
+    ".pth": torch_format,
+    ".pt": torch_format,
+    ".safetensors": safetensors_format,
+}
 
 
 def load_model(
@@ -119,7 +122,7 @@ def read_checkpoint(
     if part == "backbone" and config.task != "segmentation":
         raise UserError("only a segmenter can start from a classifier's backbone; the config is a classifier's")
     path = files.as_path(path)
-    module = import_format(find_format(path))
+    module = find_format(path)
     tensors, metadata = module.read(path)
     variables = models.named_variables(model)
     shapes = {name: variable.shape for name, variable in variables.items()}
@@ -147,22 +150,17 @@ def write_checkpoint(
         UserError: it exists, or cannot be written.
     """
     target = files.as_path(path)
-    import_format(FILE_FORMATS.get(target.suffix.lower(), FOLDER)).write(target, tensors, metadata)
+    FILE_FORMATS.get(target.suffix.lower(), orbax_store).write(target, tensors, metadata)
 
 
-def find_format(path: files.Path) -> str:
-    """The format of an existing checkpoint; PyTorch files have suffixes of all kinds."""
+def find_format(path: files.Path) -> ModuleType:
+    """The module that reads an existing checkpoint; PyTorch files have suffixes of all kinds."""
     with files.report_errors("read", path):
         exists, is_folder = path.exists(), path.is_dir()
     if not exists:
         suffixes = " or ".join(FILE_FORMATS)
         raise UserError(f"there is no checkpoint {path}: expected a {suffixes} file, or a checkpoint folder")
-    return FOLDER if is_folder else FILE_FORMATS.get(path.suffix.lower(), TORCH)
-
-
-def import_format(name: str) -> ModuleType:
-    """The module of a format."""
-    return importlib.import_module(f"topformer_jax.checkpoints.{name}")
+    return orbax_store if is_folder else FILE_FORMATS.get(path.suffix.lower(), torch_format)
 
 
 def fresh_names(names: Iterable[str], part: str) -> set[str]:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from topformer_jax.config.recipes import base_config
 from topformer_jax.config.settings import LONGEST_SIDE, SETTINGS, as_typed
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.runtime.files import shorten
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 PATHS = ("data.root", "data.cache", "init_from", "distillation.config", "distillation.checkpoint")
@@ -31,7 +32,7 @@ REFUSED = {
 # Settings that change neither what the model learns nor its scores.
 SILENT = {
     *("name", "log_every", "checkpoint_every", "evaluate_every", "upload_every", "max_to_keep"),
-    *("data.num_workers", "data.prefetch", "data.cache", "mesh.data", "mesh.fsdp", "mesh.slices"),
+    *("data.num_workers", "data.prefetch", "data.cache", "mesh.fsdp", "mesh.slices"),
     *("evaluation.per_device_batch_size", "data.class_names"),  # class names have a check of their own
 }
 SEGMENTATION_ONLY = (
@@ -130,7 +131,7 @@ def compare_configs(stored: Mapping[str, Any], config: ConfigDict, source: objec
             )
     end = dict.fromkeys(WITHOUT_EFFECT, " (without effect: the run goes on from its checkpoint)")
     return [
-        f"{key}: {_shorten(as_typed(before[key]))} -> {_shorten(as_typed(now[key]))}{end.get(key, '')}"
+        f"{key}: {shorten(as_typed(before[key]))} -> {shorten(as_typed(now[key]))}{end.get(key, '')}"
         for key in changed
         if key not in SILENT
     ]
@@ -243,7 +244,7 @@ def _parse_one(key: str, value: Any, kind: type, whole: Any) -> Any:
     if setting.legal is not None and value not in setting.legal:
         near = difflib.get_close_matches(value, setting.legal, 1) if isinstance(setting.legal, tuple) else []
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{key} is {_show(whole)}: {hint}expected {setting.expected}")
+        raise UserError(f"{key} is {shorten(repr(whole))}: {hint}expected {setting.expected}")
     return kind(value)
 
 
@@ -260,7 +261,7 @@ def _wrong_type(key: str, value: Any) -> UserError:
         example = ("name", "name") if _part_type(key) is str else (1.0, 2.5)
     kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
     kind = " or ".join((kind, *SETTINGS[key].names))
-    return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
+    return UserError(f"{key} cannot be {shorten(repr(value))}: expected {kind}")
 
 
 def _check(values: Mapping[str, Any]) -> ConfigDict:
@@ -280,12 +281,12 @@ def _check_together(values: Mapping[str, Any]) -> None:
         expected = "expected 1 to 255 in segmentation, whose labels are bytes with 255 for void"
         raise UserError(f"model.num_classes is {classes}: {expected}")
     if values["name"] in (".", "..") or set(values["name"]) & set("/\\"):
-        raise UserError(f"name is {_show(values['name'])}: expected the name of a folder, which goes into runs/")
+        raise UserError(f"name is {shorten(values['name'])!r}: expected the name of a folder, which goes into runs/")
     if isinstance(weights, tuple) and len(weights) not in (0, classes):
         raise UserError(f"loss.class_weight has {len(weights)} numbers: expected one for each of {classes} classes")
     for key in SEGMENTATION_ONLY:
         if is_classification and values[key] != SETTINGS[key].default:
-            raise UserError(f"{key} is {_show(values[key])}: it is for task=segmentation only")
+            raise UserError(f"{key} is {shorten(repr(values[key]))}: it is for task=segmentation only")
     if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):
         raise UserError(
             "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
@@ -327,19 +328,6 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
         longest = max(values[ratios]) * max(values[scale])
         if longest > LONGEST_SIDE:
             raise UserError(
-                f"{ratios} is {_show(values[ratios])}: with {scale}={values[scale]} an image's long side would be "
+                f"{ratios} is {values[ratios]}: with {scale}={values[scale]} an image's long side would be "
                 f"{longest:,.0f} pixels, at most {LONGEST_SIDE:,} are possible"
             )
-
-
-def _show(value: Any) -> str:
-    """The repr of a value in at most 60 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print numbers of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

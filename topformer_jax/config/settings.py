@@ -244,7 +244,6 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "schedule.warmup_ratio": Setting(1e-6, "factor for the learning rate at step 0", PROBABILITY),
     },
     "Devices": {
-        "mesh.data": Setting(-1, "devices that share a batch; -1: number of devices / mesh.fsdp", Range(-1, 10**6)),
         "mesh.fsdp": Setting(
             1, "devices of a slice that share parameters, optimizer state and the batch", Range(1, 10**6)),
         "mesh.slices": Setting(0, "number of TPU slices; 0: read from the devices", Range(0, 10**4)),

@@ -20,22 +20,15 @@ def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = N
     parameters, are in one slice. Only sums travel between slices: gradients and BatchNorm statistics.
 
     Raises:
-        UserError: the axes do not multiply to the number of devices or do not divide the batch, or the slices do not
-            fit `config.mesh`.
+        UserError: the slices do not fit `config.mesh`, or the devices do not divide the batch.
     """
     slices = _split_into_slices(jax.devices() if devices is None else devices, config.mesh.slices)
     count = sum(map(len, slices))
     fsdp = config.mesh.fsdp
-    data = count // max(fsdp, 1) if config.mesh.data == -1 else config.mesh.data
-    if fsdp < 1 or data < 1 or data * fsdp != count:
-        raise UserError(
-            f"a mesh of data {config.mesh.data} x fsdp {fsdp} does not cover the {count} devices: "
-            "set mesh.data=-1 and mesh.fsdp to a divisor of their number"
-        )
     if len(slices[0]) % fsdp:
         raise UserError(
-            f"mesh.fsdp={fsdp} would gather parameters across slices of {len(slices[0])} devices: "
-            "set mesh.fsdp to a divisor of that number"
+            f"mesh.fsdp={fsdp} does not divide the {len(slices[0])} devices of a slice, which gather parameters: "
+            "set it to a divisor of their number"
         )
     micro_batch, rest = divmod(config.batch_size, config.grad_accum_steps)
     if rest or micro_batch % count:
@@ -43,7 +36,7 @@ def make_train_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = N
             f"a batch of {config.batch_size} images in {config.grad_accum_steps} micro-batches cannot be divided "
             f"evenly over {count} devices: set batch_size to a multiple of {config.grad_accum_steps * count}"
         )
-    return _make_mesh((data, fsdp), ("data", "fsdp"), slices)
+    return _make_mesh((count // fsdp, fsdp), ("data", "fsdp"), slices)
 
 
 def make_inference_mesh(devices: Sequence[jax.Device]) -> Mesh:
