@@ -4,11 +4,12 @@ import contextlib
 import io
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -86,6 +87,22 @@ def run_here(workdir: Workdir, changes: dict[str, Any], *flags: str) -> str:
         return command(train.main, *arguments(workdir, changes), *flags)
 
 
+@contextlib.contextmanager
+def stop_after(step: int) -> Iterator[None]:
+    """The training in this process gets SIGTERM after it has logged a step, and ends with it."""
+    log_step = logs.RunLog.log_step
+
+    def log_and_stop(log: logs.RunLog, at: int, values: Any) -> None:
+        log_step(log, at, values)
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)  # a thread sees the signal
+
+    with mock.patch.object(logs.RunLog, "log_step", log_and_stop), pytest.raises(SystemExit) as end:
+        yield
+    assert end.value.code == 128 + signal.SIGTERM
+
+
 def refused_command(main: Callable[[], None], *words: object) -> str:
     """The line that a command ends with, in this process."""
     err = io.StringIO()
@@ -104,10 +121,10 @@ def free_port() -> int:
 
 
 def start_pair(
-    workdir: Workdir, changes: dict[str, Any], *flags: str, port: int | None = None
+    workdir: Workdir, changes: dict[str, Any], *flags: str, port: int | None = None, devices: int = 4
 ) -> list[subprocess.Popen[str]]:
-    """Two processes of one training, with 4 devices each."""
-    return launch_pair("train", *arguments(workdir, changes), *flags, port=port)
+    """Two processes of one training, with this many devices each."""
+    return launch_pair("train", *arguments(workdir, changes), *flags, port=port, devices=devices)
 
 
 def losses(workdir: Workdir) -> dict[int, float]:

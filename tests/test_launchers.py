@@ -81,22 +81,6 @@ def test_further_flags_go_to_gcloud_which_checks_them(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        "compute tpus tpu-vm create top --version=v2-alpha-tpuv5-lite",  # no zone
-        "compute tpus tpu-vm create top --zone=us-west4-a --accelerator-type=v5litepod-8",  # no version
-        "compute tpus tpu-vm create top --zone=us-west4-a --version=v2-alpha --node-id=top",
-        "compute tpus queued-resources create q --zone=us-west4-a --runtime-version=v2-alpha-tpuv5 --node-count=1",
-        "compute tpus tpu-vm ssh top --node=all --command=ls --zone=us-west4-a",
-        "compute tpus tpu-vm ssh top --worker=all --zone=us-west4-a",
-        "compute tpus tpu-vm list-all",
-    ],
-)
-def test_the_fake_refuses_what_gcloud_would(cloud: Cloud, words: str) -> None:
-    assert cloud.bash("-c", f"gcloud {words}").returncode == 2
-
-
-@pytest.mark.parametrize(
     ("words", "line"),
     [
         (["crate"], "there is no action crate: create, setup, run, watch, status, logs, stop or delete"),

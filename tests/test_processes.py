@@ -1,6 +1,5 @@
 """Several processes: a signal to one ends all at one step, a dead one ends the others; how they find each other."""
 
-import functools
 import http.server
 import json
 import pathlib
@@ -26,20 +25,14 @@ CHANGES: dict[str, Any] = {
     "checkpoint_every": 100_000,
     "evaluate_every": 100_000,
 }
-PROFILE = ("--profile", "1:2")  # its file says that they train
 # Our line, or that of JAX's coordination service where it notices first.
 LOST = re.compile("another process of this run ended or stopped answering|another task died")
 
 
-def wait_for_steps(pair: list[subprocess.Popen[str]], workdir: pathlib.Path) -> None:
-    """Returns when they have trained for some steps: the profile of the first two is written."""
-    wait_for(pair, lambda: bool(list(workdir.glob("profile/**/*.xplane.pb"))))
-
-
 def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
     """The stop waits for no log step, and the newest checkpoint is of the step that it names."""
-    pair = start_pair(tmp_path, CHANGES, *PROFILE)
-    wait_for_steps(pair, tmp_path)
+    pair = start_pair(tmp_path, CHANGES, "--profile", "1:1", devices=1)
+    wait_for(pair, lambda: bool(list(tmp_path.glob("profile/**/*.xplane.pb"))))  # its file says that they train
     pair[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
     outputs = finish(pair)
@@ -56,8 +49,8 @@ def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_dead_process_ends_the_other(tmp_path: pathlib.Path, number: int) -> None:
-    pair = start_pair(tmp_path, CHANGES, *PROFILE)
-    wait_for_steps(pair, tmp_path)
+    pair = start_pair(tmp_path, CHANGES | {"log_every": 1}, devices=1)
+    wait_for(pair, lambda: count_steps(tmp_path) >= 3)
     pair[number].kill()
     began = time.monotonic()
     outputs = finish(pair)
@@ -77,10 +70,6 @@ def test_devices_that_do_not_start_are_one_line(tmp_path: pathlib.Path) -> None:
         assert "Traceback" not in err
 
 
-def has_steps(workdir: pathlib.Path, count: int) -> bool:
-    return count_steps(workdir) >= count
-
-
 def count_steps(workdir: pathlib.Path) -> int:
     log = workdir / "metrics.jsonl"
     return log.read_text().count('"train"') if log.exists() else 0
@@ -92,9 +81,9 @@ def test_no_signal_is_lost_while_steps_are_saved(tmp_path: pathlib.Path) -> None
     changes = CHANGES | {"checkpoint_every": 1, "log_every": 1}
     dice = random.Random(0)
     for _ in range(8):
-        pair = start_pair(tmp_path, changes)
         steps = count_steps(tmp_path) + 3
-        wait_for(pair, functools.partial(has_steps, tmp_path, steps))
+        pair = start_pair(tmp_path, changes, devices=1)
+        wait_for(pair, lambda steps=steps: count_steps(tmp_path) >= steps)  # type: ignore[misc]
         time.sleep(dice.uniform(0, 0.5))
         dice.choice(pair).send_signal(signal.SIGTERM)
         outputs = finish(pair)
@@ -128,7 +117,7 @@ def test_two_processes_leave_a_compilation_together(
 ) -> None:
     """Neither takes the other for dead, and both say the same."""
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
-    pair = start_pair(tmp_path, CHANGES)
+    pair = start_pair(tmp_path, CHANGES, devices=1)
     while all(process.poll() is None for process in pair) and not list(tmp_path.glob("configs/*.json")):
         time.sleep(0.01)
     time.sleep(0.5)

@@ -5,13 +5,12 @@ import os
 import pathlib
 import re
 import tempfile
-import time
 
 import pytest
 
 from tests import cloud, machines
 from tests.bucket import Bucket, bucket, storage
-from tests.commands import LONGEST, only_line, outcome, refused_here, run_here, start
+from tests.commands import LONGEST, only_line, refused_here
 from topformer_jax.runtime import files, logs
 from topformer_jax.runtime.errors import UserError
 from topformer_jax.training import run_folder
@@ -178,24 +177,6 @@ def test_a_request_is_repeated_while_the_server_fails(bucket: Bucket) -> None:
     bucket.set_faults(fail=2, status=503)
     files.write_file(bucket / "file", "text")
     assert (bucket / "file").read_text() == "text"
-
-
-def test_a_run_in_a_bucket(bucket: Bucket, tmp_path: pathlib.Path) -> None:
-    """Killed after a checkpoint, with a server that fails now and then; the same as on a local disk."""
-    local, remote = tmp_path / "run", bucket / "run"
-    run_here(local, {})
-    bucket.set_faults(fail=3, status=503, delay=0.01)
-    process = start(remote, {"upload_every": 1})
-    while process.poll() is None and not (remote / "checkpoints/2/commit_success.txt").exists():
-        time.sleep(0.5)
-    process.kill()
-    process.communicate()
-    out = run_here(remote, {})
-    assert "from checkpoint" in out
-    assert f"done: curves in {remote}/curves.png" in out
-    assert outcome(remote) == outcome(local)
-    for name in ("config.json", "curves.png", "predictions/0000006.png"):
-        assert (remote / name).exists()
 
 
 def test_a_second_run_is_refused(tmp_path: pathlib.Path) -> None:

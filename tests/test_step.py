@@ -21,7 +21,6 @@ from topformer_jax.data import augment
 from topformer_jax.data.batch import Batch
 from topformer_jax.ops.loss import PixelLoss, channel_divergence
 from topformer_jax.runtime import sharding
-from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.step import TrainState, init_training
 
 Find = Callable[[str], pathlib.Path]
@@ -261,15 +260,3 @@ def test_bfloat16_trains() -> None:
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
     assert all(value.dtype == jnp.float32 for value in state.params.values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 12}, "set batch_size to a multiple of 8"),
-        ({"batch_size": 16, "grad_accum_steps": 4}, "set batch_size to a multiple of 32"),
-    ],
-)
-def test_meshes_that_do_not_fit(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        sharding.make_train_mesh(config.load(config.ade20k("tiny"), changes))

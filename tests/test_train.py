@@ -3,8 +3,6 @@
 import json
 import pathlib
 import re
-import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.bucket import Bucket, bucket, storage
 from tests.commands import (
     LONGEST,
     ROOT,
@@ -29,6 +28,7 @@ from tests.commands import (
     run_here,
     start,
     start_pair,
+    stop_after,
 )
 from topformer_jax import config, load, train
 from topformer_jax.data import loader
@@ -38,6 +38,8 @@ from topformer_jax.runtime.errors import UserError
 from topformer_jax.training.run import STEPS_IN_FLIGHT, Monitor, Run, load_teacher, parse_steps
 from topformer_jax.training.run_folder import RunFolder
 from topformer_jax.training.step import learning_rate
+
+__all__ = ["bucket", "storage"]
 
 
 @pytest.fixture(scope="module")
@@ -178,19 +180,9 @@ def test_the_loop_refuses_implicit_transfers(tmp_path: pathlib.Path, monkeypatch
         train.train(settings, folder)
 
 
-def _wait_for_step(process: subprocess.Popen[str], workdir: pathlib.Path, step: int) -> None:
-    """Returns when it has logged the step, or has ended."""
-    comes_to_pass([process], lambda: max(losses(workdir) or {0: 0.0}) >= step)
-
-
 def test_a_signal_saves_and_the_same_command_goes_on(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
-    process = start(tmp_path, {})
-    _wait_for_step(process, tmp_path, 3)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=LONGEST)
-    assert process.returncode == 128 + signal.SIGTERM, out + err
-    assert "the same command resumes from here" in out
-    assert "Traceback" not in err
+    with stop_after(3):
+        run_here(tmp_path, {})
     stopped_at = max(losses(tmp_path))
     assert 3 <= stopped_at < 6
     assert f"from checkpoint {stopped_at}" in run_here(tmp_path, {})
@@ -198,7 +190,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(whole: tuple[pathlib.Path, 
 
 
 def test_a_killed_run_with_every_option_resumes(whole: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
-    """Averages, accumulation, workers, class weights, a profile, boundaries, and a teacher: the finished run."""
+    """Averages, accumulation, a worker, class weights, a profile, boundaries, and a teacher: the finished run."""
     teacher = tmp_path / "teacher.py"
     lines = "from topformer_jax import config", "def get_config():", "    settings = config.shapes()"
     teacher.write_text("\n".join([*lines, "    settings.model.depths = 1", "    return settings"]))
@@ -206,7 +198,6 @@ def test_a_killed_run_with_every_option_resumes(whole: tuple[pathlib.Path, str],
         "batch_size": 16,
         "ema_decay": 0.5,
         "grad_accum_steps": 2,
-        "data.num_workers": 2,
         "evaluation.boundary_pixels": 2,
         "data.balance": 0.5,
         "data.mix": "paste",
@@ -225,12 +216,28 @@ def test_a_killed_run_with_every_option_resumes(whole: tuple[pathlib.Path, str],
     assert "the pixels of classes are those in" not in out  # labels are counted once, for both settings
     assert re.search(r"step 6/6  miou 0\.\d+  macc 0\.\d+  aacc 0\.\d+  boundary_miou 0\.\d+", out)
     # The schedule depends on the number of steps, so the first half is cut off by a kill, not by fewer steps.
-    process = start(tmp_path / "cut", changes)
-    _wait_for_step(process, tmp_path / "cut", 2)
+    process = start(tmp_path / "cut", changes | {"data.num_workers": 1})
+    comes_to_pass([process], lambda: max(losses(tmp_path / "cut") or {0: 0.0}) >= 2)
     process.kill()
     process.communicate(timeout=LONGEST)
     run_here(tmp_path / "cut", changes)
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+
+
+def test_a_run_in_a_bucket(bucket: Bucket, whole: tuple[pathlib.Path, str]) -> None:
+    """Killed after a checkpoint, with a server that fails now and then; the same as on a local disk."""
+    remote = bucket / "run"
+    bucket.set_faults(fail=3, status=503, delay=0.01)
+    process = start(remote, {"upload_every": 1})
+    comes_to_pass([process], (remote / "checkpoints/2/commit_success.txt").exists)
+    process.kill()
+    process.communicate()
+    out = run_here(remote, {})
+    assert "from checkpoint" in out
+    assert f"done: curves in {remote}/curves.png" in out
+    assert outcome(remote) == outcome(whole[0])
+    for name in ("config.json", "curves.png", "predictions/0000006.png"):
+        assert (remote / name).exists()
 
 
 @pytest.mark.slow
