@@ -24,8 +24,10 @@ def test_a_crashed_run_leaves_the_folder(tmp_path: pathlib.Path) -> None:
     with machines.start_here(HOLDER, tmp_path) as process:
         assert machines.read_line(process) == "there"
         process.kill()
-        stat = pathlib.Path(f"/proc/{process.pid}/stat")
-        cloud.wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        place = pathlib.Path(f"/proc/{process.pid}")
+        cloud.wait_until(
+            lambda: len([*(place / "task").iterdir()]) == 1 and "State:\tZ" in (place / "status").read_text()
+        )
         assert json.loads((tmp_path / LEASE).read_text())["pid"] == process.pid
         Lease(tmp_path).release()
 
@@ -59,11 +61,11 @@ def test_a_run_of_another_user_is_respected() -> None:
         folder.chmod(0o777)
         first = machines.start_here(HOLDER, folder)
         assert machines.read_line(first) == "there"
-        refusal = machines.read_line(machines.start_here(SUCCESSOR, folder))
-        assert f"{folder} is in use by process {first.pid} on " in refusal
+        said, _ = machines.start_here(SUCCESSOR, folder).communicate(timeout=LONGEST)
+        assert f"{folder} is in use by process {first.pid} on " in said
         first.kill()
         first.communicate()
-        assert machines.read_line(machines.start_here(SUCCESSOR, folder)) == "taken"
+        assert machines.start_here(SUCCESSOR, folder).communicate(timeout=LONGEST) == ("taken\n", "")
 
 
 def write_lease_of_another_machine(folder: files.Path, boot: str = "another") -> dict:
