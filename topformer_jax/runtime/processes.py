@@ -8,7 +8,6 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -74,59 +73,15 @@ def _knows_others() -> bool:
 
 
 def _initialize(coordinator: str | None = None, count: int | None = None, number: int | None = None) -> None:
-    global _preemption
+    global preemption
     jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     state = distributed.global_state
-    _preemption, state.preemption_sync_manager = state.preemption_sync_manager, None
-    atexit.register(setattr, state, "preemption_sync_manager", _preemption)  # JAX shuts it down
+    preemption, state.preemption_sync_manager = state.preemption_sync_manager, None
+    atexit.register(setattr, state, "preemption_sync_manager", preemption)  # JAX shuts it down
 
 
-def wait_for_preemption(stopped: threading.Event) -> bool:
-    """Waits until one of the processes is asked to end: True; False if JAX cannot know, or once `stopped`.
-
-    It polls once a second: a thread that waits inside JAX crashes the process when Python ends.
-    """
-    client: Any = distributed.global_state.client
-    while client is not None and not stopped.wait(1):
-        try:
-            client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE")
-            return True
-        except jax.errors.JaxRuntimeError:  # not yet, or no answer now
-            continue
-    return False
-
-
-def do_all_agree(question: str, answer: bool, stopped: threading.Event) -> bool:
-    """Whether every process answers yes; each must ask once. False once `stopped`.
-
-    A thread may ask while the main thread computes: the answers go through JAX's coordination service, not through
-    the devices.
-    """
-    client: Any = distributed.global_state.client
-    if client is None:
-        return answer
-    client.key_value_set(f"{question}/{jax.process_index()}", str(answer))
-    while not stopped.is_set():
-        try:
-            answers = [value for _, value in client.key_value_dir_get(f"{question}/")]
-        except jax.errors.JaxRuntimeError:  # the first process has its answers, and is gone
-            return answer
-        if str(False) in answers or len(answers) == jax.process_count():
-            return str(False) not in answers
-        stopped.wait(0.1)
-    return False
-
-
-def has_reached_stop(moment: int) -> bool:
-    """Whether all processes end here, because one was asked to; all call it at the same moments, numbered from 1.
-
-    JAX chooses a moment that none has reached. The counter belongs to this run: Orbax would count its steps with it.
-    """
-    return _preemption.reached_sync_point(moment)
-
-
-_preemption: Any = None  # JAX's; not where Orbax finds it
-_exiting = threading.Event()  # this process is about to end together with the others
+preemption: Any = None  # JAX's; not where Orbax finds it, which would count its own steps with it
+exiting = threading.Event()  # set when this process is about to end together with the others
 _before_exit: list[Callable[[], object]] = []
 
 
@@ -144,23 +99,9 @@ def hard_exit(status: int) -> NoReturn:
     os._exit(status)
 
 
-def hard_exit_all(status: int, report: Callable[[], object], stopped: threading.Event) -> None:
-    """Calls `hard_exit` when all processes agree; returns only once `stopped`.
-
-    Each waits for the answers of all: one that ended earlier would look dead to the others.
-    """
-    _exiting.set()
-    if do_all_agree("exiting", True, stopped):
-        with contextlib.suppress(Exception):
-            report()
-        if jax.process_count() > 1 and jax.process_index() == 0:
-            time.sleep(2)  # it serves the others
-        hard_exit(status)
-
-
 def wait_if_exiting() -> None:
-    """Does not return if another thread is in `hard_exit_all`."""
-    if _exiting.is_set():
+    """Does not return if another thread is about to end this process."""
+    if exiting.is_set():
         threading.Event().wait()
 
 

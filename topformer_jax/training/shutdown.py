@@ -1,13 +1,17 @@
 """The early end of a training run: after a signal all processes save and end at the same step."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
+from jax._src import distributed
 
 from topformer_jax.runtime import processes
 
@@ -61,8 +65,17 @@ class GracefulShutdown:
             self._exit_early()
 
     def _watch_others(self) -> None:
-        if not processes.wait_for_preemption(self._stopped):
-            return
+        """Waits until one of the processes is asked to end.
+
+        It polls once a second: a thread that waits inside JAX crashes the process when Python ends.
+        """
+        client: Any = distributed.global_state.client
+        while True:
+            if client is None or self._stopped.wait(1):
+                return
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # not yet, or no answer now
+                client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE")
+                break
         self._received = signal.SIGTERM
         while self._has_computed is None and not self._stopped.wait(0.1):
             pass
@@ -80,12 +93,36 @@ class GracefulShutdown:
 
     def _exit_early(self) -> None:
         assert self._has_computed is not None
-        if processes.do_all_agree("exit early", not self._has_computed(), self._stopped):
-            processes.hard_exit_all(
-                128 + self._received,
-                lambda: self._print_line("stopped before a step was computed; start the same command again"),
-                self._stopped,
-            )
+        if not self._do_all_agree("exit early", not self._has_computed()):
+            return
+        processes.exiting.set()
+        # Each waits for the answers of all: one that ended earlier would look dead to the others.
+        if self._do_all_agree("exiting", True):
+            with contextlib.suppress(Exception):
+                self._print_line("stopped before a step was computed; start the same command again")
+            if not self._is_alone and jax.process_index() == 0:
+                time.sleep(2)  # it serves the others
+            processes.hard_exit(128 + self._received)
+
+    def _do_all_agree(self, question: str, answer: bool) -> bool:
+        """Whether every process answers yes; each must ask once. False if the run ends meanwhile.
+
+        A thread may ask while the main thread computes: the answers go through JAX's coordination service, not
+        through the devices.
+        """
+        client: Any = distributed.global_state.client
+        if client is None:
+            return answer
+        client.key_value_set(f"{question}/{jax.process_index()}", str(answer))
+        while not self._stopped.is_set():
+            try:
+                answers = [value for _, value in client.key_value_dir_get(f"{question}/")]
+            except jax.errors.JaxRuntimeError:  # the first process has its answers, and is gone
+                return answer
+            if str(False) in answers or len(answers) == jax.process_count():
+                return str(False) not in answers
+            self._stopped.wait(0.1)
+        return False
 
     def check(self) -> bool:
         """Whether the run ends here. Every process must call it at the same moments: each step, each scored batch."""
@@ -94,7 +131,8 @@ class GracefulShutdown:
             self.signal = self.signal or self._received
         elif not self.signal:
             self._moment += 1
-            self.signal = signal.SIGTERM if processes.has_reached_stop(self._moment) else 0
+            # JAX chooses a moment that none of the processes has reached.
+            self.signal = signal.SIGTERM if processes.preemption.reached_sync_point(self._moment) else 0
         return bool(self.signal)
 
     def restore_handlers(self) -> None:
