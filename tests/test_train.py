@@ -51,7 +51,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, str]:
 
 def test_what_a_run_leaves(whole: tuple[pathlib.Path, str]) -> None:
     workdir, out = whole
-    expected = "checkpoints config.json configs curves.png metrics.jsonl predictions tensorboard"
+    expected = ".lock checkpoints config.json configs curves.png metrics.jsonl predictions tensorboard"
     assert {path.name for path in workdir.iterdir()} == {*expected.split()}
     assert sorted(losses(workdir)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((workdir / "config.json").read_text())["batch_size"] == 8

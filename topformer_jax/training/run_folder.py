@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import uuid
+from typing import IO
 
 import jax
 import msgspec
@@ -127,8 +128,8 @@ class RunFolder:
 class Lease:
     """Reserves a work directory for one run; after a crash a successor takes it over.
 
-    The kernel locks a local folder until the process ends. Other machines may not see this lock, and a bucket has
-    none: the run also renews a file there.
+    The kernel locks a local folder until the process ends. Other machines and users may not see this lock, and a
+    bucket has none: the run also renews a file there.
 
     Raises:
         UserError: another run uses the folder, or the lease cannot be written.
@@ -143,7 +144,7 @@ class Lease:
         self._folder, self._file = folder, folder / LEASE
         self._renew_seconds, self._expired_seconds = renew_seconds, expired_seconds
         self._record = Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), files.read_boot_id())
-        self._lock: int | None = None  # the locked folder's file descriptor
+        self._lock: IO[str] | None = None
         self._wait_until_free()
         files.write_file(self._file, msgspec.json.encode(self._record))
         self._released = threading.Event()
@@ -209,23 +210,24 @@ class Lease:
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
 
 
-def _lock_folder(folder: files.Path) -> int | None:
-    """Locks a local folder until its descriptor, which is returned, is closed; None where this is not possible.
+def _lock_folder(folder: files.Path) -> IO[str] | None:
+    """Locks a local folder until the file that is returned is closed; None where this is not possible.
 
     Raises:
         BlockingIOError: another process has locked it.
     """
     if files.is_in_bucket(folder):
         return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    return descriptor
+    with contextlib.suppress(PermissionError):  # another user's file
+        file = (folder / ".lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            file.close()
+            if isinstance(error, BlockingIOError):
+                raise
+    return None
