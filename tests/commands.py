@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -161,6 +162,11 @@ def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[str, str]]:
     finally:
         for process in processes:
             process.kill()
+
+
+def is_error(err: str) -> bool:
+    """Whether a process complains; on a slow machine, XLA says that it compiles slowly."""
+    return re.search("^error|^Traceback", err, re.MULTILINE) is not None
 
 
 def wait_for(processes: Sequence[subprocess.Popen[str]], holds: Callable[[], bool]) -> None:
