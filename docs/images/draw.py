@@ -1,6 +1,7 @@
 """Draws the images of the README.
 
 python docs/images/draw.py speed       speed.svg, from speed.json
+python docs/images/draw.py curves      curves.svg, from curves.json
 python docs/images/draw.py photograph --checkpoint T.pth --picture china.jpg  photograph.jpg, by TopFormer-T of ADE20K
 """
 
@@ -47,6 +48,23 @@ def draw_speed(source: pathlib.Path, path: pathlib.Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_curves(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Draws the validation mIoU of training runs against their steps."""
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "curves", "font.size": 9})
+    from matplotlib import pyplot
+
+    table = json.loads(source.read_text())
+    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    for name, points in table["runs"].items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set_xlabel(table["x"])
+    axes.set_ylabel(table["y"])
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def draw_photograph(checkpoint: pathlib.Path, picture: pathlib.Path, path: pathlib.Path) -> None:
     """Draws a photograph with its credit beside the overlay that `topformer_jax.predict` writes."""
     settings = config.load("topformer_t_ade")
@@ -66,12 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("image", choices=["speed", "photograph"], help="which one to draw")
+    parser.add_argument("image", choices=["speed", "curves", "photograph"], help="which one to draw")
     parser.add_argument("--checkpoint", type=pathlib.Path, metavar="PATH", help="of topformer_t_ade")
     parser.add_argument("--picture", type=pathlib.Path, metavar="FILE", help="the photograph")
     args = parser.parse_args()
     if args.image == "speed":
         draw_speed(FOLDER / "speed.json", FOLDER / "speed.svg")
+    elif args.image == "curves":
+        draw_curves(FOLDER / "curves.json", FOLDER / "curves.svg")
     elif args.checkpoint is None or args.picture is None:
         parser.error("photograph needs --checkpoint PATH and --picture FILE")
     else:
