@@ -70,13 +70,13 @@ def test_every_published_recipe_is_a_file_named_after_itself(configs: pathlib.Pa
     assert set(names) <= set(config.recipe_names())  # a user's own configs may be there too
 
 
-def test_every_recipe_has_a_docstring_and_nothing_for_few_pictures(configs: pathlib.Path) -> None:
+def test_every_recipe_has_a_docstring_and_those_from_scratch_nothing_for_few_pictures(configs: pathlib.Path) -> None:
     for file in configs.glob("topformer_*.py"):
         for key in (
             *("data.aspect_range", "data.rotation", "data.blur_prob", "data.jpeg_prob"),
             *("data.balance", "data.mix", "evaluation.boundary_pixels"),
         ):
-            assert flatten(config.load(file).to_dict())[key] == SETTINGS[key].default
+            assert "finetune" in file.stem or flatten(config.load(file).to_dict())[key] == SETTINGS[key].default
         docstring = ast.get_docstring(ast.parse(file.read_text())) or ""
         assert f"--config configs/{file.name}" in docstring
         assert "Published: " in docstring or "No published score" in docstring
