@@ -31,7 +31,7 @@ LOST = re.compile("another process of this run ended or stopped answering|anothe
 
 def test_a_signal_to_one_ends_both_at_one_step(tmp_path: pathlib.Path) -> None:
     """The stop waits for no log step, and the newest checkpoint is of the step that it names."""
-    pair = start_pair(tmp_path, CHANGES, "--profile", "1:1", devices=1)
+    pair = start_pair(tmp_path, CHANGES, "--profile", "1:2", devices=1)
     wait_for(pair, lambda: bool(list(tmp_path.glob("profile/**/*.xplane.pb"))))  # its file says that they train
     pair[1].send_signal(signal.SIGTERM)
     began = time.monotonic()
