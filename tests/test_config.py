@@ -90,6 +90,7 @@ def test_every_recipe_has_a_docstring_and_those_from_scratch_nothing_for_few_pic
     ({"name": "../x"}, "name is '../x': expected the name of a folder"),
     ({"batch_size": "none"}, "expected a value like 16 (int)"),
     ({"data.crop_size": "512"}, "expected a value like (512, 512) (tuple)"),
+    ({"batch_size": "0x" + "f" * 5000}, "batch_size is a number of thousands of digits: expected"),
     ({"model.head_channels": "wide"}, "model.head_channels cannot be 'wide': expected a number or none"),
     ({"model.depthwise_head": 1}, "expected a value like False (bool)"),
     ({"batch_size": 4, "grad_accum_steps": 4, "data.crop_size": (64, 64)},

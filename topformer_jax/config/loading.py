@@ -244,7 +244,7 @@ def _parse_one(key: str, value: Any, kind: type, whole: Any) -> Any:
     if setting.legal is not None and value not in setting.legal:
         near = difflib.get_close_matches(value, setting.legal, 1) if isinstance(setting.legal, tuple) else []
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"{key} is {shorten(repr(whole))}: {hint}expected {setting.expected}")
+        raise UserError(f"{key} is {_show(whole)}: {hint}expected {setting.expected}")
     return kind(value)
 
 
@@ -254,6 +254,14 @@ def _part_type(key: str) -> type:
     return type(setting.default[0]) if setting.default else str if setting.legal is None else float
 
 
+def _show(value: Any) -> str:
+    """The start of a value's repr."""
+    try:
+        return shorten(repr(value))
+    except ValueError:  # Python does not print numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
 def _wrong_type(key: str, value: Any) -> UserError:
     default = SETTINGS[key].default
     example = default
@@ -261,7 +269,7 @@ def _wrong_type(key: str, value: Any) -> UserError:
         example = ("name", "name") if _part_type(key) is str else (1.0, 2.5)
     kind = "a number or none" if default is None else f"a value like {example!r} ({type(default).__name__})"
     kind = " or ".join((kind, *SETTINGS[key].names))
-    return UserError(f"{key} cannot be {shorten(repr(value))}: expected {kind}")
+    return UserError(f"{key} cannot be {_show(value)}: expected {kind}")
 
 
 def _check(values: Mapping[str, Any]) -> ConfigDict:
@@ -286,7 +294,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise UserError(f"loss.class_weight has {len(weights)} numbers: expected one for each of {classes} classes")
     for key in SEGMENTATION_ONLY:
         if is_classification and values[key] != SETTINGS[key].default:
-            raise UserError(f"{key} is {shorten(repr(values[key]))}: it is for task=segmentation only")
+            raise UserError(f"{key} is {_show(values[key])}: it is for task=segmentation only")
     if bool(values["distillation.config"]) != bool(values["distillation.checkpoint"]):
         raise UserError(
             "distillation needs both distillation.config, the teacher's recipe, and distillation.checkpoint"
