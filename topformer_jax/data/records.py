@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -304,24 +305,29 @@ def _name_host() -> str:
 
 
 def _copy(source: files.Path, folder: pathlib.Path, missing: dict[str, Sum], make_progress: MakeProgress) -> None:
-    """Copies the missing shards by threads; none is begun after an error."""
-    copied = 0
+    """Copies the missing shards by threads, which all end after an error or an interrupt."""
+    copied, stopped = 0, threading.Event()
     with (
         make_progress(_sum_megabytes(missing), f"MB copied from {os.fspath(source)}") as progress,
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
     ):
-        for size in pool.map(lambda name: _copy_shard(source / name, folder, missing[name]), missing):
-            copied += size
-            progress.update(-(-copied // MEGABYTE))
+        try:
+            for size in pool.map(lambda name: _copy_shard(source / name, folder, missing[name], stopped), missing):
+                copied += size
+                progress.update(-(-copied // MEGABYTE))
+        finally:
+            stopped.set()
 
 
-def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Sum) -> int:
+def _copy_shard(path: files.Path, folder: pathlib.Path, shard: Sum, stopped: threading.Event) -> int:
     """Copies a file, one piece per request, and returns its size; it gets its name when it is whole and right."""
     temporary = files.temporary_path(folder / f"{path.name}.{_name_host()}")
     digest = hashlib.md5(usedforsecurity=False)
     with files.unfinished(temporary):
         with temporary.open("wb") as file:
             for start in range(0, shard.size, PIECE):
+                if stopped.is_set():
+                    raise UserError(f"{os.fspath(path)} was not copied: another shard failed")
                 piece = _read_piece(path, start, min(start + PIECE, shard.size))
                 file.write(piece)
                 digest.update(piece)
