@@ -46,7 +46,7 @@ def write_lease_of_another_machine(folder: files.Path, boot: str = "another") ->
     return record
 
 
-@pytest.mark.parametrize(("boot", "has_lock"), [("another", True), ("", True), ("own", False)])
+@pytest.mark.parametrize(("boot", "has_lock"), [("another", True), ("", True), ("own", True), ("own", False)])
 def test_a_lease_expires_where_the_kernel_does_not_tell(
     tmp_path: pathlib.Path,
     boot: str,
@@ -54,7 +54,7 @@ def test_a_lease_expires_where_the_kernel_does_not_tell(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On another machine, where kernels have no names, as on macOS, and where the folder cannot be locked."""
+    """On another machine or macOS, whose kernels have no names, for another mount's lock, and without a lock."""
     write_lease_of_another_machine(tmp_path, boot)
     monkeypatch.setattr(files, "read_boot_id", lambda: boot and "own")
     if not has_lock:

@@ -32,6 +32,7 @@ class Record(msgspec.Struct):
     host: str
     pid: int
     boot: str = ""
+    device: int = 0  # of the folder: containers of one machine may each have mounted it, and not see others' locks
     renewals: int = 0
 
 
@@ -143,7 +144,8 @@ class Lease:
     ):
         self._folder, self._file = folder, folder / LEASE
         self._renew_seconds, self._expired_seconds = renew_seconds, expired_seconds
-        self._record = Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), files.read_boot_id())
+        device = 0 if files.is_in_bucket(folder) else os.stat(folder).st_dev
+        self._record = Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), files.read_boot_id(), device)
         self._lock: IO[str] | None = None
         self._wait_until_free()
         files.write_file(self._file, msgspec.json.encode(self._record))
@@ -167,8 +169,8 @@ class Lease:
             self._lock = _lock_folder(self._folder)
         except BlockingIOError:
             raise in_use from None
-        is_of_this_machine = other is not None and other.boot == self._record.boot != ""
-        if other is None or (is_of_this_machine and self._lock is not None):
+        own = self._record
+        if other is None or (self._lock and own.boot and (other.boot, other.device) == (own.boot, own.device)):
             return
         expired = self._expired_seconds
         print(f"{self._folder} was used by {who}: waiting {expired:.0f} s to see whether it still is", flush=True)
