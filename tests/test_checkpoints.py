@@ -173,7 +173,9 @@ def _steps(folder: pathlib.Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> None:
+def test_a_step_is_written_once_and_scored_beside_it(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The newest step and the best one stay; an older one goes when its successor is complete."""
     store = checkpoints.CheckpointStore(tmp_path, 1)
     kept = []
@@ -194,6 +196,12 @@ def test_a_step_is_written_once_and_scored_beside_it(tmp_path: pathlib.Path) -> 
     assert (store.best, store.latest, store.is_evaluated(5), store.is_evaluated(9)) == ((2, 0.6), 5, True, False)
     assert store.read_metadata(5) == {"config": {"seed": 5}, "meta": {}}
     store.close()
+    assert not capsys.readouterr().out
+
+    with contextlib.closing(checkpoints.CheckpointStore(tmp_path, 1)) as store:  # the log is gone
+        store.save(6, {"model": {"x": jax.numpy.zeros(3)}}, {"config": {}})
+    assert capsys.readouterr().out == f"the log has no scores of steps [2] in {tmp_path}: they stay\n"
+    assert _steps(tmp_path) == ["2", "6"]
 
 
 def _trees() -> dict[str, Any]:

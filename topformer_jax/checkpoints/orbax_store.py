@@ -12,7 +12,7 @@ import dataclasses
 import os
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from topformer_jax.runtime import files
+from topformer_jax.runtime import files, processes
 from topformer_jax.runtime.errors import UserError
 
 NO_SPACE = "no space is left on the disk"
@@ -142,14 +142,21 @@ class CheckpointStore:
         self._newest_started = 0
         self._metadata: dict[int, tuple[dict[str, Any], dict[str, int]]] = {}
         self._scores: dict[int, float] = {}
+        self._unscored: set[int] = set()
         try:
-            self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores))
+            self._checkpointer = _checkpointer(directory, _NewestAndBest(max_to_keep, self._scores, self._unscored))
         except Exception as error:
             raise UserError(
                 f"cannot read the checkpoints in {directory}: {_reason(error)}; if one is damaged, move it away"
             ) from None
         newest = self.latest or 0
         self._scores |= {step: score for step, score in scores.items() if step <= newest}
+        # An old step is there because it was the best one.
+        older = {checkpoint.step for checkpoint in self._checkpointer.checkpoints} - {newest}
+        older -= set(sorted(older, reverse=True)[: max_to_keep - 1])
+        if older and not older & self._scores.keys():
+            self._unscored |= older
+            processes.say(f"the log has no scores of steps {sorted(older)} in {directory}: they stay")
 
     @property
     def latest(self) -> int | None:
@@ -274,11 +281,12 @@ class _NewestAndBest:
 
     count: int
     scores: Mapping[int, float]
+    unscored: Set[int]  # old steps that may be the best
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
         """Which checkpoints stay, from the oldest to the newest one."""
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self.count :], _find_best(steps, self.scores)}
+        kept = {*steps[-self.count :], _find_best(steps, self.scores), *self.unscored}
         return [step in kept for step in steps]
 
 
