@@ -8,16 +8,18 @@ import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
+from tests import machines
 from tests.bucket import Bucket, bucket, storage
 from tests.commands import LONGEST
 from tests.test_packing import NAMES, files, records_config, small_shards
 from tests.test_sources import JPEG, refusal
 from topformer_jax import config as config_lib
-from topformer_jax.data import records, sources
+from topformer_jax.data import loader, records, sources
 from topformer_jax.preparation import packing
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
@@ -140,6 +142,34 @@ def test_a_failing_bucket_is_tried_again_and_then_named(
     sources.open_source(config, "train")
 
 
+COPIER = """
+import sys
+from topformer_jax.data import records
+from topformer_jax.runtime import files
+source = files.as_path(sys.argv[1])
+records.copy_split(source, "ade20k", "validation", sys.argv[2])
+print("ready")
+input()
+records.copy_split(source, "ade20k", "train", sys.argv[2])
+"""
+
+
+def test_hosts_share_a_copy(uploaded: epath.Path, bucket: Bucket, tmp_path: pathlib.Path) -> None:
+    """Both are process 1, and the disk's locks hold for one host only: both copy, and neither disturbs the other."""
+    sources.open_source(cached(uploaded, tmp_path / "copy"), "validation")
+    (folder,) = (tmp_path / "copy").iterdir()
+    hosts = [machines.make_host(tmp_path / name, folder / ".lock") for name in ("first", "second")]
+    started = [machines.start(COPIER, host, uploaded, tmp_path / "copy") for host in hosts]
+    bucket.set_faults(delay=2.0, match="train.array_record")
+    machines.run_at_once(started)
+    requests = bucket.set_faults()
+    assert [sum(name in line for line in requests) for name in TRAIN] == [2] * 4
+    assert {name: (folder / name).read_bytes() for name in TRAIN} == {
+        name: (uploaded / name).read_bytes() for name in TRAIN
+    }
+    assert not list(folder.glob(".*.tmp"))
+
+
 def test_a_process_waits_for_another(
     packed: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -191,3 +221,14 @@ def test_what_goes_wrong_is_one_line(
     assert "checksums.json is not the JSON file that was expected (Object missing" in refusal(
         cached(packed, tmp_path / "copy")
     )
+
+
+def test_worker_processes_read_a_bucket_in_place(packed: pathlib.Path, uploaded: epath.Path) -> None:
+    settings = {"data.num_workers": 1, "batch_size": 4, "data.crop_size": (8, 8), "data.scale": (12, 12)}
+    batches = []
+    for root, workers in ((packed, 0), (uploaded, 1)):
+        changes = settings | {"data.root": os.fspath(root), "data.num_workers": workers}
+        config = config_lib.load(records_config(""), changes)
+        batches.append(next(iter(loader.training_batches(sources.open_source(config, "train"), config))))
+    for expected, found in zip(*batches, strict=True):
+        np.testing.assert_array_equal(expected, found)

@@ -21,6 +21,7 @@ from tests.commands import LONGEST
 from topformer_jax import config as config_lib
 from topformer_jax.data import loader, sources
 from topformer_jax.data.batch import Example
+from topformer_jax.preparation import packing
 from topformer_jax.runtime.errors import UserError
 
 EXAMPLES = 10
@@ -127,6 +128,21 @@ def test_workers_make_the_same_batches_and_resume() -> None:
     assert not multiprocessing.active_children()
 
 
+def test_files_and_records_make_the_same_batches(
+    golden: Callable[[str], pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    changes: dict[str, Any] = {"data.num_workers": 0, "batch_size": 8, "data.crop_size": (64, 96)}
+    files = config_lib.load(config_lib.ade20k("tiny"), changes | {"data.root": str(golden("mini_ade"))})
+    assert [len(sources.open_source(files, split)) for split in sources.SPLITS] == [48, 12]
+    found = batches(files, 4)
+    labels = np.unique([batch["label"] for batch in found])
+    assert labels[-1] == 255
+    assert (labels[:-1] < 150).all()
+    packing.build("ade20k", files.data.root, str(tmp_path))
+    packed = {"data.source": "array_record", "data.root": str(tmp_path), "data.num_workers": 1}
+    assert_same(batches(config_lib.load(files, packed), 4), found)
+
+
 def test_uneven_processes() -> None:
     source = sources.open_source(settings(), "train")
     with pytest.raises(UserError, match=r"batch of 4 .* over 3 processes: .* multiple of 3"):
@@ -180,10 +196,11 @@ if __name__ == "__main__":
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("mix", ["none", "cutmix"])
-def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, mix: str) -> None:
+@pytest.mark.parametrize(("workers", "mix"), [(0, "none"), (1, "none"), (0, "cutmix")])
+def test_unreadable_examples_are_skipped_and_counted(broken: ConfigDict, workers: int, mix: str) -> None:
     """Also those that would be pasted, which are counted only where they are in the order."""
-    config = config_lib.load(broken, {"data.skip_unreadable": True, "data.mix": mix, "data.mix_prob": 1.0})
+    changes = {"data.num_workers": workers, "data.skip_unreadable": True, "data.mix": mix, "data.mix_prob": 1.0}
+    config = config_lib.load(broken, changes)
     iterator = loader.training_batches(sources.open_source(config, "train"), config)
     index = np.concatenate([batch["index"] for batch in itertools.islice(iterator, 6)])
     iterator.close()

@@ -132,6 +132,27 @@ def test_an_interrupted_build_goes_on(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
 
 
+def test_two_that_write_one_shard_make_the_same_files(
+    small_shards: None, files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One writes all of it while the other is in the middle of a shard."""
+    expected = contents(pathlib.Path(packing.build("ade20k", str(files), str(tmp_path / "whole"))))
+    output = str(tmp_path / "records")
+    read = sources.FolderSource.__getitem__
+    others: list[Any] = []
+
+    def run_the_other(source: sources.FolderSource, index: int) -> Any:
+        if index == 2 and not others:
+            others.append(None)
+            others.append(packing.build("ade20k", str(files), output))
+        return read(source, index)
+
+    monkeypatch.setattr(sources.FolderSource, "__getitem__", run_the_other)
+    folder = packing.build("ade20k", str(files), output)
+    assert others[1] == folder
+    assert contents(pathlib.Path(folder)) == expected
+
+
 def test_sizes_that_are_not_the_labels(files: pathlib.Path, tmp_path: pathlib.Path) -> None:
     folder = pathlib.Path(packing.build("ade20k", str(files), str(tmp_path)))
     table = folder / "label_sizes.json"
