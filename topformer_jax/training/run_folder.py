@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ from typing import IO
 import jax
 import msgspec
 
-from topformer_jax.runtime import files, processes
+from topformer_jax.runtime import cli, files, processes
 from topformer_jax.runtime.errors import UserError
 
 RENEW_SECONDS = 15.0
@@ -32,7 +33,7 @@ class Record(msgspec.Struct):
     host: str
     pid: int
     boot: str = ""
-    device: int = 0  # of the folder: containers of one machine may each have mounted it, and not see others' locks
+    lock: str = ""  # device and inode of the locked file: containers of one machine may not see each other's
     renewals: int = 0
 
 
@@ -129,8 +130,8 @@ class RunFolder:
 class Lease:
     """Reserves a work directory for one run; after a crash a successor takes it over.
 
-    The kernel locks a local folder until the process ends. Other machines and users may not see this lock, and a
-    bucket has none: the run also renews a file there.
+    The kernel locks a file until the process ends. Other machines, containers and users may not see this lock: the
+    run also renews a file in the folder.
 
     Raises:
         UserError: another run uses the folder, or the lease cannot be written.
@@ -144,8 +145,7 @@ class Lease:
     ):
         self._folder, self._file = folder, folder / LEASE
         self._renew_seconds, self._expired_seconds = renew_seconds, expired_seconds
-        device = 0 if files.is_in_bucket(folder) else os.stat(folder).st_dev
-        self._record = Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), files.read_boot_id(), device)
+        self._record = Record(uuid.uuid4().hex, socket.gethostname(), os.getpid(), files.read_boot_id())
         self._lock: IO[str] | None = None
         self._wait_until_free()
         files.write_file(self._file, msgspec.json.encode(self._record))
@@ -170,7 +170,10 @@ class Lease:
         except BlockingIOError:
             raise in_use from None
         own = self._record
-        if other is None or (self._lock and own.boot and (other.boot, other.device) == (own.boot, own.device)):
+        if self._lock:
+            status = os.fstat(self._lock.fileno())
+            own.lock = f"{status.st_dev}:{status.st_ino}"
+        if other is None or (own.lock and own.boot and (other.boot, other.lock) == (own.boot, own.lock)):
             return
         expired = self._expired_seconds
         print(f"{self._folder} was used by {who}: waiting {expired:.0f} s to see whether it still is", flush=True)
@@ -216,15 +219,18 @@ class Lease:
 
 
 def _lock_folder(folder: files.Path) -> IO[str] | None:
-    """Locks a local folder until the file that is returned is closed; None where this is not possible.
+    """Locks a file until it is closed, in the folder or, for a bucket, in this machine's cache; None if it cannot.
 
     Raises:
         BlockingIOError: another process has locked it.
     """
-    if files.is_in_bucket(folder):
-        return None
-    with contextlib.suppress(PermissionError):  # another user's file
-        file = (folder / ".lock").open("a")
+    with contextlib.suppress(PermissionError, UserError, RuntimeError):  # another user's file, or no home
+        if files.is_in_bucket(folder):
+            files.make_private(cli.cache_folder())
+            path = cli.cache_folder() / f"{hashlib.sha256(os.fspath(folder).encode()).hexdigest()}.lock"
+        else:
+            path = folder / ".lock"
+        file = path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
