@@ -31,7 +31,6 @@ SMALL: dict[str, Any] = {
     "model.depths": 1,
     "batch_size": 16,
     "data.crop_size": "(64,64)",
-    "evaluation.short_side": 72,
     "data.rand_augment": 0.0,  # a colour that is inverted shows another class
     "data.erasing_prob": 0.1,
     "data.mixup_alpha": 0.05,

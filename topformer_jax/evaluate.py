@@ -162,7 +162,7 @@ def score_classifier(model: models.Classifier, workdir: files.Path, *, checkpoin
     unique = [f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names)]
     classes = {unique[label]: result.of_class(label).top(1) for label in np.unique(result.labels).tolist()}
     scores = {"top1": top1, "top5": top5, "images": len(source), "classes": classes}
-    settings = {"crop_size": config.data.crop_size, "short_side": config.evaluation.short_side}
+    settings = {"crop_size": config.data.crop_size, "crop_pct": config.evaluation.crop_pct}
     files.make_folder(workdir)
     _write_metrics(workdir, {**scores, **_describe(config, checkpoint, split, settings)})
     print(f"wrote {workdir / 'metrics.json'}")

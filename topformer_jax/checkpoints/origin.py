@@ -22,7 +22,7 @@ SCORED_BY = {
         *("evaluation.scale", "evaluation.size_divisor", "evaluation.img_ratios", "evaluation.flip"),
         *("evaluation.mode", "evaluation.crop_size", "evaluation.stride"),
     ),
-    "classification": ("evaluation.short_side", "data.crop_size"),
+    "classification": ("evaluation.crop_pct", "data.crop_size"),
 }
 WINDOWS = ("evaluation.crop_size", "evaluation.stride")  # only in mode "slide"
 

@@ -318,7 +318,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
 def _check_sizes(values: Mapping[str, Any]) -> None:
     """Raises a UserError if sizes leave BatchNorm a single value, or make an image too large or too small."""
     is_classification = values["task"] == "classification"
-    side, crop = values["evaluation.short_side"], max(values["data.crop_size"])
+    crop = max(values["data.crop_size"])
     # The smallest map of such a micro-batch is one pixel of one image.
     is_single = values["batch_size"] == values["grad_accum_steps"] and not values["model.bn_frozen"]
     if is_single and (is_classification or crop <= TRANSFORMER_STRIDE):
@@ -327,10 +327,6 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
             f"batch_size is {values['batch_size']}, grad_accum_steps {values['grad_accum_steps']}: BatchNorm needs "
             "more than one value a channel, and a micro-batch of one image is one pixel in the last layers; set "
             f"batch_size to at least twice grad_accum_steps{way_out}"
-        )
-    if is_classification and side < crop:
-        raise UserError(
-            f"evaluation.short_side is {side}: expected at least {crop}, the longer side of data.crop_size"
         )
     for ratios, scale in (("data.ratio_range", "data.scale"), ("evaluation.img_ratios", "evaluation.scale")):
         longest = max(values[ratios]) * max(values[scale])

@@ -251,7 +251,9 @@ GROUPS: dict[str, dict[str, Setting]] = {
     "Evaluation": {
         "evaluation.scale": Setting(
             (2048, 512), "pixels (long, short side) that an image is resized to fit into", PIXELS),
-        "evaluation.short_side": Setting(256, "classifiers: pixels of the short side before the centre crop", PIXELS),
+        "evaluation.crop_pct": Setting(
+            0.875, "classifiers: the centre crop by the short side of the resized image; 0.875: 224 of 256 pixels",
+            Range(0.25, 1)),
         "evaluation.size_divisor": Setting(1,
             "the resized height and width are rounded up to multiples of this many pixels; 32 for ADE20K", Range(1,
             1024)),

@@ -233,13 +233,14 @@ def choose_reduction(size: Size, target: Size) -> int:
 
 
 def make_evaluation_image(example: Example, config: ConfigDict) -> Image:
-    """The centre, `data.crop_size`, of an image whose short side is resized to `evaluation.short_side`.
+    """The centre, `data.crop_size`, of an image whose short side is resized to that size / `evaluation.crop_pct`.
 
-    The bytes of torchvision's `Resize` (Pillow's bicubic) and `CenterCrop`. Raises UserError if the file is damaged.
+    The short side is rounded down, as in timm. The bytes of torchvision's `Resize` (Pillow's bicubic) and `CenterCrop`. Raises UserError if the file is damaged.
     """
     image = codecs.decode_image(example.image, example.where[0], orient=False)
     height, width = image.shape[:2]
-    down, across = (int(config.evaluation.short_side * side / min(height, width)) for side in (height, width))
+    short = int(max(config.data.crop_size) / config.evaluation.crop_pct)
+    down, across = (int(short * side / min(height, width)) for side in (height, width))
     picture = PIL.Image.fromarray(image).resize((across, down), PIL.Image.Resampling.BICUBIC)
     rows, columns = config.data.crop_size
     top, left = round((down - rows) / 2), round((across - columns) / 2)
