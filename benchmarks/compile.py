@@ -166,11 +166,14 @@ def step_program(config: ConfigDict, devices: Sequence[jax.Device], images: int)
 
 
 def evaluation_rows(slices: str, config: ConfigDict, devices: Sequence[jax.Device]) -> list[Row]:
-    """The network in an evaluation of images of `samples.SIZE`, and what counts the pixels of its logits."""
+    """The programs of an evaluation of images of ADE20K's sizes: the network on every canvas, and the counts.
+
+    Traffic and counts are those of an image of `samples.SIZE` on the canvas that moves most.
+    """
     mesh = sharding.make_inference_mesh(devices)
     model = models.build_segmenter(config)
     programs = compile_inference(model, mesh)
-    shapes = plan_shapes([samples.SIZE], config.evaluation)
+    shapes = plan_shapes([samples.SIZE, *samples.ade20k_sizes(2000)], config.evaluation)
     image = np.zeros((*samples.SIZE, 3), np.uint8)
     inputs = prepare_input(image, None, config.evaluation, shapes, dtype=programs.dtype.name)
     platform = devices[0].platform
