@@ -235,8 +235,8 @@ def choose_reduction(size: Size, target: Size) -> int:
 def make_evaluation_image(example: Example, config: ConfigDict) -> Image:
     """The centre, `data.crop_size`, of an image whose short side is resized to that size / `evaluation.crop_pct`.
 
-    The short side is rounded down, as in timm. The bytes of torchvision's `Resize` (Pillow's bicubic), `CenterCrop`.
-    Raises UserError if the file is damaged.
+    The short side is rounded down, as in timm. The result has the bytes of torchvision's `Resize` (bicubic) and
+    `CenterCrop`. Raises UserError if the file is damaged.
     """
     image = codecs.decode_image(example.image, example.where[0], orient=False)
     height, width = image.shape[:2]
