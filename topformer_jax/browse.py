@@ -22,7 +22,6 @@ def make_parser() -> cli.Parser:
 cli.answer_help(__name__, make_parser)
 
 import contextlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,11 +30,11 @@ from ml_collections import ConfigDict
 
 from topformer_jax import config as config_lib
 from topformer_jax.data import class_balance, loader, sources
-from topformer_jax.data.augment import MEAN, STD, augment
+from topformer_jax.data.augment import MEAN, STD
 from topformer_jax.data.batch import Batch, Image
-from topformer_jax.data.classification.augment import augment_classes
 from topformer_jax.runtime import logs
 from topformer_jax.runtime.errors import UserError
+from topformer_jax.training.step import augment_batch
 from topformer_jax.visualize import drawing
 
 
@@ -56,14 +55,7 @@ def browse(config: ConfigDict, step: int, count: int) -> drawing.Canvas:
         # Mixup takes pairs.
         batch: Batch = jax.tree.map(lambda values: values[: count + count % 2], next(batches))
     is_classifier = config.task == "classification"
-
-    def augment_batch(batch: Batch) -> tuple[jax.Array, Any]:
-        if is_classifier:
-            return augment_classes(batch, config)
-        data = config.data
-        return augment(batch, config.seed, flip=data.flip_prob, photometric=data.photometric_distortion)
-
-    images, labels = jax.device_get(jax.jit(augment_batch)(batch))
+    images, labels = jax.device_get(jax.jit(lambda batch: augment_batch(batch, config))(batch))
     rows, captions = [], []
     for number in range(min(count, len(images))):
         picture = _denormalize(images[number], np.asarray(batch["size"][number]))

@@ -1,4 +1,4 @@
-"""What sources, the loader and the training step hand on: examples, images, labels and batches."""
+"""What sources, the loader and the training step pass to each other: examples, images, labels and batches."""
 
 from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 

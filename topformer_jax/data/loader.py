@@ -56,9 +56,9 @@ def training_batches(
     """Makes an endless iterator over one process's rows of each global batch, from `start_step` on.
 
     Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
-    an order of its own; batches run across the epochs' borders, so that no example is dropped. `data.balance` draws
-    another example, for a class, at this share of the places; `needs_class_draws` says when `class_draws` must be
-    given. `processes_on_host` share one /dev/shm.
+    an order of its own; batches run across the epochs' borders, so that no example is dropped. With
+    `data.balance`, this share of the places gets an example drawn for a class instead; `needs_class_draws` says when
+    `class_draws` must be given. `processes_on_host` share one /dev/shm.
 
     >>> from topformer_jax import config
     >>> from topformer_jax.data import sources
@@ -141,7 +141,7 @@ def count_free_shared_memory() -> int | None:
 
 
 def name_shared_memory() -> str:
-    """A text that differs between the shared memories of hosts and containers."""
+    """A string that identifies this host's or container's shared memory."""
     try:
         return f"{files.read_boot_id()} {os.stat(SHARED_MEMORY).st_dev}"
     except OSError:
@@ -374,8 +374,8 @@ def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
 class DeviceBatches(Iterator[Batch]):
     """Iterates over global batches on the devices; a thread puts each process's rows there, `depth` batches ahead.
 
-    `sharding` lays out the first axis. The global batch is the processes' rows in order. The `next` that would have
-    returned a batch raises the error of its making. (grain's prefetch threads read only from grain datasets, and its
+    `sharding` lays out the first axis. The global batch is the processes' rows in order. An error in making a batch is
+    raised by the `next` that would have returned it. (grain's prefetch threads read only from grain datasets, and its
     `device_put` takes the global batch on every process.)
     """
 

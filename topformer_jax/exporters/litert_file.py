@@ -113,7 +113,7 @@ def _pool(before: Sequence[int], after: Sequence[int]) -> Operation | None:
     return "tfl.average_pool_2d", [], attributes
 
 
-OWN_OPERATIONS: dict[str, Any] = {"library_resize": _resize, "library_pool": _pool}  # jitted functions by name
+OWN_OPERATIONS: dict[str, Any] = {"plain_resize": _resize, "plain_pool": _pool}  # jitted functions by name
 
 
 def lower_precision(data: bytes, description: Mapping[str, Any], images: Images = ()) -> bytes:

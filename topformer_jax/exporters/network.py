@@ -69,7 +69,7 @@ def make_function(
     return compute
 
 
-# Exporters know the next two by their names, and may use operations of their own.
+# Exporters find the next two by name, and may write operations of their own for them.
 @functools.partial(jax.jit, static_argnames="size")
 def enlarge(logits: Float[Array, "n h w classes"], size: Any) -> Float[Array, "n height width classes"]:
     """The resize of the logits."""

@@ -34,7 +34,7 @@ CLASSES_FIRST = (0, 3, 1, 2)  # as convolutions take and give their maps
 
 def write(function: network.Function, description: Mapping[str, Any]) -> bytes:
     """A function of images as an ONNX file, with any number of images."""
-    # What is fast on a CPU, WebGPU computes wrongly or slowly; the program's own products are right there.
+    # WebGPU runs the rules for CPUs wrongly or slowly, so a file for the web keeps the program's own products.
     overrides = {} if description["target"] == "web" else RULES
     model = _make_model(function, description["size"], description["output"], overrides)
     model.producer_name, model.producer_version = KEY, description["versions"][KEY]

@@ -25,7 +25,7 @@ from topformer_jax.ops.convolution import conv
 from topformer_jax.ops.resample import Matrices, bilinear_matrix, pooling_matrix
 
 Model = TypeVar("Model", bound=nnx.Module)
-# The positions inside of images on canvases, on the maps that go into a block; None: all. 1x1 layers need none.
+# The positions of a layer's input that lie inside the images, not in the padding; None: all. 1x1 layers need none.
 Mask = Bool[Array, "n _h _w 1"] | None
 
 

@@ -38,7 +38,7 @@ class InvertedResidual(nnx.Module):
         hidden = make_divisible(block.expansion * inputs)
         self.residual = block.stride == 1 and inputs == block.channels
         expand = [ConvBN(inputs, hidden, policy=policy, rng=rng), jax.nn.relu]
-        depthwise = ConvBN(hidden, hidden, block.kernel, block.stride, hidden, policy=policy, rng=rng)
+        depthwise = ConvBN(hidden, hidden, block.kernel, block.stride, groups=hidden, policy=policy, rng=rng)
         project = ConvBN(hidden, block.channels, policy=policy, rng=rng)
         self.conv = nnx.List([*(expand if block.expansion != 1 else []), depthwise, jax.nn.relu, project])
 

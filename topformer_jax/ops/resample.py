@@ -45,7 +45,7 @@ def resize(
     """
     with jax.named_scope("resize"):
         if method == "single_op" and matrices is None:
-            return library_resize(images, size=tuple(size), precision=precision)
+            return plain_resize(images, size=tuple(size), precision=precision)
         return _resample(images, size, matrices, bilinear_matrix, precision)
 
 
@@ -69,12 +69,12 @@ def adaptive_avg_pool(
     """
     with jax.named_scope("pool"):
         if method == "single_op" and matrices is None:
-            return library_pool(images, size=tuple(size), precision=precision)
+            return plain_pool(images, size=tuple(size), precision=precision)
         return _resample(images, size, matrices, pooling_matrix, precision)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "precision"))
-def library_resize(
+def plain_resize(
     images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
 ) -> Float[Array, "n height width c"]:
     """`resize` with method "single_op"; the LiteRT exporter finds it by its name and writes a resize of its own."""
@@ -82,10 +82,10 @@ def library_resize(
 
 
 @functools.partial(jax.jit, static_argnames=("size", "precision"))
-def library_pool(
+def plain_pool(
     images: Float[Array, "n h w c"], size: tuple[Extent, Extent], precision: str | None
 ) -> Float[Array, "n height width c"]:
-    """`adaptive_avg_pool` with method "single_op"; see `library_resize`."""
+    """`adaptive_avg_pool` with method "single_op"; see `plain_resize`."""
     return _multiply_axes(images, size, pooling_matrix, precision)
 
 

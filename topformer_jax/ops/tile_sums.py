@@ -27,11 +27,11 @@ class Tiling(NamedTuple):
     """How a batch of labels is cut into tiles.
 
     Attributes:
-        height, width: of a tile at most, pixels.
-        images: that a device computes together at most.
+        height, width: of the largest tile, pixels.
+        images: the most that a device computes together.
         lookups: whether to look up the label's score and bound the softmax's shift; else both are reductions over
             the classes.
-        together: tiles that a device computes together at most, all its images counted; 0: one of each image.
+        together: the most tiles that a device computes together, all its images counted; 0: one of each image.
     """
 
     height: int
@@ -376,10 +376,10 @@ def _cut_axis(
     Args:
         cells: logits along the axis.
         pixels: labels along the axis.
-        tile: pixels of a tile at most.
+        tile: pixels of the largest tile.
         dtype: of the weights.
         shift: the first tile begins this many pixels before the axis.
-        together: tiles of a round at most.
+        together: the most tiles of a round.
 
     Returns:
         The resize of each tile (see `ops.tiled`), the padding (before, after) of the labels, pixels, and in how many

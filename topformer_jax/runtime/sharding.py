@@ -83,18 +83,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Returns a sharding per array: over `fsdp` on the longest axis that it divides, else replicated."""
-
-    def place(leaf: Any) -> NamedSharding:
-        size = mesh.shape["fsdp"]
-        axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % size == 0]
-        if size == 1 or not axes or leaf.size < FSDP_MIN_SIZE:
-            return replicated(mesh)
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, P(*(("fsdp" if axis == longest else None) for axis in range(leaf.ndim))))
-
-    return jax.tree.map(place, state)
+def array_sharding(array: Any, mesh: Mesh) -> NamedSharding:
+    """Divides an array over `fsdp` on its longest axis divisible by that size; a small array is replicated."""
+    size = mesh.shape["fsdp"]
+    axes = [axis for axis in range(array.ndim) if array.shape[axis] % size == 0]
+    if size == 1 or not axes or array.size < FSDP_MIN_SIZE:
+        return replicated(mesh)
+    longest = max(axes, key=lambda axis: array.shape[axis])
+    return NamedSharding(mesh, P(*(("fsdp" if axis == longest else None) for axis in range(array.ndim))))
 
 
 def to_host(tree: Any) -> Any:

@@ -30,7 +30,7 @@ from topformer_jax.visualize import drawing
 SCORES = {"segmentation": "miou", "classification": "top1"}  # by which the best checkpoint is chosen
 GRID_ROWS = 6  # validation images in the grid that each evaluation writes
 STEPS_IN_FLIGHT = 2  # handed to the devices before the host waits for the first of them
-POLL_SECONDS = 0.01  # between looks at the devices while the next batch is not there
+POLL_SECONDS = 0.01  # between checks of the devices while the loop waits for a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def load_initial_model(config: ConfigDict) -> models.Segmenter | models.Classifi
 
 
 def refuse_untrained(config: ConfigDict, names: Collection[str]) -> None:
-    """Raises a UserError if a new run would keep tensors, of a model's names, as they were drawn."""
+    """Raises a UserError if a new run would freeze tensors, of a model's names, that have random weights."""
     fresh = checkpoints.fresh_names(names, config.init_part) if config.init_from else set(names)
     if frozen := frozen_names(config, fresh):
         bn_frozen = config_lib.as_typed(config.model.bn_frozen)
@@ -335,7 +335,7 @@ def save_checkpoint(run: Run, state: TrainState, step: int) -> None:
 
 @contextlib.contextmanager
 def save_on_error(run: Run, state: TrainState, step: int, monitor: Monitor) -> Iterator[None]:
-    """Saves the state of a step if its body fails with a UserError, so that no step is computed twice."""
+    """Saves the state of a step if the `with` block raises a UserError, so that no step is computed twice."""
     try:
         yield
     except UserError as error:

@@ -59,7 +59,7 @@ class TrainState:
     average: Any
 
 
-# The structure of a state with a sharding for each array; see `sharding.state_sharding`.
+# The structure of a state with a sharding for each array.
 StateSharding: TypeAlias = TrainState
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
 
@@ -112,7 +112,7 @@ def init_training(
 
 def lay_out(state: TrainState, mesh: Mesh) -> StateSharding:
     """Returns a sharding for each array of a state; statistics and frozen weights lie on every device."""
-    layout: StateSharding = sharding.state_sharding(state, mesh)
+    layout: StateSharding = jax.tree.map(lambda array: sharding.array_sharding(array, mesh), state)
     # Statistics are small, and frozen weights would be gathered at each step.
     layout.stats = dict.fromkeys(state.stats, sharding.replicated(mesh))
     return layout
@@ -210,8 +210,8 @@ class _Step:
     ) -> tuple[Tensors, Tensors, LossSums]:
         """Gradients by parameter name, BatchNorm statistics after the batch, and its mean loss and counts.
 
-        Parameters that are divided over devices are gathered once, at the start, and their gradients divided again as
-        soon as they are there. XLA by itself would divide feature maps by channels too, and move them for it.
+        Parameters that are divided over devices are gathered once, at the start, and their gradients are divided
+        again as soon as they exist. XLA alone would also divide feature maps by channels, and move them for it.
         """
         config, layout, count = self.config, self.layout, self.config.grad_accum_steps
         # Interleaved, so that each device's share of a micro-batch consists of the device's own examples.
