@@ -374,9 +374,9 @@ def explain_unreadable(source: Source, index: int, config: ConfigDict) -> str:
 class DeviceBatches(Iterator[Batch]):
     """Iterates over global batches on the devices; a thread puts each process's rows there, `depth` batches ahead.
 
-    `sharding` lays out the first axis. The global batch is the processes' rows in order. An error in making a batch is
-    raised by the `next` that would have returned it. (grain's prefetch threads read only from grain datasets, and its
-    `device_put` takes the global batch on every process.)
+    `sharding` lays out the first axis. The global batch is the processes' rows in order. An error in making a batch
+    is raised by the `next` that would have returned it. (grain's prefetch threads read only from grain datasets, and
+    its `device_put` takes the global batch on every process.)
     """
 
     def __init__(self, batches: Iterator[Batch], sharding: jax.sharding.Sharding, depth: int = 3):
