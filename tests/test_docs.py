@@ -47,9 +47,9 @@ NOT_RUN = {
     "runs/topformer_t_imagenet": "needs ImageNet",
     "python -m benchmarks.": "tests/test_benchmarks.py runs the benchmarks with small sizes",
 }
-OTHER_PROGRAMS = {  # flags of scripts/test.sh, sbatch, reproduce.sh and tpu_pod.sh
+OTHER_PROGRAMS = {  # flags of scripts/test.sh, sbatch, reproduce.sh, tpu_pod.sh and XLA
     *("--shm-size", "--all", "--nodes", "--backbone", "--work"),
-    *("--dry-run", "--accelerator-type", "--slices", "--spot"),
+    *("--dry-run", "--accelerator-type", "--slices", "--spot", "--xla"),
 }
 if shutil.which("npm") is None:
     NOT_RUN["python -m topformer_jax.demo"] = "needs npm"
