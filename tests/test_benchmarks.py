@@ -179,12 +179,12 @@ def test_compile_for_a_tpu(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_gpu_starts_few_kernels(run: Run) -> None:
-    """Of the loss at most 100 for 32 images, and of an evaluation's pixels 450 for 64 images of ADE20K's sizes."""
+    """Of the loss at most 100 for 32 images, and of an evaluation's pixels 420 for 64 images of ADE20K's sizes."""
     pytest.importorskip("jax_plugins.xla_cuda12")
     rows = run("compile", "--slices", "h200:1", "--images", "32", "--programs", "loss", "evaluation")
     kernels = {row["program"]: row["kernels"] for row in rows}
     assert 30 < kernels["loss, 32 images"] <= 100
-    assert kernels["evaluation, 64 images: counts"] <= 450
+    assert kernels["evaluation, 64 images: counts"] <= 420
 
 
 def test_programs_take_turns_and_a_ratio_is_that_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:

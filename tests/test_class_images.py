@@ -220,11 +220,14 @@ def test_boxes_are_torchvisions(size: tuple[int, int]) -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize(("size", "short"), [((375, 500), 73), ((640, 427), 80), ((64, 64), 64), ((50, 333), 67)])
-def test_centre_against_pillow(size: tuple[int, int], short: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "crop_pct", "short"),
+    [((375, 500), 0.875, 73), ((640, 427), 0.8, 80), ((64, 64), 1.0, 64), ((50, 333), 0.95, 67)],
+)
+def test_centre_against_pillow(size: tuple[int, int], crop_pct: float, short: int) -> None:
     """`Resize(short)` and `CenterCrop` as torchvision computes them, on the whole image."""
     image = cv2.resize(shapes.draw("train", 0, 200)[0], size[::-1])
-    given = settings(pathlib.Path(), evaluation__crop_pct={73: 0.875, 80: 0.8, 64: 1.0, 67: 0.95}[short])
+    given = settings(pathlib.Path(), evaluation__crop_pct=crop_pct)
     found = class_images.make_evaluation_image(Example("x", image, np.zeros(()), ("x", "y")), given)
     h, w = size
     new = (short, int(short * w / h)) if h < w else (int(short * h / w), short)

@@ -56,8 +56,8 @@ def training_batches(
     """Makes an endless iterator over one process's rows of each global batch, from `start_step` on.
 
     Process p of P gets the rows [p * B / P, (p + 1) * B / P) of a batch of B. Each epoch holds every example once, in
-    an order of its own; batches run across the epochs' borders, so that no example is dropped. With
-    `data.balance`, this share of the places gets an example drawn for a class instead; `needs_class_draws` says when
+    an order of its own; batches run across the epochs' borders, so that no example is dropped. At a
+    share `data.balance` of the places, an example is drawn for a class instead; `needs_class_draws` says when
     `class_draws` must be given. `processes_on_host` share one /dev/shm.
 
     >>> from topformer_jax import config
